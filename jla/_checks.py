@@ -1,0 +1,107 @@
+"""Argument checks shared by the public functions: one message form for every mechanism.
+
+Every message names the argument, what came and what is accepted (API.md, clause 9).
+"""
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+IMPLEMENTATIONS = ("reference", "xla", "pallas")
+
+
+def check_shapes(**arguments):
+    """Checks every array against its axis letters and returns the sizes the letters stand for.
+
+    Each keyword is an argument's name, its value a pair of the array and its axes, for example
+    `q=(q, "B T H K")`. The first argument that mentions a letter fixes its size.
+
+    Raises:
+      TypeError: an argument is not an array.
+      ValueError: an argument's rank is wrong, an axis is empty, or two arguments disagree about a
+        letter.
+    """
+    sizes, origin = {}, {}
+    for name, (array, axes) in arguments.items():
+        letters = axes.split()
+        if not isinstance(array, jax.Array) and not hasattr(array, "__array__"):
+            raise TypeError(f"{name} must be an array [{', '.join(letters)}], got {type(array)}")
+        shape = jnp.shape(array)
+        if len(shape) != len(letters):
+            raise ValueError(f"{name} must have axes [{', '.join(letters)}], got shape {shape}")
+        for letter, size in zip(letters, shape, strict=True):
+            if size < 1:
+                raise ValueError(f"{name} has an empty axis {letter}: shape {shape}")
+            if sizes.setdefault(letter, size) != size:
+                raise ValueError(
+                    f"{name} has {letter} = {size} (shape {shape}, axes [{', '.join(letters)}]), "
+                    f"but {origin[letter]} has {letter} = {sizes[letter]}"
+                )
+            origin.setdefault(letter, name)
+    return sizes
+
+
+def check_dtype(name, array, accepted):
+    """Raises TypeError unless `array.dtype` is one of `accepted`."""
+    accepted = tuple(jnp.dtype(d) for d in accepted)
+    if jnp.dtype(array.dtype) not in accepted:
+        names = " or ".join(d.name for d in accepted)
+        raise TypeError(f"{name} must be {names}, got {jnp.dtype(array.dtype).name}")
+
+
+def check_same_dtype(**arrays):
+    """Raises TypeError unless the arrays share one of the supported floating dtypes."""
+    (first, array), *rest = arrays.items()
+    check_dtype(first, array, FLOAT_DTYPES)
+    for name, other in rest:
+        if other.dtype != array.dtype:
+            raise TypeError(
+                f"{name} must have {first}'s dtype {array.dtype.name}, got {other.dtype.name}"
+            )
+
+
+def check_head_dim(letter, size):
+    """Raises ValueError unless a head dimension lies in the contract's 16 to 256."""
+    if not 16 <= size <= 256:
+        raise ValueError(f"head dimension {letter} must be 16 to 256, got {size}")
+
+
+def check_multiple(letter, size, of, of_size):
+    """Raises ValueError unless one head count is a multiple of the other."""
+    if size % of_size:
+        raise ValueError(f"{letter} = {size} must be a multiple of {of} = {of_size}")
+
+
+def check_scale(scale, default):
+    """Returns the score scale as a Python float: it is a constant of the compiled program."""
+    if scale is None:
+        return float(default)
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale must be None or a Python number, got {type(scale)}")
+    return float(scale)
+
+
+def check_negative(name, value):
+    """Returns a Python number below zero as a float; raises TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a Python number, got {type(value)}")
+    if not value < 0:
+        raise ValueError(f"{name} must be negative, got {value}")
+    return float(value)
+
+
+def check_segment_ids(segment_ids):
+    """Raises TypeError unless `segment_ids` holds integers."""
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise TypeError(f"segment_ids must be integers, got {segment_ids.dtype.name}")
+
+
+def check_implementation(implementation):
+    """Raises ValueError unless `implementation` is None or one of the three names."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
+            f"got {implementation!r}"
+        )

@@ -1,0 +1,160 @@
+"""Kimi Delta Attention (arXiv 2510.26692)."""
+
+import jax
+import jax.numpy as jnp
+
+from jla import _checks
+from jla._dispatch import choose
+
+f32 = jnp.float32
+
+
+def kda(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    *,
+    scale=None,
+    initial_state=None,
+    segment_ids=None,
+    implementation=None,
+):
+    r"""Kimi Delta Attention: the delta rule with one decay per key channel.
+
+    Every value head keeps a state :math:`S \in R^{K \times V}`, zero at first. Token by token
+
+    .. math::
+      S &\leftarrow \mathrm{Diag}(\exp g_t)\, S \\
+      S &\leftarrow S + \beta_t\, k_t\, (v_t - S^\top k_t)^\top \\
+      o_t &= \mathrm{scale} \cdot S^\top q_t
+
+    `q` and `k` are used as they come: normalise them first (the layer does, with the l2 norm), and
+    make the gates with :func:`jla.kda_gate`. With `|k| = 1` and `0 <= beta <= 1` the state cannot
+    grow; `beta` up to 2 allows negative eigenvalues.
+
+    Shape letters: `B` batch, `T` time, `H` key heads, `HV` value heads, `K` key dimension, `V` value
+    dimension. Value head `j` uses key head `j // (HV // H)`.
+
+    Args:
+      q: queries, [B, T, H, K], bfloat16, float16 or float32. K is 16 to 256.
+      k: keys, [B, T, H, K], of q's dtype.
+      v: values, [B, T, HV, V], of q's dtype; HV is a multiple of H, V is 16 to 256.
+      g: natural-log decays, [B, T, HV, K], float32, `g <= 0`.
+      beta: write strengths, [B, T, HV], float32 or q's dtype; used in float32.
+      scale: factor of the output, a Python number; `K**-0.5` if None.
+      initial_state: the state before the first token, [B, HV, K, V], float32; zeros if None. With
+        `segment_ids` it belongs to each row's first segment.
+      segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
+      implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
+        "pallas" (GPU kernels), or None for the fastest that supports these arguments here.
+
+    Returns:
+      The outputs, [B, T, HV, V], of v's dtype, and the state after the last token, [B, HV, K, V],
+      float32 (with `segment_ids`, of each row's last segment).
+
+    Raises:
+      TypeError: an argument is no array or has a dtype that is not listed here.
+      ValueError: shapes that disagree, a head dimension outside 16 to 256, an unknown
+        implementation.
+      NotImplementedError: the named implementation cannot do this; the message says what can.
+    """
+    axes = dict(
+        q=(q, "B T H K"),
+        k=(k, "B T H K"),
+        v=(v, "B T HV V"),
+        g=(g, "B T HV K"),
+        beta=(beta, "B T HV"),
+    )
+    if initial_state is not None:
+        axes |= dict(initial_state=(initial_state, "B HV K V"))
+    if segment_ids is not None:
+        axes |= dict(segment_ids=(segment_ids, "B T"))
+    sizes = _checks.check_shapes(**axes)
+    if initial_state is not None:
+        _checks.check_dtype("initial_state", initial_state, [f32])
+    if segment_ids is not None:
+        _checks.check_segment_ids(segment_ids)
+    scale = _check_common(q, k, v, g, beta, sizes, scale)
+    run = choose("kda", implementation, q, k, v, g, beta)
+    return run(q, k, v, g, beta, initial_state, segment_ids, scale=scale)
+
+
+def kda_step(q, k, v, g, beta, state, *, scale=None, implementation=None):
+    """One token of :func:`jla.kda`, for decoding: `T` steps are one run over `T` tokens.
+
+    Args:
+      q: query, [B, H, K], bfloat16, float16 or float32.
+      k: key, [B, H, K], of q's dtype.
+      v: value, [B, HV, V], of q's dtype.
+      g: natural-log decays, [B, HV, K], float32, `g <= 0`.
+      beta: write strengths, [B, HV], float32 or q's dtype.
+      state: [B, HV, K, V], float32: what `kda` or the last step returned. Donate it to jit, and it
+        is updated in place.
+      scale: as in `kda`.
+      implementation: as in `kda`.
+
+    Returns:
+      The output, [B, HV, V], of v's dtype, and the new state, [B, HV, K, V], float32.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `kda`.
+    """
+    sizes = _checks.check_shapes(
+        q=(q, "B H K"),
+        k=(k, "B H K"),
+        v=(v, "B HV V"),
+        g=(g, "B HV K"),
+        beta=(beta, "B HV"),
+        state=(state, "B HV K V"),
+    )
+    _checks.check_dtype("state", state, [f32])
+    scale = _check_common(q, k, v, g, beta, sizes, scale)
+    run = choose("kda_step", implementation, q, k, v, g, beta)
+    return run(q, k, v, g, beta, state, scale=scale)
+
+
+def _check_common(q, k, v, g, beta, sizes, scale):
+    """Checks what the run and the step share; returns the scale."""
+    _checks.check_same_dtype(q=q, k=k, v=v)
+    _checks.check_dtype("g", g, [f32])
+    _checks.check_dtype("beta", beta, [f32, q.dtype])
+    _checks.check_head_dim("K", sizes["K"])
+    _checks.check_head_dim("V", sizes["V"])
+    _checks.check_multiple("HV", sizes["HV"], "H", sizes["H"])
+    return _checks.check_scale(scale, sizes["K"] ** -0.5)
+
+
+def kda_gate(g, A_log, dt_bias, *, lower_bound=None):
+    r"""Makes KDA's natural-log decays from a layer's raw gate projection, in float32.
+
+    .. math::
+      -\exp(A) \cdot \mathrm{softplus}(g + \mathrm{dt\_bias})
+      \quad\text{or, with a bound,}\quad
+      \mathrm{lower\_bound} \cdot \mathrm{sigmoid}(\exp(A) \cdot (g + \mathrm{dt\_bias}))
+
+    Args:
+      g: raw gates, [..., HV, K], any supported float dtype.
+      A_log: [HV], float32.
+      dt_bias: [HV, K], float32.
+      lower_bound: None, or a negative Python number: the strongest log decay a token can have.
+
+    Returns:
+      float32 decays of g's shape, all `<= 0`.
+
+    Raises:
+      TypeError: a dtype that is not listed here, or a `lower_bound` that is no number.
+      ValueError: shapes that disagree, or a `lower_bound` that is not negative.
+    """
+    leading = " ".join(f"axis{i}" for i in range(jnp.ndim(g) - 2))
+    _checks.check_shapes(g=(g, f"{leading} HV K"), A_log=(A_log, "HV"), dt_bias=(dt_bias, "HV K"))
+    _checks.check_dtype("g", g, _checks.FLOAT_DTYPES)
+    _checks.check_dtype("A_log", A_log, [f32])
+    _checks.check_dtype("dt_bias", dt_bias, [f32])
+    shifted = g.astype(f32) + dt_bias
+    rate = jnp.exp(A_log)[:, None]
+    if lower_bound is None:
+        return -rate * jax.nn.softplus(shifted)
+    lower_bound = _checks.check_negative("lower_bound", lower_bound)
+    return lower_bound * jax.nn.sigmoid(rate * shifted)

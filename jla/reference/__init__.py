@@ -1,0 +1,1 @@
+"""The definitions: token by token, in float32, straight from the mathematics."""

@@ -1,0 +1,47 @@
+"""Kimi Delta Attention, token by token: the definition that everything else is tested against."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jla._segments import segment_starts
+
+f32 = jnp.float32
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def kda_step(q, k, v, g, beta, state, *, scale):
+    """One token. See `jla.kda_step`."""
+    group = v.shape[1] // q.shape[1]
+    q, k = (jnp.repeat(x.astype(f32), group, axis=1) for x in (q, k))
+    state = jnp.exp(g)[..., None] * state
+    error = v.astype(f32) - _einsum("bhk,bhkv->bhv", k, state)
+    write = beta.astype(f32)[..., None] * error
+    state = state + k[..., :, None] * write[..., None, :]
+    o = scale * _einsum("bhk,bhkv->bhv", q, state)
+    return o.astype(v.dtype), state
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
+    """`lax.scan` over the tokens. See `jla.kda`."""
+    B, T, HV, V = v.shape
+    if initial_state is None:
+        initial_state = jnp.zeros((B, HV, q.shape[-1], V), f32)
+    if segment_ids is None:
+        starts = jnp.zeros((B, T), bool)
+    else:
+        starts = segment_starts(segment_ids)
+
+    def token(state, inputs):
+        *arrays, start = inputs
+        state = jnp.where(start[:, None, None, None], 0.0, state)
+        o, state = kda_step(*arrays, state, scale=scale)
+        return state, o
+
+    time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta, starts))
+    state, o = lax.scan(token, initial_state, time_major)
+    return jnp.moveaxis(o, 0, 1), state

@@ -1,0 +1,1 @@
+"""Chunkwise forms in plain jnp, for every device."""
