@@ -1,0 +1,5 @@
+"""The flax layers (flax.linen)."""
+
+from jla.linen.kda import KimiDeltaAttention
+
+__all__ = ["KimiDeltaAttention"]

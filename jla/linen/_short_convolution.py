@@ -1,0 +1,79 @@
+"""The short causal convolution in front of linear attention."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jla.linen._padding import take_tokens
+
+f32 = jnp.float32
+
+# U(-W**-0.5, W**-0.5) for W taps: every channel is its own convolution with fan-in W.
+default_kernel_init = nn.initializers.variance_scaling(
+    1 / 3, "fan_in", "uniform", in_axis=0, out_axis=(), batch_axis=(1, 2)
+)
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise causal convolution over time, then SiLU.
+
+    `y_t = silu(sum_i kernel[i] * x_{t - (W - 1 - i)})`, one kernel for every channel of every head,
+    accumulated in float32. `nn.Conv` has no place for the three things that linear attention needs:
+    segments, rows of unequal length, and a cache of the last inputs.
+
+    Attributes:
+      size: W, the number of taps.
+      param_dtype: dtype of the kernel [W, H, D].
+      kernel_init: the kernel's initializer; `U(-W**-0.5, W**-0.5)`, as torch's Conv1d has it.
+      decode: whether to keep the last W - 1 inputs, [B, W - 1, H, D], as "inputs" in the "cache"
+        collection.
+    """
+
+    size: int
+    param_dtype: nn.dtypes.Dtype = f32
+    kernel_init: nn.initializers.Initializer = default_kernel_init
+    decode: bool = False
+
+    @nn.compact
+    def __call__(self, x, segments=None, lengths=None):
+        """Convolves.
+
+        Args:
+          x: [B, T, H, D].
+          segments: int32 [B, T], segments numbered 0, 1, ... as `segment_index` does it: no window
+            reaches over a border. The cache belongs to segment 0 before the call, to the row's last
+            segment after it.
+          lengths: int32 [B]: only the first `lengths` tokens of a row are real; the rest does not
+            enter the cache. T for every row if None.
+
+        Returns:
+          [B, T, H, D] in x's dtype.
+        """
+        B, T, *channels = x.shape
+        past = self.size - 1
+        kernel = self.param("kernel", self.kernel_init, (self.size, *channels), self.param_dtype)
+        # The first W - 1 entries of `window` are the tokens before this call.
+        if self.decode:
+            cache = self.variable("cache", "inputs", jnp.zeros, (B, past, *channels), x.dtype)
+            window = jnp.concatenate([cache.value, x], axis=1)
+        else:
+            window = jnp.pad(x, ((0, 0), (past, 0), (0, 0), (0, 0)))
+        if segments is not None:
+            window_segments = jnp.pad(segments, ((0, 0), (past, 0)))
+
+        y = jnp.zeros(x.shape, f32)
+        for i in range(self.size):
+            tap = window[:, i : i + T].astype(f32)
+            if segments is not None:
+                same = window_segments[:, i : i + T] == segments
+                tap = jnp.where(same[..., None, None], tap, 0.0)
+            y = y + kernel[i].astype(f32) * tap
+
+        if self.decode and not self.is_initializing():
+            if segments is not None:
+                same = window_segments == segments[:, -1:]
+                window = jnp.where(same[..., None, None], window, 0.0)
+            if lengths is None:
+                cache.value = window[:, T:]
+            else:
+                cache.value = take_tokens(window, lengths[:, None] + jnp.arange(past))
+        return nn.silu(y).astype(x.dtype)

@@ -1,0 +1,266 @@
+"""The layer of Kimi Delta Attention (arXiv 2510.26692)."""
+
+import functools
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jla import _checks
+from jla._segments import segment_index
+from jla.kda import kda, kda_gate, kda_step
+from jla.linen._normalize import l2norm
+from jla.linen._padding import pack_left, take_tokens
+from jla.linen._short_convolution import ShortConvolution
+
+f32 = jnp.float32
+
+
+def _A_log_init(key, shape, dtype):
+    return jnp.log(jax.random.uniform(key, shape, dtype, minval=1.0, maxval=16.0))
+
+
+def _dt_bias_init(key, shape, dtype):
+    """softplus of the result is log-uniform in [1e-3, 1e-1]."""
+    log_dt = jax.random.uniform(key, shape, dtype, minval=math.log(1e-3), maxval=math.log(1e-1))
+    dt = jnp.exp(log_dt)
+    return dt + jnp.log(-jnp.expm1(-dt))
+
+
+class KimiDeltaAttention(nn.Module):
+    r"""Kimi Delta Attention with its projections, convolutions, gates and norms.
+
+    For inputs :math:`x` [B, T, D], `H` key heads of dimension `K` and `HV` value heads of dimension
+    `V` (value head `j` uses key head `j // (HV // H)`):
+
+    .. math::
+      q &= \mathrm{l2norm}(\mathrm{silu}(\mathrm{conv}(W_q x))), \quad
+      k = \mathrm{l2norm}(\mathrm{silu}(\mathrm{conv}(W_k x))), \quad
+      v = \mathrm{silu}(\mathrm{conv}(W_v x)) \\
+      g &= -\exp(A) \cdot \mathrm{softplus}(W_f^\uparrow W_f^\downarrow x + \mathrm{dt\_bias}),
+      \quad \beta = \mathrm{sigmoid}(W_b x) \\
+      y &= W_o\,(\mathrm{RMSNorm}(\mathrm{kda}(q, k, v, g, \beta)) \cdot
+      \mathrm{sigmoid}(W_g^\uparrow W_g^\downarrow x + b_g))
+
+    The projections run in `dtype`; g, beta, the l2 norm, the convolutions' sums, RMSNorm and its
+    gate are computed in float32, and the recurrent state is float32.
+
+    Parameters, their shapes and initial values (all `param_dtype`, except `A_log` and `dt_bias`,
+    which are always float32; exclude these two, the norm's scale and the bias from weight decay):
+
+    ===================  ===========  ====================================================
+    q_proj, k_proj       kernel       [D, H, K]
+    v_proj               kernel       [D, HV, V]
+    q_conv1d, k_conv1d   kernel       [conv_size, H, K], U(-conv_size**-0.5, conv_size**-0.5)
+    v_conv1d             kernel       [conv_size, HV, V], as q_conv1d
+    f_proj_down          kernel       [D, V]
+    f_proj_up            kernel       [V, HV, K]
+    A_log                             [HV], log U(1, 16); zeros with `gate_lower_bound`
+    dt_bias                           [HV, K], inverse softplus of log-uniform [1e-3, 1e-1]
+    b_proj               kernel       [D, HV]
+    g_proj_down          kernel       [D, V]
+    g_proj_up            kernel,bias  [V, HV, V], [HV, V]; the bias is zero at first
+    o_norm               scale        [V], ones
+    o_proj               kernel       [HV, V, D]
+    ===================  ===========  ====================================================
+
+    Kernels are initialised by `kernel_init`, flax's default (lecun_normal, variance 1 / fan-in).
+    This differs from torch's Linear, which a port from fla would have: uniform with variance
+    1 / (3 fan-in), and such a bias too.
+
+    Decoding: with `decode=True` the "cache" collection holds `recurrent_state` [B, HV, K, V]
+    (float32) and each convolution's last `conv_size - 1` inputs. `init` makes it, empty, for its
+    input's batch; T does not matter. Every `apply` with `mutable=["cache"]` then continues from the
+    cache and advances it, by any number of tokens: a prefill in one call or several, then one token
+    at a time. A cache is of fixed size, so there is no longest sequence.
+
+    Attributes:
+      num_heads: H.
+      head_dim: K, 16 to 256; D // num_heads if None.
+      num_value_heads: HV, a multiple of H; H if None.
+      value_head_dim: V, 16 to 256; K if None.
+      allow_negative_eigenvalues: beta is `2 sigmoid(W_b x)`, so that `I - beta k k^T` has
+        eigenvalues in [-1, 1] (arXiv 2411.12537).
+      gate_lower_bound: None, or a negative number, for the gate
+        `g = gate_lower_bound * sigmoid(exp(A) * (W_f x + dt_bias))`.
+      conv_size: taps of the convolutions, at least 2; with None or 0 there are none, only SiLU.
+      norm_epsilon: RMSNorm's epsilon.
+      dtype: the dtype of the computation; inferred from the inputs and parameters if None.
+      param_dtype: the dtype of the parameters.
+      kernel_init: initializer of the projections' kernels.
+      precision: of the projections' matrix products, see `jax.lax.Precision`.
+      implementation: of the mechanism, see :func:`jla.kda`.
+      decode: whether to keep and use a cache.
+    """
+
+    num_heads: int
+    head_dim: int | None = None
+    num_value_heads: int | None = None
+    value_head_dim: int | None = None
+    allow_negative_eigenvalues: bool = False
+    gate_lower_bound: float | None = None
+    conv_size: int | None = 4
+    norm_epsilon: float = 1e-5
+    dtype: nn.dtypes.Dtype | None = None
+    param_dtype: nn.dtypes.Dtype = f32
+    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
+    precision: nn.linear.PrecisionLike = None
+    implementation: str | None = None
+    decode: bool = False
+
+    @nn.compact
+    def __call__(self, inputs, *, mask=None, segment_ids=None):
+        """Applies the layer.
+
+        Args:
+          inputs: [B, T, D], bfloat16, float16 or float32.
+          mask: bool [B, T], True at real tokens; padding may be anywhere in a row. A padded token
+            is as good as absent: it leaves the state and the convolutions as they are, and its
+            output is zero. With `decode`, every row's cache goes on from its own last real token.
+          segment_ids: integers [B, T]: equal neighbours (with a mask: neighbouring real tokens) are
+            one segment, and nothing crosses a border. With `decode`, the cache continues into each
+            row's first segment, and comes out as that of its last.
+
+        Returns:
+          [B, T, D] in the dtype of the computation.
+
+        Raises:
+          TypeError: `inputs` is not floating, `mask` not bool or `segment_ids` not integers.
+          ValueError: shapes that disagree, head counts or sizes that `jla.kda` does not accept, a
+            wrong `conv_size`; with `decode`, no cache, or one of another batch size.
+        """
+        H, HV, K, V = self._sizes(inputs, mask, segment_ids)
+        dense = functools.partial(
+            nn.DenseGeneral,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=self.kernel_init,
+            precision=self.precision,
+        )
+
+        x = jnp.asarray(inputs)
+        lengths = None
+        if mask is not None:
+            order, inverse, lengths = pack_left(mask)
+            real = jnp.arange(x.shape[1]) < lengths[:, None]
+            # Zeros, so that not even NaN in a padded token reaches a gradient.
+            x = jnp.where(real[..., None], take_tokens(x, order), 0.0)
+        segments = None
+        if segment_ids is not None:
+            if mask is not None:
+                # The padding behind a row's last real token belongs to that token's segment.
+                last = jnp.maximum(lengths - 1, 0)[:, None]
+                source = take_tokens(order, jnp.minimum(jnp.arange(x.shape[1]), last))
+                segment_ids = take_tokens(segment_ids, source)
+            segments = segment_index(segment_ids)
+
+        def short_convolution(x, name):
+            if not self.conv_size:
+                return nn.silu(x)
+            convolution = ShortConvolution(
+                self.conv_size, param_dtype=self.param_dtype, decode=self.decode, name=name
+            )
+            return convolution(x, segments, lengths)
+
+        self._check_cache(x.shape[0], HV, K, V)
+        q = l2norm(short_convolution(dense((H, K), name="q_proj")(x), "q_conv1d"))
+        k = l2norm(short_convolution(dense((H, K), name="k_proj")(x), "k_conv1d"))
+        v = short_convolution(dense((HV, V), name="v_proj")(x), "v_conv1d")
+
+        bounded = self.gate_lower_bound is not None
+        A_log = self.param("A_log", nn.initializers.zeros if bounded else _A_log_init, (HV,), f32)
+        dt_bias = self.param("dt_bias", _dt_bias_init, (HV, K), f32)
+        f = dense((HV, K), name="f_proj_up")(dense(V, name="f_proj_down")(x))
+        g = kda_gate(f, A_log, dt_bias, lower_bound=self.gate_lower_bound)
+        beta = nn.sigmoid(dense(HV, name="b_proj")(x).astype(f32))
+        if self.allow_negative_eigenvalues:
+            beta = 2.0 * beta
+        if mask is not None:
+            g = jnp.where(real[..., None, None], g, 0.0)
+            beta = jnp.where(real[..., None], beta, 0.0)
+
+        o = self._mechanism(q, k, v, g, beta, segments)
+
+        gate = dense((HV, V), use_bias=True, name="g_proj_up")(dense(V, name="g_proj_down")(x))
+        norm = nn.RMSNorm(
+            epsilon=self.norm_epsilon, dtype=f32, param_dtype=self.param_dtype, name="o_norm"
+        )
+        o = norm(o.astype(f32)) * nn.sigmoid(gate.astype(f32))
+        y = dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(o.astype(v.dtype))
+        if mask is not None:
+            y = jnp.where(mask[..., None], take_tokens(y, inverse), 0.0)
+        return y
+
+    def _mechanism(self, q, k, v, g, beta, segments):
+        """Runs `kda`, or `kda_step` for one token, from the cached state if there is one."""
+        run = functools.partial(kda, segment_ids=segments, implementation=self.implementation)
+        if not self.decode:
+            return run(q, k, v, g, beta)[0]
+        shape = (v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+        cache = self.variable("cache", "recurrent_state", jnp.zeros, shape, f32)
+        if q.shape[1] == 1:
+            token = (x[:, 0] for x in (q, k, v, g, beta))
+            o, state = kda_step(*token, cache.value, implementation=self.implementation)
+            o = o[:, None]
+        else:
+            o, state = run(q, k, v, g, beta, initial_state=cache.value)
+        if not self.is_initializing():
+            cache.value = state
+        return o
+
+    def _sizes(self, inputs, mask, segment_ids):
+        """Checks the call's arguments and the attributes; returns H, HV, K and V."""
+        axes = dict(inputs=(inputs, "B T D"))
+        if mask is not None:
+            axes |= dict(mask=(mask, "B T"))
+        if segment_ids is not None:
+            axes |= dict(segment_ids=(segment_ids, "B T"))
+        D = _checks.check_shapes(**axes)["D"]
+        _checks.check_dtype("inputs", inputs, _checks.FLOAT_DTYPES)
+        if mask is not None:
+            _checks.check_dtype("mask", mask, [bool])
+        if segment_ids is not None:
+            _checks.check_segment_ids(segment_ids)
+
+        H = self.num_heads
+        _check_size("num_heads", H, 1)
+        HV = H if self.num_value_heads is None else self.num_value_heads
+        _check_size("num_value_heads", HV, 1)
+        _checks.check_multiple("num_value_heads", HV, "num_heads", H)
+        if self.head_dim is None:
+            _checks.check_multiple("the inputs' last axis", D, "num_heads", H)
+        K = D // H if self.head_dim is None else self.head_dim
+        V = K if self.value_head_dim is None else self.value_head_dim
+        for name, size in dict(head_dim=K, value_head_dim=V).items():
+            _check_size(name, size, 1)
+            _checks.check_head_dim(name, size)
+        if self.conv_size is not None and self.conv_size != 0:
+            _check_size("conv_size", self.conv_size, 2, "; None or 0 leaves the convolutions out")
+        return H, HV, K, V
+
+    def _check_cache(self, B, *state_axes):
+        """Raises ValueError unless a decoding call has a cache of its own shape."""
+        if not self.decode or self.is_initializing():
+            return
+        if not self.has_variable("cache", "recurrent_state"):
+            raise ValueError(
+                'decode=True needs the "cache" collection: make one with '
+                'init(key, inputs)["cache"] and pass it to apply beside "params"'
+            )
+        shape = self.get_variable("cache", "recurrent_state").shape
+        if shape != (B, *state_axes):
+            raise ValueError(
+                f"the cache's recurrent_state must have shape {(B, *state_axes)} for these inputs, "
+                f"got {shape}; make the cache with init on inputs of this batch size"
+            )
+
+
+def _check_size(name, size, least, hint=""):
+    """Raises TypeError or ValueError unless `size` is an integer of at least `least`."""
+    if isinstance(size, bool) or not isinstance(size, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {size!r}{hint}")
+    if size < least:
+        raise ValueError(f"{name} must be at least {least}, got {size}{hint}")
