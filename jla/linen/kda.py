@@ -11,7 +11,7 @@ from flax import linen as nn
 from jla import _checks
 from jla._segments import segment_index
 from jla.kda import kda, kda_gate, kda_step
-from jla.linen._normalize import l2norm
+from jla.linen._normalize import GatedRMSNorm, l2norm
 from jla.linen._padding import pack_left, take_tokens
 from jla.linen._short_convolution import ShortConvolution
 
@@ -185,11 +185,8 @@ class KimiDeltaAttention(nn.Module):
         o = self._mechanism(q, k, v, g, beta, segments)
 
         gate = dense((HV, V), use_bias=True, name="g_proj_up")(dense(V, name="g_proj_down")(x))
-        norm = nn.RMSNorm(
-            epsilon=self.norm_epsilon, dtype=f32, param_dtype=self.param_dtype, name="o_norm"
-        )
-        o = norm(o.astype(f32)) * nn.sigmoid(gate.astype(f32))
-        y = dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(o.astype(v.dtype))
+        o = GatedRMSNorm(self.norm_epsilon, param_dtype=self.param_dtype, name="o_norm")(o, gate)
+        y = dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(o)
         if mask is not None:
             y = jnp.where(mask[..., None], take_tokens(y, inverse), 0.0)
         return y
