@@ -20,7 +20,7 @@ def open_manager(directory, *, keep=2):
 
 
 def save(manager, step, state, settings):
-    """Writes the state (a tree of arrays) and the settings (a dict that JSON can hold)."""
+    """Writes the state (a tree of arrays) and the settings, dicts under "model" and "training"."""
     manager.save(
         step,
         args=ocp.args.Composite(
@@ -33,7 +33,8 @@ def load_settings(manager, step):
     """Reads what `save` was given as settings."""
     with _explained(manager, step):
         args = ocp.args.Composite(settings=ocp.args.JsonRestore())
-        return manager.restore(step, args=args).settings
+        settings = manager.restore(step, args=args).settings
+        return {part: settings[part] for part in ("model", "training")}
 
 
 def load_state(manager, step, like):

@@ -35,10 +35,10 @@ class CausalAttention(nn.Module):
             o = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         else:
             # As in nn.MultiHeadDotProductAttention, init's input gives the cache its length.
-            begun = self.has_variable("cache", "index")
-            keys = self.variable("cache", "key", jnp.zeros, k.shape, k.dtype)
-            values = self.variable("cache", "value", jnp.zeros, v.shape, v.dtype)
-            index = self.variable("cache", "index", jnp.zeros, (), jnp.int32)
+            begun = self.has_variable("cache", "cache_index")
+            keys = self.variable("cache", "cached_key", jnp.zeros, k.shape, k.dtype)
+            values = self.variable("cache", "cached_value", jnp.zeros, v.shape, v.dtype)
+            index = self.variable("cache", "cache_index", jnp.zeros, (), jnp.int32)
             position = index.value + jnp.arange(T)
             q, k = rotate(q, position), rotate(k, position)
             if begun:

@@ -3,7 +3,6 @@
 import math
 
 import matplotlib
-import numpy as np
 
 matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt
@@ -22,10 +21,6 @@ def plot_losses(lines, baselines, path):
     axes.plot(*zip(*held_out, strict=True), "o-", color="tab:red", label="held-out text")
     for (name, bits), style in zip(baselines.items(), (":", "--"), strict=True):
         axes.axhline(bits, color="0.4", ls=style, lw=1, label=f"{name} model ({bits:.2f})")
-    lowest = min(bits for _, bits in training + held_out)
-    # The first steps start near 8 bits; the rest of the curve is what one wants to see.
-    highest = np.percentile([bits for _, bits in training], 98)
-    axes.set_ylim(0.95 * lowest, 1.05 * max(highest, *baselines.values()))
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte")
     axes.grid(alpha=0.3)
