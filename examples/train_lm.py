@@ -146,7 +146,7 @@ def parse(arguments):
     add("--depth", type=whole, default=3)
     add("--heads", type=whole, default=2)
     add("--dtype", choices=sorted(DECODE_TOLERANCE), default="float32", help="of the computation")
-    add("--steps", type=whole, default=300)
+    add("--steps", type=whole, default=240)
     add("--batch", type=whole, default=4, help="windows in a step")
     add("--length", type=whole, default=256, help="bytes in a window")
     add("--lr", type=number(float, 0, exclusive=True), default=4e-3, help="peak learning rate")
