@@ -1,0 +1,150 @@
+"""What happens inside one chunk of 64 tokens, written once for every mechanism's kernels.
+
+All of it runs in one warpgroup, on [64, 64] tiles: a float32 tile takes 32 registers a thread.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jla.pallas import mosaic
+from jla.pallas.mosaic import (
+    PER_COLUMN,
+    PER_ROW,
+    bf16,
+    f32,
+    load,
+    per_column,
+    per_row,
+    product,
+    split,
+)
+
+CHUNK = 64
+LEVELS = 6  # log2(CHUNK)
+TILE_WIDTH = 64  # features worked on at a time: a float32 tile is 32 registers a thread
+LOG2E = 1.4426950408889634
+
+
+def tokens():
+    """The chunk's token numbers, a uint32 vector of layout PER_ROW."""
+    return mosaic.row_numbers(CHUNK)
+
+
+def up_to(*, strict=False):
+    """[i, j]: j <= i, or j < i."""
+    i = tokens()
+    return _interval(jnp.zeros_like(i), i if strict else i + 1)
+
+
+def from_on(*, strict=False):
+    """[i, j]: j >= i, or j > i."""
+    start = tokens() + (1 if strict else 0)
+    return _interval(start, CHUNK - start)
+
+
+def everywhere():
+    """[i, j]: true."""
+    i = tokens()
+    return _interval(jnp.zeros_like(i), jnp.full_like(i, CHUNK))
+
+
+def diagonal():
+    """[i, j]: i = j."""
+    i = tokens()
+    return _interval(i, jnp.ones_like(i))
+
+
+def level_decay_mask(level):
+    """[i, m]: whether the decay of token m lies between token i and its block's middle.
+
+    At a level, blocks of 2 * 2**level tokens have a left and a right half. A token of the right
+    half reads from the block's middle on, so its decays are those from the middle to itself; a
+    token of the left half is read from the middle on, so its decays are those after itself.
+    """
+    i, half, offset, right = _halves(level)
+    start = jnp.where(right, i - offset, i + 1)
+    length = jnp.where(right, offset + 1, half - 1 - offset)
+    return _interval(start, length)
+
+
+def level_pairs(level, *, reverse=False):
+    """[i, j]: whether the level serves the pair: i in the right half of j's block, j in the left.
+
+    With `reverse`, the transpose.
+    """
+    i, half, offset, right = _halves(level)
+    first, nothing = i - offset, jnp.zeros_like(i)
+    if reverse:
+        return _interval(first + half, jnp.where(right, nothing, half))
+    return _interval(first - half, jnp.where(right, half, nothing))
+
+
+def level_roles(level):
+    """[i]: 1.0 for the tokens that read at this level (right half), -1.0 for those that are read."""
+    *_, right = _halves(level)
+    return jnp.where(right, 1.0, -1.0).astype(f32)
+
+
+def _halves(level):
+    """Token numbers, the half block's length, the place in the half block, whether it is a right."""
+    i = tokens()
+    half = jnp.broadcast_to(lax.shift_left(jnp.uint32(1), jnp.uint32(level)), i.shape)
+    return i, half, lax.bitwise_and(i, half - 1), lax.bitwise_and(i, half) != 0
+
+
+def _interval(start, length):
+    return mosaic.in_interval(start, length, CHUNK)
+
+
+def weights(mask):
+    """A mask as wgmma's operand: 1.0 or 0.0 in bf16."""
+    return jnp.where(mask, 1.0, 0.0).astype(bf16)
+
+
+def same_segment(index_row, index_column):
+    """[i, j]: whether tokens i and j of the chunk belong to one segment."""
+    row = per_row(load(index_row, PER_ROW, optimized=False), CHUNK)
+    column = per_column(load(index_column, PER_COLUMN, optimized=False), CHUNK)
+    return row == column
+
+
+def decays(mask, gates):
+    """exp2(mask @ log2 decays), [64, 64]; `gates` is the SMEM pair (high, low) of `split`.
+
+    Every row's decays are summed directly and none is subtracted, so no exponent is positive and a
+    huge decay elsewhere in the chunk costs no precision here.
+    """
+    high, low = gates
+    return jnp.exp2(product((mask, high), (mask, low)))
+
+
+def unit_triangular_inverse(a, scratch):
+    """(I + a)^-1 for a strictly lower triangular [64, 64] float32 `a` in registers.
+
+    Block substitution: X is the inverse of the diagonal blocks of 2**level, and
+    X - X L X, with L the part of `a` that joins two of them, that of the blocks twice as large.
+    No power of `a` is formed, so keys that repeat with beta = 2 stay exact where doubling
+    overflows. Products keep 16 bits of each factor (three bf16 products).
+
+    Args:
+      scratch: four [64, 64] bf16 SMEM tiles, overwritten.
+    """
+
+    def level_step(level, x):
+        joined = jnp.where(level_pairs(level), a, 0.0)
+        lx = product16(joined, x, scratch[:2])
+        return x - product16(x, lx, scratch[2:])
+
+    x = jnp.where(diagonal(), 1.0, 0.0).astype(f32) - jnp.where(level_pairs(0), a, 0.0)
+    return lax.fori_loop(1, LEVELS, level_step, x)
+
+
+def product16(a, b, scratch):
+    """a @ b for float32 values in registers, 16 bits of each kept; `scratch`: two SMEM tiles."""
+    (a_high, a_low), (b_high, b_low) = split(a), split(b)
+    high, low = scratch
+    high[...] = b_high
+    low[...] = b_low
+    plgpu.commit_smem()
+    return product((a_high, high), (a_low, high), (a_high, low))

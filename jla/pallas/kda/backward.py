@@ -1,0 +1,243 @@
+"""The chunk-local part of KDA's backward pass: all gradients of a chunk from its two states."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jla.pallas import chunks, mosaic
+from jla.pallas.chunks import CHUNK, LEVELS, LOG2E, TILE_WIDTH
+from jla.pallas.mosaic import PER_COLUMN, PER_ROW, bf16, f32, load, per_column, per_row
+
+SDS = jax.ShapeDtypeStruct
+
+
+def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, decay, *, scale):
+    """Gradients of one chunk's inputs, given the state S before it and dS, the gradient after it.
+
+    With the notation of `prepare`, R = v - k~ S and E = R - X (beta R) the chunk's errors:
+
+        y  = Aq^T do + kg dS;   z = y - X^T (beta y)          gradient of what is written, beta E
+        dv = beta z;            dbeta = rowsum(E z)
+        dAq = tril(do (beta E)^T);   dA0 = -stril(dv (beta E)^T)
+        dq~ = do S^T;   dk~ = -dv S^T;   dkg = (beta E) dS^T
+
+    and from these, through the tree of references, dq, dk and the gradient of every cumulated
+    decay, dG = q dq + k dk_read - k dk_write, whose reversed cumsum, with the border's term
+    rowsum(decay S dS) + sum(k dk_write of kg), is dg.
+
+    Args:
+      q, k, v, g, beta, segments: as in `prepare`. do: [B, T, HV, V] bf16.
+      states, gradients: S and dS transposed, [B, HV, N, V, K] bf16.
+      x, aq, decay: as `prepare` returned them.
+
+    Returns:
+      dq, dk [B, T, HV, K], dv [B, T, HV, V] bf16, dg [B, T, HV, K] float32 and dbeta
+      [B, HV, parts, T] float32, to be summed over its parts.
+    """
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    N, group = T // CHUNK, HV // H
+    warpgroups = 2 if K % 128 == 0 and V % 128 == 0 else 1
+    k_parts, v_parts = K // TILE_WIDTH // warpgroups, V // TILE_WIDTH // warpgroups
+
+    def body(
+        q_ref, k_ref, v_ref, g_ref, beta_ref, index_row, index_column, reads, writes,
+        do_ref, states_ref, gradients_ref, x_ref, aq_ref, decay_ref,
+        dq_out, dk_out, dv_out, dg_out, dbeta_out,
+        sq, sk, sv, sdo, ss, sds, sx, saq, sg, read_keys, write_keys, written, loaded, shared,
+    ):  # fmt: skip
+        b, n, h = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("h")
+        wg = lax.axis_index("wg")
+        rows = pl.ds(n * CHUNK, CHUNK)
+        hk = h // group
+
+        def meet():
+            """Makes what each warpgroup has written to SMEM visible to the other."""
+            plgpu.commit_smem()
+            if warpgroups > 1:
+                plgpu.barrier_arrive(shared)
+                plgpu.barrier_wait(shared)
+
+        def row_sums(mask, x, s):
+            """mask @ x for a float32 tile, through the two key tiles' columns s."""
+            read_keys.at[:, s][...], write_keys.at[:, s][...] = mosaic.split(x)
+            plgpu.commit_smem()
+            return mosaic.product((mask, read_keys.at[:, s]), (mask, write_keys.at[:, s]))
+
+        def store(tile, target):
+            pl.when(wg == 0)(lambda: plgpu.copy_smem_to_gmem(tile, target))
+
+        @pl.when(wg == 0)
+        def _():
+            for source, target in (
+                (q_ref.at[b, rows, hk], sq),
+                (k_ref.at[b, rows, hk], sk),
+                (v_ref.at[b, rows, h], sv),
+                (do_ref.at[b, rows, h], sdo),
+                (states_ref.at[b, h, n], ss),
+                (gradients_ref.at[b, h, n], sds),
+                (x_ref.at[b, h, n], sx),
+                (aq_ref.at[b, h, n], saq),
+            ):
+                plgpu.copy_gmem_to_smem(source, target, loaded)
+
+        ks = [pl.ds((wg * k_parts + i) * TILE_WIDTH, TILE_WIDTH) for i in range(k_parts)]
+        vs = [pl.ds((wg * v_parts + i) * TILE_WIDTH, TILE_WIDTH) for i in range(v_parts)]
+        gates = []
+        for i, s in enumerate(ks):
+            pair = [sg.at[2 * (wg * k_parts + i) + part] for part in range(2)]
+            log2_decay = load(g_ref.at[b, rows, h, s], optimized=False) * LOG2E
+            for ref, part in zip(pair, mosaic.split(log2_decay), strict=True):
+                ref[...] = part
+            gates.append(pair)
+        plgpu.commit_smem()
+        plgpu.barrier_wait(loaded)
+
+        read = per_row(load(reads.at[b, rows], PER_ROW, optimized=False), TILE_WIDTH)
+        write = per_row(load(writes.at[b, rows], PER_ROW, optimized=False), TILE_WIDTH)
+        beta_rows = per_row(load(beta_ref.at[b, h, rows], PER_ROW, optimized=False), TILE_WIDTH)
+        earlier = chunks.weights(chunks.up_to())
+        later = chunks.weights(chunks.from_on(strict=True))
+        for s, pair in zip(ks, gates, strict=True):
+            keys = load(sk.at[:, s])
+            before = chunks.decays(earlier, pair) * read
+            read_keys.at[:, s][...] = (keys * before).astype(bf16)
+            after = chunks.decays(later, pair) * write
+            write_keys.at[:, s][...] = (keys * after).astype(bf16)
+        meet()
+
+        dbeta = None
+        for s in vs:
+            residual = load(sv.at[:, s]) - mosaic.product((read_keys, ss.at[s].T))
+            written.at[:, s][...] = (residual * beta_rows).astype(bf16)
+            plgpu.commit_smem()
+            error = residual - mosaic.product((sx, written.at[:, s]))
+            y = mosaic.product((saq.T, sdo.at[:, s]), (write_keys, sds.at[s].T))
+            sv.at[:, s][...] = (y * beta_rows).astype(bf16)
+            plgpu.commit_smem()
+            z = y - mosaic.product((sx.T, sv.at[:, s]))
+            part = (error * z).sum(axis=1)
+            dbeta = part if dbeta is None else dbeta + part
+            written.at[:, s][...] = (error * beta_rows).astype(bf16)
+            sv.at[:, s][...] = (z * beta_rows).astype(bf16)
+        dbeta_out.at[b, h, wg, rows][...] = dbeta
+        meet()
+        store(sv, dv_out.at[b, rows, h])
+
+        # The products of the two score gradients span all of V: with two warpgroups each makes one.
+        same = chunks.same_segment(index_row.at[b, rows], index_column.at[b, rows])
+
+        def query_score_gradient():
+            gradient = mosaic.product((sdo, written.T)) * scale
+            gradient = jnp.where(same, jnp.where(chunks.up_to(), gradient, 0.0), 0.0)
+            saq[...] = gradient.astype(bf16)
+
+        def key_score_gradient():
+            gradient = -mosaic.product((sv, written.T))
+            below = chunks.up_to(strict=True)
+            gradient = jnp.where(same, jnp.where(below, gradient, 0.0), 0.0)
+            sx[...] = gradient.astype(bf16)
+
+        if warpgroups > 1:
+            pl.when(wg == 0)(query_score_gradient)
+            pl.when(wg == 1)(key_score_gradient)
+        else:
+            query_score_gradient()
+            key_score_gradient()
+        meet()
+
+        for s, pair in zip(ks, gates, strict=True):
+            before = chunks.decays(earlier, pair) * read
+            dq = mosaic.product((sdo, ss.at[:, s])) * before * scale
+            dk_read = -mosaic.product((sv, ss.at[:, s])) * before
+            after = chunks.decays(later, pair) * write
+            dk_write = mosaic.product((written, sds.at[:, s])) * after
+            # The border's term, for all tokens what their chunk carries out and for each what its
+            # predecessors write. Sums over rows go through wgmma: Mosaic's own use one scratch for
+            # all warpgroups, and race.
+            carried = None
+            for r in range(V // TILE_WIDTH):
+                part = pl.ds(r * TILE_WIDTH, TILE_WIDTH)
+                change = load(ss.at[part, s]) * load(sds.at[part, s])
+                carried = change if carried is None else carried + change
+            decay = load(decay_ref.at[b, h, n, s], PER_COLUMN, optimized=False)
+            carried *= per_column(decay, CHUNK)
+            border = row_sums(chunks.weights(chunks.everywhere()), carried, s)
+            before_each = chunks.weights(chunks.up_to(strict=True))
+            border += row_sums(before_each, load(sk.at[:, s]) * dk_write, s)
+            dg_out.at[b, rows, h, s][...] = border
+
+            dq, dk, dk_signed = _through_scores(
+                sq.at[:, s], sk.at[:, s], pair, saq, sx,
+                read_keys.at[:, s], write_keys.at[:, s],
+                dq, dk_read + dk_write, dk_read,
+            )  # fmt: skip
+
+            queries, keys = load(sq.at[:, s]), load(sk.at[:, s])
+            cumulated = queries * dq + keys * dk_signed
+            dg = row_sums(chunks.weights(chunks.from_on()), cumulated, s)
+            dg_out.at[b, rows, h, s][...] = dg + load(dg_out.at[b, rows, h, s], optimized=False)
+            diagonal = jnp.where(chunks.diagonal(), load(saq), 0.0).sum(axis=1)
+            diagonal = per_row(diagonal, TILE_WIDTH)
+            sq.at[:, s][...] = (dq + diagonal * keys).astype(bf16)
+            sk.at[:, s][...] = (dk + diagonal * queries).astype(bf16)
+        meet()
+        store(sq, dq_out.at[b, rows, h])
+        store(sk, dk_out.at[b, rows, h])
+        plgpu.wait_smem_to_gmem(0)
+
+    keys, values = SDS((B, T, HV, K), bf16), SDS((B, T, HV, V), bf16)
+    index, reads, writes = segments
+    return mosaic.kernel(
+        body,
+        out_type=[keys, keys, values, SDS(g.shape, f32), SDS((B, HV, warpgroups, T), f32)],
+        scratch_types=[
+            *(mosaic.tile(CHUNK, K) for _ in range(2)),
+            *(mosaic.tile(CHUNK, V) for _ in range(2)),
+            *(mosaic.tile(V, K) for _ in range(2)),
+            *(mosaic.tile(CHUNK, CHUNK) for _ in range(2)),
+            mosaic.tile(CHUNK, TILE_WIDTH, 2 * K // TILE_WIDTH),
+            *(mosaic.tile(CHUNK, K) for _ in range(2)),
+            mosaic.tile(CHUNK, V),
+            plgpu.Barrier(num_arrivals=8),
+            plgpu.Barrier(num_arrivals=warpgroups),
+        ],
+        grid=(B, N, HV),
+        grid_names=("b", "n", "h"),
+        num_threads=warpgroups,
+        thread_name="wg",
+    )(q, k, v, g, beta, index, index, reads, writes, do, states, gradients, x, aq, decay)
+
+
+def _through_scores(sq, sk, gates, query_gradient, key_gradient, sx, sy, dq, dk, dk_signed):
+    """Adds what reaches one tile of dq and dk through the scores, level by level.
+
+    At a level a token either reads (right half) or is read (left half), with the same decay. So a
+    key's gradient is that decay times (D + D^T) Y + Dq^T X, with D and Dq the score gradients of
+    the level's pairs, and counts for the decays with + where it reads and with - where it is read.
+
+    Args:
+      sq, sk: the tile's queries and keys. sx, sy: two tiles to work in.
+      query_gradient, key_gradient: gradients of the scores, masked, [64, 64] bf16.
+      dq, dk, dk_signed: what is to be added to; dk_signed is dk with the sign of the role.
+    """
+
+    def level_step(level, gradients):
+        dq, dk, dk_signed = gradients
+        decay = chunks.decays(chunks.weights(chunks.level_decay_mask(level)), gates)
+        sx[...] = (load(sq) * decay).astype(bf16)
+        sy[...] = (load(sk) * decay).astype(bf16)
+        plgpu.commit_smem()
+        pairs, reversed_pairs = chunks.level_pairs(level), chunks.level_pairs(level, reverse=True)
+        by_query = jnp.where(pairs, load(query_gradient), 0.0).astype(bf16)
+        dq += decay * mosaic.product((by_query, sy))
+        by_key = jnp.where(pairs, load(key_gradient), 0.0)
+        by_key += jnp.where(reversed_pairs, load(key_gradient.T), 0.0)
+        from_query = jnp.where(reversed_pairs, load(query_gradient.T), 0.0).astype(bf16)
+        change = decay * mosaic.product((by_key.astype(bf16), sy), (from_query, sx))
+        sign = per_row(chunks.level_roles(level), TILE_WIDTH)
+        return dq, dk + change, dk_signed + sign * change
+
+    return lax.fori_loop(0, LEVELS, level_step, (dq, dk, dk_signed))

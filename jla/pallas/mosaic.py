@@ -1,0 +1,125 @@
+"""Everything that knows Pallas Mosaic GPU's quirks: layouts, tiles, products, the interpreter.
+
+Kernels are written in terms of these helpers, so that a quirk is worked around in one place.
+docs/kernels.md lists what was found.
+"""
+
+import contextlib
+import functools
+import threading
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+f32, bf16 = jnp.float32, jnp.bfloat16
+
+# A wgmma accumulator's layout, and the layouts of a vector along its rows or along its columns.
+TILE = plgpu.Layout.WGMMA
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
+PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+TILE_TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
+
+# How wgmma and TMA want a bf16 tile to lie in SMEM: 8x64 tiles, 128-byte swizzle.
+TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+_state = threading.local()
+
+
+@contextlib.contextmanager
+def interpret(*, detect_races=True):
+    """Runs the Pallas kernels on the CPU under Mosaic's GPU interpreter, looking for races.
+
+    Meant for tests: about a second for two heads of four chunks. JAX traces a function anew inside
+    this context, so a jitted function may be used inside and outside.
+    """
+    params = plgpu.InterpretGPUParams(detect_races=detect_races)
+    before = interpreting()
+    _state.interpreting = True
+    try:
+        with plgpu.force_gpu_interpret_mode(params):
+            yield
+    finally:
+        _state.interpreting = before
+
+
+def interpreting():
+    """Whether the caller is inside `interpret()`."""
+    return getattr(_state, "interpreting", False)
+
+
+def tile(rows, columns, *leading):
+    """A bf16 SMEM tile that TMA and wgmma can use."""
+    return plgpu.SMEM((*leading, rows, columns), bf16, transforms=TRANSFORMS)
+
+
+def row_numbers(rows):
+    """0, 1, ... as uint32 in layout PER_ROW, opaque to the compiler.
+
+    Opaque because a mask that LLVM can fold to a constant gives wrong results as wgmma's register
+    operand (seen on the card; the interpreter is right).
+    """
+    return lax.optimization_barrier(plgpu.broadcasted_iota(jnp.uint32, (rows,), 0, layout=PER_ROW))
+
+
+def in_interval(start, length, columns):
+    """[i, j]: whether start[i] <= j < start[i] + length[i], for uint32 vectors of layout PER_ROW.
+
+    Masks are made of intervals because a thread holds two rows and sixteen columns of a 64x64
+    tile: what depends on the row alone costs next to nothing, and a wrapping subtraction and one
+    comparison remain for each element.
+    """
+    column = lax.optimization_barrier(
+        plgpu.broadcasted_iota(jnp.uint32, (columns,), 0, layout=PER_COLUMN)
+    )
+    distance = per_column(column, start.shape[0]) - per_row(start, columns)
+    return distance < per_row(length, columns)
+
+
+def product(*pairs, init=None):
+    """The float32 sum of `a @ b` over the pairs, plus `init`, in registers (layout TILE).
+
+    `a` is a 16-bit SMEM ref or a 16-bit value in registers, `b` a 16-bit SMEM ref; either ref may
+    be a `.T`. Under the interpreter, which cannot run wgmma with registers, it is a plain product.
+    """
+    if interpreting():
+        value = lambda x: (x if isinstance(x, jax.Array) else x[...]).astype(f32)
+        total = sum(jnp.dot(value(a), value(b), precision=lax.Precision.HIGHEST) for a, b in pairs)
+        return total if init is None else total + init
+
+    def body(acc):
+        for a, b in pairs:
+            plgpu.wgmma(acc, a, b)
+        if init is None:
+            return acc[...]
+
+    if init is not None:
+        return pl.run_state(body)(plgpu.ACC.init(init))
+    shape = (pairs[0][0].shape[0], pairs[0][1].shape[1])
+    return pl.run_scoped(body, plgpu.ACC(shape, f32))
+
+
+def split(x):
+    """A float32 value as the sum of two bf16 values: 16 of its 24 bits."""
+    high = x.astype(bf16)
+    return high, (x - high.astype(f32)).astype(bf16)
+
+
+def load(ref, layout=TILE, *, optimized=True):
+    """Loads a ref as float32 in the given layout."""
+    return plgpu.load(ref, layout=layout, optimized=optimized).astype(f32)
+
+
+def per_row(vector, columns):
+    """Broadcasts a vector of layout PER_ROW along the columns of a tile."""
+    return lax.broadcast_in_dim(vector, (vector.shape[0], columns), [0])
+
+
+def per_column(vector, rows):
+    """Broadcasts a vector of layout PER_COLUMN along the rows of a tile."""
+    return lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1])
+
+
+kernel = functools.partial(plgpu.kernel, compiler_params=plgpu.CompilerParams(approx_math=True))
