@@ -7,6 +7,7 @@ token is in a block's right half and whose earlier one is in its left half. Ever
 exactly one level.
 """
 
+import jax
 import jax.numpy as jnp
 
 CHUNK = 64
@@ -31,20 +32,19 @@ def merge(x, T):
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
 
 
-def halves(x):
-    """Splits the blocks of the last level, [..., 2n, s, D], into left and right, [..., n, s, D]."""
-    x = x.reshape(*x.shape[:-3], -1, 2, *x.shape[-2:])
-    return x[..., 0, :, :], x[..., 1, :, :]
-
-
 def tree_sizes(C):
     """The levels s = 1, 2, 4, ..., C/2."""
     return [1 << i for i in range(C.bit_length() - 1)]
 
 
-def blocks(x, s):
-    """Cuts the tokens of a chunk, [..., C, D], into blocks of s: [..., C/s, s, D]."""
-    return x.reshape(*x.shape[:-2], -1, s, x.shape[-1])
+def halves(x, s):
+    """Cuts the tokens of a chunk, [..., C, D], into the left and right halves of blocks of 2s.
+
+    Returns a pair, both [..., C/(2s), s, D]. (`jnp.split` is `lax.split`, whose transpose is one
+    concatenation; that of two slices is a sum of two padded arrays.)
+    """
+    x = x.reshape(*x.shape[:-2], -1, 2 * s, x.shape[-1])
+    return jnp.split(x, 2, axis=-2)
 
 
 def decay_products(decay):
@@ -63,18 +63,21 @@ def decay_products(decay):
         tokens after it in the half. Their product is the decay from the one to the other.
       prefix: from the chunk's first token to each token, [..., C, K].
       suffix: of the tokens after each, to the chunk's last, [..., C, K].
+      total: of all the chunk's tokens, [..., 1, K].
     """
-    prefix = blocks(decay, 1)
-    suffix = jnp.ones_like(prefix)
+    prefix, suffix = decay, jnp.ones_like(decay)
+    total = decay
     levels = []
-    for _ in tree_sizes(decay.shape[-2]):
-        prefix_left, prefix_right = halves(prefix)
-        suffix_left, suffix_right = halves(suffix)
+    for s in tree_sizes(decay.shape[-2]):
+        prefix_left, prefix_right = halves(prefix, s)
+        suffix_left, suffix_right = halves(suffix, s)
+        total_left, total_right = halves(total, 1)
         levels.append((prefix_right, suffix_left))
-        total_left, total_right = prefix_left[..., -1:, :], prefix_right[..., -1:, :]
         prefix = jnp.concatenate([prefix_left, total_left * prefix_right], axis=-2)
         suffix = jnp.concatenate([suffix_left * total_right, suffix_right], axis=-2)
-    return levels, prefix.reshape(decay.shape), suffix.reshape(decay.shape)
+        prefix, suffix = prefix.reshape(decay.shape), suffix.reshape(decay.shape)
+        total = (total_left * total_right)[..., 0, :]
+    return levels, prefix, suffix, total
 
 
 def _block_lower(left, lower, right):
@@ -83,15 +86,22 @@ def _block_lower(left, lower, right):
     return jnp.concatenate([top, jnp.concatenate([lower, right], axis=-1)], axis=-2)
 
 
+def _pairs(x):
+    """The left and right of every two neighbouring blocks, [..., 2n, s, s] to two [..., n, s, s]."""
+    x = x.reshape(*x.shape[:-3], -1, 2, *x.shape[-2:])
+    return (half.squeeze(-3) for half in jnp.split(x, 2, axis=-3))
+
+
 def lower_triangular(diagonal, levels):
     """Assembles [..., C, C] from its diagonal [..., C] and its levels' blocks [..., C/(2s), s, s]."""
     matrix = diagonal[..., None, None]
     for lower in levels:
-        left, right = halves(matrix)
+        left, right = _pairs(matrix)
         matrix = _block_lower(left, lower, right)
     return matrix[..., 0, :, :]
 
 
+@jax.custom_jvp
 def unit_lower_inverse(levels):
     """Inverts I + L, L strictly lower triangular, given as its levels' blocks; [..., C, C].
 
@@ -102,6 +112,15 @@ def unit_lower_inverse(levels):
     first = levels[0]
     inverse = jnp.ones((*first.shape[:-3], 2 * first.shape[-3], 1, 1), first.dtype)
     for lower in levels:
-        left, right = halves(inverse)
+        left, right = _pairs(inverse)
         inverse = _block_lower(left, -right @ lower @ left, right)
     return inverse[..., 0, :, :]
+
+
+@unit_lower_inverse.defjvp
+def _unit_lower_inverse_jvp(primals, tangents):
+    """d inv(M) = -inv(M) dM inv(M): two products, where the recursion's own rule has dozens."""
+    inverse = unit_lower_inverse(*primals)
+    (levels,) = tangents
+    change = lower_triangular(jnp.zeros_like(inverse[..., 0]), levels)
+    return inverse, -inverse @ change @ inverse

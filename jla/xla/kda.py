@@ -17,59 +17,55 @@ f32 = jnp.float32
 
 @functools.partial(jax.jit, static_argnames="scale")
 def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
-    """All chunks' own work at once, then a scan that carries the state. See `jla.kda`."""
+    """A scan over chunks. See `jla.kda`.
+
+    The body is checkpointed: the backward pass keeps the inputs and one state a chunk, and computes
+    each chunk again when it comes to it.
+    """
     B, T, HV, V = v.shape
     H, K = q.shape[2:]
+    group = HV // H
     size = chunks.chunk_size(T)
 
     def split(x, group):
         return chunks.split(x.reshape(B, T, H, group, -1), size)
 
-    group = HV // H
     starts = None
     if segment_ids is not None:
         starts = chunks.split(segment_starts(segment_ids)[:, :, None, None, None], size)
     if initial_state is None:
         initial_state = jnp.zeros((B, HV, K, V), f32)
-    read, errors, queries, scores, writes, decay = _prepare(
-        split(q, 1), split(k, 1), split(v, group), split(g, group), split(beta, group), starts, scale
-    )
-
-    def chunk(state, inputs):
-        read, errors, writes, decay = inputs
-        error = errors - read @ state
-        return decay * state + jnp.swapaxes(writes, -1, -2) @ error, (state, error)
-
-    state = initial_state.reshape(B, H, group, K, V)
-    state, (states, error) = lax.scan(chunk, state, (read, errors, writes, decay))
-    o = queries @ states + scores @ error
-    return chunks.merge(o, T).reshape(v.shape).astype(v.dtype), state.reshape(B, HV, K, V)
+    inputs = split(q, 1), split(k, 1), split(v, group), split(g, group), split(beta, group), starts
+    chunk = jax.checkpoint(functools.partial(_chunk, scale), prevent_cse=False)
+    state, o = lax.scan(chunk, initial_state.reshape(B, H, group, K, V), inputs)
+    return chunks.merge(o, T).reshape(v.shape), state.reshape(B, HV, K, V)
 
 
-@functools.partial(jax.checkpoint, static_argnums=6)
-def _prepare(q, k, v, g, beta, starts, scale):
-    """What a chunk computes without the state that enters it.
+def _chunk(scale, state, inputs):
+    """One chunk of every head: from the state that enters to the one that leaves, and the outputs.
 
-    All arrays are [N, B, H, group, C, ...], of q and k the group axis is 1. With S the entering
-    state, the chunk's errors are E = errors - read @ S, its outputs queries @ S + scores @ E, and
-    the state that leaves it is decay * S + writes^T E. Checkpointed: the backward pass keeps these six
-    and rebuilds the decay products and score blocks behind them.
+    All arrays are [B, H, group, C, ...]; q and k have a group axis of 1, beta and starts a feature
+    axis of 1.
     """
+    q, k, v, g, beta, starts = inputs
+    dtype = v.dtype
     q, k, v, beta = (x.astype(f32) for x in (q, k, v, beta))
     q = scale * q
     decay = jnp.exp(g)
     if starts is not None:
         decay = jnp.where(starts, 0.0, decay)
-    levels, prefix, suffix = chunks.decay_products(decay)
+    # Without the barrier XLA fuses the tree into its users and computes it once for each.
+    levels, prefix, suffix, total = lax.optimization_barrier(chunks.decay_products(decay))
     writes = beta * k
     key_blocks, query_blocks = [], []
     for s, (later, earlier) in zip(chunks.tree_sizes(g.shape[-2]), levels, strict=True):
-        columns = chunks.halves(chunks.blocks(writes, s))[0] * earlier
-        rows = (later * chunks.halves(chunks.blocks(x, s))[1] for x in (k, q))
-        key_rows, query_rows = (x @ jnp.swapaxes(columns, -1, -2) for x in rows)
-        key_blocks.append(key_rows)
-        query_blocks.append(query_rows)
-    inverse = chunks.unit_lower_inverse(key_blocks)
+        columns = chunks.halves(writes, s)[0] * earlier
+        rows = jnp.concatenate([later * chunks.halves(x, s)[1] for x in (k, q)], axis=-2)
+        key_block, query_block = jnp.split(rows @ jnp.swapaxes(columns, -1, -2), 2, axis=-2)
+        key_blocks.append(key_block)
+        query_blocks.append(query_block)
     scores = chunks.lower_triangular(jnp.sum(q * writes, axis=-1), query_blocks)
-    total = jnp.swapaxes(prefix[..., -1:, :], -1, -2)
-    return inverse @ (prefix * k), inverse @ v, prefix * q, scores, suffix * writes, total
+    error = chunks.unit_lower_inverse(key_blocks) @ (v - (prefix * k) @ state)
+    o = (prefix * q) @ state + scores @ error
+    state = jnp.swapaxes(total, -1, -2) * state + jnp.swapaxes(suffix * writes, -1, -2) @ error
+    return state, o.astype(dtype)
