@@ -9,8 +9,12 @@ exactly one level.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 CHUNK = 64
+
+# Names of intermediate results for the policies of jax.checkpoint.
+INVERSE, SOLUTION = "unit lower inverse", "unit lower solution"
 
 
 def chunk_size(T):
@@ -101,7 +105,6 @@ def lower_triangular(diagonal, levels):
     return matrix[..., 0, :, :]
 
 
-@jax.custom_jvp
 def unit_lower_inverse(levels):
     """Inverts I + L, L strictly lower triangular, given as its levels' blocks; [..., C, C].
 
@@ -109,18 +112,29 @@ def unit_lower_inverse(levels):
     inverse of a diagonal block of the whole, so nothing grows that does not grow in the result.
     (A Neumann series of powers of L does, and cancels: for equal keys its terms reach 1e18.)
     """
-    first = levels[0]
-    inverse = jnp.ones((*first.shape[:-3], 2 * first.shape[-3], 1, 1), first.dtype)
+    pair, *levels = levels
+    one = jnp.ones_like(pair)
+    inverse = _block_lower(one, -pair, one)
     for lower in levels:
         left, right = _pairs(inverse)
-        inverse = _block_lower(left, -right @ lower @ left, right)
+        inverse = _block_lower(left, -(right @ lower @ left), right)
     return inverse[..., 0, :, :]
 
 
-@unit_lower_inverse.defjvp
-def _unit_lower_inverse_jvp(primals, tangents):
-    """d inv(M) = -inv(M) dM inv(M): two products, where the recursion's own rule has dozens."""
-    inverse = unit_lower_inverse(*primals)
-    (levels,) = tangents
-    change = lower_triangular(jnp.zeros_like(inverse[..., 0]), levels)
-    return inverse, -inverse @ change @ inverse
+@jax.custom_jvp
+def unit_lower_solve(levels, x):
+    """Solves (I + L) y = x, L strictly lower triangular, given as its levels' blocks."""
+    return unit_lower_inverse(levels) @ x
+
+
+@unit_lower_solve.defjvp
+def _unit_lower_solve_jvp(primals, tangents):
+    """dy = (I + L)^-1 (dx - dL y): two products, where the recursion's own rule has dozens.
+
+    The inverse and y are named, so that a checkpoint can keep what this rule reads.
+    """
+    (levels, x), (d_levels, dx) = primals, tangents
+    inverse = checkpoint_name(unit_lower_inverse(levels), INVERSE)
+    y = checkpoint_name(inverse @ x, SOLUTION)
+    d_lower = lower_triangular(jnp.zeros_like(inverse[..., 0]), d_levels)
+    return y, inverse @ (dx - d_lower @ y)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jla._segments import segment_starts
 from jla.reference.kda import kda_step
@@ -13,14 +14,16 @@ from jla.xla import chunks
 __all__ = ["kda", "kda_step"]  # one token has no chunks: its step is the definition's
 
 f32 = jnp.float32
+_SCORES = "scores"
+_KEPT = (_SCORES, chunks.INVERSE, chunks.SOLUTION)
 
 
 @functools.partial(jax.jit, static_argnames="scale")
 def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
     """A scan over chunks. See `jla.kda`.
 
-    The body is checkpointed: the backward pass keeps the inputs and one state a chunk, and computes
-    each chunk again when it comes to it.
+    The body is checkpointed: the backward pass keeps the inputs and, of each chunk, the state that
+    entered, the errors and two C x C matrices. The decays and what they weight it computes again.
     """
     B, T, HV, V = v.shape
     H, K = q.shape[2:]
@@ -36,7 +39,8 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
     if initial_state is None:
         initial_state = jnp.zeros((B, HV, K, V), f32)
     inputs = split(q, 1), split(k, 1), split(v, group), split(g, group), split(beta, group), starts
-    chunk = jax.checkpoint(functools.partial(_chunk, scale), prevent_cse=False)
+    policy = jax.checkpoint_policies.save_only_these_names(*_KEPT)
+    chunk = jax.checkpoint(functools.partial(_chunk, scale), prevent_cse=False, policy=policy)
     state, o = lax.scan(chunk, initial_state.reshape(B, H, group, K, V), inputs)
     return chunks.merge(o, T).reshape(v.shape), state.reshape(B, HV, K, V)
 
@@ -65,7 +69,8 @@ def _chunk(scale, state, inputs):
         key_blocks.append(key_block)
         query_blocks.append(query_block)
     scores = chunks.lower_triangular(jnp.sum(q * writes, axis=-1), query_blocks)
-    error = chunks.unit_lower_inverse(key_blocks) @ (v - (prefix * k) @ state)
+    scores = checkpoint_name(scores, _SCORES)
+    error = chunks.unit_lower_solve(key_blocks, v - (prefix * k) @ state)
     o = (prefix * q) @ state + scores @ error
     state = jnp.swapaxes(total, -1, -2) * state + jnp.swapaxes(suffix * writes, -1, -2) @ error
     return state, o.astype(dtype)

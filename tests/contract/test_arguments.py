@@ -1,0 +1,67 @@
+"""Clause 9: wrong arguments raise before anything runs, and say what is wrong."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from harness import inputs
+from mechanisms import MECHANISMS
+from test_transforms import compilations
+
+
+def mistakes(table):
+    for mechanism in MECHANISMS:
+        for label, edit, exception, fragments in getattr(mechanism, table):
+            values = (mechanism, edit, exception, fragments)
+            yield pytest.param(*values, id=f"{mechanism.name}-{label}")
+
+
+def check(function, good, edit, exception, fragments):
+    bad = edit(good)
+    with compilations() as events, pytest.raises(exception) as caught:
+        function(**bad)
+    assert not events, "something ran before the argument was refused"
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+    # The same under jit, where only shapes and dtypes are known.
+    arrays = {n: x for n, x in bad.items() if isinstance(x, jax.Array)}
+    others = {n: x for n, x in bad.items() if n not in arrays}
+    with pytest.raises(exception):
+        jax.eval_shape(lambda a: function(**a, **others), arrays)
+
+
+@pytest.mark.parametrize("mechanism, edit, exception, fragments", mistakes("mistakes"))
+def test_run_refuses(mechanism, edit, exception, fragments):
+    good, _ = inputs(mechanism, mechanism.implementations[0].sizes)
+    check(mechanism.run, good, edit, exception, fragments)
+
+
+@pytest.mark.parametrize("mechanism, edit, exception, fragments", mistakes("step_mistakes"))
+def test_step_refuses(mechanism, edit, exception, fragments):
+    args, _ = inputs(mechanism, mechanism.implementations[0].sizes)
+    tokenwise = mechanism.tokenwise()
+    good = {n: x[:, 0] for n, x in args.items() if n in tokenwise}
+    good[mechanism.state[1]] = args[mechanism.state[0]]
+    check(mechanism.step, good, edit, exception, fragments)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
+def test_settings_are_by_name_only(mechanism):
+    """One mathematical signature: no unknown setting is taken, and none by position."""
+    args, _ = inputs(mechanism, mechanism.implementations[0].sizes)
+    with pytest.raises(TypeError, match="chunk_size"):
+        mechanism.run(**args, chunk_size=64)
+    tokens = [args[name] for name in mechanism.tokenwise()]
+    with pytest.raises(TypeError, match="positional"):
+        mechanism.run(*tokens, 0.5)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
+def test_no_initial_state_is_zeros(mechanism):
+    args, _ = inputs(mechanism, mechanism.implementations[0].sizes)
+    name = mechanism.state[0]
+    state = args.pop(name)
+    for implementation in ("reference", "xla", None):
+        zeros = jax.tree.map(jnp.zeros_like, state)
+        got = mechanism.run(**args, implementation=implementation)
+        want = mechanism.run(**args, **{name: zeros}, implementation=implementation)
+        assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), got, want)))

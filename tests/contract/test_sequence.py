@@ -1,0 +1,178 @@
+"""Clauses 3, 4 and 5: causality, states that go on, packed segments."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import (
+    assert_agrees,
+    assert_close,
+    assert_same_bits,
+    cut,
+    definition,
+    forward,
+    inputs,
+    value_and_vjp,
+)
+from mechanisms import AGAINST_REFERENCE, GRID, SMALL
+
+
+def earlier_outputs_stay(mechanism, implementation, sizes, names):
+    args, _ = inputs(mechanism, sizes, implementation.dtypes[0])
+    T = sizes["T"]
+    before = forward(mechanism, implementation, args)[0]
+    # The borders of chunks of 16 to 64 tokens, and places inside them.
+    for t in (0, 1, 15, 16, 30, 31, 62, 63, 64, T - 2):
+        changed = dict(args)
+        for name in names:
+            later = mechanism.later(name, args[name][:, t + 1 :])
+            changed[name] = args[name].at[:, t + 1 :].set(later)
+        after = forward(mechanism, implementation, changed)[0]
+        assert_same_bits(after[:, : t + 1], before[:, : t + 1])
+        assert not np.array_equal(after[:, t + 1 :], before[:, t + 1 :])
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes", GRID)
+def test_causal_to_the_bit(mechanism, implementation, sizes):
+    earlier_outputs_stay(mechanism, implementation, sizes, mechanism.tokenwise())
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes", GRID)
+def test_a_later_tokens_gate_moves_no_earlier_output(mechanism, implementation, sizes):
+    """A chunk's reference point among its later gates would move the rounding of earlier rows."""
+    gates = [name for name in mechanism.tokenwise() if name == "g"]
+    earlier_outputs_stay(mechanism, implementation, sizes, gates)
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes", GRID)
+def test_split_is_whole(mechanism, implementation, sizes):
+    dtype = implementation.dtypes[0]
+    args, _ = inputs(mechanism, sizes, dtype)
+    whole = forward(mechanism, implementation, args)
+    for n in (1, 36, 64):
+        o, state = forward(mechanism, implementation, cut(mechanism, args, 0, n))
+        rest = cut(mechanism, args, n, None) | {mechanism.state[0]: state}
+        o_rest, state = forward(mechanism, implementation, rest)
+        got = jnp.concatenate([o, o_rest], axis=1), state
+        assert_close(got, whole, mechanism.tolerances[dtype][0])
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes", GRID)
+def test_gradients_pass_through_the_state(mechanism, implementation, sizes):
+    """The cotangent of the second part's initial state is that of the first part's final one."""
+    dtype, name, n = implementation.dtypes[0], mechanism.state[0], 36
+    args, (o_cotangent, state_cotangent) = inputs(mechanism, sizes, dtype)
+    whole = value_and_vjp(mechanism, implementation, args, (o_cotangent, state_cotangent))[1]
+    first = cut(mechanism, args, 0, n)
+    state = forward(mechanism, implementation, first)[1]
+    second = cut(mechanism, args, n, None) | {name: state}
+    cotangents = (o_cotangent[:, n:], state_cotangent)
+    later = value_and_vjp(mechanism, implementation, second, cotangents)[1]
+    cotangents = (o_cotangent[:, :n], later[name])
+    earlier = value_and_vjp(mechanism, implementation, first, cotangents)[1]
+    got = {
+        key: jnp.concatenate([earlier[key], later[key]], axis=1)
+        if key in mechanism.tokenwise()
+        else earlier[key]
+        for key in args
+    }
+    assert_close(got, whole, mechanism.tolerances[dtype][1])
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes", GRID)
+def test_decode_is_forward(mechanism, implementation, sizes):
+    dtype = implementation.dtypes[0]
+    args, _ = inputs(mechanism, sizes, dtype)
+    tokens = {name: jnp.moveaxis(args[name], 1, 0) for name in mechanism.tokenwise()}
+    step = functools.partial(mechanism.step, implementation=implementation.name)
+
+    @jax.jit
+    def decode(state, tokens):
+        def token(state, inputs):
+            o, state = step(**inputs, **{mechanism.state[1]: state})
+            return state, o
+
+        return jax.lax.scan(token, state, tokens)
+
+    with implementation.context():
+        state, o = decode(args[mechanism.state[0]], tokens)
+    whole = forward(mechanism, implementation, args)
+    assert_close((jnp.moveaxis(o, 0, 1), state), whole, mechanism.tolerances[dtype][0])
+
+
+# Two rows that share few borders, with segments of one token at the ends and inside. Ids come
+# again later, and only neighbours make a segment: [0, 0, 1, 1, 0] are three.
+PACKS = (
+    ((3, 1), (7, 29), (3, 1), (0, 33), (7, 35), (0, 1)),
+    ((0, 36), (1, 64)),
+)
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes", SMALL)
+def test_packed_is_separate(mechanism, implementation, sizes):
+    dtype, state_name = implementation.dtypes[0], mechanism.state[0]
+    args, (o_cotangent, state_cotangent) = inputs(mechanism, dict(sizes) | dict(B=2, T=100), dtype)
+    ids = [np.repeat(*np.transpose(row)) for row in PACKS]
+    got = value_and_vjp(
+        mechanism,
+        implementation,
+        args,
+        (o_cotangent, state_cotangent),
+        jnp.asarray(np.stack(ids), jnp.int32),
+    )
+    rows = []
+    for row, pack in enumerate(PACKS):
+        borders = np.cumsum([0, *(length for _, length in pack)])
+        one = jax.tree.map(lambda x, row=row: x[row : row + 1], args)
+        o_one, state_one = jax.tree.map(
+            lambda x, row=row: x[row : row + 1], (o_cotangent, state_cotangent)
+        )
+        runs = []
+        for start, stop in itertools.pairwise(borders):
+            alone = cut(mechanism, one, start, stop)
+            # The row's first segment has its initial state, its last one returns the final state.
+            if start > 0:
+                alone[state_name] = jax.tree.map(jnp.zeros_like, alone[state_name])
+            last = stop == borders[-1]
+            final = state_one if last else jax.tree.map(jnp.zeros_like, state_one)
+            runs.append(definition(mechanism, alone, (o_one[:, start:stop], final)))
+        o = jnp.concatenate([values[0] for values, _ in runs], axis=1)
+        gradients = {
+            name: jnp.concatenate([gradient[name] for _, gradient in runs], axis=1)
+            if name in mechanism.tokenwise()
+            else runs[0][1][name]
+            for name in args
+        }
+        rows.append(((o, runs[-1][0][1]), gradients))
+    want = jax.tree.map(lambda *x: jnp.concatenate(x, axis=0), *rows)
+    assert_agrees(mechanism, dtype, got, want)
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes", AGAINST_REFERENCE)
+def test_every_token_its_own_segment(mechanism, implementation, sizes):
+    dtype = implementation.dtypes[0]
+    args, cotangents = inputs(mechanism, sizes, dtype)
+    ids = jnp.broadcast_to(jnp.arange(sizes["T"], dtype=jnp.int32), (sizes["B"], sizes["T"]))
+    got = value_and_vjp(mechanism, implementation, args, cotangents, ids)
+    assert_agrees(mechanism, dtype, got, definition(mechanism, args, cotangents, ids))
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes", SMALL)
+def test_nothing_crosses_a_border(mechanism, implementation, sizes):
+    """To the bit: what a segment holds moves neither the next one's outputs nor its state."""
+    args, _ = inputs(mechanism, dict(sizes) | dict(B=2, T=100), implementation.dtypes[0])
+    for border in (36, 64):
+        ids = jnp.zeros((2, 100), jnp.int32).at[:, border:].set(1)
+        changed = {
+            name: x.at[:, :border].set(mechanism.later(name, x[:, :border]))
+            if name in mechanism.tokenwise()
+            else jax.tree.map(lambda s: 2 * s, x)
+            for name, x in args.items()
+        }
+        before = forward(mechanism, implementation, args, ids)
+        after = forward(mechanism, implementation, changed, ids)
+        assert_same_bits((after[0][:, border:], after[1]), (before[0][:, border:], before[1]))
+        assert not np.array_equal(after[0][:, :border], before[0][:, :border])

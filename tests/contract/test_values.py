@@ -1,0 +1,116 @@
+"""Clauses 1, 2 and 6: values and gradients are the definition's, at every shape and gate."""
+
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import assert_agrees, definition, inputs, value_and_vjp
+from mechanisms import AGAINST_REFERENCE, GRID, MECHANISMS
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+
+
+def check(mechanism, implementation, sizes, dtype=None, stress=None):
+    dtype = dtype or implementation.dtypes[0]
+    args, cotangents = inputs(mechanism, sizes, dtype)
+    if stress:
+        args = mechanism.stress[stress](args)
+    got = value_and_vjp(mechanism, implementation, args, cotangents)
+    # Outputs have the cotangents' dtypes, gradients their arguments'.
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, (cotangents, args))
+    assert_agrees(mechanism, dtype, got, definition(mechanism, args, cotangents))
+
+
+def dtype_cases():
+    for row in GRID:
+        mechanism, implementation, sizes = row.values
+        for dtype in implementation.dtypes:
+            if (implementation.name, dtype) != ("reference", "float32"):
+                values = (mechanism, implementation, sizes, dtype)
+                yield pytest.param(*values, id=f"{row.id}-{dtype}", marks=row.marks)
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes, dtype", dtype_cases())
+def test_values_and_gradients(mechanism, implementation, sizes, dtype):
+    check(mechanism, implementation, sizes, dtype)
+
+
+def edited_sizes(edits):
+    for row in AGAINST_REFERENCE:
+        if not row.marks:
+            mechanism, implementation, sizes = row.values
+            for edit in edits(implementation):
+                label = "-".join(f"{letter}{size}" for letter, size in edit.items())
+                values = (mechanism, implementation, dict(sizes) | dict(B=1) | edit)
+                yield pytest.param(*values, id=f"{row.id}-{label}")
+
+
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes", edited_sizes(lambda i: [dict(T=T) for T in i.lengths])
+)
+def test_any_length(mechanism, implementation, sizes):
+    check(mechanism, implementation, sizes)
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes", edited_sizes(lambda i: i.head_dims))
+def test_head_dimensions(mechanism, implementation, sizes):
+    check(mechanism, implementation, sizes)
+
+
+def stress_cases():
+    for row in AGAINST_REFERENCE:
+        for stress in row.values[0].stress:
+            yield pytest.param(*row.values, stress, id=f"{row.id}-{stress}", marks=row.marks)
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes, stress", stress_cases())
+def test_extreme_gates_keep_values_and_gradients(mechanism, implementation, sizes, stress):
+    """An `exp` of a positive difference, masked too late, would show here as a NaN gradient."""
+    check(mechanism, implementation, sizes, stress=stress)
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes", AGAINST_REFERENCE)
+def test_gate_gradient_at_every_token(mechanism, implementation, sizes):
+    """Token by token: a term lost at a chunk's border cannot hide in the norm of the rest."""
+    dtype = implementation.dtypes[0]
+    args, cotangents = inputs(mechanism, sizes, dtype)
+    got = value_and_vjp(mechanism, implementation, args, cotangents)[1]
+    want = definition(mechanism, args, cotangents)[1]
+    tolerance = 5 * mechanism.tolerances[dtype][1]
+    for name in mechanism.tokenwise():
+        # [T]: the norm of each token's gradient, over all else.
+        axes = tuple(i for i in range(got[name].ndim) if i != 1)
+        difference = got[name].astype(jnp.float32) - want[name]
+        off = np.sqrt(jnp.sum(jnp.square(difference), axis=axes))
+        size = np.sqrt(jnp.sum(jnp.square(want[name]), axis=axes))
+        assert np.all(off <= tolerance * (size + 0.1 * size.mean())), (name, np.argmax(off / size))
+
+
+def golden_cases():
+    for mechanism in MECHANISMS:
+        for implementation in mechanism.implementations:
+            if "float32" in implementation.dtypes:
+                for file in mechanism.golden:
+                    yield pytest.param(
+                        mechanism, implementation, file, id=f"{implementation.name}-{file}"
+                    )
+
+
+@pytest.mark.parametrize("mechanism, implementation, file", golden_cases())
+def test_golden_vectors(mechanism, implementation, file):
+    """Inputs, outputs and gradients of sum(output * ct) that were computed elsewhere."""
+    arrays = {name: jnp.asarray(x) for name, x in np.load(GOLDEN / f"{file}.npz").items()}
+    args = {name: arrays[f"in_{name}"] for name in mechanism.axes if f"in_{name}" in arrays}
+    want, cotangents = (
+        jax.tree.unflatten(
+            jax.tree.structure(mechanism.outputs),
+            [arrays[f"{kind}_{name}"] for name in mechanism.golden_outputs],
+        )
+        for kind in ("out", "ct")
+    )
+    gradients = {name: arrays[f"grad_{name}"] for name in args}
+    got = value_and_vjp(mechanism, implementation, args, cotangents)
+    assert_agrees(mechanism, "float32", got, (want, gradients))
