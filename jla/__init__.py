@@ -1,5 +1,14 @@
 """jla: linear attention for JAX, at the speed of the card."""
 
+import importlib
+
 from jla.kda import kda, kda_gate, kda_step
 
-__all__ = ["kda", "kda_gate", "kda_step"]
+__all__ = ["kda", "kda_gate", "kda_step", "linen", "pallas"]
+
+
+def __getattr__(name):
+    # Imported when first used: plain functions need neither flax nor Pallas.
+    if name in ("linen", "pallas"):
+        return importlib.import_module(f"jla.{name}")
+    raise AttributeError(f"module 'jla' has no attribute {name!r}")

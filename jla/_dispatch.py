@@ -2,6 +2,8 @@
 
 import importlib
 
+import jax
+
 from jla._checks import check_implementation
 
 # The module, inside jla.reference, jla.xla and jla.pallas, that holds each function.
@@ -15,12 +17,34 @@ def choose(name, implementation, *arrays):
 
     Raises:
       ValueError: an unknown implementation.
-      NotImplementedError: "pallas" was asked for and cannot serve these arguments.
+      NotImplementedError: "pallas" was asked for and cannot serve these arguments here.
     """
     check_implementation(implementation)
-    if implementation == "pallas":
-        raise NotImplementedError(
-            f'{name}: implementation="pallas" is not there yet; "xla" and "reference" are'
-        )
-    package = implementation or "xla"
-    return getattr(importlib.import_module(f"jla.{package}.{_MODULES[name]}"), name)
+    if implementation in (None, "pallas"):
+        reason = _why_not_pallas(name, arrays, asked_for=implementation == "pallas")
+        if reason is None:
+            implementation = "pallas"
+        elif implementation is None:
+            implementation = "xla"
+        else:
+            raise NotImplementedError(
+                f'{name}: implementation="pallas" cannot serve this call: {reason}. '
+                'implementation="xla" can.'
+            )
+    return getattr(_module(implementation, name), name)
+
+
+def _why_not_pallas(name, arrays, *, asked_for):
+    """Why the kernels of `name` cannot serve these arrays on this device, or None."""
+    if not asked_for and jax.default_backend() != "gpu":
+        return "there is no GPU"  # and no need to import Pallas
+    from jla import pallas
+
+    module = _module("pallas", name)
+    if not hasattr(module, name):
+        return "there is no kernel for it yet"
+    return module.unsupported(*arrays) or pallas.unsupported_device()
+
+
+def _module(package, name):
+    return importlib.import_module(f"jla.{package}.{_MODULES[name]}")

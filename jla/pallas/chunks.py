@@ -87,7 +87,7 @@ def level_roles(level):
 
 
 def _halves(level):
-    """Token numbers, the half block's length, the place in the half block, whether it is a right."""
+    """Token numbers, a half block's length, the place in the half, whether it is a right half."""
     i = tokens()
     half = jnp.broadcast_to(lax.shift_left(jnp.uint32(1), jnp.uint32(level)), i.shape)
     return i, half, lax.bitwise_and(i, half - 1), lax.bitwise_and(i, half) != 0

@@ -85,7 +85,10 @@ def product(*pairs, init=None):
     be a `.T`. Under the interpreter, which cannot run wgmma with registers, it is a plain product.
     """
     if interpreting():
-        value = lambda x: (x if isinstance(x, jax.Array) else x[...]).astype(f32)
+
+        def value(x):
+            return (x if isinstance(x, jax.Array) else x[...]).astype(f32)
+
         total = sum(jnp.dot(value(a), value(b), precision=lax.Precision.HIGHEST) for a, b in pairs)
         return total if init is None else total + init
 

@@ -1,0 +1,83 @@
+"""Kernels under vmap and under a sharded jit.
+
+A Pallas call is opaque to XLA's partitioner, which would gather its operands. What is computed for
+every batch row and head by itself says so here, and then runs shard by shard.
+"""
+
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def shardwise(function, operands, results):
+    """Wraps a function of arrays that works on every batch row and head by itself.
+
+    Sharded over batch and heads it runs shard by shard, without communication; any other axis is
+    gathered. `vmap` folds the mapped axis into the batch.
+
+    Args:
+      function: takes arrays, returns a tuple of arrays.
+      operands, results: each array's axis letters, the first of them `B`. `H` and `HV` are key and
+        value heads; `HV`, a multiple of `H`, is split as `H` is.
+    """
+
+    def run(*arrays):
+        sizes = {}
+        for array, axes in zip(arrays, operands, strict=True):
+            sizes |= dict(zip(axes.split(), array.shape, strict=True))
+        partitioned = custom_partitioning(function)
+        partitioned.def_partition(
+            partition,
+            infer_sharding_from_operands=lambda mesh, args, _: shardings(mesh, args, results),
+            **_rule(operands, results, sizes["HV"] // sizes["H"]),
+        )
+        return partitioned(*arrays)
+
+    def shardings(mesh, args, sides):
+        batch, heads = _placement(operands, args)
+        place = {"B": batch, "H": heads, "HV": heads}
+        specs = (PartitionSpec(*(place.get(x) for x in axes.split())) for axes in sides)
+        return tuple(NamedSharding(mesh, spec) for spec in specs)
+
+    def partition(mesh, args, _):
+        return mesh, function, shardings(mesh, args, results), shardings(mesh, args, operands)
+
+    run = custom_vmap(run)
+
+    @run.def_vmap
+    def fold(size, in_batched, *arrays):
+        def merge(array, batched):
+            if not batched:
+                array = jnp.broadcast_to(array, (size, *array.shape))
+            return array.reshape(-1, *array.shape[2:])
+
+        out = run(*map(merge, arrays, in_batched))
+        out = tuple(x.reshape(size, -1, *x.shape[1:]) for x in out)
+        return out, (True,) * len(out)
+
+    return run
+
+
+def _placement(operands, args):
+    """The mesh axes that batch and heads are split over: those of the first array that has both."""
+    for axes, arg in zip(operands, args, strict=True):
+        letters = axes.split()
+        if "HV" in letters and isinstance(arg.sharding, NamedSharding):
+            spec = (*arg.sharding.spec, *(None,) * len(letters))
+            return spec[0], spec[letters.index("HV")]
+    return None, None
+
+
+def _rule(operands, results, group):
+    """Shardy's rule: batch and key heads are split together everywhere, all else stays whole."""
+    names = {"B": "b", "H": "h", "HV": "h" if group == 1 else "(h group)"}
+
+    def side(arrays):
+        return ", ".join(" ".join(names.get(x, x.lower()) for x in axes.split()) for axes in arrays)
+
+    rest = {x.lower() for axes in (*operands, *results) for x in axes.split() if x not in names}
+    sizes = {} if group == 1 else {"group": group}
+    whole = tuple(sorted(rest | sizes.keys()))
+    rule = f"{side(operands)} -> {side(results)}"
+    return dict(sharding_rule=rule, need_replication_factors=whole, **sizes)
