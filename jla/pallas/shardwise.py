@@ -4,10 +4,14 @@ A Pallas call is opaque to XLA's partitioner, which would gather its operands. W
 every batch row and head by itself says so here, and then runs shard by shard.
 """
 
+import re
+
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
+
+from jla.pallas.mosaic import interpreting
 
 
 def shardwise(function, operands, results):
@@ -23,10 +27,13 @@ def shardwise(function, operands, results):
     """
 
     def run(*arrays):
+        if interpreting():  # its ordered callbacks cannot be partitioned
+            return function(*arrays)
         sizes = {}
         for array, axes in zip(arrays, operands, strict=True):
             sizes |= dict(zip(axes.split(), array.shape, strict=True))
-        partitioned = custom_partitioning(function)
+        # A plain function: custom_partitioning cannot read a partial's signature.
+        partitioned = custom_partitioning(lambda *operands: function(*operands))
         partitioned.def_partition(
             partition,
             infer_sharding_from_operands=lambda mesh, args, _: shardings(mesh, args, results),
@@ -76,8 +83,8 @@ def _rule(operands, results, group):
     def side(arrays):
         return ", ".join(" ".join(names.get(x, x.lower()) for x in axes.split()) for axes in arrays)
 
-    rest = {x.lower() for axes in (*operands, *results) for x in axes.split() if x not in names}
     sizes = {} if group == 1 else {"group": group}
-    whole = tuple(sorted(rest | sizes.keys()))
     rule = f"{side(operands)} -> {side(results)}"
+    # Shardy wants the factors in the order in which they first appear.
+    whole = tuple(x for x in dict.fromkeys(re.findall(r"\w+", rule)) if x not in ("b", "h"))
     return dict(sharding_rule=rule, need_replication_factors=whole, **sizes)
