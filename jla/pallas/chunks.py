@@ -11,13 +11,12 @@ from jla.pallas import mosaic
 from jla.pallas.mosaic import (
     PER_COLUMN,
     PER_ROW,
-    bf16,
+    f16,
     f32,
     load,
     per_column,
     per_row,
     product,
-    split,
 )
 
 CHUNK = 64
@@ -68,13 +67,15 @@ def level_decay_mask(level):
     return _interval(start, length)
 
 
-def level_pairs(level, *, reverse=False):
+def level_pairs(level, *, reverse=False, symmetric=False):
     """[i, j]: whether the level serves the pair: i in the right half of j's block, j in the left.
 
-    With `reverse`, the transpose.
+    With `reverse` the transpose, with `symmetric` both.
     """
     i, half, offset, right = _halves(level)
     first, nothing = i - offset, jnp.zeros_like(i)
+    if symmetric:
+        return _interval(jnp.where(right, first - half, first + half), half)
     if reverse:
         return _interval(first + half, jnp.where(right, nothing, half))
     return _interval(first - half, jnp.where(right, half, nothing))
@@ -97,9 +98,9 @@ def _interval(start, length):
     return mosaic.in_interval(start, length, CHUNK)
 
 
-def weights(mask):
-    """A mask as wgmma's operand: 1.0 or 0.0 in bf16."""
-    return jnp.where(mask, 1.0, 0.0).astype(bf16)
+def weights(mask, dtype=f16):
+    """A mask as wgmma's operand: 1.0 or 0.0."""
+    return jnp.where(mask, 1.0, 0.0).astype(dtype)
 
 
 def same_segment(index_row, index_column):
@@ -109,14 +110,22 @@ def same_segment(index_row, index_column):
     return row == column
 
 
+def gates(g):
+    """Log decays as wgmma's operand for `decays`: base 2, float16.
+
+    float16 errs by 2**-12 of an exponent x, that is by x exp(-x) 2**-12 < 1e-4 in the decay. The
+    bound keeps the sums of a chunk finite; exp2 of it is zero.
+    """
+    return jnp.maximum(g * LOG2E, -3e4).astype(f16)
+
+
 def decays(mask, gates):
-    """exp2(mask @ log2 decays), [64, 64]; `gates` is the SMEM pair (high, low) of `split`.
+    """exp2(mask @ gates), [64, 64] float32; `mask` from `weights`, `gates` an SMEM tile of `gates`.
 
     Every row's decays are summed directly and none is subtracted, so no exponent is positive and a
     huge decay elsewhere in the chunk costs no precision here.
     """
-    high, low = gates
-    return jnp.exp2(product((mask, high), (mask, low)))
+    return jnp.exp2(product((mask, gates)))
 
 
 def unit_triangular_inverse(a, scratch):
@@ -125,26 +134,23 @@ def unit_triangular_inverse(a, scratch):
     Block substitution: X is the inverse of the diagonal blocks of 2**level, and
     X - X L X, with L the part of `a` that joins two of them, that of the blocks twice as large.
     No power of `a` is formed, so keys that repeat with beta = 2 stay exact where doubling
-    overflows. Products keep 16 bits of each factor (three bf16 products).
+    overflows. Operands are float16: eleven bits where bf16 has eight.
 
     Args:
-      scratch: four [64, 64] bf16 SMEM tiles, overwritten.
+      scratch: two [64, 64] float16 SMEM tiles, overwritten.
     """
 
     def level_step(level, x):
         joined = jnp.where(level_pairs(level), a, 0.0)
-        lx = product16(joined, x, scratch[:2])
-        return x - product16(x, lx, scratch[2:])
+        lx = product_half(joined, x, scratch[0])
+        return x - product_half(x, lx, scratch[1])
 
     x = jnp.where(diagonal(), 1.0, 0.0).astype(f32) - jnp.where(level_pairs(0), a, 0.0)
     return lax.fori_loop(1, LEVELS, level_step, x)
 
 
-def product16(a, b, scratch):
-    """a @ b for float32 values in registers, 16 bits of each kept; `scratch`: two SMEM tiles."""
-    (a_high, a_low), (b_high, b_low) = split(a), split(b)
-    high, low = scratch
-    high[...] = b_high
-    low[...] = b_low
+def product_half(a, b, scratch):
+    """a @ b for float32 values in registers, rounded to float16; `scratch`: a float16 SMEM tile."""
+    scratch[...] = b.astype(f16)
     plgpu.commit_smem()
-    return product((a_high, high), (a_low, high), (a_high, low))
+    return product((a.astype(f16), scratch))

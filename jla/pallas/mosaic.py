@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-f32, bf16 = jnp.float32, jnp.bfloat16
+f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 # A wgmma accumulator's layout, and the layouts of a vector along its rows or along its columns.
 TILE = plgpu.Layout.WGMMA
@@ -22,7 +22,7 @@ PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 TILE_TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
-# How wgmma and TMA want a bf16 tile to lie in SMEM: 8x64 tiles, 128-byte swizzle.
+# How wgmma and TMA want a 16-bit tile to lie in SMEM: 8x64 tiles, 128-byte swizzle.
 TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 _state = threading.local()
@@ -50,9 +50,9 @@ def interpreting():
     return getattr(_state, "interpreting", False)
 
 
-def tile(rows, columns, *leading):
-    """A bf16 SMEM tile that TMA and wgmma can use."""
-    return plgpu.SMEM((*leading, rows, columns), bf16, transforms=TRANSFORMS)
+def tile(rows, columns, *leading, dtype=bf16):
+    """A 16-bit SMEM tile that TMA and wgmma can use."""
+    return plgpu.SMEM((*leading, rows, columns), dtype, transforms=TRANSFORMS)
 
 
 def row_numbers(rows):

@@ -7,8 +7,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas import chunks, mosaic
-from jla.pallas.chunks import CHUNK, LEVELS, LOG2E, TILE_WIDTH
-from jla.pallas.mosaic import PER_COLUMN, PER_ROW, bf16, f32, load, per_column, per_row
+from jla.pallas.chunks import CHUNK, LEVELS, TILE_WIDTH
+from jla.pallas.mosaic import (
+    PER_COLUMN,
+    PER_ROW,
+    TILE,
+    bf16,
+    f16,
+    f32,
+    load,
+    per_column,
+    per_row,
+)
 
 SDS = jax.ShapeDtypeStruct
 
@@ -85,13 +95,9 @@ def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, de
 
         ks = [pl.ds((wg * k_parts + i) * TILE_WIDTH, TILE_WIDTH) for i in range(k_parts)]
         vs = [pl.ds((wg * v_parts + i) * TILE_WIDTH, TILE_WIDTH) for i in range(v_parts)]
-        gates = []
-        for i, s in enumerate(ks):
-            pair = [sg.at[2 * (wg * k_parts + i) + part] for part in range(2)]
-            log2_decay = load(g_ref.at[b, rows, h, s], optimized=False) * LOG2E
-            for ref, part in zip(pair, mosaic.split(log2_decay), strict=True):
-                ref[...] = part
-            gates.append(pair)
+        gates = [sg.at[wg * k_parts + i] for i in range(k_parts)]
+        for s, tile in zip(ks, gates, strict=True):
+            tile[...] = chunks.gates(load(g_ref.at[b, rows, h, s], optimized=False))
         plgpu.commit_smem()
         plgpu.barrier_wait(loaded)
 
@@ -100,11 +106,11 @@ def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, de
         beta_rows = per_row(load(beta_ref.at[b, h, rows], PER_ROW, optimized=False), TILE_WIDTH)
         earlier = chunks.weights(chunks.up_to())
         later = chunks.weights(chunks.from_on(strict=True))
-        for s, pair in zip(ks, gates, strict=True):
+        for s, tile in zip(ks, gates, strict=True):
             keys = load(sk.at[:, s])
-            before = chunks.decays(earlier, pair) * read
+            before = chunks.decays(earlier, tile) * read
             read_keys.at[:, s][...] = (keys * before).astype(bf16)
-            after = chunks.decays(later, pair) * write
+            after = chunks.decays(later, tile) * write
             write_keys.at[:, s][...] = (keys * after).astype(bf16)
         meet()
 
@@ -129,16 +135,19 @@ def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, de
         # The products of the two score gradients span all of V: with two warpgroups each makes one.
         same = chunks.same_segment(index_row.at[b, rows], index_column.at[b, rows])
 
+        def store_symmetric(ref, gradient, mask):
+            """Stores a score gradient for both of its uses: by the reader, and by what is read."""
+            gradient = jnp.where(same, jnp.where(mask, gradient, 0.0), 0.0)
+            ref[...] = gradient.astype(bf16)
+            plgpu.commit_smem()
+            both = jnp.where(mask, gradient, load(ref.T))
+            ref[...] = both.astype(bf16)
+
         def query_score_gradient():
-            gradient = mosaic.product((sdo, written.T)) * scale
-            gradient = jnp.where(same, jnp.where(chunks.up_to(), gradient, 0.0), 0.0)
-            saq[...] = gradient.astype(bf16)
+            store_symmetric(saq, mosaic.product((sdo, written.T)) * scale, chunks.up_to())
 
         def key_score_gradient():
-            gradient = -mosaic.product((sv, written.T))
-            below = chunks.up_to(strict=True)
-            gradient = jnp.where(same, jnp.where(below, gradient, 0.0), 0.0)
-            sx[...] = gradient.astype(bf16)
+            store_symmetric(sx, -mosaic.product((sv, written.T)), chunks.up_to(strict=True))
 
         if warpgroups > 1:
             pl.when(wg == 0)(query_score_gradient)
@@ -148,11 +157,11 @@ def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, de
             key_score_gradient()
         meet()
 
-        for s, pair in zip(ks, gates, strict=True):
-            before = chunks.decays(earlier, pair) * read
+        for s, tile in zip(ks, gates, strict=True):
+            before = chunks.decays(earlier, tile) * read
             dq = mosaic.product((sdo, ss.at[:, s])) * before * scale
             dk_read = -mosaic.product((sv, ss.at[:, s])) * before
-            after = chunks.decays(later, pair) * write
+            after = chunks.decays(later, tile) * write
             dk_write = mosaic.product((written, sds.at[:, s])) * after
             # The border's term, for all tokens what their chunk carries out and for each what its
             # predecessors write. Sums over rows go through wgmma: Mosaic's own use one scratch for
@@ -164,20 +173,20 @@ def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, de
                 carried = change if carried is None else carried + change
             decay = load(decay_ref.at[b, h, n, s], PER_COLUMN, optimized=False)
             carried *= per_column(decay, CHUNK)
-            border = row_sums(chunks.weights(chunks.everywhere()), carried, s)
-            before_each = chunks.weights(chunks.up_to(strict=True))
+            border = row_sums(chunks.weights(chunks.everywhere(), bf16), carried, s)
+            before_each = chunks.weights(chunks.up_to(strict=True), bf16)
             border += row_sums(before_each, load(sk.at[:, s]) * dk_write, s)
             dg_out.at[b, rows, h, s][...] = border
 
             dq, dk, dk_signed = _through_scores(
-                sq.at[:, s], sk.at[:, s], pair, saq, sx,
+                sq.at[:, s], sk.at[:, s], tile, saq, sx,
                 read_keys.at[:, s], write_keys.at[:, s],
                 dq, dk_read + dk_write, dk_read,
             )  # fmt: skip
 
             queries, keys = load(sq.at[:, s]), load(sk.at[:, s])
             cumulated = queries * dq + keys * dk_signed
-            dg = row_sums(chunks.weights(chunks.from_on()), cumulated, s)
+            dg = row_sums(chunks.weights(chunks.from_on(), bf16), cumulated, s)
             dg_out.at[b, rows, h, s][...] = dg + load(dg_out.at[b, rows, h, s], optimized=False)
             diagonal = jnp.where(chunks.diagonal(), load(saq), 0.0).sum(axis=1)
             diagonal = per_row(diagonal, TILE_WIDTH)
@@ -198,7 +207,7 @@ def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, de
             *(mosaic.tile(CHUNK, V) for _ in range(2)),
             *(mosaic.tile(V, K) for _ in range(2)),
             *(mosaic.tile(CHUNK, CHUNK) for _ in range(2)),
-            mosaic.tile(CHUNK, TILE_WIDTH, 2 * K // TILE_WIDTH),
+            mosaic.tile(CHUNK, TILE_WIDTH, K // TILE_WIDTH, dtype=f16),
             *(mosaic.tile(CHUNK, K) for _ in range(2)),
             mosaic.tile(CHUNK, V),
             plgpu.Barrier(num_arrivals=8),
@@ -220,23 +229,26 @@ def _through_scores(sq, sk, gates, query_gradient, key_gradient, sx, sy, dq, dk,
 
     Args:
       sq, sk: the tile's queries and keys. sx, sy: two tiles to work in.
-      query_gradient, key_gradient: gradients of the scores, masked, [64, 64] bf16.
+      query_gradient, key_gradient: gradients of the scores plus their transposes, [64, 64] bf16.
       dq, dk, dk_signed: what is to be added to; dk_signed is dk with the sign of the role.
     """
 
     def level_step(level, gradients):
         dq, dk, dk_signed = gradients
         decay = chunks.decays(chunks.weights(chunks.level_decay_mask(level)), gates)
-        sx[...] = (load(sq) * decay).astype(bf16)
-        sy[...] = (load(sk) * decay).astype(bf16)
+        rounded = decay.astype(bf16)
+        sx[...] = plgpu.load(sq, layout=TILE) * rounded
+        sy[...] = plgpu.load(sk, layout=TILE) * rounded
         plgpu.commit_smem()
-        pairs, reversed_pairs = chunks.level_pairs(level), chunks.level_pairs(level, reverse=True)
-        by_query = jnp.where(pairs, load(query_gradient), 0.0).astype(bf16)
+
+        def masked(ref, mask):
+            return jnp.where(mask, load(ref), 0.0).astype(bf16)
+
+        by_query = masked(query_gradient, chunks.level_pairs(level))
         dq += decay * mosaic.product((by_query, sy))
-        by_key = jnp.where(pairs, load(key_gradient), 0.0)
-        by_key += jnp.where(reversed_pairs, load(key_gradient.T), 0.0)
-        from_query = jnp.where(reversed_pairs, load(query_gradient.T), 0.0).astype(bf16)
-        change = decay * mosaic.product((by_key.astype(bf16), sy), (from_query, sx))
+        by_key = masked(key_gradient, chunks.level_pairs(level, symmetric=True))
+        from_query = masked(query_gradient, chunks.level_pairs(level, reverse=True))
+        change = decay * mosaic.product((by_key, sy), (from_query, sx))
         sign = per_row(chunks.level_roles(level), TILE_WIDTH)
         return dq, dk + change, dk_signed + sign * change
 

@@ -7,10 +7,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas import chunks, mosaic
-from jla.pallas.chunks import CHUNK, LEVELS, LOG2E, TILE_WIDTH
-from jla.pallas.mosaic import PER_COLUMN, PER_ROW, bf16, f32, load, per_column, per_row
+from jla.pallas.chunks import CHUNK, LEVELS, TILE_WIDTH
+from jla.pallas.mosaic import (
+    PER_COLUMN,
+    PER_ROW,
+    TILE,
+    bf16,
+    f16,
+    f32,
+    load,
+    per_column,
+    per_row,
+)
 
 SDS = jax.ShapeDtypeStruct
+# Chunks worked on side by side in one CTA, each by one warpgroup: three leave 168 registers a
+# thread and 75 KB of SMEM a chunk, and hide each other's latencies.
+WARPGROUPS = 3
 
 
 def prepare(q, k, v, g, beta, segments, *, scale):
@@ -38,78 +51,92 @@ def prepare(q, k, v, g, beta, segments, *, scale):
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     N, group = T // CHUNK, HV // H
+    chunks_in_all = B * N * HV
     tiles = [pl.ds(i * TILE_WIDTH, TILE_WIDTH) for i in range(K // TILE_WIDTH)]
 
-    def body(
+    def body(*refs):
+        wg = lax.axis_index("wg")
+        number = lax.axis_index("cta") * WARPGROUPS + wg
+        inputs, outputs, scratch = refs[:10], refs[10:17], refs[17:]
+
+        @pl.when(number < chunks_in_all)
+        def _():
+            h, n = lax.rem(number, HV), lax.rem(lax.div(number, HV), N)
+            one_chunk(
+                lax.div(number, HV * N), n, h, *inputs, *outputs, *(x.at[wg] for x in scratch)
+            )
+
+    def one_chunk(
+        b, n, h,
         q_ref, k_ref, v_ref, g_ref, beta_row, beta_column, index_row, index_column, reads, writes,
         q_out, w_out, u_out, kg_out, decay_out, aq_out, x_out,
-        sq, sk, sv, sg, sy, square, loaded,
+        sq, sk, sv, sg, sy, loaded, v_loaded,
     ):  # fmt: skip
-        b, n, h = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("h")
         rows = pl.ds(n * CHUNK, CHUNK)
-        hk = h // group
-        plgpu.copy_gmem_to_smem(q_ref.at[b, rows, hk], sq, loaded)
-        plgpu.copy_gmem_to_smem(k_ref.at[b, rows, hk], sk, loaded)
-        plgpu.copy_gmem_to_smem(v_ref.at[b, rows, h], sv, loaded)
-        gates = []
+        plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h // group], sq, loaded)
+        plgpu.copy_gmem_to_smem(k_ref.at[b, rows, h // group], sk, loaded)
         for i, s in enumerate(tiles):
-            log2_decay = load(g_ref.at[b, rows, h, s], optimized=False) * LOG2E
-            decay_out.at[b, h, n, s][...] = jnp.exp2(log2_decay.sum(axis=0))
-            gates.append((sg.at[2 * i], sg.at[2 * i + 1]))
-            for ref, part in zip(gates[i], mosaic.split(log2_decay), strict=True):
-                ref[...] = part
+            gates = sg.at[i]
+            gates[...] = chunks.gates(load(g_ref.at[b, rows, h, s], optimized=False))
         plgpu.commit_smem()
+        for i, s in enumerate(tiles):
+            # The sum over the chunk, as a sum along rows: along columns it would cross warps.
+            decay_out.at[b, h, n, s][...] = jnp.exp2(load(sg.at[i].T).sum(axis=1))
         plgpu.barrier_wait(loaded)
 
-        a0, aq = _scores(sq, sk, sy, gates, tiles)
+        a0, aq = _scores(sq, sk, sy, sg, tiles)
         same = chunks.same_segment(index_row.at[b, rows], index_column.at[b, rows])
-        a0 = jnp.where(same, a0, 0.0)
-        aq = jnp.where(same, aq * scale, 0.0)
-        square[...] = aq.astype(bf16)
+        a0 = jnp.where(same, a0.astype(f32), 0.0)
+        sy[...] = jnp.where(same, aq.astype(f32) * scale, 0.0).astype(bf16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(sy, aq_out.at[b, h, n])
 
-        read = load(reads.at[b, rows], PER_ROW, optimized=False)
-        write = load(writes.at[b, rows], PER_ROW, optimized=False)
+        # kg goes out through v's tile, which v enters when it has left.
+        read = per_row(load(reads.at[b, rows], PER_ROW, optimized=False), TILE_WIDTH)
+        write = per_row(load(writes.at[b, rows], PER_ROW, optimized=False), TILE_WIDTH)
         earlier = chunks.weights(chunks.up_to())
         later = chunks.weights(chunks.from_on(strict=True))
-        for s, pair in zip(tiles, gates, strict=True):
-            after = chunks.decays(later, pair)
-            sy.at[:, s][...] = (load(sk.at[:, s]) * after * per_row(write, TILE_WIDTH)).astype(bf16)
-            before = chunks.decays(earlier, pair) * per_row(read, TILE_WIDTH)
+        for i, s in enumerate(tiles):
+            after = chunks.decays(later, sg.at[i]) * write
+            sv.at[i][...] = (load(sk.at[:, s]) * after).astype(bf16)
+            before = chunks.decays(earlier, sg.at[i]) * read
             sq.at[:, s][...] = (load(sq.at[:, s]) * before * scale).astype(bf16)
             sk.at[:, s][...] = (load(sk.at[:, s]) * before).astype(bf16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(square, aq_out.at[b, h, n])
         plgpu.copy_smem_to_gmem(sq, q_out.at[b, rows, h])
-        plgpu.copy_smem_to_gmem(sy, kg_out.at[b, rows, h])
+        for i, s in enumerate(tiles):
+            plgpu.copy_smem_to_gmem(sv.at[i], kg_out.at[b, rows, h, s])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        value_tiles = [pl.ds(i * TILE_WIDTH, TILE_WIDTH) for i in range(V // TILE_WIDTH)]
+        for i, s in enumerate(value_tiles):
+            plgpu.copy_gmem_to_smem(v_ref.at[b, rows, h, s], sv.at[i], v_loaded)
 
         # The gates are done with: their tiles serve the inverse.
-        free = [sg.at[i] for i in range(4)]
-        column_beta = per_column(
-            load(beta_column.at[b, h, rows], PER_COLUMN, optimized=False), CHUNK
-        )
-        inverse = chunks.unit_triangular_inverse(a0 * column_beta, free)
-        x = chunks.product16(inverse, a0, free[:2]).astype(bf16)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        square[...] = x
+        beta = per_column(load(beta_column.at[b, h, rows], PER_COLUMN, optimized=False), CHUNK)
+        inverse = chunks.unit_triangular_inverse(a0 * beta, (sg.at[0], sg.at[1]))
+        x = chunks.product_half(inverse, a0, sg.at[0]).astype(bf16)
+        sy[...] = x
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(square, x_out.at[b, h, n])
+        plgpu.copy_smem_to_gmem(sy, x_out.at[b, h, n])
 
-        row_beta = per_row(load(beta_row.at[b, h, rows], PER_ROW, optimized=False), TILE_WIDTH)
-        scaled = free[2]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        beta = per_row(load(beta_row.at[b, h, rows], PER_ROW, optimized=False), TILE_WIDTH)
 
-        def solved(ref, s):
-            y = load(ref.at[:, s])
-            scaled[...] = (y * row_beta).astype(bf16)
+        def solve(ref):
+            y = load(ref)
+            sy[...] = (y * beta).astype(bf16)
             plgpu.commit_smem()
-            ref.at[:, s][...] = (y - mosaic.product((x, scaled))).astype(bf16)
+            ref[...] = (y - mosaic.product((x, sy))).astype(bf16)
 
         for s in tiles:
-            solved(sk, s)
-        for i in range(V // TILE_WIDTH):
-            solved(sv, pl.ds(i * TILE_WIDTH, TILE_WIDTH))
+            solve(sk.at[:, s])
+        plgpu.barrier_wait(v_loaded)
+        for i in range(len(value_tiles)):
+            solve(sv.at[i])
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(sk, w_out.at[b, rows, h])
-        plgpu.copy_smem_to_gmem(sv, u_out.at[b, rows, h])
+        for i, s in enumerate(value_tiles):
+            plgpu.copy_smem_to_gmem(sv.at[i], u_out.at[b, rows, h, s])
         plgpu.wait_smem_to_gmem(0)
 
     keys, values = SDS((B, T, HV, K), bf16), SDS((B, T, HV, V), bf16)
@@ -119,44 +146,47 @@ def prepare(q, k, v, g, beta, segments, *, scale):
         body,
         out_type=[keys, keys, values, keys, SDS((B, HV, N, K), f32), squares, squares],
         scratch_types=[
-            mosaic.tile(CHUNK, K),
-            mosaic.tile(CHUNK, K),
-            mosaic.tile(CHUNK, V),
-            mosaic.tile(CHUNK, TILE_WIDTH, max(4, 2 * len(tiles))),
-            mosaic.tile(CHUNK, K),
-            mosaic.tile(CHUNK, CHUNK),
-            plgpu.Barrier(num_arrivals=3),
+            mosaic.tile(CHUNK, K, WARPGROUPS),
+            mosaic.tile(CHUNK, K, WARPGROUPS),
+            mosaic.tile(CHUNK, TILE_WIDTH, WARPGROUPS, max(K, V) // TILE_WIDTH),
+            mosaic.tile(CHUNK, TILE_WIDTH, WARPGROUPS, max(2, K // TILE_WIDTH), dtype=f16),
+            mosaic.tile(CHUNK, TILE_WIDTH, WARPGROUPS),
+            plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
+            plgpu.Barrier(num_arrivals=V // TILE_WIDTH, num_barriers=WARPGROUPS),
         ],
-        grid=(B, N, HV),
-        grid_names=("b", "n", "h"),
+        grid=(pl.cdiv(chunks_in_all, WARPGROUPS),),
+        grid_names=("cta",),
+        num_threads=WARPGROUPS,
+        thread_name="wg",
     )(q, k, v, g, beta, beta, index, index, reads, writes)
 
 
-def _scores(sq, sk, sy, gates, tiles):
-    """The decayed products of keys with keys (j < i) and of queries with keys (j <= i), float32.
+def _scores(sq, sk, sy, sg, tiles):
+    """The decayed products of keys with keys (j < i) and of queries with keys (j <= i).
 
     Level by level of the tree of references (see `chunks.level_decay_mask`), so that no exponent
-    is ever positive.
+    is ever positive. Two 16-bit matrices in registers: every pair belongs to one level.
     """
     # The diagonal knows no decay.
-    pairs = [(sq.at[:, s], sk.at[:, s].T) for s in tiles]
-    query_scores = jnp.where(chunks.diagonal(), mosaic.product(*pairs), 0.0)
+    own = mosaic.product(*((sq.at[:, s], sk.at[:, s].T) for s in tiles))
+    query_scores = jnp.where(chunks.diagonal(), own, 0.0).astype(bf16)
 
     def level_step(level, scores):
         key_scores, query_scores = scores
         mask = chunks.weights(chunks.level_decay_mask(level))
-        queries, keys = [], []
-        for s, pair in zip(tiles, gates, strict=True):
-            decay = chunks.decays(mask, pair)
-            x = (load(sq.at[:, s]) * decay).astype(bf16)
-            y = (load(sk.at[:, s]) * decay).astype(bf16)
-            sy.at[:, s][...] = y
-            queries.append((x, sy.at[:, s].T))
-            keys.append((y, sy.at[:, s].T))
-        plgpu.commit_smem()
+        by_key = by_query = None
+        for i, s in enumerate(tiles):
+            decay = chunks.decays(mask, sg.at[i]).astype(bf16)
+            keys = plgpu.load(sk.at[:, s], layout=TILE) * decay
+            sy[...] = keys
+            queries = plgpu.load(sq.at[:, s], layout=TILE) * decay
+            plgpu.commit_smem()
+            by_key = mosaic.product((keys, sy.T), init=by_key)
+            by_query = mosaic.product((queries, sy.T), init=by_query)
         pairs = chunks.level_pairs(level)
-        query_scores = jnp.where(pairs, mosaic.product(*queries), query_scores)
-        key_scores = jnp.where(pairs, mosaic.product(*keys), key_scores)
+        key_scores += jnp.where(pairs, by_key, 0.0).astype(f16)
+        query_scores += jnp.where(pairs, by_query, 0.0).astype(bf16)
         return key_scores, query_scores
 
-    return lax.fori_loop(0, LEVELS, level_step, (jnp.zeros_like(query_scores), query_scores))
+    nothing = jnp.zeros_like(query_scores).astype(f16)
+    return lax.fori_loop(0, LEVELS, level_step, (nothing, query_scores))
