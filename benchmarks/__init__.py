@@ -1,0 +1,1 @@
+"""One harness that times every mechanism: `python -m benchmarks.run --help`."""

@@ -1,0 +1,85 @@
+"""The peer: fla-core's Triton ops (PyTorch), timed in the same process. Nothing of it is imported
+before it is asked for."""
+
+import importlib.util
+import time
+
+
+def importable():
+    """Whether fla is installed; what fails inside it later is an error of its case."""
+    return importlib.util.find_spec("fla") is not None
+
+
+def measure(make, shape, backward):
+    """Times what `make(shape)` gives by triton's do_bench (median); returns a case's numbers.
+
+    The first call includes Triton's autotuning. Peak memory is that of one call, beyond the inputs.
+    """
+    import torch
+    from triton.testing import do_bench
+
+    torch.manual_seed(0)
+    forward, inputs = make(shape)
+    run = forward
+    if backward:
+        cotangent = torch.randn_like(forward())
+
+        def run():
+            torch.autograd.grad(forward(), inputs, cotangent, allow_unused=True)
+
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    first_call = time.perf_counter() - start
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    ms = do_bench(run, warmup=50, rep=200, return_mode="median")
+    torch.cuda.empty_cache()
+    return dict(ms=ms, first_call_s=first_call, memory_gib=peak / 2**30)
+
+
+def kda(shape):
+    import torch
+    from fla.ops.kda import chunk_kda
+
+    if shape.packed:
+        raise NotImplementedError("packed sequences are not timed with fla")
+    raw = _kda_raw(torch, shape.B, shape.T, shape.H, shape.D, grad=True)
+    return lambda: chunk_kda(**raw, **_kda_options())[0], list(raw.values())
+
+
+def kda_step(shape):
+    import torch
+    from fla.ops.kda import fused_recurrent_kda
+
+    B, H, D = shape.B, shape.H, shape.D
+    raw = _kda_raw(torch, B, 1, H, D, grad=False)
+    state = torch.randn(B, H, D, D, device="cuda")
+
+    def run():
+        with torch.no_grad():
+            return fused_recurrent_kda(
+                **raw, **_kda_options(), initial_state=state, output_final_state=True
+            )[0]
+
+    return run, []
+
+
+def _kda_raw(torch, B, T, H, D, grad):
+    def normal(*shape):
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+    raw = {name: normal(B, T, H, D) for name in "qkvg"}
+    raw["beta"] = normal(B, T, H)
+    raw["A_log"] = torch.log(torch.rand(H, device="cuda") * 15 + 1)
+    raw["dt_bias"] = torch.randn(H * D, device="cuda") - 4
+    return {name: x.requires_grad_(grad) for name, x in raw.items()}
+
+
+def _kda_options():
+    """l2norm, gate and sigmoid belong to fla's kernels."""
+    names = ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel")
+    return dict.fromkeys(names, True)

@@ -1,0 +1,223 @@
+"""How a case is measured: device time, first call, memory, errors. A case returns a dict."""
+
+import functools
+import math
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.mechanisms import MECHANISMS, segment_borders
+
+f32 = jnp.float32
+# The contract's limits for bfloat16 inputs (API.md, clause 1): values, gradients.
+VALUE_LIMIT, GRADIENT_LIMIT = 1e-2, 2e-2
+# Inputs of one timed loop are at least this large together; an H200's L2 holds 60 MB.
+LARGER_THAN_L2 = 200e6
+
+
+def measure(name, shape, measure, implementation, seconds):
+    """Runs one case of the mechanism `name`."""
+    mechanism = MECHANISMS[name]
+    if measure == "errors":
+        return errors(mechanism, shape, implementation)
+    if measure.startswith("step"):
+        count = 16 if measure.startswith("step16") else 1
+        return step(name, shape, implementation, count, measure.endswith("_bare"), seconds)
+    sets = input_sets(name, shape, measure.startswith("bare_"))
+
+    def forward(arguments, segments):
+        if not measure.startswith("bare_"):
+            arguments = mechanism.prepare(arguments)
+        return mechanism.function(**arguments, **segments, implementation=implementation)[0]
+
+    return timed(forward, sets, measure.endswith("backward"), seconds)
+
+
+def attention(name, shape, measure, seconds):
+    """cuDNN's causal softmax attention at the same sizes, for scale."""
+    qkv = [{x: raw[x] for x in "qkv"} for raw, _ in input_sets(name, shape, False)]
+
+    def forward(x, segments):
+        attend = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+        return attend(x["q"], x["k"], x["v"], implementation="cudnn")
+
+    return timed(forward, [(x, {}) for x in qkv], measure == "backward", seconds)
+
+
+@functools.lru_cache(maxsize=1)  # the cases of one shape follow each other
+def input_sets(name, shape, bare):
+    """Pairs of float inputs (raw, or prepared if `bare`) and segment ids, larger than L2."""
+    mechanism = MECHANISMS[name]
+
+    @jax.jit
+    def make(key):
+        leading = (shape.B,) if shape.group == "step" else (shape.B, shape.T)
+        inputs = mechanism.raw(key, leading, shape.H, shape.D)
+        if bare:
+            inputs = mechanism.prepare(inputs)
+        segments = {}
+        if shape.packed:
+            segments = dict(segment_ids=segment_borders(jax.random.fold_in(key, 1), *leading))
+        return inputs, segments
+
+    first = make(jax.random.key(0))
+    size = sum(x.nbytes for x in jax.tree.leaves(first))
+    count = 16 if shape.group == "step" else min(16, math.ceil(LARGER_THAN_L2 / size))
+    return jax.block_until_ready([first] + [make(jax.random.key(i)) for i in range(1, count)])
+
+
+def timed(forward, sets, backward, seconds):
+    """Compiles and times `forward(inputs, segments)`, or it and its gradients together."""
+
+    def forward_and_backward(inputs, segments, cotangent):
+        o, pull = jax.vjp(lambda x: forward(x, segments), inputs)
+        return o, pull(cotangent)
+
+    arguments = sets
+    if backward:
+        o = jax.eval_shape(forward, *sets[0])
+        cotangent = jax.random.normal(jax.random.key(99), o.shape, o.dtype)
+        arguments = [(*pair, cotangent) for pair in sets]
+    run, numbers = first_call(jax.jit(forward_and_backward if backward else forward), arguments[0])
+    return numbers | device_time(lambda i: run(*arguments[i % len(arguments)]), seconds)
+
+
+def first_call(function, arguments):
+    """Traces, lowers, compiles and runs once; returns the executable, and its time and memory.
+
+    `memory_gib` is what the compiler plans beyond the arguments: temporaries and outputs, less what
+    is written over donated arguments. `memory_peak_gib` is what the allocator saw, where it tells,
+    and None if an earlier case of this process had a higher peak.
+    """
+    jax.clear_caches()
+    jax.block_until_ready(arguments)
+    before = jax.devices()[0].memory_stats() or {}
+    start = time.perf_counter()
+    run = function.lower(*arguments).compile()
+    planned = run.memory_analysis()
+    out = jax.block_until_ready(run(*arguments))
+    seconds = time.perf_counter() - start
+    del out
+    after = jax.devices()[0].memory_stats() or {}
+    peak = None
+    if after.get("peak_bytes_in_use", 0) > before.get("peak_bytes_in_use", 0):
+        peak = (after["peak_bytes_in_use"] - before["bytes_in_use"]) / 2**30
+    memory = planned.temp_size_in_bytes + planned.output_size_in_bytes
+    memory -= planned.alias_size_in_bytes
+    return run, dict(first_call_s=seconds, memory_gib=memory / 2**30, memory_peak_gib=peak)
+
+
+def device_time(call, seconds, steps=1, rounds=2, repeats=5):
+    """Times `call(i)`, i = 0, 1, ..., enqueued back to back and awaited once.
+
+    One repeat lasts about `seconds` and gives the mean of its calls; a round is the median of its
+    repeats; the fastest round is the result, and `spread` says how far apart the rounds are.
+    """
+
+    def mean(n):
+        start = time.perf_counter()
+        for i in range(n):
+            out = call(i)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / n
+
+    mean(2)
+    n = max(1, min(2000, math.ceil(seconds / mean(3))))
+    medians = [statistics.median(mean(n) for _ in range(repeats)) for _ in range(rounds)]
+    best = min(medians)
+    return dict(ms=1e3 * best / steps, spread=max(medians) / best - 1, calls=n * rounds * repeats)
+
+
+def step(name, shape, implementation, count, bare, seconds):
+    """Times decoding: `count` steps in one call, the state donated and chained from call to call.
+
+    One step a call can be bound by the host's dispatch; 16 in one call are not.
+    """
+    mechanism = MECHANISMS[name]
+    inputs = [pair[0] for pair in input_sets(name, shape, bare)]
+    groups = [inputs[i : i + count] for i in range(0, 16, count)]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def steps(state, inputs):
+        outputs = []
+        for x in inputs:
+            if outputs:
+                # A token is known only after the one before: keeps XLA from preparing all at once.
+                x, outputs[-1] = jax.lax.optimization_barrier((x, outputs[-1]))
+            arguments = x if bare else mechanism.prepare(x)
+            o, state = mechanism.step(arguments, state, implementation)
+            outputs.append(o)
+        return state, outputs
+
+    state = mechanism.state(jax.random.key(7), shape.B, shape.H, shape.D)
+    # A copy for the first call, which consumes its state.
+    run, numbers = first_call(steps, (jax.tree.map(jnp.copy, state), groups[0]))
+
+    def call(i):
+        nonlocal state
+        state, outputs = run(state, groups[i % len(groups)])
+        return state, outputs
+
+    return numbers | device_time(call, seconds, steps=count)
+
+
+def errors(mechanism, shape, implementation):
+    """Relative Frobenius errors of o, the state and every gradient of the public function.
+
+    The implementation runs the whole batch, the reference its last row on the same prepared inputs
+    upcast to float32; cotangents are random in that row, zero elsewhere. Also: whether everything
+    is finite and a second run gives the same bits.
+    """
+    name = next(n for n, m in MECHANISMS.items() if m is mechanism)
+    arguments, segments = input_sets(name, shape, True)[0]
+
+    def values(arguments, segments, implementation):
+        o, state = mechanism.function(**arguments, **segments, implementation=implementation)
+        return dict(o=o, state=state)
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def run(arguments, segments, cotangent, implementation):
+        out, pull = jax.vjp(lambda x: values(x, segments, implementation), arguments)
+        return out, pull(cotangent)[0]
+
+    def draw(x):
+        row = jnp.arange(x.shape[0]) == x.shape[0] - 1
+        noise = jax.random.normal(jax.random.key(x.ndim), x.shape, x.dtype)
+        return noise * row.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
+
+    def last_row(tree):
+        keep = mechanism.unbatched
+        return {n: x if n in keep else jax.tree.map(lambda y: y[-1:], x) for n, x in tree.items()}
+
+    def upcast(tree):
+        return jax.tree.map(lambda x: x.astype(f32), tree)
+
+    out = jax.eval_shape(functools.partial(values, implementation="xla"), arguments, segments)
+    cotangent = jax.tree.map(draw, out)
+    got = run(arguments, segments, cotangent, implementation)
+    again = run(arguments, segments, cotangent, implementation)
+    leaves = list(zip(jax.tree.leaves(got), jax.tree.leaves(again), strict=True))
+    same_bits = all(bool(jnp.array_equal(a, b)) for a, b in leaves)
+    finite = all(bool(jnp.isfinite(a).all()) for a, _ in leaves)
+    del again, leaves
+    one_row = (upcast(last_row(arguments)), last_row(segments), upcast(last_row(cotangent)))
+    want = run(*one_row, "reference")
+
+    found, problems = {}, [] if finite else ["not finite"]
+    for prefix, limit, a, b in zip(
+        ("", "d"), (VALUE_LIMIT, GRADIENT_LIMIT), map(last_row, got), want, strict=True
+    ):
+        for (path, x), y in zip(
+            jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+        ):
+            label = prefix + jax.tree_util.keystr(path, simple=True, separator=".")
+            error = float(jnp.linalg.norm(x.astype(f32) - y) / jnp.linalg.norm(y))
+            found[label] = error
+            if not error <= limit:
+                problems.append(f"{label} {error:.1e} is over {limit:.0e}")
+    if not same_bits:
+        problems.append("two runs differ in bits")
+    numbers = dict(errors=found, same_bits=same_bits)
+    return numbers | (dict(error="; ".join(problems)) if problems else {})

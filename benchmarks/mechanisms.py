@@ -1,0 +1,130 @@
+"""What is timed: one entry of MECHANISMS for each mechanism, and nothing else to write."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+import jla
+from benchmarks import fla
+from jla.linen._normalize import l2norm
+
+f32, bf16 = jnp.float32, jnp.bfloat16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One case: its group (a word of --what), its sizes, and what is measured at it."""
+
+    name: str
+    group: str
+    B: int
+    T: int
+    H: int = 16
+    D: int = 128
+    packed: bool = False
+    measures: tuple = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A mechanism's entry.
+
+    Attributes:
+      function: the public function; the first thing it returns is `o`.
+      raw: `raw(key, leading, H, D)` makes what the layer's projections give, a dict of arrays, for
+        leading axes (B, T), or (B,) for a step.
+      prepare: turns such a dict into the public function's arguments, also a dict.
+      shapes: the lists of cases, by the words of --shapes.
+      targets: the goal for (shape, measure, column), on one H200, for the "pallas" implementation.
+      step, state: `step(arguments, state, implementation) -> (o, state)` and `state(key, B, H, D)`.
+      fla, fla_step: make fla's `(forward, inputs)` for a shape; None if it has no such function.
+      unbatched: the arguments of the public function that have no batch axis.
+    """
+
+    function: Callable
+    raw: Callable
+    prepare: Callable
+    shapes: dict
+    targets: dict
+    step: Callable
+    state: Callable
+    fla: Callable | None = None
+    fla_step: Callable | None = None
+    unbatched: tuple = ()
+
+
+def segment_borders(key, B, T, documents=8):
+    """Segment ids int32 [B, T] with random borders, about `documents` segments a row."""
+    return jnp.cumsum(jax.random.bernoulli(key, documents / T, (B, T)), axis=1, dtype=jnp.int32)
+
+
+def _kda_raw(key, leading, H, D):
+    keys = iter(jax.random.split(key, 7))
+    raw = {name: jax.random.normal(next(keys), (*leading, H, D), bf16) for name in "qkvg"}
+    raw["beta"] = jax.random.normal(next(keys), (*leading, H), bf16)
+    raw["A_log"] = jnp.log(jax.random.uniform(next(keys), (H,), f32, 1.0, 16.0))
+    raw["dt_bias"] = jax.random.normal(next(keys), (H, D), f32) - 4.0
+    return raw
+
+
+def _kda_prepare(raw):
+    return dict(
+        q=l2norm(raw["q"]),
+        k=l2norm(raw["k"]),
+        v=raw["v"],
+        g=jla.kda_gate(raw["g"], raw["A_log"], raw["dt_bias"]),
+        beta=jax.nn.sigmoid(raw["beta"].astype(f32)),
+    )
+
+
+def _kda_step(arguments, state, implementation):
+    return jla.kda_step(**arguments, state=state, implementation=implementation)
+
+
+def _square_state(key, B, H, D):
+    return jax.random.normal(key, (B, H, D, D), f32)
+
+
+# The sweep has main's number of tokens; main and long belong to its curve.
+_ALL = ("forward", "backward", "bare_forward", "bare_backward", "errors")
+_TIMES = ("forward", "backward")
+_STEPS = ("step", "step16", "step16_bare")
+_FULL = (
+    Shape("main", "main", 8, 4096, measures=_ALL),
+    Shape("step", "step", 128, 1, measures=_STEPS),
+    Shape("long 32768", "long", 1, 32768),
+    Shape("long 131072", "long", 1, 131072),
+    Shape("ragged", "ragged", 32, 1000, measures=(*_TIMES, "errors")),
+    Shape("packed", "packed", 8, 4096, packed=True, measures=(*_TIMES, "errors")),
+    *(Shape(f"sweep {T}", "sweep", 32768 // T, T) for T in (512, 1024, 2048, 8192, 16384)),
+)
+_SMALL = (
+    Shape("main", "main", 2, 64, 2, 16, measures=_ALL),
+    Shape("step", "step", 2, 1, 2, 16, measures=_STEPS),
+    Shape("long", "long", 1, 256, 2, 16),
+    Shape("ragged", "ragged", 2, 50, 2, 16, measures=(*_TIMES, "errors")),
+    Shape("packed", "packed", 2, 64, 2, 16, packed=True, measures=(*_TIMES, "errors")),
+    Shape("sweep", "sweep", 1, 128, 2, 16),
+)
+
+MECHANISMS = {
+    "kda": Mechanism(
+        function=jla.kda,
+        raw=_kda_raw,
+        prepare=_kda_prepare,
+        shapes=dict(full=_FULL, small=_SMALL),
+        targets={
+            ("main", "forward", "ms"): 0.9,
+            ("main", "backward", "ms"): 4.5,
+            ("main", "backward", "memory_gib"): 4.02,
+            ("main", "backward", "first_call_s"): 20.0,
+            ("step", "step16", "ms"): 0.075,
+        },
+        step=_kda_step,
+        state=_square_state,
+        fla=fla.kda,
+        fla_step=fla.kda_step,
+    )
+}
