@@ -82,7 +82,7 @@ def level_pairs(level, *, reverse=False, symmetric=False):
 
 
 def level_roles(level):
-    """[i]: 1.0 for the tokens that read at this level (right half), -1.0 for those that are read."""
+    """[i]: 1.0 for tokens that read at this level (right half), -1.0 for those that are read."""
     *_, right = _halves(level)
     return jnp.where(right, 1.0, -1.0).astype(f32)
 
@@ -119,13 +119,14 @@ def gates(g):
     return jnp.maximum(g * LOG2E, -3e4).astype(f16)
 
 
-def decays(mask, gates):
-    """exp2(mask @ gates), [64, 64] float32; `mask` from `weights`, `gates` an SMEM tile of `gates`.
+def decays(*pairs):
+    """exp2(mask @ gates), [64, 64] float32, for each pair of a mask (`weights`) and an SMEM tile of
+    `gates`.
 
     Every row's decays are summed directly and none is subtracted, so no exponent is positive and a
     huge decay elsewhere in the chunk costs no precision here.
     """
-    return jnp.exp2(product((mask, gates)))
+    return tuple(jnp.exp2(x) for x in mosaic.products(*((pair,) for pair in pairs)))
 
 
 def unit_triangular_inverse(a, scratch):

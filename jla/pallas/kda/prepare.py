@@ -21,9 +21,10 @@ from jla.pallas.mosaic import (
 )
 
 SDS = jax.ShapeDtypeStruct
-# Chunks worked on side by side in one CTA, each by one warpgroup: three leave 168 registers a
-# thread and 75 KB of SMEM a chunk, and hide each other's latencies.
+# Warpgroups of a CTA, each with chunks of its own: three leave 168 registers a thread and 75 KB of
+# SMEM to each, and hide one another's latencies. One CTA for each of the card's multiprocessors.
 WARPGROUPS = 3
+PROCESSORS = 132
 
 
 def prepare(q, k, v, g, beta, segments, *, scale):
@@ -54,17 +55,20 @@ def prepare(q, k, v, g, beta, segments, *, scale):
     chunks_in_all = B * N * HV
     tiles = [pl.ds(i * TILE_WIDTH, TILE_WIDTH) for i in range(K // TILE_WIDTH)]
 
+    ctas = min(PROCESSORS, pl.cdiv(chunks_in_all, WARPGROUPS))
+
     def body(*refs):
         wg = lax.axis_index("wg")
-        number = lax.axis_index("cta") * WARPGROUPS + wg
+        first, stride = lax.axis_index("cta") * WARPGROUPS + wg, ctas * WARPGROUPS
         inputs, outputs, scratch = refs[:10], refs[10:17], refs[17:]
 
-        @pl.when(number < chunks_in_all)
-        def _():
+        def step(i, _):
+            number = first + i * stride
             h, n = lax.rem(number, HV), lax.rem(lax.div(number, HV), N)
-            one_chunk(
-                lax.div(number, HV * N), n, h, *inputs, *outputs, *(x.at[wg] for x in scratch)
-            )
+            b = lax.div(number, HV * N)
+            one_chunk(b, n, h, *inputs, *outputs, *(x.at[wg] for x in scratch))
+
+        lax.fori_loop(0, lax.div(chunks_in_all - first + stride - 1, stride), step, None)
 
     def one_chunk(
         b, n, h,
@@ -78,13 +82,16 @@ def prepare(q, k, v, g, beta, segments, *, scale):
         for i, s in enumerate(tiles):
             gates = sg.at[i]
             gates[...] = chunks.gates(load(g_ref.at[b, rows, h, s], optimized=False))
+        read = per_row(load(reads.at[b, rows], PER_ROW, optimized=False), TILE_WIDTH)
+        write = per_row(load(writes.at[b, rows], PER_ROW, optimized=False), TILE_WIDTH)
+        row_beta = per_row(load(beta_row.at[b, h, rows], PER_ROW, optimized=False), TILE_WIDTH)
         plgpu.commit_smem()
         for i, s in enumerate(tiles):
             # The sum over the chunk, as a sum along rows: along columns it would cross warps.
             decay_out.at[b, h, n, s][...] = jnp.exp2(load(sg.at[i].T).sum(axis=1))
         plgpu.barrier_wait(loaded)
 
-        a0, aq = _scores(sq, sk, sy, sg, tiles)
+        a0, aq = _scores(sq, sk, sv, sg, tiles)
         same = chunks.same_segment(index_row.at[b, rows], index_column.at[b, rows])
         a0 = jnp.where(same, a0.astype(f32), 0.0)
         sy[...] = jnp.where(same, aq.astype(f32) * scale, 0.0).astype(bf16)
@@ -92,16 +99,12 @@ def prepare(q, k, v, g, beta, segments, *, scale):
         plgpu.copy_smem_to_gmem(sy, aq_out.at[b, h, n])
 
         # kg goes out through v's tile, which v enters when it has left.
-        read = per_row(load(reads.at[b, rows], PER_ROW, optimized=False), TILE_WIDTH)
-        write = per_row(load(writes.at[b, rows], PER_ROW, optimized=False), TILE_WIDTH)
-        earlier = chunks.weights(chunks.up_to())
-        later = chunks.weights(chunks.from_on(strict=True))
+        earlier, later = (chunks.weights(x) for x in (chunks.up_to(), chunks.from_on(strict=True)))
         for i, s in enumerate(tiles):
-            after = chunks.decays(later, sg.at[i]) * write
-            sv.at[i][...] = (load(sk.at[:, s]) * after).astype(bf16)
-            before = chunks.decays(earlier, sg.at[i]) * read
-            sq.at[:, s][...] = (load(sq.at[:, s]) * before * scale).astype(bf16)
-            sk.at[:, s][...] = (load(sk.at[:, s]) * before).astype(bf16)
+            before, after = chunks.decays((earlier, sg.at[i]), (later, sg.at[i]))
+            sv.at[i][...] = (load(sk.at[:, s]) * after * write).astype(bf16)
+            sq.at[:, s][...] = (load(sq.at[:, s]) * before * (read * scale)).astype(bf16)
+            sk.at[:, s][...] = (load(sk.at[:, s]) * before * read).astype(bf16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(sq, q_out.at[b, rows, h])
         for i, s in enumerate(tiles):
@@ -120,11 +123,10 @@ def prepare(q, k, v, g, beta, segments, *, scale):
         plgpu.copy_smem_to_gmem(sy, x_out.at[b, h, n])
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        beta = per_row(load(beta_row.at[b, h, rows], PER_ROW, optimized=False), TILE_WIDTH)
 
         def solve(ref):
             y = load(ref)
-            sy[...] = (y * beta).astype(bf16)
+            sy[...] = (y * row_beta).astype(bf16)
             plgpu.commit_smem()
             ref[...] = (y - mosaic.product((x, sy))).astype(bf16)
 
@@ -137,7 +139,7 @@ def prepare(q, k, v, g, beta, segments, *, scale):
         plgpu.copy_smem_to_gmem(sk, w_out.at[b, rows, h])
         for i, s in enumerate(value_tiles):
             plgpu.copy_smem_to_gmem(sv.at[i], u_out.at[b, rows, h, s])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     keys, values = SDS((B, T, HV, K), bf16), SDS((B, T, HV, V), bf16)
     squares = SDS((B, HV, N, CHUNK, CHUNK), bf16)
@@ -154,7 +156,7 @@ def prepare(q, k, v, g, beta, segments, *, scale):
             plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
             plgpu.Barrier(num_arrivals=V // TILE_WIDTH, num_barriers=WARPGROUPS),
         ],
-        grid=(pl.cdiv(chunks_in_all, WARPGROUPS),),
+        grid=(ctas,),
         grid_names=("cta",),
         num_threads=WARPGROUPS,
         thread_name="wg",
@@ -174,15 +176,17 @@ def _scores(sq, sk, sy, sg, tiles):
     def level_step(level, scores):
         key_scores, query_scores = scores
         mask = chunks.weights(chunks.level_decay_mask(level))
-        by_key = by_query = None
-        for i, s in enumerate(tiles):
-            decay = chunks.decays(mask, sg.at[i]).astype(bf16)
-            keys = plgpu.load(sk.at[:, s], layout=TILE) * decay
-            sy[...] = keys
-            queries = plgpu.load(sq.at[:, s], layout=TILE) * decay
-            plgpu.commit_smem()
-            by_key = mosaic.product((keys, sy.T), init=by_key)
-            by_query = mosaic.product((queries, sy.T), init=by_query)
+        decays = chunks.decays(*((mask, sg.at[i]) for i in range(len(tiles))))
+        queries = []
+        for i, (s, decay) in enumerate(zip(tiles, decays, strict=True)):
+            decay = decay.astype(bf16)
+            sy.at[i][...] = plgpu.load(sk.at[:, s], layout=TILE) * decay
+            queries.append(plgpu.load(sq.at[:, s], layout=TILE) * decay)
+        plgpu.commit_smem()
+        keys = [sy.at[i] for i in range(len(tiles))]
+        by_key, by_query = mosaic.products(
+            [(x, x.T) for x in keys], [(x, y.T) for x, y in zip(queries, keys, strict=True)]
+        )
         pairs = chunks.level_pairs(level)
         key_scores += jnp.where(pairs, by_key, 0.0).astype(f16)
         query_scores += jnp.where(pairs, by_query, 0.0).astype(bf16)
