@@ -119,14 +119,13 @@ def gates(g):
     return jnp.maximum(g * LOG2E, -3e4).astype(f16)
 
 
-def decays(*pairs):
-    """exp2(mask @ gates), [64, 64] float32, for each pair of a mask (`weights`) and an SMEM tile of
-    `gates`.
+def decays(mask, gates):
+    """exp2(mask @ gates), [64, 64] float32; `mask` from `weights`, `gates` an SMEM tile of `gates`.
 
     Every row's decays are summed directly and none is subtracted, so no exponent is positive and a
     huge decay elsewhere in the chunk costs no precision here.
     """
-    return tuple(jnp.exp2(x) for x in mosaic.products(*((pair,) for pair in pairs)))
+    return jnp.exp2(product((mask, gates)))
 
 
 def unit_triangular_inverse(a, scratch):

@@ -104,21 +104,6 @@ def product(*pairs, init=None):
     return pl.run_scoped(body, plgpu.ACC(shape, f32))
 
 
-def products(*groups):
-    """Several sums of products, each given as its pairs (see `product`), with one wait for all."""
-    if interpreting():
-        return tuple(product(*pairs) for pairs in groups)
-
-    def body(*accs):
-        for acc, pairs in zip(accs, groups, strict=True):
-            for a, b in pairs:
-                plgpu.wgmma(acc, a, b)
-        return tuple(acc[...] for acc in accs)
-
-    shapes = ((pairs[0][0].shape[0], pairs[0][1].shape[1]) for pairs in groups)
-    return pl.run_scoped(body, *(plgpu.ACC(shape, f32) for shape in shapes))
-
-
 def split(x):
     """A float32 value as the sum of two bf16 values: 16 of its 24 bits."""
     high = x.astype(bf16)

@@ -108,9 +108,10 @@ def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, de
         later = chunks.weights(chunks.from_on(strict=True))
         for s, tile in zip(ks, gates, strict=True):
             keys = load(sk.at[:, s])
-            before, after = chunks.decays((earlier, tile), (later, tile))
-            read_keys.at[:, s][...] = (keys * before * read).astype(bf16)
-            write_keys.at[:, s][...] = (keys * after * write).astype(bf16)
+            before = chunks.decays(earlier, tile) * read
+            read_keys.at[:, s][...] = (keys * before).astype(bf16)
+            after = chunks.decays(later, tile) * write
+            write_keys.at[:, s][...] = (keys * after).astype(bf16)
         meet()
 
         dbeta = None
@@ -118,10 +119,8 @@ def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, de
             residual = load(sv.at[:, s]) - mosaic.product((read_keys, ss.at[s].T))
             written.at[:, s][...] = (residual * beta_rows).astype(bf16)
             plgpu.commit_smem()
-            corrected, y = mosaic.products(
-                [(sx, written.at[:, s])], [(saq.T, sdo.at[:, s]), (write_keys, sds.at[s].T)]
-            )
-            error = residual - corrected
+            error = residual - mosaic.product((sx, written.at[:, s]))
+            y = mosaic.product((saq.T, sdo.at[:, s]), (write_keys, sds.at[s].T))
             sv.at[:, s][...] = (y * beta_rows).astype(bf16)
             plgpu.commit_smem()
             z = y - mosaic.product((sx.T, sv.at[:, s]))
@@ -159,12 +158,11 @@ def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, de
         meet()
 
         for s, tile in zip(ks, gates, strict=True):
-            before, after = chunks.decays((earlier, tile), (later, tile))
-            before *= read
-            dq, dk_read = mosaic.products([(sdo, ss.at[:, s])], [(sv, ss.at[:, s])])
-            dq *= before * scale
-            dk_read *= -before
-            dk_write = mosaic.product((written, sds.at[:, s])) * (after * write)
+            before = chunks.decays(earlier, tile) * read
+            dq = mosaic.product((sdo, ss.at[:, s])) * before * scale
+            dk_read = -mosaic.product((sv, ss.at[:, s])) * before
+            after = chunks.decays(later, tile) * write
+            dk_write = mosaic.product((written, sds.at[:, s])) * after
             # The border's term, for all tokens what their chunk carries out and for each what its
             # predecessors write. Sums over rows go through wgmma: Mosaic's own use one scratch for
             # all warpgroups, and race.
@@ -237,7 +235,7 @@ def _through_scores(sq, sk, gates, query_gradient, key_gradient, sx, sy, dq, dk,
 
     def level_step(level, gradients):
         dq, dk, dk_signed = gradients
-        (decay,) = chunks.decays((chunks.weights(chunks.level_decay_mask(level)), gates))
+        decay = chunks.decays(chunks.weights(chunks.level_decay_mask(level)), gates)
         rounded = decay.astype(bf16)
         sx[...] = plgpu.load(sq, layout=TILE) * rounded
         sy[...] = plgpu.load(sk, layout=TILE) * rounded
@@ -247,11 +245,10 @@ def _through_scores(sq, sk, gates, query_gradient, key_gradient, sx, sy, dq, dk,
             return jnp.where(mask, load(ref), 0.0).astype(bf16)
 
         by_query = masked(query_gradient, chunks.level_pairs(level))
+        dq += decay * mosaic.product((by_query, sy))
         by_key = masked(key_gradient, chunks.level_pairs(level, symmetric=True))
         from_query = masked(query_gradient, chunks.level_pairs(level, reverse=True))
-        to_query, to_key = mosaic.products([(by_query, sy)], [(by_key, sy), (from_query, sx)])
-        dq += decay * to_query
-        change = decay * to_key
+        change = decay * mosaic.product((by_key, sy), (from_query, sx))
         sign = per_row(chunks.level_roles(level), TILE_WIDTH)
         return dq, dk + change, dk_signed + sign * change
 

@@ -21,10 +21,6 @@ from jla.pallas.mosaic import (
 )
 
 SDS = jax.ShapeDtypeStruct
-# Warpgroups of a CTA, each with chunks of its own: three leave 168 registers a thread and 75 KB of
-# SMEM to each, and hide one another's latencies. One CTA for each of the card's multiprocessors.
-WARPGROUPS = 3
-PROCESSORS = 132
 
 
 def prepare(q, k, v, g, beta, segments, *, scale):
@@ -52,30 +48,14 @@ def prepare(q, k, v, g, beta, segments, *, scale):
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     N, group = T // CHUNK, HV // H
-    chunks_in_all = B * N * HV
     tiles = [pl.ds(i * TILE_WIDTH, TILE_WIDTH) for i in range(K // TILE_WIDTH)]
 
-    ctas = min(PROCESSORS, pl.cdiv(chunks_in_all, WARPGROUPS))
-
-    def body(*refs):
-        wg = lax.axis_index("wg")
-        first, stride = lax.axis_index("cta") * WARPGROUPS + wg, ctas * WARPGROUPS
-        inputs, outputs, scratch = refs[:10], refs[10:17], refs[17:]
-
-        def step(i, _):
-            number = first + i * stride
-            h, n = lax.rem(number, HV), lax.rem(lax.div(number, HV), N)
-            b = lax.div(number, HV * N)
-            one_chunk(b, n, h, *inputs, *outputs, *(x.at[wg] for x in scratch))
-
-        lax.fori_loop(0, lax.div(chunks_in_all - first + stride - 1, stride), step, None)
-
-    def one_chunk(
-        b, n, h,
+    def body(
         q_ref, k_ref, v_ref, g_ref, beta_row, beta_column, index_row, index_column, reads, writes,
         q_out, w_out, u_out, kg_out, decay_out, aq_out, x_out,
         sq, sk, sv, sg, sy, loaded, v_loaded,
     ):  # fmt: skip
+        b, n, h = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("h")
         rows = pl.ds(n * CHUNK, CHUNK)
         plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h // group], sq, loaded)
         plgpu.copy_gmem_to_smem(k_ref.at[b, rows, h // group], sk, loaded)
@@ -101,10 +81,11 @@ def prepare(q, k, v, g, beta, segments, *, scale):
         # kg goes out through v's tile, which v enters when it has left.
         earlier, later = (chunks.weights(x) for x in (chunks.up_to(), chunks.from_on(strict=True)))
         for i, s in enumerate(tiles):
-            before, after = chunks.decays((earlier, sg.at[i]), (later, sg.at[i]))
-            sv.at[i][...] = (load(sk.at[:, s]) * after * write).astype(bf16)
-            sq.at[:, s][...] = (load(sq.at[:, s]) * before * (read * scale)).astype(bf16)
-            sk.at[:, s][...] = (load(sk.at[:, s]) * before * read).astype(bf16)
+            after = chunks.decays(later, sg.at[i]) * write
+            sv.at[i][...] = (load(sk.at[:, s]) * after).astype(bf16)
+            before = chunks.decays(earlier, sg.at[i]) * read
+            sq.at[:, s][...] = (load(sq.at[:, s]) * before * scale).astype(bf16)
+            sk.at[:, s][...] = (load(sk.at[:, s]) * before).astype(bf16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(sq, q_out.at[b, rows, h])
         for i, s in enumerate(tiles):
@@ -148,18 +129,16 @@ def prepare(q, k, v, g, beta, segments, *, scale):
         body,
         out_type=[keys, keys, values, keys, SDS((B, HV, N, K), f32), squares, squares],
         scratch_types=[
-            mosaic.tile(CHUNK, K, WARPGROUPS),
-            mosaic.tile(CHUNK, K, WARPGROUPS),
-            mosaic.tile(CHUNK, TILE_WIDTH, WARPGROUPS, max(K, V) // TILE_WIDTH),
-            mosaic.tile(CHUNK, TILE_WIDTH, WARPGROUPS, max(2, K // TILE_WIDTH), dtype=f16),
-            mosaic.tile(CHUNK, TILE_WIDTH, WARPGROUPS),
-            plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
-            plgpu.Barrier(num_arrivals=V // TILE_WIDTH, num_barriers=WARPGROUPS),
+            mosaic.tile(CHUNK, K),
+            mosaic.tile(CHUNK, K),
+            mosaic.tile(CHUNK, TILE_WIDTH, max(K, V) // TILE_WIDTH),
+            mosaic.tile(CHUNK, TILE_WIDTH, max(2, K // TILE_WIDTH), dtype=f16),
+            mosaic.tile(CHUNK, TILE_WIDTH),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=V // TILE_WIDTH),
         ],
-        grid=(ctas,),
-        grid_names=("cta",),
-        num_threads=WARPGROUPS,
-        thread_name="wg",
+        grid=(B, N, HV),
+        grid_names=("b", "n", "h"),
     )(q, k, v, g, beta, beta, index, index, reads, writes)
 
 
@@ -176,17 +155,15 @@ def _scores(sq, sk, sy, sg, tiles):
     def level_step(level, scores):
         key_scores, query_scores = scores
         mask = chunks.weights(chunks.level_decay_mask(level))
-        decays = chunks.decays(*((mask, sg.at[i]) for i in range(len(tiles))))
         queries = []
-        for i, (s, decay) in enumerate(zip(tiles, decays, strict=True)):
-            decay = decay.astype(bf16)
+        for i, s in enumerate(tiles):
+            decay = chunks.decays(mask, sg.at[i]).astype(bf16)
             sy.at[i][...] = plgpu.load(sk.at[:, s], layout=TILE) * decay
             queries.append(plgpu.load(sq.at[:, s], layout=TILE) * decay)
         plgpu.commit_smem()
         keys = [sy.at[i] for i in range(len(tiles))]
-        by_key, by_query = mosaic.products(
-            [(x, x.T) for x in keys], [(x, y.T) for x, y in zip(queries, keys, strict=True)]
-        )
+        by_key = mosaic.product(*((x, x.T) for x in keys))
+        by_query = mosaic.product(*((x, y.T) for x, y in zip(queries, keys, strict=True)))
         pairs = chunks.level_pairs(level)
         key_scores += jnp.where(pairs, by_key, 0.0).astype(f16)
         query_scores += jnp.where(pairs, by_query, 0.0).astype(bf16)
