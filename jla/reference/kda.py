@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._segments import segment_starts
+from jla._state import zero_state
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -28,11 +29,10 @@ def kda_step(q, k, v, g, beta, state, *, scale):
 @functools.partial(jax.jit, static_argnames="scale")
 def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
     """`lax.scan` over the tokens. See `jla.kda`."""
-    B, T, HV, V = v.shape
     if initial_state is None:
-        initial_state = jnp.zeros((B, HV, q.shape[-1], V), f32)
+        initial_state = zero_state(g[:, 0], v[:, 0])
     if segment_ids is None:
-        starts = jnp.zeros((B, T), bool)
+        starts = jnp.zeros(v.shape[:2], bool)
     else:
         starts = segment_starts(segment_ids)
 

@@ -29,13 +29,13 @@ def check(function, good, edit, exception, fragments):
         jax.eval_shape(lambda a: function(**a, **others), arrays)
 
 
-@pytest.mark.parametrize("mechanism, edit, exception, fragments", mistakes("mistakes"))
+@pytest.mark.parametrize("mechanism, edit, exception, fragments", list(mistakes("mistakes")))
 def test_run_refuses(mechanism, edit, exception, fragments):
     good, _ = inputs(mechanism, mechanism.implementations[0].sizes)
     check(mechanism.run, good, edit, exception, fragments)
 
 
-@pytest.mark.parametrize("mechanism, edit, exception, fragments", mistakes("step_mistakes"))
+@pytest.mark.parametrize("mechanism, edit, exception, fragments", list(mistakes("step_mistakes")))
 def test_step_refuses(mechanism, edit, exception, fragments):
     args, _ = inputs(mechanism, mechanism.implementations[0].sizes)
     tokenwise = mechanism.tokenwise()

@@ -33,7 +33,7 @@ def dtype_cases():
                 yield pytest.param(*values, id=f"{row.id}-{dtype}", marks=row.marks)
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes, dtype", dtype_cases())
+@pytest.mark.parametrize("mechanism, implementation, sizes, dtype", list(dtype_cases()))
 def test_values_and_gradients(mechanism, implementation, sizes, dtype):
     check(mechanism, implementation, sizes, dtype)
 
@@ -49,13 +49,15 @@ def edited_sizes(edits):
 
 
 @pytest.mark.parametrize(
-    "mechanism, implementation, sizes", edited_sizes(lambda i: [dict(T=T) for T in i.lengths])
+    "mechanism, implementation, sizes", list(edited_sizes(lambda i: [dict(T=T) for T in i.lengths]))
 )
 def test_any_length(mechanism, implementation, sizes):
     check(mechanism, implementation, sizes)
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", edited_sizes(lambda i: i.head_dims))
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes", list(edited_sizes(lambda i: i.head_dims))
+)
 def test_head_dimensions(mechanism, implementation, sizes):
     check(mechanism, implementation, sizes)
 
@@ -66,7 +68,7 @@ def stress_cases():
             yield pytest.param(*row.values, stress, id=f"{row.id}-{stress}", marks=row.marks)
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes, stress", stress_cases())
+@pytest.mark.parametrize("mechanism, implementation, sizes, stress", list(stress_cases()))
 def test_extreme_gates_keep_values_and_gradients(mechanism, implementation, sizes, stress):
     """An `exp` of a positive difference, masked too late, would show here as a NaN gradient."""
     check(mechanism, implementation, sizes, stress=stress)
@@ -99,7 +101,7 @@ def golden_cases():
                     )
 
 
-@pytest.mark.parametrize("mechanism, implementation, file", golden_cases())
+@pytest.mark.parametrize("mechanism, implementation, file", list(golden_cases()))
 def test_golden_vectors(mechanism, implementation, file):
     """Inputs, outputs and gradients of sum(output * ct) that were computed elsewhere."""
     arrays = {name: jnp.asarray(x) for name, x in np.load(GOLDEN / f"{file}.npz").items()}
