@@ -43,7 +43,7 @@ def _why_not_pallas(name, arrays, *, asked_for):
     module = _module("pallas", name)
     if not hasattr(module, name):
         return "there is no kernel for it yet"
-    return module.unsupported(*arrays) or pallas.unsupported_device()
+    return module.unsupported(name, *arrays) or pallas.unsupported_device()
 
 
 def _module(package, name):

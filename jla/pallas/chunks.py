@@ -9,13 +9,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas import mosaic
 from jla.pallas.mosaic import (
-    PER_COLUMN,
-    PER_ROW,
     f16,
     f32,
-    load,
-    per_column,
-    per_row,
     product,
 )
 
@@ -103,18 +98,12 @@ def weights(mask, dtype=f16):
     return jnp.where(mask, 1.0, 0.0).astype(dtype)
 
 
-def same_segment(index_row, index_column):
-    """[i, j]: whether tokens i and j of the chunk belong to one segment."""
-    row = per_row(load(index_row, PER_ROW, optimized=False), CHUNK)
-    column = per_column(load(index_column, PER_COLUMN, optimized=False), CHUNK)
-    return row == column
-
-
 def gates(g):
     """Log decays as wgmma's operand for `decays`: base 2, float16.
 
     float16 errs by 2**-12 of an exponent x, that is by x exp(-x) 2**-12 < 1e-4 in the decay. The
-    bound keeps the sums of a chunk finite; exp2 of it is zero.
+    bound keeps the sums of a chunk finite; its exp2 is zero, so a gate of -inf, which starts a
+    segment, lets nothing through.
     """
     return jnp.maximum(g * LOG2E, -3e4).astype(f16)
 

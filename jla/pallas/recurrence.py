@@ -18,6 +18,7 @@ from jla.pallas.mosaic import PER_COLUMN, TILE, TILE_TRANSPOSED, TRANSFORMS, bf1
 SDS = jax.ShapeDtypeStruct
 COLUMNS = 64  # value columns of one warpgroup
 LOADER_REGISTERS = 40
+PROCESSORS = 132  # multiprocessors of an H100 or H200
 
 
 def forward(q, w, u, kg, decay, aq, beta, initial_state, *, keep_states):
@@ -41,7 +42,7 @@ def forward(q, w, u, kg, decay, aq, beta, initial_state, *, keep_states):
     """
     B, T, HV, K = q.shape
     V, N = u.shape[-1], T // CHUNK
-    warpgroups = 2 if V % (2 * COLUMNS) == 0 else 1
+    warpgroups = _warpgroups(B * HV, V)
     width = warpgroups * COLUMNS
 
     def body(q_ref, w_ref, u_ref, kg_ref, decay_ref, aq_ref, beta_ref, *refs):
@@ -127,7 +128,7 @@ def backward(q, w, kg, do, decay, aq, beta, last_gradient):
     """
     B, T, HV, K = q.shape
     V, N = do.shape[-1], T // CHUNK
-    warpgroups = 2 if V % (2 * COLUMNS) == 0 else 1
+    warpgroups = _warpgroups(B * HV, V)
     width = warpgroups * COLUMNS
 
     def body(q_ref, w_ref, kg_ref, do_ref, decay_ref, aq_ref, beta_ref, *refs):
@@ -181,6 +182,13 @@ def backward(q, w, kg, do, decay, aq, beta, last_gradient):
     return _kernel(body, out_type, scratch, (B, HV, V // width), warpgroups)(
         q, w, kg, do, decay, aq, beta, *last
     )
+
+
+def _warpgroups(heads, V):
+    """Compute warpgroups of a CTA: two share a chunk's operands, but also the tensor cores, so that
+    with few heads, when the chain of chunks is all the time there is, each has a CTA of its own."""
+    full = heads * V // (2 * COLUMNS) >= PROCESSORS // 2
+    return 2 if V % (2 * COLUMNS) == 0 and full else 1
 
 
 def _load_transposed(ref):

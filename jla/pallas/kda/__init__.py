@@ -11,17 +11,21 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._segments import segment_index
+from jla._segments import segment_starts
 from jla.pallas import recurrence
 from jla.pallas.chunks import CHUNK, TILE_WIDTH
+from jla.pallas.kda import step
 from jla.pallas.kda.backward import chunk_gradients
 from jla.pallas.kda.prepare import prepare
+from jla.pallas.kda.step import kda_step
 from jla.pallas.shardwise import shardwise
+
+__all__ = ["kda", "kda_step", "unsupported"]
 
 bf16, f32 = jnp.bfloat16, jnp.float32
 LARGEST_HEAD = 128
 
-_INPUTS = ("B T H K", "B T H K", "B T HV V", "B T HV K", "B HV T", "B T", "B T", "B T")
+_INPUTS = ("B T H K", "B T H K", "B T HV V", "B T HV K", "B HV T")
 _OUTPUTS = ("B T HV V", "B HV K V")
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
 _KEPT = {
@@ -35,8 +39,10 @@ _KEPT = {
 }
 
 
-def unsupported(q, k, v, *_):
-    """Why the kernels cannot serve these arguments, or None."""
+def unsupported(name, q, k, v, *_):
+    """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    if name == "kda_step":
+        return step.unsupported(q, k, v)
     if q.dtype == f32:
         return "q, k and v are float32, and the kernels take bfloat16 and float16"
     if max(q.shape[-1], v.shape[-1]) > LARGEST_HEAD:
@@ -50,8 +56,7 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
 
     All products take bfloat16 operands and add in float32, float16 inputs included.
     """
-    B, T, HV, V = v.shape
-    K, dtype = q.shape[-1], v.dtype
+    (T, K), V, dtype = q.shape[1::2], v.shape[-1], v.dtype
     tokens, keys, values = -T % CHUNK, -K % TILE_WIDTH, -V % TILE_WIDTH
     # Tokens of zeros neither read, write nor decay; features of zeros stay zero.
     pad = functools.partial(_pad, tokens=tokens)
@@ -59,6 +64,10 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
     if initial_state is not None:
         initial_state = _pad(_pad(initial_state, features=values), features=keys, axis=2)
     q, k, v = (x.astype(bf16) for x in (q, k, v))
+    if segment_ids is not None:
+        # A first token that lets nothing through is all there is to a border.
+        starts = segment_starts(segment_ids)[:, :, None, None]
+        g = jnp.where(starts, -jnp.inf, g)
     o, state = _kda(
         pad(q, features=keys),
         pad(k, features=keys),
@@ -66,7 +75,6 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
         pad(g, features=keys),
         beta,
         initial_state,
-        _segments(segment_ids, B, T, tokens),
         scale,
     )
     return o[:, :T, :, :V].astype(dtype), state[:, :, :K, :V]
@@ -82,31 +90,16 @@ def _pad(x, *, tokens=0, features=0, axis=-1):
     return jnp.pad(x, widths)
 
 
-def _segments(segment_ids, B, T, padding):
-    """Each token's segment, whether it sees the state carried into its chunk, and whether the state
-    carried out of it sees the token; [B, T + padding] float32."""
-    if segment_ids is None:
-        index = jnp.zeros((B, T + padding), f32)
-        ones = jnp.ones_like(index)
-        return index, ones, ones
-    index = jnp.pad(segment_index(segment_ids), ((0, 0), (0, padding)), mode="edge")
-    chunks = index.reshape(B, -1, CHUNK)
-    last = chunks[:, :, -1:]
-    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    flags = (chunks == before, chunks == last)
-    return index.astype(f32), *(x.reshape(index.shape).astype(f32) for x in flags)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _kda(q, k, v, g, beta, initial_state, segments, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _kda(q, k, v, g, beta, initial_state, scale):
     """KDA on whole chunks and tiles; beta [B, HV, T]."""
-    arrays, axes = _with_start((q, k, v, g, beta, *segments), _INPUTS, initial_state)
+    arrays, axes = _with_start((q, k, v, g, beta), _INPUTS, initial_state)
     run = functools.partial(_forward, scale=scale, keep=False)
     return shardwise(run, axes, _OUTPUTS)(*arrays)
 
 
-def _kda_forward(q, k, v, g, beta, initial_state, segments, scale):
-    inputs = (q, k, v, g, beta, *segments)
+def _kda_forward(q, k, v, g, beta, initial_state, scale):
+    inputs = (q, k, v, g, beta)
     arrays, axes = _with_start(inputs, _INPUTS, initial_state)
     run = functools.partial(_forward, scale=scale, keep=True)
     o, state, *kept = shardwise(run, axes, (*_OUTPUTS, *_KEPT.values()))(*arrays)
@@ -120,12 +113,12 @@ def _kda_backward(scale, residuals, cotangents):
     axes = (*_INPUTS, *_KEPT.values(), *_OUTPUTS)
     gradients = ("B T HV K", "B T HV K", "B T HV V", "B T HV K", "B HV T", "B HV K V")
     *gradients, start = shardwise(run, axes, gradients)(*inputs, *kept, *cotangents)
-    q, segments = inputs[0], inputs[5:]
+    q = inputs[0]
     # A key head's gradient is the sum of its value heads'.
     for i in range(2):
         per_head = gradients[i].reshape(*q.shape[:3], -1, q.shape[3])
         gradients[i] = per_head.astype(f32).sum(3).astype(bf16)
-    return *gradients, start if has_start else None, tuple(map(jnp.zeros_like, segments))
+    return *gradients, start if has_start else None
 
 
 _kda.defvjp(_kda_forward, _kda_backward)
@@ -137,13 +130,9 @@ def _with_start(arrays, axes, initial_state):
     return (*arrays, initial_state), (*axes, "B HV K V")
 
 
-def _forward(q, k, v, g, beta, index, reads, writes, *start, scale, keep):
+def _forward(q, k, v, g, beta, *start, scale, keep):
     """Both forward kernels: o and the last state, with `keep` also what `_KEPT` lists."""
-    segments = index, reads, writes
-    query, w, u, kg, decay, scores, inverse = prepare(q, k, v, g, beta, segments, scale=scale)
-    # A chunk in which a segment starts lets nothing of the carried state through.
-    through = reads[:, CHUNK - 1 :: CHUNK]
-    decay *= through[:, None, :, None]
+    query, w, u, kg, decay, scores, inverse = prepare(q, k, v, g, beta, scale=scale)
     initial_state = start[0] if start else None
     o, state, *states = recurrence.forward(
         query, w, u, kg, decay, scores, beta, initial_state, keep_states=keep
@@ -152,14 +141,14 @@ def _forward(q, k, v, g, beta, index, reads, writes, *start, scale, keep):
 
 
 def _backward(
-    q, k, v, g, beta, index, reads, writes,
+    q, k, v, g, beta,
     query, w, kg, decay, scores, inverse, states,
     do, last_gradient, *, scale,
 ):  # fmt: skip
     """Both backward kernels: the gradients of q, k (per value head), v, g, beta and the start."""
     gradients, start = recurrence.backward(query, w, kg, do, decay, scores, beta, last_gradient)
     dq, dk, dv, dg, dbeta = chunk_gradients(
-        q, k, v, g, beta, (index, reads, writes), do, states, gradients, inverse, scores, decay,
+        q, k, v, g, beta, do, states, gradients, inverse, scores, decay,
         scale=scale,
     )  # fmt: skip
     return dq, dk, dv, dg, dbeta.sum(2), start

@@ -23,7 +23,7 @@ from jla.pallas.mosaic import (
 SDS = jax.ShapeDtypeStruct
 
 
-def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, decay, *, scale):
+def chunk_gradients(q, k, v, g, beta, do, states, gradients, x, aq, decay, *, scale):
     """Gradients of one chunk's inputs, given the state S before it and dS, the gradient after it.
 
     With the notation of `prepare`, R = v - k~ S and E = R - X (beta R) the chunk's errors:
@@ -38,7 +38,7 @@ def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, de
     rowsum(decay S dS) + sum(k dk_write of kg), is dg.
 
     Args:
-      q, k, v, g, beta, segments: as in `prepare`. do: [B, T, HV, V] bf16.
+      q, k, v, g, beta: as in `prepare`. do: [B, T, HV, V] bf16.
       states, gradients: S and dS transposed, [B, HV, N, V, K] bf16.
       x, aq, decay: as `prepare` returned them.
 
@@ -53,7 +53,7 @@ def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, de
     k_parts, v_parts = K // TILE_WIDTH // warpgroups, V // TILE_WIDTH // warpgroups
 
     def body(
-        q_ref, k_ref, v_ref, g_ref, beta_ref, index_row, index_column, reads, writes,
+        q_ref, k_ref, v_ref, g_ref, beta_ref,
         do_ref, states_ref, gradients_ref, x_ref, aq_ref, decay_ref,
         dq_out, dk_out, dv_out, dg_out, dbeta_out,
         sq, sk, sv, sdo, ss, sds, sx, saq, sg, read_keys, write_keys, written, loaded, shared,
@@ -101,16 +101,14 @@ def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, de
         plgpu.commit_smem()
         plgpu.barrier_wait(loaded)
 
-        read = per_row(load(reads.at[b, rows], PER_ROW, optimized=False), TILE_WIDTH)
-        write = per_row(load(writes.at[b, rows], PER_ROW, optimized=False), TILE_WIDTH)
         beta_rows = per_row(load(beta_ref.at[b, h, rows], PER_ROW, optimized=False), TILE_WIDTH)
         earlier = chunks.weights(chunks.up_to())
         later = chunks.weights(chunks.from_on(strict=True))
         for s, tile in zip(ks, gates, strict=True):
             keys = load(sk.at[:, s])
-            before = chunks.decays(earlier, tile) * read
+            before = chunks.decays(earlier, tile)
             read_keys.at[:, s][...] = (keys * before).astype(bf16)
-            after = chunks.decays(later, tile) * write
+            after = chunks.decays(later, tile)
             write_keys.at[:, s][...] = (keys * after).astype(bf16)
         meet()
 
@@ -133,11 +131,10 @@ def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, de
         store(sv, dv_out.at[b, rows, h])
 
         # The products of the two score gradients span all of V: with two warpgroups each makes one.
-        same = chunks.same_segment(index_row.at[b, rows], index_column.at[b, rows])
 
         def store_symmetric(ref, gradient, mask):
             """Stores a score gradient for both of its uses: by the reader, and by what is read."""
-            gradient = jnp.where(same, jnp.where(mask, gradient, 0.0), 0.0)
+            gradient = jnp.where(mask, gradient, 0.0)
             ref[...] = gradient.astype(bf16)
             plgpu.commit_smem()
             both = jnp.where(mask, gradient, load(ref.T))
@@ -158,10 +155,10 @@ def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, de
         meet()
 
         for s, tile in zip(ks, gates, strict=True):
-            before = chunks.decays(earlier, tile) * read
+            before = chunks.decays(earlier, tile)
             dq = mosaic.product((sdo, ss.at[:, s])) * before * scale
             dk_read = -mosaic.product((sv, ss.at[:, s])) * before
-            after = chunks.decays(later, tile) * write
+            after = chunks.decays(later, tile)
             dk_write = mosaic.product((written, sds.at[:, s])) * after
             # The border's term, for all tokens what their chunk carries out and for each what its
             # predecessors write. Sums over rows go through wgmma: Mosaic's own use one scratch for
@@ -198,7 +195,6 @@ def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, de
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     keys, values = SDS((B, T, HV, K), bf16), SDS((B, T, HV, V), bf16)
-    index, reads, writes = segments
     return mosaic.kernel(
         body,
         out_type=[keys, keys, values, SDS(g.shape, f32), SDS((B, HV, warpgroups, T), f32)],
@@ -217,7 +213,7 @@ def chunk_gradients(q, k, v, g, beta, segments, do, states, gradients, x, aq, de
         grid_names=("b", "n", "h"),
         num_threads=warpgroups,
         thread_name="wg",
-    )(q, k, v, g, beta, index, index, reads, writes, do, states, gradients, x, aq, decay)
+    )(q, k, v, g, beta, do, states, gradients, x, aq, decay)
 
 
 def _through_scores(sq, sk, gates, query_gradient, key_gradient, sx, sy, dq, dk, dk_signed):

@@ -23,10 +23,10 @@ from jla.pallas.mosaic import (
 SDS = jax.ShapeDtypeStruct
 
 
-def prepare(q, k, v, g, beta, segments, *, scale):
+def prepare(q, k, v, g, beta, *, scale):
     """Chunk-local part of KDA's forward pass.
 
-    With G the cumulated log decays of the chunk, and pairs of different segments masked:
+    With G the cumulated log decays of the chunk:
 
         A0[i, j] = sum_k k_i k_j exp(G_i - G_j)   (j < i)
         X  = (I + A0 diag(beta))^-1 A0
@@ -38,8 +38,6 @@ def prepare(q, k, v, g, beta, segments, *, scale):
     Args:
       q, k: [B, T, H, K] bf16, K a multiple of 64, T a multiple of 64.
       v: [B, T, HV, V] bf16. g: [B, T, HV, K] float32. beta: [B, HV, T] float32.
-      segments: (index, reads, writes), each [B, T] float32: the token's segment in its row, whether
-        it sees the state carried into its chunk, whether the state carried out sees it.
 
     Returns:
       q~, w [B, T, HV, K], u [B, T, HV, V], kg [B, T, HV, K] bf16, decay [B, HV, N, K] float32,
@@ -51,7 +49,7 @@ def prepare(q, k, v, g, beta, segments, *, scale):
     tiles = [pl.ds(i * TILE_WIDTH, TILE_WIDTH) for i in range(K // TILE_WIDTH)]
 
     def body(
-        q_ref, k_ref, v_ref, g_ref, beta_row, beta_column, index_row, index_column, reads, writes,
+        q_ref, k_ref, v_ref, g_ref, beta_row, beta_column,
         q_out, w_out, u_out, kg_out, decay_out, aq_out, x_out,
         sq, sk, sv, sg, sy, loaded, v_loaded,
     ):  # fmt: skip
@@ -62,8 +60,6 @@ def prepare(q, k, v, g, beta, segments, *, scale):
         for i, s in enumerate(tiles):
             gates = sg.at[i]
             gates[...] = chunks.gates(load(g_ref.at[b, rows, h, s], optimized=False))
-        read = per_row(load(reads.at[b, rows], PER_ROW, optimized=False), TILE_WIDTH)
-        write = per_row(load(writes.at[b, rows], PER_ROW, optimized=False), TILE_WIDTH)
         row_beta = per_row(load(beta_row.at[b, h, rows], PER_ROW, optimized=False), TILE_WIDTH)
         plgpu.commit_smem()
         for i, s in enumerate(tiles):
@@ -72,18 +68,17 @@ def prepare(q, k, v, g, beta, segments, *, scale):
         plgpu.barrier_wait(loaded)
 
         a0, aq = _scores(sq, sk, sv, sg, tiles)
-        same = chunks.same_segment(index_row.at[b, rows], index_column.at[b, rows])
-        a0 = jnp.where(same, a0.astype(f32), 0.0)
-        sy[...] = jnp.where(same, aq.astype(f32) * scale, 0.0).astype(bf16)
+        a0 = a0.astype(f32)
+        sy[...] = (aq.astype(f32) * scale).astype(bf16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(sy, aq_out.at[b, h, n])
 
         # kg goes out through v's tile, which v enters when it has left.
         earlier, later = (chunks.weights(x) for x in (chunks.up_to(), chunks.from_on(strict=True)))
         for i, s in enumerate(tiles):
-            after = chunks.decays(later, sg.at[i]) * write
+            after = chunks.decays(later, sg.at[i])
             sv.at[i][...] = (load(sk.at[:, s]) * after).astype(bf16)
-            before = chunks.decays(earlier, sg.at[i]) * read
+            before = chunks.decays(earlier, sg.at[i])
             sq.at[:, s][...] = (load(sq.at[:, s]) * before * scale).astype(bf16)
             sk.at[:, s][...] = (load(sk.at[:, s]) * before).astype(bf16)
         plgpu.commit_smem()
@@ -124,7 +119,6 @@ def prepare(q, k, v, g, beta, segments, *, scale):
 
     keys, values = SDS((B, T, HV, K), bf16), SDS((B, T, HV, V), bf16)
     squares = SDS((B, HV, N, CHUNK, CHUNK), bf16)
-    index, reads, writes = segments
     return mosaic.kernel(
         body,
         out_type=[keys, keys, values, keys, SDS((B, HV, N, K), f32), squares, squares],
@@ -139,7 +133,7 @@ def prepare(q, k, v, g, beta, segments, *, scale):
         ],
         grid=(B, N, HV),
         grid_names=("b", "n", "h"),
-    )(q, k, v, g, beta, beta, index, index, reads, writes)
+    )(q, k, v, g, beta, beta)
 
 
 def _scores(sq, sk, sy, sg, tiles):
