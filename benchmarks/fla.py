@@ -21,13 +21,13 @@ def measure(make, shape, backward):
     torch.manual_seed(0)
     forward, inputs = make(shape)
     run = forward
+    start = time.perf_counter()
     if backward:
         cotangent = torch.randn_like(forward())
 
         def run():
             torch.autograd.grad(forward(), inputs, cotangent, allow_unused=True)
 
-    start = time.perf_counter()
     run()
     torch.cuda.synchronize()
     first_call = time.perf_counter() - start

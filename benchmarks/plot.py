@@ -1,61 +1,47 @@
-"""Plots results: `python -m benchmarks.plot FILE.json [FILE.json ...] OUT.png`."""
+"""Plots results of one or more runs: `python -m benchmarks.plot FILE.json ... OUT.png`."""
 
 import json
 import sys
 
 
 def plot(results, meta, path):
-    """Draws time against T at main's number of tokens; False if there is nothing to draw."""
+    """Draws time against T, at main's number of tokens; False if there is nothing to draw."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    main = [r for r in results if r["shape"] == "main"]
-    tokens = main[0]["B"] * main[0]["T"] if main else None
-    curves = {}
-    for r in results:
-        in_sweep = r["B"] * r["T"] == tokens or r["group"] == "sweep"
-        if in_sweep and not r["packed"] and "ms" in r and r["measure"] in ("forward", "backward"):
-            line = curves.setdefault(r["measure"], {}).setdefault(
-                f"{r['mechanism']} {r['implementation']}", {}
-            )
-            line[r["T"]] = r["ms"]
-    if not curves:
-        return False
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    tokens = {r["B"] * r["T"] for r in results if r["group"] in ("main", "sweep")}
     titles = dict(forward="forward", backward="forward + backward")
-    for axis, (measure, title) in zip(axes, titles.items(), strict=True):
-        for label, line in curves.get(measure, {}).items():
+    curves = {measure: {} for measure in titles}
+    for r in results:
+        if r["measure"] in titles and "ms" in r and r["B"] * r["T"] in tokens and not r["packed"]:
+            line = f"{r['mechanism']} {r['implementation']}"
+            curves[r["measure"]].setdefault(line, {})[r["T"]] = r["ms"]
+    if not any(curves.values()):
+        return False
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for axis, (measure, lines) in zip(axes, curves.items(), strict=True):
+        for label, line in lines.items():
             axis.plot(*zip(*sorted(line.items()), strict=True), marker="o", label=label)
-        ticks = sorted({T for line in curves.get(measure, {}).values() for T in line})
-        axis.set(xscale="log", yscale="log", title=title, xlabel="T (tokens in a sequence)")
+        axis.set(xscale="log", yscale="log", title=titles[measure])
+        axis.set(xlabel="T (tokens in a sequence)", ylabel="milliseconds")
+        ticks = sorted({T for line in lines.values() for T in line})
         axis.set_xticks(ticks, [str(T) for T in ticks], rotation=45, fontsize=8)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("milliseconds")
-    if curves.get("backward"):
-        axes[1].legend()
-    else:
-        axes[0].legend()
-    figure.suptitle(f"{meta['card']}, B x T = {tokens or 'as in the table'}, {meta['date'][:10]}")
+        axis.set_xticks([], minor=True)
+        axis.grid(alpha=0.3, which="both")
+        if lines:
+            axis.legend()
+    total = " or ".join(map(str, sorted(tokens)))
+    figure.suptitle(f"{meta['card']}, B x T = {total}, {meta['date'][:10]}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return True
 
 
-def main(arguments):
-    *sources, path = arguments
-    results = []
-    for source in sources:
-        with open(source) as file:
-            data = json.load(file)
-        results += data["results"]
-    if not plot(results, data["meta"], path):
-        raise SystemExit("there is no forward or backward time in these files")
-
-
 if __name__ == "__main__":
     if len(sys.argv) < 3:
-        raise SystemExit(__doc__)
-    main(sys.argv[1:])
+        sys.exit(__doc__)
+    files = [json.load(open(path)) for path in sys.argv[1:-1]]
+    if not plot([r for f in files for r in f["results"]], files[0]["meta"], sys.argv[-1]):
+        sys.exit("there is no forward or backward time in these files")

@@ -13,7 +13,6 @@ import traceback
 from dataclasses import asdict
 
 import jax
-import jaxlib
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +23,8 @@ from benchmarks.plot import plot
 
 GROUPS = ("main", "step", "long", "ragged", "packed", "sweep")
 MEASURES = ("forward", "backward", "bare", "errors")
-PEERS = ("cudnn attention", "fla")
+COLUMNS = dict(ms="{:.4g}", spread="{:.1%}", per_token_of_main="{:.2f}")
+COLUMNS |= dict(memory_gib="{:.3f}", memory_peak_gib="{:.3f}", first_call_s="{:.1f}")
 
 
 def main(argv=None):
@@ -33,189 +33,156 @@ def main(argv=None):
         # Leaves fla's allocator its share of the card; read when the backend starts.
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
     start = time.monotonic()
-    meta = describe()
-    print(" | ".join(f"{key} {value}" for key, value in meta.items()), flush=True)
-    results, not_started = [], []
+    report = dict(meta=describe(argv), results=[], not_started=[])
+    print(" | ".join(f"{key} {value}" for key, value in report["meta"].items()), flush=True)
     for name, shape, what, implementation in cases(options):
-        label = f"{name} {shape.name} {what} {implementation}"
+        row = dict(mechanism=name, shape=shape.name, measure=what, implementation=implementation)
         if options.limit is not None and time.monotonic() - start > options.limit:
-            not_started.append(label)
-            continue
-        row = dict(mechanism=name, implementation=implementation, measure=what, dtype="bfloat16")
-        row |= dict(shape=shape.name) | {k: asdict(shape)[k] for k in SHAPE_KEYS}
-        row |= run_case(name, shape, what, implementation, options.seconds)
-        results.append(row)
-        compare(row, results)
-        print(f"[{time.monotonic() - start:6.1f} s] {label}: {numbers(row)}", flush=True)
-        write(options.out, meta, results, not_started)
-    show(results)
-    if not_started:
-        print(f"not started within {options.limit:g} s: {', '.join(not_started)}")
-        write(options.out, meta, results, not_started)
-    if options.plot and not plot(results, meta, options.plot):
+            report["not_started"].append(row)
+        else:
+            row |= {k: v for k, v in asdict(shape).items() if k not in ("name", "measures")}
+            row |= dict(dtype="bfloat16") | run_case(name, shape, what, implementation, options)
+            report["results"].append(row)
+            compare(row, report["results"])
+            print(f"[{time.monotonic() - start:6.1f} s]", *filter(None, cells(row)), flush=True)
+        if options.out:
+            with open(options.out, "w") as file:
+                json.dump(report, file, indent=1)
+    show(report)
+    if options.plot and not plot(report["results"], report["meta"], options.plot):
         print("nothing to plot: no forward or backward time was measured")
-    return 1 if any("error" in row for row in results) else 0
-
-
-SHAPE_KEYS = ("group", "B", "T", "H", "D", "packed")
+    return 1 if any("error" in row for row in report["results"]) else 0
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    what = f"measures ({', '.join(MEASURES)}) and groups of shapes ({', '.join(GROUPS)}), by "
+    what += "commas; all where none of a kind is named"
     parser.add_argument("--mechanism", default=",".join(MECHANISMS), help="names, by commas")
-    parser.add_argument(
-        "--what",
-        default="",
-        help=f"measures ({', '.join(MEASURES)}) and groups of shapes ({', '.join(GROUPS)}), by "
-        "commas; all where none of a kind is named",
-    )
+    parser.add_argument("--what", default="", help=what)
     parser.add_argument("--shapes", choices=("small", "full"), default="full")
     parser.add_argument("--implementations", default="pallas,xla", help="names, by commas")
     parser.add_argument("--peer", action="store_true", help="also fla and cuDNN's attention")
-    parser.add_argument("--seconds", type=float, default=0.15, help="length of one timed repeat")
+    parser.add_argument("--seconds", type=float, default=0.15, help="length of a timed repeat")
     parser.add_argument("--limit", type=float, help="start no case after so many seconds")
     parser.add_argument("--out", help="write JSON to this file, after every case")
     parser.add_argument("--plot", help="write a plot of time against T to this PNG file")
     options = parser.parse_args(argv)
-    for option, known in dict(
-        mechanism=tuple(MECHANISMS),
-        what=MEASURES + GROUPS,
-        implementations=("reference", "xla", "pallas"),
-    ).items():
-        words = [word for word in getattr(options, option).split(",") if word]
-        if unknown := [word for word in words if word not in known]:
-            parser.error(f"--{option}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
-        setattr(options, option, words)
+    implementations = ("reference", "xla", "pallas")
+    known = dict(mechanism=MECHANISMS, what=MEASURES + GROUPS, implementations=implementations)
+    for option, words in known.items():
+        given = [word for word in getattr(options, option).split(",") if word]
+        if unknown := [word for word in given if word not in words]:
+            parser.error(f"--{option}: unknown {', '.join(unknown)}; known: {', '.join(words)}")
+        setattr(options, option, given)
     return options
 
 
 def cases(options):
-    """The chosen (mechanism, shape, measure, implementation); the peers, slow to start, last."""
-    groups = [w for w in options.what if w in GROUPS]
-    measures = [w for w in options.what if w in MEASURES]
+    """Yields (mechanism, shape, measure, implementation); the peers, slow to start, last."""
+    groups = [word for word in options.what if word in GROUPS]
+    measures = [word for word in options.what if word in MEASURES]
 
     def chosen(shape, what):
-        if groups and shape.group not in groups:
-            return False
         if shape.group == "step":
-            return "step" in groups or not measures
-        return not measures or what in measures or what.split("_")[0] in measures
+            return "step" in groups or not options.what
+        named = not measures or what in measures or what.split("_")[0] in measures
+        return named and (not groups or shape.group in groups)
 
-    chosen_cases = [
+    table = [
         (name, shape, what)
         for name in options.mechanism
         for shape in MECHANISMS[name].shapes[options.shapes]
         for what in shape.measures
         if chosen(shape, what)
     ]
-    for name, shape, what in chosen_cases:
-        for implementation in options.implementations:
-            yield name, shape, what, implementation
+    for case in table:
+        yield from ((*case, implementation) for implementation in options.implementations)
     if not options.peer:
         return
-    available = dict(zip(PEERS, (jax.default_backend() == "gpu", fla.importable()), strict=True))
-    if not available["fla"]:
-        print("fla: not importable", flush=True)
-    if not available["cudnn attention"]:
+    timed = [c for c in table if c[2] in ("forward", "backward") and not c[1].packed]
+    if jax.default_backend() == "gpu":
+        yield from ((*case, "cudnn attention") for case in timed)
+    else:
         print("cudnn attention: needs a GPU", flush=True)
-    for peer in PEERS:
-        for name, shape, what in chosen_cases:
-            timed = not shape.packed and what in ("forward", "backward")
-            if peer == "fla":
-                made = MECHANISMS[name].fla_step if what == "step" else MECHANISMS[name].fla
-                timed = (timed or what == "step") and made is not None
-            if available[peer] and timed:
-                yield name, shape, what, peer
+    if fla.importable():
+        with_step = timed + [c for c in table if c[2] == "step"]
+        yield from ((*c, "fla") for c in with_step if fla_maker(c[0], c[2]) is not None)
+    else:
+        print("fla: not importable", flush=True)
 
 
-def run_case(name, shape, what, implementation, seconds):
+def fla_maker(name, what):
+    return MECHANISMS[name].fla_step if what == "step" else MECHANISMS[name].fla
+
+
+def run_case(name, shape, what, implementation, options):
     """One case's numbers, or the message of what it raised."""
     try:
         if implementation == "fla":
-            mechanism = MECHANISMS[name]
-            make = mechanism.fla_step if what == "step" else mechanism.fla
-            return fla.measure(make, shape, what == "backward")
+            return fla.measure(fla_maker(name, what), shape, what == "backward")
         if implementation == "cudnn attention":
-            return attention(name, shape, what, seconds)
-        return measure(name, shape, what, implementation, seconds)
+            return attention(name, shape, what, options.seconds)
+        return measure(name, shape, what, implementation, options.seconds)
     except Exception as error:  # reported, and the exit code is 1
         return dict(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
 
 
 def compare(row, results):
-    """Adds the targets, and the time per token as a multiple of main's."""
+    """Adds the targets, and the time of a token as a multiple of main's."""
     if row["implementation"] == "pallas":
-        targets = MECHANISMS[row["mechanism"]].targets.items()
-        key = (row["shape"], row["measure"])
-        row["targets"] = {column: goal for (*case, column), goal in targets if tuple(case) == key}
-    same = ("mechanism", "implementation", "measure")
-    for main_row in results:
-        if main_row["shape"] == "main" and all(main_row[k] == row[k] for k in same):
-            if "ms" in main_row and "ms" in row:
-                share = main_row["ms"] / (main_row["B"] * main_row["T"])
-                row["per_token_of_main"] = row["ms"] / (row["B"] * row["T"]) / share
+        goals = MECHANISMS[row["mechanism"]].targets.items()
+        case = (row["shape"], row["measure"])
+        row["targets"] = {column: goal for (*of, column), goal in goals if tuple(of) == case}
+    for other in results:
+        same = all(other[k] == row[k] for k in ("mechanism", "implementation", "measure"))
+        if same and other["shape"] == "main" and "ms" in other and "ms" in row:
+            ratio = row["ms"] / (row["B"] * row["T"]) * (other["B"] * other["T"]) / other["ms"]
+            row["per_token_of_main"] = ratio
 
 
-def numbers(row):
-    """A case's numbers on one line."""
-    parts = []
-    if "ms" in row:
-        parts.append(f"{row['ms']:.4g} ms")
-        if "spread" in row:
-            parts[-1] += f" (spread {row['spread']:.1%})"
-    if "per_token_of_main" in row and row["shape"] != "main":
-        parts.append(f"{row['per_token_of_main']:.2f} x main's time a token")
-    if "memory_gib" in row:
-        parts.append(f"{row['memory_gib']:.3f} GiB")
-        parts.append(f"first call {row['first_call_s']:.1f} s")
-    if "errors" in row:
-        parts.append(" ".join(f"{k} {v:.1e}" for k, v in row["errors"].items()))
-        parts.append("same bits twice" if row["same_bits"] else "other bits twice")
+def cells(row):
+    """A row's texts: what was measured, the columns, notes."""
+    sizes = " ".join(f"{k}={row[k]}" for k in "BTHD")
+    notes = [f"{name} {error:.1e}" for name, error in row.get("errors", {}).items()]
     if "error" in row:
-        parts.append(f"FAILED {' '.join(row['error'].split())[:300]}")
+        notes.append(f"FAILED {' '.join(row['error'].split())[:300]}")
     for column, goal in row.get("targets", {}).items():
         if column in row:
-            parts.append(f"{column} target {goal:g} {'met' if row[column] <= goal else 'MISSED'}")
-    return ", ".join(parts)
+            notes.append(f"{column} <= {goal:g} {'met' if row[column] <= goal else 'MISSED'}")
+    numbers = (form.format(row[k]) if row.get(k) is not None else "" for k, form in COLUMNS.items())
+    case = f"{row['mechanism']} {row['shape']}"
+    return case, sizes, row["measure"], row["implementation"], *numbers, ", ".join(notes)
 
 
-def show(results):
-    """Prints the table."""
-    table = Table()
-    for column in ("shape", "B T H D", "measure", "implementation", "numbers"):
-        table.add_column(column, no_wrap=column != "numbers")
-    for row in results:
-        sizes = " ".join(str(row[k]) for k in "BTHD")
-        shape = f"{row['mechanism']} {row['shape']}"
-        table.add_row(shape, sizes, row["measure"], row["implementation"], numbers(row))
+def show(report):
+    table = Table("case", "sizes", "measure", "implementation", *COLUMNS, "notes")
+    for row in report["results"]:
+        table.add_row(*cells(row))
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
-        console.width = 160
+        console.width = 180
     console.print(table)
+    for row in report["not_started"]:
+        print("not started, past --limit:", *row.values())
 
 
-def describe():
+def describe(argv):
     """The machine, the versions and the command."""
     device = jax.devices()[0]
     driver = None
     if device.platform == "gpu" and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    arguments = sys.argv[1:] if argv is None else argv
     return dict(
         card=device.device_kind,
         compute_capability=getattr(device, "compute_capability", None),
         driver=driver,
         jax=jax.__version__,
-        jaxlib=jaxlib.__version__,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+        command=shlex.join(["python", "-m", "benchmarks.run", *arguments]),
     )
-
-
-def write(path, meta, results, not_started):
-    if path:
-        with open(path, "w") as file:
-            json.dump(dict(meta=meta, results=results, not_started=not_started), file, indent=1)
 
 
 if __name__ == "__main__":
