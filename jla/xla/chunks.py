@@ -124,7 +124,7 @@ def unit_lower_inverse(levels):
 
     Block by block: inv [[X, 0], [L, Y]] = [[X^-1, 0], [-Y^-1 L X^-1, Y^-1]]. Every factor is the
     inverse of a diagonal block of the whole, so nothing grows that does not grow in the result.
-    (A Neumann series of powers of L does, and cancels: for equal keys its terms reach 1e18.)
+    (A Neumann series of powers of L does, and cancels: for equal keys its terms reach 1e14.)
     """
     pair, *levels = levels
     one = jnp.ones_like(pair)
