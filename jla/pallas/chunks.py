@@ -9,6 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas import mosaic
 from jla.pallas.mosaic import (
+    bf16,
     f16,
     f32,
     product,
@@ -123,23 +124,24 @@ def unit_triangular_inverse(a, scratch):
     Block substitution: X is the inverse of the diagonal blocks of 2**level, and
     X - X L X, with L the part of `a` that joins two of them, that of the blocks twice as large.
     No power of `a` is formed, so keys that repeat with beta = 2 stay exact where doubling
-    overflows. Operands are float16: eleven bits where bf16 has eight.
+    overflows. Operands are bf16: with keys that are not normalised the inverse leaves float16's
+    range, and then 0 * inf would carry later tokens into earlier rows.
 
     Args:
-      scratch: two [64, 64] float16 SMEM tiles, overwritten.
+      scratch: two [64, 64] bf16 SMEM tiles, overwritten.
     """
 
     def level_step(level, x):
         joined = jnp.where(level_pairs(level), a, 0.0)
-        lx = product_half(joined, x, scratch[0])
-        return x - product_half(x, lx, scratch[1])
+        lx = rounded_product(joined, x, scratch[0])
+        return x - rounded_product(x, lx, scratch[1])
 
     x = jnp.where(diagonal(), 1.0, 0.0).astype(f32) - jnp.where(level_pairs(0), a, 0.0)
     return lax.fori_loop(1, LEVELS, level_step, x)
 
 
-def product_half(a, b, scratch):
-    """a @ b for float32 values in registers, rounded to float16; `scratch`: a float16 SMEM tile."""
-    scratch[...] = b.astype(f16)
+def rounded_product(a, b, scratch):
+    """a @ b for float32 values in registers, rounded to bf16; `scratch`: a bf16 SMEM tile."""
+    scratch[...] = b.astype(bf16)
     plgpu.commit_smem()
-    return product((a.astype(f16), scratch))
+    return product((a.astype(bf16), scratch))

@@ -90,10 +90,10 @@ def prepare(q, k, v, g, beta, *, scale):
         for i, s in enumerate(value_tiles):
             plgpu.copy_gmem_to_smem(v_ref.at[b, rows, h, s], sv.at[i], v_loaded)
 
-        # The gates are done with: their tiles serve the inverse.
+        work = (sy, sq.at[:, tiles[0]])  # both have left
         beta = per_column(load(beta_column.at[b, h, rows], PER_COLUMN, optimized=False), CHUNK)
-        inverse = chunks.unit_triangular_inverse(a0 * beta, (sg.at[0], sg.at[1]))
-        x = chunks.product_half(inverse, a0, sg.at[0]).astype(bf16)
+        inverse = chunks.unit_triangular_inverse(a0 * beta, work)
+        x = chunks.rounded_product(inverse, a0, work[1]).astype(bf16)
         sy[...] = x
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(sy, x_out.at[b, h, n])
@@ -126,7 +126,7 @@ def prepare(q, k, v, g, beta, *, scale):
             mosaic.tile(CHUNK, K),
             mosaic.tile(CHUNK, K),
             mosaic.tile(CHUNK, TILE_WIDTH, max(K, V) // TILE_WIDTH),
-            mosaic.tile(CHUNK, TILE_WIDTH, max(2, K // TILE_WIDTH), dtype=f16),
+            mosaic.tile(CHUNK, TILE_WIDTH, K // TILE_WIDTH, dtype=f16),
             mosaic.tile(CHUNK, TILE_WIDTH),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=V // TILE_WIDTH),
@@ -159,9 +159,8 @@ def _scores(sq, sk, sy, sg, tiles):
         by_key = mosaic.product(*((x, x.T) for x in keys))
         by_query = mosaic.product(*((x, y.T) for x, y in zip(queries, keys, strict=True)))
         pairs = chunks.level_pairs(level)
-        key_scores += jnp.where(pairs, by_key, 0.0).astype(f16)
+        key_scores += jnp.where(pairs, by_key, 0.0).astype(bf16)
         query_scores += jnp.where(pairs, by_query, 0.0).astype(bf16)
         return key_scores, query_scores
 
-    nothing = jnp.zeros_like(query_scores).astype(f16)
-    return lax.fori_loop(0, LEVELS, level_step, (nothing, query_scores))
+    return lax.fori_loop(0, LEVELS, level_step, (jnp.zeros_like(query_scores), query_scores))
