@@ -6,9 +6,12 @@ every batch row and head by itself says so here, and then runs shard by shard.
 
 import re
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jla.pallas.mosaic import interpreting
@@ -27,6 +30,9 @@ def shardwise(function, operands, results):
     """
 
     def run(*arrays):
+        return _without_varying_types(place, arrays)
+
+    def place(*arrays):
         if interpreting():  # its ordered callbacks cannot be partitioned
             return function(*arrays)
         sizes = {}
@@ -64,6 +70,28 @@ def shardwise(function, operands, results):
         return out, (True,) * len(out)
 
     return run
+
+
+def _without_varying_types(function, arrays):
+    """Calls a function that knows nothing of the mesh axes over which shard_map's values vary.
+
+    Refs that vary are refused by Pallas, and what a kernel returns would not vary, though all of it
+    depends on all operands.
+    """
+    axes = frozenset().union(*map(_varying, arrays))
+    if not axes:
+        return function(*arrays)
+    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
+    out = jaxpr_as_fun(jax.make_jaxpr(function)(*shapes))(*arrays)
+    missing = (tuple(axes - _varying(x)) for x in out)
+    return tuple(
+        lax.pcast(x, names, to="varying") if names else x
+        for x, names in zip(out, missing, strict=True)
+    )
+
+
+def _varying(x):
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def _placement(operands, args):
