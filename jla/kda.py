@@ -34,8 +34,8 @@ def kda(
     make the gates with :func:`jla.kda_gate`. With `|k| = 1` and `0 <= beta <= 1` the state cannot
     grow; `beta` up to 2 allows negative eigenvalues.
 
-    Shape letters: `B` batch, `T` time, `H` key heads, `HV` value heads, `K` key dimension, `V` value
-    dimension. Value head `j` uses key head `j // (HV // H)`.
+    Shape letters: `B` batch, `T` time, `H` key heads, `HV` value heads, `K` key dimension, `V`
+    value dimension. Value head `j` uses key head `j // (HV // H)`.
 
     Args:
       q: queries, [B, T, H, K], bfloat16, float16 or float32. K is 16 to 256.

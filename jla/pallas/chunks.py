@@ -9,10 +9,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas import mosaic
 from jla.pallas.mosaic import (
-    bf16,
     f16,
     f32,
     product,
+    split,
 )
 
 CHUNK = 64
@@ -124,8 +124,8 @@ def unit_triangular_inverse(a, scratch):
     Block substitution: X is the inverse of the diagonal blocks of 2**level, and
     X - X L X, with L the part of `a` that joins two of them, that of the blocks twice as large.
     No power of `a` is formed, so keys that repeat with beta = 2 stay exact where doubling
-    overflows. Operands are bf16: with keys that are not normalised the inverse leaves float16's
-    range, and then 0 * inf would carry later tokens into earlier rows.
+    overflows; but their errors add up from token to token, so products keep 16 bits of each factor.
+    float16 would do with fewer, and overflows where keys are not normalised.
 
     Args:
       scratch: two [64, 64] bf16 SMEM tiles, overwritten.
@@ -133,15 +133,17 @@ def unit_triangular_inverse(a, scratch):
 
     def level_step(level, x):
         joined = jnp.where(level_pairs(level), a, 0.0)
-        lx = rounded_product(joined, x, scratch[0])
-        return x - rounded_product(x, lx, scratch[1])
+        return x - precise_product(x, precise_product(joined, x, scratch), scratch)
 
     x = jnp.where(diagonal(), 1.0, 0.0).astype(f32) - jnp.where(level_pairs(0), a, 0.0)
     return lax.fori_loop(1, LEVELS, level_step, x)
 
 
-def rounded_product(a, b, scratch):
-    """a @ b for float32 values in registers, rounded to bf16; `scratch`: a bf16 SMEM tile."""
-    scratch[...] = b.astype(bf16)
+def precise_product(a, b, scratch):
+    """a @ b for float32 values in registers, 16 bits of each kept; `scratch`: two bf16 tiles."""
+    (a_high, a_low), (b_high, b_low) = split(a), split(b)
+    high, low = scratch
+    high[...] = b_high
+    low[...] = b_low
     plgpu.commit_smem()
-    return product((a.astype(bf16), scratch))
+    return product((a_high, high), (a_low, high), (a_high, low))

@@ -28,6 +28,10 @@ class Implementation:
     dtypes: of q, k and v; the first serves every clause that needs only one.
     lengths, head_dims: what clause 2 tries: values of T, and edits of `sizes`.
     context: entered around every small call; an interpreter, for kernels.
+    beyond: the stress cases that its precision does not reach; its documentation says so.
+    compiled_on: the platform of what only a compiled program shows: sharding, rematerialization,
+      how often is compiled. Interpreted kernels have effects, which stand in the way of all three.
+    linearizes: whether it has a forward-mode derivative.
     """
 
     name: str
@@ -37,6 +41,9 @@ class Implementation:
     lengths: tuple[int, ...] = ()
     head_dims: tuple[Mapping[str, int], ...] = ()
     context: Callable = contextlib.nullcontext
+    beyond: tuple[str, ...] = ()
+    compiled_on: str = "cpu"
+    linearizes: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +190,18 @@ KDA = Mechanism(
             lengths=(1, 2, 62, 63, 64, 65, 1000),
             head_dims=(dict(K=16, V=256), dict(K=256, V=16), dict(K=63, V=81), dict(K=128, V=128)),
         ),
+        Implementation(
+            "pallas",
+            sizes=dict(B=1, T=100, H=1, HV=2, K=16, V=32),
+            full=dict(B=2, T=2000, H=8, HV=16, K=128, V=128),
+            dtypes=("bfloat16", "float16"),
+            lengths=(1, 63, 64, 130),
+            head_dims=(dict(HV=1, K=128, V=81), dict(HV=1, K=63, V=128)),
+            context=jla.pallas.interpret,
+            beyond=("equal keys, beta = 2",),
+            compiled_on="gpu",
+            linearizes=False,  # a custom_vjp
+        ),
     ),
     golden=("kda_small", "kda_d128", "kda_gva_strong_decay"),
     golden_outputs=("o", "final_state"),
@@ -274,4 +293,15 @@ def _grid(full=True, only=lambda implementation: True):
 # The definition agrees with itself: only its low precisions and golden vectors say anything.
 GRID = _grid()
 SMALL = _grid(full=False)
+
+
+def _compiled(row):
+    mechanism, implementation, sizes = row.values
+    if implementation.compiled_on == "cpu":
+        return row
+    bare = dataclasses.replace(implementation, context=contextlib.nullcontext)
+    return pytest.param(mechanism, bare, sizes, id=row.id, marks=pytest.mark.gpu)
+
+
+COMPILED = [_compiled(row) for row in SMALL]
 AGAINST_REFERENCE = _grid(only=lambda implementation: implementation.name != "reference")

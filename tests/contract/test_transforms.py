@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from harness import assert_close, assert_same_bits, forward, inputs, upcast, value_and_vjp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from mechanisms import GRID, SMALL
+from mechanisms import COMPILED, GRID, SMALL
 
 P = PartitionSpec
 
@@ -20,7 +20,7 @@ def running(mechanism, implementation):
     return functools.partial(mechanism.run, implementation=implementation.name)
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", SMALL)
+@pytest.mark.parametrize("mechanism, implementation, sizes", COMPILED)
 def test_vmap_and_checkpoint(mechanism, implementation, sizes):
     """Gradients under vmap of a checkpointed run are those of the runs one by one."""
     dtype = implementation.dtypes[0]
@@ -46,6 +46,10 @@ def test_linearize(mechanism, implementation, sizes):
     """The linear map at a point, applied to two tangents, is the definition's jvp."""
     dtype = implementation.dtypes[0]
     args, _ = inputs(mechanism, sizes, dtype)
+    if not implementation.linearizes:
+        with implementation.context(), pytest.raises(TypeError, match="forward-mode"):
+            jax.linearize(lambda a: running(mechanism, implementation)(**a), args)
+        return
     tangents = [inputs(mechanism, sizes, dtype, seed)[0] for seed in (1, 2)]
     run = running(mechanism, implementation)
     with implementation.context():
@@ -70,10 +74,14 @@ HEADS = ("H", "HV", "HQ", "HK")
 BY_BATCH, BY_HEADS = {"B": "x"}, dict.fromkeys(HEADS, "x")
 
 
-def sharding_case(mechanism, sizes, dtype, mesh_axes, axis_type):
-    """Four rows and four times the key heads on four virtual CPU devices, whole and placed."""
-    assert len(jax.devices("cpu")) >= 4
-    mesh = jax.make_mesh((4,), ("x",), (axis_type,), devices=jax.devices("cpu")[:4])
+def sharding_case(mechanism, implementation, sizes, dtype, mesh_axes, axis_type):
+    """Four rows and four times the key heads, whole, and placed on four virtual CPU devices or on
+    the two or four GPUs there are."""
+    devices = jax.devices(implementation.compiled_on)[:4]
+    if implementation.compiled_on == "gpu" and len(devices) < 2:
+        pytest.skip("needs two or four GPUs")
+    assert len(devices) in (2, 4), devices
+    mesh = jax.make_mesh((len(devices),), ("x",), (axis_type,), devices=devices)
     heads = {n: 4 * size // sizes["H"] for n, size in sizes.items() if n in HEADS}
     whole = inputs(mechanism, dict(sizes) | heads | dict(B=4), dtype)
     splits = specs((dict(mechanism.axes), mechanism.outputs), mesh_axes)
@@ -84,11 +92,13 @@ def sharding_case(mechanism, sizes, dtype, mesh_axes, axis_type):
 
 
 @pytest.mark.parametrize("mesh_axes", [BY_BATCH, BY_HEADS], ids=["batch", "heads"])
-@pytest.mark.parametrize("mechanism, implementation, sizes", SMALL)
+@pytest.mark.parametrize("mechanism, implementation, sizes", COMPILED)
 def test_sharded_under_jit(mechanism, implementation, sizes, mesh_axes):
     """Each device computes its own rows or heads: the program has no collective at all."""
     dtype = implementation.dtypes[0]
-    mesh, splits, whole, placed = sharding_case(mechanism, sizes, dtype, mesh_axes, AxisType.Auto)
+    mesh, splits, whole, placed = sharding_case(
+        mechanism, implementation, sizes, dtype, mesh_axes, AxisType.Auto
+    )
     want = value_and_vjp(mechanism, implementation, *whole)
 
     def both(args, cotangents):
@@ -104,12 +114,12 @@ def test_sharded_under_jit(mechanism, implementation, sizes, mesh_axes):
 
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["shard_map", "explicit_sharding"])
-@pytest.mark.parametrize("mechanism, implementation, sizes", SMALL)
+@pytest.mark.parametrize("mechanism, implementation, sizes", COMPILED)
 def test_shardings_in_types(mechanism, implementation, sizes, explicit):
     """Inside shard_map, and where types carry shardings; the initial zeros must have them too."""
     dtype, state = implementation.dtypes[0], mechanism.state[0]
     mesh, splits, whole, placed = sharding_case(
-        mechanism, sizes, dtype, BY_HEADS, AxisType.Explicit
+        mechanism, implementation, sizes, dtype, BY_HEADS, AxisType.Explicit
     )
     axes, outputs = splits
     for args in (axes, whole[0], placed[0]):
@@ -157,7 +167,7 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", SMALL)
+@pytest.mark.parametrize("mechanism, implementation, sizes", COMPILED)
 def test_new_contents_never_compile(mechanism, implementation, sizes):
     """Neither new numbers nor new segment borders; nor a length that was there before."""
     B, T = sizes["B"], sizes["T"]

@@ -65,6 +65,8 @@ def test_head_dimensions(mechanism, implementation, sizes):
 def stress_cases():
     for row in AGAINST_REFERENCE:
         for stress in row.values[0].stress:
+            if stress in row.values[1].beyond:
+                continue
             yield pytest.param(*row.values, stress, id=f"{row.id}-{stress}", marks=row.marks)
 
 

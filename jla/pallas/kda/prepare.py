@@ -68,7 +68,6 @@ def prepare(q, k, v, g, beta, *, scale):
         plgpu.barrier_wait(loaded)
 
         a0, aq = _scores(sq, sk, sv, sg, tiles)
-        a0 = a0.astype(f32)
         sy[...] = (aq.astype(f32) * scale).astype(bf16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(sy, aq_out.at[b, h, n])
@@ -93,7 +92,7 @@ def prepare(q, k, v, g, beta, *, scale):
         work = (sy, sq.at[:, tiles[0]])  # both have left
         beta = per_column(load(beta_column.at[b, h, rows], PER_COLUMN, optimized=False), CHUNK)
         inverse = chunks.unit_triangular_inverse(a0 * beta, work)
-        x = chunks.rounded_product(inverse, a0, work[1]).astype(bf16)
+        x = chunks.precise_product(inverse, a0, work).astype(bf16)
         sy[...] = x
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(sy, x_out.at[b, h, n])
@@ -140,7 +139,8 @@ def _scores(sq, sk, sy, sg, tiles):
     """The decayed products of keys with keys (j < i) and of queries with keys (j <= i).
 
     Level by level of the tree of references (see `chunks.level_decay_mask`), so that no exponent
-    is ever positive. Two 16-bit matrices in registers: every pair belongs to one level.
+    is ever positive. Every pair belongs to one level, so the queries' scores are bf16 from the
+    start; the keys' go into the inverse and stay float32.
     """
     # The diagonal knows no decay.
     own = mosaic.product(*((sq.at[:, s], sk.at[:, s].T) for s in tiles))
@@ -159,8 +159,8 @@ def _scores(sq, sk, sy, sg, tiles):
         by_key = mosaic.product(*((x, x.T) for x in keys))
         by_query = mosaic.product(*((x, y.T) for x, y in zip(queries, keys, strict=True)))
         pairs = chunks.level_pairs(level)
-        key_scores += jnp.where(pairs, by_key, 0.0).astype(bf16)
+        key_scores = jnp.where(pairs, by_key, key_scores)
         query_scores += jnp.where(pairs, by_query, 0.0).astype(bf16)
         return key_scores, query_scores
 
-    return lax.fori_loop(0, LEVELS, level_step, (jnp.zeros_like(query_scores), query_scores))
+    return lax.fori_loop(0, LEVELS, level_step, (jnp.zeros_like(own), query_scores))
