@@ -9,6 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas import mosaic
 from jla.pallas.mosaic import (
+    bf16,
     f16,
     f32,
     product,
@@ -124,8 +125,9 @@ def unit_triangular_inverse(a, scratch):
     Block substitution: X is the inverse of the diagonal blocks of 2**level, and
     X - X L X, with L the part of `a` that joins two of them, that of the blocks twice as large.
     No power of `a` is formed, so keys that repeat with beta = 2 stay exact where doubling
-    overflows; but their errors add up from token to token, so products keep 16 bits of each factor.
-    float16 would do with fewer, and overflows where keys are not normalised.
+    overflows. The levels work with bf16 operands; then a Newton step, X + X (I - (I + a) X), with
+    the residual from 16 bits of each factor, squares their error. float16 operands would do without
+    it, but overflow where keys are not normalised.
 
     Args:
       scratch: two [64, 64] bf16 SMEM tiles, overwritten.
@@ -133,10 +135,20 @@ def unit_triangular_inverse(a, scratch):
 
     def level_step(level, x):
         joined = jnp.where(level_pairs(level), a, 0.0)
-        return x - precise_product(x, precise_product(joined, x, scratch), scratch)
+        return x - _rounded_product(x, _rounded_product(joined, x, scratch[0]), scratch[1])
 
-    x = jnp.where(diagonal(), 1.0, 0.0).astype(f32) - jnp.where(level_pairs(0), a, 0.0)
-    return lax.fori_loop(1, LEVELS, level_step, x)
+    eye = jnp.where(diagonal(), 1.0, 0.0).astype(f32)
+    x = lax.fori_loop(1, LEVELS, level_step, eye - jnp.where(level_pairs(0), a, 0.0))
+    eye = jnp.where(diagonal(), 1.0, 0.0).astype(f32)
+    residual = eye - x - precise_product(a, x, scratch)
+    return x + _rounded_product(x, residual, scratch[0])
+
+
+def _rounded_product(a, b, scratch):
+    """a @ b for float32 values in registers, rounded to bf16; `scratch`: a bf16 SMEM tile."""
+    scratch[...] = b.astype(bf16)
+    plgpu.commit_smem()
+    return product((a.astype(bf16), scratch))
 
 
 def precise_product(a, b, scratch):

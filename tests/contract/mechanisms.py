@@ -121,6 +121,9 @@ def _kda_twins(args):
 
 
 def _kda_later(name, x):
+    """Keys keep their norm: with larger ones the recurrence has no finite value."""
+    if name in ("q", "k"):
+        return -jnp.flip(x, -1)
     return {"g": 40.0 * x - 1.0, "beta": 1.0 - 0.5 * x}.get(name, 3.0 - x)
 
 
