@@ -3,8 +3,8 @@
 import jax
 import pytest
 
+# Four for the sharding tests; with fewer than eight, interpreted kernels can starve one another.
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def pytest_collection_modifyitems(items):
@@ -19,7 +19,8 @@ def _has_gpu():
 
 
 @pytest.fixture(autouse=True)
-def highest_precision():
-    """The contract's tolerances are for full float32 products."""
-    with jax.default_matmul_precision("highest"):
+def strict_and_precise(request):
+    """No dtype is promoted in silence, and products are full float32, as the tolerances mean them."""
+    promotion = "standard" if request.node.get_closest_marker("optax") else "strict"
+    with jax.numpy_dtype_promotion(promotion), jax.default_matmul_precision("highest"):
         yield

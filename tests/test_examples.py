@@ -21,6 +21,8 @@ import text
 import train_lm
 from model import MIXERS, LanguageModel
 
+pytestmark = pytest.mark.optax
+
 # The reference compiles in a fraction of the chunked implementation's time.
 TINY = (
     "--width 32 --depth 2 --heads 2 --length 16 --batch 2 --steps 4 --sample-length 20 "

@@ -6,6 +6,8 @@ import re
 import jax.numpy as jnp
 import pytest
 
+pytestmark = pytest.mark.optax
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PROGRAMS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
