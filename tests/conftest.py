@@ -20,7 +20,7 @@ def _has_gpu():
 
 @pytest.fixture(autouse=True)
 def strict_and_precise(request):
-    """No dtype is promoted in silence, and products are full float32, as the tolerances mean them."""
+    """No dtype is promoted in silence; products are full float32, as the tolerances mean them."""
     promotion = "standard" if request.node.get_closest_marker("optax") else "strict"
     with jax.numpy_dtype_promotion(promotion), jax.default_matmul_precision("highest"):
         yield
