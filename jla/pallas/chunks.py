@@ -139,6 +139,7 @@ def unit_triangular_inverse(a, scratch):
 
     eye = jnp.where(diagonal(), 1.0, 0.0).astype(f32)
     x = lax.fori_loop(1, LEVELS, level_step, eye - jnp.where(level_pairs(0), a, 0.0))
+    # Made again rather than kept: 32 registers a thread through the whole loop.
     eye = jnp.where(diagonal(), 1.0, 0.0).astype(f32)
     residual = eye - x - precise_product(a, x, scratch)
     return x + _rounded_product(x, residual, scratch[0])
