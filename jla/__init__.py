@@ -2,9 +2,10 @@
 
 import importlib
 
+from jla.gsa import GSAState, gsa, gsa_step
 from jla.kda import kda, kda_gate, kda_step
 
-__all__ = ["kda", "kda_gate", "kda_step", "linen", "pallas"]
+__all__ = ["GSAState", "gsa", "gsa_step", "kda", "kda_gate", "kda_step", "linen", "pallas"]
 
 
 def __getattr__(name):

@@ -1,13 +1,14 @@
 """The choice of implementation, the same for every function."""
 
 import importlib
+import importlib.util
 
 import jax
 
 from jla._checks import check_implementation
 
 # The module, inside jla.reference, jla.xla and jla.pallas, that holds each function.
-_MODULES = {"kda": "kda", "kda_step": "kda"}
+_MODULES = {"kda": "kda", "kda_step": "kda", "gsa": "gsa", "gsa_step": "gsa"}
 
 
 def choose(name, implementation, *arrays):
@@ -40,6 +41,8 @@ def _why_not_pallas(name, arrays, *, asked_for):
         return "there is no GPU"  # and no need to import Pallas
     from jla import pallas
 
+    if importlib.util.find_spec(f"jla.pallas.{_MODULES[name]}") is None:
+        return "there is no kernel for it yet"
     module = _module("pallas", name)
     if not hasattr(module, name):
         return "there is no kernel for it yet"

@@ -1,7 +1,21 @@
 """Recurrent states."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+
+
+class GSAState(NamedTuple):
+    """The state of Gated Slot Attention, float32: the slots' keys and values.
+
+    Attributes:
+      hk: [B, H, K, M].
+      hv: [B, H, M, V].
+    """
+
+    hk: jax.Array
+    hv: jax.Array
 
 
 def zero_state(key, value):
@@ -13,3 +27,8 @@ def zero_state(key, value):
     """
     key, value = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (key, value))
     return jnp.where(False, key[..., :, None] * value[..., None, :], 0.0)
+
+
+def zero_gsa_state(key, slots, value):
+    """An empty `GSAState`, placed as one token's key [..., K], slots [..., M] and value [..., V]."""
+    return GSAState(zero_state(key, slots), zero_state(slots, value))

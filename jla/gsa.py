@@ -1,0 +1,162 @@
+"""Gated Slot Attention (arXiv 2409.07146)."""
+
+import jax.numpy as jnp
+
+from jla import _checks
+from jla._dispatch import choose
+from jla._state import GSAState
+
+__all__ = ["GSAState", "gsa", "gsa_step"]
+
+f32 = jnp.float32
+
+
+def gsa(
+    q,
+    k,
+    v,
+    s,
+    g=None,
+    *,
+    scale=None,
+    initial_state=None,
+    segment_ids=None,
+    implementation=None,
+):
+    r"""Gated Slot Attention: softmax attention over M slots that forget and are written to.
+
+    Every key/value head keeps the slots' keys :math:`H^k \in R^{K \times M}` and values
+    :math:`H^v \in R^{M \times V}`, zero at first. Token by token
+
+    .. math::
+      H^k &\leftarrow H^k\, \mathrm{Diag}(\exp g_t) + k_t s_t^\top, \quad
+      H^v \leftarrow \mathrm{Diag}(\exp g_t)\, H^v + s_t v_t^\top \\
+      p_t &= \mathrm{softmax}_M(\mathrm{scale} \cdot {H^k}^\top q_t), \quad
+      o_t = {H^v}^\top p_t
+
+    With `s = 1 - exp(g)`, as the paper has it and the layer makes it, a slot holds a weighted mean
+    of what was written to it; the function takes any s.
+
+    Without `g` it is ABC (Attention with Bounded-memory Control, arXiv 2110.02488): `s` then holds
+    the logits of the writes, each slot's writes are normalised over its past,
+
+    .. math::
+      z_t = \log \sum_{i \le t} \exp s_i, \quad g_t = z_{t-1} - z_t, \quad
+      s_t \leftarrow \exp(s_t - z_t),
+
+    and a row's or segment's first token has `g = 0`. The state does not hold `z`, so ABC neither
+    takes an initial state nor decodes token by token.
+
+    Shape letters: `B` batch, `T` time, `HQ` query heads, `H` key/value heads, `K` key dimension,
+    `V` value dimension, `M` slots. Query head `j` uses key/value head `j // (HQ // H)`.
+
+    Args:
+      q: queries, [B, T, HQ, K], bfloat16, float16 or float32; HQ is a multiple of H, K is 16 to
+        256.
+      k: keys, [B, T, H, K], of q's dtype.
+      v: values, [B, T, H, V], of q's dtype; V is 16 to 256.
+      s: what is written to each slot, [B, T, H, M], float32 or q's dtype; used in float32. M is 16
+        to 256.
+      g: natural-log decays, [B, T, H, M], float32, `g <= 0`; None for ABC.
+      scale: factor of the slots' logits, a Python number; `K**-0.5` if None.
+      initial_state: the state before the first token, `GSAState(hk, hv)`, [B, H, K, M] and
+        [B, H, M, V], float32; zeros if None. With `segment_ids` it belongs to each row's first
+        segment.
+      segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
+      implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device), or
+        None for the fastest that supports these arguments here; "pallas" has no kernel for it yet.
+
+    Returns:
+      The outputs, [B, T, HQ, V], of v's dtype, and the `GSAState` after the last token (with
+      `segment_ids`, of each row's last segment).
+
+    Raises:
+      TypeError: an argument is no array or has a dtype that is not listed here, or `initial_state`
+        is no `GSAState`.
+      ValueError: shapes that disagree, K, V or M outside 16 to 256, `initial_state` without `g`, an
+        unknown implementation.
+      NotImplementedError: the named implementation cannot do this; the message says what can.
+    """
+    axes = dict(q=(q, "B T HQ K"), k=(k, "B T H K"), v=(v, "B T H V"), s=(s, "B T H M"))
+    if g is not None:
+        axes |= dict(g=(g, "B T H M"))
+    if initial_state is not None:
+        if g is None:
+            raise ValueError(
+                "initial_state must be None without g (ABC): its running normaliser starts with "
+                "the row; give g, or no initial_state"
+            )
+        axes |= _state_axes("initial_state", initial_state)
+    if segment_ids is not None:
+        axes |= dict(segment_ids=(segment_ids, "B T"))
+    sizes = _checks.check_shapes(**axes)
+    if initial_state is not None:
+        _check_state_dtypes("initial_state", initial_state)
+    if segment_ids is not None:
+        _checks.check_segment_ids(segment_ids)
+    scale = _check_common(q, k, v, s, g, sizes, scale)
+    run = choose("gsa", implementation, q, k, v, s, g)
+    return run(q, k, v, s, g, initial_state, segment_ids, scale=scale)
+
+
+def gsa_step(q, k, v, s, g, state, *, scale=None, implementation=None):
+    """One token of :func:`jla.gsa`, for decoding: `T` steps are one run over `T` tokens.
+
+    Args:
+      q: query, [B, HQ, K], bfloat16, float16 or float32.
+      k: key, [B, H, K], of q's dtype.
+      v: value, [B, H, V], of q's dtype.
+      s: writes, [B, H, M], float32 or q's dtype.
+      g: natural-log decays, [B, H, M], float32, `g <= 0`. ABC (no g) has no step.
+      state: `GSAState(hk, hv)`, [B, H, K, M] and [B, H, M, V], float32: what `gsa` or the last step
+        returned. Donate it to jit, and it is updated in place.
+      scale: as in `gsa`.
+      implementation: as in `gsa`.
+
+    Returns:
+      The output, [B, HQ, V], of v's dtype, and the new `GSAState`.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `gsa`.
+    """
+    if g is None:
+        raise TypeError(
+            "g must be an array [B, H, M], got None: ABC has no step, for its running normaliser "
+            "is not in the state"
+        )
+    sizes = _checks.check_shapes(
+        q=(q, "B HQ K"),
+        k=(k, "B H K"),
+        v=(v, "B H V"),
+        s=(s, "B H M"),
+        g=(g, "B H M"),
+        **_state_axes("state", state),
+    )
+    _check_state_dtypes("state", state)
+    scale = _check_common(q, k, v, s, g, sizes, scale)
+    run = choose("gsa_step", implementation, q, k, v, s, g)
+    return run(q, k, v, s, g, state, scale=scale)
+
+
+def _state_axes(name, state):
+    """The entries of `check_shapes` for a state."""
+    if not isinstance(state, GSAState):
+        raise TypeError(f"{name} must be a jla.GSAState(hk, hv), got {type(state)}")
+    return {f"{name}.hk": (state.hk, "B H K M"), f"{name}.hv": (state.hv, "B H M V")}
+
+
+def _check_state_dtypes(name, state):
+    for field, array in state._asdict().items():
+        _checks.check_dtype(f"{name}.{field}", array, [f32])
+
+
+def _check_common(q, k, v, s, g, sizes, scale):
+    """Checks what the run and the step share; returns the scale."""
+    _checks.check_same_dtype(q=q, k=k, v=v)
+    _checks.check_dtype("s", s, [f32, q.dtype])
+    if g is not None:
+        _checks.check_dtype("g", g, [f32])
+    for letter in "KVM":
+        _checks.check_head_dim(letter, sizes[letter])
+    _checks.check_multiple("HQ", sizes["HQ"], "H", sizes["H"])
+    return _checks.check_scale(scale, sizes["K"] ** -0.5)
