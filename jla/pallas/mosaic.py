@@ -104,6 +104,16 @@ def product(*pairs, init=None):
     return pl.run_scoped(body, plgpu.ACC(shape, f32))
 
 
+def release():
+    """Ends a pipeline's step whose last reads are a product's.
+
+    The interpreter reads a product's operands as values, and calls it a race when TMA overwrites
+    such a tile with no fence between. wgmma has no need of one.
+    """
+    if interpreting():
+        plgpu.commit_smem()
+
+
 def split(x):
     """A float32 value as the sum of two bf16 values: 16 of its 24 bits."""
     high = x.astype(bf16)

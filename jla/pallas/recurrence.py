@@ -2,7 +2,8 @@
 
 Both kernels keep the transposed state, [64 value columns, K] float32, in the registers of one
 warpgroup for the whole sequence; another warpgroup streams the chunks' operands into SMEM. Chunks
-follow one another, value columns are independent of one another.
+follow one another, value columns are independent of one another, and so are pieces of the sequence
+whose first states are known: `pieces.py` makes those, where heads are too few to fill the GPU.
 """
 
 import jax
@@ -21,7 +22,7 @@ LOADER_REGISTERS = 40
 PROCESSORS = 132  # multiprocessors of an H100 or H200
 
 
-def forward(q, w, u, kg, decay, aq, beta, initial_state, *, keep_states):
+def forward(q, w, u, kg, decay, aq, beta, starts, *, keep_states):
     """Runs the chunks in order:
 
         E = u - w S;   o = q S + Aq (beta E);   S <- Diag(decay) S + kg^T (beta E)
@@ -29,7 +30,8 @@ def forward(q, w, u, kg, decay, aq, beta, initial_state, *, keep_states):
     Args:
       q, w, kg: [B, T, HV, K] bf16. u: [B, T, HV, V] bf16. decay: [B, HV, N, K] float32.
       aq: [B, HV, N, 64, 64] bf16. beta: [B, HV, T] float32.
-      initial_state: [B, HV, K, V] float32 or None for zeros.
+      starts: the state that each piece of the sequence starts from, [P, B, HV, K, V] float32, or
+        None for one piece that starts from zeros.
       keep_states: whether to return the state that each chunk starts from.
 
     Returns:
@@ -38,33 +40,37 @@ def forward(q, w, u, kg, decay, aq, beta, initial_state, *, keep_states):
 
     Traffic at B=8 T=4096 HV=16 K=V=128: q, w, u, kg, o 134 MB each, Aq 67 MB: 0.74 GB, 0.17 ms at
     4.3 TB/s; the kept states add 268 MB, 0.06 ms. Operations: 4 products of 64x64x128 a chunk and
-    64 columns, 0.07 TFLOP in all: nothing. B * HV * V / 128 CTAs, each a chain of N chunks.
+    64 columns, 0.07 TFLOP in all: nothing. P * B * HV * V / 128 CTAs, each a chain of N / P chunks.
     """
     B, T, HV, K = q.shape
-    V, N = u.shape[-1], T // CHUNK
-    warpgroups = _warpgroups(B * HV, V)
+    V, N, P = u.shape[-1], T // CHUNK, 1 if starts is None else starts.shape[0]
+    warpgroups = _warpgroups(P * B * HV, V)
     width = warpgroups * COLUMNS
 
     def body(q_ref, w_ref, u_ref, kg_ref, decay_ref, aq_ref, beta_ref, *refs):
-        start_ref = refs[0] if initial_state is not None else None
-        o_ref, last_ref, *refs = refs[initial_state is not None :]
+        start_ref = refs[0] if starts is not None else None
+        o_ref, last_ref, *refs = refs[starts is not None :]
         states_ref = refs.pop(0) if keep_states else None
         so, *ss = refs
-        b, h, block, wg = (lax.axis_index(name) for name in ("b", "h", "block", "wg"))
+        p, b, h, block, wg = (lax.axis_index(name) for name in ("p", "b", "h", "block", "wg"))
+        first, count = piece(p, P, N)
         mine = pl.ds(block * width + wg * COLUMNS, COLUMNS)
 
         def run(pipeline):
             if start_ref is None:
                 state = plgpu.layout_cast(jnp.zeros((COLUMNS, K), f32), TILE)
             else:
-                state = _load_transposed(start_ref.at[b, h, :, mine])
+                state = _load_transposed(start_ref.at[p, b, h, :, mine])
             state = pipeline(state)
-            last = last_ref.at[b, h, :, mine].T
-            last[...] = plgpu.layout_cast(state, TILE_TRANSPOSED)
+
+            @pl.when(p == P - 1)
+            def _():
+                store_transposed(last_ref.at[b, h, :, mine], state)
+
             plgpu.wait_smem_to_gmem(0)
 
         def step(index, q, w, u, kg, decay, aq, beta, state):
-            (n,) = index
+            n = first + index[0]
             rounded = state.astype(bf16)
             if keep_states:
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -78,7 +84,7 @@ def forward(q, w, u, kg, decay, aq, beta, initial_state, *, keep_states):
             state = product((write, kg), init=kept)
             if not keep_states:
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            tile = so.at[wg, lax.rem(n, 2)]
+            tile = so.at[wg, lax.rem(index[0], 2)]
             o_transposed = tile.T
             o_transposed[...] = o
             plgpu.commit_smem()
@@ -87,16 +93,20 @@ def forward(q, w, u, kg, decay, aq, beta, initial_state, *, keep_states):
             plgpu.copy_smem_to_gmem(tile, o_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, mine])
             return state
 
-        _pipeline(
-            step, run, N, warpgroups, [q_ref, w_ref, u_ref, kg_ref, decay_ref, aq_ref, beta_ref],
+        def chunk(i):
+            return first + i
+
+        stream(
+            step, run, count, warpgroups,
+            [q_ref, w_ref, u_ref, kg_ref, decay_ref, aq_ref, beta_ref],
             [
-                _tokens(b, h, K),
-                _tokens(b, h, K),
-                _tokens(b, h, width, block),
-                _tokens(b, h, K),
-                plgpu.BlockSpec((None, None, None, K), lambda n: (b, h, n, 0)),
-                _square(b, h),
-                plgpu.BlockSpec((None, None, CHUNK), lambda n: (b, h, n)),
+                tokens(chunk, b, h, K),
+                tokens(chunk, b, h, K),
+                tokens(chunk, b, h, width, block),
+                tokens(chunk, b, h, K),
+                features(chunk, b, h, K),
+                square(chunk, b, h),
+                scalars(chunk, b, h),
             ],
         )  # fmt: skip
 
@@ -105,20 +115,20 @@ def forward(q, w, u, kg, decay, aq, beta, initial_state, *, keep_states):
     if keep_states:
         out_type.append(SDS((B, HV, N, V, K), bf16))
         scratch.append(mosaic.tile(COLUMNS, K, warpgroups))
-    start = [] if initial_state is None else [initial_state]
-    return _kernel(body, out_type, scratch, (B, HV, V // width), warpgroups)(
+    start = [] if starts is None else [starts]
+    return kernel(body, out_type, scratch, (P, B, HV, V // width), warpgroups)(
         q, w, u, kg, decay, aq, beta, *start
     )
 
 
-def backward(q, w, kg, do, decay, aq, beta, last_gradient):
+def backward(q, w, kg, do, decay, aq, beta, ends):
     """Runs the chunks in reverse; dS is the gradient of the state after the chunk:
 
         dE = beta (Aq^T do + kg dS);   dS <- Diag(decay) dS + q^T do - w^T dE
 
     Args:
       q, w, kg, decay, aq, beta: as in `forward`. do: [B, T, HV, V] bf16.
-      last_gradient: gradient of the last state, [B, HV, K, V] float32 or None for zeros.
+      ends: gradient of the state after each piece of the sequence, [P, B, HV, K, V] float32.
 
     Returns:
       The gradient of the state after each chunk, transposed, [B, HV, N, V, K] bf16, and that of the
@@ -127,30 +137,32 @@ def backward(q, w, kg, do, decay, aq, beta, last_gradient):
     Traffic as `forward`, with `do` in u's place and the state gradients in o's.
     """
     B, T, HV, K = q.shape
-    V, N = do.shape[-1], T // CHUNK
-    warpgroups = _warpgroups(B * HV, V)
+    V, N, P = do.shape[-1], T // CHUNK, ends.shape[0]
+    warpgroups = _warpgroups(P * B * HV, V)
     width = warpgroups * COLUMNS
 
-    def body(q_ref, w_ref, kg_ref, do_ref, decay_ref, aq_ref, beta_ref, *refs):
-        last_ref = refs[0] if last_gradient is not None else None
-        states_ref, start_ref, ss = refs[last_gradient is not None :]
-        b, h, block, wg = (lax.axis_index(name) for name in ("b", "h", "block", "wg"))
+    def body(
+        q_ref, w_ref, kg_ref, do_ref, decay_ref, aq_ref, beta_ref, end_ref,
+        states_ref, start_ref, ss,
+    ):  # fmt: skip
+        p, b, h, block, wg = (lax.axis_index(name) for name in ("p", "b", "h", "block", "wg"))
+        first, count = piece(p, P, N)
+        last = first + count - 1
         mine = pl.ds(block * width + wg * COLUMNS, COLUMNS)
 
         def run(pipeline):
-            if last_ref is None:
-                gradient = plgpu.layout_cast(jnp.zeros((COLUMNS, K), f32), TILE)
-            else:
-                gradient = _load_transposed(last_ref.at[b, h, :, mine])
-            gradient = pipeline(gradient)
-            start = start_ref.at[b, h, :, mine].T
-            start[...] = plgpu.layout_cast(gradient, TILE_TRANSPOSED)
+            gradient = pipeline(_load_transposed(end_ref.at[p, b, h, :, mine]))
+
+            @pl.when(p == 0)
+            def _():
+                store_transposed(start_ref.at[b, h, :, mine], gradient)
+
             plgpu.wait_smem_to_gmem(0)
 
         def step(index, q, w, kg, do, decay, aq, beta, gradient):
-            n = N - 1 - index[0]
+            n = last - index[0]
             rounded = gradient.astype(bf16)
-            tile = ss.at[wg, lax.rem(n, 2)]
+            tile = ss.at[wg, lax.rem(index[0], 2)]
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             tile[...] = rounded
             do_mine = plgpu.load(do.at[:, pl.ds(wg * COLUMNS, COLUMNS)].T, layout=TILE)
@@ -162,26 +174,37 @@ def backward(q, w, kg, do, decay, aq, beta, last_gradient):
             plgpu.copy_smem_to_gmem(tile, states_ref.at[b, h, n, mine])
             return gradient
 
-        last = N - 1
-        _pipeline(
-            step, run, N, warpgroups, [q_ref, w_ref, kg_ref, do_ref, decay_ref, aq_ref, beta_ref],
+        def chunk(i):
+            return last - i
+
+        stream(
+            step, run, count, warpgroups,
+            [q_ref, w_ref, kg_ref, do_ref, decay_ref, aq_ref, beta_ref],
             [
-                _tokens(b, h, K, last=last),
-                _tokens(b, h, K, last=last),
-                _tokens(b, h, K, last=last),
-                _tokens(b, h, width, block, last=last),
-                plgpu.BlockSpec((None, None, None, K), lambda n: (b, h, last - n, 0)),
-                _square(b, h, last=last),
-                plgpu.BlockSpec((None, None, CHUNK), lambda n: (b, h, last - n)),
+                tokens(chunk, b, h, K),
+                tokens(chunk, b, h, K),
+                tokens(chunk, b, h, K),
+                tokens(chunk, b, h, width, block),
+                features(chunk, b, h, K),
+                square(chunk, b, h),
+                scalars(chunk, b, h),
             ],
         )  # fmt: skip
 
     out_type = [SDS((B, HV, N, V, K), bf16), SDS((B, HV, K, V), f32)]
     scratch = [mosaic.tile(COLUMNS, K, warpgroups, 2)]
-    last = [] if last_gradient is None else [last_gradient]
-    return _kernel(body, out_type, scratch, (B, HV, V // width), warpgroups)(
-        q, w, kg, do, decay, aq, beta, *last
+    return kernel(body, out_type, scratch, (P, B, HV, V // width), warpgroups)(
+        q, w, kg, do, decay, aq, beta, ends
     )
+
+
+def piece(p, pieces, chunks):
+    """The first chunk of piece p and its number of chunks; the last piece may be shorter."""
+    length = -(-chunks // pieces)
+    first = p * length
+    if chunks == pieces * length:
+        return first, length
+    return first, jnp.minimum(length, chunks - first)
 
 
 def _warpgroups(heads, V):
@@ -196,23 +219,41 @@ def _load_transposed(ref):
     return plgpu.layout_cast(mosaic.load(ref.T, TILE_TRANSPOSED, optimized=False), TILE)
 
 
-def _tokens(b, h, width, block=0, *, last=None):
-    """One chunk of a [B, T, H, D] array, `width` features at `block`; in reverse with `last`."""
-    chunk = (lambda n: n) if last is None else (lambda n: last - n)
+def store_transposed(ref, state):
+    """Stores a [columns, K] tile to a float32 [K, columns] ref."""
+    transposed = ref.T
+    transposed[...] = plgpu.layout_cast(state, TILE_TRANSPOSED)
+
+
+# How the pipeline's step i finds its chunk in an array; `chunk` maps i to the chunk's number.
+
+
+def tokens(chunk, b, h, width, block=0):
+    """Of [B, T, H, D]: the chunk's tokens, `width` features at `block`."""
     return plgpu.BlockSpec(
-        (None, CHUNK, None, width), lambda n: (b, chunk(n), h, block), transforms=TRANSFORMS
+        (None, CHUNK, None, width), lambda i: (b, chunk(i), h, block), transforms=TRANSFORMS
     )
 
 
-def _square(b, h, *, last=None):
-    """One chunk's [64, 64] matrix of a [B, H, N, 64, 64] array; in reverse with `last`."""
-    chunk = (lambda n: n) if last is None else (lambda n: last - n)
+def features(chunk, b, h, width):
+    """Of [B, H, N, D]: the chunk's vector."""
+    return plgpu.BlockSpec((None, None, None, width), lambda i: (b, h, chunk(i), 0))
+
+
+def square(chunk, b, h):
+    """Of [B, H, N, 64, 64]: the chunk's matrix."""
     return plgpu.BlockSpec(
-        (None, None, None, CHUNK, CHUNK), lambda n: (b, h, chunk(n), 0, 0), transforms=TRANSFORMS
+        (None, None, None, CHUNK, CHUNK), lambda i: (b, h, chunk(i), 0, 0), transforms=TRANSFORMS
     )
 
 
-def _pipeline(step, run, chunks, warpgroups, refs, specs):
+def scalars(chunk, b, h):
+    """Of [B, H, T]: the chunk's tokens."""
+    return plgpu.BlockSpec((None, None, CHUNK), lambda i: (b, h, chunk(i)))
+
+
+def stream(step, run, chunks, warpgroups, refs, specs):
+    """Runs `step` for every chunk while a warpgroup of its own loads the chunks to come."""
     plgpu.emit_pipeline_warp_specialized(
         step,
         grid=(chunks,),
@@ -221,17 +262,18 @@ def _pipeline(step, run, chunks, warpgroups, refs, specs):
         num_compute_wgs=warpgroups,
         memory_registers=LOADER_REGISTERS,
         wg_axis="wg",
-        max_concurrent_steps=min(2, chunks),
+        max_concurrent_steps=min(2, chunks) if isinstance(chunks, int) else 2,
     )(*refs)
 
 
-def _kernel(body, out_type, scratch, grid, warpgroups):
+def kernel(body, out_type, scratch, grid, warpgroups):
+    """A kernel over pieces, batch, heads and blocks of value columns."""
     return mosaic.kernel(
         body,
         out_type=out_type,
         scratch_types=scratch,
         grid=grid,
-        grid_names=("b", "h", "block"),
+        grid_names=("p", "b", "h", "block"),
         num_threads=warpgroups + 1,
         thread_name="wg",
     )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._segments import segment_starts
-from jla.pallas import recurrence
+from jla.pallas import pieces
 from jla.pallas.chunks import CHUNK, TILE_WIDTH
 from jla.pallas.kda import step
 from jla.pallas.kda.backward import chunk_gradients
@@ -134,7 +134,7 @@ def _forward(q, k, v, g, beta, *start, scale, keep):
     """Both forward kernels: o and the last state, with `keep` also what `_KEPT` lists."""
     query, w, u, kg, decay, scores, inverse = prepare(q, k, v, g, beta, scale=scale)
     initial_state = start[0] if start else None
-    o, state, *states = recurrence.forward(
+    o, state, *states = pieces.forward(
         query, w, u, kg, decay, scores, beta, initial_state, keep_states=keep
     )
     return (o, state, query, w, kg, decay, scores, inverse, *states) if keep else (o, state)
@@ -146,7 +146,7 @@ def _backward(
     do, last_gradient, *, scale,
 ):  # fmt: skip
     """Both backward kernels: the gradients of q, k (per value head), v, g, beta and the start."""
-    gradients, start = recurrence.backward(query, w, kg, do, decay, scores, beta, last_gradient)
+    gradients, start = pieces.backward(query, w, kg, do, decay, scores, beta, last_gradient)
     dq, dk, dv, dg, dbeta = chunk_gradients(
         q, k, v, g, beta, do, states, gradients, inverse, scores, decay,
         scale=scale,

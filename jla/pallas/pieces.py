@@ -1,0 +1,192 @@
+"""The recurrence over a long sequence of few heads: in pieces that run at once.
+
+A chunk waits for the one before it, so that few heads leave most of the GPU idle. What a piece of
+the sequence does to a state is affine: S_end = M S_start + N. A first pass makes M and N of every
+piece at once, N by running from zeros and M by running from the identity with nothing to write. A
+few small products then give the state that each piece starts from, and `recurrence` runs all
+pieces at once. The backward pass does the same to the gradient of the state, with M^T, in reverse.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jla.pallas import mosaic, recurrence
+from jla.pallas.chunks import CHUNK
+from jla.pallas.mosaic import PER_COLUMN, TILE, bf16, f32, product
+from jla.pallas.recurrence import COLUMNS, features, piece, scalars, square, tokens
+
+SDS = jax.ShapeDtypeStruct
+PROCESSORS = recurrence.PROCESSORS
+SHORTEST = 32  # chunks of a piece; its share of the joining costs about as much as 5 of them
+FEWEST = 4  # with fewer pieces the first pass takes what the shorter chains save
+
+
+def number(heads, chunks, K, V):
+    """The number of pieces: as many as the first pass can run at once, or 1."""
+    pieces = min(1 + PROCESSORS // (heads * max(K, V) // COLUMNS), chunks // SHORTEST)
+    if pieces < FEWEST:
+        return 1
+    length = -(-chunks // pieces)
+    return -(-chunks // length)  # no piece is empty
+
+
+def forward(q, w, u, kg, decay, aq, beta, initial_state, *, keep_states, pieces=None):
+    """As `recurrence.forward`, with the state before the whole sequence, [B, HV, K, V] or None.
+
+    `pieces` is for tests; by default their number follows from the shapes.
+    """
+    B, T, HV, K = q.shape
+    V = u.shape[-1]
+    pieces = pieces or number(B * HV, T // CHUNK, K, V)
+    starts = None if initial_state is None else initial_state[None]
+    if pieces > 1:
+        if initial_state is None:
+            initial_state = jnp.zeros((B, HV, K, V), f32)
+        starts = _join(*_transitions(w, u, kg, decay, beta, pieces), initial_state)
+    return recurrence.forward(q, w, u, kg, decay, aq, beta, starts, keep_states=keep_states)
+
+
+def backward(q, w, kg, do, decay, aq, beta, last_gradient, *, pieces=None):
+    """As `recurrence.backward`, with the last state's gradient, [B, HV, K, V]."""
+    B, T, HV, K = q.shape
+    pieces = pieces or number(B * HV, T // CHUNK, K, do.shape[-1])
+    ends = last_gradient[None]
+    if pieces > 1:
+        transitions = _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces)
+        ends = _join(*transitions, last_gradient, reverse=True)
+    return recurrence.backward(q, w, kg, do, decay, aq, beta, ends)
+
+
+def _join(factors, terms, state, *, reverse=False):
+    """The state before each piece (in reverse: after it), [P, B, HV, K, V], by S <- M S + N."""
+
+    def step(state, transition):
+        factor, term = transition
+        return jnp.matmul(factor, state, precision=lax.Precision.HIGHEST) + term, state
+
+    # Unrolled because a loop's turn costs XLA more than these products.
+    state, before = lax.scan(step, state, (factors, terms), reverse=reverse, unroll=8)
+    return jnp.concatenate([state[None], before] if reverse else [before, state[None]])
+
+
+def _transitions(w, u, kg, decay, beta, pieces):
+    """M [P - 1, B, HV, K, K] and N [P - 1, B, HV, K, V], float32, of all pieces but the last.
+
+    Traffic: w, kg, u and little else, half of the recurrence's.
+    """
+    B, T, HV, K = w.shape
+    V, N = u.shape[-1], T // CHUNK
+    length = -(-N // pieces)  # only the last piece may be shorter
+
+    def body(w_ref, u_ref, kg_ref, decay_ref, beta_ref, factor_ref, term_ref):
+        p, b, h, block, wg = (lax.axis_index(name) for name in ("p", "b", "h", "block", "wg"))
+
+        def step(_, w, u, kg, decay, beta, state):
+            u_mine = _where(wg == 0, mosaic.load(u.T))
+            error = u_mine - product((state.astype(bf16), w.T))
+            write = error * mosaic.per_column(mosaic.load(beta, PER_COLUMN), COLUMNS)
+            kept = state * mosaic.per_column(mosaic.load(decay, PER_COLUMN), COLUMNS)
+            state = product((write.astype(bf16), kg), init=kept)
+            mosaic.release()
+            return state
+
+        def chunk(i):
+            return p * length + i
+
+        recurrence.stream(
+            step, _from_zeros_and_identity(factor_ref.at[p, b, h], term_ref.at[p, b, h]),
+            length, 2, [w_ref, u_ref, kg_ref, decay_ref, beta_ref],
+            [
+                tokens(chunk, b, h, K),
+                tokens(chunk, b, h, COLUMNS, _value_block(block, V)),
+                tokens(chunk, b, h, K),
+                features(chunk, b, h, K),
+                scalars(chunk, b, h),
+            ],
+        )  # fmt: skip
+
+    return _kernel(body, pieces - 1, B, HV, K, V)(w, u, kg, decay, beta)
+
+
+def _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces):
+    """M^T and the gradients' N, as `_transitions`, of all pieces but the first.
+
+    M is made again rather than kept: its operands are on the way anyhow.
+    """
+    B, T, HV, K = q.shape
+    V, N = do.shape[-1], T // CHUNK
+
+    def body(
+        q_ref, w_ref, kg_ref, do_ref, decay_ref, aq_ref, beta_ref, factor_ref, term_ref
+    ):  # fmt: skip
+        p, b, h, block, wg = (lax.axis_index(name) for name in ("p", "b", "h", "block", "wg"))
+        first, count = piece(p + 1, pieces, N)
+
+        def step(_, q, w, kg, do, decay, aq, beta, gradient):
+            do_mine = _where(wg == 0, plgpu.load(do.T, layout=TILE))
+            y = product((do_mine, aq), (gradient.astype(bf16), kg.T))
+            error = y * mosaic.per_column(mosaic.load(beta, PER_COLUMN), COLUMNS)
+            kept = gradient * mosaic.per_column(mosaic.load(decay, PER_COLUMN), COLUMNS)
+            gradient = product((do_mine, q), ((-error).astype(bf16), w), init=kept)
+            mosaic.release()
+            return gradient
+
+        def chunk(i):
+            return first + count - 1 - i
+
+        recurrence.stream(
+            step, _from_zeros_and_identity(factor_ref.at[p, b, h], term_ref.at[p, b, h]),
+            count, 2, [q_ref, w_ref, kg_ref, do_ref, decay_ref, aq_ref, beta_ref],
+            [
+                tokens(chunk, b, h, K),
+                tokens(chunk, b, h, K),
+                tokens(chunk, b, h, K),
+                tokens(chunk, b, h, COLUMNS, _value_block(block, V)),
+                features(chunk, b, h, K),
+                square(chunk, b, h),
+                scalars(chunk, b, h),
+            ],
+        )  # fmt: skip
+
+    return _kernel(body, pieces - 1, B, HV, K, V)(q, w, kg, do, decay, aq, beta)
+
+
+def _kernel(body, pieces, B, HV, K, V):
+    """Two warpgroups share what they read: one makes 64 columns of N, the other 64 of M."""
+    out_type = [SDS((pieces, B, HV, K, K), f32), SDS((pieces, B, HV, K, V), f32)]
+    return recurrence.kernel(body, out_type, [], (pieces, B, HV, max(K, V) // COLUMNS), 2)
+
+
+def _value_block(block, V):
+    """Where K is larger than V, the blocks beyond V's have no part of N, and read what there is."""
+    return jnp.minimum(block, V // COLUMNS - 1)
+
+
+def _from_zeros_and_identity(factor_ref, term_ref):
+    """The compute context of a first pass: the first state, and where the last one goes."""
+    K, V = term_ref.shape
+    block, wg = lax.axis_index("block"), lax.axis_index("wg")
+    mine = pl.ds(block * COLUMNS, COLUMNS)
+
+    def run(through_chunks):
+        row = mosaic.row_numbers(COLUMNS) + (block * COLUMNS).astype(jnp.uint32)
+        identity = mosaic.in_interval(row, jnp.broadcast_to(wg.astype(jnp.uint32), row.shape), K)
+        state = through_chunks(jnp.where(identity, 1.0, 0.0).astype(f32))
+
+        @pl.when((wg == 0) & (block < V // COLUMNS))
+        def _():
+            recurrence.store_transposed(term_ref.at[:, mine], state)
+
+        @pl.when((wg == 1) & (block < K // COLUMNS))
+        def _():
+            recurrence.store_transposed(factor_ref.at[:, mine], state)
+
+    return run
+
+
+def _where(predicate, x):
+    """x if the scalar predicate holds, else zeros; Mosaic broadcasts no predicate by itself."""
+    return jnp.where(jnp.broadcast_to(predicate, x.shape), x, jnp.zeros_like(x))
