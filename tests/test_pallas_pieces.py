@@ -1,0 +1,77 @@
+"""Sequences run in pieces: values, gradients and races in the interpreter, and when it happens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jla
+import jla.pallas
+from jla.pallas import pieces
+
+f32, bf16 = jnp.float32, jnp.bfloat16
+
+
+def arguments(T, H, HV, K, V):
+    """Hardly any decay, so that the states, and not only the last tokens, decide the values."""
+    keys = jax.random.split(jax.random.key(T), 6)
+
+    def unit(key):
+        x = jax.random.normal(key, (1, T, H, K))
+        return (x / jnp.linalg.norm(x, axis=-1, keepdims=True)).astype(bf16)
+
+    v = jax.random.normal(keys[2], (1, T, HV, V)).astype(bf16)
+    g = -1e-3 * jnp.abs(jax.random.normal(keys[3], (1, T, HV, K)))
+    beta = jax.nn.sigmoid(jax.random.normal(keys[4], (1, T, HV)))
+    state = jax.random.normal(keys[5], (1, HV, K, V))
+    return unit(keys[0]), unit(keys[1]), v, g, beta, state
+
+
+@pytest.mark.parametrize(
+    "sizes, number, has_start",
+    [
+        (dict(T=11 * 64, H=1, HV=1, K=64, V=64), 4, True),  # 3, 3, 3 and 2 chunks
+        (dict(T=6 * 64, H=1, HV=2, K=64, V=128), 2, True),
+        (dict(T=6 * 64, H=1, HV=1, K=128, V=64), 2, False),
+    ],
+    ids=str,
+)
+def test_is_the_reference(monkeypatch, sizes, number, has_start):
+    asked = []
+    monkeypatch.setattr(pieces, "number", lambda *shape: asked.append(shape) or number)
+    *args, state = arguments(**sizes)
+    args += [state] * has_start
+    cotangents = jax.random.normal(jax.random.key(1), args[2].shape), 0.1 * state
+
+    def both(implementation, *args):
+        def run(q, k, v, g, beta, initial_state=None):
+            return jla.kda(
+                q, k, v, g, beta, initial_state=initial_state, implementation=implementation
+            )
+
+        (o, state), vjp = jax.vjp(run, *args)
+        return (o, state), vjp((cotangents[0].astype(o.dtype), cotangents[1]))
+
+    with jla.pallas.interpret():
+        got = jax.jit(functools.partial(both, "pallas"))(*args)
+    assert asked
+    want = jax.jit(functools.partial(both, "reference"))(*(x.astype(f32) for x in args))
+    for ours, theirs, tolerance in zip(got, want, (1e-2, 2e-2), strict=True):
+        for x, y in zip(ours, theirs, strict=True):
+            x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+            assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
+
+
+def test_only_few_heads_and_long_sequences_run_in_pieces():
+    sizes = dict(K=128, V=128)
+    assert pieces.number(128, 64, **sizes) == 1  # B=8 T=4096 H=16
+    assert pieces.number(32, 2048, **sizes) == 1
+    assert pieces.number(16, 64, **sizes) == 1  # B=1 T=4096
+    assert pieces.number(16, 512, **sizes) == 5
+    assert pieces.number(1, 2048, **sizes) == 64
+    for chunks in range(1, 3000, 7):
+        count = pieces.number(1, chunks, **sizes)
+        length = -(-chunks // count)
+        assert (count - 1) * length < chunks  # none is empty
