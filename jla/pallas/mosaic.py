@@ -23,7 +23,10 @@ PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 TILE_TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
 # How wgmma and TMA want a 16-bit tile to lie in SMEM: 8x64 tiles, 128-byte swizzle.
-TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+# TMA fills what lies past an array's end with zeros and stores nothing there, but wants the array
+# itself to be of whole tiles.
+TILE_ROWS = 8
+TRANSFORMS = (plgpu.TilingTransform((TILE_ROWS, 64)), plgpu.SwizzleTransform(128))
 
 _state = threading.local()
 

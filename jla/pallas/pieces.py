@@ -33,26 +33,28 @@ def number(heads, chunks, K, V):
     return -(-chunks // length)  # no piece is empty
 
 
-def forward(q, w, u, kg, decay, aq, beta, initial_state, *, keep_states, pieces=None):
+def forward(q, w, u, kg, decay, aq, beta, initial_state, *, length, keep_states, pieces=None):
     """As `recurrence.forward`, with the state before the whole sequence, [B, HV, K, V] or None.
 
     `pieces` is for tests; by default their number follows from the shapes.
     """
-    B, T, HV, K = q.shape
+    B, L, HV, K = q.shape
     V = u.shape[-1]
-    pieces = pieces or number(B * HV, T // CHUNK, K, V)
+    pieces = pieces or number(B * HV, L // CHUNK, K, V)
     starts = None if initial_state is None else initial_state[None]
     if pieces > 1:
         if initial_state is None:
             initial_state = jnp.zeros((B, HV, K, V), f32)
         starts = _join(*_transitions(w, u, kg, decay, beta, pieces), initial_state)
-    return recurrence.forward(q, w, u, kg, decay, aq, beta, starts, keep_states=keep_states)
+    return recurrence.forward(
+        q, w, u, kg, decay, aq, beta, starts, length=length, keep_states=keep_states
+    )
 
 
 def backward(q, w, kg, do, decay, aq, beta, last_gradient, *, pieces=None):
     """As `recurrence.backward`, with the last state's gradient, [B, HV, K, V]."""
-    B, T, HV, K = q.shape
-    pieces = pieces or number(B * HV, T // CHUNK, K, do.shape[-1])
+    B, L, HV, K = q.shape
+    pieces = pieces or number(B * HV, L // CHUNK, K, do.shape[-1])
     ends = last_gradient[None]
     if pieces > 1:
         transitions = _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces)
@@ -77,8 +79,8 @@ def _transitions(w, u, kg, decay, beta, pieces):
 
     Traffic: w, kg, u and little else, half of the recurrence's.
     """
-    B, T, HV, K = w.shape
-    V, N = u.shape[-1], T // CHUNK
+    B, L, HV, K = w.shape
+    V, N = u.shape[-1], L // CHUNK
     length = -(-N // pieces)  # only the last piece may be shorter
 
     def body(w_ref, u_ref, kg_ref, decay_ref, beta_ref, factor_ref, term_ref):
@@ -116,8 +118,8 @@ def _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces):
 
     M is made again rather than kept: its operands are on the way anyhow.
     """
-    B, T, HV, K = q.shape
-    V, N = do.shape[-1], T // CHUNK
+    B, L, HV, K = q.shape
+    V, N = do.shape[-1], L // CHUNK
 
     def body(
         q_ref, w_ref, kg_ref, do_ref, decay_ref, aq_ref, beta_ref, factor_ref, term_ref

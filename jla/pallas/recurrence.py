@@ -22,16 +22,17 @@ LOADER_REGISTERS = 40
 PROCESSORS = 132  # multiprocessors of an H100 or H200
 
 
-def forward(q, w, u, kg, decay, aq, beta, starts, *, keep_states):
+def forward(q, w, u, kg, decay, aq, beta, starts, *, length, keep_states):
     """Runs the chunks in order:
 
         E = u - w S;   o = q S + Aq (beta E);   S <- Diag(decay) S + kg^T (beta E)
 
     Args:
-      q, w, kg: [B, T, HV, K] bf16. u: [B, T, HV, V] bf16. decay: [B, HV, N, K] float32.
-      aq: [B, HV, N, 64, 64] bf16. beta: [B, HV, T] float32.
+      q, w, kg: [B, L, HV, K] bf16, L whole chunks. u: [B, L, HV, V] bf16.
+      decay: [B, HV, N, K] float32. aq: [B, HV, N, 64, 64] bf16. beta: [B, HV, L] float32.
       starts: the state that each piece of the sequence starts from, [P, B, HV, K, V] float32, or
         None for one piece that starts from zeros.
+      length: T, the tokens that o has, a multiple of 8; those beyond write nothing.
       keep_states: whether to return the state that each chunk starts from.
 
     Returns:
@@ -42,8 +43,8 @@ def forward(q, w, u, kg, decay, aq, beta, starts, *, keep_states):
     4.3 TB/s; the kept states add 268 MB, 0.06 ms. Operations: 4 products of 64x64x128 a chunk and
     64 columns, 0.07 TFLOP in all: nothing. P * B * HV * V / 128 CTAs, each a chain of N / P chunks.
     """
-    B, T, HV, K = q.shape
-    V, N, P = u.shape[-1], T // CHUNK, 1 if starts is None else starts.shape[0]
+    B, L, HV, K = q.shape
+    V, N, P = u.shape[-1], L // CHUNK, 1 if starts is None else starts.shape[0]
     warpgroups = _warpgroups(P * B * HV, V)
     width = warpgroups * COLUMNS
 
@@ -110,7 +111,7 @@ def forward(q, w, u, kg, decay, aq, beta, starts, *, keep_states):
             ],
         )  # fmt: skip
 
-    out_type = [SDS(u.shape, bf16), SDS((B, HV, K, V), f32)]
+    out_type = [SDS((B, length, HV, V), bf16), SDS((B, HV, K, V), f32)]
     scratch = [mosaic.tile(CHUNK, COLUMNS, warpgroups, 2)]
     if keep_states:
         out_type.append(SDS((B, HV, N, V, K), bf16))
@@ -127,7 +128,7 @@ def backward(q, w, kg, do, decay, aq, beta, ends):
         dE = beta (Aq^T do + kg dS);   dS <- Diag(decay) dS + q^T do - w^T dE
 
     Args:
-      q, w, kg, decay, aq, beta: as in `forward`. do: [B, T, HV, V] bf16.
+      q, w, kg, decay, aq, beta: as in `forward`. do: [B, T, HV, V] bf16, T at most L.
       ends: gradient of the state after each piece of the sequence, [P, B, HV, K, V] float32.
 
     Returns:
@@ -136,8 +137,8 @@ def backward(q, w, kg, do, decay, aq, beta, ends):
 
     Traffic as `forward`, with `do` in u's place and the state gradients in o's.
     """
-    B, T, HV, K = q.shape
-    V, N, P = do.shape[-1], T // CHUNK, ends.shape[0]
+    B, L, HV, K = q.shape
+    V, N, P = do.shape[-1], L // CHUNK, ends.shape[0]
     warpgroups = _warpgroups(P * B * HV, V)
     width = warpgroups * COLUMNS
 

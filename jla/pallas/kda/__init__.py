@@ -18,6 +18,7 @@ from jla.pallas.kda import step
 from jla.pallas.kda.backward import chunk_gradients
 from jla.pallas.kda.prepare import prepare
 from jla.pallas.kda.step import kda_step
+from jla.pallas.mosaic import TILE_ROWS
 from jla.pallas.shardwise import shardwise
 
 __all__ = ["kda", "kda_step", "unsupported"]
@@ -28,10 +29,11 @@ LARGEST_HEAD = 128
 _INPUTS = ("B T H K", "B T H K", "B T HV V", "B T HV K", "B HV T")
 _OUTPUTS = ("B T HV V", "B HV K V")
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
+# L is T in whole chunks.
 _KEPT = {
-    "kda_query": "B T HV K",
-    "kda_read": "B T HV K",
-    "kda_write": "B T HV K",
+    "kda_query": "B L HV K",
+    "kda_read": "B L HV K",
+    "kda_write": "B L HV K",
     "kda_decay": "B HV N K",
     "kda_scores": "B HV N C D",
     "kda_inverse": "B HV N C D",
@@ -52,12 +54,12 @@ def unsupported(name, q, k, v, *_):
 
 @functools.partial(jax.jit, static_argnames="scale")
 def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
-    """Pads to whole chunks and tiles and runs the kernels. See `jla.kda`.
+    """Pads to whole tiles and runs the kernels. See `jla.kda`.
 
     All products take bfloat16 operands and add in float32, float16 inputs included.
     """
     (T, K), V, dtype = q.shape[1::2], v.shape[-1], v.dtype
-    tokens, keys, values = -T % CHUNK, -K % TILE_WIDTH, -V % TILE_WIDTH
+    tokens, keys, values = -T % TILE_ROWS, -K % TILE_WIDTH, -V % TILE_WIDTH
     # Tokens of zeros neither read, write nor decay; features of zeros stay zero.
     pad = functools.partial(_pad, tokens=tokens)
     beta = jnp.swapaxes(pad(beta.astype(f32)), 1, 2)
@@ -92,7 +94,7 @@ def _pad(x, *, tokens=0, features=0, axis=-1):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _kda(q, k, v, g, beta, initial_state, scale):
-    """KDA on whole chunks and tiles; beta [B, HV, T]."""
+    """KDA on whole tiles; beta [B, HV, T]."""
     arrays, axes = _with_start((q, k, v, g, beta), _INPUTS, initial_state)
     run = functools.partial(_forward, scale=scale, keep=False)
     return shardwise(run, axes, _OUTPUTS)(*arrays)
@@ -132,10 +134,11 @@ def _with_start(arrays, axes, initial_state):
 
 def _forward(q, k, v, g, beta, *start, scale, keep):
     """Both forward kernels: o and the last state, with `keep` also what `_KEPT` lists."""
+    g, beta = _whole_chunks(g, 1), _whole_chunks(beta, 2)
     query, w, u, kg, decay, scores, inverse = prepare(q, k, v, g, beta, scale=scale)
     initial_state = start[0] if start else None
     o, state, *states = pieces.forward(
-        query, w, u, kg, decay, scores, beta, initial_state, keep_states=keep
+        query, w, u, kg, decay, scores, beta, initial_state, length=q.shape[1], keep_states=keep
     )
     return (o, state, query, w, kg, decay, scores, inverse, *states) if keep else (o, state)
 
@@ -146,9 +149,21 @@ def _backward(
     do, last_gradient, *, scale,
 ):  # fmt: skip
     """Both backward kernels: the gradients of q, k (per value head), v, g, beta and the start."""
+    T = q.shape[1]
+    g, beta = _whole_chunks(g, 1), _whole_chunks(beta, 2)
     gradients, start = pieces.backward(query, w, kg, do, decay, scores, beta, last_gradient)
     dq, dk, dv, dg, dbeta = chunk_gradients(
         q, k, v, g, beta, do, states, gradients, inverse, scores, decay,
         scale=scale,
     )  # fmt: skip
-    return dq, dk, dv, dg, dbeta.sum(2), start
+    return dq, dk, dv, dg[:, :T], dbeta.sum(2)[:, :, :T], start
+
+
+def _whole_chunks(x, axis):
+    """Pads the tokens of what the kernels read without TMA, which would fill in zeros itself.
+
+    XLA makes the gates with elementwise operations, and so this padding costs no pass of its own.
+    """
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % CHUNK)
+    return jnp.pad(x, widths)

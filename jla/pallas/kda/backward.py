@@ -38,17 +38,18 @@ def chunk_gradients(q, k, v, g, beta, do, states, gradients, x, aq, decay, *, sc
     rowsum(decay S dS) + sum(k dk_write of kg), is dg.
 
     Args:
-      q, k, v, g, beta: as in `prepare`. do: [B, T, HV, V] bf16.
+      q, k, v, g, beta: as in `prepare`, with its T and L. do: [B, T, HV, V] bf16.
       states, gradients: S and dS transposed, [B, HV, N, V, K] bf16.
       x, aq, decay: as `prepare` returned them.
 
     Returns:
-      dq, dk [B, T, HV, K], dv [B, T, HV, V] bf16, dg [B, T, HV, K] float32 and dbeta
-      [B, HV, parts, T] float32, to be summed over its parts.
+      dq, dk [B, T, HV, K], dv [B, T, HV, V] bf16, dg [B, L, HV, K] float32 and dbeta
+      [B, HV, parts, L] float32, to be summed over its parts.
     """
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    N, group = T // CHUNK, HV // H
+    L = g.shape[1]
+    N, group = L // CHUNK, HV // H
     warpgroups = 2 if K % 128 == 0 and V % 128 == 0 else 1
     k_parts, v_parts = K // TILE_WIDTH // warpgroups, V // TILE_WIDTH // warpgroups
 
@@ -197,7 +198,7 @@ def chunk_gradients(q, k, v, g, beta, do, states, gradients, x, aq, decay, *, sc
     keys, values = SDS((B, T, HV, K), bf16), SDS((B, T, HV, V), bf16)
     return mosaic.kernel(
         body,
-        out_type=[keys, keys, values, SDS(g.shape, f32), SDS((B, HV, warpgroups, T), f32)],
+        out_type=[keys, keys, values, SDS(g.shape, f32), SDS((B, HV, warpgroups, L), f32)],
         scratch_types=[
             *(mosaic.tile(CHUNK, K) for _ in range(2)),
             *(mosaic.tile(CHUNK, V) for _ in range(2)),

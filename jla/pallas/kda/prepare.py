@@ -36,16 +36,16 @@ def prepare(q, k, v, g, beta, *, scale):
         Aq[i, j] = scale sum_k q_i k_j exp(G_i - G_j)   (j <= i)
 
     Args:
-      q, k: [B, T, H, K] bf16, K a multiple of 64, T a multiple of 64.
-      v: [B, T, HV, V] bf16. g: [B, T, HV, K] float32. beta: [B, HV, T] float32.
+      q, k: [B, T, H, K] bf16, K a multiple of 64, T a multiple of 8. v: [B, T, HV, V] bf16.
+      g: [B, L, HV, K] float32. beta: [B, HV, L] float32; L is T padded with zeros to whole chunks.
 
     Returns:
-      q~, w [B, T, HV, K], u [B, T, HV, V], kg [B, T, HV, K] bf16, decay [B, HV, N, K] float32,
+      q~, w [B, L, HV, K], u [B, L, HV, V], kg [B, L, HV, K] bf16, decay [B, HV, N, K] float32,
       Aq and X [B, HV, N, 64, 64] bf16.
     """
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    N, group = T // CHUNK, HV // H
+    B, L, HV, K = g.shape
+    H, V = q.shape[2], v.shape[3]
+    N, group = L // CHUNK, HV // H
     tiles = [pl.ds(i * TILE_WIDTH, TILE_WIDTH) for i in range(K // TILE_WIDTH)]
 
     def body(
@@ -116,7 +116,7 @@ def prepare(q, k, v, g, beta, *, scale):
             plgpu.copy_smem_to_gmem(sv.at[i], u_out.at[b, rows, h, s])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    keys, values = SDS((B, T, HV, K), bf16), SDS((B, T, HV, V), bf16)
+    keys, values = SDS((B, L, HV, K), bf16), SDS((B, L, HV, V), bf16)
     squares = SDS((B, HV, N, CHUNK, CHUNK), bf16)
     return mosaic.kernel(
         body,
