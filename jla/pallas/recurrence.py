@@ -18,6 +18,10 @@ from jla.pallas.mosaic import PER_COLUMN, TILE, TILE_TRANSPOSED, TRANSFORMS, bf1
 
 SDS = jax.ShapeDtypeStruct
 COLUMNS = 64  # value columns of one warpgroup
+# Up to this K the rounded state is a register operand of its products, and SMEM holds the operands
+# of two chunks. Beyond, there are no registers for it: it goes through SMEM, which has room for one
+# chunk only.
+NARROW = 128
 LOADER_REGISTERS = 40
 PROCESSORS = 132  # multiprocessors of an H100 or H200
 
@@ -47,6 +51,7 @@ def forward(q, w, u, kg, decay, aq, beta, starts, *, length, keep_states):
     V, N, P = u.shape[-1], L // CHUNK, 1 if starts is None else starts.shape[0]
     warpgroups = _warpgroups(P * B * HV, V)
     width = warpgroups * COLUMNS
+    wide = K > NARROW
 
     def body(q_ref, w_ref, u_ref, kg_ref, decay_ref, aq_ref, beta_ref, *refs):
         start_ref = refs[0] if starts is not None else None
@@ -73,9 +78,12 @@ def forward(q, w, u, kg, decay, aq, beta, starts, *, length, keep_states):
         def step(index, q, w, u, kg, decay, aq, beta, state):
             n = first + index[0]
             rounded = state.astype(bf16)
-            if keep_states:
+            if keep_states or wide:
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 ss[0].at[wg][...] = rounded
+            if wide:
+                plgpu.commit_smem()
+                rounded = ss[0].at[wg]
             u_mine = mosaic.load(u.at[:, pl.ds(wg * COLUMNS, COLUMNS)].T)
             error = u_mine - product((rounded, w.T))
             write = error * mosaic.per_column(mosaic.load(beta, PER_COLUMN), COLUMNS)
@@ -83,7 +91,7 @@ def forward(q, w, u, kg, decay, aq, beta, starts, *, length, keep_states):
             o = product((rounded, q.T), (write, aq.T)).astype(bf16)
             kept = state * mosaic.per_column(mosaic.load(decay, PER_COLUMN), COLUMNS)
             state = product((write, kg), init=kept)
-            if not keep_states:
+            if not (keep_states or wide):
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             tile = so.at[wg, lax.rem(index[0], 2)]
             o_transposed = tile.T
@@ -115,6 +123,7 @@ def forward(q, w, u, kg, decay, aq, beta, starts, *, length, keep_states):
     scratch = [mosaic.tile(CHUNK, COLUMNS, warpgroups, 2)]
     if keep_states:
         out_type.append(SDS((B, HV, N, V, K), bf16))
+    if keep_states or wide:
         scratch.append(mosaic.tile(COLUMNS, K, warpgroups))
     start = [] if starts is None else [starts]
     return kernel(body, out_type, scratch, (P, B, HV, V // width), warpgroups)(
@@ -141,6 +150,8 @@ def backward(q, w, kg, do, decay, aq, beta, ends):
     V, N, P = do.shape[-1], L // CHUNK, ends.shape[0]
     warpgroups = _warpgroups(P * B * HV, V)
     width = warpgroups * COLUMNS
+    wide = K > NARROW
+    buffers = 1 if wide else 2
 
     def body(
         q_ref, w_ref, kg_ref, do_ref, decay_ref, aq_ref, beta_ref, end_ref,
@@ -163,9 +174,12 @@ def backward(q, w, kg, do, decay, aq, beta, ends):
         def step(index, q, w, kg, do, decay, aq, beta, gradient):
             n = last - index[0]
             rounded = gradient.astype(bf16)
-            tile = ss.at[wg, lax.rem(index[0], 2)]
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            tile = ss.at[wg, lax.rem(index[0], buffers)]
+            plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
             tile[...] = rounded
+            if wide:
+                plgpu.commit_smem()
+                rounded = tile
             do_mine = plgpu.load(do.at[:, pl.ds(wg * COLUMNS, COLUMNS)].T, layout=TILE)
             y = product((do_mine, aq), (rounded, kg.T))
             error = y * mosaic.per_column(mosaic.load(beta, PER_COLUMN), COLUMNS)
@@ -193,7 +207,7 @@ def backward(q, w, kg, do, decay, aq, beta, ends):
         )  # fmt: skip
 
     out_type = [SDS((B, HV, N, V, K), bf16), SDS((B, HV, K, V), f32)]
-    scratch = [mosaic.tile(COLUMNS, K, warpgroups, 2)]
+    scratch = [mosaic.tile(COLUMNS, K, warpgroups, buffers)]
     return kernel(body, out_type, scratch, (P, B, HV, V // width), warpgroups)(
         q, w, kg, do, decay, aq, beta, ends
     )
@@ -255,6 +269,7 @@ def scalars(chunk, b, h):
 
 def stream(step, run, chunks, warpgroups, refs, specs):
     """Runs `step` for every chunk while a warpgroup of its own loads the chunks to come."""
+    ahead = 1 if max(spec.block_shape[-1] for spec in specs) > NARROW else 2
     plgpu.emit_pipeline_warp_specialized(
         step,
         grid=(chunks,),
@@ -263,7 +278,7 @@ def stream(step, run, chunks, warpgroups, refs, specs):
         num_compute_wgs=warpgroups,
         memory_registers=LOADER_REGISTERS,
         wg_axis="wg",
-        max_concurrent_steps=min(2, chunks) if isinstance(chunks, int) else 2,
+        max_concurrent_steps=min(ahead, chunks) if isinstance(chunks, int) else ahead,
     )(*refs)
 
 

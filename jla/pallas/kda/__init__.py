@@ -14,17 +14,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jla._segments import segment_starts
 from jla.pallas import pieces
 from jla.pallas.chunks import CHUNK, TILE_WIDTH
-from jla.pallas.kda import step
+from jla.pallas.kda import step, wide
 from jla.pallas.kda.backward import chunk_gradients
 from jla.pallas.kda.prepare import prepare
 from jla.pallas.kda.step import kda_step
 from jla.pallas.mosaic import TILE_ROWS
+from jla.pallas.recurrence import NARROW
 from jla.pallas.shardwise import shardwise
 
 __all__ = ["kda", "kda_step", "unsupported"]
 
 bf16, f32 = jnp.bfloat16, jnp.float32
-LARGEST_HEAD = 128
 
 _INPUTS = ("B T H K", "B T H K", "B T HV V", "B T HV K", "B HV T")
 _OUTPUTS = ("B T HV V", "B HV K V")
@@ -47,8 +47,6 @@ def unsupported(name, q, k, v, *_):
         return step.unsupported(q, k, v)
     if q.dtype == f32:
         return "q, k and v are float32, and the kernels take bfloat16 and float16"
-    if max(q.shape[-1], v.shape[-1]) > LARGEST_HEAD:
-        return f"K={q.shape[-1]} and V={v.shape[-1]}, and the kernels take up to {LARGEST_HEAD}"
     return None
 
 
@@ -59,7 +57,7 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
     All products take bfloat16 operands and add in float32, float16 inputs included.
     """
     (T, K), V, dtype = q.shape[1::2], v.shape[-1], v.dtype
-    tokens, keys, values = -T % TILE_ROWS, -K % TILE_WIDTH, -V % TILE_WIDTH
+    tokens, keys, values = -T % TILE_ROWS, _missing(K), _missing(V)
     # Tokens of zeros neither read, write nor decay; features of zeros stay zero.
     pad = functools.partial(_pad, tokens=tokens)
     beta = jnp.swapaxes(pad(beta.astype(f32)), 1, 2)
@@ -70,7 +68,7 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
         # A first token that lets nothing through is all there is to a border.
         starts = segment_starts(segment_ids)[:, :, None, None]
         g = jnp.where(starts, -jnp.inf, g)
-    o, state = _kda(
+    o, state = _by_narrow_values(
         pad(q, features=keys),
         pad(k, features=keys),
         pad(v, features=values),
@@ -82,6 +80,11 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
     return o[:, :T, :, :V].astype(dtype), state[:, :, :K, :V]
 
 
+def _missing(features):
+    """How many features fill up the tiles: of 64, and beyond 128 of 128."""
+    return -features % (TILE_WIDTH if features <= NARROW else NARROW)
+
+
 def _pad(x, *, tokens=0, features=0, axis=-1):
     if not tokens and not features:
         return x
@@ -90,6 +93,26 @@ def _pad(x, *, tokens=0, features=0, axis=-1):
     if features:
         widths[axis] = (0, features)
     return jnp.pad(x, widths)
+
+
+def _by_narrow_values(q, k, v, g, beta, initial_state, scale):
+    """`_kda`, with each 128 of a wide head's value columns as a value head of their own.
+
+    Value columns are independent of one another but for the gradients of q, k, g and beta, which
+    are sums over them.
+    """
+    (B, T, HV, V), K = v.shape, q.shape[-1]
+    if V <= NARROW:
+        return _kda(q, k, v, g, beta, initial_state, scale)
+    parts = V // NARROW
+    v = v.reshape(B, T, HV * parts, NARROW)
+    g, beta = jnp.repeat(g, parts, axis=2), jnp.repeat(beta, parts, axis=1)
+    if initial_state is not None:
+        initial_state = initial_state.reshape(B, HV, K, parts, NARROW).swapaxes(2, 3)
+        initial_state = initial_state.reshape(B, HV * parts, K, NARROW)
+    o, state = _kda(q, k, v, g, beta, initial_state, scale)
+    state = state.reshape(B, HV, parts, K, NARROW).swapaxes(2, 3)
+    return o.reshape(B, T, HV, V), state.reshape(B, HV, K, V)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -152,10 +175,16 @@ def _backward(
     T = q.shape[1]
     g, beta = _whole_chunks(g, 1), _whole_chunks(beta, 2)
     gradients, start = pieces.backward(query, w, kg, do, decay, scores, beta, last_gradient)
-    dq, dk, dv, dg, dbeta = chunk_gradients(
-        q, k, v, g, beta, do, states, gradients, inverse, scores, decay,
-        scale=scale,
-    )  # fmt: skip
+    if q.shape[-1] <= NARROW:
+        dq, dk, dv, dg, dbeta = chunk_gradients(
+            q, k, v, g, beta, do, states, gradients, inverse, scores, decay,
+            scale=scale,
+        )  # fmt: skip
+    else:
+        dq, dk, dv, dg, dbeta = wide.chunk_gradients(
+            q, k, v, g, beta, do, w, kg, states, gradients, inverse, scores, decay,
+            scale=scale,
+        )  # fmt: skip
     return dq, dk, dv, dg[:, :T], dbeta.sum(2)[:, :, :T], start
 
 

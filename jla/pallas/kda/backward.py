@@ -1,5 +1,7 @@
 """The chunk-local part of KDA's backward pass: all gradients of a chunk from its two states."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -64,18 +66,7 @@ def chunk_gradients(q, k, v, g, beta, do, states, gradients, x, aq, decay, *, sc
         rows = pl.ds(n * CHUNK, CHUNK)
         hk = h // group
 
-        def meet():
-            """Makes what each warpgroup has written to SMEM visible to the other."""
-            plgpu.commit_smem()
-            if warpgroups > 1:
-                plgpu.barrier_arrive(shared)
-                plgpu.barrier_wait(shared)
-
-        def row_sums(mask, x, s):
-            """mask @ x for a float32 tile, through the two key tiles' columns s."""
-            read_keys.at[:, s][...], write_keys.at[:, s][...] = mosaic.split(x)
-            plgpu.commit_smem()
-            return mosaic.product((mask, read_keys.at[:, s]), (mask, write_keys.at[:, s]))
+        meet = functools.partial(meet_at, shared, warpgroups)
 
         def store(tile, target):
             pl.when(wg == 0)(lambda: plgpu.copy_smem_to_gmem(tile, target))
@@ -120,76 +111,18 @@ def chunk_gradients(q, k, v, g, beta, do, states, gradients, x, aq, decay, *, sc
             plgpu.commit_smem()
             error = residual - mosaic.product((sx, written.at[:, s]))
             y = mosaic.product((saq.T, sdo.at[:, s]), (write_keys, sds.at[s].T))
-            sv.at[:, s][...] = (y * beta_rows).astype(bf16)
-            plgpu.commit_smem()
-            z = y - mosaic.product((sx.T, sv.at[:, s]))
-            part = (error * z).sum(axis=1)
+            part = gradients_of_values(error, y, beta_rows, sx, sv.at[:, s], written.at[:, s])
             dbeta = part if dbeta is None else dbeta + part
-            written.at[:, s][...] = (error * beta_rows).astype(bf16)
-            sv.at[:, s][...] = (z * beta_rows).astype(bf16)
         dbeta_out.at[b, h, wg, rows][...] = dbeta
         meet()
         store(sv, dv_out.at[b, rows, h])
 
-        # The products of the two score gradients span all of V: with two warpgroups each makes one.
-
-        def store_symmetric(ref, gradient, mask):
-            """Stores a score gradient for both of its uses: by the reader, and by what is read."""
-            gradient = jnp.where(mask, gradient, 0.0)
-            ref[...] = gradient.astype(bf16)
-            plgpu.commit_smem()
-            both = jnp.where(mask, gradient, load(ref.T))
-            ref[...] = both.astype(bf16)
-
-        def query_score_gradient():
-            store_symmetric(saq, mosaic.product((sdo, written.T)) * scale, chunks.up_to())
-
-        def key_score_gradient():
-            store_symmetric(sx, -mosaic.product((sv, written.T)), chunks.up_to(strict=True))
-
-        if warpgroups > 1:
-            pl.when(wg == 0)(query_score_gradient)
-            pl.when(wg == 1)(key_score_gradient)
-        else:
-            query_score_gradient()
-            key_score_gradient()
-        meet()
-
-        for s, tile in zip(ks, gates, strict=True):
-            before = chunks.decays(earlier, tile)
-            dq = mosaic.product((sdo, ss.at[:, s])) * before * scale
-            dk_read = -mosaic.product((sv, ss.at[:, s])) * before
-            after = chunks.decays(later, tile)
-            dk_write = mosaic.product((written, sds.at[:, s])) * after
-            # The border's term, for all tokens what their chunk carries out and for each what its
-            # predecessors write. Sums over rows go through wgmma: Mosaic's own use one scratch for
-            # all warpgroups, and race.
-            carried = None
-            for r in range(V // TILE_WIDTH):
-                part = pl.ds(r * TILE_WIDTH, TILE_WIDTH)
-                change = load(ss.at[part, s]) * load(sds.at[part, s])
-                carried = change if carried is None else carried + change
-            decay = load(decay_ref.at[b, h, n, s], PER_COLUMN, optimized=False)
-            carried *= per_column(decay, CHUNK)
-            border = row_sums(chunks.weights(chunks.everywhere(), bf16), carried, s)
-            before_each = chunks.weights(chunks.up_to(strict=True), bf16)
-            border += row_sums(before_each, load(sk.at[:, s]) * dk_write, s)
-            dg_out.at[b, rows, h, s][...] = border
-
-            dq, dk, dk_signed = _through_scores(
-                sq.at[:, s], sk.at[:, s], tile, saq, sx,
-                read_keys.at[:, s], write_keys.at[:, s],
-                dq, dk_read + dk_write, dk_read,
-            )  # fmt: skip
-
-            queries, keys = load(sq.at[:, s]), load(sk.at[:, s])
-            cumulated = queries * dq + keys * dk_signed
-            dg = row_sums(chunks.weights(chunks.from_on(), bf16), cumulated, s)
-            dg_out.at[b, rows, h, s][...] = dg + load(dg_out.at[b, rows, h, s], optimized=False)
-            diagonal = jnp.where(chunks.diagonal(), load(saq), 0.0).sum(axis=1)
-            diagonal = per_row(diagonal, TILE_WIDTH)
-            sq.at[:, s][...] = (dq + diagonal * keys).astype(bf16)
-            sk.at[:, s][...] = (dk + diagonal * queries).astype(bf16)
+        gradients_of_keys(
+            sq, sk, sdo, sv, written, ss, sds, saq, sx, read_keys, write_keys,
+            list(zip(ks, gates, strict=True)), earlier, later,
+            decay_ref.at[b, h, n], dg_out.at[b, rows, h], wg, meet,
+            scale=scale, warpgroups=warpgroups,
+        )  # fmt: skip
         meet()
         store(sq, dq_out.at[b, rows, h])
         store(sk, dk_out.at[b, rows, h])
@@ -215,6 +148,110 @@ def chunk_gradients(q, k, v, g, beta, do, states, gradients, x, aq, decay, *, sc
         num_threads=warpgroups,
         thread_name="wg",
     )(q, k, v, g, beta, do, states, gradients, x, aq, decay)
+
+
+def meet_at(barrier, warpgroups):
+    """Makes what each warpgroup has written to SMEM visible to the other."""
+    plgpu.commit_smem()
+    if warpgroups > 1:
+        plgpu.barrier_arrive(barrier)
+        plgpu.barrier_wait(barrier)
+
+
+def gradients_of_values(error, y, beta, sx, sdv, written):
+    """Makes dv and what was written of 64 value columns; returns their part of dbeta.
+
+    Args:
+      error, y: as in `chunk_gradients`. beta: by rows. sx: X. sdv, written: tiles to fill.
+    """
+    sdv[...] = (y * beta).astype(bf16)
+    plgpu.commit_smem()
+    z = y - mosaic.product((sx.T, sdv))
+    part = (error * z).sum(axis=1)
+    written[...] = (error * beta).astype(bf16)
+    sdv[...] = (z * beta).astype(bf16)
+    return part
+
+
+def gradients_of_keys(
+    sq, sk, sdo, sdv, written, ss, sds, saq, sx, read_keys, write_keys,
+    tiles, earlier, later, decay_ref, dg_ref, wg, meet, *, scale, warpgroups,
+):  # fmt: skip
+    """Turns the SMEM tiles of queries and keys into dq and dk, and stores dg.
+
+    Args:
+      written: what was written, beta E. saq, sx, read_keys, write_keys: tiles to work in.
+      tiles: this warpgroup's columns of q and k, 64 at a time, and their gates' tiles.
+      earlier, later: the weights of the decays from the chunk's start and to its end.
+      decay_ref, dg_ref: of this chunk and of the columns that `tiles` counts from.
+      wg: this warpgroup's number. meet: awaits the other one.
+    """
+
+    def row_sums(mask, x, s):
+        """mask @ x for a float32 tile, through the two key tiles' columns s."""
+        read_keys.at[:, s][...], write_keys.at[:, s][...] = mosaic.split(x)
+        plgpu.commit_smem()
+        return mosaic.product((mask, read_keys.at[:, s]), (mask, write_keys.at[:, s]))
+
+    # The products of the two score gradients span all of V: with two warpgroups each makes one.
+
+    def store_symmetric(ref, gradient, mask):
+        """Stores a score gradient for both of its uses: by the reader, and by what is read."""
+        gradient = jnp.where(mask, gradient, 0.0)
+        ref[...] = gradient.astype(bf16)
+        plgpu.commit_smem()
+        both = jnp.where(mask, gradient, load(ref.T))
+        ref[...] = both.astype(bf16)
+
+    def query_score_gradient():
+        store_symmetric(saq, mosaic.product((sdo, written.T)) * scale, chunks.up_to())
+
+    def key_score_gradient():
+        store_symmetric(sx, -mosaic.product((sdv, written.T)), chunks.up_to(strict=True))
+
+    if warpgroups > 1:
+        pl.when(wg == 0)(query_score_gradient)
+        pl.when(wg == 1)(key_score_gradient)
+    else:
+        query_score_gradient()
+        key_score_gradient()
+    meet()
+
+    for s, tile in tiles:
+        before = chunks.decays(earlier, tile)
+        dq = mosaic.product((sdo, ss.at[:, s])) * before * scale
+        dk_read = -mosaic.product((sdv, ss.at[:, s])) * before
+        after = chunks.decays(later, tile)
+        dk_write = mosaic.product((written, sds.at[:, s])) * after
+        # The border's term, for all tokens what their chunk carries out and for each what its
+        # predecessors write. Sums over rows go through wgmma: Mosaic's own use one scratch for
+        # all warpgroups, and race.
+        carried = None
+        for r in range(ss.shape[0] // TILE_WIDTH):
+            part = pl.ds(r * TILE_WIDTH, TILE_WIDTH)
+            change = load(ss.at[part, s]) * load(sds.at[part, s])
+            carried = change if carried is None else carried + change
+        decay = load(decay_ref.at[s], PER_COLUMN, optimized=False)
+        carried *= per_column(decay, CHUNK)
+        border = row_sums(chunks.weights(chunks.everywhere(), bf16), carried, s)
+        before_each = chunks.weights(chunks.up_to(strict=True), bf16)
+        border += row_sums(before_each, load(sk.at[:, s]) * dk_write, s)
+        dg_ref.at[:, s][...] = border
+
+        dq, dk, dk_signed = _through_scores(
+            sq.at[:, s], sk.at[:, s], tile, saq, sx,
+            read_keys.at[:, s], write_keys.at[:, s],
+            dq, dk_read + dk_write, dk_read,
+        )  # fmt: skip
+
+        queries, keys = load(sq.at[:, s]), load(sk.at[:, s])
+        cumulated = queries * dq + keys * dk_signed
+        dg = row_sums(chunks.weights(chunks.from_on(), bf16), cumulated, s)
+        dg_ref.at[:, s][...] = dg + load(dg_ref.at[:, s], optimized=False)
+        diagonal = jnp.where(chunks.diagonal(), load(saq), 0.0).sum(axis=1)
+        diagonal = per_row(diagonal, TILE_WIDTH)
+        sq.at[:, s][...] = (dq + diagonal * keys).astype(bf16)
+        sk.at[:, s][...] = (dk + diagonal * queries).astype(bf16)
 
 
 def _through_scores(sq, sk, gates, query_gradient, key_gradient, sx, sy, dq, dk, dk_signed):
