@@ -199,7 +199,11 @@ KDA = Mechanism(
             full=dict(B=2, T=2000, H=8, HV=16, K=128, V=128),
             dtypes=("bfloat16", "float16"),
             lengths=(1, 63, 64, 130),
-            head_dims=(dict(HV=1, K=128, V=81), dict(HV=1, K=63, V=128)),
+            head_dims=(
+                dict(HV=1, K=128, V=81),
+                dict(HV=1, K=63, V=128),
+                dict(HV=1, T=70, K=256, V=256),
+            ),
             context=jla.pallas.interpret,
             beyond=("equal keys, beta = 2",),
             compiled_on="gpu",
