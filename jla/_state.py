@@ -30,5 +30,5 @@ def zero_state(key, value):
 
 
 def zero_gsa_state(key, slots, value):
-    """An empty `GSAState`, placed as one token's key [..., K], slots [..., M] and value [..., V]."""
+    """An empty `GSAState`, placed as one token's `key`, `slots` [..., M] and `value` are."""
     return GSAState(zero_state(key, slots), zero_state(slots, value))

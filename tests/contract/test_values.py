@@ -107,14 +107,20 @@ def golden_cases():
 def test_golden_vectors(mechanism, implementation, file):
     """Inputs, outputs and gradients of sum(output * ct) that were computed elsewhere."""
     arrays = {name: jnp.asarray(x) for name, x in np.load(GOLDEN / f"{file}.npz").items()}
-    args = {name: arrays[f"in_{name}"] for name in mechanism.axes if f"in_{name}" in arrays}
-    want, cotangents = (
-        jax.tree.unflatten(
-            jax.tree.structure(mechanism.outputs),
-            [arrays[f"{kind}_{name}"] for name in mechanism.golden_outputs],
-        )
-        for kind in ("out", "ct")
+
+    def tree(kind, axes, names):
+        leaves = [arrays[f"{kind}_{name}"] for name in names]
+        return jax.tree.unflatten(jax.tree.structure(axes), leaves)
+
+    names = {name: (name,) for name in mechanism.axes} | {
+        mechanism.state[0]: mechanism.golden_state
+    }
+    present = [n for n in names if all(f"in_{leaf}" in arrays for leaf in names[n])]
+    args, gradients = (
+        {n: tree(kind, mechanism.axes[n], names[n]) for n in present} for kind in ("in", "grad")
     )
-    gradients = {name: arrays[f"grad_{name}"] for name in args}
+    want, cotangents = (
+        tree(kind, mechanism.outputs, mechanism.golden_outputs) for kind in ("out", "ct")
+    )
     got = value_and_vjp(mechanism, implementation, args, cotangents)
     assert_agrees(mechanism, "float32", got, (want, gradients))

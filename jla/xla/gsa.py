@@ -1,0 +1,143 @@
+"""Gated Slot Attention by chunks; docs/gsa.md derives the formulas."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jla._segments import segment_starts
+from jla._state import GSAState, zero_gsa_state
+from jla.reference.gsa import gsa_step
+from jla.xla import chunks
+
+__all__ = ["abc_gates", "gsa", "gsa_step"]  # one token has no chunks: its step is the definition's
+
+f32 = jnp.float32
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale):
+    """A scan over spans of chunks. See `jla.gsa`.
+
+    The body is checkpointed: the backward pass keeps the inputs and the state that entered each
+    span, and computes the rest again.
+    """
+    B, T, HQ, K = q.shape
+    H = k.shape[2]
+    size, length = chunks.layout(T)
+    starts = None if segment_ids is None else segment_starts(segment_ids)
+    if g is None:
+        s, g = abc_gates(s, starts)
+    if starts is not None:
+        starts = chunks.split(starts[:, :, None, None], length)
+    if initial_state is None:
+        initial_state = zero_gsa_state(k[:, 0], g[:, 0], v[:, 0])
+    # The queries of one key head lie side by side, as if they were one.
+    q = q.reshape(B, T, H, HQ // H, K).reshape(B, T, H, -1)
+    inputs = *(chunks.split(x, length) for x in (q, k, v, s, g)), starts
+    span = jax.checkpoint(functools.partial(_span, size, scale), prevent_cse=False)
+    state, o = lax.scan(span, initial_state, inputs)
+    o = chunks.merge(o, T)
+    return o.reshape(B, T, H, HQ // H, -1).reshape(B, T, HQ, -1), state
+
+
+def _span(size, scale, state, inputs):
+    """A span of chunks: from the state that enters to the one that leaves, and the outputs.
+
+    All arrays are [B, H, L, ...]; those of the queries [B, H, L G, ...], with the G queries that
+    share a key head as G rows of their token.
+    """
+    q, k, v, s, g, starts = inputs
+    dtype = v.dtype
+    group = q.shape[-1] // k.shape[-1]
+    q, k, v, s = (x.astype(f32) for x in (q, k, v, s))
+    # By way of [..., L, G, K]: where types carry shardings, no reshape may merge and split at once.
+    q = scale * q.reshape(*k.shape[:3], group, -1).reshape(*k.shape[:2], -1, k.shape[-1])
+    decay = jnp.exp(g)
+    if starts is not None:
+        decay = jnp.where(starts, 0.0, decay)
+    # Without the barrier XLA may fuse the tree into its users and compute it once for each.
+    levels, prefix, suffix, total = lax.optimization_barrier(chunks.decay_products(decay, size))
+    levels = [
+        (_rows(later, group), earlier * chunks.halves(s, n)[0])
+        for n, (later, earlier) in zip(chunks.tree_sizes(size), levels, strict=True)
+    ]
+    prefix = _rows(prefix, group)
+
+    def by_chunk(x, rows=1):
+        return chunks.blocks(x, size * rows)
+
+    writes = by_chunk(suffix * s)
+    key_writes = jnp.swapaxes(by_chunk(k), -1, -2) @ writes
+    value_writes = jnp.swapaxes(writes, -1, -2) @ by_chunk(v)
+    states, state = _entering(state, key_writes, value_writes, total)
+
+    logits = (by_chunk(q, group) @ states.hk).reshape(*q.shape[:-1], -1) * prefix
+    logits += _dot(q, _rows(k, group)) * _rows(s, group)
+    for n, (later, writes) in zip(chunks.tree_sizes(size), levels, strict=True):
+        left, right = chunks.halves(logits, n * group)
+        rows, columns = chunks.halves(q, n * group)[1], chunks.halves(k, n)[0]
+        right += later * ((rows @ jnp.swapaxes(columns, -1, -2)) @ writes)
+        logits = jnp.concatenate([left, right], axis=-2).reshape(logits.shape)
+    p = jax.nn.softmax(logits, axis=-1)
+
+    o = (by_chunk(prefix * p, group) @ states.hv).reshape(*q.shape[:-1], -1)
+    o += _dot(p, _rows(s, group)) * _rows(v, group)
+    for n, (later, writes) in zip(chunks.tree_sizes(size), levels, strict=True):
+        left, right = chunks.halves(o, n * group)
+        rows, values = chunks.halves(p, n * group)[1], chunks.halves(v, n)[0]
+        right += ((later * rows) @ jnp.swapaxes(writes, -1, -2)) @ values
+        o = jnp.concatenate([left, right], axis=-2).reshape(o.shape)
+    o = o.reshape(*v.shape[:3], group, -1).reshape(*v.shape[:3], -1)
+    return state, o.astype(dtype)
+
+
+def _rows(x, group):
+    """Repeats every token [..., L, D] for its queries: [..., L G, D]."""
+    return x if group == 1 else jnp.repeat(x, group, axis=-2)
+
+
+def _dot(x, y):
+    return jnp.sum(x * y, axis=-1, keepdims=True)
+
+
+def _entering(state, key_writes, value_writes, total):
+    """The states that enter the chunks, [..., chunks, K, M] and [..., M, V], and the one after."""
+
+    def chunk(state, inputs):
+        key_writes, value_writes, total = inputs
+        hk = state.hk * total[..., None, :] + key_writes
+        hv = total[..., :, None] * state.hv + value_writes
+        return GSAState(hk, hv), state
+
+    chunk_major = tuple(jnp.moveaxis(x, 2, 0) for x in (key_writes, value_writes, total))
+    state, states = lax.scan(chunk, state, chunk_major, unroll=True)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), states), state
+
+
+def abc_gates(s, starts=None):
+    """ABC's writes and decays from its logits [B, T, H, M], in float32; see `jla.gsa`.
+
+    With z the running logsumexp and d = s_t - z_{t-1}, the decay z_{t-1} - z_t is -softplus(d) and
+    the write exp(s_t - z_t) is sigmoid(d): no difference of two long sums, and never above 0 or 1.
+
+    Args:
+      s: [B, T, H, M].
+      starts: bool [B, T], the first tokens of segments, or None.
+
+    Returns:
+      s and g as `jla.gsa` takes them.
+    """
+    s = s.astype(f32)
+    first = jnp.zeros(s.shape[:2], bool) if starts is None else starts
+    first = first.at[:, 0].set(True)[:, :, None, None]
+
+    def join(left, right):
+        (first_left, z_left), (first_right, z_right) = left, right
+        z = jnp.where(first_right, z_right, jnp.logaddexp(z_left, z_right))
+        return first_left | first_right, z
+
+    _, z = lax.associative_scan(join, (first, s), axis=1)
+    d = s - jnp.concatenate([z[:, :1], z[:, :-1]], axis=1)
+    return jnp.where(first, 1.0, jax.nn.sigmoid(d)), jnp.where(first, 0.0, -jax.nn.softplus(d))

@@ -1,0 +1,139 @@
+"""What an entry of the contract's tables says: a mechanism and its implementations."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One implementation and what of the suite it takes.
+
+    name: as `implementation=` takes it.
+    sizes: the shape letters of the small case that most clauses use.
+    full: those of the case that runs on the GPU, in tests marked `gpu`; None for none.
+    dtypes: of q, k and v; the first serves every clause that needs only one.
+    lengths, head_dims: what clause 2 tries: values of T, and edits of `sizes`.
+    context: entered around every small call; an interpreter, for kernels.
+    beyond: the stress cases that its precision does not reach; its documentation says so.
+    compiled_on: the platform of what only a compiled program shows: sharding, rematerialization,
+      how often is compiled. Interpreted kernels have effects, which stand in the way of all three.
+    linearizes: whether it has a forward-mode derivative.
+    """
+
+    name: str
+    sizes: Mapping[str, int]
+    full: Mapping[str, int] | None = None
+    dtypes: tuple[str, ...] = FLOATS
+    lengths: tuple[int, ...] = ()
+    head_dims: tuple[Mapping[str, int], ...] = ()
+    context: Callable = contextlib.nullcontext
+    beyond: tuple[str, ...] = ()
+    compiled_on: str = "cpu"
+    linearizes: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Mechanism:
+    """One mechanism.
+
+    axes: every float argument and its axis letters (a tree of them, where the argument is one);
+      those with a T are the tokens', the others (the initial state's) have none. All are
+      differentiated.
+    outputs: the axis letters of what `run` returns, a tree.
+    make: (sizes, key, dtype) to a dict of the arguments in `axes`.
+    stress: name to an edit of that dict; values and gradients must stay right under each.
+    later: an edit of one argument's tokens: (name, array) to an array that differs everywhere.
+    state: the name of the argument that the returned state goes into: for `run`, and for `step`.
+    tolerances: dtype to the largest relative error of values and of gradients.
+    golden, golden_outputs, golden_state: the files in tests/golden, and what they call the leaves
+      of the outputs and of the initial state.
+    mistakes, step_mistakes: (id, edit of the arguments, exception, fragments of its message).
+    """
+
+    name: str
+    run: Callable
+    step: Callable
+    axes: Mapping[str, object]
+    outputs: tuple
+    make: Callable
+    stress: Mapping[str, Callable]
+    later: Callable
+    state: tuple[str, str]
+    implementations: tuple[Implementation, ...]
+    golden: tuple[str, ...]
+    golden_outputs: tuple[str, ...]
+    golden_state: tuple[str, ...]
+    mistakes: tuple
+    step_mistakes: tuple
+    tolerances: Mapping[str, tuple[float, float]] = dataclasses.field(
+        default_factory=lambda: {
+            "float32": (1e-4, 1e-4),
+            "bfloat16": (1e-2, 2e-2),
+            "float16": (1e-2, 2e-2),
+        }
+    )
+
+    def tokenwise(self):
+        """The names of the arguments with a time axis."""
+        return [
+            name
+            for name, axes in self.axes.items()
+            if all("T" in leaf.split() for leaf in jax.tree.leaves(axes))
+        ]
+
+
+def edit(**edits):
+    """An edit of the arguments: each value is the new one, or a function of the old one."""
+    return lambda args: args | {n: e(args.get(n)) if callable(e) else e for n, e in edits.items()}
+
+
+# Mistakes that every mechanism with these arguments refuses in the same way.
+COMMON_MISTAKES = (
+    ("q is a list", edit(q=[1.0, 2.0]), TypeError, ("q ", "array", "list")),
+    ("q of integers", edit(q=lambda x: x.astype(jnp.int32)), TypeError, ("q ", "int32")),
+    (
+        "k of another dtype",
+        edit(k=lambda x: x.astype(jnp.bfloat16)),
+        TypeError,
+        ("k ", "bfloat16"),
+    ),
+    ("k of another K", edit(k=lambda x: x[..., :-1]), ValueError, ("k ", "K")),
+    ("v of another B", edit(v=lambda x: x[:1]), ValueError, ("v ", "B")),
+    ("g in bfloat16", edit(g=lambda x: x.astype(jnp.bfloat16)), TypeError, ("g ", "bfloat16")),
+    ("g per head", edit(g=lambda x: x[..., 0]), ValueError, ("g ", "shape")),
+    ("scale an array", edit(scale=lambda _: jnp.ones(())), TypeError, ("scale", "number")),
+    ("scale a string", edit(scale="big"), TypeError, ("scale", "str")),
+    (
+        "no such implementation",
+        edit(implementation="cuda"),
+        ValueError,
+        ("implementation", "'cuda'"),
+    ),
+)
+COMMON_RUN_MISTAKES = (
+    ("k of another T", edit(k=lambda x: x[:, 1:]), ValueError, ("k ", "T")),
+    (
+        "V too small",
+        edit(v=lambda x: x[..., :8], initial_state=None),
+        ValueError,
+        ("dimension V must be 16 to 256", "8"),
+    ),
+    (
+        "segment_ids of floats",
+        edit(segment_ids=lambda _: jnp.zeros((2, 100))),
+        TypeError,
+        ("segment_ids", "float32"),
+    ),
+    (
+        "segment_ids of one row",
+        edit(segment_ids=lambda _: jnp.zeros(100, jnp.int32)),
+        ValueError,
+        ("segment_ids", "[B, T]"),
+    ),
+)

@@ -1,0 +1,162 @@
+"""Gated Slot Attention's entry."""
+
+import jax
+import jax.numpy as jnp
+from table import COMMON_MISTAKES, COMMON_RUN_MISTAKES, Implementation, Mechanism, edit
+
+import jla
+from jla import GSAState
+
+f32 = jnp.float32
+
+
+def _make(sizes, key, dtype):
+    B, T, H, HQ, K, V, M = (sizes[x] for x in ("B", "T", "H", "HQ", "K", "V", "M"))
+    keys = iter(jax.random.split(key, 7))
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape, f32)
+
+    return dict(
+        q=normal(B, T, HQ, K).astype(dtype),
+        k=normal(B, T, H, K).astype(dtype),
+        v=normal(B, T, H, V).astype(dtype),
+        s=jax.nn.sigmoid(normal(B, T, H, M) - 1.0).astype(dtype),
+        g=-0.3 * jax.nn.softplus(2 * normal(B, T, H, M)),
+        initial_state=GSAState(normal(B, H, K, M), normal(B, H, M, V)),
+    )
+
+
+def _spike(args):
+    """One gate of -1e4, in every other slot, among weak ones: beside it, cumulated sums keep no
+    digit of the others."""
+    g = args["g"]
+    return args | dict(g=(0.01 * g).at[:, g.shape[1] // 3, :, ::2].set(-1e4))
+
+
+def _later(name, x):
+    return {"s": 1.0 - 0.5 * x, "g": 40.0 * x - 1.0}.get(name, 3.0 - x)
+
+
+def _state(**edits):
+    """An edit of the initial state's fields."""
+    return lambda args: (
+        args
+        | dict(
+            initial_state=args["initial_state"]._replace(
+                **{name: e(getattr(args["initial_state"], name)) for name, e in edits.items()}
+            )
+        )
+    )
+
+
+_SHARED_MISTAKES = (
+    *COMMON_MISTAKES,
+    ("s of integers", edit(s=lambda x: x.astype(jnp.int32)), TypeError, ("s ", "int32")),
+    ("s without slots", edit(s=lambda x: x[..., 0]), ValueError, ("s ", "shape")),
+    ("s of another H", edit(s=lambda x: x[..., :1, :]), ValueError, ("s ", "H")),
+    ("g of another M", edit(g=lambda x: x[..., :-1]), ValueError, ("g ", "M")),
+)
+
+_SMALL = dict(B=2, T=100, H=2, HQ=4, K=16, V=24, M=20)
+
+GSA = Mechanism(
+    name="gsa",
+    run=jla.gsa,
+    step=jla.gsa_step,
+    axes=dict(
+        q="B T HQ K",
+        k="B T H K",
+        v="B T H V",
+        s="B T H M",
+        g="B T H M",
+        initial_state=GSAState("B H K M", "B H M V"),
+    ),
+    outputs=("B T HQ V", GSAState("B H K M", "B H M V")),
+    make=_make,
+    stress={
+        "no decay": lambda args: args | dict(g=jnp.zeros_like(args["g"])),
+        "strong everywhere": lambda args: args | dict(g=jnp.full_like(args["g"], -30.0)),
+        "one gate of -1e4": _spike,
+    },
+    later=_later,
+    state=("initial_state", "state"),
+    implementations=(
+        Implementation("reference", sizes=_SMALL),
+        Implementation(
+            "xla",
+            sizes=_SMALL,
+            full=dict(B=2, T=2000, H=4, HQ=8, K=128, V=128, M=64),
+            lengths=(1, 63, 65, 1000),
+            head_dims=(
+                dict(HQ=6, K=256, V=16, M=16),
+                dict(HQ=2, K=63, V=256, M=81),
+            ),
+        ),
+    ),
+    golden=("gsa_small", "gsa_d128", "gsa_gqa"),
+    golden_outputs=("o", "final_hk", "final_hv"),
+    golden_state=("initial_hk", "initial_hv"),
+    mistakes=(
+        *_SHARED_MISTAKES,
+        *COMMON_RUN_MISTAKES,
+        ("q without heads", edit(q=lambda x: x[:, :, 0]), ValueError, ("q ", "[B, T, HQ, K]")),
+        (
+            "no tokens",
+            lambda args: args | {n: args[n][:, :0] for n in ("q", "k", "v", "s", "g")},
+            ValueError,
+            ("q ", "empty", "T"),
+        ),
+        (
+            "HQ no multiple of H",
+            edit(q=lambda x: x[:, :, :3]),
+            ValueError,
+            ("HQ = 3", "multiple", "H = 2"),
+        ),
+        (
+            "M too small",
+            lambda args: (
+                args | {n: args[n][..., :15] for n in ("s", "g")} | dict(initial_state=None)
+            ),
+            ValueError,
+            ("dimension M must be 16 to 256", "15"),
+        ),
+        (
+            "initial_state a plain tuple",
+            edit(initial_state=tuple),
+            TypeError,
+            ("initial_state", "GSAState", "tuple"),
+        ),
+        (
+            "initial_state in bfloat16",
+            _state(hv=lambda x: x.astype(jnp.bfloat16)),
+            TypeError,
+            ("initial_state.hv", "bfloat16", "float32"),
+        ),
+        (
+            "initial_state transposed",
+            _state(hk=lambda x: jnp.swapaxes(x, 2, 3)),
+            ValueError,
+            ("initial_state.hk", "K"),
+        ),
+        ("ABC with a state", edit(g=None), ValueError, ("initial_state", "ABC")),
+        (
+            "no kernel",
+            edit(implementation="pallas"),
+            NotImplementedError,
+            ("gsa", '"pallas"', 'implementation="xla" can'),
+        ),
+    ),
+    step_mistakes=(
+        *_SHARED_MISTAKES,
+        ("q with a time axis", edit(q=lambda x: x[:, None]), ValueError, ("q ", "[B, HQ, K]")),
+        ("no state", edit(state=None), TypeError, ("state", "GSAState", "NoneType")),
+        (
+            "state in float16",
+            edit(state=lambda x: x._replace(hk=x.hk.astype(jnp.float16))),
+            TypeError,
+            ("state.hk", "float16"),
+        ),
+        ("ABC", edit(g=None), TypeError, ("g ", "ABC has no step")),
+    ),
+)

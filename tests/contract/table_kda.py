@@ -1,0 +1,165 @@
+"""Kimi Delta Attention's entry."""
+
+import jax
+import jax.numpy as jnp
+from table import COMMON_MISTAKES, COMMON_RUN_MISTAKES, Implementation, Mechanism, edit
+
+import jla
+
+f32 = jnp.float32
+
+
+def _make(sizes, key, dtype):
+    B, T, H, HV, K, V = (sizes[letter] for letter in ("B", "T", "H", "HV", "K", "V"))
+    keys = iter(jax.random.split(key, 6))
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape, f32)
+
+    def unit(x):
+        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+    return dict(
+        q=unit(normal(B, T, H, K)).astype(dtype),
+        k=unit(normal(B, T, H, K)).astype(dtype),
+        v=normal(B, T, HV, V).astype(dtype),
+        g=-0.3 * jax.nn.softplus(2 * normal(B, T, HV, K)),
+        beta=jax.nn.sigmoid(normal(B, T, HV)),
+        initial_state=normal(B, HV, K, V),
+    )
+
+
+def _spike(args):
+    """One gate of -1e4 among weak ones: beside it, cumulated sums keep no digit of the others."""
+    return args | dict(g=(0.01 * args["g"]).at[:, args["g"].shape[1] // 3].set(-1e4))
+
+
+def _twins(args):
+    """The same key at every token, written with beta = 2 and no decay."""
+    k = jnp.broadcast_to(args["k"][:, :1], args["k"].shape)
+    return args | dict(k=k, beta=jnp.full_like(args["beta"], 2.0), g=jnp.zeros_like(args["g"]))
+
+
+def _later(name, x):
+    """Keys keep their norm: with larger ones the recurrence has no finite value."""
+    if name in ("q", "k"):
+        return -jnp.flip(x, -1)
+    return {"g": 40.0 * x - 1.0, "beta": 1.0 - 0.5 * x}.get(name, 3.0 - x)
+
+
+_SHARED_MISTAKES = (
+    *COMMON_MISTAKES,
+    ("beta of integers", edit(beta=lambda x: x.astype(jnp.int32)), TypeError, ("beta", "int32")),
+    ("beta per channel", edit(beta=lambda x: x[..., None]), ValueError, ("beta", "shape")),
+)
+
+KDA = Mechanism(
+    name="kda",
+    run=jla.kda,
+    step=jla.kda_step,
+    axes=dict(
+        q="B T H K",
+        k="B T H K",
+        v="B T HV V",
+        g="B T HV K",
+        beta="B T HV",
+        initial_state="B HV K V",
+    ),
+    outputs=("B T HV V", "B HV K V"),
+    make=_make,
+    stress={
+        "no decay": lambda args: args | dict(g=jnp.zeros_like(args["g"])),
+        "strong everywhere": lambda args: args | dict(g=jnp.full_like(args["g"], -30.0)),
+        "one gate of -1e4": _spike,
+        "equal keys, beta = 2": _twins,
+    },
+    later=_later,
+    state=("initial_state", "state"),
+    implementations=(
+        Implementation(
+            "reference",
+            sizes=dict(B=2, T=100, H=2, HV=4, K=16, V=24),
+            dtypes=("float32", "bfloat16", "float16"),
+        ),
+        Implementation(
+            "xla",
+            sizes=dict(B=2, T=100, H=2, HV=4, K=16, V=24),
+            full=dict(B=2, T=2000, H=4, HV=8, K=128, V=128),
+            lengths=(1, 2, 62, 63, 64, 65, 1000),
+            head_dims=(dict(K=16, V=256), dict(K=256, V=16), dict(K=63, V=81), dict(K=128, V=128)),
+        ),
+        Implementation(
+            "pallas",
+            sizes=dict(B=1, T=100, H=1, HV=2, K=16, V=32),
+            full=dict(B=2, T=2000, H=8, HV=16, K=128, V=128),
+            dtypes=("bfloat16", "float16"),
+            lengths=(1, 63, 64, 130),
+            head_dims=(
+                dict(HV=1, K=128, V=81),
+                dict(HV=1, K=63, V=128),
+                dict(HV=1, T=70, K=256, V=256),
+            ),
+            context=jla.pallas.interpret,
+            beyond=("equal keys, beta = 2",),
+            compiled_on="gpu",
+            linearizes=False,  # a custom_vjp
+        ),
+    ),
+    golden=("kda_small", "kda_d128", "kda_gva_strong_decay"),
+    golden_outputs=("o", "final_state"),
+    golden_state=("initial_state",),
+    mistakes=(
+        *_SHARED_MISTAKES,
+        *COMMON_RUN_MISTAKES,
+        ("q without heads", edit(q=lambda x: x[:, :, 0]), ValueError, ("q ", "[B, T, H, K]")),
+        (
+            "no tokens",
+            lambda args: args | {n: args[n][:, :0] for n in ("q", "k", "v", "g", "beta")},
+            ValueError,
+            ("q ", "empty", "T"),
+        ),
+        (
+            "HV no multiple of H",
+            lambda args: (
+                args
+                | {n: args[n][:, :, :3] for n in ("v", "g", "beta")}
+                | dict(initial_state=args["initial_state"][:, :3])
+            ),
+            ValueError,
+            ("HV = 3", "multiple", "H = 2"),
+        ),
+        (
+            "K too large",
+            lambda args: (
+                args
+                | {n: jnp.tile(args[n], 17) for n in ("q", "k", "g")}
+                | dict(initial_state=None)
+            ),
+            ValueError,
+            ("dimension K must be 16 to 256", "272"),
+        ),
+        (
+            "initial_state in bfloat16",
+            edit(initial_state=lambda x: x.astype(jnp.bfloat16)),
+            TypeError,
+            ("initial_state", "bfloat16", "float32"),
+        ),
+        (
+            "initial_state transposed",
+            edit(initial_state=lambda x: jnp.swapaxes(x, 2, 3)),
+            ValueError,
+            ("initial_state", "K"),
+        ),
+    ),
+    step_mistakes=(
+        *_SHARED_MISTAKES,
+        ("q with a time axis", edit(q=lambda x: x[:, None]), ValueError, ("q ", "[B, H, K]")),
+        ("no state", edit(state=None), TypeError, ("state", "array")),
+        (
+            "state in float16",
+            edit(state=lambda x: x.astype(jnp.float16)),
+            TypeError,
+            ("state", "float16"),
+        ),
+    ),
+)
