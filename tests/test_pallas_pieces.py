@@ -71,6 +71,7 @@ def test_only_few_heads_and_long_sequences_run_in_pieces():
     assert pieces.number(16, 64, **sizes) == 1  # B=1 T=4096
     assert pieces.number(16, 512, **sizes) == 5
     assert pieces.number(1, 2048, **sizes) == 64
+    assert pieces.number(1, 2048, K=256, V=128) == 1
     for chunks in range(1, 3000, 7):
         count = pieces.number(1, chunks, **sizes)
         length = -(-chunks // count)

@@ -26,6 +26,8 @@ FEWEST = 4  # with fewer pieces the first pass takes what the shorter chains sav
 
 def number(heads, chunks, K, V):
     """The number of pieces: as many as the first pass can run at once, or 1."""
+    if K > recurrence.NARROW:
+        return 1  # the first pass has no registers for such a state
     pieces = min(1 + PROCESSORS // (heads * max(K, V) // COLUMNS), chunks // SHORTEST)
     if pieces < FEWEST:
         return 1
