@@ -78,6 +78,12 @@ def level_pairs(level, *, reverse=False, symmetric=False):
     return _interval(first - half, jnp.where(right, half, nothing))
 
 
+def before_half(level):
+    """[i, j]: whether j lies before the half block of i."""
+    i, _, offset, _ = _halves(level)
+    return _interval(jnp.zeros_like(i), i - offset)
+
+
 def level_roles(level):
     """[i]: 1.0 for tokens that read at this level (right half), -1.0 for those that are read."""
     *_, right = _halves(level)
@@ -141,7 +147,9 @@ def unit_triangular_inverse(a, scratch):
     x = lax.fori_loop(1, LEVELS, level_step, eye - jnp.where(level_pairs(0), a, 0.0))
     # Made again rather than kept: 32 registers a thread through the whole loop.
     eye = jnp.where(diagonal(), 1.0, 0.0).astype(f32)
+    plgpu.commit_smem()
     residual = eye - x - precise_product(a, x, scratch)
+    plgpu.commit_smem()
     return x + _rounded_product(x, residual, scratch[0])
 
 

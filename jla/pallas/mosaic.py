@@ -5,7 +5,6 @@ docs/kernels.md lists what was found.
 """
 
 import contextlib
-import functools
 import threading
 
 import jax
@@ -138,4 +137,13 @@ def per_column(vector, rows):
     return lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1])
 
 
-kernel = functools.partial(plgpu.kernel, compiler_params=plgpu.CompilerParams(approx_math=True))
+def kernel(body, *, automatic_barriers=True, **arguments):
+    """`plgpu.kernel`, with approximate exp2.
+
+    `automatic_barriers`: whether Mosaic puts two barriers of the warpgroup around each store to
+    SMEM, so that no warp overwrites what another still reads. Without, the body has to.
+    """
+    parameters = plgpu.CompilerParams(
+        approx_math=True, unsafe_no_auto_barriers=not automatic_barriers
+    )
+    return plgpu.kernel(body, compiler_params=parameters, **arguments)

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jla._segments import segment_starts
 from jla.pallas import pieces
-from jla.pallas.chunks import CHUNK, TILE_WIDTH
+from jla.pallas.chunks import CHUNK, TILE_WIDTH, gates
 from jla.pallas.kda import step, wide
 from jla.pallas.kda.backward import chunk_gradients
 from jla.pallas.kda.prepare import prepare
@@ -37,6 +37,7 @@ _KEPT = {
     "kda_decay": "B HV N K",
     "kda_scores": "B HV N C D",
     "kda_inverse": "B HV N C D",
+    "kda_key_scores": "B HV N C D",
     "kda_states": "B HV N V K",
 }
 
@@ -118,13 +119,13 @@ def _by_narrow_values(q, k, v, g, beta, initial_state, scale):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _kda(q, k, v, g, beta, initial_state, scale):
     """KDA on whole tiles; beta [B, HV, T]."""
-    arrays, axes = _with_start((q, k, v, g, beta), _INPUTS, initial_state)
+    arrays, axes = _with_start((q, k, v, gates(g), beta), _INPUTS, initial_state)
     run = functools.partial(_forward, scale=scale, keep=False)
     return shardwise(run, axes, _OUTPUTS)(*arrays)
 
 
 def _kda_forward(q, k, v, g, beta, initial_state, scale):
-    inputs = (q, k, v, g, beta)
+    inputs = (q, k, v, gates(g), beta)
     arrays, axes = _with_start(inputs, _INPUTS, initial_state)
     run = functools.partial(_forward, scale=scale, keep=True)
     o, state, *kept = shardwise(run, axes, (*_OUTPUTS, *_KEPT.values()))(*arrays)
@@ -155,44 +156,40 @@ def _with_start(arrays, axes, initial_state):
     return (*arrays, initial_state), (*axes, "B HV K V")
 
 
-def _forward(q, k, v, g, beta, *start, scale, keep):
+def _forward(q, k, v, gates, beta, *start, scale, keep):
     """Both forward kernels: o and the last state, with `keep` also what `_KEPT` lists."""
-    g, beta = _whole_chunks(g, 1), _whole_chunks(beta, 2)
-    query, w, u, kg, decay, scores, inverse = prepare(q, k, v, g, beta, scale=scale)
+    beta = _whole_chunks(beta)
+    query, w, u, kg, decay, scores, *solver = prepare(q, k, v, gates, beta, scale=scale, keep=keep)
     initial_state = start[0] if start else None
     o, state, *states = pieces.forward(
         query, w, u, kg, decay, scores, beta, initial_state, length=q.shape[1], keep_states=keep
     )
-    return (o, state, query, w, kg, decay, scores, inverse, *states) if keep else (o, state)
+    return (o, state, query, w, kg, decay, scores, *solver, *states) if keep else (o, state)
 
 
 def _backward(
-    q, k, v, g, beta,
-    query, w, kg, decay, scores, inverse, states,
+    q, k, v, gates, beta,
+    query, w, kg, decay, scores, inverse, key_scores, states,
     do, last_gradient, *, scale,
 ):  # fmt: skip
     """Both backward kernels: the gradients of q, k (per value head), v, g, beta and the start."""
     T = q.shape[1]
-    g, beta = _whole_chunks(g, 1), _whole_chunks(beta, 2)
+    beta = _whole_chunks(beta)
     gradients, start = pieces.backward(query, w, kg, do, decay, scores, beta, last_gradient)
     if q.shape[-1] <= NARROW:
         dq, dk, dv, dg, dbeta = chunk_gradients(
-            q, k, v, g, beta, do, states, gradients, inverse, scores, decay,
+            q, k, v, gates, beta, do, states, gradients, inverse, key_scores, scores, decay,
             scale=scale,
         )  # fmt: skip
     else:
         dq, dk, dv, dg, dbeta = wide.chunk_gradients(
-            q, k, v, g, beta, do, w, kg, states, gradients, inverse, scores, decay,
+            q, k, v, gates, beta, do, w, kg, states, gradients,
+            inverse, key_scores, scores, decay,
             scale=scale,
         )  # fmt: skip
     return dq, dk, dv, dg[:, :T], dbeta.sum(2)[:, :, :T], start
 
 
-def _whole_chunks(x, axis):
-    """Pads the tokens of what the kernels read without TMA, which would fill in zeros itself.
-
-    XLA makes the gates with elementwise operations, and so this padding costs no pass of its own.
-    """
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % CHUNK)
-    return jnp.pad(x, widths)
+def _whole_chunks(beta):
+    """Pads the tokens of what the kernels read without TMA, which would fill in zeros itself."""
+    return jnp.pad(beta, ((0, 0), (0, 0), (0, -beta.shape[2] % CHUNK)))

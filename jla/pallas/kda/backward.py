@@ -25,14 +25,16 @@ from jla.pallas.mosaic import (
 SDS = jax.ShapeDtypeStruct
 
 
-def chunk_gradients(q, k, v, g, beta, do, states, gradients, x, aq, decay, *, scale):
+def chunk_gradients(
+    q, k, v, gates, beta, do, states, gradients, inverse, a, aq, decay, *, scale
+):  # fmt: skip
     """Gradients of one chunk's inputs, given the state S before it and dS, the gradient after it.
 
-    With the notation of `prepare`, R = v - k~ S and E = R - X (beta R) the chunk's errors:
+    With the notation of `prepare`, E = M^-1 (v - k~ S) the chunk's errors:
 
-        y  = Aq^T do + kg dS;   z = y - X^T (beta y)          gradient of what is written, beta E
-        dv = beta z;            dbeta = rowsum(E z)
-        dAq = tril(do (beta E)^T);   dA0 = -stril(dv (beta E)^T)
+        y  = Aq^T do + kg dS;   dv = M^-T (beta y)
+        z  = y - A^T dv;        dbeta = rowsum(E z)           z: gradient of what is written, beta E
+        dAq = tril(do (beta E)^T);   dA = -stril(dv (beta E)^T)
         dq~ = do S^T;   dk~ = -dv S^T;   dkg = (beta E) dS^T
 
     and from these, through the tree of references, dq, dk and the gradient of every cumulated
@@ -40,9 +42,9 @@ def chunk_gradients(q, k, v, g, beta, do, states, gradients, x, aq, decay, *, sc
     rowsum(decay S dS) + sum(k dk_write of kg), is dg.
 
     Args:
-      q, k, v, g, beta: as in `prepare`, with its T and L. do: [B, T, HV, V] bf16.
+      q, k, v, gates, beta: as in `prepare`, with its T and L. do: [B, T, HV, V] bf16.
       states, gradients: S and dS transposed, [B, HV, N, V, K] bf16.
-      x, aq, decay: as `prepare` returned them.
+      inverse, a, aq, decay: as `prepare` returned them: M^-1, A, Aq and exp(G_end).
 
     Returns:
       dq, dk [B, T, HV, K], dv [B, T, HV, V] bf16, dg [B, L, HV, K] float32 and dbeta
@@ -50,16 +52,17 @@ def chunk_gradients(q, k, v, g, beta, do, states, gradients, x, aq, decay, *, sc
     """
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    L = g.shape[1]
+    L = beta.shape[2]
     N, group = L // CHUNK, HV // H
     warpgroups = 2 if K % 128 == 0 and V % 128 == 0 else 1
     k_parts, v_parts = K // TILE_WIDTH // warpgroups, V // TILE_WIDTH // warpgroups
 
     def body(
-        q_ref, k_ref, v_ref, g_ref, beta_ref,
-        do_ref, states_ref, gradients_ref, x_ref, aq_ref, decay_ref,
+        q_ref, k_ref, v_ref, gates_ref, beta_ref,
+        do_ref, states_ref, gradients_ref, inverse_ref, a_ref, aq_ref, decay_ref,
         dq_out, dk_out, dv_out, dg_out, dbeta_out,
-        sq, sk, sv, sdo, ss, sds, sx, saq, sg, read_keys, write_keys, written, loaded, shared,
+        sq, sk, sv, sdo, ss, sds, sinverse, sa, saq, sg,
+        read_keys, write_keys, written, loaded, shared,
     ):  # fmt: skip
         b, n, h = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("h")
         wg = lax.axis_index("wg")
@@ -80,17 +83,18 @@ def chunk_gradients(q, k, v, g, beta, do, states, gradients, x, aq, decay, *, sc
                 (do_ref.at[b, rows, h], sdo),
                 (states_ref.at[b, h, n], ss),
                 (gradients_ref.at[b, h, n], sds),
-                (x_ref.at[b, h, n], sx),
+                (inverse_ref.at[b, h, n], sinverse),
+                (a_ref.at[b, h, n], sa),
                 (aq_ref.at[b, h, n], saq),
             ):
                 plgpu.copy_gmem_to_smem(source, target, loaded)
+            for i in range(K // TILE_WIDTH):
+                s = pl.ds(i * TILE_WIDTH, TILE_WIDTH)
+                plgpu.copy_gmem_to_smem(gates_ref.at[b, rows, h, s], sg.at[i], loaded)
 
         ks = [pl.ds((wg * k_parts + i) * TILE_WIDTH, TILE_WIDTH) for i in range(k_parts)]
         vs = [pl.ds((wg * v_parts + i) * TILE_WIDTH, TILE_WIDTH) for i in range(v_parts)]
         gates = [sg.at[wg * k_parts + i] for i in range(k_parts)]
-        for s, tile in zip(ks, gates, strict=True):
-            tile[...] = chunks.gates(load(g_ref.at[b, rows, h, s], optimized=False))
-        plgpu.commit_smem()
         plgpu.barrier_wait(loaded)
 
         beta_rows = per_row(load(beta_ref.at[b, h, rows], PER_ROW, optimized=False), TILE_WIDTH)
@@ -107,18 +111,20 @@ def chunk_gradients(q, k, v, g, beta, do, states, gradients, x, aq, decay, *, sc
         dbeta = None
         for s in vs:
             residual = load(sv.at[:, s]) - mosaic.product((read_keys, ss.at[s].T))
-            written.at[:, s][...] = (residual * beta_rows).astype(bf16)
+            sv.at[:, s][...] = residual.astype(bf16)
             plgpu.commit_smem()
-            error = residual - mosaic.product((sx, written.at[:, s]))
+            error = mosaic.product((sinverse, sv.at[:, s]))
             y = mosaic.product((saq.T, sdo.at[:, s]), (write_keys, sds.at[s].T))
-            part = gradients_of_values(error, y, beta_rows, sx, sv.at[:, s], written.at[:, s])
+            part = gradients_of_values(
+                error, y, beta_rows, sinverse, sa, sv.at[:, s], written.at[:, s]
+            )
             dbeta = part if dbeta is None else dbeta + part
         dbeta_out.at[b, h, wg, rows][...] = dbeta
         meet()
         store(sv, dv_out.at[b, rows, h])
 
         gradients_of_keys(
-            sq, sk, sdo, sv, written, ss, sds, saq, sx, read_keys, write_keys,
+            sq, sk, sdo, sv, written, ss, sds, saq, sa, read_keys, write_keys,
             list(zip(ks, gates, strict=True)), earlier, later,
             decay_ref.at[b, h, n], dg_out.at[b, rows, h], wg, meet,
             scale=scale, warpgroups=warpgroups,
@@ -131,23 +137,23 @@ def chunk_gradients(q, k, v, g, beta, do, states, gradients, x, aq, decay, *, sc
     keys, values = SDS((B, T, HV, K), bf16), SDS((B, T, HV, V), bf16)
     return mosaic.kernel(
         body,
-        out_type=[keys, keys, values, SDS(g.shape, f32), SDS((B, HV, warpgroups, L), f32)],
+        out_type=[keys, keys, values, SDS((B, L, HV, K), f32), SDS((B, HV, warpgroups, L), f32)],
         scratch_types=[
             *(mosaic.tile(CHUNK, K) for _ in range(2)),
             *(mosaic.tile(CHUNK, V) for _ in range(2)),
             *(mosaic.tile(V, K) for _ in range(2)),
-            *(mosaic.tile(CHUNK, CHUNK) for _ in range(2)),
+            *(mosaic.tile(CHUNK, CHUNK) for _ in range(3)),
             mosaic.tile(CHUNK, TILE_WIDTH, K // TILE_WIDTH, dtype=f16),
             *(mosaic.tile(CHUNK, K) for _ in range(2)),
             mosaic.tile(CHUNK, V),
-            plgpu.Barrier(num_arrivals=8),
+            plgpu.Barrier(num_arrivals=9 + K // TILE_WIDTH),
             plgpu.Barrier(num_arrivals=warpgroups),
         ],
         grid=(B, N, HV),
         grid_names=("b", "n", "h"),
         num_threads=warpgroups,
         thread_name="wg",
-    )(q, k, v, g, beta, do, states, gradients, x, aq, decay)
+    )(q, k, v, gates, beta, do, states, gradients, inverse, a, aq, decay)
 
 
 def meet_at(barrier, warpgroups):
@@ -158,19 +164,21 @@ def meet_at(barrier, warpgroups):
         plgpu.barrier_wait(barrier)
 
 
-def gradients_of_values(error, y, beta, sx, sdv, written):
+def gradients_of_values(error, y, beta, sinverse, sa, sdv, written):
     """Makes dv and what was written of 64 value columns; returns their part of dbeta.
 
     Args:
-      error, y: as in `chunk_gradients`. beta: by rows. sx: X. sdv, written: tiles to fill.
+      error, y: as in `chunk_gradients`. beta: by rows. sinverse, sa: M^-1 and A.
+      sdv, written: tiles to fill.
     """
     sdv[...] = (y * beta).astype(bf16)
     plgpu.commit_smem()
-    z = y - mosaic.product((sx.T, sdv))
-    part = (error * z).sum(axis=1)
+    dv = mosaic.product((sinverse.T, sdv))
     written[...] = (error * beta).astype(bf16)
-    sdv[...] = (z * beta).astype(bf16)
-    return part
+    sdv[...] = dv.astype(bf16)
+    plgpu.commit_smem()
+    z = y - mosaic.product((sa.T, sdv))
+    return (error * z).sum(axis=1)
 
 
 def gradients_of_keys(

@@ -22,22 +22,24 @@ FEATURES = 128  # of keys, worked on by one CTA: 64 by each of two warpgroups
 WARPGROUPS = 2
 
 
-def chunk_gradients(q, k, v, g, beta, do, w, kg, states, gradients, x, aq, decay, *, scale):
+def chunk_gradients(
+    q, k, v, gates, beta, do, w, kg, states, gradients, inverse, a, aq, decay, *, scale
+):  # fmt: skip
     """As `backward.chunk_gradients`, for K a multiple of 128; w and kg as `prepare` returned them.
 
     Traffic at B=4 T=4096 HV=16 K=256 V=128: S and dS 268 MB each, read twice, q, k, w, kg, g, dq,
     dk, dg 1.34 GB, all else 0.3 GB: 2.7 GB, 0.63 ms at 4.3 TB/s.
     """
-    written, dv, dbeta = _errors(v, beta, do, w, kg, states, gradients, x, aq)
-    dq, dk, dg = _keys(q, k, g, do, dv, written, states, gradients, decay, scale=scale)
+    written, dv, dbeta = _errors(v, beta, do, w, kg, states, gradients, inverse, a, aq)
+    dq, dk, dg = _keys(q, k, gates, do, dv, written, states, gradients, decay, scale=scale)
     return dq, dk, dv, dg, dbeta
 
 
-def _errors(v, beta, do, w, kg, states, gradients, x, aq):
+def _errors(v, beta, do, w, kg, states, gradients, inverse, a, aq):
     """What each chunk wrote and the gradients of v and beta:
 
-        E  = v - X (beta v) - w S;   y = Aq^T do + kg dS;   z = y - X^T (beta y)
-        dv = beta z;                 dbeta = rowsum(E z)
+        E  = M^-1 v - w S;   y = Aq^T do + kg dS;   dv = M^-T (beta y)
+        z  = y - A^T dv;     dbeta = rowsum(E z)
 
     Returns:
       beta E and dv, [B, T, HV, V] bf16; dbeta [B, HV, parts, L] float32, to be summed over parts.
@@ -47,9 +49,10 @@ def _errors(v, beta, do, w, kg, states, gradients, x, aq):
     parts = V // TILE_WIDTH
 
     def body(
-        v_ref, beta_ref, do_ref, w_ref, kg_ref, states_ref, gradients_ref, x_ref, aq_ref,
+        v_ref, beta_ref, do_ref, w_ref, kg_ref, states_ref, gradients_ref,
+        inverse_ref, a_ref, aq_ref,
         written_out, dv_out, dbeta_out,
-        sv, sdo, sw, skg, ss, sds, sx, saq, written, loaded,
+        sv, sdo, sw, skg, ss, sds, sinverse, sa, saq, written, loaded,
     ):  # fmt: skip
         b, n, h, part = (lax.axis_index(name) for name in ("b", "n", "h", "part"))
         rows, columns = pl.ds(n * CHUNK, CHUNK), pl.ds(part * TILE_WIDTH, TILE_WIDTH)
@@ -60,19 +63,17 @@ def _errors(v, beta, do, w, kg, states, gradients, x, aq):
             (kg_ref.at[b, rows, h], skg),
             (states_ref.at[b, h, n, columns], ss),
             (gradients_ref.at[b, h, n, columns], sds),
-            (x_ref.at[b, h, n], sx),
+            (inverse_ref.at[b, h, n], sinverse),
+            (a_ref.at[b, h, n], sa),
             (aq_ref.at[b, h, n], saq),
         ):
             plgpu.copy_gmem_to_smem(source, target, loaded)
         beta = per_row(load(beta_ref.at[b, h, rows], PER_ROW, optimized=False), TILE_WIDTH)
         plgpu.barrier_wait(loaded)
 
-        values = load(sv)
-        written[...] = (values * beta).astype(bf16)
-        plgpu.commit_smem()
-        error = values - mosaic.product((sx, written), (sw, ss.T))
+        error = mosaic.product((sinverse, sv)) - mosaic.product((sw, ss.T))
         y = mosaic.product((saq.T, sdo), (skg, sds.T))
-        dbeta = gradients_of_values(error, y, beta, sx, sv, written)
+        dbeta = gradients_of_values(error, y, beta, sinverse, sa, sv, written)
         dbeta_out.at[b, h, part, rows][...] = dbeta
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(written, written_out.at[b, rows, h, columns])
@@ -86,23 +87,23 @@ def _errors(v, beta, do, w, kg, states, gradients, x, aq):
         scratch_types=[
             *(mosaic.tile(CHUNK, TILE_WIDTH) for _ in range(2)),
             *(mosaic.tile(CHUNK, K) for _ in range(4)),
-            *(mosaic.tile(CHUNK, CHUNK) for _ in range(2)),
+            *(mosaic.tile(CHUNK, CHUNK) for _ in range(3)),
             mosaic.tile(CHUNK, TILE_WIDTH),
-            plgpu.Barrier(num_arrivals=8),
+            plgpu.Barrier(num_arrivals=9),
         ],
         grid=(B, N, HV, parts),
         grid_names=("b", "n", "h", "part"),
-    )(v, beta, do, w, kg, states, gradients, x, aq)
+    )(v, beta, do, w, kg, states, gradients, inverse, a, aq)
 
 
-def _keys(q, k, g, do, dv, written, states, gradients, decay, *, scale):
+def _keys(q, k, gates, do, dv, written, states, gradients, decay, *, scale):
     """The gradients of q, k and g, as in `backward.chunk_gradients`."""
     B, T, H, K = q.shape
     HV, V = dv.shape[2:]
-    N, group = g.shape[1] // CHUNK, HV // H
+    N, group = -(-T // CHUNK), HV // H
 
     def body(
-        q_ref, k_ref, g_ref, do_ref, dv_ref, written_ref, states_ref, gradients_ref, decay_ref,
+        q_ref, k_ref, gates_ref, do_ref, dv_ref, written_ref, states_ref, gradients_ref, decay_ref,
         dq_out, dk_out, dg_out,
         sq, sk, sdo, sdv, swritten, ss, sds, saq, sx, sg, sy, sz, loaded, shared,
     ):  # fmt: skip
@@ -123,15 +124,14 @@ def _keys(q, k, g, do, dv, written, states, gradients, decay, *, scale):
                 (gradients_ref.at[b, h, n, :, features], sds),
             ):
                 plgpu.copy_gmem_to_smem(source, target, loaded)
+            for i in range(WARPGROUPS):
+                s = pl.ds(part * FEATURES + i * TILE_WIDTH, TILE_WIDTH)
+                plgpu.copy_gmem_to_smem(gates_ref.at[b, rows, h, s], sg.at[i], loaded)
 
-        g_mine = g_ref.at[b, rows, h, pl.ds(part * FEATURES + wg * TILE_WIDTH, TILE_WIDTH)]
-        gates = sg.at[wg]
-        gates[...] = chunks.gates(load(g_mine, optimized=False))
-        plgpu.commit_smem()
         plgpu.barrier_wait(loaded)
         gradients_of_keys(
             sq, sk, sdo, sdv, swritten, ss, sds, saq, sx, sy, sz,
-            [(pl.ds(wg * TILE_WIDTH, TILE_WIDTH), gates)],
+            [(pl.ds(wg * TILE_WIDTH, TILE_WIDTH), sg.at[wg])],
             chunks.weights(chunks.up_to()), chunks.weights(chunks.from_on(strict=True)),
             decay_ref.at[b, h, n, features], dg_out.at[b, rows, h, features], wg, meet,
             scale=scale, warpgroups=WARPGROUPS,
@@ -148,7 +148,7 @@ def _keys(q, k, g, do, dv, written, states, gradients, decay, *, scale):
     keys = SDS((B, T, HV, K), bf16)
     return mosaic.kernel(
         body,
-        out_type=[keys, keys, SDS(g.shape, f32)],
+        out_type=[keys, keys, SDS((B, N * CHUNK, HV, K), f32)],
         scratch_types=[
             *(mosaic.tile(CHUNK, FEATURES) for _ in range(2)),
             *(mosaic.tile(CHUNK, V) for _ in range(3)),
@@ -156,11 +156,11 @@ def _keys(q, k, g, do, dv, written, states, gradients, decay, *, scale):
             *(mosaic.tile(CHUNK, CHUNK) for _ in range(2)),
             mosaic.tile(CHUNK, TILE_WIDTH, WARPGROUPS, dtype=f16),
             *(mosaic.tile(CHUNK, FEATURES) for _ in range(2)),
-            plgpu.Barrier(num_arrivals=7),
+            plgpu.Barrier(num_arrivals=7 + WARPGROUPS),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
         ],
         grid=(B, N, HV, K // FEATURES),
         grid_names=("b", "n", "h", "part"),
         num_threads=WARPGROUPS,
         thread_name="wg",
-    )(q, k, g, do, dv, written, states, gradients, decay)
+    )(q, k, gates, do, dv, written, states, gradients, decay)
