@@ -92,6 +92,15 @@ def check_negative(name, value):
     return float(value)
 
 
+def check_positive(name, value):
+    """Returns a Python number above zero as a float; raises TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a Python number, got {type(value)}")
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return float(value)
+
+
 def check_segment_ids(segment_ids):
     """Raises TypeError unless `segment_ids` holds integers."""
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):

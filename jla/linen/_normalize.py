@@ -14,25 +14,30 @@ def l2norm(x, epsilon=1e-6):
     return (x32 * lax.rsqrt(squares + epsilon)).astype(x.dtype)
 
 
-class GatedRMSNorm(nn.Module):
-    """`x / sqrt(mean(x**2) + epsilon) * scale * sigmoid(gate)` over the last axis, in x's dtype.
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x**2) + epsilon) * scale * sigmoid(gate)` in x's dtype; the gate is optional.
 
     Not `nn.RMSNorm` and a product, because that does not run with a bfloat16 scale under strict
     dtype promotion.
 
     Attributes:
       epsilon: added to the mean square.
-      param_dtype: dtype of the scale, which has the size of x's last axis and starts as ones.
+      axes: how many of x's last axes are normalised together.
+      param_dtype: dtype of the scale, which has the shape of these axes and starts as ones.
     """
 
     epsilon: float
+    axes: int = 1
     param_dtype: nn.dtypes.Dtype = f32
 
     @nn.compact
-    def __call__(self, x, gate):
-        """`x` and `gate` have one shape, [..., D], and any float dtypes."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+    def __call__(self, x, gate=None):
+        """`x` and `gate` have one shape and any float dtypes."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-self.axes :], self.param_dtype)
         x32 = x.astype(f32)
-        mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+        axes = tuple(range(-self.axes, 0))
+        mean_square = jnp.mean(x32 * x32, axis=axes, keepdims=True)
         normed = x32 * lax.rsqrt(mean_square + self.epsilon) * scale.astype(f32)
-        return (normed * nn.sigmoid(gate.astype(f32))).astype(x.dtype)
+        if gate is not None:
+            normed = normed * nn.sigmoid(gate.astype(f32))
+        return normed.astype(x.dtype)

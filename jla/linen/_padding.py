@@ -2,6 +2,8 @@
 
 import jax.numpy as jnp
 
+from jla._segments import segment_index
+
 
 def pack_left(mask):
     """Orders every row's tokens: the real ones first, in their order, the padded ones after.
@@ -22,3 +24,39 @@ def take_tokens(x, indices):
     """Selects `x[b, indices[b, i]]`; x is [B, T, ...], the indices are [B, N] and within bounds."""
     indices = indices.reshape(indices.shape + (1,) * (x.ndim - 2))
     return jnp.take_along_axis(x, indices, axis=1, mode="promise_in_bounds")
+
+
+def arrange(inputs, mask, segment_ids):
+    """Moves every row's padding behind its real tokens, and numbers its segments.
+
+    Args:
+      inputs: [B, T, D].
+      mask: bool [B, T], True at real tokens, or None if all are.
+      segment_ids: integers [B, T], or None.
+
+    Returns:
+      x: the inputs so arranged, [B, T, D]. Padding is zeros, so that not even NaN in it reaches a
+        gradient.
+      real: bool [B, T], True at the real tokens of x; None without a mask.
+      lengths: int32 [B], the number of real tokens in each row; None without a mask.
+      segments: int32 [B, T], as `segment_index` numbers them; the padding behind a row's last real
+        token belongs to that token's segment. None without `segment_ids`.
+      restore: undoes the arrangement of outputs [B, T, D]; they are zero at padding.
+    """
+    x = jnp.asarray(inputs)
+    if mask is None:
+        segments = None if segment_ids is None else segment_index(segment_ids)
+        return x, None, None, segments, lambda y: y
+    order, inverse, lengths = pack_left(mask)
+    real = jnp.arange(x.shape[1]) < lengths[:, None]
+    x = jnp.where(real[..., None], take_tokens(x, order), 0.0)
+    segments = None
+    if segment_ids is not None:
+        last = jnp.maximum(lengths - 1, 0)[:, None]
+        source = take_tokens(order, jnp.minimum(jnp.arange(x.shape[1]), last))
+        segments = segment_index(take_tokens(segment_ids, source))
+
+    def restore(y):
+        return jnp.where(mask[..., None], take_tokens(y, inverse), 0.0)
+
+    return x, real, lengths, segments, restore

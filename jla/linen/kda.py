@@ -2,17 +2,16 @@
 
 import functools
 import math
-import numbers
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jla import _checks
-from jla._segments import segment_index
 from jla.kda import kda, kda_gate, kda_step
-from jla.linen._normalize import GatedRMSNorm, l2norm
-from jla.linen._padding import pack_left, take_tokens
+from jla.linen import _arguments
+from jla.linen._normalize import RMSNorm, l2norm
+from jla.linen._padding import arrange
 from jla.linen._short_convolution import ShortConvolution
 
 f32 = jnp.float32
@@ -141,21 +140,7 @@ class KimiDeltaAttention(nn.Module):
             precision=self.precision,
         )
 
-        x = jnp.asarray(inputs)
-        lengths = None
-        if mask is not None:
-            order, inverse, lengths = pack_left(mask)
-            real = jnp.arange(x.shape[1]) < lengths[:, None]
-            # Zeros, so that not even NaN in a padded token reaches a gradient.
-            x = jnp.where(real[..., None], take_tokens(x, order), 0.0)
-        segments = None
-        if segment_ids is not None:
-            if mask is not None:
-                # The padding behind a row's last real token belongs to that token's segment.
-                last = jnp.maximum(lengths - 1, 0)[:, None]
-                source = take_tokens(order, jnp.minimum(jnp.arange(x.shape[1]), last))
-                segment_ids = take_tokens(segment_ids, source)
-            segments = segment_index(segment_ids)
+        x, real, lengths, segments, restore = arrange(inputs, mask, segment_ids)
 
         def short_convolution(x, name):
             if not self.conv_size:
@@ -165,7 +150,7 @@ class KimiDeltaAttention(nn.Module):
             )
             return convolution(x, segments, lengths)
 
-        self._check_cache(x.shape[0], HV, K, V)
+        _arguments.check_cache(self, recurrent_state=(x.shape[0], HV, K, V))
         q = l2norm(short_convolution(dense((H, K), name="q_proj")(x), "q_conv1d"))
         k = l2norm(short_convolution(dense((H, K), name="k_proj")(x), "k_conv1d"))
         v = short_convolution(dense((HV, V), name="v_proj")(x), "v_conv1d")
@@ -178,18 +163,16 @@ class KimiDeltaAttention(nn.Module):
         beta = nn.sigmoid(dense(HV, name="b_proj")(x).astype(f32))
         if self.allow_negative_eigenvalues:
             beta = 2.0 * beta
-        if mask is not None:
+        if real is not None:
             g = jnp.where(real[..., None, None], g, 0.0)
             beta = jnp.where(real[..., None], beta, 0.0)
 
         o = self._mechanism(q, k, v, g, beta, segments)
 
         gate = dense((HV, V), use_bias=True, name="g_proj_up")(dense(V, name="g_proj_down")(x))
-        o = GatedRMSNorm(self.norm_epsilon, param_dtype=self.param_dtype, name="o_norm")(o, gate)
+        o = RMSNorm(self.norm_epsilon, param_dtype=self.param_dtype, name="o_norm")(o, gate)
         y = dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(o)
-        if mask is not None:
-            y = jnp.where(mask[..., None], take_tokens(y, inverse), 0.0)
-        return y
+        return restore(y)
 
     def _mechanism(self, q, k, v, g, beta, segments):
         """Runs `kda`, or `kda_step` for one token, from the cached state if there is one."""
@@ -210,54 +193,14 @@ class KimiDeltaAttention(nn.Module):
 
     def _sizes(self, inputs, mask, segment_ids):
         """Checks the call's arguments and the attributes; returns H, HV, K and V."""
-        axes = dict(inputs=(inputs, "B T D"))
-        if mask is not None:
-            axes |= dict(mask=(mask, "B T"))
-        if segment_ids is not None:
-            axes |= dict(segment_ids=(segment_ids, "B T"))
-        D = _checks.check_shapes(**axes)["D"]
-        _checks.check_dtype("inputs", inputs, _checks.FLOAT_DTYPES)
-        if mask is not None:
-            _checks.check_dtype("mask", mask, [bool])
-        if segment_ids is not None:
-            _checks.check_segment_ids(segment_ids)
-
+        D = _arguments.check_inputs(inputs, mask, segment_ids)
         H = self.num_heads
-        _check_size("num_heads", H, 1)
+        _arguments.check_size("num_heads", H, 1)
         HV = H if self.num_value_heads is None else self.num_value_heads
-        _check_size("num_value_heads", HV, 1)
+        _arguments.check_size("num_value_heads", HV, 1)
         _checks.check_multiple("num_value_heads", HV, "num_heads", H)
-        if self.head_dim is None:
-            _checks.check_multiple("the inputs' last axis", D, "num_heads", H)
-        K = D // H if self.head_dim is None else self.head_dim
-        V = K if self.value_head_dim is None else self.value_head_dim
-        for name, size in dict(head_dim=K, value_head_dim=V).items():
-            _check_size(name, size, 1)
-            _checks.check_head_dim(name, size)
-        if self.conv_size is not None and self.conv_size != 0:
-            _check_size("conv_size", self.conv_size, 2, "; None or 0 leaves the convolutions out")
+        K, V = _arguments.head_dims(
+            D, H, head_dim=self.head_dim, value_head_dim=self.value_head_dim
+        )
+        _arguments.check_conv_size(self.conv_size)
         return H, HV, K, V
-
-    def _check_cache(self, B, *state_axes):
-        """Raises ValueError unless a decoding call has a cache of its own shape."""
-        if not self.decode or self.is_initializing():
-            return
-        if not self.has_variable("cache", "recurrent_state"):
-            raise ValueError(
-                'decode=True needs the "cache" collection: make one with '
-                'init(key, inputs)["cache"] and pass it to apply beside "params"'
-            )
-        shape = self.get_variable("cache", "recurrent_state").shape
-        if shape != (B, *state_axes):
-            raise ValueError(
-                f"the cache's recurrent_state must have shape {(B, *state_axes)} for these inputs, "
-                f"got {shape}; make the cache with init on inputs of this batch size"
-            )
-
-
-def _check_size(name, size, least, hint=""):
-    """Raises TypeError or ValueError unless `size` is an integer of at least `least`."""
-    if isinstance(size, bool) or not isinstance(size, numbers.Integral):
-        raise TypeError(f"{name} must be an integer, got {size!r}{hint}")
-    if size < least:
-        raise ValueError(f"{name} must be at least {least}, got {size}{hint}")
