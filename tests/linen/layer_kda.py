@@ -1,0 +1,111 @@
+"""KimiDeltaAttention: its cases, its formulas in float64, its parameters, its mistakes."""
+
+import formulas
+import numpy as np
+from formulas import sigmoid, silu
+
+from jla.linen import KimiDeltaAttention
+
+D = 24
+PLAIN = dict(num_heads=2, head_dim=16)
+GROUPED = dict(
+    num_heads=2,
+    head_dim=16,
+    num_value_heads=4,
+    value_head_dim=32,
+    allow_negative_eigenvalues=True,
+)
+
+
+def definition(options, p, x):
+    """The layer of one sequence x [T, D], token by token.
+
+    Returns the output [T, D] and what the cache should hold, without the batch axis.
+    """
+    conv_size = options.get("conv_size", 4)
+    lower_bound = options.get("gate_lower_bound")
+    HV, V = p["v_proj"]["kernel"].shape[1:]
+    H, K = p["q_proj"]["kernel"].shape[1:]
+
+    def project(name, z):
+        return formulas.project(p, name, z)
+
+    def activated(letter, t):
+        if conv_size:
+            return formulas.convolved(p, letter, x, t, conv_size)
+        return silu(project(f"{letter}_proj", x[t]))
+
+    def normalised(z):
+        return z / np.sqrt(np.sum(z**2, axis=-1, keepdims=True) + 1e-6)
+
+    state, outputs = np.zeros((HV, K, V)), []
+    for t in range(len(x)):
+        q, k, v = normalised(activated("q", t)), normalised(activated("k", t)), activated("v", t)
+        f = project("f_proj_up", project("f_proj_down", x[t])) + p["dt_bias"]
+        rate = np.exp(p["A_log"])[:, None]
+        g = -rate * np.log1p(np.exp(f)) if lower_bound is None else lower_bound * sigmoid(rate * f)
+        beta = sigmoid(project("b_proj", x[t]))
+        beta = beta * (2 if options.get("allow_negative_eigenvalues") else 1)
+        o = np.zeros((HV, V))
+        for j in range(HV):
+            h = j // (HV // H)
+            state[j] = np.exp(g[j])[:, None] * state[j]
+            state[j] += beta[j] * np.outer(k[h], v[j] - state[j].T @ k[h])
+            o[j] = K**-0.5 * state[j].T @ q[h]
+        o = formulas.rms_norm(o, p["o_norm"]["scale"], options.get("norm_epsilon", 1e-5), -1)
+        gate = project("g_proj_up", project("g_proj_down", x[t])) + p["g_proj_up"]["bias"]
+        outputs.append(np.einsum("hv,hvd->d", o * sigmoid(gate), p["o_proj"]["kernel"]))
+    cache = {"recurrent_state": state} | formulas.convolution_cache(p, x, conv_size)
+    return np.reshape(outputs, x.shape), cache
+
+
+KDA = dict(
+    name="kda",
+    module=KimiDeltaAttention,
+    cases={
+        "plain": PLAIN,
+        "rich": GROUPED,
+        "bounded": PLAIN | dict(gate_lower_bound=-5.0, conv_size=2, norm_epsilon=1e-3),
+        "no_convolution": GROUPED | dict(conv_size=None),
+    },
+    definition=definition,
+    # Decays of about exp(-0.05), so that the state reaches far.
+    centre={"dt_bias": -3.0, "scale": 1.0},
+    parameters={
+        "q_proj": {"kernel": (D, 2, 16)},
+        "k_proj": {"kernel": (D, 2, 16)},
+        "v_proj": {"kernel": (D, 4, 32)},
+        "q_conv1d": {"kernel": (4, 2, 16)},
+        "k_conv1d": {"kernel": (4, 2, 16)},
+        "v_conv1d": {"kernel": (4, 4, 32)},
+        "f_proj_down": {"kernel": (D, 32)},
+        "f_proj_up": {"kernel": (32, 4, 16)},
+        "A_log": (4,),
+        "dt_bias": (4, 16),
+        "b_proj": {"kernel": (D, 4)},
+        "g_proj_down": {"kernel": (D, 32)},
+        "g_proj_up": {"kernel": (32, 4, 32), "bias": (4, 32)},
+        "o_norm": {"scale": (32,)},
+        "o_proj": {"kernel": (4, 32, D)},
+    },
+    float32_parameters=("A_log", "dt_bias"),
+    cache={
+        "recurrent_state": (2, 4, 16, 32),
+        "q_conv1d": {"inputs": (2, 3, 2, 16)},
+        "k_conv1d": {"inputs": (2, 3, 2, 16)},
+        "v_conv1d": {"inputs": (2, 3, 4, 32)},
+    },
+    mistakes=(
+        (
+            dict(num_value_heads=3),
+            ValueError,
+            "num_value_heads = 3 must be a multiple of num_heads",
+        ),
+        (
+            dict(num_value_heads=1),
+            ValueError,
+            "num_value_heads = 1 must be a multiple of num_heads",
+        ),
+        (dict(gate_lower_bound=5.0), ValueError, "lower_bound must be negative, got 5.0"),
+    ),
+)

@@ -1,0 +1,131 @@
+"""The layers under test, and how to run them.
+
+A layer joins through one dict in `LAYERS`; no test names one. Its fields:
+
+  name, module: of the layer.
+  cases: name to the module's attributes; "plain" is the simplest, "rich" has grouped heads of
+    unequal sizes and convolutions of 4 taps.
+  definition: (attributes, float64 parameters, x [T, D]) to the output and the cache of one row.
+  centre: the mean of random parameters of a name, where it is not 0.
+  parameters, cache: the shapes that "rich" has; the cache's for two rows.
+  float32_parameters: those that `param_dtype` does not touch.
+  mistakes: (attributes beside plain's, exception, pattern of its message).
+
+A case is named "layer-case", for example "kda-plain".
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from layer_gsa import GSA
+from layer_kda import KDA
+
+D = 24
+LAYERS = {entry["name"]: entry for entry in (KDA, GSA)}
+CASES = [f"{name}-{case}" for name, entry in LAYERS.items() for case in entry["cases"]]
+each_layer = pytest.mark.parametrize("name", LAYERS)
+each_case = pytest.mark.parametrize("case", CASES)
+each_plain = pytest.mark.parametrize("case", [f"{name}-plain" for name in LAYERS])
+each_rich = pytest.mark.parametrize("case", [f"{name}-rich" for name in LAYERS])
+
+
+def entry(case):
+    return LAYERS[case.split("-")[0]]
+
+
+def options(case):
+    return entry(case)["cases"][case.split("-")[1]]
+
+
+def layer(case, **more):
+    """The layer on "reference", the definition, which also compiles fastest."""
+    defaults = dict(implementation="reference", precision="highest")
+    return entry(case)["module"](**defaults | options(case) | more)
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+def init_shapes(case, B):
+    """What init makes, as shapes: most tests need no initial values, which take long to compile."""
+    module = layer(case, decode=True)
+    return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((B, 3, D)))
+
+
+@functools.cache
+def parameters(case):
+    """Random parameters of a case."""
+    leaves, tree = jax.tree.flatten_with_path(init_shapes(case, 1)["params"])
+    values = [
+        entry(case)["centre"].get(path[-1].key, 0.0) + 0.2 * normal(10 + i, *leaf.shape)
+        for i, (path, leaf) in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(tree, values)
+
+
+def close(actual, expected, tolerance=1e-4):
+    """Relative Frobenius error."""
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    assert actual.shape == expected.shape
+    error = np.linalg.norm(actual - expected)
+    assert error <= tolerance * np.linalg.norm(expected), error / np.linalg.norm(expected)
+
+
+def trees_close(actual, expected, tolerance=1e-4):
+    jax.tree.map(lambda a, b: close(a, b, tolerance), actual, expected)
+
+
+@functools.partial(jax.jit, static_argnames="case")
+def forward(case, params, x, mask=None, segment_ids=None):
+    return layer(case).apply({"params": params}, x, mask=mask, segment_ids=segment_ids)
+
+
+@functools.partial(jax.jit, static_argnames=("case", "implementation"))
+def advance(case, params, cache, x, mask=None, segment_ids=None, implementation="reference"):
+    """One decoding call: the output and the advanced cache."""
+    module = layer(case, decode=True, implementation=implementation)
+    y, variables = module.apply(
+        {"params": params, "cache": cache},
+        x,
+        mask=mask,
+        segment_ids=segment_ids,
+        mutable=["cache"],
+    )
+    return y, variables["cache"]
+
+
+def empty_cache(case, B):
+    zeros = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype))
+    return zeros(init_shapes(case, B)["cache"])
+
+
+def numpy_layer(case, x):
+    """The layer of one sequence x [T, D], in float64: the output and the cache without its batch
+    axis."""
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), parameters(case))
+    return entry(case)["definition"](options(case), params, np.asarray(x, np.float64))
+
+
+def row_of(tree, row):
+    return jax.tree.map(lambda a: a[row], tree)
+
+
+def padding(pattern, lengths, T):
+    """A mask [rows, T] with `lengths` real tokens in its rows."""
+    mask = np.zeros((len(lengths), T), bool)
+    for row, n in enumerate(lengths):
+        if pattern == "left":
+            mask[row, T - n :] = True
+        elif pattern == "right":
+            mask[row, :n] = True
+        else:
+            mask[row, np.random.default_rng(row).permutation(T)[:n]] = True
+    return jnp.asarray(mask)
+
+
+SEGMENTS = ((4, 1, 6, 2), (1, 3, 3, 6))  # lengths, by row
+IDS = jnp.array([[7] * 4 + [2] + [7] * 6 + [0] * 2, [1] + [0] * 3 + [5] * 3 + [0] * 6])

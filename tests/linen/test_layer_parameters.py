@@ -1,0 +1,139 @@
+"""The layers' parameters and attributes: trees, dtypes, initial values, mistakes."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from layers import (
+    LAYERS,
+    D,
+    each_layer,
+    each_plain,
+    each_rich,
+    empty_cache,
+    entry,
+    init_shapes,
+    layer,
+    normal,
+    parameters,
+)
+
+
+@each_rich
+def test_parameter_tree(case):
+    params = init_shapes(case, 1)["params"]
+    assert jax.tree.map(jnp.shape, params) == entry(case)["parameters"]
+    chex.assert_type(jax.tree.leaves(params), jnp.float32)
+
+
+@each_layer
+def test_defaults_come_from_the_input(name):
+    module = LAYERS[name]["module"](num_heads=2)
+    params = jax.eval_shape(module.init, jax.random.key(0), normal(0, 1, 4, 64))["params"]
+    chex.assert_shape([params["q_proj"]["kernel"], params["v_proj"]["kernel"]], (64, 2, 32))
+    chex.assert_shape(params["o_proj"]["kernel"], (2, 32, 64))
+
+
+@each_rich
+def test_no_convolution_has_no_convolution(case):
+    for conv_size in (None, 0):
+        module = layer(case, conv_size=conv_size, decode=True)
+        variables = jax.eval_shape(module.init, jax.random.key(0), normal(0, 1, 4, D))
+        without = {n: x for n, x in entry(case)["cache"].items() if "conv" not in n}
+        assert not [n for n in variables["params"] if "conv" in n]
+        assert set(variables["cache"]) == set(without)
+
+
+@each_rich
+def test_kernel_init_reaches_every_projection(case):
+    module = layer(case, kernel_init=nn.initializers.constant(0.25))
+    params = module.init(jax.random.key(0), normal(0, 1, 4, D))["params"]
+    kernels = {name: p["kernel"] for name, p in params.items() if "_proj" in name}
+    assert set(kernels) == {name for name in entry(case)["parameters"] if "_proj" in name}
+    for kernel in kernels.values():
+        assert np.all(np.asarray(kernel) == 0.25)
+
+
+@each_rich
+def test_param_dtype_is_that_of_all_parameters_but_the_gates_own(case):
+    module, x = layer(case, param_dtype=jnp.bfloat16), normal(0, 1, 4, D).astype(jnp.bfloat16)
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    params = dict(variables["params"])
+    gates = [params.pop(name) for name in entry(case)["float32_parameters"]]
+    chex.assert_type(gates, jnp.float32)
+    chex.assert_type(jax.tree.leaves(params), jnp.bfloat16)
+    chex.assert_type(jax.eval_shape(module.apply, variables, x), jnp.bfloat16)
+
+
+def test_initial_values_of_kda():
+    # The projections' kernels are flax's own matter, and slow to compile.
+    wide = dict(num_heads=64, head_dim=16, kernel_init=nn.initializers.zeros)
+    module, x = layer("kda-plain", **wide), normal(0, 1, 4, D)
+    params = module.init(jax.random.key(0), x)["params"]
+    rate, dt = np.exp(params["A_log"]), np.asarray(nn.softplus(params["dt_bias"]))
+    assert rate.min() >= 1 and rate.max() <= 16 and 7 < rate.mean() < 10
+    assert dt.min() >= 0.999e-3 and dt.max() <= 1.001e-1
+    assert abs(np.log(dt).mean() - np.log(1e-2)) < 0.2
+    kernel = np.asarray(params["q_conv1d"]["kernel"])
+    assert np.abs(kernel).max() <= 0.5 and abs(kernel.std() - 0.5 / np.sqrt(3)) < 0.01
+    assert np.all(np.asarray(params["o_norm"]["scale"]) == 1)
+    assert not np.any(params["g_proj_up"]["bias"])
+    bounded = layer("kda-plain", **wide, gate_lower_bound=-5.0).init(jax.random.key(0), x)
+    assert not np.any(bounded["params"]["A_log"])
+
+
+def test_initial_values_of_gsa():
+    module = layer("gsa-rich", kernel_init=nn.initializers.zeros)
+    params = module.init(jax.random.key(0), normal(0, 1, 4, D))["params"]
+    assert np.all(np.asarray(params["g_norm"]["scale"]) == 1)
+
+
+X = np.zeros((2, 5, D), np.float32)
+# (attributes beside plain's, edits of the call's arguments, exception, pattern of its message)
+MISTAKES = (
+    ({}, dict(inputs=X[0]), ValueError, r"inputs must have axes \[B, T, D\], got shape \(5, 24\)"),
+    ({}, dict(inputs=X.astype(np.int32)), TypeError, "inputs must be .*float32, got int32"),
+    ({}, dict(mask=np.ones((2, 4), bool)), ValueError, "mask has T = 4"),
+    ({}, dict(mask=np.ones((2, 5, 5), bool)), ValueError, r"mask must have axes \[B, T\]"),
+    ({}, dict(mask=np.ones((2, 5), np.float32)), TypeError, "mask must be bool, got float32"),
+    ({}, dict(segment_ids=np.ones((1, 5), np.int32)), ValueError, "segment_ids has B = 1"),
+    ({}, dict(segment_ids=np.ones((2, 5))), TypeError, "segment_ids must be integers, got float"),
+    (dict(num_heads=0), {}, ValueError, "num_heads must be at least 1, got 0"),
+    (dict(num_heads=2.0), {}, TypeError, "num_heads must be an integer, got 2.0"),
+    (dict(head_dim=8), {}, ValueError, "head_dim must be 16 to 256, got 8"),
+    (
+        dict(head_dim=None, num_heads=5),
+        {},
+        ValueError,
+        "= 24 must be a multiple of num_heads = 5",
+    ),
+    (dict(value_head_dim=512), {}, ValueError, "value_head_dim must be 16 to 256, got 512"),
+    (dict(conv_size=1), {}, ValueError, "conv_size must be at least 2, got 1; None or 0"),
+    (dict(conv_size=-4), {}, ValueError, "conv_size must be at least 2, got -4"),
+    (dict(implementation="fast"), {}, ValueError, "implementation must be None or one of"),
+)
+
+
+def mistakes():
+    for name, fields in LAYERS.items():
+        own = [(options, {}, *rest) for options, *rest in fields["mistakes"]]
+        for values in (*MISTAKES, *own):
+            yield pytest.param(f"{name}-plain", *values)
+
+
+@pytest.mark.parametrize("case, options, arguments, error, message", list(mistakes()))
+def test_wrong_arguments_raise(case, options, arguments, error, message):
+    with pytest.raises(error, match=message):
+        layer(case, **options).init(jax.random.key(0), **dict(inputs=X) | arguments)
+
+
+@each_plain
+def test_decoding_without_a_fitting_cache_raises(case):
+    params, module = parameters(case), layer(case, decode=True)
+    with pytest.raises(ValueError, match='decode=True needs the "cache" collection'):
+        module.apply({"params": params}, X, mutable=["cache"])
+    variables = {"params": params, "cache": empty_cache(case, 3)}
+    with pytest.raises(ValueError, match=r"must have shape \(2, 2, 16, 16\).*got \(3, 2, 16, 16\)"):
+        module.apply(variables, X, mutable=["cache"])
