@@ -83,3 +83,43 @@ def _kda_options():
     """l2norm, gate and sigmoid belong to fla's kernels."""
     names = ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel")
     return dict.fromkeys(names, True)
+
+
+def gsa(shape):
+    from fla.ops.gsa import chunk_gsa
+
+    if shape.packed:
+        raise NotImplementedError("packed sequences are not timed with fla")
+    inputs = _gsa_inputs(shape, grad=True)
+    return lambda: chunk_gsa(**inputs, scale=1.0)[0], list(inputs.values())
+
+
+def gsa_step(shape):
+    import torch
+    from fla.ops.gsa import fused_recurrent_gsa
+
+    B, H, D, M = shape.B, shape.H, shape.D, shape.M
+    inputs = _gsa_inputs(shape, grad=False)
+    state = tuple(torch.randn(B, H, *axes, device="cuda") for axes in ((D, M), (M, D)))
+
+    def run():
+        with torch.no_grad():
+            return fused_recurrent_gsa(
+                **inputs, scale=1.0, initial_state=state, output_final_state=True
+            )[0]
+
+    return run, []
+
+
+def _gsa_inputs(shape, grad):
+    """Gates and writes are given, in bfloat16: fla has no kernel that makes them."""
+    import torch
+
+    leading = shape.B, shape.T, shape.H
+    inputs = {
+        name: torch.randn(*leading, shape.D, device="cuda", dtype=torch.bfloat16) for name in "qkv"
+    }
+    f = torch.randn(*leading, shape.M, device="cuda")
+    g = torch.nn.functional.logsigmoid(f) / 8
+    inputs |= dict(s=(1 - g.exp()).bfloat16(), g=g.bfloat16())
+    return {name: x.requires_grad_(grad) for name, x in inputs.items()}

@@ -56,7 +56,7 @@ def input_sets(name, shape, bare):
     @jax.jit
     def make(draw):
         leading = (shape.B,) if shape.group == "step" else (shape.B, shape.T)
-        inputs = mechanism.raw(draw, leading, shape.H, shape.D)
+        inputs = mechanism.raw(draw, leading, shape)
         if bare:
             inputs = mechanism.prepare(inputs)
         segments = {}
@@ -153,7 +153,7 @@ def step(name, shape, implementation, count, bare, seconds):
             outputs.append(o)
         return state, outputs
 
-    state = mechanism.state(key(7), shape.B, shape.H, shape.D)
+    state = mechanism.state(key(7), shape)
     # A copy for the first call, which consumes its state.
     run, numbers = first_call(steps, (jax.tree.map(jnp.copy, state), groups[0]))
 

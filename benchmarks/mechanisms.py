@@ -1,7 +1,8 @@
 """What is timed: one entry of MECHANISMS for each mechanism, and nothing else to write."""
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,10 @@ f32, bf16 = jnp.float32, jnp.bfloat16
 
 @dataclass(frozen=True)
 class Shape:
-    """One case: its group (a word of --what), its sizes, and what is measured at it."""
+    """One case: its group (a word of --what), its sizes, and what is measured at it.
+
+    D is the dimension of keys and values, M the number of slots, of a mechanism that has them.
+    """
 
     name: str
     group: str
@@ -23,6 +27,7 @@ class Shape:
     T: int
     H: int = 16
     D: int = 128
+    M: int | None = None
     packed: bool = False
     measures: tuple = ("forward", "backward")
 
@@ -33,12 +38,12 @@ class Mechanism:
 
     Attributes:
       function: the public function; the first thing it returns is `o`.
-      raw: `raw(key, leading, H, D)` makes what the layer's projections give, a dict of arrays, for
-        leading axes (B, T), or (B,) for a step.
+      raw: `raw(key, leading, shape)` makes what the layer's projections give, a dict of arrays, for
+        leading axes (B, T), or (B,) for a step, and the other sizes of the shape.
       prepare: turns such a dict into the public function's arguments, also a dict.
       shapes: the lists of cases, by the words of --shapes.
       targets: the goal for (shape, measure, column), on one H200, for the "pallas" implementation.
-      step, state: `step(arguments, state, implementation) -> (o, state)` and `state(key, B, H, D)`.
+      step, state: `step(arguments, state, implementation) -> (o, state)` and `state(key, shape)`.
       fla, fla_step: make fla's `(forward, inputs)` for a shape; None if it has no such function.
       unbatched: the arguments of the public function that have no batch axis.
     """
@@ -60,7 +65,8 @@ def segment_borders(key, B, T, documents=8):
     return jnp.cumsum(jax.random.bernoulli(key, documents / T, (B, T)), axis=1, dtype=jnp.int32)
 
 
-def _kda_raw(key, leading, H, D):
+def _kda_raw(key, leading, shape):
+    H, D = shape.H, shape.D
     keys = iter(jax.random.split(key, 7))
     raw = {name: jax.random.normal(next(keys), (*leading, H, D), bf16) for name in "qkvg"}
     raw["beta"] = jax.random.normal(next(keys), (*leading, H), bf16)
@@ -83,8 +89,33 @@ def _kda_step(arguments, state, implementation):
     return jla.kda_step(**arguments, state=state, implementation=implementation)
 
 
-def _square_state(key, B, H, D):
-    return jax.random.normal(key, (B, H, D, D), f32)
+def _kda_state(key, shape):
+    return jax.random.normal(key, (shape.B, shape.H, shape.D, shape.D), f32)
+
+
+def _gsa_raw(key, leading, shape):
+    keys = iter(jax.random.split(key, 4))
+    sizes = dict(q=shape.D, k=shape.D, v=shape.D, f=shape.M)
+    return {
+        name: jax.random.normal(next(keys), (*leading, shape.H, size), bf16)
+        for name, size in sizes.items()
+    }
+
+
+def _gsa_prepare(raw):
+    g = jax.nn.log_sigmoid(raw["f"].astype(f32)) / 8
+    return dict(q=raw["q"], k=raw["k"], v=raw["v"], s=-jnp.expm1(g).astype(bf16), g=g)
+
+
+def _gsa_step(arguments, state, implementation):
+    return jla.gsa_step(**arguments, state=state, scale=1.0, implementation=implementation)
+
+
+def _gsa_state(key, shape):
+    B, H, D, M = shape.B, shape.H, shape.D, shape.M
+    keys = jax.random.split(key)
+    hk = jax.random.normal(keys[0], (B, H, D, M), f32)
+    return jla.GSAState(hk, jax.random.normal(keys[1], (B, H, M, D), f32))
 
 
 # The sweep has main's number of tokens; main and long belong to its curve.
@@ -109,6 +140,17 @@ _SMALL = (
     Shape("sweep", "sweep", 1, 128, 2, 16),
 )
 
+
+def _with_slots(shapes, M):
+    return tuple(replace(shape, M=M) for shape in shapes)
+
+
+# Other numbers of slots and head dimensions, at main's B, T and H.
+_SLOTS = tuple(
+    Shape(f"slots {M} dim {D}", "slots", 8, 4096, D=D, M=M, measures=(*_TIMES, "errors"))
+    for M, D in ((16, 128), (32, 128), (128, 128), (64, 64), (64, 256))
+)
+
 MECHANISMS = {
     "kda": Mechanism(
         function=jla.kda,
@@ -123,8 +165,25 @@ MECHANISMS = {
             ("step", "step16", "ms"): 0.075,
         },
         step=_kda_step,
-        state=_square_state,
+        state=_kda_state,
         fla=fla.kda,
         fla_step=fla.kda_step,
-    )
+    ),
+    "gsa": Mechanism(
+        function=functools.partial(jla.gsa, scale=1.0),
+        raw=_gsa_raw,
+        prepare=_gsa_prepare,
+        shapes=dict(full=_with_slots(_FULL, 64) + _SLOTS, small=_with_slots(_SMALL, 16)),
+        targets={
+            ("main", "forward", "ms"): 0.8,
+            ("main", "backward", "ms"): 4.0,
+            ("main", "backward", "memory_gib"): 2.69,
+            ("main", "backward", "first_call_s"): 20.0,
+            ("step", "step16", "ms"): 0.072,
+        },
+        step=_gsa_step,
+        state=_gsa_state,
+        fla=fla.gsa,
+        fla_step=fla.gsa_step,
+    ),
 }

@@ -11,7 +11,8 @@ def plot(results, meta, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    tokens = {r["B"] * r["T"] for r in results if r["group"] in ("main", "sweep")}
+    results = [r for r in results if r["group"] in ("main", "sweep", "long")]
+    tokens = {r["B"] * r["T"] for r in results if r["group"] != "long"}
     titles = dict(forward="forward", backward="forward + backward")
     curves = {measure: {} for measure in titles}
     for r in results:

@@ -21,7 +21,7 @@ from benchmarks.measure import attention, measure
 from benchmarks.mechanisms import MECHANISMS
 from benchmarks.plot import plot
 
-GROUPS = ("main", "step", "long", "ragged", "packed", "sweep")
+GROUPS = ("main", "step", "long", "ragged", "packed", "sweep", "slots")
 MEASURES = ("forward", "backward", "bare", "errors")
 COLUMNS = dict(ms="{:.4g}", spread="{:.1%}", per_token_of_main="{:.2f}")
 COLUMNS |= dict(memory_gib="{:.3f}", memory_peak_gib="{:.3f}", first_call_s="{:.1f}")
@@ -143,7 +143,7 @@ def compare(row, results):
 
 def cells(row):
     """A row's texts: what was measured, the columns, notes."""
-    sizes = " ".join(f"{k}={row[k]}" for k in "BTHD")
+    sizes = " ".join(f"{k}={row[k]}" for k in "BTHDM" if row[k] is not None)
     notes = [f"{name} {error:.1e}" for name, error in row.get("errors", {}).items()]
     if "error" in row:
         notes.append(f"FAILED {' '.join(row['error'].split())[:300]}")

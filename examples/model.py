@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from text import VOCABULARY
 
-from jla.linen import KimiDeltaAttention
+from jla.linen import GatedSlotAttention, KimiDeltaAttention
 
 weight_init = nn.initializers.normal(0.02)
 
@@ -64,6 +64,9 @@ def rotate(x, position):
 # on from a `cache` when decoding, will do.
 MIXERS = {
     "kda": lambda model, **common: KimiDeltaAttention(
+        implementation=model.implementation, **common
+    ),
+    "gsa": lambda model, **common: GatedSlotAttention(
         implementation=model.implementation, **common
     ),
     "attention": lambda model, **common: CausalAttention(**common),

@@ -23,12 +23,14 @@ def run_harness(tmp_path, *options):
     return process, json.loads(out.read_text())
 
 
-def test_a_run_measures_and_reports(tmp_path):
+@pytest.mark.parametrize("mechanism", ["kda", "gsa"])
+def test_a_run_measures_and_reports(tmp_path, mechanism):
     # The reference compiles in a moment; the kernels refuse a CPU, and that is a failed case.
     plot = tmp_path / "plot.png"
     process, report = run_harness(
         tmp_path,
-        *("--implementations", "pallas,reference", "--what", "forward,backward,main,step"),
+        *("--mechanism", mechanism, "--implementations", "pallas,reference"),
+        *("--what", "forward,backward,main,step"),
         *("--plot", plot),
     )
     assert process.returncode == 1, process.stderr
