@@ -90,6 +90,12 @@ def level_roles(level):
     return jnp.where(right, 1.0, -1.0).astype(f32)
 
 
+def level_reads(level, dtype):
+    """[i]: 1 for tokens that read at this level (right half), 0 for those that are read."""
+    *_, right = _halves(level)
+    return jnp.where(right, 1.0, 0.0).astype(dtype)
+
+
 def _halves(level):
     """Token numbers, a half block's length, the place in the half, whether it is a right half."""
     i = tokens()

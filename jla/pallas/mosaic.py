@@ -127,6 +127,17 @@ def load(ref, layout=TILE, *, optimized=True):
     return plgpu.load(ref, layout=layout, optimized=optimized).astype(f32)
 
 
+def load_transposed(ref):
+    """Loads a float32 [columns, rows] ref as a [rows, columns] tile."""
+    return plgpu.layout_cast(load(ref.T, TILE_TRANSPOSED, optimized=False), TILE)
+
+
+def store_transposed(ref, tile):
+    """Stores a float32 [rows, columns] tile to a [columns, rows] ref."""
+    transposed = ref.T
+    transposed[...] = plgpu.layout_cast(tile, TILE_TRANSPOSED)
+
+
 def per_row(vector, columns):
     """Broadcasts a vector of layout PER_ROW along the columns of a tile."""
     return lax.broadcast_in_dim(vector, (vector.shape[0], columns), [0])

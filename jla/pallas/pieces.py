@@ -182,11 +182,11 @@ def _from_zeros_and_identity(factor_ref, term_ref):
 
         @pl.when((wg == 0) & (block < V // COLUMNS))
         def _():
-            recurrence.store_transposed(term_ref.at[:, mine], state)
+            mosaic.store_transposed(term_ref.at[:, mine], state)
 
         @pl.when((wg == 1) & (block < K // COLUMNS))
         def _():
-            recurrence.store_transposed(factor_ref.at[:, mine], state)
+            mosaic.store_transposed(factor_ref.at[:, mine], state)
 
     return run
 

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas import mosaic
 from jla.pallas.chunks import CHUNK
-from jla.pallas.mosaic import PER_COLUMN, TILE, TILE_TRANSPOSED, TRANSFORMS, bf16, f32, product
+from jla.pallas.mosaic import PER_COLUMN, TILE, TRANSFORMS, bf16, f32, product
 
 SDS = jax.ShapeDtypeStruct
 COLUMNS = 64  # value columns of one warpgroup
@@ -66,12 +66,12 @@ def forward(q, w, u, kg, decay, aq, beta, starts, *, length, keep_states):
             if start_ref is None:
                 state = plgpu.layout_cast(jnp.zeros((COLUMNS, K), f32), TILE)
             else:
-                state = _load_transposed(start_ref.at[p, b, h, :, mine])
+                state = mosaic.load_transposed(start_ref.at[p, b, h, :, mine])
             state = pipeline(state)
 
             @pl.when(p == P - 1)
             def _():
-                store_transposed(last_ref.at[b, h, :, mine], state)
+                mosaic.store_transposed(last_ref.at[b, h, :, mine], state)
 
             plgpu.wait_smem_to_gmem(0)
 
@@ -163,11 +163,11 @@ def backward(q, w, kg, do, decay, aq, beta, ends):
         mine = pl.ds(block * width + wg * COLUMNS, COLUMNS)
 
         def run(pipeline):
-            gradient = pipeline(_load_transposed(end_ref.at[p, b, h, :, mine]))
+            gradient = pipeline(mosaic.load_transposed(end_ref.at[p, b, h, :, mine]))
 
             @pl.when(p == 0)
             def _():
-                store_transposed(start_ref.at[b, h, :, mine], gradient)
+                mosaic.store_transposed(start_ref.at[b, h, :, mine], gradient)
 
             plgpu.wait_smem_to_gmem(0)
 
@@ -227,17 +227,6 @@ def _warpgroups(heads, V):
     with few heads, when the chain of chunks is all the time there is, each has a CTA of its own."""
     full = heads * V // (2 * COLUMNS) >= PROCESSORS // 2
     return 2 if V % (2 * COLUMNS) == 0 and full else 1
-
-
-def _load_transposed(ref):
-    """A float32 [K, columns] ref as a [columns, K] tile."""
-    return plgpu.layout_cast(mosaic.load(ref.T, TILE_TRANSPOSED, optimized=False), TILE)
-
-
-def store_transposed(ref, state):
-    """Stores a [columns, K] tile to a float32 [K, columns] ref."""
-    transposed = ref.T
-    transposed[...] = plgpu.layout_cast(state, TILE_TRANSPOSED)
 
 
 # How the pipeline's step i finds its chunk in an array; `chunk` maps i to the chunk's number.

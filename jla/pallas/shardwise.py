@@ -25,8 +25,8 @@ def shardwise(function, operands, results):
 
     Args:
       function: takes arrays, returns a tuple of arrays.
-      operands, results: each array's axis letters, the first of them `B`. `H` and `HV` are key and
-        value heads; `HV`, a multiple of `H`, is split as `H` is.
+      operands, results: each array's axis letters, the first of them `B`. `H` are key heads; value
+        heads `HV` or query heads `HQ`, a multiple of `H`, are split as `H` is.
     """
 
     def run(*arrays):
@@ -43,13 +43,13 @@ def shardwise(function, operands, results):
         partitioned.def_partition(
             partition,
             infer_sharding_from_operands=lambda mesh, args, _: shardings(mesh, args, results),
-            **_rule(operands, results, sizes["HV"] // sizes["H"]),
+            **_rule(operands, results, sizes[_grouped(sizes)] // sizes["H"]),
         )
         return partitioned(*arrays)
 
     def shardings(mesh, args, sides):
         batch, heads = _placement(operands, args)
-        place = {"B": batch, "H": heads, "HV": heads}
+        place = {"B": batch, "H": heads, "HV": heads, "HQ": heads}
         specs = (PartitionSpec(*(place.get(x) for x in axes.split())) for axes in sides)
         return tuple(NamedSharding(mesh, spec) for spec in specs)
 
@@ -98,15 +98,22 @@ def _placement(operands, args):
     """The mesh axes that batch and heads are split over: those of the first array that has both."""
     for axes, arg in zip(operands, args, strict=True):
         letters = axes.split()
-        if "HV" in letters and isinstance(arg.sharding, NamedSharding):
+        grouped = _grouped(letters)
+        if grouped and isinstance(arg.sharding, NamedSharding):
             spec = (*arg.sharding.spec, *(None,) * len(letters))
-            return spec[0], spec[letters.index("HV")]
+            return spec[0], spec[letters.index(grouped)]
     return None, None
+
+
+def _grouped(letters):
+    """The letter of the heads that come in groups, if there is one."""
+    return next((x for x in letters if x in ("HV", "HQ")), None)
 
 
 def _rule(operands, results, group):
     """Shardy's rule: batch and key heads are split together everywhere, all else stays whole."""
-    names = {"B": "b", "H": "h", "HV": "h" if group == 1 else "(h group)"}
+    grouped = "h" if group == 1 else "(h group)"
+    names = {"B": "b", "H": "h", "HV": grouped, "HQ": grouped}
 
     def side(arrays):
         return ", ".join(" ".join(names.get(x, x.lower()) for x in axes.split()) for axes in arrays)

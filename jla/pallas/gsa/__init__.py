@@ -1,0 +1,133 @@
+"""Gated Slot Attention as Pallas kernels; docs/kernels.md explains their design.
+
+Forward: `states` carries both states from chunk to chunk, `outputs` does the rest of every chunk at
+once.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jla._segments import segment_starts
+from jla._state import GSAState
+from jla.pallas.chunks import TILE_WIDTH, gates
+from jla.pallas.gsa.outputs import outputs
+from jla.pallas.gsa.states import through_chunks
+from jla.pallas.mosaic import TILE_ROWS
+from jla.pallas.shardwise import shardwise
+from jla.xla.gsa import abc_gates
+
+__all__ = ["gsa", "unsupported"]
+
+bf16, f32 = jnp.bfloat16, jnp.float32
+
+MOST_SLOTS = 128  # more have no room in SMEM beside a chunk's tokens
+
+_INPUTS = ("B T HQ K", "B T H K", "B T H V", "B T H M", "B T H M")
+_STATES = ("B H K M", "B H M V")
+_OUTPUTS = ("B T HQ V", *_STATES)
+# What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
+_KEPT = {
+    "gsa_probabilities": "B T HQ M",
+    "gsa_key_states": "B H N K M",
+    "gsa_value_states": "B H N V M",
+}
+
+
+def unsupported(name, q, k, v, s, g):
+    """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    if q.dtype == f32:
+        return "q, k and v are float32, and the kernels take bfloat16 and float16"
+    if s.shape[-1] > MOST_SLOTS:
+        return f"M = {s.shape[-1]}, and the kernels take at most {MOST_SLOTS} slots"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale):
+    """Pads to whole tiles and runs the kernels. See `jla.gsa`.
+
+    All products take bfloat16 operands and add in float32, float16 inputs included; s is rounded to
+    bfloat16 whatever its dtype.
+    """
+    (T, K), V, M, dtype = q.shape[1::2], v.shape[-1], s.shape[-1], v.dtype
+    starts = None if segment_ids is None else segment_starts(segment_ids)
+    if g is None:
+        s, g = abc_gates(s, starts)
+    if starts is not None:
+        # A first token that lets nothing through is all there is to a border.
+        g = jnp.where(starts[:, :, None, None], -jnp.inf, g)
+    tokens, keys, values, slots = -T % TILE_ROWS, _missing(K), _missing(V), -M % TILE_WIDTH
+    # Tokens of zeros neither read, write nor decay; features of zeros stay zero.
+    pad = functools.partial(_pad, tokens=tokens)
+    q, k, v, s = (x.astype(bf16) for x in (q, k, v, s))
+    if initial_state is not None:
+        hk, hv = initial_state
+        hk = _pad(_pad(hk, features=slots), features=keys, axis=2)
+        hv = _pad(_pad(hv, features=values), features=slots, axis=2)
+        initial_state = GSAState(hk, hv)
+    o, hk, hv = _gsa(
+        pad(q, features=keys),
+        pad(k, features=keys),
+        pad(v, features=values),
+        pad(s, features=slots),
+        pad(g, features=slots),
+        initial_state,
+        scale,
+        M,
+    )
+    return o[:, :T, :, :V].astype(dtype), GSAState(hk[:, :, :K, :M], hv[:, :, :M, :V])
+
+
+def _missing(features):
+    """How many features fill up the tiles: of 64, and beyond 128 of 128."""
+    return -features % (TILE_WIDTH if features <= 128 else 128)
+
+
+def _pad(x, *, tokens=0, features=0, axis=-1):
+    if not tokens and not features:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (0, tokens)
+    if features:
+        widths[axis] = (0, features)
+    return jnp.pad(x, widths)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _gsa(q, k, v, s, g, initial_state, scale, used):
+    """GSA on whole tiles; `used` slots, the others are padding."""
+    arrays, axes = _with_start((q, k, v, s, gates(g)), _INPUTS, initial_state)
+    run = functools.partial(_forward, scale=scale, used=used, keep=False)
+    return shardwise(run, axes, _OUTPUTS)(*arrays)
+
+
+def _gsa_forward(q, k, v, s, g, initial_state, scale, used):
+    inputs = (q, k, v, s, gates(g))
+    arrays, axes = _with_start(inputs, _INPUTS, initial_state)
+    run = functools.partial(_forward, scale=scale, used=used, keep=True)
+    o, hk, hv, *kept = shardwise(run, axes, (*_OUTPUTS, *_KEPT.values()))(*arrays)
+    kept = tuple(map(checkpoint_name, kept, _KEPT))
+    return (o, hk, hv), (inputs, kept, initial_state is not None)
+
+
+def _gsa_backward(scale, used, residuals, cotangents):
+    raise NotImplementedError('the gradient of gsa with implementation="pallas"')
+
+
+_gsa.defvjp(_gsa_forward, _gsa_backward)
+
+
+def _with_start(arrays, axes, initial_state):
+    if initial_state is None:
+        return arrays, axes
+    return (*arrays, *initial_state), (*axes, *_STATES)
+
+
+def _forward(q, k, v, s, gates, *start, scale, used, keep):
+    """Both forward kernels: o and the last states, with `keep` also what `_KEPT` lists."""
+    *states, hk, hv = through_chunks((k, v), (s, s), gates, start or None)
+    o, *p = outputs(q, k, v, s, gates, *states, scale=scale, used=used, keep=keep)
+    return (o, hk, hv, *p, *states) if keep else (o, hk, hv)
