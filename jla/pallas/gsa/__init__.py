@@ -1,7 +1,8 @@
 """Gated Slot Attention as Pallas kernels; docs/kernels.md explains their design.
 
 Forward: `states` carries both states from chunk to chunk, `outputs` does the rest of every chunk at
-once.
+once. Backward: `logit_gradients` goes back through the second pass to the softmax, `states` carries
+both states' gradients back, and `chunk_gradients` makes all else, pass by pass.
 """
 
 import functools
@@ -13,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jla._segments import segment_starts
 from jla._state import GSAState
 from jla.pallas.chunks import TILE_WIDTH, gates
+from jla.pallas.gsa.gradients import chunk_gradients, logit_gradients
 from jla.pallas.gsa.outputs import outputs
 from jla.pallas.gsa.states import through_chunks
 from jla.pallas.mosaic import TILE_ROWS
@@ -114,7 +116,11 @@ def _gsa_forward(q, k, v, s, g, initial_state, scale, used):
 
 
 def _gsa_backward(scale, used, residuals, cotangents):
-    raise NotImplementedError('the gradient of gsa with implementation="pallas"')
+    inputs, kept, has_start = residuals
+    run = functools.partial(_backward, scale=scale)
+    axes = (*_INPUTS, *_KEPT.values(), *_OUTPUTS)
+    *gradients, hk, hv = shardwise(run, axes, (*_INPUTS, *_STATES))(*inputs, *kept, *cotangents)
+    return *gradients, GSAState(hk, hv) if has_start else None
 
 
 _gsa.defvjp(_gsa_forward, _gsa_backward)
@@ -131,3 +137,25 @@ def _forward(q, k, v, s, gates, *start, scale, used, keep):
     *states, hk, hv = through_chunks((k, v), (s, s), gates, start or None)
     o, *p = outputs(q, k, v, s, gates, *states, scale=scale, used=used, keep=keep)
     return (o, hk, hv, *p, *states) if keep else (o, hk, hv)
+
+
+def _backward(q, k, v, s, gates, p, key_states, value_states, do, dhk, dhv, *, scale):
+    """All backward kernels: the gradients of q, k, v, s, g and of the first states."""
+    B, T, H, _ = gates.shape
+    dlogits = logit_gradients(v, s, gates, value_states, p, do, scale=scale)
+    key_gradients, value_gradients, dhk, dhv = through_chunks(
+        (q, do), (dlogits, p), gates, (dhk, dhv), reverse=True
+    )
+    dq, *of_keys = chunk_gradients(
+        q, k, dlogits, s, gates, key_states, key_gradients, rows_too=True
+    )
+    of_values = chunk_gradients(do, v, p, s, gates, value_states, value_gradients, rows_too=False)
+
+    def per_head(x):
+        """Sums what a head's queries (and parts of its features) give."""
+        return x[:, :T].astype(f32).reshape(B, T, H, -1, x.shape[-1]).sum(3)
+
+    (dk, *slots), (dv, *more) = of_keys, of_values
+    ds, dg = (per_head(x) + per_head(y) for x, y in zip(slots, more, strict=True))
+    dk, dv, ds = per_head(dk).astype(bf16), per_head(dv).astype(bf16), ds.astype(bf16)
+    return dq, dk, dv, ds, dg, dhk, dhv

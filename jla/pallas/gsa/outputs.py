@@ -121,9 +121,6 @@ def outputs(q, k, v, s, gates, key_states, value_states, *, scale, used, keep):
                 plgpu.copy_smem_to_gmem(sk[i], o_out.at[b, rows, head, at])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def tiles(count, *leading, dtype=bf16):
-        return [mosaic.tile(CHUNK, TILE_WIDTH, *leading, dtype=dtype) for _ in range(count)]
-
     out_type = [SDS((B, T, HQ, V), bf16)]
     if keep:
         out_type.append(SDS((B, T, HQ, M), bf16))
@@ -133,12 +130,12 @@ def outputs(q, k, v, s, gates, key_states, value_states, *, scale, used, keep):
         automatic_barriers=False,
         out_type=out_type,
         scratch_types=[
-            tiles(max(k_tiles, 2 * m_tiles if keep else m_tiles)),
-            tiles(wide),
-            [tiles(m_tiles) for _ in range(wide)],
-            tiles(m_tiles, LEVELS),
-            tiles(m_tiles),
-            tiles(m_tiles, dtype=f16),
+            slots.tiles(max(k_tiles, 2 * m_tiles if keep else m_tiles)),
+            slots.tiles(wide),
+            [slots.tiles(m_tiles) for _ in range(wide)],
+            slots.tiles(m_tiles, LEVELS),
+            slots.tiles(m_tiles),
+            slots.tiles(m_tiles, dtype=f16),
             plgpu.Barrier(num_arrivals=2 * m_tiles),
             plgpu.Barrier(num_arrivals=k_tiles * (2 + m_tiles)),
             plgpu.Barrier(num_arrivals=v_tiles * (1 + m_tiles)),

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas import chunks, mosaic
-from jla.pallas.chunks import LEVELS, TILE_WIDTH
+from jla.pallas.chunks import CHUNK, LEVELS, TILE_WIDTH
 from jla.pallas.mosaic import TILE, bf16, load, per_row, product
 
 PART = 128  # features that SMEM holds at once
@@ -36,6 +36,11 @@ def parts(features):
 def columns(tile):
     """The features or slots of a tile."""
     return pl.ds(tile * TILE_WIDTH, TILE_WIDTH)
+
+
+def tiles(count, *leading, dtype=bf16):
+    """SMEM tiles, each a ref of its own: a product with `init` takes no constant index into one."""
+    return [mosaic.tile(CHUNK, TILE_WIDTH, *leading, dtype=dtype) for _ in range(count)]
 
 
 def put_level_tiles(levels, writes, gates):

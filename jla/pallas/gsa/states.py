@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas import chunks, mosaic
 from jla.pallas.chunks import CHUNK, TILE_WIDTH
+from jla.pallas.gsa import slots
 from jla.pallas.gsa.slots import columns
 from jla.pallas.mosaic import TILE, bf16, f16, f32
 from jla.pallas.recurrence import PROCESSORS, piece
@@ -118,7 +119,7 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
     group = features[0].shape[2] // H
     N, P = _chunks(T), pieces
     width = _width(K, V, M)
-    tiles, slots = width // TILE_WIDTH, M // TILE_WIDTH
+    tiles, m_tiles = width // TILE_WIDTH, M // TILE_WIDTH
     stages = 3 if M == TILE_WIDTH else 2
     key_blocks = K // width
     keep = starts is not None
@@ -151,11 +152,11 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
                         part = pl.ds(feature + i * TILE_WIDTH, TILE_WIDTH)
                         source = x_ref.at[b, rows, head, part]
                         plgpu.copy_gmem_to_smem(source, sx[i].at[slot], loaded.at[slot])
-                    for m in range(slots):
+                    for m in range(m_tiles):
                         source = w_ref.at[b, rows, head, columns(m)]
                         plgpu.copy_gmem_to_smem(source, sw[m].at[slot], loaded.at[slot])
 
-            for m in range(slots):
+            for m in range(m_tiles):
                 source = gates_ref.at[b, rows, h, columns(m)]
                 plgpu.copy_gmem_to_smem(source, sg[m].at[slot], loaded.at[slot])
 
@@ -173,13 +174,13 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
             plgpu.barrier_wait(loaded.at[slot])
             mask = chunks.weights(chunks.up_to() if reverse else chunks.from_on(strict=True))
             everything = chunks.weights(chunks.everywhere())
-            for m in range(slots):
+            for m in range(m_tiles):
                 decay = chunks.decays(mask, sg[m].at[slot]).astype(bf16)
                 weights = plgpu.load(sw[m].at[slot], layout=TILE)
                 sw[m].at[slot][...] = weights * decay
             plgpu.commit_smem()
             new = []
-            for m in range(slots):
+            for m in range(m_tiles):
                 total = mosaic.product((everything, sg[m].at[slot]))
                 if group > 1:  # the chunk's decay counts once
                     total = jnp.where(jnp.broadcast_to(first_of_chunk, total.shape), total, 0.0)
@@ -194,7 +195,7 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
         def put(index, state):
             """Sends the state to memory, rounded."""
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for m in range(slots):
+            for m in range(m_tiles):
                 for i in range(tiles):
                     so[m][i][...] = state[m * tiles + i].astype(bf16)
             plgpu.commit_smem()
@@ -203,7 +204,7 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
 
                 @pl.when(mine)
                 def _(feature=feature, out=out):
-                    for m in range(slots):
+                    for m in range(m_tiles):
                         for i in range(tiles):
                             part = pl.ds(feature + i * TILE_WIDTH, TILE_WIDTH)
                             target = out.at[b, h, n, part, columns(m)]
@@ -211,7 +212,7 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
 
         for i in range(stages - 1):
             pl.when(i < steps)(lambda i=i: fetch(i))
-        order = [(m, i) for m in range(slots) for i in range(tiles)]
+        order = [(m, i) for m in range(m_tiles) for i in range(tiles)]
 
         def rows_of(ref, feature, m, i):
             return ref.at[p, b, h, pl.ds(feature + i * TILE_WIDTH, TILE_WIDTH), columns(m)]
@@ -259,12 +260,11 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
         body,
         out_type=out_type,
         scratch_types=[
-            # A ref for each tile: a product with `init` takes no constant index into one.
-            [mosaic.tile(CHUNK, TILE_WIDTH, stages) for _ in range(tiles)],
-            [mosaic.tile(CHUNK, TILE_WIDTH, stages) for _ in range(slots)],
-            [mosaic.tile(CHUNK, TILE_WIDTH, stages, dtype=f16) for _ in range(slots)],
-            [[mosaic.tile(TILE_WIDTH, TILE_WIDTH) for _ in range(tiles)] for _ in range(slots)],
-            plgpu.Barrier(num_arrivals=tiles + 2 * slots, num_barriers=stages),
+            slots.tiles(tiles, stages),
+            slots.tiles(m_tiles, stages),
+            slots.tiles(m_tiles, stages, dtype=f16),
+            [slots.tiles(tiles) for _ in range(m_tiles)],
+            plgpu.Barrier(num_arrivals=tiles + 2 * m_tiles, num_barriers=stages),
         ],
         grid=(P, B, H, _blocks(K, V, M)),
         grid_names=("p", "b", "h", "block"),
