@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import TiledLayout
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -136,6 +137,30 @@ def store_transposed(ref, tile):
     """Stores a float32 [rows, columns] tile to a [columns, rows] ref."""
     transposed = ref.T
     transposed[...] = plgpu.layout_cast(tile, TILE_TRANSPOSED)
+
+
+def columns_by_warp(width):
+    """A [rows, width] layout over one warpgroup: a quarter of the columns a warp, all rows in it.
+
+    Sums over rows are then shuffles inside the warp: no SMEM, no barrier. A thread's vectors have
+    16 bytes (8 where width is 16), a row of a warp's quarter `width` bytes: 64 at width 64, two
+    whole sectors.
+    """
+    quarter = width // 4
+    vector = 4 if width >= 32 else 2
+    rows = 32 * vector // quarter
+    tiling = plgpu.Tiling(((rows, width), (rows, quarter), (vector,)))
+    # (..., warp, row, vector in the row, element). JAX refuses forms that are not canonical.
+    layout = TiledLayout(tiling, (-4,), (-3, -2), -1, _check_canonical=False).canonicalize()
+    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+
+
+def store(ref, value):
+    """Stores to GMEM; JAX 0.12 asks for a word before it stores less than whole cache lines."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
 
 
 def per_row(vector, columns):

@@ -14,14 +14,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jla._segments import segment_starts
 from jla._state import GSAState
 from jla.pallas.chunks import TILE_WIDTH, gates
+from jla.pallas.gsa import step
 from jla.pallas.gsa.gradients import chunk_gradients, logit_gradients
 from jla.pallas.gsa.outputs import outputs
 from jla.pallas.gsa.states import through_chunks
+from jla.pallas.gsa.step import gsa_step
 from jla.pallas.mosaic import TILE_ROWS
 from jla.pallas.shardwise import shardwise
 from jla.xla.gsa import abc_gates
 
-__all__ = ["gsa", "unsupported"]
+__all__ = ["gsa", "gsa_step", "unsupported"]
 
 bf16, f32 = jnp.bfloat16, jnp.float32
 
@@ -40,6 +42,8 @@ _KEPT = {
 
 def unsupported(name, q, k, v, s, g):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    if name == "gsa_step":
+        return step.unsupported(q, k, v, s)
     if q.dtype == f32:
         return "q, k and v are float32, and the kernels take bfloat16 and float16"
     if s.shape[-1] > MOST_SLOTS:

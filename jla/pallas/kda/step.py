@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import TiledLayout
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas import mosaic
 from jla.pallas.mosaic import f32, per_column, per_row
@@ -79,7 +77,7 @@ def _step(q, k, v, g, beta, state, *, scale, width=None):
     B, HV, K, V = state.shape
     group = HV // q.shape[1]
     width = width or _width(K, V)
-    layout = _layout(width)
+    layout = mosaic.columns_by_warp(width)
     by_row, by_column = layout.reduce(1), layout.reduce(0)
     load = functools.partial(mosaic.load, optimized=False)
 
@@ -95,9 +93,9 @@ def _step(q, k, v, g, beta, state, *, scale, width=None):
         error = load(v_ref.at[b, h, columns], by_column) - jnp.sum(state * key, axis=0)
         write = beta_ref[b, h].astype(f32) * error
         state = state + key * per_column(write, K)
-        _store(tile, state)
+        mosaic.store(tile, state)
         o = scale * jnp.sum(state * query, axis=0)
-        _store(o_ref.at[b, h, columns], o.astype(v.dtype))
+        mosaic.store(o_ref.at[b, h, columns], o.astype(v.dtype))
 
     step = mosaic.kernel(
         kernel,
@@ -118,26 +116,3 @@ def _step(q, k, v, g, beta, state, *, scale, width=None):
 def _width(K, V):
     """Value columns of a CTA: the most that divide V and keep its tile small."""
     return max(w for w in (16, 32, 64) if V % w == 0 and (w == 16 or K * w <= LARGEST_TILE))
-
-
-def _layout(width):
-    """A [K, width] tile over one warpgroup: a quarter of the columns a warp, all rows in it.
-
-    A thread's vectors have 16 bytes (8 where width is 16), a row of a warp's quarter 4 * width / 4
-    bytes: 64 at width 64, two whole sectors.
-    """
-    quarter = width // 4
-    vector = 4 if width >= 32 else 2
-    rows = 32 * vector // quarter
-    tiling = plgpu.Tiling(((rows, width), (rows, quarter), (vector,)))
-    # (..., warp, row, vector in the row, element). JAX refuses forms that are not canonical.
-    layout = TiledLayout(tiling, (-4,), (-3, -2), -1, _check_canonical=False).canonicalize()
-    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
-
-
-def _store(ref, value):
-    """Stores to GMEM; JAX 0.12 asks for a word before it stores less than whole cache lines."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
