@@ -1,0 +1,167 @@
+"""MesaNet as Pallas kernels; docs/kernels.md explains their design.
+
+Forward: `states.forward` carries both states from chunk to chunk, `solve.outputs` solves and reads
+every chunk at once.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jla._segments import segment_starts
+from jla._state import MesaState
+from jla.pallas.chunks import CHUNK, LOG2E, TILE_WIDTH
+from jla.pallas.mesa_net import solve, states
+from jla.pallas.mosaic import TILE_ROWS
+from jla.pallas.shardwise import shardwise
+
+__all__ = ["mesa_net", "unsupported"]
+
+bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
+
+WIDEST = 128  # K or V; the registers of one warpgroup hold no wider row
+# exp2 of it is zero in float32, so it is as good as any stronger gate; and a sum of 64 such has an
+# error below 1e-3.
+STRONGEST = -160.0
+
+_INPUTS = ("B T H K", "B T H K", "B T H V", "B H L", "B H L", "B H K", "B H K K", "B H K V")
+_OUTPUTS = ("B T H V", "B H K K", "B H K V")
+# What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
+_KEPT = {
+    "mesa_solution": "B T H K",
+    "mesa_kk": "B H N K K",
+    "mesa_kk_scale": "B H N D",
+    "mesa_kv": "B H N K V",
+    "mesa_kv_scale": "B H N D",
+}
+
+
+def unsupported(name, q, k, v, *_):
+    """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    if q.dtype == f32:
+        return "q, k and v are float32, and the kernels take bfloat16 and float16"
+    K, V = q.shape[-1], v.shape[-1]
+    if max(K, V) > WIDEST:
+        return f"K = {K} and V = {V}, and the kernels take at most {WIDEST}"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames="cg_steps")
+def mesa_net(q, k, v, g, beta, lamb, initial_state, segment_ids, *, cg_steps):
+    """Pads to whole tiles and runs the kernels. See `jla.mesa_net`.
+
+    Products take float16 operands and add in float32: keys divided by sqrt(lamb) and values must
+    lie in float16's range, beyond which they are cut off. A row stops when its residual is 5e-4 of
+    its right-hand side.
+    """
+    (B, T, H, K), V, dtype = q.shape, v.shape[-1], v.dtype
+    tokens, keys, values = -T % TILE_ROWS, -K % TILE_WIDTH, -V % TILE_WIDTH
+    g = jnp.maximum(g * LOG2E, STRONGEST)
+    if segment_ids is not None:
+        # A first token that lets nothing through is all there is to a border.
+        g = jnp.where(segment_starts(segment_ids)[:, :, None], STRONGEST, g)
+    g, beta = (
+        jnp.pad(jnp.swapaxes(x.astype(f32), 1, 2), ((0, 0), (0, 0), (0, -T % CHUNK)))
+        for x in (g, beta)
+    )
+    lamb = jnp.pad(lamb, ((0, 0), (0, keys)), constant_values=1.0)
+    lamb = jnp.broadcast_to(lamb, (B, H, K + keys))
+    if initial_state is None:
+        kk, kv = jnp.zeros((B, H, K, K), f32), jnp.zeros((B, H, K, V), f32)
+    else:
+        kk, kv = initial_state
+    kk = jnp.pad(kk, ((0, 0), (0, 0), (0, keys), (0, keys)))
+    kv = jnp.pad(kv, ((0, 0), (0, 0), (0, keys), (0, values)))
+    # Tokens of zeros neither read, write nor decay; features of zeros stay zero.
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, features)))
+        for x, features in ((q.astype(bf16), keys), (k, keys), (v, values))
+    )
+    o, kk, kv = _mesa(q, k, v, g, beta, lamb, kk, kv, cg_steps)
+    return o[:, :T, :, :V].astype(dtype), MesaState(kk[:, :, :K, :K], kv[:, :, :K, :V])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _mesa(q, k, v, g, beta, lamb, kk, kv, cg_steps):
+    """MesaNet on whole tiles; g in base 2, and beta, [B, H, L], lamb [B, H, K]."""
+    run = functools.partial(_forward, steps=cg_steps, keep=False)
+    scaled = _scaled(k, v, lamb, kk, kv)
+    return _unscaled(lamb, shardwise(run, _INPUTS, _OUTPUTS)(q, *_arranged(scaled, g, beta)))
+
+
+def _mesa_forward(q, k, v, g, beta, lamb, kk, kv, cg_steps):
+    run = functools.partial(_forward, steps=cg_steps, keep=True)
+    inputs = _arranged(_scaled(k, v, lamb, kk, kv), g, beta)
+    *results, x, kk, kk_scale, kv, kv_scale = shardwise(run, _INPUTS, (*_OUTPUTS, *_KEPT.values()))(
+        q, *inputs
+    )
+    kept = map(checkpoint_name, (x, kk, kk_scale, kv, kv_scale), _KEPT)
+    return _unscaled(lamb, results), (*inputs[:5], lamb, *kept)
+
+
+def _mesa_backward(cg_steps, residuals, cotangents):
+    raise NotImplementedError('the gradient of mesa_net with implementation="pallas"')
+
+
+_mesa.defvjp(_mesa_forward, _mesa_backward)
+
+
+def _scaled(k, v, lamb, kk, kv):
+    """What the kernels, for which lamb is 1, make of the keys, the values, lamb and the states."""
+    scale = jax.lax.rsqrt(lamb)
+    largest = jnp.finfo(f16).max
+    k, v = (
+        jnp.clip(x.astype(f32), -largest, largest).astype(f16)
+        for x in (k.astype(f32) * scale[:, None], v)
+    )
+    row = scale[..., None]
+    return k, v, scale, row * kk * scale[:, :, None], row * kv
+
+
+def _arranged(scaled, g, beta):
+    k, v, scale, kk, kv = scaled
+    return k, v, cumulated(g), beta, scale, kk, kv
+
+
+def _unscaled(lamb, results):
+    o, kk, kv = results
+    root = jnp.sqrt(lamb)
+    row = root[..., None]
+    return o, row * kk * root[:, :, None], row * kv
+
+
+def cumulated(g):
+    """The sums of the gates from their chunk's start, [B, H, L]."""
+    by_chunk = g.reshape(*g.shape[:2], -1, CHUNK)
+    return jnp.cumsum(by_chunk, axis=-1).reshape(g.shape)
+
+
+def to_end(cumulated):
+    """exp of the decays after each token to its chunk's end, [B, H, L]."""
+    by_chunk = cumulated.reshape(*cumulated.shape[:2], -1, CHUNK)
+    difference = jnp.minimum(by_chunk[..., -1:] - by_chunk, 0.0)
+    return jnp.exp2(difference).reshape(cumulated.shape)
+
+
+def _forward(q, k, v, cumulated, beta, scale, kk, kv, *, steps, keep):
+    """Both forward kernels: o and the last states, with `keep` also what `_KEPT` lists."""
+    decays = jnp.exp2(cumulated)
+    *kept, kk, kv = states.forward(k, v, decays, beta * to_end(cumulated), (kk, kv))
+    (kk_states, kv_states, kk_scale, kv_scale) = kept
+    borders = (kk_states, kk_scale, kv_states, kv_scale)
+    o, *x = solve.outputs(
+        q,
+        k,
+        v,
+        scale,
+        cumulated,
+        decays,
+        beta,
+        *borders,
+        steps=steps,
+        tolerance=solve.TOLERANCE,
+        keep=keep,
+    )
+    return (o, kk, kv, *x, *borders) if keep else (o, kk, kv)
