@@ -4,8 +4,21 @@ import importlib
 
 from jla.gsa import GSAState, gsa, gsa_step
 from jla.kda import kda, kda_gate, kda_step
+from jla.mesa_net import MesaState, mesa_net, mesa_step
 
-__all__ = ["GSAState", "gsa", "gsa_step", "kda", "kda_gate", "kda_step", "linen", "pallas"]
+__all__ = [
+    "GSAState",
+    "MesaState",
+    "gsa",
+    "gsa_step",
+    "kda",
+    "kda_gate",
+    "kda_step",
+    "linen",
+    "mesa_net",
+    "mesa_step",
+    "pallas",
+]
 
 
 def __getattr__(name):

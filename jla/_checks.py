@@ -101,6 +101,15 @@ def check_positive(name, value):
     return float(value)
 
 
+def check_count(name, value):
+    """Returns a Python integer of at least 1; raises TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a Python integer, got {type(value)}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
+
+
 def check_segment_ids(segment_ids):
     """Raises TypeError unless `segment_ids` holds integers."""
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):

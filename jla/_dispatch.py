@@ -8,7 +8,14 @@ import jax
 from jla._checks import check_implementation
 
 # The module, inside jla.reference, jla.xla and jla.pallas, that holds each function.
-_MODULES = {"kda": "kda", "kda_step": "kda", "gsa": "gsa", "gsa_step": "gsa"}
+_MODULES = {
+    "kda": "kda",
+    "kda_step": "kda",
+    "gsa": "gsa",
+    "gsa_step": "gsa",
+    "mesa_net": "mesa_net",
+    "mesa_step": "mesa_net",
+}
 
 
 def choose(name, implementation, *arrays):

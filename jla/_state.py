@@ -18,6 +18,18 @@ class GSAState(NamedTuple):
     hv: jax.Array
 
 
+class MesaState(NamedTuple):
+    """The state of MesaNet, float32: decayed sums of `k k^T` and of `k v^T`.
+
+    Attributes:
+      kk: [B, H, K, K], symmetric and without negative eigenvalues.
+      kv: [B, H, K, V].
+    """
+
+    kk: jax.Array
+    kv: jax.Array
+
+
 def zero_state(key, value):
     """Zeros [..., K, V], float32, placed as one token's `key` [..., K] and `value` [..., V] are.
 
@@ -32,3 +44,8 @@ def zero_state(key, value):
 def zero_gsa_state(key, slots, value):
     """An empty `GSAState`, placed as one token's `key`, `slots` [..., M] and `value` are."""
     return GSAState(zero_state(key, slots), zero_state(slots, value))
+
+
+def zero_mesa_state(key, value):
+    """An empty `MesaState`, placed as one token's `key` and `value` are."""
+    return MesaState(zero_state(key, key), zero_state(key, value))

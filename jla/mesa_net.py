@@ -1,0 +1,165 @@
+"""MesaNet (arXiv 2506.05233)."""
+
+import jax.numpy as jnp
+
+from jla import _checks
+from jla._dispatch import choose
+from jla._state import MesaState
+
+__all__ = ["MesaState", "mesa_net", "mesa_step"]
+
+f32 = jnp.float32
+
+
+def mesa_net(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    lamb,
+    *,
+    cg_steps=30,
+    initial_state=None,
+    segment_ids=None,
+    implementation=None,
+):
+    r"""MesaNet: every token reads the ridge regression of the past values on the past keys.
+
+    Every head keeps :math:`H^{kk} \in R^{K \times K}` and :math:`H^{kv} \in R^{K \times V}`, zero
+    at first. Token by token
+
+    .. math::
+      H^{kk} &\leftarrow \exp(g_t)\, H^{kk} + \beta_t\, k_t k_t^\top, \quad
+      H^{kv} \leftarrow \exp(g_t)\, H^{kv} + \beta_t\, k_t v_t^\top \\
+      x_t &= (H^{kk} + \mathrm{Diag}(\lambda))^{-1} q_t, \quad
+      o_t = {H^{kv}}^\top x_t
+
+    `q` and `k` are used as they come: normalise them first (the layer does, with the l2 norm).
+
+    "reference" solves exactly. The others run conjugate gradients in float32, from zero, with
+    :math:`\Lambda = \mathrm{Diag}(\lambda)` as preconditioner. A token stops when its own residual
+    r is small,
+
+    .. math::
+      \sqrt{r^\top \Lambda^{-1} r} \le \mathrm{tol} \cdot \sqrt{q_t^\top \Lambda^{-1} q_t},
+
+    with tol = 1e-6 for float32 inputs and 1e-4 for bfloat16 and float16, or after `cg_steps`
+    iterations; no token's result depends on its neighbours' stopping. Gradients are those of the
+    solution (by the implicit function theorem), not of the iterations: they take one more solve
+    with the same matrix and the same `cg_steps`. docs/mesa_net.md measures what error remains.
+
+    The matrix must be positive definite for this: every `lamb` above zero, every `beta` at least
+    zero, and `initial_state.kk` symmetric without negative eigenvalues. These are values, which a
+    compiled program cannot check: they are not checked, and conjugate gradients then return
+    numbers without meaning.
+
+    Shape letters: `B` batch, `T` time, `H` heads, `K` key dimension, `V` value dimension.
+
+    Args:
+      q: queries, [B, T, H, K], bfloat16, float16 or float32. K is 16 to 256.
+      k: keys, [B, T, H, K], of q's dtype.
+      v: values, [B, T, H, V], of q's dtype; V is 16 to 256.
+      g: natural-log decays, [B, T, H], float32, `g <= 0`.
+      beta: write strengths, [B, T, H], float32 or q's dtype, `beta >= 0`; used in float32.
+      lamb: the regression's ridge, [H, K], float32, `lamb > 0`. The smaller it is beside the
+        eigenvalues of Hkk, the more iterations it takes.
+      cg_steps: the most iterations of conjugate gradients, a Python integer of at least 1;
+        "reference" has no use for it.
+      initial_state: the state before the first token, `MesaState(kk, kv)`, [B, H, K, K] and
+        [B, H, K, V], float32; zeros if None. With `segment_ids` it belongs to each row's first
+        segment.
+      segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
+      implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device), or
+        None for the fastest that supports these arguments here; "pallas" has no kernel for it yet.
+
+    Returns:
+      The outputs, [B, T, H, V], of v's dtype, and the `MesaState` after the last token (with
+      `segment_ids`, of each row's last segment).
+
+    Raises:
+      TypeError: an argument is no array or has a dtype that is not listed here, `initial_state` is
+        no `MesaState`, or `cg_steps` no integer.
+      ValueError: shapes that disagree, K or V outside 16 to 256, `cg_steps` below 1, an unknown
+        implementation.
+      NotImplementedError: the named implementation cannot do this; the message says what can.
+    """
+    axes = dict(
+        q=(q, "B T H K"),
+        k=(k, "B T H K"),
+        v=(v, "B T H V"),
+        g=(g, "B T H"),
+        beta=(beta, "B T H"),
+        lamb=(lamb, "H K"),
+    )
+    if initial_state is not None:
+        axes |= _state_axes("initial_state", initial_state)
+    if segment_ids is not None:
+        axes |= dict(segment_ids=(segment_ids, "B T"))
+    sizes = _checks.check_shapes(**axes)
+    if initial_state is not None:
+        _check_state_dtypes("initial_state", initial_state)
+    if segment_ids is not None:
+        _checks.check_segment_ids(segment_ids)
+    cg_steps = _check_common(q, k, v, g, beta, lamb, sizes, cg_steps)
+    run = choose("mesa_net", implementation, q, k, v, g, beta, lamb)
+    return run(q, k, v, g, beta, lamb, initial_state, segment_ids, cg_steps=cg_steps)
+
+
+def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps=30, implementation=None):
+    """One token of :func:`jla.mesa_net`, for decoding: `T` steps are one run over `T` tokens.
+
+    Args:
+      q: query, [B, H, K], bfloat16, float16 or float32.
+      k: key, [B, H, K], of q's dtype.
+      v: value, [B, H, V], of q's dtype.
+      g: natural-log decays, [B, H], float32, `g <= 0`.
+      beta: write strengths, [B, H], float32 or q's dtype, `beta >= 0`.
+      lamb: [H, K], float32, `lamb > 0`.
+      state: `MesaState(kk, kv)`, [B, H, K, K] and [B, H, K, V], float32: what `mesa_net` or the
+        last step returned. Donate it to jit, and it is updated in place.
+      cg_steps: as in `mesa_net`; it need not be the same.
+      implementation: as in `mesa_net`.
+
+    Returns:
+      The output, [B, H, V], of v's dtype, and the new `MesaState`.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `mesa_net`.
+    """
+    sizes = _checks.check_shapes(
+        q=(q, "B H K"),
+        k=(k, "B H K"),
+        v=(v, "B H V"),
+        g=(g, "B H"),
+        beta=(beta, "B H"),
+        lamb=(lamb, "H K"),
+        **_state_axes("state", state),
+    )
+    _check_state_dtypes("state", state)
+    cg_steps = _check_common(q, k, v, g, beta, lamb, sizes, cg_steps)
+    run = choose("mesa_step", implementation, q, k, v, g, beta, lamb)
+    return run(q, k, v, g, beta, lamb, state, cg_steps=cg_steps)
+
+
+def _state_axes(name, state):
+    """The entries of `check_shapes` for a state."""
+    if not isinstance(state, MesaState):
+        raise TypeError(f"{name} must be a jla.MesaState(kk, kv), got {type(state)}")
+    return {f"{name}.kk": (state.kk, "B H K K"), f"{name}.kv": (state.kv, "B H K V")}
+
+
+def _check_state_dtypes(name, state):
+    for field, array in state._asdict().items():
+        _checks.check_dtype(f"{name}.{field}", array, [f32])
+
+
+def _check_common(q, k, v, g, beta, lamb, sizes, cg_steps):
+    """Checks what the run and the step share; returns the number of iterations."""
+    _checks.check_same_dtype(q=q, k=k, v=v)
+    _checks.check_dtype("g", g, [f32])
+    _checks.check_dtype("beta", beta, [f32, q.dtype])
+    _checks.check_dtype("lamb", lamb, [f32])
+    _checks.check_head_dim("K", sizes["K"])
+    _checks.check_head_dim("V", sizes["V"])
+    return _checks.check_count("cg_steps", cg_steps)
