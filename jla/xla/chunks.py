@@ -10,15 +10,14 @@ The leading axes stay few because XLA's CPU compiler (jaxlib 0.12) aborts on a p
 rank 8: these have 5, and so two `vmap`s can be added.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+from jax import lax
 
 CHUNK = 32
 SPAN = 128
-
-# Names of intermediate results for the policies of jax.checkpoint.
-INVERSE, SOLUTION = "unit lower inverse", "unit lower solution"
 
 
 def layout(T):
@@ -33,17 +32,35 @@ def layout(T):
     return size, size * -(-count // spans)
 
 
-def split(x, length):
-    """Cuts [B, T, H, D] into spans [spans, B, H, L, D], the end padded with zeros."""
+def spans(x, length):
+    """Cuts [B, T, H, D] into spans [spans, B, L, H, D], the end padded with zeros.
+
+    With one row this moves no data.
+    """
     B, T, H, D = x.shape
     x = jnp.pad(x, ((0, 0), (0, -T % length), (0, 0), (0, 0)))
-    return jnp.transpose(x.reshape(B, -1, length, H, D), (1, 0, 3, 2, 4))
+    return jnp.moveaxis(x.reshape(B, -1, length, H, D), 1, 0)
+
+
+def join(x, T):
+    """Undoes `spans`: [spans, B, L, H, D] to [B, T, H, D]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
+
+
+def heads_first(x):
+    """[B, L, H, D] to [B, H, L, D], and back; span by span, it needs no memory for the whole."""
+    return jnp.swapaxes(x, 1, 2)
+
+
+def split(x, length):
+    """As `spans`, but heads before tokens: [spans, B, H, L, D]."""
+    return jnp.swapaxes(spans(x, length), 2, 3)
 
 
 def merge(x, T):
-    """Undoes `split`: [spans, B, H, L, D] to [B, T, H, D]."""
-    x = jnp.transpose(x, (1, 0, 3, 2, 4))
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
+    """Undoes `split`."""
+    return join(jnp.swapaxes(x, 2, 3), T)
 
 
 def tree_sizes(C):
@@ -65,15 +82,83 @@ def halves(x, s):
     return jnp.split(blocks(x, 2 * s), 2, axis=-2)
 
 
-def decay_products(decay, C):
+def transposed(x):
+    """Exchanges the last two axes."""
+    return jnp.swapaxes(x, -1, -2)
+
+
+def product(x, y):
+    """x y^T, over the last axis of both; the leading axes are batches.
+
+    In a linear map whose argument is `x` the transpose is again a product that XLA's CPU compiler
+    does quickly; products that contract an axis before the last, of the left operand, it does at
+    half the speed, and tiny ones at a tenth.
+    """
+    batch = tuple(range(x.ndim - 2))
+    return lax.dot_general(x, y, (((x.ndim - 1,), (y.ndim - 1,)), (batch, batch)))
+
+
+def turned(x):
+    """The transpose of `x`, made in memory so that it is not folded into a product that uses it.
+
+    Around a product, it gives a linear map whose transpose turns first and multiplies then.
+    """
+    return transposed(lax.optimization_barrier(x))
+
+
+@jax.custom_jvp
+def pair_products(x, y):
+    """`product(x, y)` where both are differentiated."""
+    return product(x, y)
+
+
+@pair_products.defjvp
+def _pair_products_jvp(primals, tangents):
+    (x, y), (dx, dy) = primals, tangents
+    return product(x, y), product(dx, y) + turned(product(dy, x))
+
+
+def spread(x, like):
+    """Broadcasts one of the last two axes of `x` from 1 to that of `like`, as a product with ones.
+
+    For linear maps: the transpose of a broadcast is a sum, and XLA's CPU compiler sums several
+    times more slowly than it does this product's transpose. Of `like` only the shape and the
+    sharding count; it must not be linear in what the map is linear in.
+    """
+    ones = jnp.where(False, lax.stop_gradient(like), 1.0)
+    factors = (ones[..., :1], x) if x.shape[-1] == like.shape[-1] else (x, ones[..., :1, :])
+    return jnp.matmul(*factors, precision=lax.Precision.HIGHEST)
+
+
+def _tree(x, operation, neutral, C):
+    """What `decay_products` says, for any associative operation and its neutral element.
+
+    The operation broadcasts its first argument, where a half of a block has one total, [..., 1, K].
+    """
+    prefix, suffix, total = x, jnp.full_like(x, neutral), x
+    levels = []
+    for s in tree_sizes(C):
+        prefix_left, prefix_right = halves(prefix, s)
+        suffix_left, suffix_right = halves(suffix, s)
+        total_left, total_right = halves(total, 1)
+        levels.append((prefix_right, suffix_left))
+        prefix = jnp.concatenate([prefix_left, operation(total_left, prefix_right)], axis=-2)
+        suffix = jnp.concatenate([operation(total_right, suffix_left), suffix_right], axis=-2)
+        prefix, suffix = prefix.reshape(x.shape), suffix.reshape(x.shape)
+        total = operation(total_left, total_right)[..., 0, :]
+    return levels, prefix, suffix, total
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def decay_products(g, C):
     """Products of decays between any two tokens of a chunk, each a product of factors <= 1.
 
     Differences of cumulated log decays lose all digits beside one strong gate, and their
-    exponential overflows on the pairs that causality masks; products do neither. A factor of
-    exactly 0 cuts everything that would pass it: that is how a segment starts.
+    exponential overflows on the pairs that causality masks; products do neither. A decay of exactly
+    0 (a gate of -inf) cuts everything that would pass it: that is how a segment starts.
 
     Args:
-      decay: per-token factors exp(g) in [0, 1], [..., L, K].
+      g: log decays, [..., L, K], not positive.
       C: the chunk's size.
 
     Returns:
@@ -84,18 +169,25 @@ def decay_products(decay, C):
       suffix: of the tokens after each, to the chunk's last, [..., L, K].
       total: of all a chunk's tokens, [..., L/C, K].
     """
-    prefix, suffix, total = decay, jnp.ones_like(decay), decay
-    levels = []
-    for s in tree_sizes(C):
-        prefix_left, prefix_right = halves(prefix, s)
-        suffix_left, suffix_right = halves(suffix, s)
-        total_left, total_right = halves(total, 1)
-        levels.append((prefix_right, suffix_left))
-        prefix = jnp.concatenate([prefix_left, total_left * prefix_right], axis=-2)
-        suffix = jnp.concatenate([suffix_left * total_right, suffix_right], axis=-2)
-        prefix, suffix = prefix.reshape(decay.shape), suffix.reshape(decay.shape)
-        total = (total_left * total_right)[..., 0, :]
-    return levels, prefix, suffix, total
+    # Without the barrier XLA may fuse the tree into its users and compute it once for each.
+    return lax.optimization_barrier(_tree(jnp.exp(g), jnp.multiply, 1.0, C))
+
+
+@decay_products.defjvp
+def _decay_products_jvp(C, primals, tangents):
+    """A product changes by itself times the sum of its log decays' changes: the same tree, of sums.
+
+    Every term has the product as a factor, so nothing is divided and nothing cancels.
+    """
+    (g,), (dg,) = primals, tangents
+
+    def add(one, many):
+        if one.shape != many.shape:
+            one = spread(one, halves(g, many.shape[-2])[0])
+        return one + many
+
+    products = decay_products(g, C)
+    return products, jax.tree.map(jnp.multiply, products, _tree(dg, add, 0.0, C))
 
 
 def _block_lower(left, lower, right):
@@ -131,24 +223,14 @@ def unit_lower_inverse(levels):
     inverse = _block_lower(one, -pair, one)
     for lower in levels:
         left, right = _pairs(inverse)
-        inverse = _block_lower(left, -(right @ lower @ left), right)
+        corner = _small_product(_small_product(right, lower), left)
+        inverse = _block_lower(left, -corner, right)
     return inverse
 
 
-@jax.custom_jvp
-def unit_lower_solve(levels, x):
-    """Solves (I + L) y = x, L as `unit_lower_inverse` takes it, x and y [..., L/C, C, D]."""
-    return unit_lower_inverse(levels) @ x
-
-
-@unit_lower_solve.defjvp
-def _unit_lower_solve_jvp(primals, tangents):
-    """dy = (I + L)^-1 (dx - dL y): two products, where the recursion's own rule has dozens.
-
-    The inverse and y are named, so that a checkpoint can keep what this rule reads.
-    """
-    (levels, x), (d_levels, dx) = primals, tangents
-    inverse = checkpoint_name(unit_lower_inverse(levels), INVERSE)
-    y = checkpoint_name(inverse @ x, SOLUTION)
-    d_lower = lower_triangular(jnp.zeros_like(x[..., 0]).reshape(*x.shape[:-3], -1), d_levels)
-    return y, inverse @ (dx - d_lower @ y)
+def _small_product(x, y):
+    """x @ y of square matrices; the smallest as a sum of outer products, which XLA fuses."""
+    s = x.shape[-1]
+    if s > 4:
+        return x @ y
+    return sum(x[..., :, i : i + 1] * y[..., i : i + 1, :] for i in range(s))

@@ -15,75 +15,145 @@ from jla.xla import chunks
 __all__ = ["kda", "kda_step"]  # one token has no chunks: its step is the definition's
 
 f32 = jnp.float32
-_SCORES = "scores"
-_KEPT = (_SCORES, chunks.INVERSE, chunks.SOLUTION)
+
+# What a checkpoint keeps of each chunk.
+_KEPT = ("scores", "inverse", "reads", "errors", "states")
 
 
 @functools.partial(jax.jit, static_argnames="scale")
 def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
     """A scan over spans of chunks. See `jla.kda`.
 
-    The body is checkpointed: the backward pass keeps the inputs and, of each span, the state that
-    entered, and of each chunk what its triangular system gave and two C x C matrices. The decays,
-    what they weight and the states inside the span it computes again.
+    The body is checkpointed: the backward pass keeps the inputs and, of each chunk, the state that
+    entered, the errors, W and two C x C matrices. The decays and what they weight are computed
+    again.
     """
     T = q.shape[1]
     size, length = chunks.layout(T)
     starts = None
     if segment_ids is not None:
-        starts = chunks.split(segment_starts(segment_ids)[:, :, None, None], length)
+        starts = chunks.spans(segment_starts(segment_ids)[:, :, None, None], length)
     if initial_state is None:
         initial_state = zero_state(g[:, 0], v[:, 0])
-    inputs = *(chunks.split(x, length) for x in (q, k, v, g, beta[..., None])), starts
+    inputs = *(chunks.spans(x, length) for x in (q, k, v, g, beta[..., None])), starts
     policy = jax.checkpoint_policies.save_only_these_names(*_KEPT)
     span = functools.partial(_span, size, scale)
     span = jax.checkpoint(span, prevent_cse=False, policy=policy)
-    state, o = lax.scan(span, initial_state, inputs)
-    return chunks.merge(o, T), state
+    state, o = lax.scan(span, chunks.transposed(initial_state), inputs)
+    return chunks.join(o, T), chunks.transposed(state)
 
 
 def _span(size, scale, state, inputs):
     """A span of chunks: from the state that enters to the one that leaves, and the outputs.
 
-    All arrays are [B, heads, L, ...]. What a chunk computes without the state that enters it comes
-    first, for all chunks at once; the state then passes through them one by one.
+    The inputs are [B, L, heads, ...]. What a chunk computes without the state that enters it comes
+    first, for all chunks at once; the state then passes through them one by one. States, values,
+    errors and outputs are transposed, features before tokens: then every product of the recurrence
+    and of its transpose contracts last axes, or is a plain matrix product.
     """
-    q, k, v, g, beta, starts = inputs
+    q, k, v, g, beta, starts = jax.tree.map(chunks.heads_first, inputs)
     dtype = v.dtype
     group = v.shape[1] // q.shape[1]
     q, k, v, beta = (x.astype(f32) for x in (q, k, v, beta))
     q, k = (jnp.repeat(x, group, axis=1) for x in (scale * q, k))
-    decay = jnp.exp(g)
     if starts is not None:
-        decay = jnp.where(starts, 0.0, decay)
-    # Without the barrier XLA may fuse the tree into its users and compute it once for each.
-    levels, prefix, suffix, total = lax.optimization_barrier(chunks.decay_products(decay, size))
-    writes = beta * k
+        g = jnp.where(starts, -jnp.inf, g)
+    levels, prefix, suffix, total = chunks.decay_products(g, size)
+    # The barrier keeps the gradient of `writes`, a sum over the levels, from being fused into its
+    # users and computed element by element in each.
+    writes = lax.optimization_barrier(chunks.spread(beta, k) * k)
     key_levels, query_levels = [], []
     for s, (later, earlier) in zip(chunks.tree_sizes(size), levels, strict=True):
         columns = chunks.halves(writes, s)[0] * earlier
         rows = jnp.concatenate([later * chunks.halves(x, s)[1] for x in (k, q)], axis=-2)
-        key_level, query_level = jnp.split(rows @ jnp.swapaxes(columns, -1, -2), 2, axis=-2)
+        key_level, query_level = jnp.split(chunks.pair_products(rows, columns), 2, axis=-2)
         key_levels.append(key_level)
         query_levels.append(query_level)
     scores = chunks.lower_triangular(jnp.sum(q * writes, axis=-1), query_levels)
-    scores = checkpoint_name(scores, _SCORES)
+    scores = checkpoint_name(scores, "scores")
 
     def by_chunk(x):
         return chunks.blocks(x, size)
 
-    known = by_chunk(jnp.concatenate([v, prefix * k], axis=-1))
-    known = chunks.unit_lower_solve(key_levels, known)
-    errors, reads = jnp.split(known, [v.shape[-1]], axis=-1)
-    keys = jnp.swapaxes(by_chunk(suffix * writes), -1, -2)
+    values = chunks.transposed(by_chunk(v))
+    keys, reads = by_chunk(suffix * writes), by_chunk(prefix * k)
+    errors, states, state = _delta_rule(key_levels, values, reads, keys, total[..., None, :], state)
+    o = chunks.transposed(_outputs(by_chunk(prefix * q), scores, states, errors))
+    return state, chunks.heads_first(o.reshape(v.shape).astype(dtype))
+
+
+@jax.custom_jvp
+def _delta_rule(levels, values, reads, keys, total, state):
+    """The errors [B, HV, N, V, C] of N chunks, the states that enter them [B, HV, N, V, K], and the
+    state that leaves the last.
+
+        E^T = (V^T - S^T (P*K)^T) M^T,   S'^T = S^T Diag(a_C) + E^T (F*beta*K)
+
+    Args:
+      levels: A, as `chunks.unit_lower_inverse` takes it; M is the inverse of I + A.
+      values: V^T, [B, HV, N, V, C].
+      reads: P*K, [B, HV, N, C, K].
+      keys: F*beta*K, [B, HV, N, C, K].
+      total: a_C, [B, HV, N, 1, K].
+      state: the state that enters the first chunk, [B, HV, V, K].
+    """
+    return _solve(levels, values, reads, keys, total, state)[2:]
+
+
+def _solve(levels, values, reads, keys, total, state):
+    inverse = checkpoint_name(chunks.unit_lower_inverse(levels), "inverse")
+    reads = checkpoint_name(inverse @ reads, "reads")
+    known = chunks.product(values, inverse)
+    errors, states, state = _recurrence(reads, keys, total, known, None, state)
+    errors, states = checkpoint_name(errors, "errors"), checkpoint_name(states, "states")
+    return inverse, reads, errors, states, state
+
+
+def _recurrence(reads, keys, total, known, driven, state):
+    """E^T = known - S^T reads^T and S'^T = S^T Diag(total) + E^T keys + driven, chunk by chunk.
+
+    Linear in `known`, `driven` (or None) and `state`.
+    """
 
     def chunk(state, inputs):
-        errors, reads, keys, total = inputs
-        error = errors - reads @ state
-        return total * state + keys @ error, (state, error)
+        reads, keys, total, known, driven = inputs
+        errors = known - chunks.product(state, reads)
+        after = total * state + errors @ keys
+        return (after if driven is None else after + driven), (errors, state)
 
-    chunk_major = tuple(jnp.moveaxis(x, 2, 0) for x in (errors, reads, keys, total[..., None]))
-    state, (states, errors) = lax.scan(chunk, state, chunk_major, unroll=True)
-    states, errors = (jnp.moveaxis(x, 0, 2) for x in (states, errors))
-    o = by_chunk(prefix * q) @ states + scores @ errors
-    return state, o.reshape(v.shape).astype(dtype)
+    chunk_major = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (reads, keys, total, known, driven))
+    state, kept = lax.scan(chunk, state, chunk_major, unroll=True)
+    errors, states = (jnp.moveaxis(x, 0, 2) for x in kept)
+    return errors, states, state
+
+
+@_delta_rule.defjvp
+def _delta_rule_jvp(primals, tangents):
+    """The same recurrence, driven by what changes: its transpose has two products a chunk, and all
+    that the inputs' gradients need besides is computed for all chunks at once.
+    """
+    _, _, _, keys, total, _ = primals
+    d_levels, d_values, d_reads, d_keys, d_total, d_state = tangents
+    inverse, reads, errors, states, state = _solve(*primals)
+    zeros = jnp.zeros_like(d_values[..., 0, :])
+    d_lower = chunks.lower_triangular(zeros.reshape(*zeros.shape[:-2], -1), d_levels)
+    d_read = chunks.product(d_reads, states) + chunks.product(d_lower, errors)
+    d_known = chunks.product(d_values - chunks.turned(d_read), inverse)
+    d_writes = chunks.product(chunks.transposed(d_keys), errors)
+    driven = chunks.spread(d_total, states) * states + chunks.transposed(d_writes)
+    return (errors, states, state), _recurrence(reads, keys, total, d_known, driven, d_state)
+
+
+@jax.custom_jvp
+def _outputs(reads, scores, states, errors):
+    """O^T = S^T (P*Q)^T + E^T scores^T, [B, HV, N, V, C]."""
+    return chunks.product(states, reads) + chunks.product(errors, scores)
+
+
+@_outputs.defjvp
+def _outputs_jvp(primals, tangents):
+    reads, scores, states, errors = primals
+    d_reads, d_scores, d_states, d_errors = tangents
+    d_weights = chunks.product(d_reads, states) + chunks.product(d_scores, errors)
+    d_o = _outputs(reads, scores, d_states, d_errors) + chunks.turned(d_weights)
+    return _outputs(*primals), d_o
