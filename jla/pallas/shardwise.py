@@ -96,18 +96,18 @@ def _varying(x):
 
 def _placement(operands, args):
     """The mesh axes that batch and heads are split over: those of the first array that has both."""
+    grouped = _grouped(" ".join(operands).split())
     for axes, arg in zip(operands, args, strict=True):
         letters = axes.split()
-        grouped = _grouped(letters)
-        if grouped and isinstance(arg.sharding, NamedSharding):
+        if grouped in letters and isinstance(arg.sharding, NamedSharding):
             spec = (*arg.sharding.spec, *(None,) * len(letters))
             return spec[0], spec[letters.index(grouped)]
     return None, None
 
 
 def _grouped(letters):
-    """The letter of the heads that come in groups, if there is one."""
-    return next((x for x in letters if x in ("HV", "HQ")), None)
+    """The letter of the heads that come in groups; `H` if none do."""
+    return next((x for x in letters if x in ("HV", "HQ")), "H")
 
 
 def _rule(operands, results, group):

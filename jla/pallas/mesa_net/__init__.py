@@ -26,12 +26,12 @@ WIDEST = 128  # K or V; the registers of one warpgroup hold no wider row
 # error below 1e-3.
 STRONGEST = -160.0
 
-_INPUTS = ("B T H K", "B T H K", "B T H V", "B H L", "B H L", "B H K", "B H K K", "B H K V")
-_OUTPUTS = ("B T H V", "B H K K", "B H K V")
+_INPUTS = ("B T H K", "B T H K", "B T H V", "B H L", "B H L", "B H K", "B H K J", "B H K V")
+_OUTPUTS = ("B T H V", "B H K J", "B H K V")
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
 _KEPT = {
     "mesa_solution": "B T H K",
-    "mesa_kk": "B H N K K",
+    "mesa_kk": "B H N K J",
     "mesa_kk_scale": "B H N D",
     "mesa_kv": "B H N K V",
     "mesa_kv_scale": "B H N D",
