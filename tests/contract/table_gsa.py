@@ -93,6 +93,21 @@ GSA = Mechanism(
                 dict(HQ=2, K=63, V=256, M=81),
             ),
         ),
+        Implementation(
+            "pallas",
+            sizes=dict(B=1, T=100, H=1, HQ=2, K=16, V=32, M=16),
+            full=dict(B=2, T=2000, H=8, HQ=16, K=128, V=128, M=64),
+            dtypes=("bfloat16", "float16"),
+            lengths=(1, 63, 64, 130),
+            head_dims=(
+                dict(HQ=1, K=128, V=81, M=64),
+                dict(HQ=1, T=70, K=63, V=256, M=20),
+                dict(HQ=1, T=70, K=256, V=16, M=128),
+            ),
+            context=jla.pallas.interpret,
+            compiled_on="gpu",
+            linearizes=False,  # a custom_vjp
+        ),
     ),
     golden=("gsa_small", "gsa_d128", "gsa_gqa"),
     golden_outputs=("o", "final_hk", "final_hv"),
@@ -141,10 +156,10 @@ GSA = Mechanism(
         ),
         ("ABC with a state", edit(g=None), ValueError, ("initial_state", "ABC")),
         (
-            "no kernel",
+            "float32 for the kernels",
             edit(implementation="pallas"),
             NotImplementedError,
-            ("gsa", '"pallas"', 'implementation="xla" can'),
+            ("gsa", '"pallas"', "float32", 'implementation="xla" can'),
         ),
     ),
     step_mistakes=(

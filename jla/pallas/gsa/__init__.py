@@ -156,10 +156,16 @@ def _backward(q, k, v, s, gates, p, key_states, value_states, do, dhk, dhv, *, s
     of_values = chunk_gradients(do, v, p, s, gates, value_states, value_gradients, rows_too=False)
 
     def per_head(x):
-        """Sums what a head's queries (and parts of its features) give."""
-        return x[:, :T].astype(f32).reshape(B, T, H, -1, x.shape[-1]).sum(3)
+        """The sum over a head's queries (and over the parts of its features)."""
+        x = x[:, :T]
+        if x.shape[2] == H:
+            return x
+        return x.astype(f32).reshape(B, T, H, -1, x.shape[3]).sum(3)
 
-    (dk, *slots), (dv, *more) = of_keys, of_values
-    ds, dg = (per_head(x) + per_head(y) for x, y in zip(slots, more, strict=True))
-    dk, dv, ds = per_head(dk).astype(bf16), per_head(dv).astype(bf16), ds.astype(bf16)
+    (dk, *of_keys), (dv, *of_values) = of_keys, of_values
+    ds, dg = (
+        per_head(x).astype(f32) + per_head(y).astype(f32)
+        for x, y in zip(of_keys, of_values, strict=True)
+    )
+    dk, dv, ds = (x.astype(bf16) for x in (per_head(dk), per_head(dv), ds))
     return dq, dk, dv, ds, dg, dhk, dhv
