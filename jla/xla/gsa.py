@@ -52,44 +52,44 @@ def _span(size, scale, state, inputs):
     dtype = v.dtype
     group = q.shape[-1] // k.shape[-1]
     q, k, v, s = (x.astype(f32) for x in (q, k, v, s))
-    # By way of [..., L, G, K]: where types carry shardings, no reshape may merge and split at once.
+    # Where types carry shardings, no reshape may merge and split at once: there are two.
     q = scale * q.reshape(*k.shape[:3], group, -1).reshape(*k.shape[:2], -1, k.shape[-1])
-    decay = jnp.exp(g)
     if starts is not None:
-        decay = jnp.where(starts, 0.0, decay)
-    # Without the barrier XLA may fuse the tree into its users and compute it once for each.
-    levels, prefix, suffix, total = lax.optimization_barrier(chunks.decay_products(decay, size))
+        g = jnp.where(starts, -jnp.inf, g)
+    levels, prefix, suffix, total = chunks.decay_products(g, size)
+    prefix = _rows(prefix, group)
     levels = [
-        (_rows(later, group), earlier * chunks.halves(s, n)[0])
+        (n, _rows(later, group), earlier * chunks.halves(s, n)[0])
         for n, (later, earlier) in zip(chunks.tree_sizes(size), levels, strict=True)
     ]
-    prefix = _rows(prefix, group)
 
     def by_chunk(x, rows=1):
         return chunks.blocks(x, size * rows)
 
     writes = by_chunk(suffix * s)
-    key_writes = jnp.swapaxes(by_chunk(k), -1, -2) @ writes
-    value_writes = jnp.swapaxes(writes, -1, -2) @ by_chunk(v)
+    key_writes = chunks.transposed(by_chunk(k)) @ writes
+    value_writes = chunks.transposed(writes) @ by_chunk(v)
     states, state = _entering(state, key_writes, value_writes, total)
 
-    logits = (by_chunk(q, group) @ states.hk).reshape(*q.shape[:-1], -1) * prefix
-    logits += _dot(q, _rows(k, group)) * _rows(s, group)
-    for n, (later, writes) in zip(chunks.tree_sizes(size), levels, strict=True):
-        left, right = chunks.halves(logits, n * group)
-        rows, columns = chunks.halves(q, n * group)[1], chunks.halves(k, n)[0]
-        right += later * ((rows @ jnp.swapaxes(columns, -1, -2)) @ writes)
-        logits = jnp.concatenate([left, right], axis=-2).reshape(logits.shape)
+    # The slots' logits: the decays are the values', outside of the scores.
+    queries = by_chunk(q, group)
+    diagonal, scores = _cut(chunks.pair_products(queries, by_chunk(k)))
+    logits = prefix * (queries @ states.hk).reshape(prefix.shape)
+    logits += diagonal.reshape(*prefix.shape[:-1], 1) * _rows(s, group)
+    for (n, later, writes), lower in zip(levels, scores, strict=True):
+        right = later * (lower @ writes)
+        logits += jnp.pad(right, [(0, 0)] * 3 + [(n * group, 0), (0, 0)]).reshape(logits.shape)
     p = jax.nn.softmax(logits, axis=-1)
 
-    o = (by_chunk(prefix * p, group) @ states.hv).reshape(*q.shape[:-1], -1)
-    o += _dot(p, _rows(s, group)) * _rows(v, group)
-    for n, (later, writes) in zip(chunks.tree_sizes(size), levels, strict=True):
-        left, right = chunks.halves(o, n * group)
-        rows, values = chunks.halves(p, n * group)[1], chunks.halves(v, n)[0]
-        right += ((later * rows) @ jnp.swapaxes(writes, -1, -2)) @ values
-        o = jnp.concatenate([left, right], axis=-2).reshape(o.shape)
-    o = o.reshape(*v.shape[:3], group, -1).reshape(*v.shape[:3], -1)
+    # The outputs: the decays are the keys', inside the scores.
+    diagonal = jnp.sum(p * _rows(s, group), axis=-1).reshape(*s.shape[:-1], group, 1)
+    scores = [
+        chunks.pair_products(later * chunks.halves(p, n * group)[1], writes)
+        for n, later, writes in levels
+    ]
+    o = by_chunk(prefix * p, group) @ states.hv + _assembled(diagonal, scores) @ by_chunk(v)
+    o = o.reshape(*p.shape[:-1], -1).reshape(*v.shape[:3], group, v.shape[-1])
+    o = o.reshape(*v.shape[:3], -1)
     return state, o.astype(dtype)
 
 
@@ -98,8 +98,27 @@ def _rows(x, group):
     return x if group == 1 else jnp.repeat(x, group, axis=-2)
 
 
-def _dot(x, y):
-    return jnp.sum(x * y, axis=-1, keepdims=True)
+def _cut(matrix):
+    """Cuts scores of G rows a token, [..., L/C, C G, C], into the tokens' own, [..., L, G, 1], and
+    the levels of the tree, [..., L/(2s), s G, s]; what is above the diagonal is left out."""
+    levels = []
+    while matrix.shape[-1] > 1:
+        top, bottom = jnp.split(matrix, 2, axis=-2)
+        left, _ = jnp.split(top, 2, axis=-1)
+        lower, right = jnp.split(bottom, 2, axis=-1)
+        levels.append(lower)
+        matrix = jnp.stack([left, right], axis=-3)
+        matrix = matrix.reshape(*lower.shape[:-3], -1, *lower.shape[-2:])
+    return matrix, levels[::-1]
+
+
+def _assembled(matrix, levels):
+    """Undoes `_cut`, with zeros above the diagonal."""
+    for lower in levels:
+        pairs = matrix.reshape(*lower.shape[:-2], 2, *lower.shape[-2:])
+        left, right = (x.squeeze(-3) for x in jnp.split(pairs, 2, axis=-3))
+        matrix = jnp.block([[left, jnp.zeros_like(left)], [lower, right]])
+    return matrix
 
 
 def _entering(state, key_writes, value_writes, total):
