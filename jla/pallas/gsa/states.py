@@ -160,6 +160,9 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
                 source = gates_ref.at[b, rows, h, columns(m)]
                 plgpu.copy_gmem_to_smem(source, sg[m].at[slot], loaded.at[slot])
 
+        mask = chunks.weights(chunks.up_to() if reverse else chunks.from_on(strict=True))
+        everything = chunks.weights(chunks.everywhere())
+
         def step(index, state):
             following = index + stages - 1
             pl.when(following < steps)(lambda: fetch(following))
@@ -172,8 +175,6 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
                     put(index, state)
 
             plgpu.barrier_wait(loaded.at[slot])
-            mask = chunks.weights(chunks.up_to() if reverse else chunks.from_on(strict=True))
-            everything = chunks.weights(chunks.everywhere())
             for m in range(m_tiles):
                 decay = chunks.decays(mask, sg[m].at[slot]).astype(bf16)
                 weights = plgpu.load(sw[m].at[slot], layout=TILE)
