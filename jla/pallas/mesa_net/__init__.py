@@ -14,6 +14,7 @@ from jla._segments import segment_starts
 from jla._state import MesaState
 from jla.pallas.chunks import CHUNK, LOG2E, TILE_WIDTH
 from jla.pallas.mesa_net import solve, states
+from jla.pallas.mesa_net.gradients import chunk_gradients
 from jla.pallas.mosaic import TILE_ROWS
 from jla.pallas.shardwise import shardwise
 
@@ -79,19 +80,19 @@ def mesa_net(q, k, v, g, beta, lamb, initial_state, segment_ids, *, cg_steps):
         jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, features)))
         for x, features in ((q.astype(bf16), keys), (k, keys), (v, values))
     )
-    o, kk, kv = _mesa(q, k, v, g, beta, lamb, kk, kv, cg_steps)
+    o, kk, kv = _mesa(q, k, v, g, beta, lamb, kk, kv, cg_steps, dtype)
     return o[:, :T, :, :V].astype(dtype), MesaState(kk[:, :, :K, :K], kv[:, :, :K, :V])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
-def _mesa(q, k, v, g, beta, lamb, kk, kv, cg_steps):
-    """MesaNet on whole tiles; g in base 2, and beta, [B, H, L], lamb [B, H, K]."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
+def _mesa(q, k, v, g, beta, lamb, kk, kv, cg_steps, dtype):
+    """MesaNet on whole tiles; g in base 2, and beta, [B, H, L], lamb [B, H, K]; k, v of `dtype`."""
     run = functools.partial(_forward, steps=cg_steps, keep=False)
     scaled = _scaled(k, v, lamb, kk, kv)
     return _unscaled(lamb, shardwise(run, _INPUTS, _OUTPUTS)(q, *_arranged(scaled, g, beta)))
 
 
-def _mesa_forward(q, k, v, g, beta, lamb, kk, kv, cg_steps):
+def _mesa_forward(q, k, v, g, beta, lamb, kk, kv, cg_steps, dtype):
     run = functools.partial(_forward, steps=cg_steps, keep=True)
     inputs = _arranged(_scaled(k, v, lamb, kk, kv), g, beta)
     *results, x, kk, kk_scale, kv, kv_scale = shardwise(run, _INPUTS, (*_OUTPUTS, *_KEPT.values()))(
@@ -101,8 +102,24 @@ def _mesa_forward(q, k, v, g, beta, lamb, kk, kv, cg_steps):
     return _unscaled(lamb, results), (*inputs[:5], lamb, *kept)
 
 
-def _mesa_backward(cg_steps, residuals, cotangents):
-    raise NotImplementedError('the gradient of mesa_net with implementation="pallas"')
+def _mesa_backward(cg_steps, dtype, residuals, cotangents):
+    k, v, cumulated, beta, scale, lamb, *kept = residuals
+    do, dkk, dkv = cotangents
+    root = jnp.sqrt(lamb)
+    row, column = root[..., None], root[:, :, None]
+    # What the states' kernel carries in Hkk's place is -dHkk^T.
+    ends = -jnp.swapaxes(row * dkk * column, 2, 3), row * dkv
+    run = functools.partial(_backward, steps=cg_steps)
+    dq, dk, dv, dg, dbeta, products, dkk, dkv = shardwise(
+        run,
+        (*_INPUTS[1:5], *_KEPT.values(), *_OUTPUTS),
+        ("B T H K", "B T H K", "B T H V", "B H L", "B H L", "B H K", "B H K J", "B H K V"),
+    )(k, v, cumulated, beta, *kept, do, *ends)
+    dq, dk = (x.astype(f32) * scale[:, None] for x in (dq, dk))
+    dkk = -scale[..., None] * jnp.swapaxes(dkk, 2, 3) * scale[:, :, None]
+    dkv = scale[..., None] * dkv
+    dq, dk, dv = dq.astype(bf16), dk.astype(dtype), dv.astype(dtype)
+    return dq, dk, dv, dg, dbeta, -scale * scale * products, dkk, dkv
 
 
 _mesa.defvjp(_mesa_forward, _mesa_backward)
@@ -148,8 +165,8 @@ def to_end(cumulated):
 def _forward(q, k, v, cumulated, beta, scale, kk, kv, *, steps, keep):
     """Both forward kernels: o and the last states, with `keep` also what `_KEPT` lists."""
     decays = jnp.exp2(cumulated)
-    *kept, kk, kv = states.forward(k, v, decays, beta * to_end(cumulated), (kk, kv))
-    (kk_states, kv_states, kk_scale, kv_scale) = kept
+    results = states.forward(k, v, decays, beta * to_end(cumulated), (kk, kv))
+    kk_states, kv_states, kk, kv, kk_scale, kv_scale = results
     borders = (kk_states, kk_scale, kv_states, kv_scale)
     o, *x = solve.outputs(
         q,
@@ -165,3 +182,29 @@ def _forward(q, k, v, cumulated, beta, scale, kk, kv, *, steps, keep):
         keep=keep,
     )
     return (o, kk, kv, *x, *borders) if keep else (o, kk, kv)
+
+
+def _backward(k, v, cumulated, beta, x, kk, kk_scale, kv, kv_scale, do, *ends, steps):
+    """The three backward kernels, and what is small enough for XLA: the gates' gradient."""
+    decays, later = jnp.exp2(cumulated), to_end(cumulated)
+    borders = (kk, kk_scale, kv, kv_scale)
+    y, through_states, products = solve.output_gradients(
+        k, v, do, x, cumulated, decays, beta, *borders, steps=steps, tolerance=solve.TOLERANCE
+    )
+    dkk, dkv, *starts = states.reverse(x, y, do, decays, ends)
+    dk, dv, direct, written, reads, border = chunk_gradients(
+        k, v, do, x, y, cumulated, later, beta, *borders, dkk, dkv
+    )
+
+    def by_chunk(x):
+        return x.reshape(*x.shape[:2], -1, CHUNK)
+
+    # A gate decays what is read after it of what was there before it: of the chunk's own pairs
+    # those on either side of it, and for all of the chunk's gates the states.
+    within = by_chunk(reads - beta * direct + through_states)
+    within = jnp.flip(jnp.cumsum(jnp.flip(within, -1), -1), -1)
+    write = by_chunk(beta * written)
+    carried = by_chunk(border).sum(-1, keepdims=True) * by_chunk(decays)[..., -1:]
+    dg = within + jnp.cumsum(write, -1) - write + carried
+    dg = dg.reshape(beta.shape) / LOG2E
+    return y, dk, dv, dg, direct + written, products.sum(2), *starts

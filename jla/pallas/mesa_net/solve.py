@@ -39,7 +39,7 @@ AT_ONCE = 2  # iterations between two looks at whether all rows have stopped
 
 
 def outputs(
-    q, k, v, lamb, cumulated, decays, beta, kk, kk_scale, kv, kv_scale,
+    q, k, v, scale, cumulated, decays, beta, kk, kk_scale, kv, kv_scale,
     *, steps, tolerance, keep,
 ):  # fmt: skip
     """The outputs of all chunks: x_t = A_t^-1 q_t, then
@@ -48,7 +48,7 @@ def outputs(
 
     Args:
       q: [B, T, H, K] bf16. k, v: as in `states.forward`.
-      lamb: lamb^-1/2, [B, H, K] float32: it makes q what k already is.
+      scale: lamb^-1/2, [B, H, K] float32: it makes q what k already is.
       cumulated, decays: G in base 2, at most 0, and exp(G), [B, H, L] float32. beta: [B, H, L].
       kk, kk_scale, kv, kv_scale: as `states.forward` returned them.
       steps: the most iterations. tolerance: 0 makes all of them.
@@ -68,7 +68,7 @@ def outputs(
     k_tiles, v_tiles = K // TILE_WIDTH, V // TILE_WIDTH
 
     def body(
-        q_ref, k_ref, v_ref, lamb_ref, cumulated_ref, cumulated_too, decays_ref, beta_ref,
+        q_ref, k_ref, v_ref, scale_ref, cumulated_ref, cumulated_too, decays_ref, beta_ref,
         kk_ref, kk_scale_ref, kv_ref, kv_scale_ref, o_out, *refs,
     ):  # fmt: skip
         x_out, (sk, ss, sx, sm, so, loaded, keys_loaded, values_loaded) = refs[:-8], refs[-8:]
@@ -88,7 +88,7 @@ def outputs(
         plgpu.barrier_wait(loaded)
         query = []
         for i in range(k_tiles):
-            scale = mosaic.load(lamb_ref.at[b, h, columns(i)], PER_COLUMN, optimized=False)
+            scale = mosaic.load(scale_ref.at[b, h, columns(i)], PER_COLUMN, optimized=False)
             query.append(mosaic.load(so[i]) * per_column(scale, CHUNK))
         query, size = normalised(query)
         plgpu.barrier_wait(keys_loaded)
@@ -133,18 +133,126 @@ def outputs(
         automatic_barriers=False,
         out_type=out_type,
         scratch_types=[
-            tiles(wide),
-            [tiles(wide) for _ in range(k_tiles)],
-            [float_tile() for _ in range(k_tiles)],
-            mosaic.tile(CHUNK, CHUNK, dtype=f16),
-            tiles(wide, dtype=bf16),
+            *_scratch(k_tiles, wide),
             plgpu.Barrier(num_arrivals=k_tiles),
             plgpu.Barrier(num_arrivals=k_tiles * (1 + k_tiles)),
             plgpu.Barrier(num_arrivals=v_tiles * (1 + k_tiles)),
         ],
         grid=(B, L // CHUNK, H),
         grid_names=("b", "n", "h"),
-    )(q, k, v, lamb, cumulated, cumulated, decays, beta, kk, kk_scale, kv, kv_scale)
+    )(q, k, v, scale, cumulated, cumulated, decays, beta, kk, kk_scale, kv, kv_scale)
+
+
+def output_gradients(
+    k, v, do, x, cumulated, decays, beta, kk, kk_scale, kv, kv_scale,
+    *, steps, tolerance,
+):  # fmt: skip
+    """The backward pass's solves, y_t = A_t^-1 dx_t, with dx the gradient of o through x:
+
+        dx_t = exp(G_t) Hkv do_t + sum_j M[t, j] (do_t . v_j) k_j
+
+    Args:
+      do: [B, T, H, V] bf16. x: as `outputs` returned it.
+      Others as in `outputs`.
+
+    Returns:
+      y [B, T, H, K] bf16, the gradient of q; the gradient of G_t through the states' decay,
+
+          exp(G_t) (x_t Hkv do_t - y_t Hkk x_t), [B, H, L] float32;
+
+      and each chunk's sum of y x, [B, H, N, K] float32, for the gradient of lamb.
+
+    As `outputs`, with 2 KB of SMEM more for sums over rows.
+    """
+    (B, T, H, K), V, L = k.shape, v.shape[-1], beta.shape[-1]
+    k_tiles, v_tiles = K // TILE_WIDTH, V // TILE_WIDTH
+
+    def body(
+        k_ref, v_ref, do_ref, x_ref, cumulated_ref, cumulated_too, decays_ref, beta_ref,
+        kk_ref, kk_scale_ref, kv_ref, kv_scale_ref, y_out, decays_out, products_out,
+        sk, ss, sx, sm, so, values_loaded, keys_loaded,
+    ):  # fmt: skip
+        b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
+        rows = pl.ds(n * CHUNK, CHUNK)
+        for j in range(v_tiles):
+            plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h, columns(j)], so[j], values_loaded)
+            plgpu.copy_gmem_to_smem(v_ref.at[b, rows, h, columns(j)], sk[j], values_loaded)
+            for i in range(k_tiles):
+                source = kv_ref.at[b, h, n, columns(i), columns(j)]
+                plgpu.copy_gmem_to_smem(source, ss[i][j], values_loaded)
+        vectors = (ref.at[b, h, rows] for ref in (cumulated_ref, cumulated_too, beta_ref))
+        decay = mosaic.load(decays_ref.at[b, h, rows], PER_ROW, optimized=False)
+        put_weights(sm, *vectors)
+
+        plgpu.barrier_wait(values_loaded)
+        do, do_size = normalised([mosaic.load(tile) for tile in so[:v_tiles]])
+        do = [z.astype(f16) for z in do]
+        scores = product(*((z, v.T) for z, v in zip(do, sk, strict=False)))
+        (scores,), scores_size = normalised([scores * mosaic.load(sm)])
+        scores = scores.astype(f16)
+        carried = []
+        for i in range(k_tiles):
+            part = product(*((z, kv.T) for z, kv in zip(do, ss[i], strict=False)))
+            carried.append(part * per_row(decay * kv_scale_ref[b, h, n, i], TILE_WIDTH))
+        plgpu.commit_smem()  # all warps are done with do, v and Hkv
+        for i in range(k_tiles):
+            plgpu.copy_gmem_to_smem(k_ref.at[b, rows, h, columns(i)], sk[i], keys_loaded)
+            plgpu.copy_gmem_to_smem(x_ref.at[b, rows, h, columns(i)], so[i], keys_loaded)
+            for j in range(k_tiles):
+                source = kk_ref.at[b, h, n, columns(i), columns(j)]
+                plgpu.copy_gmem_to_smem(source, ss[i][j], keys_loaded)
+        plgpu.barrier_wait(keys_loaded)
+        through_kv = row_sum([x * mosaic.load(so[i]) for i, x in enumerate(carried)]) * do_size
+        own = per_row(scores_size, TILE_WIDTH)
+        dx = [x + own * product((scores, sk[i])) for i, x in enumerate(carried)]
+        dx, size = normalised(dx)
+        scales = [decay * kk_scale_ref[b, h, n, i] for i in range(k_tiles)]
+        solve(dx, sk, ss, sm, scales, sx, steps=steps, tolerance=tolerance)
+
+        y, y_size = normalised([mosaic.load(tile) for tile in sx])
+        size = size * y_size * do_size
+        rounded = [z.astype(f16) for z in y]
+        through_kk = []
+        for i in range(k_tiles):
+            part = product(*((z, kk.T) for z, kk in zip(rounded, ss[i], strict=False)))
+            through_kk.append(part * per_row(scales[i], TILE_WIDTH) * mosaic.load(so[i]))
+        decays_out.at[b, h, rows][...] = through_kv - row_sum(through_kk) * size
+        y = [z * per_row(size, TILE_WIDTH) for z in y]
+        for i, z in enumerate(y):
+            products = jnp.sum(z * mosaic.load(so[i]), axis=0)
+            products_out.at[b, h, n, columns(i)][...] = products
+        plgpu.commit_smem()  # all warps have read x
+        put(so, y, y_out.at[b, rows, h])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    wide = max(k_tiles, v_tiles)
+    return mosaic.kernel(
+        body,
+        automatic_barriers=False,
+        out_type=[
+            SDS((B, T, H, K), bf16),
+            SDS((B, H, L), f32),
+            SDS((B, H, L // CHUNK, K), f32),
+        ],
+        scratch_types=[
+            *_scratch(k_tiles, wide),
+            plgpu.Barrier(num_arrivals=v_tiles * (2 + k_tiles)),
+            plgpu.Barrier(num_arrivals=k_tiles * (2 + k_tiles)),
+        ],
+        grid=(B, L // CHUNK, H),
+        grid_names=("b", "n", "h"),
+    )(k, v, do, x, cumulated, cumulated, decays, beta, kk, kk_scale, kv, kv_scale)
+
+
+def _scratch(k_tiles, wide):
+    """Tiles for the keys, a state, the solution in float32, M, and what comes and goes in bf16."""
+    return [
+        tiles(wide),
+        [tiles(wide) for _ in range(k_tiles)],
+        [float_tile() for _ in range(k_tiles)],
+        mosaic.tile(CHUNK, CHUNK, dtype=f16),
+        tiles(wide, dtype=bf16),
+    ]
 
 
 def float_tile():
