@@ -13,12 +13,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jla._segments import segment_starts
 from jla._state import MesaState
 from jla.pallas.chunks import CHUNK, LOG2E, TILE_WIDTH
-from jla.pallas.mesa_net import solve, states
+from jla.pallas.mesa_net import solve, states, step
 from jla.pallas.mesa_net.gradients import chunk_gradients
+from jla.pallas.mesa_net.step import mesa_step
 from jla.pallas.mosaic import TILE_ROWS
 from jla.pallas.shardwise import shardwise
 
-__all__ = ["mesa_net", "unsupported"]
+__all__ = ["mesa_net", "mesa_step", "unsupported"]
 
 bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
 
@@ -41,6 +42,8 @@ _KEPT = {
 
 def unsupported(name, q, k, v, *_):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    if name == "mesa_step":
+        return step.unsupported(q, k, v)
     if q.dtype == f32:
         return "q, k and v are float32, and the kernels take bfloat16 and float16"
     K, V = q.shape[-1], v.shape[-1]
