@@ -44,8 +44,8 @@ def mesa_net(
     .. math::
       \sqrt{r^\top \Lambda^{-1} r} \le \mathrm{tol} \cdot \sqrt{q_t^\top \Lambda^{-1} q_t},
 
-    with tol = 1e-6 for float32 inputs and 1e-4 for bfloat16 and float16, or after `cg_steps`
-    iterations; no token's result depends on its neighbours' stopping. Gradients are those of the
+    or after `cg_steps` iterations; tol is 1e-6 for float32 inputs, and for bfloat16 and float16 1e-4
+    in "xla" and 5e-4 in "pallas". No token's result depends on its neighbours' stopping. Gradients are those of the
     solution (by the implicit function theorem), not of the iterations: they take one more solve
     with the same matrix and the same `cg_steps`. docs/mesa_net.md measures what error remains.
 
@@ -70,8 +70,8 @@ def mesa_net(
         [B, H, K, V], float32; zeros if None. With `segment_ids` it belongs to each row's first
         segment.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
-      implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device), or
-        None for the fastest that supports these arguments here; "pallas" has no kernel for it yet.
+      implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
+        "pallas" (GPU kernels), or None for the fastest that supports these arguments here.
 
     Returns:
       The outputs, [B, T, H, V], of v's dtype, and the `MesaState` after the last token (with

@@ -10,8 +10,9 @@ import dataclasses
 import pytest
 from table_gsa import GSA
 from table_kda import KDA
+from table_mesa import MESA
 
-MECHANISMS = (KDA, GSA)
+MECHANISMS = (KDA, GSA, MESA)
 
 
 def _grid(full=True, only=lambda implementation: True):

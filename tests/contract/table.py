@@ -24,6 +24,8 @@ class Implementation:
     compiled_on: the platform of what only a compiled program shows: sharding, rematerialization,
       how often is compiled. Interpreted kernels have effects, which stand in the way of all three.
     linearizes: whether it has a forward-mode derivative.
+    ends_together: whether it has a loop that ends when it may for all rows, so that devices tell
+      each other one bit.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Implementation:
     beyond: tuple[str, ...] = ()
     compiled_on: str = "cpu"
     linearizes: bool = True
+    ends_together: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +46,8 @@ class Mechanism:
     """One mechanism.
 
     axes: every float argument and its axis letters (a tree of them, where the argument is one);
-      those with a T are the tokens', the others (the initial state's) have none. All are
-      differentiated.
+      those with a T are the tokens', those without a B all rows share, the other is the initial
+      state. All are differentiated.
     outputs: the axis letters of what `run` returns, a tree.
     make: (sizes, key, dtype) to a dict of the arguments in `axes`.
     stress: name to an edit of that dict; values and gradients must stay right under each.
@@ -87,6 +90,14 @@ class Mechanism:
             if all("T" in leaf.split() for leaf in jax.tree.leaves(axes))
         ]
 
+    def shared(self):
+        """The names of the arguments without a batch axis."""
+        return [
+            name
+            for name, axes in self.axes.items()
+            if not any("B" in leaf.split() for leaf in jax.tree.leaves(axes))
+        ]
+
 
 def edit(**edits):
     """An edit of the arguments: each value is the new one, or a function of the old one."""
@@ -94,7 +105,12 @@ def edit(**edits):
 
 
 # Mistakes that every mechanism with these arguments refuses in the same way.
+SCALE_MISTAKES = (
+    ("scale an array", edit(scale=lambda _: jnp.ones(())), TypeError, ("scale", "number")),
+    ("scale a string", edit(scale="big"), TypeError, ("scale", "str")),
+)
 COMMON_MISTAKES = (
+    *SCALE_MISTAKES,
     ("q is a list", edit(q=[1.0, 2.0]), TypeError, ("q ", "array", "list")),
     ("q of integers", edit(q=lambda x: x.astype(jnp.int32)), TypeError, ("q ", "int32")),
     (
@@ -107,8 +123,6 @@ COMMON_MISTAKES = (
     ("v of another B", edit(v=lambda x: x[:1]), ValueError, ("v ", "B")),
     ("g in bfloat16", edit(g=lambda x: x.astype(jnp.bfloat16)), TypeError, ("g ", "bfloat16")),
     ("g per head", edit(g=lambda x: x[..., 0]), ValueError, ("g ", "shape")),
-    ("scale an array", edit(scale=lambda _: jnp.ones(())), TypeError, ("scale", "number")),
-    ("scale a string", edit(scale="big"), TypeError, ("scale", "str")),
     (
         "no such implementation",
         edit(implementation="cuda"),

@@ -38,8 +38,8 @@ def test_run_refuses(mechanism, edit, exception, fragments):
 @pytest.mark.parametrize("mechanism, edit, exception, fragments", list(mistakes("step_mistakes")))
 def test_step_refuses(mechanism, edit, exception, fragments):
     args, _ = inputs(mechanism, mechanism.implementations[0].sizes)
-    tokenwise = mechanism.tokenwise()
-    good = {n: x[:, 0] for n, x in args.items() if n in tokenwise}
+    good = {n: args[n][:, 0] for n in mechanism.tokenwise()}
+    good |= {n: args[n] for n in mechanism.shared()}
     good[mechanism.state[1]] = args[mechanism.state[0]]
     check(mechanism.step, good, edit, exception, fragments)
 
@@ -50,9 +50,9 @@ def test_settings_are_by_name_only(mechanism):
     args, _ = inputs(mechanism, mechanism.implementations[0].sizes)
     with pytest.raises(TypeError, match="chunk_size"):
         mechanism.run(**args, chunk_size=64)
-    tokens = [args[name] for name in mechanism.tokenwise()]
+    arrays = [x for name, x in args.items() if name != mechanism.state[0]]
     with pytest.raises(TypeError, match="positional"):
-        mechanism.run(*tokens, 0.5)
+        mechanism.run(*arrays, 0.5)
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)

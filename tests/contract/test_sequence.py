@@ -73,12 +73,11 @@ def test_gradients_pass_through_the_state(mechanism, implementation, sizes):
     later = value_and_vjp(mechanism, implementation, second, cotangents)[1]
     cotangents = (o_cotangent[:, :n], later[name])
     earlier = value_and_vjp(mechanism, implementation, first, cotangents)[1]
-    got = {
-        key: jnp.concatenate([earlier[key], later[key]], axis=1)
-        if key in mechanism.tokenwise()
-        else earlier[key]
-        for key in args
-    }
+    got = dict(earlier)
+    for key in mechanism.tokenwise():
+        got[key] = jnp.concatenate([earlier[key], later[key]], axis=1)
+    for key in mechanism.shared():
+        got[key] = earlier[key] + later[key]
     assert_close(got, whole, mechanism.tolerances[dtype][1])
 
 
@@ -87,7 +86,8 @@ def test_decode_is_forward(mechanism, implementation, sizes):
     dtype = implementation.dtypes[0]
     args, _ = inputs(mechanism, sizes, dtype)
     tokens = {name: jnp.moveaxis(args[name], 1, 0) for name in mechanism.tokenwise()}
-    step = functools.partial(mechanism.step, implementation=implementation.name)
+    shared = {name: args[name] for name in mechanism.shared()}
+    step = functools.partial(mechanism.step, **shared, implementation=implementation.name)
 
     @jax.jit
     def decode(state, tokens):
@@ -126,7 +126,12 @@ def test_packed_is_separate(mechanism, implementation, sizes):
     rows = []
     for row, pack in enumerate(PACKS):
         borders = np.cumsum([0, *(length for _, length in pack)])
-        one = jax.tree.map(lambda x, row=row: x[row : row + 1], args)
+        one = {
+            name: x
+            if name in mechanism.shared()
+            else jax.tree.map(lambda x, row=row: x[row : row + 1], x)
+            for name, x in args.items()
+        }
         o_one, state_one = jax.tree.map(
             lambda x, row=row: x[row : row + 1], (o_cotangent, state_cotangent)
         )
@@ -140,15 +145,16 @@ def test_packed_is_separate(mechanism, implementation, sizes):
             final = state_one if last else jax.tree.map(jnp.zeros_like, state_one)
             runs.append(definition(mechanism, alone, (o_one[:, start:stop], final)))
         o = jnp.concatenate([values[0] for values, _ in runs], axis=1)
-        gradients = {
-            name: jnp.concatenate([gradient[name] for _, gradient in runs], axis=1)
-            if name in mechanism.tokenwise()
-            else runs[0][1][name]
-            for name in args
-        }
+        gradients = dict(runs[0][1])
+        for name in mechanism.tokenwise():
+            gradients[name] = jnp.concatenate([gradient[name] for _, gradient in runs], axis=1)
+        for name in mechanism.shared():
+            gradients[name] = sum(gradient[name] for _, gradient in runs)
         rows.append(((o, runs[-1][0][1]), gradients))
-    want = jax.tree.map(lambda *x: jnp.concatenate(x, axis=0), *rows)
-    assert_agrees(mechanism, dtype, got, want)
+    values, gradients = jax.tree.map(lambda *x: jnp.concatenate(x, axis=0), *rows)
+    for name in mechanism.shared():
+        gradients[name] = sum(row[1][name] for row in rows)
+    assert_agrees(mechanism, dtype, got, (values, gradients))
 
 
 @pytest.mark.parametrize("mechanism, implementation, sizes", AGAINST_REFERENCE)
@@ -171,7 +177,9 @@ def test_nothing_crosses_a_border(mechanism, implementation, sizes):
             if name in mechanism.tokenwise()
             else jax.tree.map(lambda s: 2 * s, x)
             for name, x in args.items()
+            if name not in mechanism.shared()
         }
+        changed = args | changed
         before = forward(mechanism, implementation, args, ids)
         after = forward(mechanism, implementation, changed, ids)
         assert_same_bits((after[0][:, border:], after[1]), (before[0][:, border:], before[1]))

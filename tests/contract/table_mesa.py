@@ -1,0 +1,214 @@
+"""MesaNet's entry."""
+
+import jax
+import jax.numpy as jnp
+from table import (
+    COMMON_MISTAKES,
+    COMMON_RUN_MISTAKES,
+    SCALE_MISTAKES,
+    Implementation,
+    Mechanism,
+    edit,
+)
+
+import jla
+from jla import MesaState
+
+f32 = jnp.float32
+
+
+def _make(sizes, key, dtype):
+    B, T, H, K, V = (sizes[letter] for letter in ("B", "T", "H", "K", "V"))
+    keys = iter(jax.random.split(key, 8))
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape, f32)
+
+    def unit(x):
+        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+    past = normal(B, H, K, K)
+    return dict(
+        q=unit(normal(B, T, H, K)).astype(dtype),
+        k=unit(normal(B, T, H, K)).astype(dtype),
+        v=normal(B, T, H, V).astype(dtype),
+        g=-0.1 * jax.nn.softplus(2 * normal(B, T, H)),
+        beta=jax.nn.sigmoid(normal(B, T, H)),
+        lamb=0.25 + jax.nn.softplus(normal(H, K)),
+        # Symmetric and positive definite, as every state is.
+        initial_state=MesaState(past @ past.mT / K, normal(B, H, K, V)),
+    )
+
+
+def _spike(args):
+    """One gate of -1e4 among weak ones: beside it, cumulated sums keep no digit of the others."""
+    return args | dict(g=(0.1 * args["g"]).at[:, args["g"].shape[1] // 3].set(-1e4))
+
+
+def _twins(args):
+    """The same key at every token and no decay, on a weak ridge: the condition is near 1e3."""
+    k = jnp.broadcast_to(args["k"][:, :1], args["k"].shape)
+    return args | dict(k=k, g=jnp.zeros_like(args["g"]), lamb=0.1 * args["lamb"])
+
+
+def _nothing(args):
+    """A row of zeros in turn for q, k and beta, and at the start no state: Hkk is 0 there."""
+    zero = {n: args[n].at[:, i : i + 3].set(0) for i, n in enumerate(("q", "k", "beta"))}
+    return args | zero | dict(initial_state=jax.tree.map(jnp.zeros_like, args["initial_state"]))
+
+
+def _small(args):
+    """Queries whose squares float32 cannot hold."""
+    return args | dict(q=(1e-25 * args["q"].astype(f32)).astype(args["q"].dtype))
+
+
+def _later(name, x):
+    """Keys keep their norm and betas their sign: the matrix must stay positive definite."""
+    if name in ("q", "k"):
+        return -jnp.flip(x, -1)
+    return {"g": 40.0 * x - 1.0, "beta": 1.0 - 0.5 * x}.get(name, 3.0 - x)
+
+
+def _state(**edits):
+    """An edit of the initial state's fields."""
+    return lambda args: (
+        args
+        | dict(
+            initial_state=args["initial_state"]._replace(
+                **{name: e(getattr(args["initial_state"], name)) for name, e in edits.items()}
+            )
+        )
+    )
+
+
+_SHARED_MISTAKES = (
+    *(mistake for mistake in COMMON_MISTAKES if mistake not in SCALE_MISTAKES),
+    ("beta of integers", edit(beta=lambda x: x.astype(jnp.int32)), TypeError, ("beta", "int32")),
+    ("beta per channel", edit(beta=lambda x: x[..., None]), ValueError, ("beta", "shape")),
+    ("lamb per head", edit(lamb=lambda x: x[:, 0]), ValueError, ("lamb", "[H, K]")),
+    ("lamb of another K", edit(lamb=lambda x: x[:, 1:]), ValueError, ("lamb", "K")),
+    (
+        "lamb in float16",
+        edit(lamb=lambda x: x.astype(jnp.float16)),
+        TypeError,
+        ("lamb", "float16", "float32"),
+    ),
+    ("cg_steps zero", edit(cg_steps=0), ValueError, ("cg_steps", "at least 1", "0")),
+    ("cg_steps a float", edit(cg_steps=30.0), TypeError, ("cg_steps", "integer", "float")),
+    ("cg_steps an array", edit(cg_steps=lambda _: jnp.ones((), int)), TypeError, ("cg_steps",)),
+    (
+        "no kernel",
+        edit(implementation="pallas"),
+        NotImplementedError,
+        ("mesa", '"pallas"', 'implementation="xla" can'),
+    ),
+)
+
+_SMALL = dict(B=2, T=100, H=2, K=16, V=24)
+
+MESA = Mechanism(
+    name="mesa",
+    run=jla.mesa_net,
+    step=jla.mesa_step,
+    axes=dict(
+        q="B T H K",
+        k="B T H K",
+        v="B T H V",
+        g="B T H",
+        beta="B T H",
+        lamb="H K",
+        initial_state=MesaState("B H K K", "B H K V"),
+    ),
+    outputs=("B T H V", MesaState("B H K K", "B H K V")),
+    make=_make,
+    stress={
+        "no decay": lambda args: args | dict(g=jnp.zeros_like(args["g"])),
+        "strong everywhere": lambda args: args | dict(g=jnp.full_like(args["g"], -30.0)),
+        "one gate of -1e4": _spike,
+        "equal keys, weak ridge": _twins,
+        "zeros": _nothing,
+        "tiny queries": _small,
+    },
+    later=_later,
+    state=("initial_state", "state"),
+    tolerances={
+        "float32": (1e-3, 1e-3),
+        "bfloat16": (1e-2, 2e-2),
+        "float16": (1e-2, 2e-2),
+    },
+    implementations=(
+        Implementation("reference", sizes=_SMALL),
+        Implementation(
+            "xla",
+            sizes=_SMALL,
+            full=dict(B=2, T=2000, H=4, K=128, V=128),
+            lengths=(1, 65, 200),
+            head_dims=(dict(T=70, K=128, V=16), dict(T=70, K=63, V=256)),
+            ends_together=True,
+        ),
+        Implementation(
+            "pallas",
+            sizes=dict(B=1, T=100, H=1, K=16, V=32),
+            full=dict(B=2, T=2000, H=8, K=128, V=128),
+            dtypes=("bfloat16", "float16"),
+            lengths=(1, 63, 64, 130),
+            head_dims=(dict(K=128, V=81), dict(T=70, K=63, V=128)),
+            context=jla.pallas.interpret,
+            compiled_on="gpu",
+            linearizes=False,  # a custom_vjp
+        ),
+    ),
+    golden=("mesa_small", "mesa_d64", "mesa_d128_nodecay"),
+    golden_outputs=("o", "final_kk", "final_kv"),
+    golden_state=("initial_kk", "initial_kv"),
+    mistakes=(
+        *_SHARED_MISTAKES,
+        *COMMON_RUN_MISTAKES,
+        ("q without heads", edit(q=lambda x: x[:, :, 0]), ValueError, ("q ", "[B, T, H, K]")),
+        (
+            "no tokens",
+            lambda args: args | {n: args[n][:, :0] for n in ("q", "k", "v", "g", "beta")},
+            ValueError,
+            ("q ", "empty", "T"),
+        ),
+        (
+            "K too large",
+            lambda args: (
+                args
+                | {n: jnp.tile(args[n], 17) for n in ("q", "k", "lamb")}
+                | dict(initial_state=None)
+            ),
+            ValueError,
+            ("dimension K must be 16 to 256", "272"),
+        ),
+        (
+            "initial_state a plain tuple",
+            edit(initial_state=tuple),
+            TypeError,
+            ("initial_state", "MesaState", "tuple"),
+        ),
+        (
+            "initial_state in float16",
+            _state(kk=lambda x: x.astype(jnp.float16)),
+            TypeError,
+            ("initial_state.kk", "float16", "float32"),
+        ),
+        (
+            "initial_state transposed",
+            _state(kv=lambda x: jnp.swapaxes(x, 2, 3)),
+            ValueError,
+            ("initial_state.kv", "K"),
+        ),
+    ),
+    step_mistakes=(
+        *_SHARED_MISTAKES,
+        ("q with a time axis", edit(q=lambda x: x[:, None]), ValueError, ("q ", "[B, H, K]")),
+        ("no state", edit(state=None), TypeError, ("state", "MesaState", "NoneType")),
+        (
+            "state in float16",
+            edit(state=lambda x: x._replace(kk=x.kk.astype(jnp.float16))),
+            TypeError,
+            ("state.kk", "float16"),
+        ),
+    ),
+)
