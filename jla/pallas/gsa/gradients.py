@@ -163,13 +163,6 @@ def chunk_gradients(x, y, w, s, gates, states, gradients, *, rows_too):
             plgpu.copy_gmem_to_smem(gates_ref.at[b, rows, h, columns(m)], sg[m], loaded)
         plgpu.barrier_wait(loaded)
 
-        def row_sums(mask, value):
-            """mask @ value, 16 bits of the float32 value kept."""
-            plgpu.commit_smem()
-            work[0][...], work[1][...] = mosaic.split(value)
-            plgpu.commit_smem()
-            return product((mask, work[0]), (mask, work[1]))
-
         # For j < i the products x_i . y_j, for j > i x_j . y_i.
         both = product(*((a, b.T) for a, b in zip(sy, sx, strict=True)))
         one = product(*((a, b.T) for a, b in zip(sx, sy, strict=True)))
@@ -182,39 +175,47 @@ def chunk_gradients(x, y, w, s, gates, states, gradients, *, rows_too):
             dw = before * product(*((tile, x[m]) for tile, x in zip(sx, states, strict=True)))
             a_m, dw, ds = _through_levels(sw[m], ss[m], sg[m], pairs, work[0], dw)
             a = a_m if a is None else a + a_m
+            if m + 1 == m_tiles:
+                pairs[...] = a.astype(bf16)
 
-            writes = load(ss[m])
-            weights = load(sw[m])
-            signed = weights * dw - writes * ds
+            # In this order few tiles live at a time. The cumsum cancels, and so needs 16 bits.
+            signed = load(sw[m]) * dw - load(ss[m]) * ds
+            plgpu.commit_smem()
+            work[0][...], work[1][...] = mosaic.split(signed)
+            plgpu.commit_smem()
+            onwards = chunks.weights(chunks.from_on(), bf16)
+            dg = product((onwards, work[0]), (onwards, work[1]))
+
             after = chunks.decays(chunks.weights(chunks.from_on(strict=True)), sg[m])
             if group > 1:
-                first = lax.rem(head, group) == 0
-                after = jnp.where(jnp.broadcast_to(first, after.shape), after, 0.0)
+                after = _where(lax.rem(head, group) == 0, after)
             end = after * product(*((tile, x[m]) for tile, x in zip(sy, gradients, strict=True)))
-            ds += end + weights * per_row(own, TILE_WIDTH)
-            dg = row_sums(chunks.weights(chunks.from_on(), bf16), signed)
-            dg += row_sums(chunks.weights(chunks.up_to(strict=True), bf16), end * writes)
+            ds = (ds + end + load(sw[m]) * per_row(own, TILE_WIDTH)).astype(bf16)
+            plgpu.commit_smem()
+            writes = load(ss[m])
+            work[0][...] = (end * writes).astype(bf16)
+            ss[m][...] = (writes * after).astype(bf16)  # for dy
+            everywhere = chunks.everywhere()
             carried = _carried(states, gradients, m)
-            carried *= jnp.exp2(product((chunks.weights(chunks.everywhere()), sg[m])))
+            carried *= jnp.exp2(product((chunks.weights(everywhere), sg[m])))
             if group > 1:
-                carried = jnp.where(jnp.broadcast_to(first, carried.shape), carried, 0.0)
-            dg += row_sums(chunks.weights(chunks.everywhere(), bf16), carried)
-            dg_out.at[b, rows, out_head, columns(m)][...] = dg
+                carried = _where(lax.rem(head, group) == 0, carried)
+            work[1][...] = carried.astype(bf16)
+            plgpu.commit_smem()
+            earlier = chunks.weights(chunks.up_to(strict=True), bf16)
+            border = (earlier, work[0]), (chunks.weights(everywhere, bf16), work[1])
+            dg_out.at[b, rows, out_head, columns(m)][...] = product(*border, init=dg)
 
-            # Decayed, for the last products.
-            ss[m][...] = (writes * after).astype(bf16)
             if rows_too:
                 before = chunks.decays(chunks.weights(chunks.up_to()), sg[m])
-                sw[m][...] = (load(sw[m]) * before).astype(bf16)
+                sw[m][...] = (load(sw[m]) * before).astype(bf16)  # for dx
             plgpu.commit_smem()
-            work[0][...] = ds.astype(bf16)
+            work[0][...] = ds
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(work[0], ds_out.at[b, rows, out_head, columns(m)])
             if m + 1 < m_tiles:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        pairs[...] = a.astype(bf16)  # nobody has read it since the last barrier
-        plgpu.commit_smem()
         dx, dy = [], []
         for i in range(d_tiles):
             end = ((ss[m], gradients[i][m].T) for m in range(m_tiles))
@@ -272,18 +273,18 @@ def _through_levels(sw, ss, sg, pairs, work, dw):
 
     def level_step(level, carry):
         a, dw, ds = carry
-        decay = chunks.decays(chunks.weights(chunks.level_decay_mask(level)), sg).astype(bf16)
+        decay = chunks.decays(chunks.weights(chunks.level_decay_mask(level)), sg)
         reads = chunks.level_reads(level, bf16)
         tokens = plgpu.load(sw, layout=TILE) * per_row(reads, TILE_WIDTH)
         tokens += plgpu.load(ss, layout=TILE) * per_row(1 - reads, TILE_WIDTH)
-        tokens *= decay
+        tokens *= decay.astype(bf16)
         plgpu.commit_smem()
         work[...] = tokens
         plgpu.commit_smem()
         # What is written too far from the diagonal is overwritten by the levels to come.
         a = jnp.where(chunks.before_half(level), product((tokens, work.T)), a)
         mine = jnp.where(chunks.level_pairs(level, symmetric=True), load(pairs), 0.0)
-        change = decay.astype(f32) * product((mine.astype(bf16), work))
+        change = decay * product((mine.astype(bf16), work))
         reads = per_row(chunks.level_reads(level, f32), TILE_WIDTH)
         return a, dw + change * reads, ds + change * (1 - reads)
 
@@ -297,3 +298,8 @@ def _carried(states, gradients, m):
         term = load(x[m]) * load(dx[m])
         total = term if total is None else total + term
     return total
+
+
+def _where(predicate, x):
+    """x if the scalar predicate holds, else zeros; Mosaic broadcasts no predicate by itself."""
+    return jnp.where(jnp.broadcast_to(predicate, x.shape), x, 0.0)
