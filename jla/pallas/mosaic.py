@@ -118,9 +118,14 @@ def release():
 
 
 def split(x):
-    """A float32 value as the sum of two bf16 values: 16 of its 24 bits."""
-    high = x.astype(bf16)
-    return high, (x - high.astype(f32)).astype(bf16)
+    """A float32 value as the sum of two bf16 values: 16 of its 24 bits.
+
+    The first is cut off rather than rounded: a mask makes it, where a rounding would have to be
+    undone element by element.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    high = lax.bitcast_convert_type(lax.bitwise_and(bits, jnp.uint32(0xFFFF0000)), f32)
+    return high.astype(bf16), (x - high).astype(bf16)
 
 
 def load(ref, layout=TILE, *, optimized=True):
