@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 CHUNK = 32
-SPAN = 128
+SPAN = 256
 
 
 def layout(T):

@@ -17,7 +17,7 @@ __all__ = ["kda", "kda_step"]  # one token has no chunks: its step is the defini
 f32 = jnp.float32
 
 # What a checkpoint keeps of each chunk.
-_KEPT = ("scores", "inverse", "reads", "errors", "states")
+_KEPT = ("inverse", "reads", "errors", "states")
 
 
 @functools.partial(jax.jit, static_argnames="scale")
@@ -25,8 +25,7 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
     """A scan over spans of chunks. See `jla.kda`.
 
     The body is checkpointed: the backward pass keeps the inputs and, of each chunk, the state that
-    entered, the errors, W and two C x C matrices. The decays and what they weight are computed
-    again.
+    entered, the errors, W and the inverse. The decays and what they weight are computed again.
     """
     T = q.shape[1]
     size, length = chunks.layout(T)
@@ -70,7 +69,6 @@ def _span(size, scale, state, inputs):
         key_levels.append(key_level)
         query_levels.append(query_level)
     scores = chunks.lower_triangular(jnp.sum(q * writes, axis=-1), query_levels)
-    scores = checkpoint_name(scores, "scores")
 
     def by_chunk(x):
         return chunks.blocks(x, size)
