@@ -131,7 +131,7 @@ _mesa.defvjp(_mesa_forward, _mesa_backward)
 def _scaled(k, v, lamb, kk, kv):
     """What the kernels, for which lamb is 1, make of the keys, the values, lamb and the states."""
     scale = jax.lax.rsqrt(lamb)
-    largest = jnp.finfo(f16).max
+    largest = float(jnp.finfo(f16).max)
     k, v = (
         jnp.clip(x.astype(f32), -largest, largest).astype(f16)
         for x in (k.astype(f32) * scale[:, None], v)
@@ -195,7 +195,7 @@ def _backward(k, v, cumulated, beta, x, kk, kk_scale, kv, kv_scale, do, *ends, s
         k, v, do, x, cumulated, decays, beta, *borders, steps=steps, tolerance=solve.TOLERANCE
     )
     dkk, dkv, *starts = states.reverse(x, y, do, decays, ends)
-    dk, dv, direct, written, reads, border = chunk_gradients(
+    dk, dv, direct, written, reads, read, border = chunk_gradients(
         k, v, do, x, y, cumulated, later, beta, *borders, dkk, dkv
     )
 
@@ -204,10 +204,11 @@ def _backward(k, v, cumulated, beta, x, kk, kk_scale, kv, kv_scale, do, *ends, s
 
     # A gate decays what is read after it of what was there before it: of the chunk's own pairs
     # those on either side of it, and for all of the chunk's gates the states.
-    within = by_chunk(reads - beta * direct + through_states)
+    within = by_chunk(reads - read + through_states)
     within = jnp.flip(jnp.cumsum(jnp.flip(within, -1), -1), -1)
-    write = by_chunk(beta * written)
+    before = jnp.cumsum(by_chunk(beta * written)[..., :-1], -1)
+    before = jnp.pad(before, ((0, 0), (0, 0), (0, 0), (1, 0)))
     carried = by_chunk(border).sum(-1, keepdims=True) * by_chunk(decays)[..., -1:]
-    dg = within + jnp.cumsum(write, -1) - write + carried
+    dg = within + before + carried
     dg = dg.reshape(beta.shape) / LOG2E
     return y, dk, dv, dg, direct + written, products.sum(2), *starts

@@ -33,9 +33,10 @@ def chunk_gradients(
       dkk, dkv: -dHkk^T and dHkv, as `states.reverse` returned them.
 
     Returns:
-      dk [B, T, H, K], dv [B, T, H, V] bf16, and [B, H, L] float32: sum_t D dM and what beta writes,
-      the rest of dbeta; sum_j M dM, by t; and what sums over the chunk to <dHkk, Hkk> + <dHkv, Hkv>
-      with the states before it and the gradients of those after it.
+      dk [B, T, H, K], dv [B, T, H, V] bf16, and [B, H, L] float32: both parts of dbeta, by reads
+      and by what is written; the sums of M dM over j < t, by t, and by j; and what sums over the
+      chunk to <dHkk, Hkk> + <dHkv, Hkv> with the states before it and the gradients of those after
+      it.
 
     Everything is transposed, [j, t]: what is summed over t then is a register operand. One
     warpgroup a chunk; 96 KB of SMEM at K=V=128 (k, v 32, then Hkk, then Hkv; x, y, do 48, then dHkk
@@ -54,7 +55,7 @@ def chunk_gradients(
     def body(
         k_ref, v_ref, do_ref, x_ref, y_ref, cumulated_ref, cumulated_too, later_ref, beta_ref,
         kk_ref, kk_scale_ref, kv_ref, kv_scale_ref, dkk_ref, dkv_ref,
-        dk_out, dv_out, direct_out, written_out, reads_out, border_out,
+        dk_out, dv_out, direct_out, written_out, reads_out, read_out, border_out,
         sk, sv, work, loaded, gradients_loaded, *states_loaded,
     ):  # fmt: skip
         b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
@@ -84,7 +85,10 @@ def chunk_gradients(
         change *= decay
         pairs = scores * change
         direct_out.at[b, h, rows][...] = jnp.sum(pairs, axis=1)
-        reads_out.at[b, h, rows][...] = jnp.sum(pairs * beta, axis=0)
+        # A token decays nothing of its own; its part would only have to cancel.
+        pairs = jnp.where(chunks.from_on(strict=True), pairs * beta, 0.0)
+        reads_out.at[b, h, rows][...] = jnp.sum(pairs, axis=0)
+        read_out.at[b, h, rows][...] = jnp.sum(pairs, axis=1)
         change = (change * beta).astype(bf16)
         unread = (-scores * decay * beta).astype(bf16)
         # Rounded to be held: registers are short.
@@ -141,7 +145,7 @@ def chunk_gradients(
     return mosaic.kernel(
         body,
         automatic_barriers=False,
-        out_type=[SDS((B, T, H, K), bf16), SDS((B, T, H, V), bf16), *[vectors] * 4],
+        out_type=[SDS((B, T, H, K), bf16), SDS((B, T, H, V), bf16), *[vectors] * 5],
         scratch_types=[
             tiles(k_tiles),
             tiles(v_tiles),
