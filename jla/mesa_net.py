@@ -44,10 +44,11 @@ def mesa_net(
     .. math::
       \sqrt{r^\top \Lambda^{-1} r} \le \mathrm{tol} \cdot \sqrt{q_t^\top \Lambda^{-1} q_t},
 
-    or after `cg_steps` iterations; tol is 1e-6 for float32 inputs, and for bfloat16 and float16 1e-4
-    in "xla" and 5e-4 in "pallas". No token's result depends on its neighbours' stopping. Gradients are those of the
-    solution (by the implicit function theorem), not of the iterations: they take one more solve
-    with the same matrix and the same `cg_steps`. docs/mesa_net.md measures what error remains.
+    or after `cg_steps` iterations; tol is 1e-6 for float32 inputs, and for bfloat16 and float16 it
+    is 1e-4 in "xla", 5e-4 in "pallas". No token's result depends on its neighbours' stopping.
+    Gradients are those of the solution (by the implicit function theorem), not of the iterations:
+    they take one more solve with the same matrix and the same `cg_steps`. docs/mesa_net.md measures
+    what error remains.
 
     The matrix must be positive definite for this: every `lamb` above zero, every `beta` at least
     zero, and `initial_state.kk` symmetric without negative eigenvalues. These are values, which a

@@ -2,5 +2,6 @@
 
 from jla.linen.gsa import GatedSlotAttention
 from jla.linen.kda import KimiDeltaAttention
+from jla.linen.mesa_net import MesaNet
 
-__all__ = ["GatedSlotAttention", "KimiDeltaAttention"]
+__all__ = ["GatedSlotAttention", "KimiDeltaAttention", "MesaNet"]

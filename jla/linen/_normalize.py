@@ -1,5 +1,7 @@
 """Normalisation in float32, whatever the dtypes of the inputs and the parameters."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
@@ -15,7 +17,7 @@ def l2norm(x, epsilon=1e-6):
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x**2) + epsilon) * scale * sigmoid(gate)` in x's dtype; the gate is optional.
+    """`x / sqrt(mean(x**2) + epsilon) * scale * activation(gate)` in x's dtype; or without a gate.
 
     Not `nn.RMSNorm` and a product, because that does not run with a bfloat16 scale under strict
     dtype promotion.
@@ -24,11 +26,13 @@ class RMSNorm(nn.Module):
       epsilon: added to the mean square.
       axes: how many of x's last axes are normalised together.
       param_dtype: dtype of the scale, which has the shape of these axes and starts as ones.
+      activation: of the gate.
     """
 
     epsilon: float
     axes: int = 1
     param_dtype: nn.dtypes.Dtype = f32
+    activation: Callable = nn.sigmoid
 
     @nn.compact
     def __call__(self, x, gate=None):
@@ -39,5 +43,5 @@ class RMSNorm(nn.Module):
         mean_square = jnp.mean(x32 * x32, axis=axes, keepdims=True)
         normed = x32 * lax.rsqrt(mean_square + self.epsilon) * scale.astype(f32)
         if gate is not None:
-            normed = normed * nn.sigmoid(gate.astype(f32))
+            normed = normed * self.activation(gate.astype(f32))
         return normed.astype(x.dtype)

@@ -27,7 +27,9 @@ def convolved(p, letter, x, t, conv_size):
 def convolution_cache(p, x, conv_size):
     """What the convolutions' caches hold after x [T, D]."""
     cache = {}
-    for letter in "qkv" if conv_size else ():
+    for letter in "qkv":
+        if f"{letter}_conv1d" not in p:
+            continue
         z = project(p, f"{letter}_proj", x)
         before = np.zeros((conv_size - 1, *z.shape[1:]))
         kept = np.concatenate([before, z])[1 - conv_size :]

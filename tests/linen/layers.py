@@ -22,9 +22,10 @@ import numpy as np
 import pytest
 from layer_gsa import GSA
 from layer_kda import KDA
+from layer_mesa import MESA
 
 D = 24
-LAYERS = {entry["name"]: entry for entry in (KDA, GSA)}
+LAYERS = {entry["name"]: entry for entry in (KDA, GSA, MESA)}
 CASES = [f"{name}-{case}" for name, entry in LAYERS.items() for case in entry["cases"]]
 each_layer = pytest.mark.parametrize("name", LAYERS)
 each_case = pytest.mark.parametrize("case", CASES)

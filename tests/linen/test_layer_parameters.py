@@ -90,6 +90,15 @@ def test_initial_values_of_gsa():
     assert np.all(np.asarray(params["g_norm"]["scale"]) == 1)
 
 
+def test_initial_values_of_mesa():
+    for bound, want in ((0.25, 1.0), (0.01, 1.0), (2.0, 4.0)):
+        module = layer("mesa-rich", kernel_init=nn.initializers.zeros, lambda_lower_bound=bound)
+        params = module.init(jax.random.key(0), normal(0, 1, 4, D))["params"]
+        np.testing.assert_allclose(nn.softplus(params["lambda_params"]) + bound, want, rtol=1e-5)
+    assert np.all(np.asarray(params["o_norm"]["scale"]) == 1)
+    assert not np.any(params["a_proj"]["bias"]) and not np.any(params["b_proj"]["bias"])
+
+
 X = np.zeros((2, 5, D), np.float32)
 # (attributes beside plain's, edits of the call's arguments, exception, pattern of its message)
 MISTAKES = (
