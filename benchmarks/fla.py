@@ -123,3 +123,44 @@ def _gsa_inputs(shape, grad):
     g = torch.nn.functional.logsigmoid(f) / 8
     inputs |= dict(s=(1 - g.exp()).bfloat16(), g=g.bfloat16())
     return {name: x.requires_grad_(grad) for name, x in inputs.items()}
+
+
+def mesa(shape):
+    from fla.ops.mesa_net import chunk_mesa_net
+
+    if shape.packed:
+        raise NotImplementedError("packed sequences are not timed with fla")
+    inputs = _mesa_inputs((shape.B, shape.T), shape.H, shape.D, grad=True)
+    options = dict(max_CG_iteration=30, use_qk_l2norm_in_kernel=True)
+    return lambda: chunk_mesa_net(**inputs, **options)[0], list(inputs.values())
+
+
+def mesa_step(shape):
+    """fla's step does not normalise: the l2 norm is timed with it, as with ours."""
+    import torch
+    from fla.ops.mesa_net import mesa_net_decoding_one_step
+    from torch.nn.functional import normalize
+
+    B, H, D = shape.B, shape.H, shape.D
+    inputs = _mesa_inputs((B,), H, D, grad=False)
+    past = torch.randn(B, H, D, D, device="cuda")
+    states = dict(prev_h_kk=past @ past.mT / D, prev_h_kv=torch.randn_like(past))
+
+    def run():
+        with torch.no_grad():
+            unit = {name: normalize(inputs[name], dim=-1) for name in "qk"}
+            return mesa_net_decoding_one_step(**inputs | unit, **states, max_CG_iteration=30)[0]
+
+    return run, []
+
+
+def _mesa_inputs(leading, H, D, grad):
+    import torch
+
+    inputs = {
+        name: torch.randn(*leading, H, D, device="cuda", dtype=torch.bfloat16) for name in "qkv"
+    }
+    g = torch.nn.functional.logsigmoid(torch.randn(*leading, H, device="cuda") + 4)
+    inputs |= dict(g=g, beta=torch.rand(*leading, H, device="cuda"))
+    inputs["lamb"] = torch.rand(H, D, device="cuda") + 0.25
+    return {name: x.requires_grad_(grad) for name, x in inputs.items()}

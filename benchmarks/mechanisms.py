@@ -118,6 +118,31 @@ def _gsa_state(key, shape):
     return jla.GSAState(hk, jax.random.normal(keys[1], (B, H, M, D), f32))
 
 
+def _mesa_raw(key, leading, shape):
+    """Gates, betas and ridges are given, as fla's function takes them."""
+    H, D = shape.H, shape.D
+    keys = iter(jax.random.split(key, 6))
+    raw = {name: jax.random.normal(next(keys), (*leading, H, D), bf16) for name in "qkv"}
+    raw["g"] = jax.nn.log_sigmoid(jax.random.normal(next(keys), (*leading, H), f32) + 4)
+    raw["beta"] = jax.random.uniform(next(keys), (*leading, H), f32)
+    raw["lamb"] = jax.random.uniform(next(keys), (H, D), f32, 0.25, 1.25)
+    return raw
+
+
+def _mesa_prepare(raw):
+    return raw | dict(q=l2norm(raw["q"]), k=l2norm(raw["k"]))
+
+
+def _mesa_step(arguments, state, implementation):
+    return jla.mesa_step(**arguments, state=state, implementation=implementation)
+
+
+def _mesa_state(key, shape):
+    """Hkk is symmetric and positive definite."""
+    past, kv = jax.random.normal(key, (2, shape.B, shape.H, shape.D, shape.D), f32)
+    return jla.MesaState(past @ past.mT / shape.D, kv)
+
+
 # The sweep has main's number of tokens; main and long belong to its curve.
 _ALL = ("forward", "backward", "bare_forward", "bare_backward", "errors")
 _TIMES = ("forward", "backward")
@@ -185,5 +210,23 @@ MECHANISMS = {
         state=_gsa_state,
         fla=fla.gsa,
         fla_step=fla.gsa_step,
+    ),
+    "mesa": Mechanism(
+        function=functools.partial(jla.mesa_net, cg_steps=30),
+        raw=_mesa_raw,
+        prepare=_mesa_prepare,
+        shapes=dict(full=_FULL, small=_SMALL),
+        targets={
+            ("main", "forward", "ms"): 3.0,
+            ("main", "backward", "ms"): 9.0,
+            ("main", "backward", "memory_gib"): 2.52,
+            ("main", "backward", "first_call_s"): 20.0,
+            ("step", "step16", "ms"): 0.2,
+        },
+        step=_mesa_step,
+        state=_mesa_state,
+        fla=fla.mesa,
+        fla_step=fla.mesa_step,
+        unbatched=("lamb",),
     ),
 }

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from text import VOCABULARY
 
-from jla.linen import GatedSlotAttention, KimiDeltaAttention
+from jla.linen import GatedSlotAttention, KimiDeltaAttention, MesaNet
 
 weight_init = nn.initializers.normal(0.02)
 
@@ -69,6 +69,7 @@ MIXERS = {
     "gsa": lambda model, **common: GatedSlotAttention(
         implementation=model.implementation, **common
     ),
+    "mesa": lambda model, **common: MesaNet(implementation=model.implementation, **common),
     "attention": lambda model, **common: CausalAttention(**common),
 }
 

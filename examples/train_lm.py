@@ -49,9 +49,9 @@ def make_optimizer(steps, peak_rate, weight_decay):
 def decays(params):
     """Marks the parameters that weight decay applies to: matrices, embeddings, convolutions.
 
-    Not norms' scales, biases, nor the gates' A_log and dt_bias, whose zero means nothing.
+    Not norms' scales, biases, nor A_log, dt_bias and lambda_params, whose zero means nothing.
     """
-    undecayed = ("scale", "bias", "A_log", "dt_bias")
+    undecayed = ("scale", "bias", "A_log", "dt_bias", "lambda_params")
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in undecayed, params)
 
 

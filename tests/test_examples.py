@@ -107,14 +107,17 @@ def test_decoding_is_the_forward(mixer):
         train_lm.check_decoding(model, params, prompt, tokens, wrong, length=16)
 
 
-def test_weight_decay_spares_norms_biases_and_gates():
+@pytest.mark.parametrize(
+    ("mixer", "gates"), [("kda", {"A_log", "dt_bias"}), ("mesa", {"lambda_params"})]
+)
+def test_weight_decay_spares_norms_biases_and_gates(mixer, gates):
     tokens = jnp.zeros((1, 2), jnp.int32)
-    model = LanguageModel("kda", width=32, depth=1, heads=2)
+    model = LanguageModel(mixer, width=32, depth=1, heads=2)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     marked = jax.tree_util.tree_leaves_with_path(train_lm.decays(params))
     spared = {path[-1].key for path, decayed in marked if not decayed}
     decayed = {path[-1].key for path, decayed in marked if decayed}
-    assert spared == {"scale", "bias", "A_log", "dt_bias"}
+    assert spared == {"scale", "bias"} | gates
     assert decayed == {"kernel", "embedding"}
 
 
