@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jla._segments import segment_starts
 from jla._state import MesaState
 from jla.pallas.chunks import CHUNK, LOG2E, TILE_WIDTH
-from jla.pallas.mesa_net import solve, states, step
+from jla.pallas.mesa_net import gates, solve, states, step
 from jla.pallas.mesa_net.gradients import chunk_gradients
 from jla.pallas.mesa_net.step import mesa_step
 from jla.pallas.mosaic import TILE_ROWS
@@ -28,7 +28,17 @@ WIDEST = 128  # K or V; the registers of one warpgroup hold no wider row
 # error below 1e-3.
 STRONGEST = -160.0
 
-_INPUTS = ("B T H K", "B T H K", "B T H V", "B H L", "B H L", "B H K", "B H K J", "B H K V")
+_INPUTS = (
+    "B T H K",
+    "B T H K",
+    "B T H V",
+    "B H L",
+    "B H L",
+    "B H L",
+    "B H K",
+    "B H K J",
+    "B H K V",
+)
 _OUTPUTS = ("B T H V", "B H K J", "B H K V")
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
 _KEPT = {
@@ -63,9 +73,9 @@ def mesa_net(q, k, v, g, beta, lamb, initial_state, segment_ids, *, cg_steps):
     (B, T, H, K), V, dtype = q.shape, v.shape[-1], v.dtype
     tokens, keys, values = -T % TILE_ROWS, -K % TILE_WIDTH, -V % TILE_WIDTH
     g = jnp.maximum(g * LOG2E, STRONGEST)
-    if segment_ids is not None:
-        # A first token that lets nothing through is all there is to a border.
-        g = jnp.where(segment_starts(segment_ids)[:, :, None], STRONGEST, g)
+    starts = jnp.zeros((B, T), bool) if segment_ids is None else segment_starts(segment_ids)
+    first = gates.firsts(jnp.pad(starts, ((0, 0), (0, -T % CHUNK))))
+    first = jnp.broadcast_to(first[:, None], (B, H, first.shape[1]))
     g, beta = (
         jnp.pad(jnp.swapaxes(x.astype(f32), 1, 2), ((0, 0), (0, 0), (0, -T % CHUNK)))
         for x in (g, beta)
@@ -83,30 +93,31 @@ def mesa_net(q, k, v, g, beta, lamb, initial_state, segment_ids, *, cg_steps):
         jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, features)))
         for x, features in ((q.astype(bf16), keys), (k, keys), (v, values))
     )
-    o, kk, kv = _mesa(q, k, v, g, beta, lamb, kk, kv, cg_steps, dtype)
+    o, kk, kv = _mesa(q, k, v, g, first, beta, lamb, kk, kv, cg_steps, dtype)
     return o[:, :T, :, :V].astype(dtype), MesaState(kk[:, :, :K, :K], kv[:, :, :K, :V])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
-def _mesa(q, k, v, g, beta, lamb, kk, kv, cg_steps, dtype):
-    """MesaNet on whole tiles; g in base 2, and beta, [B, H, L], lamb [B, H, K]; k, v of `dtype`."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10))
+def _mesa(q, k, v, g, first, beta, lamb, kk, kv, cg_steps, dtype):
+    """MesaNet on whole tiles; g in base 2, `gates.firsts` and beta [B, H, L]; lamb [B, H, K]; k and
+    v of `dtype`."""
     run = functools.partial(_forward, steps=cg_steps, keep=False)
     scaled = _scaled(k, v, lamb, kk, kv)
-    return _unscaled(lamb, shardwise(run, _INPUTS, _OUTPUTS)(q, *_arranged(scaled, g, beta)))
+    return _unscaled(lamb, shardwise(run, _INPUTS, _OUTPUTS)(q, *_arranged(scaled, g, first, beta)))
 
 
-def _mesa_forward(q, k, v, g, beta, lamb, kk, kv, cg_steps, dtype):
+def _mesa_forward(q, k, v, g, first, beta, lamb, kk, kv, cg_steps, dtype):
     run = functools.partial(_forward, steps=cg_steps, keep=True)
-    inputs = _arranged(_scaled(k, v, lamb, kk, kv), g, beta)
+    inputs = _arranged(_scaled(k, v, lamb, kk, kv), g, first, beta)
     *results, x, kk, kk_scale, kv, kv_scale = shardwise(run, _INPUTS, (*_OUTPUTS, *_KEPT.values()))(
         q, *inputs
     )
     kept = map(checkpoint_name, (x, kk, kk_scale, kv, kv_scale), _KEPT)
-    return _unscaled(lamb, results), (*inputs[:5], lamb, *kept)
+    return _unscaled(lamb, results), (*inputs[:6], lamb, *kept)
 
 
 def _mesa_backward(cg_steps, dtype, residuals, cotangents):
-    k, v, cumulated, beta, scale, lamb, *kept = residuals
+    k, v, cumulated, first, beta, scale, lamb, *kept = residuals
     do, dkk, dkv = cotangents
     root = jnp.sqrt(lamb)
     row, column = root[..., None], root[:, :, None]
@@ -115,14 +126,14 @@ def _mesa_backward(cg_steps, dtype, residuals, cotangents):
     run = functools.partial(_backward, steps=cg_steps)
     dq, dk, dv, dg, dbeta, products, dkk, dkv = shardwise(
         run,
-        (*_INPUTS[1:5], *_KEPT.values(), *_OUTPUTS),
+        (*_INPUTS[1:6], *_KEPT.values(), *_OUTPUTS),
         ("B T H K", "B T H K", "B T H V", "B H L", "B H L", "B H K", "B H K J", "B H K V"),
-    )(k, v, cumulated, beta, *kept, do, *ends)
+    )(k, v, cumulated, first, beta, *kept, do, *ends)
     dq, dk = (x.astype(f32) * scale[:, None] for x in (dq, dk))
     dkk = -scale[..., None] * jnp.swapaxes(dkk, 2, 3) * scale[:, :, None]
     dkv = scale[..., None] * dkv
     dq, dk, dv = dq.astype(bf16), dk.astype(dtype), dv.astype(dtype)
-    return dq, dk, dv, dg, dbeta, -scale * scale * products, dkk, dkv
+    return dq, dk, dv, dg, None, dbeta, -scale * scale * products, dkk, dkv
 
 
 _mesa.defvjp(_mesa_forward, _mesa_backward)
@@ -140,9 +151,9 @@ def _scaled(k, v, lamb, kk, kv):
     return k, v, scale, row * kk * scale[:, :, None], row * kv
 
 
-def _arranged(scaled, g, beta):
+def _arranged(scaled, g, first, beta):
     k, v, scale, kk, kv = scaled
-    return k, v, cumulated(g), beta, scale, kk, kv
+    return k, v, gates.cumulated(g, first), first, beta, scale, kk, kv
 
 
 def _unscaled(lamb, results):
@@ -152,23 +163,10 @@ def _unscaled(lamb, results):
     return o, row * kk * root[:, :, None], row * kv
 
 
-def cumulated(g):
-    """The sums of the gates from their chunk's start, [B, H, L]."""
-    by_chunk = g.reshape(*g.shape[:2], -1, CHUNK)
-    return jnp.cumsum(by_chunk, axis=-1).reshape(g.shape)
-
-
-def to_end(cumulated):
-    """exp of the decays after each token to its chunk's end, [B, H, L]."""
-    by_chunk = cumulated.reshape(*cumulated.shape[:2], -1, CHUNK)
-    difference = jnp.minimum(by_chunk[..., -1:] - by_chunk, 0.0)
-    return jnp.exp2(difference).reshape(cumulated.shape)
-
-
-def _forward(q, k, v, cumulated, beta, scale, kk, kv, *, steps, keep):
+def _forward(q, k, v, cumulated, first, beta, scale, kk, kv, *, steps, keep):
     """Both forward kernels: o and the last states, with `keep` also what `_KEPT` lists."""
-    decays = jnp.exp2(cumulated)
-    results = states.forward(k, v, decays, beta * to_end(cumulated), (kk, kv))
+    decays = gates.from_start(cumulated, first)
+    results = states.forward(k, v, decays, beta * gates.to_end(cumulated, first), (kk, kv))
     kk_states, kv_states, kk, kv, kk_scale, kv_scale = results
     borders = (kk_states, kk_scale, kv_states, kv_scale)
     o, *x = solve.outputs(
@@ -178,6 +176,7 @@ def _forward(q, k, v, cumulated, beta, scale, kk, kv, *, steps, keep):
         scale,
         cumulated,
         decays,
+        gates.reach(first)[0],
         beta,
         *borders,
         steps=steps,
@@ -187,28 +186,36 @@ def _forward(q, k, v, cumulated, beta, scale, kk, kv, *, steps, keep):
     return (o, kk, kv, *x, *borders) if keep else (o, kk, kv)
 
 
-def _backward(k, v, cumulated, beta, x, kk, kk_scale, kv, kv_scale, do, *ends, steps):
+def _backward(k, v, cumulated, first, beta, x, kk, kk_scale, kv, kv_scale, do, *ends, steps):
     """The three backward kernels, and what is small enough for XLA: the gates' gradient."""
-    decays, later = jnp.exp2(cumulated), to_end(cumulated)
+    decays, later = gates.from_start(cumulated, first), gates.to_end(cumulated, first)
+    since, until = gates.reach(first)
     borders = (kk, kk_scale, kv, kv_scale)
     y, through_states, products = solve.output_gradients(
-        k, v, do, x, cumulated, decays, beta, *borders, steps=steps, tolerance=solve.TOLERANCE
+        k,
+        v,
+        do,
+        x,
+        cumulated,
+        decays,
+        since,
+        beta,
+        *borders,
+        steps=steps,
+        tolerance=solve.TOLERANCE,
     )
     dkk, dkv, *starts = states.reverse(x, y, do, decays, ends)
     dk, dv, direct, written, reads, read, border = chunk_gradients(
-        k, v, do, x, y, cumulated, later, beta, *borders, dkk, dkv
+        k, v, do, x, y, cumulated, until, later, beta, *borders, dkk, dkv
     )
-
-    def by_chunk(x):
-        return x.reshape(*x.shape[:2], -1, CHUNK)
 
     # A gate decays what is read after it of what was there before it: of the chunk's own pairs
     # those on either side of it, and for all of the chunk's gates the states.
-    within = by_chunk(reads - read + through_states)
+    within = gates.by_chunk(reads - read + through_states)
     within = jnp.flip(jnp.cumsum(jnp.flip(within, -1), -1), -1)
-    before = jnp.cumsum(by_chunk(beta * written)[..., :-1], -1)
+    before = jnp.cumsum(gates.by_chunk(beta * written)[..., :-1], -1)
     before = jnp.pad(before, ((0, 0), (0, 0), (0, 0), (1, 0)))
-    carried = by_chunk(border).sum(-1, keepdims=True) * by_chunk(decays)[..., -1:]
+    carried = gates.by_chunk(border).sum(-1, keepdims=True) * gates.by_chunk(decays)[..., -1:]
     dg = within + before + carried
     dg = dg.reshape(beta.shape) / LOG2E
     return y, dk, dv, dg, direct + written, products.sum(2), *starts

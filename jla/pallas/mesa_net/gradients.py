@@ -16,7 +16,7 @@ SDS = jax.ShapeDtypeStruct
 
 
 def chunk_gradients(
-    k, v, do, x, y, cumulated, later, beta, kk, kk_scale, kv, kv_scale, dkk, dkv
+    k, v, do, x, y, cumulated, until, later, beta, kk, kk_scale, kv, kv_scale, dkk, dkv
 ):  # fmt: skip
     """Gradients of one chunk's inputs. With x, y the solutions of both passes, the loss sees A_t
     as -y_t A_t x_t; so with D[t, j] = exp(G_t - G_j) for j <= t, M = D beta, all sums over t,
@@ -29,6 +29,7 @@ def chunk_gradients(
     Args:
       k, v, do, x, y: as in `solve.output_gradients`.
       cumulated: G in base 2; later: exp(G_end - G); beta: [B, H, L] float32.
+      until: the place in its chunk of the last token that reads each token, [B, H, L] uint32.
       kk, kk_scale, kv, kv_scale: as `states.forward` returned them.
       dkk, dkv: -dHkk^T and dHkv, as `states.reverse` returned them.
 
@@ -53,7 +54,8 @@ def chunk_gradients(
     rounds = [states[i : i + room] for i in range(0, len(states), room)]
 
     def body(
-        k_ref, v_ref, do_ref, x_ref, y_ref, cumulated_ref, cumulated_too, later_ref, beta_ref,
+        k_ref, v_ref, do_ref, x_ref, y_ref,
+        cumulated_ref, cumulated_too, until_ref, later_ref, beta_ref,
         kk_ref, kk_scale_ref, kv_ref, kv_scale_ref, dkk_ref, dkv_ref,
         dk_out, dv_out, direct_out, written_out, reads_out, read_out, border_out,
         sk, sv, work, loaded, gradients_loaded, *states_loaded,
@@ -75,7 +77,9 @@ def chunk_gradients(
             vector(cumulated_ref), CHUNK
         )
         decay = jnp.exp2(jnp.minimum(difference, 0.0))
-        decay = jnp.where(chunks.from_on(), decay, 0.0)
+        place = chunks.tokens()
+        until = plgpu.load(until_ref.at[b, h, rows], layout=PER_ROW, optimized=False) - place
+        decay = jnp.where(mosaic.in_interval(place, until + 1, CHUNK), decay, 0.0)
         plgpu.barrier_wait(loaded)
 
         keys, values = ([load(tile).astype(bf16) for tile in refs] for refs in (sk, sv))
@@ -86,7 +90,7 @@ def chunk_gradients(
         pairs = scores * change
         direct_out.at[b, h, rows][...] = jnp.sum(pairs, axis=1)
         # A token decays nothing of its own; its part would only have to cancel.
-        pairs = jnp.where(chunks.from_on(strict=True), pairs * beta, 0.0)
+        pairs = jnp.where(mosaic.in_interval(place + 1, until, CHUNK), pairs * beta, 0.0)
         reads_out.at[b, h, rows][...] = jnp.sum(pairs, axis=0)
         read_out.at[b, h, rows][...] = jnp.sum(pairs, axis=1)
         change = (change * beta).astype(bf16)
@@ -157,6 +161,6 @@ def chunk_gradients(
         grid=(B, N, H),
         grid_names=("b", "n", "h"),
     )(
-        k, v, do, x, y, cumulated, cumulated, later, beta,
+        k, v, do, x, y, cumulated, cumulated, until, later, beta,
         kk, kk_scale, kv, kv_scale, dkk, dkv,
     )  # fmt: skip

@@ -39,7 +39,7 @@ AT_ONCE = 2  # iterations between two looks at whether all rows have stopped
 
 
 def outputs(
-    q, k, v, scale, cumulated, decays, beta, kk, kk_scale, kv, kv_scale,
+    q, k, v, scale, cumulated, decays, since, beta, kk, kk_scale, kv, kv_scale,
     *, steps, tolerance, keep,
 ):  # fmt: skip
     """The outputs of all chunks: x_t = A_t^-1 q_t, then
@@ -50,6 +50,7 @@ def outputs(
       q: [B, T, H, K] bf16. k, v: as in `states.forward`.
       scale: lamb^-1/2, [B, H, K] float32: it makes q what k already is.
       cumulated, decays: G in base 2, at most 0, and exp(G), [B, H, L] float32. beta: [B, H, L].
+      since: the place in its chunk of the first token that each token reads, [B, H, L] uint32.
       kk, kk_scale, kv, kv_scale: as `states.forward` returned them.
       steps: the most iterations. tolerance: 0 makes all of them.
       keep: whether to return x, for the backward pass.
@@ -68,7 +69,8 @@ def outputs(
     k_tiles, v_tiles = K // TILE_WIDTH, V // TILE_WIDTH
 
     def body(
-        q_ref, k_ref, v_ref, scale_ref, cumulated_ref, cumulated_too, decays_ref, beta_ref,
+        q_ref, k_ref, v_ref, scale_ref,
+        cumulated_ref, cumulated_too, decays_ref, since_ref, beta_ref,
         kk_ref, kk_scale_ref, kv_ref, kv_scale_ref, o_out, *refs,
     ):  # fmt: skip
         x_out, (sk, ss, sx, sm, so, loaded, keys_loaded, values_loaded) = refs[:-8], refs[-8:]
@@ -81,7 +83,9 @@ def outputs(
             for j in range(k_tiles):
                 source = kk_ref.at[b, h, n, columns(i), columns(j)]
                 plgpu.copy_gmem_to_smem(source, ss[i][j], keys_loaded)
-        vectors = (ref.at[b, h, rows] for ref in (cumulated_ref, cumulated_too, beta_ref))
+        vectors = (
+            ref.at[b, h, rows] for ref in (cumulated_ref, cumulated_too, since_ref, beta_ref)
+        )
         decay = mosaic.load(decays_ref.at[b, h, rows], PER_ROW, optimized=False)
         put_weights(sm, *vectors)
 
@@ -140,11 +144,11 @@ def outputs(
         ],
         grid=(B, L // CHUNK, H),
         grid_names=("b", "n", "h"),
-    )(q, k, v, scale, cumulated, cumulated, decays, beta, kk, kk_scale, kv, kv_scale)
+    )(q, k, v, scale, cumulated, cumulated, decays, since, beta, kk, kk_scale, kv, kv_scale)
 
 
 def output_gradients(
-    k, v, do, x, cumulated, decays, beta, kk, kk_scale, kv, kv_scale,
+    k, v, do, x, cumulated, decays, since, beta, kk, kk_scale, kv, kv_scale,
     *, steps, tolerance,
 ):  # fmt: skip
     """The backward pass's solves, y_t = A_t^-1 dx_t, with dx the gradient of o through x:
@@ -168,7 +172,7 @@ def output_gradients(
     k_tiles, v_tiles = K // TILE_WIDTH, V // TILE_WIDTH
 
     def body(
-        k_ref, v_ref, do_ref, x_ref, cumulated_ref, cumulated_too, decays_ref, beta_ref,
+        k_ref, v_ref, do_ref, x_ref, cumulated_ref, cumulated_too, decays_ref, since_ref, beta_ref,
         kk_ref, kk_scale_ref, kv_ref, kv_scale_ref, y_out, decays_out, products_out,
         sk, ss, sx, sm, so, values_loaded, keys_loaded,
     ):  # fmt: skip
@@ -180,7 +184,9 @@ def output_gradients(
             for i in range(k_tiles):
                 source = kv_ref.at[b, h, n, columns(i), columns(j)]
                 plgpu.copy_gmem_to_smem(source, ss[i][j], values_loaded)
-        vectors = (ref.at[b, h, rows] for ref in (cumulated_ref, cumulated_too, beta_ref))
+        vectors = (
+            ref.at[b, h, rows] for ref in (cumulated_ref, cumulated_too, since_ref, beta_ref)
+        )
         decay = mosaic.load(decays_ref.at[b, h, rows], PER_ROW, optimized=False)
         put_weights(sm, *vectors)
 
@@ -241,7 +247,7 @@ def output_gradients(
         ],
         grid=(B, L // CHUNK, H),
         grid_names=("b", "n", "h"),
-    )(k, v, do, x, cumulated, cumulated, decays, beta, kk, kk_scale, kv, kv_scale)
+    )(k, v, do, x, cumulated, cumulated, decays, since, beta, kk, kk_scale, kv, kv_scale)
 
 
 def _scratch(k_tiles, wide):
@@ -271,14 +277,16 @@ def put(buffers, values, out):
         plgpu.copy_smem_to_gmem(tile, out.at[:, columns(i)])
 
 
-def put_weights(sm, cumulated_by_row, cumulated_by_column, beta):
-    """M[t, j] = beta_j exp(G_t - G_j) for j <= t, else 0."""
+def put_weights(sm, cumulated_by_row, cumulated_by_column, since, beta):
+    """M[t, j] = beta_j exp(G_t - G_j) for since_t <= j <= t, else 0."""
     row = mosaic.load(cumulated_by_row, PER_ROW, optimized=False)
     column = mosaic.load(cumulated_by_column, PER_COLUMN, optimized=False)
     difference = jnp.minimum(per_row(row, CHUNK) - per_column(column, CHUNK), 0.0)
     weight = jnp.exp2(difference)
     weight *= per_column(mosaic.load(beta, PER_COLUMN, optimized=False), CHUNK)
-    sm[...] = jnp.where(chunks.up_to(), weight, 0.0).astype(f16)
+    since = plgpu.load(since, layout=PER_ROW, optimized=False)
+    reads = mosaic.in_interval(since, chunks.tokens() + 1 - since, CHUNK)
+    sm[...] = jnp.where(reads, weight, 0.0).astype(f16)
     plgpu.commit_smem()
 
 
