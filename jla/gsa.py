@@ -63,8 +63,9 @@ def gsa(
         [B, H, M, V], float32; zeros if None. With `segment_ids` it belongs to each row's first
         segment.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
-      implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device), or
-        None for the fastest that supports these arguments here; "pallas" has no kernel for it yet.
+      implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
+        "pallas" (GPU kernels; up to 128 slots, no float32), or None for the fastest that supports
+        these arguments here.
 
     Returns:
       The outputs, [B, T, HQ, V], of v's dtype, and the `GSAState` after the last token (with
