@@ -154,6 +154,7 @@ MESA = Mechanism(
             lengths=(1, 63, 64, 130),
             head_dims=(dict(K=128, V=81), dict(T=70, K=63, V=128)),
             context=jla.pallas.interpret,
+            beyond=("equal keys, weak ridge",),
             compiled_on="gpu",
             linearizes=False,  # a custom_vjp
         ),
