@@ -76,8 +76,8 @@ def logit_gradients(v, s, gates, value_states, p, do, *, scale):
         plgpu.barrier_wait(p_loaded)
         p = [load(sdo[m]) for m in range(m_tiles)]
         weighted = [x * y for x, y in zip(p, dp, strict=True)]
-        # The rounded p do not sum to 1; without the division dlogits would not sum to 0, and where
-        # one slot has nearly all, that is most of their error.
+        # The rounded p do not sum to 1; without the division dlogits would not sum to 0, which
+        # tells where one slot has nearly all.
         mean = per_row(slots.row_sum(weighted) / slots.row_sum(p), TILE_WIDTH)
         for m in range(m_tiles):
             sdo[m][...] = (scale * (weighted[m] - p[m] * mean)).astype(bf16)
