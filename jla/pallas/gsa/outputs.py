@@ -38,8 +38,8 @@ def outputs(q, k, v, s, gates, key_states, value_states, *, scale, used, keep):
     One warpgroup a chunk; 112 KB of SMEM at K=V=128 M=64 (q, k then v, Hk then Hv 16 KB each, s and
     gates 8 KB each, the levels' tiles 48 KB), so that two chunks share a multiprocessor.
     Traffic at B=8 T=4096 HQ=H=16 K=V=128 M=64: q, k, v, o, both states 134 MB each, s, gates and
-    p 67 MB each: 1.0 GB, 0.23 ms at 4.3 TB/s. Operations: about 4500 instructions a warp and chunk
-    (a third for the levels' tiles, a third for the logits), at 1.6 a clock of eight warps 0.40 ms:
+    p 67 MB each: 1.0 GB, 0.23 ms at 4.3 TB/s. Operations: about 4900 instructions a warp and chunk
+    (a third for the levels' tiles, a third for the logits), at 1.6 a clock of eight warps 0.43 ms:
     that is the prediction.
     """
     B, T, HQ, K = q.shape
