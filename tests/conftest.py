@@ -5,6 +5,8 @@ import pytest
 
 # Four for the sharding tests; with fewer than eight, interpreted kernels can starve one another.
 jax.config.update("jax_num_cpu_devices", 8)
+# Most of the suite's time is XLA's: on small shapes it compiles for longer than it runs.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(items):
