@@ -4,10 +4,12 @@ import importlib
 
 from jla.gsa import GSAState, gsa, gsa_step
 from jla.kda import kda, kda_gate, kda_step
+from jla.log_linear import LogLinearState, log_linear_attention, log_linear_step
 from jla.mesa_net import MesaState, mesa_net, mesa_step
 
 __all__ = [
     "GSAState",
+    "LogLinearState",
     "MesaState",
     "gsa",
     "gsa_step",
@@ -15,6 +17,8 @@ __all__ = [
     "kda_gate",
     "kda_step",
     "linen",
+    "log_linear_attention",
+    "log_linear_step",
     "mesa_net",
     "mesa_step",
     "pallas",

@@ -13,6 +13,8 @@ _MODULES = {
     "kda_step": "kda",
     "gsa": "gsa",
     "gsa_step": "gsa",
+    "log_linear_attention": "log_linear",
+    "log_linear_step": "log_linear",
     "mesa_net": "mesa_net",
     "mesa_step": "mesa_net",
 }

@@ -18,6 +18,21 @@ class GSAState(NamedTuple):
     hv: jax.Array
 
 
+class LogLinearState(NamedTuple):
+    """The state of log-linear attention: one decayed sum of `k v^T` for each Fenwick bucket.
+
+    Level `l >= 1` is in use where bit `l - 1` of `position` is set, and then holds the `2**(l-1)`
+    tokens of its bucket. The others, level 0 among them, are zeros, and nothing reads them.
+
+    Attributes:
+      levels: [B, H, L, K, V], float32.
+      position: the number of tokens that went in, [B], int32.
+    """
+
+    levels: jax.Array
+    position: jax.Array
+
+
 class MesaState(NamedTuple):
     """The state of MesaNet, float32: decayed sums of `k k^T` and of `k v^T`.
 
@@ -44,6 +59,15 @@ def zero_state(key, value):
 def zero_gsa_state(key, slots, value):
     """An empty `GSAState`, placed as one token's `key`, `slots` [..., M] and `value` are."""
     return GSAState(zero_state(key, slots), zero_state(slots, value))
+
+
+def zero_log_linear_state(key, value, L):
+    """An empty `LogLinearState` of L levels, placed as one token's `key` [B, HK, K] and `value`
+    [B, H, V] are; the position is replicated."""
+    B, H, V = value.shape
+    zero = zero_state(jnp.repeat(key, H // key.shape[1], axis=1), value)
+    levels = jnp.broadcast_to(zero[:, :, None], (B, H, L, key.shape[2], V))
+    return LogLinearState(levels, jnp.zeros(B, jnp.int32))
 
 
 def zero_mesa_state(key, value):

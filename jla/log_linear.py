@@ -1,0 +1,180 @@
+"""Log-linear attention (arXiv 2506.04761)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jla import _checks
+from jla._dispatch import choose
+from jla._state import LogLinearState
+
+__all__ = ["LogLinearState", "log_linear_attention", "log_linear_step"]
+
+f32 = jnp.float32
+
+
+def log_linear_attention(
+    q,
+    k,
+    v,
+    g,
+    level_scales,
+    *,
+    initial_state=None,
+    segment_ids=None,
+    implementation=None,
+):
+    r"""Log-linear attention: linear attention that weighs its past by how long ago it was.
+
+    Position t, counted from 0, sees its past in the buckets of a Fenwick tree. Level 0 is t itself;
+    level :math:`l \ge 1` exists where bit l - 1 of t is set, and is the :math:`2^{l-1}` positions
+    that end just before t with its l - 1 lowest bits cleared. So the level of an earlier position s
+    is 1 plus the highest bit in which s and t differ. With :math:`\lambda` the level scales
+
+    .. math::
+      o_t = \sum_l \lambda_{t,l} \sum_{s \in \mathrm{bucket}_l(t)}
+            \exp(G_t - G_s)\, (q_t \cdot k_s)\, v_s, \qquad G_t = \sum_{i \le t} g_i
+
+    Token by token that is a state :math:`S_l \in R^{K \times V}` for each level: they decay by
+    :math:`\exp g_t`, :math:`S_0 = k_t v_t^\top`, the output is
+    :math:`\sum_l \lambda_{t,l}\, S_l^\top q_t`, and then, with n the number of trailing ones in t,
+    levels 0 to n merge (add) into level n + 1.
+
+    Shape letters: `B` batch, `T` time, `H` heads, `HK` key heads, `K` key dimension, `V` value
+    dimension, `L` levels. Head `j` uses key head `j // (H // HK)`; `HK = 1` is Mamba-2's layout.
+
+    Args:
+      q: queries, [B, T, HK, K], bfloat16, float16 or float32; H is a multiple of HK, K is 16 to
+        256.
+      k: keys, [B, T, HK, K], of q's dtype.
+      v: values, [B, T, H, V], of q's dtype; V is 16 to 256.
+      g: natural-log decays, [B, T, H], float32, `g <= 0`.
+      level_scales: the weight of every level, [B, T, H, L], float32 or q's dtype, of any sign; used
+        in float32. L is at least `ceil(log2 T) + 1` and at most 32. L levels serve the positions
+        below `2**(L-1)`.
+      initial_state: the state before the first token, `LogLinearState(levels, position)`,
+        [B, H, L, K, V], float32, and [B], int32; empty, at position 0, if None. With `segment_ids`
+        it belongs to each row's first segment. Every later segment begins at position 0.
+      segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
+      implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
+        "pallas" (GPU kernels), or None for the fastest that supports these arguments here.
+
+    Returns:
+      The outputs, [B, T, H, V], of v's dtype, and the `LogLinearState` after the last token (with
+      `segment_ids`, of each row's last segment). A run that ends at position `2**(L-1)` or beyond
+      leaves no state that L levels can hold: its levels are NaN, row by row.
+
+    Raises:
+      TypeError: an argument is no array or has a dtype that is not listed here, or `initial_state`
+        is no `LogLinearState`.
+      ValueError: shapes that disagree, K or V outside 16 to 256, too few levels for T or, from an
+        initial state, for the positions that come, an unknown implementation. Where the position is
+        traced (under `jit`), or a segment may end in time, no error can be raised: the outputs at
+        positions from `2**(L-1)` on are NaN.
+      NotImplementedError: the named implementation cannot do this; the message says what can.
+    """
+    axes = dict(
+        q=(q, "B T HK K"),
+        k=(k, "B T HK K"),
+        v=(v, "B T H V"),
+        g=(g, "B T H"),
+        level_scales=(level_scales, "B T H L"),
+    )
+    if initial_state is not None:
+        axes |= _state_axes("initial_state", initial_state)
+    if segment_ids is not None:
+        axes |= dict(segment_ids=(segment_ids, "B T"))
+    sizes = _checks.check_shapes(**axes)
+    if segment_ids is not None:
+        _checks.check_segment_ids(segment_ids)
+    _check_common(q, k, v, g, level_scales, sizes)
+    T, L = sizes["T"], sizes["L"]
+    least = (T - 1).bit_length() + 1
+    if L < least:
+        raise ValueError(
+            f"level_scales has L = {L} levels, but T = {T} tokens need at least {least}, "
+            "ceil(log2 T) + 1"
+        )
+    if initial_state is not None:
+        _check_state("initial_state", initial_state, L, T if segment_ids is None else 1)
+    run = choose("log_linear_attention", implementation, q, k, v, g, level_scales)
+    return run(q, k, v, g, level_scales, initial_state, segment_ids)
+
+
+def log_linear_step(q, k, v, g, level_scales, state, *, implementation=None):
+    """One token of :func:`jla.log_linear_attention`, for decoding: `T` steps are one run.
+
+    Args:
+      q: query, [B, HK, K], bfloat16, float16 or float32.
+      k: key, [B, HK, K], of q's dtype.
+      v: value, [B, H, V], of q's dtype.
+      g: natural-log decays, [B, H], float32, `g <= 0`.
+      level_scales: [B, H, L], float32 or q's dtype; L is 1 to 32.
+      state: `LogLinearState(levels, position)`, [B, H, L, K, V], float32, and [B], int32: what
+        `log_linear_attention` or the last step returned. Donate it to jit, and it is updated in
+        place.
+      implementation: as in `log_linear_attention`.
+
+    Returns:
+      The output, [B, H, V], of v's dtype, and the new `LogLinearState`.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `log_linear_attention`. Rows whose position L
+        levels do not serve raise, or are NaN where the position is traced.
+    """
+    sizes = _checks.check_shapes(
+        q=(q, "B HK K"),
+        k=(k, "B HK K"),
+        v=(v, "B H V"),
+        g=(g, "B H"),
+        level_scales=(level_scales, "B H L"),
+        **_state_axes("state", state),
+    )
+    _check_common(q, k, v, g, level_scales, sizes)
+    _check_state("state", state, sizes["L"], 1)
+    run = choose("log_linear_step", implementation, q, k, v, g, level_scales)
+    return run(q, k, v, g, level_scales, state)
+
+
+def _state_axes(name, state):
+    """The entries of `check_shapes` for a state."""
+    if not isinstance(state, LogLinearState):
+        raise TypeError(f"{name} must be a jla.LogLinearState(levels, position), got {type(state)}")
+    return {
+        f"{name}.levels": (state.levels, "B H L K V"),
+        f"{name}.position": (state.position, "B"),
+    }
+
+
+def _check_common(q, k, v, g, level_scales, sizes):
+    """Checks what the run and the step share."""
+    _checks.check_same_dtype(q=q, k=k, v=v)
+    _checks.check_dtype("g", g, [f32])
+    _checks.check_dtype("level_scales", level_scales, [f32, q.dtype])
+    _checks.check_head_dim("K", sizes["K"])
+    _checks.check_head_dim("V", sizes["V"])
+    _checks.check_multiple("H", sizes["H"], "HK", sizes["HK"])
+    if sizes["L"] > 32:
+        raise ValueError(
+            f"level_scales must have at most L = 32 levels (positions are int32), got {sizes['L']}"
+        )
+
+
+def _check_state(name, state, L, T):
+    """Checks a state's dtypes, and, where its positions are known, that T tokens more fit."""
+    _checks.check_dtype(f"{name}.levels", state.levels, [f32])
+    _checks.check_dtype(f"{name}.position", state.position, [jnp.int32])
+    position = state.position
+    if isinstance(position, jax.core.Tracer):
+        return
+    if isinstance(position, jax.Array) and not position.is_fully_addressable:
+        return
+    position = np.asarray(position)
+    if position.min() < 0:
+        raise ValueError(f"{name}.position must not be negative, got {position.min()}")
+    last = int(position.max()) + T - 1
+    if last >> (L - 1):
+        raise ValueError(
+            f"{name}.position is {position.max()}, so that the tokens reach position {last}, but "
+            f"level_scales with L = {L} levels serve the positions below 2**(L-1) = {2 ** (L - 1)}"
+        )

@@ -1,0 +1,87 @@
+"""Log-linear attention, token by token: the definition that everything else is tested against."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jla._segments import segment_starts
+from jla._state import LogLinearState, zero_log_linear_state
+
+f32 = jnp.float32
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+# Tokens between the states that the backward pass keeps: all of them would be L K V numbers for
+# every token and head.
+SPAN = 64
+
+
+@jax.jit
+def log_linear_step(q, k, v, g, level_scales, state):
+    """One token. See `jla.log_linear_step`."""
+    group, dtype = v.shape[1] // q.shape[1], v.dtype
+    q, k = (jnp.repeat(x.astype(f32), group, axis=1) for x in (q, k))
+    v, level_scales = v.astype(f32), level_scales.astype(f32)
+    position = state.position
+    level = jnp.arange(level_scales.shape[-1])
+
+    def by_level(mask):
+        """[B, L] to [B, 1, L, 1, 1]."""
+        return mask[:, None, :, None, None]
+
+    bits = position[:, None] >> jnp.maximum(level - 1, 0)
+    in_use = (level > 0) & (bits % 2 == 1)
+    decayed = jnp.exp(g)[..., None, None, None] * state.levels
+    levels = jnp.where(by_level(in_use), decayed, 0.0)
+    own = (k[..., :, None] * v[..., None, :])[:, :, None]
+    levels = jnp.where(by_level(level[None] == 0), own, levels)
+    o = _einsum("bhl,bhk,bhlkv->bhv", level_scales, q, levels)
+
+    ones = lax.population_count(position & ~(position + 1))[:, None]  # trailing ones
+    merged = jnp.sum(jnp.where(by_level(level <= ones), levels, 0.0), axis=2, keepdims=True)
+    levels = jnp.where(by_level(level <= ones), 0.0, levels)
+    levels = jnp.where(by_level(level == ones + 1), merged, levels)
+
+    # L levels serve the positions below 2**(L-1). Beyond, a wrong number would look like a right
+    # one.
+    top = level_scales.shape[-1] - 1
+    o = jnp.where((position >> top > 0)[:, None, None], jnp.nan, o)
+    position = position + 1
+    levels = jnp.where((position >> top > 0)[:, None, None, None, None], jnp.nan, levels)
+    return o.astype(dtype), LogLinearState(levels, position)
+
+
+@jax.jit
+def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
+    """`lax.scan` over the tokens. See `jla.log_linear_attention`."""
+    T = v.shape[1]
+    if initial_state is None:
+        initial_state = zero_log_linear_state(k[:, 0], v[:, 0], level_scales.shape[-1])
+    if segment_ids is None:
+        starts = jnp.zeros(v.shape[:2], bool)
+    else:
+        starts = segment_starts(segment_ids)
+
+    def token(state, inputs):
+        *arrays, start = inputs
+        levels = jnp.where(start[:, None, None, None, None], 0.0, state.levels)
+        position = jnp.where(start, 0, state.position)
+        o, state = log_linear_step(*arrays, LogLinearState(levels, position))
+        return state, o
+
+    @jax.checkpoint
+    def span(state, inputs):
+        return lax.scan(token, state, inputs)
+
+    time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, level_scales, starts))
+    whole = T // SPAN * SPAN
+    state, outputs = initial_state, []
+    if whole:
+        spans = [x[:whole].reshape(-1, SPAN, *x.shape[1:]) for x in time_major]
+        state, o = lax.scan(span, state, spans)
+        outputs.append(o.reshape(whole, *o.shape[2:]))
+    if whole < T:
+        state, o = span(state, [x[whole:] for x in time_major])
+        outputs.append(o)
+    return jnp.moveaxis(jnp.concatenate(outputs), 0, 1), state
