@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jla
 
 B, T, H, K, V = 1, 2048, 4, 64, 64
-ROUNDS, REPEATS = 6, 5
+ROUNDS, REPEATS = 15, 5
 
 
 def make_inputs():

@@ -46,9 +46,9 @@ def _span(size, scale, state, inputs):
     """A span of chunks: from the state that enters to the one that leaves, and the outputs.
 
     The inputs are [B, L, heads, ...]. What a chunk computes without the state that enters it comes
-    first, for all chunks at once; the state then passes through them one by one. States, values,
-    errors and outputs are transposed, features before tokens: then every product of the recurrence
-    and of its transpose contracts last axes, or is a plain matrix product.
+    first, for all chunks at once; the state then passes through them one by one. States, values and
+    errors are transposed, features before tokens: then every product of the recurrence and of its
+    transpose contracts last axes, or is a plain matrix product.
     """
     q, k, v, g, beta, starts = jax.tree.map(chunks.heads_first, inputs)
     dtype = v.dtype
@@ -68,7 +68,7 @@ def _span(size, scale, state, inputs):
         key_level, query_level = jnp.split(chunks.pair_products(rows, columns), 2, axis=-2)
         key_levels.append(key_level)
         query_levels.append(query_level)
-    scores = chunks.lower_triangular(jnp.sum(q * writes, axis=-1), query_levels)
+    scores = chunks.lower_triangular(chunks.total(q * writes), query_levels)
 
     def by_chunk(x):
         return chunks.blocks(x, size)
@@ -76,7 +76,7 @@ def _span(size, scale, state, inputs):
     values = chunks.transposed(by_chunk(v))
     keys, reads = by_chunk(suffix * writes), by_chunk(prefix * k)
     errors, states, state = _delta_rule(key_levels, values, reads, keys, total[..., None, :], state)
-    o = chunks.transposed(_outputs(by_chunk(prefix * q), scores, states, errors))
+    o = _outputs(by_chunk(prefix * q), scores, states, errors)
     return state, chunks.heads_first(o.reshape(v.shape).astype(dtype))
 
 
@@ -144,14 +144,13 @@ def _delta_rule_jvp(primals, tangents):
 
 @jax.custom_jvp
 def _outputs(reads, scores, states, errors):
-    """O^T = S^T (P*Q)^T + E^T scores^T, [B, HV, N, V, C]."""
-    return chunks.product(states, reads) + chunks.product(errors, scores)
+    """O = (P*Q) S + scores E, [B, HV, N, C, V]."""
+    return chunks.product(reads, states) + chunks.product(scores, errors)
 
 
 @_outputs.defjvp
 def _outputs_jvp(primals, tangents):
     reads, scores, states, errors = primals
     d_reads, d_scores, d_states, d_errors = tangents
-    d_weights = chunks.product(d_reads, states) + chunks.product(d_scores, errors)
-    d_o = _outputs(reads, scores, d_states, d_errors) + chunks.turned(d_weights)
-    return _outputs(*primals), d_o
+    d_o = chunks.product(d_states, reads) + chunks.product(d_errors, scores)
+    return _outputs(*primals), _outputs(d_reads, d_scores, states, errors) + chunks.turned(d_o)
