@@ -6,11 +6,13 @@ from jla.gsa import GSAState, gsa, gsa_step
 from jla.kda import kda, kda_gate, kda_step
 from jla.log_linear import LogLinearState, log_linear_attention, log_linear_step
 from jla.mesa_net import MesaState, mesa_net, mesa_step
+from jla.path_attention import PathCache, path_attention, path_step
 
 __all__ = [
     "GSAState",
     "LogLinearState",
     "MesaState",
+    "PathCache",
     "gsa",
     "gsa_step",
     "kda",
@@ -22,6 +24,8 @@ __all__ = [
     "mesa_net",
     "mesa_step",
     "pallas",
+    "path_attention",
+    "path_step",
 ]
 
 

@@ -17,6 +17,8 @@ _MODULES = {
     "log_linear_step": "log_linear",
     "mesa_net": "mesa_net",
     "mesa_step": "mesa_net",
+    "path_attention": "path_attention",
+    "path_step": "path_attention",
 }
 
 

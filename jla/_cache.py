@@ -1,0 +1,78 @@
+"""The cache of PaTH attention."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jla import _checks
+
+
+class PathCache(NamedTuple):
+    """What PaTH attention keeps of the tokens before, in buffers of a fixed capacity `S`.
+
+    A row's tokens are in the first `length` places, in their order; from there on everything is
+    zero. Rows may have different lengths.
+
+    Attributes:
+      key: [B, S, H, K], float32: each key as the row's last token sees it, P_last ... P_{s+1} k_s.
+        Every later token multiplies it once more, so it is float32 whatever the dtype of k: in
+        bfloat16 thousands of roundings would add up.
+      value: [B, S, H, V], of v's dtype.
+      decay: [B, S, HQ], float32: the sum of the gates after each token, up to the row's last; never
+        positive. None without gates.
+      length: [B], int32: how many tokens each row has seen. Above `S`, that many did not fit.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    decay: jax.Array | None
+    length: jax.Array
+
+    @classmethod
+    def empty(
+        cls,
+        batch,
+        capacity,
+        heads,
+        key_dim,
+        value_dim,
+        *,
+        query_heads=None,
+        dtype=jnp.float32,
+    ):
+        """A cache without tokens.
+
+        Args:
+          batch: B.
+          capacity: S, the most tokens a row can hold.
+          heads: H, the key/value heads.
+          key_dim: K.
+          value_dim: V.
+          query_heads: HQ, for gates; None for no gates.
+          dtype: of v.
+
+        Raises:
+          TypeError: a size is no Python integer, or `dtype` none that v can have.
+          ValueError: a size below 1.
+        """
+        sizes = dict(
+            batch=batch, capacity=capacity, heads=heads, key_dim=key_dim, value_dim=value_dim
+        )
+        if query_heads is not None:
+            sizes |= dict(query_heads=query_heads)
+        for name, size in sizes.items():
+            _checks.check_count(name, size)
+        if jnp.dtype(dtype) not in map(jnp.dtype, _checks.FLOAT_DTYPES):
+            raise TypeError(
+                f"dtype must be bfloat16, float16 or float32, got {jnp.dtype(dtype).name}"
+            )
+        decay = None
+        if query_heads is not None:
+            decay = jnp.zeros((batch, capacity, query_heads), jnp.float32)
+        return cls(
+            key=jnp.zeros((batch, capacity, heads, key_dim), jnp.float32),
+            value=jnp.zeros((batch, capacity, heads, value_dim), dtype),
+            decay=decay,
+            length=jnp.zeros(batch, jnp.int32),
+        )

@@ -1,0 +1,236 @@
+"""PaTH attention (arXiv 2505.16381)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jla import _checks
+from jla._cache import PathCache
+from jla._dispatch import choose
+
+__all__ = ["PathCache", "path_attention", "path_step"]
+
+f32 = jnp.float32
+
+
+def path_attention(
+    q,
+    k,
+    v,
+    w,
+    beta,
+    g=None,
+    *,
+    scale=None,
+    cache=None,
+    segment_ids=None,
+    implementation=None,
+):
+    r"""PaTH: causal softmax attention whose position encoding is a product of the tokens' own maps.
+
+    Every token has :math:`P_t = I - \beta_t w_t w_t^\top`, a Householder-like map, and between a
+    query and a key lie the maps of all tokens after the key:
+
+    .. math::
+      \mathrm{logit}_{ts} &= \mathrm{scale} \cdot \left(
+        q_t^\top P_t P_{t-1} \cdots P_{s+1}\, k_s + G_t - G_s \right),
+        \quad s \le t, \quad G_t = \sum_{i \le t} g_i \\
+      o_t &= \sum_s \mathrm{softmax}_s(\mathrm{logit}_{ts})\, v_s
+
+    With `g` this is PaTH-FoX, whose gates forget; without, the G are 0. A recurrence says the same:
+    at each token multiply every key so far by :math:`P_t`, append :math:`k_t` and :math:`v_t`, and
+    attend. That is what `cache` holds, and what decoding does (:func:`jla.path_step`).
+
+    `w` is used as it comes: its rows must have length 1 (the layer sees to it). With `beta` near 2
+    a map is a reflection, and a w that is longer by 1e-3, as rounding to bfloat16 makes it, lets
+    the keys grow with every token: normalise w in float32 and leave it there.
+
+    Shape letters: `B` batch, `T` time, `HQ` query heads, `H` key/value heads, `K` key dimension,
+    `V` value dimension, `S` the cache's capacity. Query head `j` uses key/value head
+    `j // (HQ // H)`.
+
+    With `cache` the new tokens follow those in it, row by row, and the cache that comes back has
+    them appended. `segment_ids` cut it as they cut the rest: a border empties the cache, so the one
+    given belongs to a row's first segment, and the one returned holds the last segment alone. A
+    token that finds the cache full is not appended, and no other is overwritten: its output, and
+    those after it, are NaN, and `length` goes on counting. Where the lengths are known, outside of
+    jit, a cache too small raises ValueError instead.
+
+    Args:
+      q: queries, [B, T, HQ, K], bfloat16, float16 or float32; HQ is a multiple of H, K is 16 to
+        256.
+      k: keys, [B, T, H, K], of q's dtype.
+      v: values, [B, T, H, V], of q's dtype; V is 16 to 256.
+      w: the maps' directions, [B, T, H, K], rows of length 1, float32 or q's dtype; used in
+        float32.
+      beta: the maps' strengths, [B, T, H], 0 to 2, float32 or q's dtype; used in float32.
+      g: natural-log decays, [B, T, HQ], float32, `g <= 0`; None for none.
+      scale: factor of the logits, gates included, a Python number; `K**-0.5` if None.
+      cache: the tokens before the first, a `PathCache` (empty for a prefill), with `decay` if and
+        only if there is a g; None for none, and then none is returned.
+      segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
+      implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
+        "pallas" (GPU kernels), or None for the fastest that supports these arguments here.
+
+    Returns:
+      The outputs, [B, T, HQ, V], of v's dtype, and the `PathCache` after the last token, or None.
+
+    Raises:
+      TypeError: an argument is no array or has a dtype that is not listed here, or `cache` is no
+        `PathCache`.
+      ValueError: shapes that disagree, K or V outside 16 to 256, a cache that is too small, or that
+        has gates where there is no g or the reverse, an unknown implementation.
+      NotImplementedError: the named implementation cannot do this; the message says what can.
+    """
+    arguments = q, k, v, w, beta, g
+    scale = _check_run(*arguments, cache, segment_ids, scale)
+    if cache is not None:
+        check_room(cache, q.shape[1], segment_ids)
+    return run(*arguments, cache, segment_ids, scale, implementation)
+
+
+def path_step(q, k, v, w, beta, g, cache, *, scale=None, implementation=None):
+    """One token of :func:`jla.path_attention`, for decoding: `T` steps are one run over `T` tokens.
+
+    Multiplies every cached key by this token's map, appends the token and attends to all.
+
+    Args:
+      q: query, [B, HQ, K], bfloat16, float16 or float32.
+      k: key, [B, H, K], of q's dtype.
+      v: value, [B, H, V], of q's dtype.
+      w: the map's direction, [B, H, K], rows of length 1, float32 or q's dtype.
+      beta: the map's strength, [B, H], 0 to 2, float32 or q's dtype.
+      g: natural-log decays, [B, HQ], float32, `g <= 0`; None for none.
+      cache: the `PathCache` that `path_attention` or the last step returned, or an empty one.
+        Donate it to jit, and it is updated in place. A full one is treated as in `path_attention`.
+      scale: as in `path_attention`.
+      implementation: as in `path_attention`.
+
+    Returns:
+      The output, [B, HQ, V], of v's dtype, and the new `PathCache`.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `path_attention`.
+    """
+    scale = _check_step(q, k, v, w, beta, g, cache, scale)
+    check_room(cache, 1)
+    return step(q, k, v, w, beta, g, cache, scale, implementation)
+
+
+def run(q, k, v, w, beta, g, cache, segment_ids, scale, implementation):
+    """`path_attention` on arguments that were checked, with room or not."""
+    chosen = choose("path_attention", implementation, q, k, v, w, beta, g, cache)
+    return chosen(q, k, v, w, beta, g, cache, segment_ids, scale=scale)
+
+
+def step(q, k, v, w, beta, g, cache, scale, implementation):
+    """`path_step` on arguments that were checked, with room or not."""
+    chosen = choose("path_step", implementation, q, k, v, w, beta, g, cache)
+    return chosen(q, k, v, w, beta, g, cache, scale=scale)
+
+
+def check_room(cache, tokens, segment_ids=None):
+    """Raises ValueError if the cache is known to be too small.
+
+    Args:
+      cache: a `PathCache`.
+      tokens: how many each row will get, an integer or int32 [B].
+      segment_ids: integers [B, T] of these tokens, or None.
+    """
+    known = [cache.length, tokens] + ([] if segment_ids is None else [segment_ids])
+    if not all(map(_is_known, known)):
+        return
+    length = np.asarray(cache.length)
+    needed = length + np.asarray(tokens)
+    if segment_ids is not None:
+        # How far each row's segments reach, the first of them from the cached tokens on.
+        ids = np.asarray(segment_ids)
+        place = np.arange(ids.shape[1])
+        starts = np.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+        start = np.maximum.accumulate(np.where(starts, place, -length[:, None]), axis=1)
+        needed = np.max(place - start, axis=1) + 1
+    capacity = cache.key.shape[1]
+    row = int(np.argmax(needed))
+    if needed[row] > capacity:
+        raise ValueError(
+            f"cache has room for {capacity} tokens, but row {row} has {length[row]} in it and "
+            f"needs room for {needed[row]}"
+        )
+
+
+def _is_known(x):
+    """Whether the value is there to be read: no tracer, and all of it on this host's devices."""
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+
+
+def _check_run(q, k, v, w, beta, g, cache, segment_ids, scale):
+    """Checks the arguments of a run; returns the scale."""
+    axes = dict(
+        q=(q, "B T HQ K"),
+        k=(k, "B T H K"),
+        v=(v, "B T H V"),
+        w=(w, "B T H K"),
+        beta=(beta, "B T H"),
+    )
+    if g is not None:
+        axes |= dict(g=(g, "B T HQ"))
+    if cache is not None:
+        axes |= _cache_axes(cache, g)
+    if segment_ids is not None:
+        axes |= dict(segment_ids=(segment_ids, "B T"))
+    sizes = _checks.check_shapes(**axes)
+    if segment_ids is not None:
+        _checks.check_segment_ids(segment_ids)
+    return _check_common(q, k, v, w, beta, g, cache, sizes, scale)
+
+
+def _check_step(q, k, v, w, beta, g, cache, scale):
+    """Checks the arguments of a step; returns the scale."""
+    axes = dict(
+        q=(q, "B HQ K"),
+        k=(k, "B H K"),
+        v=(v, "B H V"),
+        w=(w, "B H K"),
+        beta=(beta, "B H"),
+    )
+    if g is not None:
+        axes |= dict(g=(g, "B HQ"))
+    sizes = _checks.check_shapes(**axes, **_cache_axes(cache, g))
+    return _check_common(q, k, v, w, beta, g, cache, sizes, scale)
+
+
+def _cache_axes(cache, g):
+    """The entries of `check_shapes` for a cache."""
+    if not isinstance(cache, PathCache):
+        raise TypeError(
+            f"cache must be a jla.PathCache(key, value, decay, length), got {type(cache)}"
+        )
+    if (cache.decay is None) != (g is None):
+        has, lacks = ("g", "cache.decay") if cache.decay is None else ("cache.decay", "g")
+        raise ValueError(
+            f"{lacks} is None, but {has} is not: a cache with gates needs a g, and one without "
+            "(PathCache.empty without query_heads) none"
+        )
+    axes = {"cache.key": (cache.key, "B S H K"), "cache.value": (cache.value, "B S H V")}
+    if g is not None:
+        axes |= {"cache.decay": (cache.decay, "B S HQ")}
+    return axes | {"cache.length": (cache.length, "B")}
+
+
+def _check_common(q, k, v, w, beta, g, cache, sizes, scale):
+    """Checks what the run and the step share; returns the scale."""
+    _checks.check_same_dtype(q=q, k=k, v=v)
+    _checks.check_dtype("w", w, [f32, q.dtype])
+    _checks.check_dtype("beta", beta, [f32, q.dtype])
+    if g is not None:
+        _checks.check_dtype("g", g, [f32])
+    if cache is not None:
+        _checks.check_dtype("cache.key", cache.key, [f32])
+        _checks.check_dtype("cache.value", cache.value, [v.dtype])
+        if g is not None:
+            _checks.check_dtype("cache.decay", cache.decay, [f32])
+        _checks.check_dtype("cache.length", cache.length, [jnp.int32])
+    for letter in "KV":
+        _checks.check_head_dim(letter, sizes[letter])
+    _checks.check_multiple("HQ", sizes["HQ"], "H", sizes["H"])
+    return _checks.check_scale(scale, sizes["K"] ** -0.5)

@@ -1,0 +1,95 @@
+"""PaTH attention, token by token: the definition that everything else is tested against."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jla._cache import PathCache
+from jla._segments import segment_starts
+
+f32 = jnp.float32
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def path_step(q, k, v, w, beta, g, cache, *, scale):
+    """One token. See `jla.path_step`."""
+    group = q.shape[1] // k.shape[1]
+    dtype = v.dtype
+    q, k, w, beta = (x.astype(f32)[:, None] for x in (q, k, w, beta))
+    place = jnp.arange(cache.key.shape[1]) - cache.length[:, None]
+    before, here = place[..., None] < 0, place[..., None] == 0
+
+    # P_t times every key; then the new one.
+    overlap = jnp.sum(cache.key * w, axis=-1)
+    moved = cache.key - (beta * overlap)[..., None] * w
+    key = jnp.where(here[..., None], k, jnp.where(before[..., None], moved, 0.0))
+    value = jnp.where(here[..., None], v[:, None], cache.value)
+    decay = None if g is None else jnp.where(before, cache.decay + g[:, None], 0.0)
+
+    keys, values = (jnp.repeat(x.astype(f32), group, axis=2) for x in (key, value))
+    logits = _einsum("bhk,bshk->bsh", q[:, 0], keys)
+    if g is not None:
+        logits += decay
+    p = jax.nn.softmax(jnp.where(before | here, scale * logits, -jnp.inf), axis=1)
+    o = _einsum("bsh,bshv->bhv", p, values)
+    fits = cache.length < cache.key.shape[1]
+    o = jnp.where(fits[:, None, None], o, jnp.nan)
+    return o.astype(dtype), PathCache(key, value, decay, cache.length + 1)
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
+    """`lax.scan` over the tokens. See `jla.path_attention`."""
+    T = q.shape[1]
+    if segment_ids is None:
+        starts = jnp.zeros(q.shape[:2], bool)
+    else:
+        starts = segment_starts(segment_ids)
+    state = _empty(k, v, g, starts) if cache is None else _without_rest(cache)
+
+    def token(cache, inputs):
+        *arrays, start = inputs
+        length = jnp.where(start, 0, cache.length)
+        cache = _without_rest(cache._replace(length=length))
+        o, cache = path_step(*arrays, cache, scale=scale)
+        return cache, o
+
+    def tokens(cache, inputs):
+        return lax.scan(jax.checkpoint(token), cache, inputs)
+
+    # About sqrt(T) runs of as many tokens: as one run, the gradient would keep all keys T times.
+    n = math.isqrt(T)
+    whole = T - T % n
+    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, w, beta, g, starts))
+    runs = jax.tree.map(lambda x: x[:whole].reshape(-1, n, *x.shape[1:]), inputs)
+    state, o = lax.scan(jax.checkpoint(tokens), state, runs)
+    o = o.reshape(whole, *o.shape[2:])
+    if whole < T:
+        state, rest = tokens(state, jax.tree.map(lambda x: x[whole:], inputs))
+        o = jnp.concatenate([o, rest])
+    return jnp.moveaxis(o, 0, 1), None if cache is None else state
+
+
+def _without_rest(cache):
+    """The cache with zeros from `length` on: what a token before a border left there, say."""
+    kept = jnp.arange(cache.key.shape[1]) < cache.length[:, None]
+    return PathCache(
+        *(
+            None if x is None else jnp.where(kept.reshape(*kept.shape, *[1] * (x.ndim - 2)), x, 0)
+            for x in cache[:3]
+        ),
+        cache.length,
+    )
+
+
+def _empty(k, v, g, starts):
+    """A cache for T tokens. A select of k's places it as k is: a scan insists on that."""
+    key, value, decay = (
+        None if x is None else jnp.where(False, lax.stop_gradient(x), 0).astype(dtype)
+        for x, dtype in ((k, f32), (v, v.dtype), (g, f32))
+    )
+    return PathCache(key, value, decay, jnp.zeros_like(starts[:, 0], jnp.int32))
