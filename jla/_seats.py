@@ -1,0 +1,324 @@
+"""Seats: what lets a core of log-linear attention see only sequences that start at position 0.
+
+The level of two tokens is 1 plus the highest bit in which their positions differ. A segment of n
+tokens that is put at a multiple of `2**ceil(log2 n)` can be told by that rule from where its tokens
+sit, for the low bits of their seats are their positions. Sorted by this size, the largest first,
+all segments of a row fit behind each other, each at a multiple of its own size, and take less than
+twice the row. Borders are data: one compiled program serves all.
+
+A row's first segment may go on from a state at position p. It is then seated at an offset, p modulo
+its size, so that the low bits are right again; what it may cross is one multiple of its size, where
+the carry can run through higher bits of the position than there are seats: for the tokens after it,
+one level's scale is exchanged (`_seated_scales`). What they read from the state, and the state that
+leaves, are products outside of the core (`read_levels`, `final_levels`, `merged_levels`).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jla._segments import segment_starts
+from jla._state import LogLinearState
+
+f32, i32 = jnp.float32, jnp.int32
+
+# Tokens whose sum `k v^T` the final state takes at once.
+CHUNK = 256
+
+
+class Seats(NamedTuple):
+    """Where the tokens of each row sit.
+
+    Attributes:
+      seat: each token's seat, [B, T], int32.
+      token: the token in each seat, [B, N], int32; T or more where there is none.
+      begins: the first tokens of segments, the row's first token included, [B, T], bool.
+      first: the tokens of the row's first segment, [B, T], bool.
+      position: each token's position, [B, T], int32.
+      crossing, crossed: the level that tokens of the first segment on both sides of a multiple of
+        its size have by their seats, and by their positions, [B], int32.
+      used: seats from here on are empty, [B], int32.
+    """
+
+    seat: jax.Array
+    token: jax.Array
+    begins: jax.Array
+    first: jax.Array
+    position: jax.Array
+    crossing: jax.Array
+    crossed: jax.Array
+    used: jax.Array
+
+
+def seated(core, q, k, v, g, level_scales, initial_state, segment_ids):
+    """Log-linear attention, as `jla.log_linear_attention` says, by a core for aligned sequences.
+
+    Args:
+      core: `core(q, k, v, g, level_scales, used)` returns o [B, N, H, V] in v's dtype. Every row is
+        one sequence from position 0: the level of two tokens is that of their indices. It gets
+          q, k: [B, N, HK, K]; v: [B, N, H, V], in their dtype. N is any number.
+          g: [B, N, H], float32. -inf where a segment begins: exp(-inf) = 0 then cuts off all that
+            would pass it, and the gradient there must be 0, not NaN.
+          level_scales: [B, N, H, L], in its dtype. No pair whose decay is not 0 has a level from L
+            on.
+          used: None where the tokens are as they came, N = T and no gate is -inf. Otherwise [B],
+            int32: seats from there on are empty. Empty seats there and before it hold zeros in all
+            arrays (a gate of 0 too), and nobody reads their outputs.
+      q, k, v, g, level_scales, initial_state, segment_ids: of the public function.
+
+    Returns:
+      What the public function returns.
+    """
+    B, T = v.shape[:2]
+    L, dtype = level_scales.shape[-1], v.dtype
+    if initial_state is None and segment_ids is None:
+        end = jnp.full(B, T, i32)
+        o = core(q, k, v, g, level_scales, None)
+        return o, _state(final_levels(k, v, g, end, end, L), end)
+    before = None if initial_state is None else initial_state.position
+    seats = plan(T, segment_ids, before)
+    cut = jnp.where(seats.begins[..., None], -jnp.inf, g)
+    scales = _seated_scales(level_scales, seats)
+    arrays = [take(x, seats) for x in (q, k, v, cut, scales)]
+    o = give_back(core(*arrays, seats.used), seats)
+    end = seats.position[:, -1] + 1
+    levels = final_levels(*arrays[1:4], seats.seat[:, -1] + 1, end, L)
+    if initial_state is not None:
+        # From the state to each token: cut where a later segment begins, not at the row's start.
+        decay = jnp.cumsum(jnp.where(seats.first[..., None], g, -jnp.inf), axis=1)
+        read = read_levels(q, level_scales, decay, seats.position, initial_state)
+        o = (o.astype(f32) + read).astype(dtype)
+        o = jnp.where(_outgrown(seats.position, L)[..., None, None], jnp.nan, o)
+        levels = levels + merged_levels(initial_state, decay[:, -1], end)
+    return o, _state(levels, end)
+
+
+def plan(T, segment_ids, position):
+    """Seats rows of T tokens.
+
+    Args:
+      T: the number of tokens.
+      segment_ids: integers [B, T], or None: each row is one segment.
+      position: of the row's first token, [B], int32, or None: 0. Not both are None.
+
+    Returns:
+      `Seats`. N is 2T - 1 without a position, and else, without segments, T - 1 plus T rounded up
+      to a power of two; with both it is 4T.
+    """
+    B = (position if segment_ids is None else segment_ids).shape[0]
+    time = jnp.arange(T, dtype=i32)
+    # `begin`, and `end` of each token's segment.
+    if segment_ids is None:
+        begins = jnp.broadcast_to(time == 0, (B, T))
+        begin, end = jnp.zeros((B, T), i32), jnp.full((B, T), T, i32)
+    else:
+        begins = segment_starts(segment_ids) | (time == 0)
+        begin = lax.cummax(jnp.where(begins, time, 0), axis=1)
+        ends = jnp.pad(jnp.where(begins, time, T)[:, 1:], ((0, 0), (0, 1)), constant_values=T)
+        end = lax.cummin(ends, axis=1, reverse=True)
+    length, first = end - begin, begin == 0
+    size = bit_length(length - 1)  # as an exponent of 2
+    before = jnp.zeros(B, i32) if position is None else position
+    offset = jnp.where(first, before[:, None] & ((1 << size) - 1), 0)
+    block = bit_length(offset + length - 1)  # with the offset; also an exponent
+
+    # Blocks lie in the order of their sizes, the largest first, and then of time. A token's rank
+    # counts the blocks of its size that begin up to it, its own the last of them.
+    exponent = jnp.arange((T - 1).bit_length() + (1 if position is None else 2), dtype=i32)
+    of_size = block[..., None] == exponent
+    count = jnp.cumsum((begins[..., None] & of_size).astype(i32), axis=1)
+    room = count[:, -1] << exponent
+    base = lax.cumsum(room, axis=1, reverse=True) - room
+    start = base[:, None] + ((count - 1) << exponent)
+    seat = jnp.sum(jnp.where(of_size, start, 0), axis=2) + offset + time - begin
+
+    if position is None:
+        N = 2 * T - 1
+    elif segment_ids is None:
+        N = T + (1 << (T - 1).bit_length()) - 1
+    else:
+        N = 4 * T
+    nobody = T + jnp.arange(N, dtype=i32)  # all different, so that no index is there twice
+
+    def tokens(seat):
+        return nobody.at[seat].set(time, unique_indices=True, mode="promise_in_bounds")
+
+    return Seats(
+        seat=seat,
+        token=jax.vmap(tokens)(seat),
+        begins=begins,
+        first=first,
+        position=jnp.where(first, before[:, None], 0) + time - begin,
+        crossing=size[:, 0] + 1,
+        crossed=size[:, 0] + 1 + _trailing_ones(before >> size[:, 0]),
+        used=jnp.max(seat, axis=1) + 1,
+    )
+
+
+def take(x, seats):
+    """Moves tokens [B, T, ...] to their seats [B, N, ...]; empty seats are zeros."""
+
+    def row(x, token):
+        return x.at[token].get(mode="fill", fill_value=0, unique_indices=True)
+
+    return jax.vmap(row)(x, seats.token)
+
+
+def give_back(x, seats):
+    """Undoes `take`: [B, N, ...] to [B, T, ...]."""
+
+    def row(x, seat):
+        return x.at[seat].get(mode="promise_in_bounds", unique_indices=True)
+
+    return jax.vmap(row)(x, seats.seat)
+
+
+def read_levels(q, level_scales, decay, position, state):
+    """What the tokens read from the levels of the state they go on from.
+
+    A token at position t reads the bucket that was level l at position p from the level
+    `max(l, h)`, where h is 1 plus the highest bit in which p and t differ (0 if t = p).
+
+    Args:
+      q: [B, T, HK, K].
+      level_scales: [B, T, H, L].
+      decay: the sum of the gates from the state to each token (its own included), -inf where no
+        state reaches; [B, T, H], float32.
+      position: each token's, [B, T], int32.
+      state: the `LogLinearState`.
+
+    Returns:
+      [B, T, H, V], float32.
+    """
+    B, T, HK, K = q.shape
+    H, L, V = *level_scales.shape[2:], state.levels.shape[-1]
+    scales, level = level_scales.astype(f32), jnp.arange(L)
+    above = bit_length(position ^ state.position[:, None])[..., None, None]
+    one = jnp.sum(jnp.where(level == above, scales, 0.0), axis=-1, keepdims=True)
+    weights = jnp.exp(decay)[..., None] * jnp.where(level > above, scales, one)
+    # The heads of one key head lie side by side, as if they were one.
+    levels = _used_levels(state).reshape(B, HK, H // HK, L, K, V)
+    levels = jnp.moveaxis(levels, (3, 4), (0, 3)).reshape(L, B, HK, K, -1)
+    q = q.astype(f32)
+
+    def read(o, inputs):
+        weights, levels = inputs
+        values = jnp.einsum("btjk,bjkv->btjv", q, levels)
+        values = values.reshape(B, T, HK, H // HK, V).reshape(B, T, H, V)
+        return o + weights[..., None] * values, None
+
+    # Level 0 holds nothing. The weights' sum is only a place for the outputs: zeros, sharded so.
+    o = jnp.broadcast_to(jnp.where(False, weights[..., :1], 0.0), (B, T, H, V))
+    inputs = jnp.moveaxis(weights, 3, 0)[1:], levels[1:]
+    return lax.scan(jax.checkpoint(read, prevent_cse=False), o, inputs)[0]
+
+
+def final_levels(k, v, g, end, position, L):
+    """The levels after the last token, of aligned tokens alone.
+
+    The tokens of the last segment end just before the seat `end`. A token belongs to the level that
+    is 1 plus the highest bit in which its position and `position` differ. Chunks that do not hold
+    the last token are in one bucket each, as a whole.
+
+    Args:
+      k: [B, N, HK, K].
+      v: [B, N, H, V].
+      g: [B, N, H], float32, -inf where a segment begins.
+      end: the seat after the last token's, [B], int32.
+      position: the position after the last token's, [B], int32; equal to `end` in its low bits.
+      L: the number of levels.
+
+    Returns:
+      [B, H, L, K, V], float32; a bucket that has no level below L is left out.
+    """
+    (B, N, HK, K), (H, V) = k.shape, v.shape[2:]
+    size = min(CHUNK, 1 << (N - 1).bit_length())
+    pad = [(0, 0), (0, -N % size), (0, 0)]
+    g, k, v = jnp.pad(g, pad), jnp.pad(k, [*pad, (0, 0)]), jnp.pad(v, [*pad, (0, 0)])
+    n = k.shape[1] // size
+    # The sum of the gates after each token, up to `end`; -inf for other segments' tokens.
+    earlier = jnp.arange(n * size) < end[:, None]
+    later_gates = jnp.where(earlier[..., None], g, 0.0)[:, 1:]
+    decay = lax.cumsum(jnp.pad(later_gates, [(0, 0), (0, 1), (0, 0)]), axis=1, reverse=True)
+    weight = jnp.where(earlier[..., None], jnp.exp(decay), 0.0)
+    v = (weight[..., None] * v.astype(f32)).reshape(B, -1, HK, H // HK, V)
+    v = v.reshape(B, n, size, HK, -1)
+    k = k.astype(f32).reshape(B, n, size, HK, K)
+
+    def level(index):
+        """The level of the token in a seat, one-hot, [..., L]."""
+        ahead = end.reshape(-1, *[1] * (index.ndim - 1)) - index
+        after = position.reshape(-1, *[1] * (index.ndim - 1))
+        return bit_length((after - ahead) ^ after)[..., None] == jnp.arange(L)
+
+    last = (end - 1) // size
+    chunk = jnp.broadcast_to(jnp.arange(n), (B, n))
+    whole = level(chunk * size) & (chunk != last[:, None])[..., None]
+    sums = jnp.einsum("bnsjk,bnsjv->bnjkv", k, v)
+    levels = jnp.einsum("bnl,bnjkv->bjlkv", whole.astype(f32), sums)
+    tail = level(last[:, None] * size + jnp.arange(size))
+    k, v = (jax.vmap(lambda x, i: x[i])(x, last) for x in (k, v))
+    k = jnp.where(tail[:, :, None, :, None], k[:, :, :, None], 0.0)
+    levels = levels + jnp.einsum("bsjlk,bsjv->bjlkv", k, v)
+    levels = levels.reshape(B, HK, L, K, H // HK, V)
+    return jnp.moveaxis(levels, 4, 2).reshape(B, H, L, K, V)
+
+
+def merged_levels(state, decay, position):
+    """The levels of `state` as they are at a later position, decayed by exp(decay), [B, H].
+
+    Those below the highest bit in which the positions differ have merged into its level. A decay of
+    -inf gives zeros.
+    """
+    level = jnp.arange(state.levels.shape[2])
+    highest = bit_length(state.position ^ position)[:, None]
+
+    def by_level(mask):
+        return mask[:, None, :, None, None]
+
+    levels = jnp.exp(decay)[..., None, None, None] * _used_levels(state)
+    merged = jnp.sum(jnp.where(by_level(level < highest), levels, 0.0), axis=2, keepdims=True)
+    levels = jnp.where(by_level(level > highest), levels, 0.0)
+    return jnp.where(by_level(level == highest), merged, levels)
+
+
+def bit_length(x):
+    """As `int.bit_length`, of int32 that are not negative."""
+    return 32 - lax.clz(x)
+
+
+def _trailing_ones(x):
+    return lax.population_count(x & ~(x + 1))
+
+
+def _outgrown(position, L):
+    """Whether L levels do not serve a position: from 2**(L-1) on."""
+    return position >> (L - 1) > 0
+
+
+def _used_levels(state):
+    """The levels whose bit of the position is set; the others are zeros."""
+    level = jnp.arange(state.levels.shape[2])
+    bits = state.position[:, None] >> jnp.maximum(level - 1, 0)
+    used = (level > 0) & (bits % 2 == 1)
+    return jnp.where(used[:, None, :, None, None], state.levels, 0.0)
+
+
+def _seated_scales(level_scales, seats):
+    """Exchanges the scale of the first segment's level `crossing` for that of `crossed`."""
+    level = jnp.arange(level_scales.shape[-1])
+
+    def at(target):
+        return level == target[:, None, None, None]
+
+    scale = jnp.sum(jnp.where(at(seats.crossed), level_scales, 0), axis=-1, keepdims=True)
+    here = seats.first[..., None, None] & at(seats.crossing)
+    return jnp.where(here, scale, level_scales)
+
+
+def _state(levels, position):
+    """The state; its levels are NaN where L do not hold it, for any number would look right."""
+    outgrown = _outgrown(position, levels.shape[2])
+    return LogLinearState(jnp.where(outgrown[:, None, None, None, None], jnp.nan, levels), position)
