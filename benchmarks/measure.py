@@ -1,5 +1,6 @@
 """How a case is measured: device time, first call, memory, errors. A case returns a dict."""
 
+import contextlib
 import functools
 import math
 import statistics
@@ -34,7 +35,9 @@ def measure(name, shape, measure, implementation, seconds):
             arguments = mechanism.prepare(arguments)
         return mechanism.function(**arguments, **segments, implementation=implementation)[0]
 
-    return timed(forward, sets, measure.endswith("backward"), seconds)
+    forced = mechanism.forced() if measure.startswith("forced_") else contextlib.nullcontext()
+    with forced:
+        return timed(forward, sets, measure.endswith("backward"), seconds)
 
 
 def attention(name, shape, measure, seconds):

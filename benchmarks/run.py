@@ -22,7 +22,7 @@ from benchmarks.mechanisms import MECHANISMS
 from benchmarks.plot import plot
 
 GROUPS = ("main", "step", "long", "ragged", "packed", "sweep", "slots")
-MEASURES = ("forward", "backward", "bare", "errors")
+MEASURES = ("forward", "backward", "bare", "forced", "errors")
 COLUMNS = dict(ms="{:.4g}", spread="{:.1%}", per_token_of_main="{:.2f}")
 COLUMNS |= dict(memory_gib="{:.3f}", memory_peak_gib="{:.3f}", first_call_s="{:.1f}")
 
@@ -97,7 +97,9 @@ def cases(options):
         if chosen(shape, what)
     ]
     for case in table:
-        yield from ((*case, implementation) for implementation in options.implementations)
+        for implementation in options.implementations:
+            if implementation == "pallas" or not case[2].startswith("forced_"):
+                yield *case, implementation
     if not options.peer:
         return
     timed = [c for c in table if c[2] in ("forward", "backward") and not c[1].packed]
