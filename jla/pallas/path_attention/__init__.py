@@ -1,0 +1,157 @@
+"""PaTH attention as Pallas kernels; docs/kernels.md explains their design.
+
+`tree` makes queries and keys between which plain products are PaTH's logits, level by level of a
+binary tree; `forward` and `backward` are flash attention over them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jla._segments import segment_starts
+from jla.pallas.chunks import LOG2E, TILE_WIDTH
+from jla.pallas.mosaic import TILE_ROWS
+from jla.pallas.path_attention.backward import key_gradients, query_gradients
+from jla.pallas.path_attention.forward import forward
+from jla.pallas.path_attention.levels import LEAF
+from jla.pallas.path_attention.tree import gate_sums, versions
+from jla.pallas.shardwise import shardwise
+
+__all__ = ["path_attention", "unsupported"]
+
+bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
+
+WIDEST = 128  # K or V; the registers of one warpgroup hold no wider row
+
+_INPUTS = ("B T HQ K", "B T H K", "B T H V", "B T H K", "B T H", "B T HQ")
+_OUTPUT = "B T HQ V"
+# What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
+_KEPT = {"path_output": _OUTPUT, "path_logsumexp": "B HQ L"}
+
+
+def unsupported(name, q, k, v, *_):
+    """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    if q.dtype == f32:
+        return "q, k and v are float32, and the kernels take bfloat16 and float16"
+    K, V = q.shape[-1], v.shape[-1]
+    if max(K, V) > WIDEST:
+        return f"K = {K} and V = {V}, and the kernels take at most {WIDEST}"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
+    """Pads to whole tiles and runs the kernels. See `jla.path_attention`.
+
+    Products take float16 operands (bfloat16 with the values) and add in float32.
+    """
+    if cache is not None:
+        raise NotImplementedError('path_attention: implementation="pallas" takes no cache yet')
+    T, V, dtype = q.shape[1], v.shape[-1], v.dtype
+    if segment_ids is not None:
+        # A first token that lets nothing through is all there is to a border.
+        starts = segment_starts(segment_ids)[:, :, None]
+        g = jnp.where(starts, -jnp.inf, jnp.zeros(q.shape[:3], f32) if g is None else g)
+    if scale < 0:
+        q, scale = -q, -scale
+    q, k, v, w = (_pad(x) for x in (q, k, v.astype(bf16), w))
+    beta = _pad(beta, features=False)
+    g = None if g is None else _pad(g, features=False)
+    o = _attention(q, k, v, w, beta, g, scale)
+    return o[:, :T, :, :V].astype(dtype), None
+
+
+def _pad(x, *, features=True):
+    """Tokens of zeros change nothing for those before them; features of zeros stay zero."""
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (0, -x.shape[1] % TILE_ROWS)
+    if features:
+        widths[-1] = (0, -x.shape[-1] % TILE_WIDTH)
+    return jnp.pad(x, widths)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(q, k, v, w, beta, g, scale):
+    """PaTH attention on whole tiles; v bf16, scale not negative."""
+    return _attention_forward(q, k, v, w, beta, g, scale)[0]
+
+
+def _attention_forward(q, k, v, w, beta, g, scale):
+    inputs = _given(q, k, v, w, beta, g)
+    run = functools.partial(_forward, scale=scale)
+    kept = shardwise(run, _INPUTS[: len(inputs)], tuple(_KEPT.values()))(*inputs)
+    kept = tuple(map(checkpoint_name, kept, _KEPT))
+    return kept[0], (inputs, kept)
+
+
+def _attention_backward(scale, residuals, do):
+    inputs, kept = residuals
+    axes = _INPUTS[: len(inputs)]
+    run = functools.partial(_backward, scale=scale)
+    gradients = shardwise(run, (*axes, *_KEPT.values(), _OUTPUT), axes)(*inputs, *kept, do)
+    return gradients if len(inputs) == 6 else (*gradients, None)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _given(*arrays):
+    return tuple(x for x in arrays if x is not None)
+
+
+def _forward(q, k, v, w, beta, g=None, *, scale):
+    queries, keys, own = versions(q, k, w, beta)
+    sums = None if g is None else gate_sums(g * LOG2E)
+    return tuple(_flash(forward, queries, keys, v, own, sums, scale=scale))
+
+
+def _backward(q, k, v, w, beta, *rest, scale):
+    *g, o, lse, do = rest
+    (queries, keys, own), back = jax.vjp(versions, q, k, w, beta)
+    sums, back_to_gates = jax.vjp(gate_sums, *(x * LOG2E for x in g)) if g else (None, None)
+    delta = jnp.moveaxis(jnp.sum(do.astype(f32) * o.astype(f32), -1), 1, 2)
+    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, -delta.shape[2] % LEAF)))
+    unit = _unit(q, k, v, do)
+    arguments = queries, keys, v, own, sums, do, lse, delta, unit
+    dqueries, down, *by_query = _flash(query_gradients, *arguments, scale=scale)
+    dkeys, dv, *by_key = _flash(key_gradients, *arguments, scale=scale)
+    gradients = back((dqueries, dkeys, down))
+    out = []
+    for x, gradient in zip((q, k, w, beta), gradients, strict=True):
+        factor = scale / jnp.repeat(unit, x.shape[2] // unit.shape[1], 1)[:, None]
+        factor = factor.reshape(*factor.shape, *[1] * (x.ndim - 3))
+        out.append((gradient.astype(f32) * factor).astype(x.dtype))
+    dq, dk, dw, dbeta = out
+    if not g:
+        return dq, dk, dv, dw, dbeta
+    (dg,) = back_to_gates((by_query[0].sum(-1), by_key[0], down))
+    dg = dg / jnp.repeat(unit, dg.shape[2] // unit.shape[1], 1)[:, None]
+    return dq, dk, dv, dw, dbeta, dg
+
+
+def _flash(kernel, queries, keys, v, own, sums, *rest, scale):
+    """Calls a kernel with the leaves' own logits, masked, in base 2."""
+    scale *= LOG2E
+    own = own * scale
+    gates = None
+    if sums is not None:
+        *gates, own_sums = sums
+        own = own + own_sums
+    past = jnp.tri(LEAF, dtype=bool)
+    return kernel(queries, keys, v, jnp.where(past, own, -jnp.inf), gates, *rest, scale=scale)
+
+
+def _unit(q, k, v, do):
+    """A power of two for each key head, with which no sum of gradients leaves float16's range.
+
+    The gradients of a row's logits sum to at most 2 |do| |v|, in absolute value.
+    """
+
+    def largest(x, least):
+        norm = jnp.sqrt(jnp.sum(jnp.square(x.astype(f32)), -1)).max(1)
+        return jnp.maximum(norm.reshape(norm.shape[0], k.shape[2], -1).max(-1), least)
+
+    bound = largest(do, 1e-30) * largest(v, 1e-30) * largest(q, 1.0) * largest(k, 1.0)
+    return jnp.exp2(jnp.floor(14 - jnp.log2(bound * q.shape[1])))

@@ -1,0 +1,434 @@
+"""The backward pass of `forward`: in one kernel a leaf of queries, in the other a leaf of keys.
+
+Both make the probabilities again from the log-sum-exp. The gradients of logits are rounded to
+float16 as wgmma's operands, as queries and keys are; `unit`, a power of two for each key head,
+brings them into float16's range, and the queries' and keys' gradients are in that unit, too.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jla.pallas import mosaic
+from jla.pallas.mosaic import PER_COLUMN, PER_ROW, TILE, bf16, f16, f32, load, per_column, per_row
+from jla.pallas.path_attention import levels
+from jla.pallas.path_attention.forward import COMPUTE_REGISTERS, LOADER_REGISTERS, ROWS
+from jla.pallas.path_attention.levels import LEAF
+
+SDS = jax.ShapeDtypeStruct
+KEY_STAGES = 2  # tiles of 128 keys and values in SMEM
+QUERY_STAGES = 2  # tiles of 64 queries and outputs' gradients in SMEM
+PARTS = 8  # of a sum along rows, each in the registers of one thread
+
+
+def query_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
+    """The gradients of queries, of their gates, and of the leaves' own logits:
+
+        p = exp2(logits - lse);   ds = p (do v^T - delta);   dq = ds k
+
+    Args:
+      q, k, v, own, gates: as `forward.forward` takes them.
+      do: [B, T, HQ, V] bf16.
+      lse, delta: the log-sum-exp and the sum of do o, [B, HQ, 128 P] float32.
+      unit: [B, H] float32.
+
+    Returns:
+      unit * dq [B, HQ, R, K] float16, unit * (ds of the own logits) [B, HQ, P, 128, 128] float32
+      and, with gates, unit * (the sums of ds over every eighth key) [B, HQ, R, 8] float32; ds
+      without scale.
+
+    CTAs as in `forward`; SMEM at K=V=128: queries 64 KB, do 32 KB, keys and values 128 KB, so that
+    there is no room for what a sum over all keys needs. A level's dq takes the place of its queries.
+    """
+    (B, _, H, V), (HQ, P), K = v.shape, own.shape[1:3], q.shape[-1]
+    group, M = HQ // H, levels.number(P)
+    query_counts, key_counts = levels.query_counts(P), levels.key_counts(P)
+    gated = gates is not None
+
+    def body(q_ref, k_ref, v_ref, own_ref, do_ref, lse_ref, delta_ref, unit_ref, *refs):
+        if gated:
+            query_gates, key_gates, *refs = refs
+        dq_ref, down_ref, *refs = refs
+        if gated:
+            sums_ref, *refs = refs
+        sq, sk, sv, sdo, *refs = refs
+        if gated:
+            query_sums, key_sums, *refs = refs
+        q_loaded, k_loaded, v_loaded, do_loaded, q_used, k_used, v_used = refs
+        b, h, wg = (lax.axis_index(name) for name in ("b", "h", "wg"))
+        leaf, head = P - 1 - lax.axis_index("leaf"), lax.div(h, jnp.int32(group))
+
+        def version_rows(m, half):
+            first = levels.offset(query_counts, m) + levels.place(leaf, m)
+            return pl.ds(first * LEAF + half * ROWS, ROWS)
+
+        @pl.when(wg == 2)
+        def _():
+            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+
+            def values(leaf, n):
+                slot, rows = lax.rem(n, jnp.int32(KEY_STAGES)), pl.ds(leaf * LEAF, LEAF)
+                pl.when(n >= KEY_STAGES)(lambda: plgpu.barrier_wait(v_used.at[slot]))
+                plgpu.copy_gmem_to_smem(v_ref.at[b, rows, head], sv.at[slot], v_loaded.at[slot])
+
+            def level(m, carry):
+                n, versions = carry
+                right = levels.at_bit(leaf, m)
+
+                @pl.when(right == 1)
+                def _():
+                    slot = lax.rem(versions, jnp.int32(2))
+                    pl.when(versions >= 2)(lambda: plgpu.barrier_wait(q_used.at[slot]))
+                    for half in range(2):
+                        rows, barrier = version_rows(m, half), q_loaded.at[slot]
+                        plgpu.copy_gmem_to_smem(q_ref.at[b, h, rows], sq.at[slot, half], barrier)
+                        if gated:
+                            source, target = query_gates.at[b, h, rows], query_sums.at[slot, half]
+                            plgpu.copy_gmem_to_smem(source, target, barrier)
+
+                sibling = levels.block(leaf, m)
+                first = levels.offset(key_counts, m) + lax.shift_left(sibling, m)
+
+                def tile(i, n):
+                    slot = lax.rem(n, jnp.int32(KEY_STAGES))
+                    pl.when(n > KEY_STAGES)(lambda: plgpu.barrier_wait(k_used.at[slot]))
+                    rows, barrier = pl.ds((first + i) * LEAF, LEAF), k_loaded.at[slot]
+                    plgpu.copy_gmem_to_smem(k_ref.at[b, head, rows], sk.at[slot], barrier)
+                    if gated:
+                        source = key_gates.at[b, h, rows]
+                        plgpu.copy_gmem_to_smem(source, key_sums.at[slot], barrier)
+                    values(lax.shift_left(sibling, m + 1) + i, n)
+                    return n + 1
+
+                return lax.fori_loop(0, lax.shift_left(right, m), tile, n), versions + right
+
+            for half in range(2):
+                rows = pl.ds(leaf * LEAF + half * ROWS, ROWS)
+                plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], sdo.at[half], do_loaded)
+            values(leaf, jnp.int32(0))
+            lax.fori_loop(0, M, level, (jnp.int32(1), jnp.int32(0)))
+
+        @pl.when(wg < 2)
+        def _():
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            rows = pl.ds(leaf * LEAF + wg * ROWS, ROWS)
+            unit = unit_ref[b, head]
+            lse = load(lse_ref.at[b, h, rows], PER_ROW, optimized=False)
+            delta = load(delta_ref.at[b, h, rows], PER_ROW, optimized=False) * unit
+
+            own_rows = pl.ds(wg * ROWS, ROWS)
+            logits = load(own_ref.at[b, h, leaf, own_rows], TILE, optimized=False)
+            p = jnp.exp2(logits - per_row(lse, LEAF))
+            plgpu.barrier_wait(do_loaded)
+            plgpu.barrier_wait(v_loaded.at[0])
+            dp = mosaic.product((sdo.at[wg], sv.at[0].T))
+            mosaic.hand_back(v_used.at[0])
+            down_ref.at[b, h, leaf, own_rows][...] = p * (dp * unit - per_row(delta, LEAF))
+
+            def level(m, carry):
+                n, versions = carry
+                right = levels.at_bit(leaf, m)
+                version = lax.rem(versions, jnp.int32(2))
+
+                def tile(_, carry):
+                    dq, sums, n = carry
+                    slot = lax.rem(n, jnp.int32(KEY_STAGES))
+                    plgpu.barrier_wait(k_loaded.at[slot])
+                    s = mosaic.product((sq.at[version, wg], sk.at[slot].T)) * scale
+                    if gated:
+                        s += per_column(load(key_sums.at[slot], PER_COLUMN), ROWS)
+                        by_query = load(query_sums.at[version, wg], PER_ROW)
+                        p = jnp.exp2(s + per_row(by_query - lse, LEAF))
+                    else:
+                        p = jnp.exp2(s - per_row(lse, LEAF))
+                    plgpu.barrier_wait(v_loaded.at[slot])
+                    dp = mosaic.product((sdo.at[wg], sv.at[slot].T))
+                    mosaic.hand_back(v_used.at[slot])
+                    ds = p * (dp * unit - per_row(delta, LEAF))
+                    if gated:
+                        sums += _folded(ds)
+                    dq = mosaic.product((ds.astype(f16), sk.at[slot]), init=dq)
+                    mosaic.hand_back(k_used.at[slot])
+                    return dq, sums, n + 1
+
+                @pl.when(right == 1)
+                def _():
+                    plgpu.barrier_wait(q_loaded.at[version])
+
+                start = (
+                    plgpu.layout_cast(jnp.zeros((ROWS, K), f32), TILE),
+                    plgpu.layout_cast(jnp.zeros((ROWS, PARTS), f32), TILE),
+                    n,
+                )
+                dq, sums, n = lax.fori_loop(0, lax.shift_left(right, m), tile, start)
+
+                @pl.when(right == 1)
+                def _():
+                    rows = version_rows(m, wg)
+                    sq.at[version, wg][...] = dq.astype(f16)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(sq.at[version, wg], dq_ref.at[b, h, rows])
+                    if gated:
+                        sums_ref.at[b, h, rows][...] = sums
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    mosaic.hand_back(q_used.at[version])
+
+                return n, versions + right
+
+            lax.fori_loop(0, M, level, (jnp.int32(1), jnp.int32(0)))
+
+    scratch = [
+        mosaic.tile(ROWS, K, 2, 2, dtype=f16),
+        mosaic.tile(LEAF, K, KEY_STAGES, dtype=f16),
+        mosaic.tile(LEAF, V, KEY_STAGES),
+        mosaic.tile(ROWS, V, 2),
+    ]
+    out_type = [SDS(q.shape, f16), SDS(own.shape, f32)]
+    if gated:
+        scratch += [plgpu.SMEM((2, 2, ROWS), f32), plgpu.SMEM((KEY_STAGES, LEAF), f32)]
+        out_type.append(SDS((*gates[0].shape, PARTS), f32))
+    copies = 2 if gated else 1
+    return mosaic.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=[
+            *scratch,
+            plgpu.Barrier(num_arrivals=2 * copies, num_barriers=2),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=KEY_STAGES),
+            plgpu.Barrier(num_barriers=KEY_STAGES),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2, num_barriers=2),
+            plgpu.Barrier(num_arrivals=2, num_barriers=KEY_STAGES),
+            plgpu.Barrier(num_arrivals=2, num_barriers=KEY_STAGES),
+        ],
+        grid=(B, P, HQ),
+        grid_names=("b", "leaf", "h"),
+        num_threads=3,
+        thread_name="wg",
+    )(q, k, v, own, do, lse, delta, unit, *(gates or ()))
+
+
+def _folded(x):
+    """The sums of every eighth column of a tile."""
+    while (width := x.shape[1] // 2) >= PARTS:
+        x = x[:, :width] + x[:, width:]
+    return x
+
+
+def key_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
+    """The gradients of keys, values and the keys' gates, from the transposed products:
+
+        p^T = exp2(logits - lse)^T;   dv = p^T do;   ds^T = p^T (v do^T - delta);   dk = ds^T q
+
+    Args as `query_gradients` takes them.
+
+    Returns:
+      unit * dk [B, H, S, K] float16, dv [B, T, H, V] bf16, and with gates unit * (the sums of ds
+      over the queries) [B, HQ, S] float32; ds without scale.
+
+    A CTA is a leaf of keys, two warpgroups of 64 and one that loads: level by level the right
+    sibling's queries pass in tiles of 64, those of the head's query heads one after another. dv
+    stays in registers to the end, a level's dk takes the place of its keys. SMEM at K=V=128: keys
+    64 KB (this level's and the next's), values 32 KB, queries and do 32 KB a stage.
+    """
+    (B, _, H, V), (HQ, P), K = v.shape, own.shape[1:3], q.shape[-1]
+    group, M = HQ // H, levels.number(P)
+    query_counts, key_counts = levels.query_counts(P), levels.key_counts(P)
+    gated = gates is not None
+
+    def body(q_ref, k_ref, v_ref, own_ref, do_ref, lse_ref, delta_ref, unit_ref, *refs):
+        if gated:
+            query_gates, key_gates, *refs = refs
+        dk_ref, dv_ref, *refs = refs
+        if gated:
+            sums_ref, *refs = refs
+        sq, sdo, sk, sv, query_vectors, *refs = refs
+        q_loaded, do_loaded, k_loaded, v_loaded, q_used, do_used, k_used = refs
+        b, h, wg, leaf = (lax.axis_index(name) for name in ("b", "h", "wg", "leaf"))
+
+        def version_rows(m, half):
+            first = levels.offset(key_counts, m) + levels.place(leaf, m)
+            return pl.ds(first * LEAF + half * ROWS, ROWS)
+
+        def tiles(m):
+            """The 64-row tiles of a level's queries: the first leaf of them and their number."""
+            first = lax.shift_left(levels.block(leaf, m) * 2 + 1, m)
+            count = jnp.clip(P - first, 0, lax.shift_left(jnp.int32(1), m))
+            return first, 2 * jnp.where(levels.at_bit(leaf, m) == 0, count, 0)
+
+        @pl.when(wg == 2)
+        def _():
+            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+
+            def gradients(head, row, n):
+                slot, rows = lax.rem(n, jnp.int32(QUERY_STAGES)), pl.ds(row, ROWS)
+                pl.when(n >= QUERY_STAGES)(lambda: plgpu.barrier_wait(do_used.at[slot]))
+                source, barrier = do_ref.at[b, rows, head], do_loaded.at[slot]
+                plgpu.copy_gmem_to_smem(source, sdo.at[slot], barrier)
+                for i, ref in enumerate((lse_ref, delta_ref)):
+                    source, target = ref.at[b, head, rows], query_vectors.at[slot, i]
+                    plgpu.copy_gmem_to_smem(source, target, barrier)
+
+            def level(m, carry):
+                n, versions = carry
+                first, count = tiles(m)
+                place = levels.offset(query_counts, m) + lax.shift_left(levels.block(leaf, m), m)
+
+                @pl.when(count > 0)
+                def _():
+                    slot = lax.rem(versions, jnp.int32(2))
+                    pl.when(versions >= 2)(lambda: plgpu.barrier_wait(k_used.at[slot]))
+                    for half in range(2):
+                        source = k_ref.at[b, h, version_rows(m, half)]
+                        plgpu.copy_gmem_to_smem(source, sk.at[slot, half], k_loaded.at[slot])
+
+                def of_head(member, n):
+                    head = h * group + member
+
+                    def tile(i, n):
+                        slot = lax.rem(n, jnp.int32(QUERY_STAGES))
+                        again = (
+                            n >= 2 * group + QUERY_STAGES
+                        )  # the leaf's own tiles have no queries
+                        pl.when(again)(lambda: plgpu.barrier_wait(q_used.at[slot]))
+                        rows, barrier = pl.ds(place * LEAF + i * ROWS, ROWS), q_loaded.at[slot]
+                        plgpu.copy_gmem_to_smem(q_ref.at[b, head, rows], sq.at[slot], barrier)
+                        if gated:
+                            source = query_gates.at[b, head, rows]
+                            plgpu.copy_gmem_to_smem(source, query_vectors.at[slot, 2], barrier)
+                        gradients(head, first * LEAF + i * ROWS, n)
+                        return n + 1
+
+                    return lax.fori_loop(0, count, tile, n)
+
+                n = lax.fori_loop(0, group, of_head, n)
+                return n, versions + jnp.where(count > 0, 1, 0)
+
+            for half in range(2):
+                rows = pl.ds(leaf * LEAF + half * ROWS, ROWS)
+                plgpu.copy_gmem_to_smem(v_ref.at[b, rows, h], sv.at[half], v_loaded)
+
+            def own_tile(n, _):
+                head, half = h * group + lax.div(n, jnp.int32(2)), lax.rem(n, jnp.int32(2))
+                gradients(head, leaf * LEAF + half * ROWS, n)
+
+            lax.fori_loop(0, 2 * group, own_tile, None)
+            lax.fori_loop(0, M, level, (jnp.int32(2 * group), jnp.int32(0)))
+
+        @pl.when(wg < 2)
+        def _():
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            unit = unit_ref[b, h]
+            plgpu.barrier_wait(v_loaded)
+
+            def level(m, carry):
+                dv, n, versions = carry
+                _, count = tiles(m)
+                version = lax.rem(versions, jnp.int32(2))
+                pl.when(count > 0)(lambda: plgpu.barrier_wait(k_loaded.at[version]))
+                rows = version_rows(m, wg)
+
+                def of_head(member, carry):
+                    head = h * group + member
+                    dk, dv, n = carry
+
+                    def tile(_, carry):
+                        dk, dv, sums, n = carry
+                        slot = lax.rem(n, jnp.int32(QUERY_STAGES))
+                        plgpu.barrier_wait(q_loaded.at[slot])
+                        s = mosaic.product((sk.at[version, wg], sq.at[slot].T)) * scale
+                        plgpu.barrier_wait(do_loaded.at[slot])
+                        vectors = query_vectors.at[slot]
+                        by_query = -load(vectors.at[0], PER_COLUMN)
+                        if gated:
+                            by_query += load(vectors.at[2], PER_COLUMN)
+                            s += per_row(key_sums_of(head), ROWS)
+                        p = jnp.exp2(s + per_column(by_query, ROWS))
+                        dp = mosaic.product((sv.at[wg], sdo.at[slot].T))
+                        delta = per_column(load(vectors.at[1], PER_COLUMN) * unit, ROWS)
+                        dv = mosaic.product((p.astype(bf16), sdo.at[slot]), init=dv)
+                        mosaic.hand_back(do_used.at[slot])
+                        ds = p * (dp * unit - delta)
+                        if gated:
+                            sums += ds.sum(axis=1)
+                        dk = mosaic.product((ds.astype(f16), sq.at[slot]), init=dk)
+                        mosaic.hand_back(q_used.at[slot])
+                        return dk, dv, sums, n + 1
+
+                    def key_sums_of(head):
+                        return load(key_gates.at[b, head, rows], PER_ROW, optimized=False)
+
+                    sums = plgpu.layout_cast(jnp.zeros((ROWS,), f32), PER_ROW)
+                    dk, dv, sums, n = lax.fori_loop(0, count, tile, (dk, dv, sums, n))
+                    if gated:
+
+                        @pl.when(count > 0)
+                        def _():
+                            sums_ref.at[b, head, rows][...] = sums
+
+                    return dk, dv, n
+
+                dk = plgpu.layout_cast(jnp.zeros((ROWS, K), f32), TILE)
+                dk, dv, n = lax.fori_loop(0, group, of_head, (dk, dv, n))
+
+                @pl.when(count > 0)
+                def _():
+                    sk.at[version, wg][...] = dk.astype(f16)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(sk.at[version, wg], dk_ref.at[b, h, rows])
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    mosaic.hand_back(k_used.at[version])
+
+                return dv, n, versions + jnp.where(count > 0, 1, 0)
+
+            def own_tile(n, dv):
+                head, half = h * group + lax.div(n, jnp.int32(2)), lax.rem(n, jnp.int32(2))
+                slot, mine = lax.rem(n, jnp.int32(QUERY_STAGES)), pl.ds(wg * ROWS, ROWS)
+                queries = own_ref.at[b, head, leaf, pl.ds(half * ROWS, ROWS), mine]
+                logits = mosaic.load_transposed(queries)
+                plgpu.barrier_wait(do_loaded.at[slot])
+                by_query = per_column(load(query_vectors.at[slot, 0], PER_COLUMN), ROWS)
+                p = jnp.exp2(logits - by_query).astype(bf16)
+                dv = mosaic.product((p, sdo.at[slot]), init=dv)
+                mosaic.hand_back(do_used.at[slot])
+                return dv
+
+            dv = plgpu.layout_cast(jnp.zeros((ROWS, V), f32), TILE)
+            dv = lax.fori_loop(0, 2 * group, own_tile, dv)
+            dv, *_ = lax.fori_loop(0, M, level, (dv, jnp.int32(2 * group), jnp.int32(0)))
+            sv.at[wg][...] = dv.astype(bf16)
+            plgpu.commit_smem()
+            rows = pl.ds(leaf * LEAF + wg * ROWS, ROWS)
+            plgpu.copy_smem_to_gmem(sv.at[wg], dv_ref.at[b, rows, h])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    scratch = [
+        mosaic.tile(ROWS, K, QUERY_STAGES, dtype=f16),
+        mosaic.tile(ROWS, V, QUERY_STAGES),
+        mosaic.tile(ROWS, K, 2, 2, dtype=f16),
+        mosaic.tile(ROWS, V, 2),
+        plgpu.SMEM((QUERY_STAGES, 3, ROWS), f32),
+    ]
+    out_type = [SDS(k.shape, f16), SDS(v.shape, bf16)]
+    if gated:
+        out_type.append(SDS(gates[1].shape, f32))
+    return mosaic.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=[
+            *scratch,
+            plgpu.Barrier(num_arrivals=2 if gated else 1, num_barriers=QUERY_STAGES),
+            plgpu.Barrier(num_arrivals=3, num_barriers=QUERY_STAGES),
+            plgpu.Barrier(num_arrivals=2, num_barriers=2),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2, num_barriers=QUERY_STAGES),
+            plgpu.Barrier(num_arrivals=2, num_barriers=QUERY_STAGES),
+            plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        ],
+        grid=(B, P, H),
+        grid_names=("b", "leaf", "h"),
+        num_threads=3,
+        thread_name="wg",
+    )(q, k, v, own, do, lse, delta, unit, *(gates or ()))

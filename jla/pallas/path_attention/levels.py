@@ -1,0 +1,51 @@
+"""The tree over leaves of 128 tokens: which leaf has a version of its queries or keys where.
+
+Two leaves i > j meet at one level: the highest bit in which i and j differ. There i lies in the
+right half and j in the left half of one aligned block of 2**(level + 1) leaves. At a level, leaves
+of right halves have a query version, and leaves of left halves, whose right half is not empty, a
+key version. All versions of all levels are one array of leaves: a level's leaves in their order.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+LEAF = 128
+
+
+def number(leaves):
+    """The number of levels."""
+    return (leaves - 1).bit_length()
+
+
+def query_counts(leaves):
+    """The number of leaves with a query version, level by level."""
+    levels = range(number(leaves))
+    return [(leaves >> m + 1 << m) + max(leaves % (2 << m) - (1 << m), 0) for m in levels]
+
+
+def key_counts(leaves):
+    """The number of leaves with a key version, level by level."""
+    return [(leaves - (1 << m) - 1) // (2 << m) + 1 << m for m in range(number(leaves))]
+
+
+def offset(counts, level):
+    """The place of a level's first leaf; `level` may be traced."""
+    if isinstance(level, int):
+        return sum(counts[:level])
+    return sum((jnp.where(level > m, n, 0) for m, n in enumerate(counts)), jnp.int32(0))
+
+
+def at_bit(leaf, level):
+    """The bit of the leaf that tells its half at the level: 1 for the right one."""
+    return lax.bitwise_and(lax.shift_right_logical(leaf, level), jnp.int32(1))
+
+
+def block(leaf, level):
+    """The number of the leaf's block of 2**(level + 1) leaves."""
+    return lax.shift_right_logical(leaf, level + 1)
+
+
+def place(leaf, level):
+    """The place of the leaf's version among the level's."""
+    half = lax.shift_left(jnp.int32(1), level)
+    return lax.shift_left(block(leaf, level), level) + lax.bitwise_and(leaf, half - 1)
