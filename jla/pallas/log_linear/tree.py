@@ -1,0 +1,101 @@
+"""The binary tree of leaf blocks' states, up and down; small, and XLA's.
+
+A node of height m is 2**m leaf blocks, its state the decayed sum of its halves'. Only left halves
+are read, by the blocks of their right siblings: block i reads, for each set bit m of i, the node
+that ends where the bits below and at m are cleared. They are kept by height, and with n = blocks - 1
+complete leaf blocks there are n in all: (n >> m) + 1 >> 1 of height m.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+bf16, f32 = jnp.bfloat16, jnp.float32
+
+SPAN = 32  # chunks at most that one job of the states' gradient sums over
+
+
+def up(leaves, decays):
+    """The states that are read, [B, H, n, V, K] bf16, from the leaf blocks', float32.
+
+    Args:
+      leaves: [B, H, n, V, K]. decays: over each read node's right sibling, [B, H, n].
+    """
+    out, at = [], 0
+    while n := leaves.shape[2]:
+        left = leaves[:, :, 0::2]
+        out.append(left.astype(bf16))
+        decay = decays[:, :, at : at + n // 2, None, None]
+        leaves = decay * left[:, :, : n // 2] + leaves[:, :, 1::2]
+        at += left.shape[2]
+    return jnp.concatenate(out, axis=2)
+
+
+def down(gradients, states, decays):
+    """The gradients of the leaf blocks' states, [B, H, n, V, K] bf16, and of the decays.
+
+    Args:
+      gradients: of the states that are read, a float32 array for each height.
+      states: as `up` returned them.
+    """
+    at = states.shape[2]
+    parent, of_decays = None, []
+    for own in reversed(gradients):
+        count = own.shape[2]
+        at -= count
+        if parent is None:  # the highest node has no parent
+            parent, change = own, jnp.zeros(own.shape[:3], f32)
+        else:
+            pairs = parent.shape[2]
+            left = states[:, :, at : at + pairs].astype(f32)
+            change = _pad((parent * left).sum((3, 4)), count)
+            decay = decays[:, :, at : at + pairs, None, None]
+            even = own + _pad(decay * parent, count)
+            both = jnp.stack([even, _pad(parent, count)], axis=3)
+            both = both.reshape(*both.shape[:2], 2 * count, *both.shape[4:])
+            parent = both[:, :, : pairs + count]
+        of_decays.append(change)
+    return parent.astype(bf16), jnp.concatenate(of_decays[::-1], axis=2)
+
+
+def _pad(x, count):
+    return jnp.pad(x, [(0, 0)] * 2 + [(0, count - x.shape[2])] + [(0, 0)] * (x.ndim - 3))
+
+
+def leaf_jobs(per, plane):
+    """What `sums.weighted_sums` sums for a leaf block's state: first chunk, chunks, plane."""
+    return lambda block: (block * per, jnp.int32(per), jnp.int32(plane))
+
+
+def heights(per, blocks):
+    """For each height of the tree the nodes that are read, and the parts that each one's readers
+    come in for `reader_jobs`."""
+    n = blocks - 1
+    return [(((n >> m) + 1) >> 1, -(-(per << m) // SPAN)) for m in range(n.bit_length())]
+
+
+def reader_jobs(chunks, per, blocks, inside):
+    """As `leaf_jobs` for the gradients of the states that are read: their readers, in parts."""
+
+    def job(j):
+        at, found = 0, (jnp.int32(0),) * 3
+        for m, (nodes, parts) in enumerate(heights(per, blocks)):
+            node, part = lax.div(j - at, jnp.int32(parts)), lax.rem(j - at, jnp.int32(parts))
+            start = ((2 * node + 1) << m) * per
+            first = start + part * SPAN
+            count = jnp.minimum(jnp.minimum(start + (per << m), chunks) - first, SPAN)
+            this = first, jnp.maximum(count, 0), jnp.int32(inside + 1 + m)
+            found = tuple(jnp.where(j >= at, x, y) for x, y in zip(this, found, strict=True))
+            at += nodes * parts
+        return found
+
+    return job
+
+
+def by_height(sums, per, blocks):
+    """The jobs' sums, [B, H, J, V, K], as one array of node gradients for each height."""
+    out, at = [], 0
+    for nodes, parts in heights(per, blocks):
+        x = sums[:, :, at : at + nodes * parts]
+        out.append(x.reshape(*x.shape[:2], nodes, parts, *x.shape[3:]).sum(3))
+        at += nodes * parts
+    return out

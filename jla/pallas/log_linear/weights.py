@@ -1,0 +1,145 @@
+"""What XLA makes of gates and level scales before the kernels: one weight a token and level.
+
+At level l >= 1 blocks of 2**l positions have a left and a right half. A token of the right half
+reads the left half, with weight lambda[t, l] exp(the gates from the block's middle to itself); one
+of the left half is read, with weight exp(the gates after itself, to the middle). Every pair of
+tokens meets at one level, and its weight is the product of the two. All sums are of gates of one
+sign and none is a difference of others.
+"""
+
+import numpy as np
+
+import jax.numpy as jnp
+from jax import lax
+
+from jla.pallas.chunks import CHUNK, LEVELS, LOG2E
+
+f32 = jnp.float32
+
+# exp2 of it is zero in float32, so it is as good as any stronger gate, and no sum is infinite.
+STRONGEST = -200.0
+
+
+def plan(tokens, leaf):
+    """How T tokens are divided: chunks, chunks of a leaf block, leaf blocks."""
+    chunks = -(-tokens // CHUNK)
+    per = min(leaf // CHUNK, _power_of_two_from(chunks))
+    return chunks, per, -(-chunks // per)
+
+
+def planes(per, blocks):
+    """The levels inside a leaf block, those above, and the number of planes of the weights.
+
+    Plane 0 is lambda of level 0, plane l the weights of level l, and the last one the decay of a
+    token's writes to the end of its leaf block.
+    """
+    inside, above = LEVELS + (per - 1).bit_length(), (blocks - 1).bit_length()
+    return inside, above, inside + above + 2
+
+
+def weights(g, level_scales, leaf):
+    """All weights of a core's tokens, and the decays between leaf blocks; differentiable.
+
+    Args:
+      g: [B, T, H] float32 log decays; -inf lets nothing through.
+      level_scales: [B, T, H, L] float32.
+
+    Returns:
+      [B, H, N, P, 64] float32, by chunks and planes; [B, H, blocks - 1] float32, as `tree.up` takes
+      it, or None if there is one block.
+    """
+    B, T, H = g.shape
+    N, per, blocks = plan(T, leaf)
+    inside, above, P = planes(per, blocks)
+    levels = inside + above
+    gates = jnp.maximum(jnp.swapaxes(g, 1, 2) * LOG2E, STRONGEST)
+    gates = jnp.pad(gates, ((0, 0), (0, 0), (0, N * CHUNK - T)))
+    before, after = _around(gates, levels + 1)  # [B, H, N, levels + 1, 64]
+    own = gates.reshape(B, H, N, 1, CHUNK)
+    reads = reading(N, levels)
+    exponents = jnp.where(reads, before[..., :levels, :] + own, after[..., :levels, :])
+    decays = jnp.exp2(jnp.concatenate([exponents, after[..., inside : inside + 1, :]], axis=-2))
+
+    scales = level_scales.astype(f32)[..., : levels + 1]
+    missing = levels + 1 - scales.shape[-1]
+    scales = jnp.pad(scales, ((0, 0), (0, N * CHUNK - T), (0, 0), (0, missing)))
+    scales = scales.reshape(B, N, CHUNK, H, levels + 1).transpose(0, 3, 1, 4, 2)
+    scales = jnp.concatenate(
+        [scales[..., :1, :], jnp.where(reads, scales[..., 1:, :], 1.0), jnp.ones_like(own)], axis=-2
+    )
+    decays = jnp.concatenate([jnp.ones_like(own), decays], axis=-2)
+    return scales * decays, _between_blocks(gates, per * CHUNK, blocks)
+
+
+def reading(chunks, levels):
+    """[N, levels, 64]: whether bit l - 1 of a position is set: whether it reads at level l."""
+    position = lax.broadcasted_iota(jnp.int32, (chunks, levels, CHUNK), 0) * CHUNK
+    position += lax.broadcasted_iota(jnp.int32, (chunks, levels, CHUNK), 2)
+    bit = lax.broadcasted_iota(jnp.int32, (chunks, levels, CHUNK), 1)
+    return (position >> bit) & 1 == 1
+
+
+def gradient_of_weights(by_reads, by_read, inside, above):
+    """The weights' gradient from that of the tokens that read and that of those that are read.
+
+    What a kernel left unwritten is selected away.
+    """
+    N = by_reads.shape[2]
+    reads = reading(N, inside + above)
+    zeros = jnp.zeros((), f32)
+    own = slice(1, inside + 1)
+    inner = jnp.where(reads[:, :inside], by_reads[..., own, :], by_read[..., own, :])
+    outer = jnp.where(reads[:, inside:], by_reads[..., inside + 1 : -1, :], zeros)
+    parts = [by_reads[..., :1, :], inner, outer, by_read[..., -1:, :]]
+    return jnp.concatenate(parts, axis=-2)
+
+
+def _around(x, levels):
+    """The sums before and after each element of x, [..., n], in its aligned block of 2**j.
+
+    j = 0 to levels - 1; both [..., n / 64, levels, 64], n rounded up. Sums inside 64 are a product
+    with masks; those of blocks of 64 follow by the same rule from the sums of 64.
+    """
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % CHUNK)])
+    x = x.reshape(*x.shape[:-1], -1, CHUNK)
+    inner = min(levels, LEVELS + 1)
+    sums = jnp.einsum("...s,mts->...mt", x, _masks(inner), precision=lax.Precision.HIGHEST)
+    before, after = sums[..., :inner, :], sums[..., inner:, :]
+    if levels == inner:
+        return before, after
+    groups = x.shape[-2]
+    outer = _around(x.sum(-1), levels - LEVELS)
+
+    def joined(near, far):
+        far = jnp.swapaxes(far, -1, -2).reshape(*far.shape[:-3], -1, levels - LEVELS)
+        far = far[..., :groups, 1:, None] + near[..., LEVELS:, :]
+        return jnp.concatenate([near, far], axis=-2)
+
+    return joined(before, outer[0]), joined(after, outer[1])
+
+
+def _masks(levels):
+    """[2 levels, t, s]: whether s lies before, and then after, t in its aligned block of 2**j."""
+    place = np.arange(CHUNK)
+    t, s = place[:, None], place
+    blocks = [t >> j == s >> j for j in range(levels)]
+    masks = [b & (s < t) for b in blocks] + [b & (s > t) for b in blocks]
+    return jnp.asarray(np.stack(masks), f32)
+
+
+def _between_blocks(gates, leaf, blocks):
+    """The decay over the right sibling of each node that is read; the order is `tree`'s."""
+    if blocks == 1:
+        return None
+    total = gates[..., : (blocks - 1) * leaf]
+    total = total.reshape(*total.shape[:-1], blocks - 1, leaf).sum(-1)
+    out = []
+    while n := total.shape[-1]:
+        right = total[..., 1::2]
+        out.append(jnp.pad(right, ((0, 0), (0, 0), (0, n % 2))))
+        total = total[..., 0 : n - n % 2 : 2] + right
+    return jnp.exp2(jnp.concatenate(out, axis=-1))
+
+
+def _power_of_two_from(n):
+    return 1 << (n - 1).bit_length()
