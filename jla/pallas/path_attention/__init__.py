@@ -31,13 +31,15 @@ _OUTPUT = "B T HQ V"
 _KEPT = {"path_output": _OUTPUT, "path_logsumexp": "B HQ L"}
 
 
-def unsupported(name, q, k, v, *_):
+def unsupported(name, q, k, v, w, beta, g, cache):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     if q.dtype == f32:
         return "q, k and v are float32, and the kernels take bfloat16 and float16"
     K, V = q.shape[-1], v.shape[-1]
     if max(K, V) > WIDEST:
         return f"K = {K} and V = {V}, and the kernels take at most {WIDEST}"
+    if cache is not None:
+        return "the kernels take no cache yet"
     return None
 
 
@@ -47,9 +49,9 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
 
     Products take float16 operands (bfloat16 with the values) and add in float32.
     """
-    if cache is not None:
-        raise NotImplementedError('path_attention: implementation="pallas" takes no cache yet')
     T, V, dtype = q.shape[1], v.shape[-1], v.dtype
+    if g is not None:
+        g = scale * LOG2E * g
     if segment_ids is not None:
         # A first token that lets nothing through is all there is to a border.
         starts = segment_starts(segment_ids)[:, :, None]
@@ -57,7 +59,7 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     if scale < 0:
         q, scale = -q, -scale
     q, k, v, w = (_pad(x) for x in (q, k, v.astype(bf16), w))
-    beta = _pad(beta, features=False)
+    beta = _pad(beta.astype(f32), features=False)
     g = None if g is None else _pad(g, features=False)
     o = _attention(q, k, v, w, beta, g, scale)
     return o[:, :T, :, :V].astype(dtype), None
@@ -74,7 +76,7 @@ def _pad(x, *, features=True):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attention(q, k, v, w, beta, g, scale):
-    """PaTH attention on whole tiles; v bf16, scale not negative."""
+    """PaTH attention on whole tiles; v bf16, scale not negative, g scaled and in base 2."""
     return _attention_forward(q, k, v, w, beta, g, scale)[0]
 
 
@@ -103,14 +105,14 @@ def _given(*arrays):
 
 def _forward(q, k, v, w, beta, g=None, *, scale):
     queries, keys, own = versions(q, k, w, beta)
-    sums = None if g is None else gate_sums(g * LOG2E)
+    sums = None if g is None else gate_sums(g)
     return tuple(_flash(forward, queries, keys, v, own, sums, scale=scale))
 
 
 def _backward(q, k, v, w, beta, *rest, scale):
     *g, o, lse, do = rest
     (queries, keys, own), back = jax.vjp(versions, q, k, w, beta)
-    sums, back_to_gates = jax.vjp(gate_sums, *(x * LOG2E for x in g)) if g else (None, None)
+    sums, back_to_gates = jax.vjp(gate_sums, *g) if g else (None, None)
     delta = jnp.moveaxis(jnp.sum(do.astype(f32) * o.astype(f32), -1), 1, 2)
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, -delta.shape[2] % LEAF)))
     unit = _unit(q, k, v, do)
@@ -127,7 +129,7 @@ def _backward(q, k, v, w, beta, *rest, scale):
     if not g:
         return dq, dk, dv, dw, dbeta
     (dg,) = back_to_gates((by_query[0].sum(-1), by_key[0], down))
-    dg = dg / jnp.repeat(unit, dg.shape[2] // unit.shape[1], 1)[:, None]
+    dg = dg / LOG2E / jnp.repeat(unit, dg.shape[2] // unit.shape[1], 1)[:, None]
     return dq, dk, dv, dw, dbeta, dg
 
 

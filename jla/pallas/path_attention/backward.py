@@ -39,8 +39,8 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
       and, with gates, unit * (the sums of ds over every eighth key) [B, HQ, R, 8] float32; ds
       without scale.
 
-    CTAs as in `forward`; SMEM at K=V=128: queries 64 KB, do 32 KB, keys and values 128 KB, so that
-    there is no room for what a sum over all keys needs. A level's dq takes the place of its queries.
+    CTAs as in `forward`; SMEM at K=V=128: queries 64 KB, do 32 KB, keys and values 128 KB: no room
+    for what a sum over all keys would need. A level's dq takes the place of its queries.
     """
     (B, _, H, V), (HQ, P), K = v.shape, own.shape[1:3], q.shape[-1]
     group, M = HQ // H, levels.number(P)

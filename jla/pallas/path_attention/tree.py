@@ -3,7 +3,8 @@
 With A = strict_lower(beta W W^T) and M = (I + A)^-1 diag(beta), a leaf's whole transform is
 P_128 ... P_1 = I - W^T M W, of norm at most one. Queries are moved to the leaf's start and keys to
 its end; then each level moves queries over the left half before them, and keys over the right half
-after them, by one matrix.
+after them, by one matrix. The transforms of blocks of which a part lies past the end are never
+used.
 
 Operands are float16, sums float32: norms do not grow, so float16 loses 12 bits' worth at each step
 where bfloat16 loses 9.
@@ -56,10 +57,15 @@ def versions(q, k, w, beta):
       [B, HQ, R, K] and [B, H, S, K] float16 (see `levels`), at least one leaf of each, and
       [B, HQ, P, 128, 128] float32: q_t P_t ... P_(s+1) k_s for s <= t, anything for s > t.
     """
-    (H, K), HQ = k.shape[2:], q.shape[2]
+    H, HQ = k.shape[2], q.shape[2]
     q, k, w, beta = (_by_leaf(x) for x in (q, k, w, beta))
     q = q.reshape(q.shape[0], H, HQ // H, *q.shape[2:])
-    own, q, k, transform = _in_leaves(*(x.astype(f16) for x in (q, k, w)), beta)
+    rounded = w.astype(f16)
+    if w.dtype == f32:
+        # A reflection stays one: beta |w|^2 is what it was before rounding.
+        before, after = (jnp.sum(jnp.square(x.astype(f32)), -1) for x in (w, rounded))
+        beta *= lax.stop_gradient(before / jnp.where(after == 0.0, 1.0, after))
+    own, q, k, transform = _in_leaves(q.astype(f16), k.astype(f16), rounded, beta)
     q, k = _along_tree(q, k, transform)
     return _flat(q, 4), _flat(k, 3), own.reshape(own.shape[0], HQ, *own.shape[3:])
 
@@ -123,9 +129,12 @@ def _along_tree(q, k, transform):
         if m + 1 == levels.number(P):
             return queries, keys
         earlier, later = _halves(transform, 2, 1)
-        q = _moved(q, 3, 1 << m, lambda left, right, h: (left, _product("bhgnctk,bhnkl->bhgnctl", right, h)), earlier[:, :, :, 0])  # fmt: skip
-        k = _moved(k, 2, 1 << m, lambda left, right, h: (_product("bhnctk,bhnlk->bhnctl", left, h), right), later[:, :, :, 0])  # fmt: skip
-        transform = _product("bhnij,bhnjk->bhnik", later[:, :, :, 0], earlier[:, :, :, 0])
+        earlier, later = earlier[:, :, :, 0], later[:, :, :, 0]
+        left, right = _halves(q, 3, 1 << m)
+        q = _joined(left, _product("bhgnctk,bhnkl->bhgnctl", right, earlier), 3, P)
+        left, right = _halves(k, 2, 1 << m)
+        k = _joined(_product("bhnctk,bhnlk->bhnctl", left, later), right, 2, P)
+        transform = _product("bhnij,bhnjk->bhnik", later, earlier)
         transform = transform.astype(f16)
 
 
@@ -140,19 +149,17 @@ def _leaves(x, axis):
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def _moved(x, axis, leaves, move, transform):
-    """Moves a half of every block; a transform that does not exist moves what nobody reads."""
-    halves = move(*_halves(x, axis, leaves), transform)
-    halves = jnp.stack([half.astype(f16) for half in halves], axis + 1)
-    moved = halves.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
-    return lax.slice_in_dim(moved, 0, x.shape[axis], axis=axis)
+def _joined(left, right, axis, leaves):
+    halves = jnp.stack([left.astype(f16), right.astype(f16)], axis + 1)
+    whole = halves.reshape(*left.shape[:axis], -1, *left.shape[axis + 2 :])
+    return lax.slice_in_dim(whole, 0, leaves, axis=axis)
 
 
 def gate_sums(g):
     """The sums of the gates that the versions and the leaves' own logits need.
 
     Args:
-      g: [B, T, HQ] float32; -inf at a segment's first token.
+      g: gates of the logits, [B, T, HQ] float32; -inf at a segment's first token.
 
     Returns:
       From a level's middle to each query, [B, HQ, R], from each key to the middle, [B, HQ, S], and
@@ -168,7 +175,7 @@ def gate_sums(g):
     since = jnp.cumsum(finite, axis=-1)
     own = jnp.where(
         count[..., :, None] == count[..., None, :],
-        jnp.minimum(since[..., :, None] - since[..., None, :], 0.0),
+        since[..., :, None] - since[..., None, :],
         -jnp.inf,
     )
     from_start = jnp.cumsum(g, axis=-1)
@@ -176,7 +183,7 @@ def gate_sums(g):
     to_end = jnp.pad(to_end, [(0, 0)] * 3 + [(0, 1)])
     total = from_start[..., -1]
     if P == 1:
-        return *(jnp.zeros(g.shape[:2] + (LEAF,), f32) for _ in range(2)), own
+        return *(jnp.zeros((*g.shape[:2], LEAF), f32) for _ in range(2)), own
     queries, keys = [], []
     for m in range(levels.number(P)):
         # Of whole leaves between the middle and the leaf, on either side.
