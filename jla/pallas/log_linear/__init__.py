@@ -1,9 +1,9 @@
 """Log-linear attention as Pallas kernels; docs/kernels.md explains their design.
 
 Forward: `sums` makes the states of the leaf blocks, `tree` (XLA) those above, `outputs` the rest.
-Backward: `sums` makes the gradients of the states that are read, `tree` brings them down to the leaf
-blocks, and `gradients` makes all others, chunk by chunk. What the gates and level scales are worth
-is XLA's (`weights`), and so are their gradients.
+Backward: `sums` makes the gradients of the states that are read, `tree` brings them down to the
+leaf blocks, and `gradients` makes all others, chunk by chunk. What the gates and level scales are
+worth is XLA's (`weights`), and so are their gradients.
 """
 
 import functools
@@ -120,8 +120,8 @@ def _axes(q, v):
 
 
 def _with_decays(arrays, decays, axes):
-    q, k, *values, w = arrays
-    names = (axes["q"], axes["q"], *[axes["v"]] * len(values), axes["w"])
+    values = len(arrays) - 3
+    names = (axes["q"], axes["q"], *[axes["v"]] * values, axes["w"])
     if decays is None:
         return arrays, names
     return (*arrays, decays), (*names, axes["decays"])

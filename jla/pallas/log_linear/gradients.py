@@ -146,8 +146,9 @@ def writer_gradients(q, k, v, do, weights, gradients, *, per, inside):
     """With a, u and w as in `reader_gradients`, d the decay of a token's writes to the end of its
     leaf block (the last plane of the weights), dS the gradient of the block's state,
 
-        dk_s = sum_t u w_l[t] w_l[s] q_t + d[s] dS v_s;   dv_s = sum_t a w_l[t] w_l[s] do_t + d[s] k_s dS
-        dw_l[s] = sum_t a u w_l[t];                       dd[s] = k_s dS v_s
+        dk_s = sum_t u w_l[t] w_l[s] q_t + d[s] dS v_s
+        dv_s = sum_t a w_l[t] w_l[s] do_t + d[s] k_s dS
+        dw_l[s] = sum_t a u w_l[t];   dd[s] = k_s dS v_s
 
     Args: as of `reader_gradients`; gradients: dS, [B, H, blocks - 1, V, K] bf16, or None.
 
@@ -307,8 +308,7 @@ def _own(srow, changes):
 
 
 def _fetch_state(source, ring, slot, barrier, k_tiles):
-    V, K = source.shape
-    for i in range(V // TILE_WIDTH):
+    for i in range(source.shape[0] // TILE_WIDTH):
         for j in range(k_tiles):
             target = ring[i * k_tiles + j].at[slot]
             plgpu.copy_gmem_to_smem(source.at[columns(i), columns(j)], target, barrier)

@@ -1,7 +1,6 @@
 """The outputs: everything but the states, for all chunks at once."""
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu

@@ -1,4 +1,4 @@
-"""One token of log-linear attention as a Pallas kernel: one pass over the levels in use, in place."""
+"""One token of log-linear attention as a Pallas kernel: one pass over the levels in use."""
 
 import functools
 

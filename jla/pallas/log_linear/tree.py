@@ -2,8 +2,8 @@
 
 A node of height m is 2**m leaf blocks, its state the decayed sum of its halves'. Only left halves
 are read, by the blocks of their right siblings: block i reads, for each set bit m of i, the node
-that ends where the bits below and at m are cleared. They are kept by height, and with n = blocks - 1
-complete leaf blocks there are n in all: (n >> m) + 1 >> 1 of height m.
+that ends at block i >> m << m. They are kept by height, and with n = blocks - 1 leaf blocks before
+the last there are n in all: ((n >> m) + 1) >> 1 of height m.
 """
 
 import jax.numpy as jnp

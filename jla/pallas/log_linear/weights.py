@@ -7,9 +7,8 @@ tokens meets at one level, and its weight is the product of the two. All sums ar
 sign and none is a difference of others.
 """
 
-import numpy as np
-
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jla.pallas.chunks import CHUNK, LEVELS, LOG2E
@@ -50,7 +49,7 @@ def weights(g, level_scales, leaf):
     """
     B, T, H = g.shape
     N, per, blocks = plan(T, leaf)
-    inside, above, P = planes(per, blocks)
+    inside, above, _ = planes(per, blocks)
     levels = inside + above
     gates = jnp.maximum(jnp.swapaxes(g, 1, 2) * LOG2E, STRONGEST)
     gates = jnp.pad(gates, ((0, 0), (0, 0), (0, N * CHUNK - T)))
