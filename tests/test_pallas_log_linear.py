@@ -1,0 +1,195 @@
+"""Log-linear attention's kernels: what the contract's tests do not reach.
+
+The tree over several leaf blocks, the parts of its gradient, the step at all kinds of positions,
+and that the kernels fit at full size.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jla
+import jla.pallas
+from jla import LogLinearState
+from jla.pallas import log_linear as kernels
+from jla.pallas.log_linear import tree, weights
+
+f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
+
+
+def normal(i, *shape):
+    return jax.random.normal(jax.random.key(i), shape, f32)
+
+
+def arguments(B, T, H=1, HK=1, K=64, V=64, dtype=bf16):
+    L = (T - 1).bit_length() + 1
+    q, k = (normal(i, B, T, HK, K).astype(dtype) for i in range(2))
+    g = -0.1 * jax.nn.softplus(2 * normal(3, B, T, H))
+    return q, k, normal(2, B, T, H, V).astype(dtype), g, normal(4, B, T, H, L)
+
+
+def step_arguments(positions, H=1, HK=1, K=32, V=32, L=8, dtype=bf16):
+    B, position = len(positions), jnp.asarray(positions, jnp.int32)
+    level = jnp.arange(L)
+    used = (level > 0) & ((position[:, None] >> jnp.maximum(level - 1, 0)) % 2 == 1)
+    levels = jnp.where(used[:, None, :, None, None], normal(5, B, H, L, K, V), 0.0)
+    arrays = normal(0, B, HK, K), normal(1, B, HK, K), normal(2, B, H, V)
+    g = -jax.nn.softplus(normal(3, B, H))
+    state = LogLinearState(levels, position)
+    return *(x.astype(dtype) for x in arrays), g, normal(4, B, H, L), state
+
+
+def relative_error(got, want):
+    got, want = (np.asarray(x.astype(f32), np.float64) for x in (got, want))
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def test_several_leaf_blocks_are_the_reference(monkeypatch):
+    """Seven blocks of 64 tokens: three heights, the last block cut, and readers in parts."""
+    monkeypatch.setattr(kernels, "LEAF", 64)
+    monkeypatch.setattr(tree, "SPAN", 2)
+    args = arguments(1, 420)
+    cotangent = normal(9, *args[2].shape)
+
+    def both(core, *args):
+        o, vjp = jax.vjp(core, *args)
+        return o, *vjp(cotangent.astype(o.dtype))
+
+    @jax.jit
+    def definition(*args):
+        run = functools.partial(jla.log_linear_attention, implementation="reference")
+        return both(lambda *args: run(*args)[0], *args)
+
+    with jla.pallas.interpret():
+        got = jax.jit(functools.partial(both, lambda *args: kernels.core(*args)))(*args)
+    want = definition(*(x.astype(f32) for x in args))
+    for ours, theirs in zip(got, want, strict=True):
+        assert relative_error(ours, theirs) < 5e-3
+
+
+@pytest.mark.parametrize("blocks, per, span", [(2, 4, 32), (7, 2, 4), (16, 4, 8), (13, 1, 2)])
+def test_jobs_read_every_state_once(monkeypatch, blocks, per, span):
+    """Each chunk's jobs are those of the set bits of its block's number."""
+    monkeypatch.setattr(tree, "SPAN", span)
+    chunks, inside = blocks * per - (per > 1), 7
+    heights = tree.heights(per, blocks)
+    assert sum(nodes for nodes, _ in heights) == blocks - 1
+    job = tree.reader_jobs(chunks, per, blocks, inside)
+    j, readers = 0, []
+    for m, (nodes, parts) in enumerate(heights):
+        for node in range(nodes):
+            for _ in range(parts):
+                first, count, plane = map(int, job(jnp.int32(j)))
+                assert count <= span and plane == inside + 1 + m
+                readers += [(m, node, chunk) for chunk in range(first, first + count)]
+                j += 1
+    want = [
+        (m, (chunk // per >> m) // 2, chunk)
+        for chunk in range(chunks)
+        for m in range(len(heights))
+        if chunk // per >> m & 1
+    ]
+    assert sorted(readers) == sorted(want)
+
+
+def test_weights_are_decays():
+    """Of two tokens at their level, in more than 64 * 64 tokens, beside a gate of -1e4."""
+    T, rng = 5000, np.random.default_rng(0)
+    g = -0.01 * rng.random((1, T, 1))
+    g[0, 1234] = -1e4
+    w, _ = weights.weights(jnp.asarray(g, f32), jnp.ones((1, T, 1, 14)), 256)
+    w = np.asarray(w)[0, 0].transpose(1, 0, 2).reshape(w.shape[3], -1)
+    for s, t in np.sort(rng.integers(0, T, (200, 2)), axis=1):
+        level = int(s ^ t).bit_length()
+        want = np.exp(g[0, s + 1 : t + 1].sum()) if s != t else 1.0
+        got = w[level, s] * w[level, t] if s != t else w[0, t]
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "positions, sizes",
+    [
+        ((0, 5, 7, 100), dict(H=2, V=48)),
+        ((7, 8, 3), dict(K=16, V=16, L=4, dtype=f16)),  # two rows outgrow their levels
+        ((15,), dict(H=2, HK=2, K=128, V=128, L=6, dtype=f32)),
+    ],
+    ids=str,
+)
+def test_step_is_the_reference(positions, sizes):
+    args = step_arguments(positions, **sizes)
+    # Under jit no position is known, and none refused.
+    step = functools.partial(jla.log_linear_step, implementation="reference")
+    want_o, want = jax.jit(step)(*args)
+    with jla.pallas.interpret():
+        o, state = jax.jit(kernels.log_linear_step)(*args)
+    np.testing.assert_array_equal(state.position, want.position)
+    for ours, theirs, tolerance in (
+        (o, want_o, 2e-6 if o.dtype == f32 else 1e-3),
+        (state.levels, want.levels, 2e-6),
+    ):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(jnp.isnan(ours), jnp.isnan(theirs))
+        assert relative_error(jnp.nan_to_num(ours), jnp.nan_to_num(theirs)) < tolerance
+
+
+def test_step_differentiates():
+    args = step_arguments((6,))
+
+    def loss(step, *args):
+        o, state = step(*args[:-1], args[-1]._replace(position=jnp.asarray([6], jnp.int32)))
+        return jnp.sum(o.astype(f32)) + jnp.sum(state.levels**2)
+
+    def gradient(step):
+        of_levels = lambda levels: loss(step, *args[:-1], LogLinearState(levels, None))  # noqa: E731
+        return jax.jit(jax.grad(of_levels))(args[-1].levels)
+
+    with jla.pallas.interpret():
+        got = gradient(kernels.log_linear_step)
+    want = gradient(functools.partial(jla.log_linear_step, implementation="reference"))
+    assert relative_error(got, want) < 1e-5
+
+
+def test_step_lowers_for_cuda_in_place():
+    positions = np.full(128, 4095)
+    shapes = jax.eval_shape(lambda: step_arguments(positions, H=16, K=128, V=128, L=14))
+    step = jax.jit(kernels.log_linear_step, donate_argnames="state")
+    text = step.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert re.search(r"%arg5: [^%]*tf.aliasing_output = 1", text)
+    (call,) = (line for line in text.splitlines() if "@mosaic_gpu" in line)
+    aliases = re.findall(r"output_tuple_indices = \[(\d)\], operand_index = (\d)", call)
+    assert aliases == [("1", "6")]
+
+
+@pytest.mark.parametrize(
+    "B, T, sizes, calls",
+    [
+        (8, 4096, dict(H=16, K=128, V=128), 5),
+        (1, 100, dict(H=2, HK=2, K=128, V=64), 3),  # one leaf block: no states
+    ],
+    ids=str,
+)
+def test_lowers_for_cuda(B, T, sizes, calls):
+    """Lowering checks layouts and the size of SMEM, which the interpreter does not."""
+    shapes = jax.eval_shape(functools.partial(arguments, B, T, **sizes))
+
+    @jax.jit
+    def run(*args):
+        o, vjp = jax.vjp(kernels.core, *args)
+        return o, *vjp(o)
+
+    text = run.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    # The leaf blocks' states, the outputs; the gradients of what is read, of readers and the read.
+    assert text.count("@mosaic_gpu") == calls
+
+
+@pytest.mark.parametrize(
+    "dtype, sizes, message", [(f32, {}, "float32"), (bf16, dict(V=144), "V = 144.*at most 128")]
+)
+def test_unsupported(dtype, sizes, message):
+    args = arguments(1, 8, dtype=dtype, **sizes)
+    with pytest.raises(NotImplementedError, match=f"{message}.*xla"):
+        jla.log_linear_attention(*args, implementation="pallas")
