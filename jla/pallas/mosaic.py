@@ -5,6 +5,7 @@ docs/kernels.md lists what was found.
 """
 
 import contextlib
+import functools
 import threading
 
 import jax
@@ -40,7 +41,7 @@ def interpret(*, detect_races=True):
     """
     params = plgpu.InterpretGPUParams(detect_races=detect_races)
     before = interpreting()
-    _state.interpreting = True
+    _state.interpreting = params
     try:
         with plgpu.force_gpu_interpret_mode(params):
             yield
@@ -49,7 +50,7 @@ def interpret(*, detect_races=True):
 
 
 def interpreting():
-    """Whether the caller is inside `interpret()`."""
+    """The interpreter's parameters if the caller is inside `interpret()`, else False."""
     return getattr(_state, "interpreting", False)
 
 
@@ -81,11 +82,12 @@ def in_interval(start, length, columns):
     return distance < per_row(length, columns)
 
 
-def product(*pairs, init=None):
+def product(*pairs, init=None, meanwhile=None):
     """The float32 sum of `a @ b` over the pairs, plus `init`, in registers (layout TILE).
 
     `a` is a 16-bit SMEM ref or a 16-bit value in registers, `b` a 16-bit SMEM ref; either ref may
-    be a `.T`. Under the interpreter, which cannot run wgmma with registers, it is a plain product.
+    be a `.T`. `meanwhile` is called while the tensor cores work, before the result is awaited.
+    Under the interpreter, which cannot run wgmma with registers, it is a plain product.
     """
     if interpreting():
 
@@ -93,11 +95,15 @@ def product(*pairs, init=None):
             return (x if isinstance(x, jax.Array) else x[...]).astype(f32)
 
         total = sum(jnp.dot(value(a), value(b), precision=lax.Precision.HIGHEST) for a, b in pairs)
+        if meanwhile is not None:
+            meanwhile()
         return total if init is None else total + init
 
     def body(acc):
         for a, b in pairs:
             plgpu.wgmma(acc, a, b)
+        if meanwhile is not None:
+            meanwhile()
         if init is None:
             return acc[...]
 
@@ -115,6 +121,12 @@ def release():
     """
     if interpreting():
         plgpu.commit_smem()
+
+
+def hand_back(barrier):
+    """Says that this warpgroup has read a tile, which may now be overwritten by TMA."""
+    release()
+    plgpu.barrier_arrive(barrier)
 
 
 def split(x):
@@ -178,13 +190,38 @@ def per_column(vector, rows):
     return lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1])
 
 
-def kernel(body, *, automatic_barriers=True, **arguments):
+def kernel(body, *, automatic_barriers=True, in_place=None, **arguments):
     """`plgpu.kernel`, with approximate exp2.
 
     `automatic_barriers`: whether Mosaic puts two barriers of the warpgroup around each store to
     SMEM, so that no warp overwrites what another still reads. Without, the body has to.
+    `in_place`: {operand: output}, by number, of those that may lie in the same memory. The body
+    must read the one, write all of the other, and rely on nothing: XLA makes of slices of stacked
+    layers and a custom call one operation that has no aliases (and so `plgpu.kernel`, given a ref,
+    reads what nobody wrote).
     """
     parameters = plgpu.CompilerParams(
         approx_math=True, unsafe_no_auto_barriers=not automatic_barriers
     )
-    return plgpu.kernel(body, compiler_params=parameters, **arguments)
+    if in_place is None:
+        return plgpu.kernel(body, compiler_params=parameters, **arguments)
+    # Not public: what `plgpu.kernel` does, which takes no aliases.
+    from jax._src import config
+    from jax._src.pallas import mpmd
+
+    out_type, scratch_types = arguments.pop("out_type"), arguments.pop("scratch_types", ())
+
+    def with_scratch(*refs):
+        pl.run_scoped(functools.partial(body, *refs), *scratch_types, collective_axes=())
+
+    def run(*operands):
+        with config._check_vma(False):
+            return mpmd._mpmd_map(
+                [(plgpu.Mesh(**arguments), with_scratch)],
+                out_type,
+                input_output_aliases=in_place,
+                compiler_params=parameters,
+                interpret=interpreting(),
+            )(*operands)
+
+    return run

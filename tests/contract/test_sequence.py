@@ -103,6 +103,28 @@ def test_decode_is_forward(mechanism, implementation, sizes):
     assert_close((jnp.moveaxis(o, 0, 1), state), whole, mechanism.tolerances[dtype][0])
 
 
+@pytest.mark.parametrize("mechanism, implementation, sizes", GRID)
+def test_step_in_a_scan_over_layers(mechanism, implementation, sizes):
+    """The states of two layers in one array, as a scanned model keeps its cache."""
+    layers = [inputs(mechanism, sizes, implementation.dtypes[0], seed)[0] for seed in range(2)]
+    names = (*mechanism.tokenwise(), mechanism.state[0])
+    cut_out = {n: [a[n] if n == names[-1] else a[n][:, 0] for a in layers] for n in names}
+    shared = {name: layers[0][name] for name in mechanism.shared()}
+
+    def step(arguments):
+        tokens = {n: x for n, x in arguments.items() if n != names[-1]}
+        state = {mechanism.state[1]: arguments[names[-1]]}
+        return mechanism.step(**tokens, **state, **shared, implementation=implementation.name)
+
+    stacked = {n: jax.tree.map(lambda *x: jnp.stack(x), *xs) for n, xs in cut_out.items()}
+    with implementation.context():
+        scan = jax.jit(lambda xs: jax.lax.scan(lambda _, x: (None, step(x)), None, xs)[1])
+        got = scan(stacked)
+        each = [jax.jit(step)({n: xs[i] for n, xs in cut_out.items()}) for i in range(2)]
+    want = jax.tree.map(lambda *x: jnp.stack(x), *each)
+    assert_close(got, want, 1e-5)
+
+
 # Two rows that share few borders, with segments of one token at the ends and inside. Ids come
 # again later, and only neighbours make a segment: [0, 0, 1, 1, 0] are three.
 PACKS = (

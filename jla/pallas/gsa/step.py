@@ -82,21 +82,22 @@ def _step(q, k, v, s, g, hk, hv, *, scale):
     key_width, value_width = _width(K, M), _width(M, V)
     of_keys, of_values = (mosaic.columns_by_warp(x) for x in (key_width, value_width))
 
-    def kernel(q_ref, k_ref, v_ref, s_ref, g_ref, hk_ref, hv_ref, o_ref, *logits):
+    def body(q_ref, k_ref, v_ref, s_ref, g_ref, hk_ref, hv_ref, o_ref, *refs):
+        hk_out, hv_out, *logits = refs
         b, h = lax.axis_index("b"), lax.axis_index("h")
 
-        def value_tile(i):
-            return hv_ref.at[b, h, :, pl.ds(i * value_width, value_width)]
+        def value_tile(ref, i):
+            return ref.at[b, h, :, pl.ds(i * value_width, value_width)]
 
-        values = load(value_tile(0), of_values)
+        values = load(value_tile(hv_ref, 0), of_values)
         key = per_row(load(k_ref.at[b, h], of_keys.reduce(1)), key_width)
         for i in range(M // key_width):
             columns = pl.ds(i * key_width, key_width)
-            tile = hk_ref.at[b, h, :, columns]
             decay = jnp.exp(load(g_ref.at[b, h, columns], of_keys.reduce(0)))
             writes = load(s_ref.at[b, h, columns], of_keys.reduce(0))
-            state = load(tile, of_keys) * per_column(decay, K) + key * per_column(writes, K)
-            mosaic.store(tile, state)
+            state = load(hk_ref.at[b, h, :, columns], of_keys) * per_column(decay, K)
+            state = state + key * per_column(writes, K)
+            mosaic.store(hk_out.at[b, h, :, columns], state)
             for j in range(group):
                 query = per_row(load(q_ref.at[b, h * group + j], of_keys.reduce(1)), key_width)
                 logits[j].at[columns][...] = scale * jnp.sum(state * query, axis=0)
@@ -107,31 +108,26 @@ def _step(q, k, v, s, g, hk, hv, *, scale):
         for i in range(V // value_width):
             columns = pl.ds(i * value_width, value_width)
             if i:
-                values = load(value_tile(i), of_values)
+                values = load(value_tile(hv_ref, i), of_values)
             value = per_column(load(v_ref.at[b, h, columns], of_values.reduce(0)), M)
             state = values * decay + writes * value
-            mosaic.store(value_tile(i), state)
+            mosaic.store(value_tile(hv_out, i), state)
             for j in range(group):
                 logit = per_row(load(logits[j], of_values.reduce(1)), value_width)
                 p = jnp.exp(logit - per_column(jnp.max(logit, axis=0), M))
                 o = jnp.sum(p * state, axis=0) / jnp.sum(p, axis=0)
                 mosaic.store(o_ref.at[b, h * group + j, columns], o.astype(v.dtype))
 
+    outputs = (((B, HQ, V), v.dtype), (hk.shape, f32), (hv.shape, f32))
     step = mosaic.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((B, HQ, V), v.dtype),
+        body,
+        out_type=tuple(jax.ShapeDtypeStruct(*output) for output in outputs),
+        in_place={5: 1, 6: 2},
         scratch_types=[plgpu.SMEM((M,), f32) for _ in range(group)],
         grid=(B, H),
         grid_names=("b", "h"),
     )
-
-    # The kernel changes operands that are refs; run_state makes a pure function of that.
-    def run(refs):
-        *states, o_ref = refs
-        o_ref[...] = step(q, k, v, s, g, *states)
-
-    hk, hv, o = pl.run_state(run)((hk, hv, jnp.zeros((B, HQ, V), v.dtype)))
-    return o, hk, hv
+    return step(q, k, v, s, g, hk, hv)
 
 
 def _width(rows, columns):

@@ -81,11 +81,10 @@ def _step(q, k, v, g, beta, state, *, scale, width=None):
     by_row, by_column = layout.reduce(1), layout.reduce(0)
     load = functools.partial(mosaic.load, optimized=False)
 
-    def kernel(q_ref, k_ref, v_ref, g_ref, beta_ref, state_ref, o_ref):
+    def body(q_ref, k_ref, v_ref, g_ref, beta_ref, state_ref, o_ref, state_out):
         b, h, block = (lax.axis_index(name) for name in ("b", "h", "block"))
         columns = pl.ds(block * width, width)
-        tile = state_ref.at[b, h, :, columns]
-        state = load(tile, layout)
+        state = load(state_ref.at[b, h, :, columns], layout)
         decay = per_row(jnp.exp(load(g_ref.at[b, h], by_row)), width)
         key = per_row(load(k_ref.at[b, h // group], by_row), width)
         query = per_row(load(q_ref.at[b, h // group], by_row), width)
@@ -93,24 +92,18 @@ def _step(q, k, v, g, beta, state, *, scale, width=None):
         error = load(v_ref.at[b, h, columns], by_column) - jnp.sum(state * key, axis=0)
         write = beta_ref[b, h].astype(f32) * error
         state = state + key * per_column(write, K)
-        mosaic.store(tile, state)
+        mosaic.store(state_out.at[b, h, :, columns], state)
         o = scale * jnp.sum(state * query, axis=0)
         mosaic.store(o_ref.at[b, h, columns], o.astype(v.dtype))
 
     step = mosaic.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct(v.shape, v.dtype),
+        body,
+        out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (v, state)),
+        in_place={5: 1},
         grid=(B, HV, V // width),
         grid_names=("b", "h", "block"),
     )
-
-    # The kernel changes an operand that is a ref; run_state makes a pure function of that.
-    def run(refs):
-        state_ref, o_ref = refs
-        o_ref[...] = step(q, k, v, g, beta, state_ref)
-
-    state, o = pl.run_state(run)((state, jnp.zeros_like(v)))
-    return o, state
+    return step(q, k, v, g, beta, state)
 
 
 def _width(K, V):

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla._state import MesaState
@@ -85,15 +84,16 @@ def _step(q, k, v, g, beta, lamb, kk, kv, *, steps, tolerance):
     square, oblong = mosaic.columns_by_warp(K), mosaic.columns_by_warp(V)
     by_column = square.reduce(0)
 
-    def body(q_ref, k_ref, k_too, v_ref, g_ref, beta_ref, lamb_ref, kk_ref, kv_ref, o_ref, shared):
+    def body(q_ref, k_ref, k_too, v_ref, g_ref, beta_ref, lamb_ref, kk_ref, kv_ref, *refs):
+        o_ref, kk_out, kv_out, shared = refs
         b, h = lax.axis_index("b"), lax.axis_index("h")
         decay = jnp.exp(g_ref[b, h])
         strength = beta_ref[b, h].astype(f32)
 
-        def written(ref, layout, value):
+        def written(ref, out, layout, value):
             write = per_row(load(k_ref.at[b, h], layout.reduce(1)), value.shape[0]) * strength
             new = decay * load(ref.at[b, h], layout) + write * per_column(value, K)
-            mosaic.store(ref.at[b, h], new)
+            mosaic.store(out.at[b, h], new)
             return new
 
         def along_rows(vector, layout):
@@ -102,7 +102,7 @@ def _step(q, k, v, g, beta, lamb, kk, kv, *, steps, tolerance):
             plgpu.commit_smem()
             return plgpu.load(shared, layout=layout.reduce(1), optimized=False)
 
-        state = written(kk_ref, square, load(k_too.at[b, h], by_column))
+        state = written(kk_ref, kk_out, square, load(k_too.at[b, h], by_column))
         # With lamb = 1 for what is scaled so, as in `solve`.
         scale = lax.rsqrt(load(lamb_ref.at[b, h], by_column))
         query = load(q_ref.at[b, h], by_column) * scale
@@ -129,22 +129,16 @@ def _step(q, k, v, g, beta, lamb, kk, kv, *, steps, tolerance):
         start = (jnp.int32(0), nothing, query, query, size)
         _, x, *_ = lax.while_loop(going, iterate, start)
         x = along_rows(x * scale * largest, oblong)
-        state = written(kv_ref, oblong, load(v_ref.at[b, h], oblong.reduce(0)))
+        state = written(kv_ref, kv_out, oblong, load(v_ref.at[b, h], oblong.reduce(0)))
         o = jnp.sum(state * per_row(x, V), axis=0)
         mosaic.store(o_ref.at[b, h], o.astype(v.dtype))
 
     step = mosaic.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(v.shape, v.dtype),
+        out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (v, kk, kv)),
+        in_place={7: 1, 8: 2},
         scratch_types=[plgpu.SMEM((K,), f32)],
         grid=(B, H),
         grid_names=("b", "h"),
     )
-
-    # The kernel changes operands that are refs; run_state makes a pure function of that.
-    def run(refs):
-        kk_ref, kv_ref, o_ref = refs
-        o_ref[...] = step(q, k, k, v, g, beta, lamb, kk_ref, kv_ref)
-
-    kk, kv, o = pl.run_state(run)((kk, kv, jnp.zeros_like(v)))
-    return o, kk, kv
+    return step(q, k, k, v, g, beta, lamb, kk, kv)
