@@ -259,7 +259,8 @@ def final_levels(k, v, g, end, position, L):
     sums = jnp.einsum("bnsjk,bnsjv->bnjkv", k, v)
     levels = jnp.einsum("bnl,bnjkv->bjlkv", whole.astype(f32), sums)
     tail = level(last[:, None] * size + jnp.arange(size))
-    k, v = (jax.vmap(lambda x, i: x[i])(x, last) for x in (k, v))
+    here = (chunk == last[:, None])[..., None, None, None]
+    k, v = (jnp.sum(jnp.where(here, x, 0.0), axis=1) for x in (k, v))
     k = jnp.where(tail[:, :, None, :, None], k[:, :, :, None], 0.0)
     levels = levels + jnp.einsum("bsjlk,bsjv->bjlkv", k, v)
     levels = levels.reshape(B, HK, L, K, H // HK, V)

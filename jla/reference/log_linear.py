@@ -14,7 +14,7 @@ _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 # Tokens between the states that the backward pass keeps: all of them would be L K V numbers for
 # every token and head.
-SPAN = 64
+SPAN = 256
 
 
 @jax.jit
@@ -70,16 +70,13 @@ def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
         o, state = log_linear_step(*arrays, LogLinearState(levels, position))
         return state, o
 
-    @jax.checkpoint
-    def span(state, inputs):
-        return lax.scan(token, state, inputs)
-
+    span = functools.partial(lax.scan, token)
     time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, level_scales, starts))
     whole = T // SPAN * SPAN
     state, outputs = initial_state, []
     if whole:
         spans = [x[:whole].reshape(-1, SPAN, *x.shape[1:]) for x in time_major]
-        state, o = lax.scan(span, state, spans)
+        state, o = lax.scan(jax.checkpoint(span, prevent_cse=False), state, spans)
         outputs.append(o.reshape(whole, *o.shape[2:]))
     if whole < T:
         state, o = span(state, [x[whole:] for x in time_major])

@@ -19,12 +19,46 @@ def inputs(mechanism, sizes, dtype="float32", seed=0):
     shapes = jax.eval_shape(lambda a: mechanism.run(**a, implementation="reference"), args)
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(cotangents, len(leaves))
-    leaves = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    leaves = [
+        jax.random.normal(k, x.shape, x.dtype) if is_float(x) else jnp.zeros(x.shape, x.dtype)
+        for k, x in zip(keys, leaves, strict=True)
+    ]
     return args, tree.unflatten(leaves)
 
 
+def is_float(x):
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
 def upcast(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+    return with_floats(tree, [x.astype(jnp.float32) for x in floats(tree)])
+
+
+def floats(tree):
+    """The leaves that have gradients; a position in a state, an integer, has none."""
+    return [x for x in jax.tree.leaves(tree) if is_float(x)]
+
+
+def with_floats(tree, leaves):
+    """`tree` with these in the place of its `floats`."""
+    leaves = iter(leaves)
+    return jax.tree.map(lambda x: next(leaves) if is_float(x) else x, tree)
+
+
+def on_floats(run, args):
+    """`run(args)` as a function from the `floats` of its arguments to those of what it returns."""
+    return lambda leaves: floats(run(with_floats(args, leaves)))
+
+
+def with_gradients(run, args, cotangents):
+    """What `run(args)` returns, and the cotangent of `args`; that of an integer is zeros."""
+
+    def both(leaves):
+        outputs = run(with_floats(args, leaves))
+        return floats(outputs), outputs
+
+    _, pull, outputs = jax.vjp(both, floats(args), has_aux=True)
+    return outputs, with_floats(jax.tree.map(jnp.zeros_like, args), *pull(floats(cotangents)))
 
 
 @functools.cache
@@ -42,8 +76,7 @@ def _value_and_vjp(name, implementation):
     forward = _forward(name, implementation)
 
     def both(args, cotangents, segment_ids):
-        outputs, vjp = jax.vjp(lambda a: forward(a, segment_ids), args)
-        return outputs, vjp(cotangents)[0]
+        return with_gradients(lambda a: forward(a, segment_ids), args, cotangents)
 
     return jax.jit(both)
 
@@ -76,10 +109,12 @@ def error(got, want):
 
 
 def assert_close(got, want, tolerance):
-    """Every leaf is finite and as near to the wanted one as the tolerance says."""
+    """Every leaf is finite and as near to the wanted one as the tolerance says; integers equal."""
     chex.assert_tree_all_finite(got)
     errors = jax.tree.map(error, got, want)
     assert max(jax.tree.leaves(errors)) <= tolerance, errors
+    exact = jax.tree.map(lambda x, e: e if not is_float(x) else 0.0, got, errors)
+    assert not any(jax.tree.leaves(exact)), exact
 
 
 def assert_agrees(mechanism, dtype, got, want):

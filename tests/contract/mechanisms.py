@@ -10,9 +10,10 @@ import dataclasses
 import pytest
 from table_gsa import GSA
 from table_kda import KDA
+from table_log_linear import LOG_LINEAR
 from table_mesa import MESA
 
-MECHANISMS = (KDA, GSA, MESA)
+MECHANISMS = (KDA, GSA, LOG_LINEAR, MESA)
 
 
 def _grid(full=True, only=lambda implementation: True):

@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import assert_close, assert_same_bits, forward, inputs, upcast, value_and_vjp
+from harness import (
+    assert_close,
+    assert_same_bits,
+    floats,
+    forward,
+    inputs,
+    on_floats,
+    upcast,
+    value_and_vjp,
+    with_gradients,
+)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mechanisms import COMPILED, GRID, SMALL
 
@@ -31,8 +41,7 @@ def test_vmap_and_checkpoint(mechanism, implementation, sizes):
     @jax.jit
     @jax.vmap
     def both(args, cotangents):
-        outputs, vjp = jax.vjp(run, args)
-        return outputs, vjp(cotangents)[0]
+        return with_gradients(run, args, cotangents)
 
     with implementation.context():
         got = both(*stacked)
@@ -48,19 +57,21 @@ def test_linearize(mechanism, implementation, sizes):
     args, _ = inputs(mechanism, sizes, dtype)
     if not implementation.linearizes:
         with implementation.context(), pytest.raises(TypeError, match="forward-mode"):
-            _, linear = jax.linearize(lambda a: running(mechanism, implementation)(**a), args)
-            linear(args)
+            run = running(mechanism, implementation)
+            _, linear = jax.linearize(on_floats(lambda a: run(**a), args), floats(args))
+            linear(floats(args))
         return
     tangents = [inputs(mechanism, sizes, dtype, seed)[0] for seed in (1, 2)]
     run = running(mechanism, implementation)
     with implementation.context():
-        _, linear = jax.linearize(jax.jit(lambda a: run(**a)), args)
-        got = [linear(tangent) for tangent in tangents]
+        _, linear = jax.linearize(jax.jit(on_floats(lambda a: run(**a), args)), floats(args))
+        got = [linear(floats(tangent)) for tangent in tangents]
 
     @jax.jit
     def definition(tangent):
         run = functools.partial(mechanism.run, implementation="reference")
-        return jax.jvp(lambda a: run(**a), (upcast(args),), (upcast(tangent),))[1]
+        of_floats = on_floats(lambda a: run(**a), upcast(args))
+        return jax.jvp(of_floats, (floats(upcast(args)),), (floats(upcast(tangent)),))[1]
 
     want = [definition(tangent) for tangent in tangents]
     assert_close(got, want, mechanism.tolerances[dtype][1])
@@ -76,14 +87,15 @@ BY_BATCH, BY_HEADS = {"B": "x"}, dict.fromkeys(HEADS, "x")
 
 
 def sharding_case(mechanism, implementation, sizes, dtype, mesh_axes, axis_type):
-    """Four rows and four times the key heads, whole, and placed on four virtual CPU devices or on
+    """Four rows and four of the least heads, whole, and placed on four virtual CPU devices or on
     the two or four GPUs there are."""
     devices = jax.devices(implementation.compiled_on)[:4]
     if implementation.compiled_on == "gpu" and len(devices) < 2:
         pytest.skip("needs two or four GPUs")
     assert len(devices) in (2, 4), devices
     mesh = jax.make_mesh((len(devices),), ("x",), (axis_type,), devices=devices)
-    heads = {n: 4 * size // sizes["H"] for n, size in sizes.items() if n in HEADS}
+    heads = {n: size for n, size in sizes.items() if n in HEADS}
+    heads = {n: 4 * size // min(heads.values()) for n, size in heads.items()}
     whole = inputs(mechanism, dict(sizes) | heads | dict(B=4), dtype)
     splits = specs((dict(mechanism.axes), mechanism.outputs), mesh_axes)
     placed = jax.tree.map(
@@ -104,8 +116,8 @@ def test_sharded_under_jit(mechanism, implementation, sizes, mesh_axes):
     want = value_and_vjp(mechanism, implementation, *whole)
 
     def both(args, cotangents):
-        outputs, vjp = jax.vjp(lambda a: running(mechanism, implementation)(**a), args)
-        return outputs, vjp(cotangents)[0]
+        run = running(mechanism, implementation)
+        return with_gradients(lambda a: run(**a), args, cotangents)
 
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), splits[::-1])
     with implementation.context():
@@ -136,8 +148,8 @@ def test_shardings_in_types(mechanism, implementation, sizes, explicit):
     want = value_and_vjp(mechanism, implementation, *whole)
 
     def both(args, cotangents):
-        values, vjp = jax.vjp(lambda a: running(mechanism, implementation)(**a), args)
-        return values, vjp(cotangents)[0]
+        run = running(mechanism, implementation)
+        return with_gradients(lambda a: run(**a), args, cotangents)
 
     if not explicit:
         in_specs, out_specs = (axes, outputs), (outputs, axes)

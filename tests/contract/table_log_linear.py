@@ -1,0 +1,228 @@
+"""Log-linear attention's entry."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from table import (
+    COMMON_MISTAKES,
+    COMMON_RUN_MISTAKES,
+    SCALE_MISTAKES,
+    Implementation,
+    Mechanism,
+    edit,
+)
+
+import jla
+from jla import LogLinearState
+
+f32 = jnp.float32
+
+# Where the rows go on from: in turn an odd place with bits above and below those of T, the start, a
+# power of two, and just before one.
+POSITIONS = (37, 0, 64, 1023)
+
+
+def _make(sizes, key, dtype):
+    B, T, H, HK, K, V = (sizes[letter] for letter in ("B", "T", "H", "HK", "K", "V"))
+    keys = iter(jax.random.split(key, 7))
+    position = np.resize(POSITIONS, B)
+    L = int(position.max() + T).bit_length() + 1
+    level = np.arange(L)
+    used = (level > 0) & (position[:, None] >> np.maximum(level - 1, 0)) % 2 == 1
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape, f32)
+
+    return dict(
+        q=normal(B, T, HK, K).astype(dtype),
+        k=normal(B, T, HK, K).astype(dtype),
+        v=normal(B, T, H, V).astype(dtype),
+        g=-0.1 * jax.nn.softplus(2 * normal(B, T, H)),
+        level_scales=normal(B, T, H, L).astype(dtype),
+        initial_state=LogLinearState(
+            jnp.where(used[:, None, :, None, None], normal(B, H, L, K, V), 0.0),
+            jnp.asarray(position, jnp.int32),
+        ),
+    )
+
+
+def _spike(args):
+    """One gate of -1e4 among weak ones: beside it, cumulated sums keep no digit of the others."""
+    return args | dict(g=(0.1 * args["g"]).at[:, args["g"].shape[1] // 3].set(-1e4))
+
+
+def _later(name, x):
+    return {"g": 40.0 * x - 1.0}.get(name, 3.0 - x)
+
+
+def _state(name="initial_state", **edits):
+    """An edit of a state's fields."""
+    return lambda args: (
+        args
+        | {name: args[name]._replace(**{n: e(getattr(args[name], n)) for n, e in edits.items()})}
+    )
+
+
+_SHARED_MISTAKES = (
+    *(mistake for mistake in COMMON_MISTAKES if mistake not in SCALE_MISTAKES),
+    ("k of another HK", edit(k=lambda x: jnp.repeat(x, 2, -2)), ValueError, ("k ", "HK")),
+    (
+        "level_scales in float16",
+        edit(level_scales=lambda x: x.astype(jnp.float16)),
+        TypeError,
+        ("level_scales", "float16"),
+    ),
+    (
+        "level_scales of one level",
+        edit(level_scales=lambda x: x[..., 0]),
+        ValueError,
+        ("level_scales", "shape"),
+    ),
+    (
+        "level_scales for one head",
+        edit(level_scales=lambda x: x[..., :1, :]),
+        ValueError,
+        ("level_scales", "H = 1"),
+    ),
+    (
+        "HK does not divide H",
+        lambda args: args | {n: jnp.repeat(args[n], 3, -2) for n in ("q", "k")},
+        ValueError,
+        ("H = 2", "multiple", "HK = 3"),
+    ),
+)
+
+_SMALL = dict(B=2, T=100, H=2, HK=1, K=16, V=24)
+
+LOG_LINEAR = Mechanism(
+    name="log_linear",
+    run=jla.log_linear_attention,
+    step=jla.log_linear_step,
+    axes=dict(
+        q="B T HK K",
+        k="B T HK K",
+        v="B T H V",
+        g="B T H",
+        level_scales="B T H L",
+        initial_state=LogLinearState("B H L K V", "B"),
+    ),
+    outputs=("B T H V", LogLinearState("B H L K V", "B")),
+    make=_make,
+    stress={
+        "no decay": lambda args: args | dict(g=jnp.zeros_like(args["g"])),
+        "strong everywhere": lambda args: args | dict(g=jnp.full_like(args["g"], -30.0)),
+        "one gate of -1e4": _spike,
+    },
+    later=_later,
+    state=("initial_state", "state"),
+    implementations=(
+        Implementation("reference", sizes=_SMALL),
+        Implementation(
+            "xla",
+            sizes=_SMALL,
+            full=dict(B=2, T=2000, H=4, HK=1, K=128, V=128),
+            lengths=(1, 65, 130),
+            head_dims=(
+                dict(T=40, H=3, HK=3, K=63, V=16),
+                dict(T=40, H=4, HK=2, K=256, V=128),
+            ),
+        ),
+    ),
+    golden=("log_linear_small", "log_linear_odd", "log_linear_256"),
+    golden_outputs=("o", "final_levels", "final_position"),
+    golden_state=("initial_levels", "initial_position"),
+    mistakes=(
+        *_SHARED_MISTAKES,
+        *COMMON_RUN_MISTAKES,
+        ("q without heads", edit(q=lambda x: x[:, :, 0]), ValueError, ("q ", "[B, T, HK, K]")),
+        (
+            "no tokens",
+            lambda args: args | {n: args[n][:, :0] for n in ("q", "k", "v", "g", "level_scales")},
+            ValueError,
+            ("q ", "empty", "T"),
+        ),
+        (
+            "K too large",
+            lambda args: args | {n: jnp.tile(args[n], 17) for n in "qk"} | dict(initial_state=None),
+            ValueError,
+            ("dimension K must be 16 to 256", "272"),
+        ),
+        (
+            "too few levels for T",
+            edit(level_scales=lambda x: x[..., :7], initial_state=None),
+            ValueError,
+            ("L = 7", "T = 100", "at least 8"),
+        ),
+        (
+            "too many levels",
+            edit(level_scales=lambda x: jnp.tile(x, 4), initial_state=None),
+            ValueError,
+            ("level_scales", "at most L = 32", "36"),
+        ),
+        (
+            "too few levels for the positions",
+            _state(position=lambda x: x + 120),
+            ValueError,
+            ("initial_state.position is 157", "position 256", "L = 9", "below 2**(L-1) = 256"),
+        ),
+        (
+            "a negative position",
+            _state(position=lambda x: x - 40),
+            ValueError,
+            ("initial_state.position", "negative", "-40"),
+        ),
+        (
+            "initial_state a plain tuple",
+            edit(initial_state=tuple),
+            TypeError,
+            ("initial_state", "LogLinearState", "tuple"),
+        ),
+        (
+            "initial_state in bfloat16",
+            _state(levels=lambda x: x.astype(jnp.bfloat16)),
+            TypeError,
+            ("initial_state.levels", "bfloat16", "float32"),
+        ),
+        (
+            "initial_state transposed",
+            _state(levels=lambda x: jnp.swapaxes(x, 3, 4)),
+            ValueError,
+            ("initial_state.levels", "K"),
+        ),
+        (
+            "initial_state of other levels",
+            _state(levels=lambda x: x[:, :, 1:]),
+            ValueError,
+            ("initial_state.levels", "L = 8"),
+        ),
+        (
+            "a position of floats",
+            _state(position=lambda x: x.astype(f32)),
+            TypeError,
+            ("initial_state.position", "float32", "int32"),
+        ),
+        (
+            "one position for all",
+            _state(position=lambda x: x[0]),
+            ValueError,
+            ("initial_state.position", "[B]"),
+        ),
+    ),
+    step_mistakes=(
+        *_SHARED_MISTAKES,
+        ("q with a time axis", edit(q=lambda x: x[:, None]), ValueError, ("q ", "[B, HK, K]")),
+        ("no state", edit(state=None), TypeError, ("state", "LogLinearState", "NoneType")),
+        (
+            "state in float16",
+            _state("state", levels=lambda x: x.astype(jnp.float16)),
+            TypeError,
+            ("state.levels", "float16"),
+        ),
+        (
+            "a full state",
+            _state("state", position=lambda x: x + 219),
+            ValueError,
+            ("state.position is 256", "L = 9", "below 2**(L-1) = 256"),
+        ),
+    ),
+)
