@@ -59,19 +59,18 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
         return cache, o
 
     def tokens(cache, inputs):
-        return lax.scan(jax.checkpoint(token), cache, inputs)
+        return lax.scan(jax.checkpoint(token, prevent_cse=False), cache, inputs)
 
-    # About sqrt(T) runs of as many tokens: as one run, the gradient would keep all keys T times.
-    n = math.isqrt(T)
-    whole = T - T % n
-    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, w, beta, g, starts))
-    runs = jax.tree.map(lambda x: x[:whole].reshape(-1, n, *x.shape[1:]), inputs)
-    state, o = lax.scan(jax.checkpoint(tokens), state, runs)
-    o = o.reshape(whole, *o.shape[2:])
-    if whole < T:
-        state, rest = tokens(state, jax.tree.map(lambda x: x[whole:], inputs))
-        o = jnp.concatenate([o, rest])
-    return jnp.moveaxis(o, 0, 1), None if cache is None else state
+    # Runs of about sqrt(T) tokens: without them the gradient would keep all the keys T times.
+    n = next(n for n in range(math.isqrt(T), 0, -1) if T % n == 0)
+
+    def runs(x):
+        return jnp.moveaxis(x, 1, 0).reshape(T // n, n, *x.shape[:1], *x.shape[2:])
+
+    inputs = jax.tree.map(runs, (q, k, v, w, beta, g, starts))
+    state, o = lax.scan(jax.checkpoint(tokens, prevent_cse=False), state, inputs)
+    o = jnp.moveaxis(o.reshape(T, *o.shape[2:]), 0, 1)
+    return o, None if cache is None else state
 
 
 def _without_rest(cache):

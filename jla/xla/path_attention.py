@@ -17,6 +17,9 @@ f32 = jnp.float32
 # For what moves queries and keys: a product of hundreds of maps keeps every rounding.
 _exactly = functools.partial(jax.default_matmul_precision, "highest")
 
+# The gate of a segment's first token. Its exponential is 0, and so is that of all sums with it; but
+# 0 times it is 0 too, and sums can be products with a matrix of ones and zeros.
+NEVER = -1e30
 # Tokens in a chunk: queries are moved past so many keys at once.
 CHUNK = 64
 # Cached tokens that are read at once.
@@ -60,9 +63,10 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     (B, T, HQ, K), H = q.shape, k.shape[2]
     size = min(CHUNK, max(2, 1 << (T - 1).bit_length()))
     starts = None if segment_ids is None else segment_starts(segment_ids)
-    gates = None if g is None else scale * g.reshape(B, T, H, -1)
+    g = None if g is None else jnp.maximum(g, NEVER).reshape(B, T, H, -1)
+    gates = None if g is None else scale * g
     if starts is not None:
-        gates = jnp.where(starts[:, :, None, None], -jnp.inf, 0.0 if gates is None else gates)
+        gates = jnp.where(starts[:, :, None, None], NEVER, 0.0 if g is None else gates)
     gates = None if gates is None else chunks.split(gates, size)
     # The queries of one key head lie side by side, as if they were one.
     queries = chunks.split(q.reshape(B, T, H, HQ // H, K).reshape(B, T, H, -1), size)
@@ -70,19 +74,19 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     k, w, moved, writes, inner = _prepare(size, k, w, beta)
 
     index = jnp.arange(len(w))
-    past = index, moved, values, w, writes, *_after(gates)
+    after, total = (None, None) if gates is None else _sums_after(gates)
+    past = index, moved, values, w, writes, after, total
     cached = None if cache is None else _cached(cache, scale)
     chunk = functools.partial(_chunk, scale, past, cached)
-    o = lax.map(jax.checkpoint(chunk), (index, queries, k, values, w, writes, inner, gates))
+    chunk = jax.checkpoint(chunk, prevent_cse=False)
+    o = lax.map(chunk, (index, queries, k, values, w, writes, inner, gates))
     o = chunks.merge(o, T)
     o = o.reshape(B, T, H, HQ // H, -1).reshape(B, T, HQ, -1)
     if cache is None:
         return o, None
-    if starts is None:
-        starts = jnp.zeros((B, T), bool)
-    o = jnp.where(_fits(cache, starts)[:, :, None, None], o, jnp.nan)
-    keys, last = _at_the_end(moved, w, writes)
-    return o, _appended(cache, last, chunks.merge(keys, T), v, g, starts)
+    o = jnp.where(_fits(cache, starts, T)[:, :, None, None], o, jnp.nan)
+    g = None if g is None else chunks.split(g, size)
+    return o, _appended(cache, v, starts, *_at_the_end(moved, w, writes, g))
 
 
 def _prepare(size, k, w, beta):
@@ -96,37 +100,54 @@ def _prepare(size, k, w, beta):
     """
     length = size * -(-k.shape[1] // size)
     k, w, beta = (chunks.split(x.astype(f32), length)[0] for x in (k, w, beta[..., None]))
+    k, w, beta = (chunks.blocks(x, size) for x in (k, w, beta))
     with _exactly():
-        levels = []
-        for s in chunks.tree_sizes(size):
-            earlier, later = chunks.halves(w, s)
-            strength = chunks.halves(beta, s)[1]
-            levels.append(strength * chunks.pair_products(later, earlier))
-        k, w, beta = (chunks.blocks(x, size) for x in (k, w, beta))
-        triangle = chunks.unit_lower_inverse(levels) * chunks.transposed(beta)
+        system = jnp.tril(beta * chunks.pair_products(w, w), -1)
+        triangle = _unit_lower_inverse(system) * chunks.transposed(beta)
         writes = triangle @ w
         inner = triangle @ jnp.tril(chunks.pair_products(w, k), -1)
         moved = k - chunks.transposed(inner) @ w
     return tuple(jnp.moveaxis(x, 2, 0) for x in (k, w, moved, writes, inner))
 
 
-def _after(gates):
-    """Sums of the gates [N, B, H, C, G]: after each token to its chunk's end, [N, B, H, 1, G, C],
-    and of all the chunk's, [N, B, H, 1, G, 1].
+@jax.custom_jvp
+def _unit_lower_inverse(matrix):
+    """Inverts I + `matrix`, strictly lower triangular, row by row."""
+    C = matrix.shape[-1]
+
+    def row(inverse, index):
+        known = lax.dynamic_index_in_dim(matrix, index, -2) @ inverse
+        new = lax.dynamic_index_in_dim(jnp.eye(C), index, 0) - known
+        return lax.dynamic_update_slice_in_dim(inverse, new, index, -2), None
+
+    # A select places the zeros as the matrix is; see jla/_state.py.
+    return lax.scan(row, jnp.where(False, matrix, 0.0), jnp.arange(C))[0]
+
+
+@_unit_lower_inverse.defjvp
+def _unit_lower_inverse_jvp(primals, tangents):
+    inverse = _unit_lower_inverse(*primals)
+    with _exactly():
+        return inverse, -(inverse @ tangents[0] @ inverse)
+
+
+def _sums_after(gates):
+    """Sums of the gates [..., C, G]: after each token to its chunk's end, [..., 1, G, C], and of
+    all the chunk's, [..., 1, G, 1].
 
     Every sum of gates here is of those alone that it stands for: a difference of two longer sums
-    would keep no digit beside a strong gate, and none at all beside a border's -inf.
+    would keep no digit beside a strong gate.
     """
-    if gates is None:
-        return None, None
-    sums = lax.cumsum(gates, axis=3, reverse=True)
-    total, after = sums[..., :1, :], jnp.pad(sums[..., 1:, :], [(0, 0)] * 3 + [(0, 1), (0, 0)])
-    return tuple(chunks.transposed(x)[..., None, :, :] for x in (after, total))
+    later = jnp.triu(jnp.ones((gates.shape[-2],) * 2), 1)
+    with _exactly():
+        after = jnp.einsum("sr,...rg->...gs", later, gates)
+    total = chunks.transposed(jnp.sum(gates, axis=-2, keepdims=True))
+    return after[..., None, :, :], total[..., None, :, :]
 
 
 def _cached(cache, scale):
-    """The cached tokens in blocks: keys, values, and what is added to their logits, -inf where
-    there is none; and whether the block has any, in any row."""
+    """Whether any row has cached tokens; and these in blocks: their keys, their values, and what is
+    added to their logits, -inf where there is none."""
     size = min(BLOCK, cache.key.shape[1])
     key, value = (chunks.split(x, size) for x in cache[:2])
     place = jnp.arange(len(key) * size).reshape(-1, 1, 1, size, 1)
@@ -137,7 +158,7 @@ def _cached(cache, scale):
         H = key.shape[2]
         added = scale * chunks.split(cache.decay.reshape(B, S, H, HQ // H), size)
     added = chunks.transposed(jnp.where(filled, added, -jnp.inf))[..., None, :, :]
-    return jnp.any(filled, axis=(1, 2, 3, 4)), key, value, added
+    return jnp.any(cache.length > 0), (key, value, added)
 
 
 def _chunk(scale, past, cached, inputs):
@@ -176,9 +197,12 @@ def _chunk(scale, past, cached, inputs):
     logits = jnp.where(earlier, scale * logits, -jnp.inf)
     added = before = None
     if gates is not None:
-        later = jnp.arange(C)[:, None, None] > jnp.arange(C)
-        added = lax.cumsum(jnp.where(later, gates[..., None], 0.0), axis=2)
-        before = lax.cumsum(gates, axis=2)[..., None]
+        # [B, H, r, G, s], with zeros where r <= s; then the sums over r, up to the query's t.
+        after = gates[..., None] * jnp.tril(jnp.ones((C, C)), -1)[:, None]
+        with _exactly():
+            upto = jnp.tril(jnp.ones((C, C)))
+            added = jnp.einsum("tr,bhrgs->bhtgs", upto, after)
+            before = jnp.einsum("tr,bhrg->bhtg", upto, gates)[..., None]
     nothing = jnp.full_like(by_query(q)[..., :1], -jnp.inf)
     softmax = attend((nothing, 0.0, 0.0), logits, added, v)
 
@@ -198,48 +222,60 @@ def _chunk(scale, past, cached, inputs):
     (q, before, softmax), _ = lax.scan(visit, (q, before, softmax), past, reverse=True)
 
     # The cached tokens: their keys are as the first token finds them.
-    def read_cached(softmax, k, v, added):
+    def visit_cached(softmax, inputs):
+        k, v, added = inputs
         if before is not None:
             added = before + added
-        return attend(softmax, chunks.product(q, k), added, v)
-
-    def visit_cached(softmax, inputs):
-        any_there, *arrays = inputs
-        return lax.cond(any_there, read_cached, lambda x, *_: x, softmax, *arrays), None
+        return attend(softmax, chunks.product(q, k), added, v), None
 
     if cached is not None:
-        softmax, _ = lax.scan(visit_cached, softmax, cached)
+        any_there, blocks = cached
+        softmax = lax.cond(
+            any_there, lambda x: lax.scan(visit_cached, x, blocks)[0], lambda x: x, softmax
+        )
     _, total, o = softmax
     return (o / total).reshape(*v.shape[:3], -1).astype(v.dtype)
 
 
-def _at_the_end(moved, w, writes):
-    """The keys as the row's last token sees them, [N, B, H, C, K], and all its maps as one,
-    [B, H, K, K]."""
-    first = (w[0, :, :, 0],) * 2
-    start = zero_state(*first) + jnp.eye(w.shape[-1])
-
-    @_exactly()
-    def chunk(later, inputs):
-        moved, w, writes = inputs
-        return later - chunks.product(later, w) @ writes, chunks.product(moved, later)
-
-    later, keys = lax.scan(chunk, start, (moved, w, writes), reverse=True)
-    return keys, later
-
-
-def _fits(cache, starts):
+def _fits(cache, starts, T):
     """Whether each token finds room, bool [B, T]."""
-    place = jnp.arange(starts.shape[1])
-    first = jnp.where(starts, place, -cache.length[:, None])
-    return place - lax.cummax(first, axis=1) < cache.key.shape[1]
+    place = jnp.arange(T)
+    if starts is None:
+        place = place + cache.length[:, None]
+    else:
+        place = place - lax.cummax(jnp.where(starts, place, -cache.length[:, None]), axis=1)
+    return place < cache.key.shape[1]
 
 
-def _appended(cache, last, keys, v, g, starts):
-    """The cache after the tokens: those of each row's last segment, from its first place on."""
-    (B, T), S = starts.shape, cache.key.shape[1]
-    border = jnp.max(jnp.where(starts, jnp.arange(T), 0), axis=1)
-    kept = jnp.where(jnp.any(starts, axis=1), 0, cache.length)
+def _at_the_end(moved, w, writes, g):
+    """The keys as the row's last token sees them and the sums of the gates after each, [B, T, H, K]
+    and [B, T, H, G]; and all the row's maps as one, [B, H, K, K], and the sum of all its gates,
+    [B, 1, H, G]; None without gates."""
+    first = (w[0, :, :, 0],) * 2
+    start = zero_state(*first) + jnp.eye(w.shape[-1]), None if g is None else 0.0 * g[0, :, :, :1]
+
+    def chunk(carry, inputs):
+        maps, later = carry
+        moved, w, writes, g = inputs
+        with _exactly():
+            keys = chunks.product(moved, maps)
+            maps = maps - chunks.product(maps, w) @ writes
+        if g is None:
+            return (maps, None), (keys, None)
+        after, total = (chunks.transposed(x[:, :, 0]) for x in _sums_after(g))
+        return (maps, later + total), (keys, later + after)
+
+    (maps, total), ends = lax.scan(chunk, start, (moved, w, writes, g), reverse=True)
+    return *ends, maps, total
+
+
+def _appended(cache, v, starts, keys, after, maps, total):
+    """The cache with the tokens of each row's last segment, from that segment's first place on."""
+    (B, T), S = v.shape[:2], cache.key.shape[1]
+    kept, border = cache.length, 0
+    if starts is not None:
+        kept = jnp.where(jnp.any(starts, axis=1), 0, kept)
+        border = jnp.max(jnp.where(starts, jnp.arange(T), 0), axis=1)
     length = kept + T - border
     # Places in the old cache, followed by the new tokens.
     place = jnp.arange(S)
@@ -252,10 +288,10 @@ def _appended(cache, last, keys, v, g, starts):
         return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
 
     with _exactly():
-        old = jnp.einsum("bshk,bhlk->bshl", cache.key, last)
+        old = jnp.einsum("bshk,bhlk->bshl", cache.key, maps)
+    key, value = place_tokens(old, chunks.merge(keys, T)), place_tokens(cache.value, v)
     decay = None
-    if g is not None:
-        sums = lax.cumsum(g, axis=1, reverse=True)
-        after = jnp.pad(sums[:, 1:], [(0, 0), (0, 1), (0, 0)])
-        decay = place_tokens(cache.decay + sums[:, :1], after)
-    return PathCache(place_tokens(old, keys), place_tokens(cache.value, v), decay, length)
+    if after is not None:
+        after = chunks.merge(after, T).reshape(B, T, -1)
+        decay = place_tokens(cache.decay + jnp.swapaxes(total, 1, 2).reshape(B, 1, -1), after)
+    return PathCache(key, value, decay, length)

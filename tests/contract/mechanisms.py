@@ -12,8 +12,9 @@ from table_gsa import GSA
 from table_kda import KDA
 from table_log_linear import LOG_LINEAR
 from table_mesa import MESA
+from table_path import PATH
 
-MECHANISMS = (KDA, GSA, LOG_LINEAR, MESA)
+MECHANISMS = (KDA, GSA, LOG_LINEAR, MESA, PATH)
 
 
 def _grid(full=True, only=lambda implementation: True):

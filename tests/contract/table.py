@@ -57,6 +57,7 @@ class Mechanism:
     golden, golden_outputs, golden_state: the files in tests/golden, and what they call the leaves
       of the outputs and of the initial state.
     mistakes, step_mistakes: (id, edit of the arguments, exception, fragments of its message).
+    always_returns_state: whether a run that is given no state returns one.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Mechanism:
             "float16": (1e-2, 2e-2),
         }
     )
+    always_returns_state: bool = True
 
     def tokenwise(self):
         """The names of the arguments with a time axis."""

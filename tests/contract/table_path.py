@@ -1,0 +1,218 @@
+"""PaTH attention's entry."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from table import COMMON_MISTAKES, COMMON_RUN_MISTAKES, Implementation, Mechanism, edit
+
+import jla
+from jla import PathCache
+
+f32 = jnp.float32
+
+# How many tokens the rows have before the first.
+LENGTHS = (9, 0, 4, 1)
+
+
+def _make(sizes, key, dtype):
+    B, T, H, HQ, K, V = (sizes[x] for x in ("B", "T", "H", "HQ", "K", "V"))
+    keys = iter(jax.random.split(key, 9))
+    length = np.resize(LENGTHS, B)
+    S = T + 12
+    there = np.arange(S) < length[:, None]
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape, f32)
+
+    def gates(*shape):
+        return -0.2 * jax.nn.softplus(2 * normal(*shape))
+
+    w = normal(B, T, H, K)
+    return dict(
+        q=normal(B, T, HQ, K).astype(dtype),
+        k=normal(B, T, H, K).astype(dtype),
+        v=normal(B, T, H, V).astype(dtype),
+        w=w / jnp.linalg.norm(w, axis=-1, keepdims=True),
+        beta=2 * jax.nn.sigmoid(normal(B, T, H) + 1.0),
+        g=gates(B, T, HQ),
+        cache=PathCache(
+            jnp.where(there[..., None, None], normal(B, S, H, K), 0.0),
+            jnp.where(there[..., None, None], normal(B, S, H, V), 0.0).astype(dtype),
+            jnp.where(there[..., None], 10 * gates(B, S, HQ), 0.0),
+            jnp.asarray(length, jnp.int32),
+        ),
+    )
+
+
+def _spike(args):
+    """One gate of -1e4 among weak ones: beside it, cumulated sums keep no digit of the others."""
+    return args | dict(g=(0.1 * args["g"]).at[:, args["g"].shape[1] // 3, ::2].set(-1e4))
+
+
+def _reflections(args):
+    """Every map reflects; half the heads at one mirror, the chunk's system then being at its
+    worst."""
+    w = args["w"]
+    return args | dict(beta=jnp.full_like(args["beta"], 2.0), w=w.at[:, :, ::2].set(w[:, :1, ::2]))
+
+
+def _projections(args):
+    """Every map projects, and after the first nothing is left along the heads' one direction."""
+    w = args["w"]
+    return args | dict(beta=jnp.ones_like(args["beta"]), w=jnp.broadcast_to(w[:, :1], w.shape))
+
+
+def _later(name, x):
+    """w keeps unit rows, and another sign would be the same map."""
+    changed = {"w": x[..., ::-1], "g": 40.0 * x - 1.0}
+    return changed.get(name, 2.5 - x)
+
+
+def _cache(**edits):
+    """An edit of the cache's fields."""
+    return edit(cache=lambda c: c._replace(**{n: e(getattr(c, n)) for n, e in edits.items()}))
+
+
+def _cut_cache(args, capacity):
+    key, value, decay, length = args["cache"]
+    cut = PathCache(key[:, :capacity], value[:, :capacity], decay[:, :capacity], length)
+    return args | dict(cache=cut)
+
+
+# Of the first row's two segments the first goes on from the cache. On the host, so that they are
+# known under jit.
+_IDS = np.array([[0] * 50 + [1] * 50, [1] * 49 + [2] * 51])
+
+_SHARED_MISTAKES = (
+    *COMMON_MISTAKES,
+    ("w of integers", edit(w=lambda x: x.astype(jnp.int32)), TypeError, ("w ", "int32")),
+    ("w of another K", edit(w=lambda x: x[..., :-1]), ValueError, ("w ", "K")),
+    ("beta in float16", edit(beta=lambda x: x.astype(jnp.float16)), TypeError, ("beta ", "16")),
+    ("beta of another H", edit(beta=lambda x: x[..., :1]), ValueError, ("beta ", "H")),
+    ("g of another HQ", edit(g=lambda x: x[..., :2]), ValueError, ("g ", "HQ")),
+    ("cache a plain tuple", edit(cache=tuple), TypeError, ("cache", "PathCache", "tuple")),
+    (
+        "keys in bfloat16",
+        _cache(key=lambda x: x.astype(jnp.bfloat16)),
+        TypeError,
+        ("cache.key", "bfloat16", "float32"),
+    ),
+    (
+        "cached values of another dtype",
+        _cache(value=lambda x: x.astype(jnp.bfloat16)),
+        TypeError,
+        ("cache.value", "float32", "bfloat16"),
+    ),
+    (
+        "cached values of another capacity",
+        _cache(value=lambda x: x[:, 1:]),
+        ValueError,
+        ("cache.value", "S"),
+    ),
+    (
+        "lengths in int8",
+        _cache(length=lambda x: x.astype(jnp.int8)),
+        TypeError,
+        ("cache.length", "int8", "int32"),
+    ),
+    ("one length", _cache(length=lambda x: x[0]), ValueError, ("cache.length", "[B]")),
+    ("gates for a cache without", _cache(decay=lambda _: None), ValueError, ("decay is None", "g")),
+    ("no gates for a cache with", edit(g=None), ValueError, ("g is None", "cache.decay")),
+    (
+        "cache full",
+        _cache(length=lambda x: x + x.shape[0] * 56),
+        ValueError,
+        ("cache has room for 112 tokens", "row 0", "121"),
+    ),
+)
+
+_SMALL = dict(B=2, T=100, H=2, HQ=4, K=16, V=24)
+
+PATH = Mechanism(
+    name="path",
+    run=jla.path_attention,
+    step=jla.path_step,
+    axes=dict(
+        q="B T HQ K",
+        k="B T H K",
+        v="B T H V",
+        w="B T H K",
+        beta="B T H",
+        g="B T HQ",
+        cache=PathCache("B S H K", "B S H V", "B S HQ", "B"),
+    ),
+    outputs=("B T HQ V", PathCache("B S H K", "B S H V", "B S HQ", "B")),
+    make=_make,
+    stress={
+        "no decay": lambda args: args | dict(g=jnp.zeros_like(args["g"])),
+        "strong everywhere": lambda args: args | dict(g=jnp.full_like(args["g"], -30.0)),
+        "one gate of -1e4": _spike,
+        "reflections": _reflections,
+        "projections": _projections,
+    },
+    later=_later,
+    state=("cache", "cache"),
+    always_returns_state=False,
+    implementations=(
+        Implementation("reference", sizes=_SMALL),
+        Implementation(
+            "xla",
+            sizes=_SMALL,
+            full=dict(B=2, T=1000, H=2, HQ=4, K=128, V=128),
+            lengths=(1, 130),
+            head_dims=(dict(T=70, HQ=6, K=63, V=256),),  # golden vectors have K = V = 128
+            ends_together=True,
+        ),
+    ),
+    golden=("path_small", "path_d128", "path_fox_gqa"),
+    golden_outputs=("o",),
+    golden_state=("key", "value", "decay", "length"),
+    mistakes=(
+        *_SHARED_MISTAKES,
+        *(mistake for mistake in COMMON_RUN_MISTAKES if mistake[0] != "V too small"),
+        (
+            "V too small",
+            edit(v=lambda x: x[..., :8], cache=None),
+            ValueError,
+            ("dimension V must be 16 to 256", "8"),
+        ),
+        (
+            "K too large",
+            lambda args: (
+                args | {n: jnp.tile(args[n], 17) for n in ("q", "k", "w")} | dict(cache=None)
+            ),
+            ValueError,
+            ("dimension K must be 16 to 256", "272"),
+        ),
+        ("q without heads", edit(q=lambda x: x[:, :, 0]), ValueError, ("q ", "[B, T, HQ, K]")),
+        (
+            "no tokens",
+            lambda args: args | {n: args[n][:, :0] for n in ("q", "k", "v", "w", "beta", "g")},
+            ValueError,
+            ("q ", "empty", "T"),
+        ),
+        (
+            "HQ no multiple of H",
+            lambda args: args | {n: args[n][:, :, :3] for n in "qg"} | dict(cache=None),
+            ValueError,
+            ("HQ = 3", "multiple", "H = 2"),
+        ),
+        (
+            "cache too small",
+            lambda args: _cut_cache(args, 100),
+            ValueError,
+            ("cache has room for 100 tokens", "row 0 has 9", "109"),
+        ),
+        (
+            "cache too small for one segment",
+            lambda args: _cut_cache(args, 50) | dict(segment_ids=_IDS),
+            ValueError,
+            ("cache has room for 50 tokens", "row 0", "59"),
+        ),
+    ),
+    step_mistakes=(
+        *_SHARED_MISTAKES,
+        ("q with a time axis", edit(q=lambda x: x[:, None]), ValueError, ("q ", "[B, HQ, K]")),
+        ("no cache", edit(cache=None), TypeError, ("cache", "PathCache", "NoneType")),
+    ),
+)
