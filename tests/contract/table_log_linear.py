@@ -121,11 +121,25 @@ LOG_LINEAR = Mechanism(
             "xla",
             sizes=_SMALL,
             full=dict(B=2, T=2000, H=4, HK=1, K=128, V=128),
-            lengths=(1, 65, 130),
+            lengths=(1, 130),
             head_dims=(
                 dict(T=40, H=3, HK=3, K=63, V=16),
-                dict(T=40, H=4, HK=2, K=256, V=128),
+                dict(T=20, H=4, HK=2, K=256, V=128),
             ),
+        ),
+        Implementation(
+            "pallas",
+            sizes=dict(B=1, T=100, H=1, HK=1, K=16, V=32),
+            full=dict(B=2, T=2000, H=8, HK=1, K=128, V=128),
+            dtypes=("bfloat16", "float16"),
+            lengths=(130,),
+            head_dims=(
+                dict(T=20, H=2, HK=2, K=63, V=128),
+                dict(T=20, H=2, HK=1, K=128, V=81),
+            ),
+            context=jla.pallas.interpret,
+            compiled_on="gpu",
+            linearizes=False,  # a custom_vjp
         ),
     ),
     golden=("log_linear_small", "log_linear_odd", "log_linear_256"),
@@ -188,6 +202,12 @@ LOG_LINEAR = Mechanism(
             _state(levels=lambda x: jnp.swapaxes(x, 3, 4)),
             ValueError,
             ("initial_state.levels", "K"),
+        ),
+        (
+            "float32 for the kernels",
+            edit(implementation="pallas"),
+            NotImplementedError,
+            ("log_linear", '"pallas"', "float32", 'implementation="xla" can'),
         ),
         (
             "initial_state of other levels",
