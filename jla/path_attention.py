@@ -135,20 +135,21 @@ def check_room(cache, tokens, segment_ids=None):
     Args:
       cache: a `PathCache`.
       tokens: how many each row will get, an integer or int32 [B].
-      segment_ids: integers [B, T] of these tokens, or None.
+      segment_ids: integers [B, T], of these tokens first of all, or None.
     """
     known = [cache.length, tokens] + ([] if segment_ids is None else [segment_ids])
     if not all(map(_is_known, known)):
         return
-    length = np.asarray(cache.length)
-    needed = length + np.asarray(tokens)
+    length, tokens = np.asarray(cache.length), np.asarray(tokens)
+    needed = length + tokens
     if segment_ids is not None:
         # How far each row's segments reach, the first of them from the cached tokens on.
         ids = np.asarray(segment_ids)
         place = np.arange(ids.shape[1])
         starts = np.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
         start = np.maximum.accumulate(np.where(starts, place, -length[:, None]), axis=1)
-        needed = np.max(place - start, axis=1) + 1
+        there = place < tokens[..., None]
+        needed = np.max(np.where(there, place - start + 1, 0), axis=1)
     capacity = cache.key.shape[1]
     row = int(np.argmax(needed))
     if needed[row] > capacity:

@@ -3,5 +3,6 @@
 from jla.linen.gsa import GatedSlotAttention
 from jla.linen.kda import KimiDeltaAttention
 from jla.linen.mesa_net import MesaNet
+from jla.linen.path_attention import PaTHAttention
 
-__all__ = ["GatedSlotAttention", "KimiDeltaAttention", "MesaNet"]
+__all__ = ["GatedSlotAttention", "KimiDeltaAttention", "MesaNet", "PaTHAttention"]

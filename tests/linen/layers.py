@@ -7,7 +7,9 @@ A layer joins through one dict in `LAYERS`; no test names one. Its fields:
     unequal sizes and convolutions of 4 taps.
   definition: (attributes, float64 parameters, x [T, D]) to the output and the cache of one row.
   centre: the mean of random parameters of a name, where it is not 0.
-  parameters, cache: the shapes that "rich" has; the cache's for two rows.
+  parameters, cache: the shapes that "rich" has; the cache's for two rows, and three tokens.
+  cache_dtypes: of what in the cache is not float32 when the layer computes in bfloat16, the
+    convolutions' inputs aside; there may be none.
   float32_parameters: those that `param_dtype` does not touch.
   mistakes: (attributes beside plain's, exception, pattern of its message).
 
@@ -23,9 +25,10 @@ import pytest
 from layer_gsa import GSA
 from layer_kda import KDA
 from layer_mesa import MESA
+from layer_path import CAPACITY, PATH
 
 D = 24
-LAYERS = {entry["name"]: entry for entry in (KDA, GSA, MESA)}
+LAYERS = {entry["name"]: entry for entry in (KDA, GSA, MESA, PATH)}
 CASES = [f"{name}-{case}" for name, entry in LAYERS.items() for case in entry["cases"]]
 each_layer = pytest.mark.parametrize("name", LAYERS)
 each_case = pytest.mark.parametrize("case", CASES)
@@ -51,10 +54,10 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
-def init_shapes(case, B):
+def init_shapes(case, B, T=3):
     """What init makes, as shapes: most tests need no initial values, which take long to compile."""
     module = layer(case, decode=True)
-    return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((B, 3, D)))
+    return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((B, T, D)))
 
 
 @functools.cache
@@ -101,7 +104,7 @@ def advance(case, params, cache, x, mask=None, segment_ids=None, implementation=
 
 def empty_cache(case, B):
     zeros = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype))
-    return zeros(init_shapes(case, B)["cache"])
+    return zeros(init_shapes(case, B, CAPACITY)["cache"])
 
 
 def numpy_layer(case, x):

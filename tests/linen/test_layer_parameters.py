@@ -144,5 +144,5 @@ def test_decoding_without_a_fitting_cache_raises(case):
     with pytest.raises(ValueError, match='decode=True needs the "cache" collection'):
         module.apply({"params": params}, X, mutable=["cache"])
     variables = {"params": params, "cache": empty_cache(case, 3)}
-    with pytest.raises(ValueError, match=r"must have shape \(2, 2, 16, 16\).*got \(3, 2, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"must have shape \(2, .*got \(3, "):
         module.apply(variables, X, mutable=["cache"])

@@ -17,6 +17,7 @@ from layers import (
     each_plain,
     each_rich,
     empty_cache,
+    entry,
     forward,
     layer,
     normal,
@@ -58,8 +59,10 @@ def test_bfloat16(case):
     chex.assert_type(jax.tree.leaves(variables["params"]), jnp.float32)
     cache = dict(variables["cache"])
     convolutions = [cache.pop(name)["inputs"] for name in list(cache) if "conv1d" in name]
-    assert len(convolutions) >= 2
+    assert convolutions
     chex.assert_type(convolutions, jnp.bfloat16)
+    for name, dtype in entry(case).get("cache_dtypes", {}).items():
+        chex.assert_type(cache.pop(name), jnp.dtype(dtype))
     chex.assert_type(jax.tree.leaves(cache), jnp.float32)  # the state
     cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["cache"])
     y, mutated = module.apply({"params": params, "cache": cache}, x, mutable=["cache"])
@@ -69,7 +72,7 @@ def test_bfloat16(case):
 
 
 @pytest.mark.parametrize(
-    "case", ["kda-bounded", "kda-no_convolution", "gsa-plain", "gsa-bare", "mesa-bare"]
+    "case", ["kda-bounded", "kda-no_convolution", "gsa-plain", "gsa-bare", "mesa-bare", "path-bare"]
 )
 def test_gradients_are_finite_and_reach_every_parameter(case):
     x, target = normal(2, 2, 21, D), normal(3, 2, 21, D)

@@ -1,0 +1,99 @@
+"""PaTHAttention alone: its golden vectors, and a cache of limited room."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from layers import D, advance, close, layer, normal, numpy_layer, parameters
+
+from jla.linen import PaTHAttention
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "layers" / "layer_path_fox.npz"
+
+
+def ported(arrays, head_dim):
+    """The parameters of fla's layer, as docs/layers.md says to port them."""
+    names = {
+        "w_proj.0": "w_proj_down",
+        "w_proj.1": "w_proj_up",
+        "bt_proj": "b_proj",
+        "maybe_q_norm": "q_norm",
+        "maybe_k_norm": "k_norm",
+    }
+    params = {}
+    for name, array in arrays.items():
+        module, _, kind = name.removeprefix("param_").rpartition(".")
+        module = names.get(module, module)
+        if module.endswith("_norm"):
+            kind = "scale"
+        elif kind == "weight":
+            kind = "kernel"
+            array = array[:, 0].T if module == "w_conv1d" else array.T
+            if module == "o_proj":
+                array = array.reshape(-1, head_dim, array.shape[1])
+            elif module in ("q_proj", "k_proj", "v_proj", "w_proj_up", "w_conv1d"):
+                array = array.reshape(len(array), -1, head_dim)
+        params.setdefault(module, {})[kind] = jnp.asarray(array)
+    return params
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_golden_vectors(implementation):
+    """Outputs and the inputs' gradients that fla's layer gave with the same weights."""
+    arrays = np.load(GOLDEN)
+    params = ported({n: arrays[n] for n in arrays if n.startswith("param_")}, head_dim=32)
+    module = PaTHAttention(
+        num_heads=4,
+        num_kv_heads=2,
+        use_forget_gate=True,
+        use_qk_norm=True,
+        precision="highest",
+        implementation=implementation,
+    )
+
+    @jax.jit
+    def both(params, x, cotangent):
+        y, pull = jax.vjp(lambda x: module.apply({"params": params}, x), x)
+        return y, pull(cotangent)[0]
+
+    y, dx = both(params, jnp.asarray(arrays["in_x"]), jnp.asarray(arrays["ct_y"]))
+    close(y, arrays["out_y"])
+    close(dx, arrays["grad_x"])
+
+
+def cache_for(tokens):
+    shapes = jax.eval_shape(
+        layer("path-plain", decode=True).init, jax.random.key(0), jnp.zeros((2, tokens, D))
+    )
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes["cache"])
+
+
+def test_padding_takes_no_room():
+    """Neither outside of jit, where the lengths are known, nor inside."""
+    x, params = normal(3, 2, 9, D), parameters("path-plain")
+    mask = jnp.array([[True] * 4 + [False] * 2 + [True] * 3, [True] * 9])
+    for call in (advance, advance.__wrapped__):
+        _, cache = call("path-plain", params, cache_for(9), x[:, :6], mask=mask[:, :6])
+        y, cache = call("path-plain", params, cache, x[:, 6:], mask=mask[:, 6:])
+        second = call(
+            "path-plain", params, cache, x[:, :4], mask=jnp.array([[True, False] * 2, [False] * 4])
+        )
+        want = np.concatenate([x[0][mask[0]], x[0, :4:2]])
+        close(y[0], numpy_layer("path-plain", want)[0][4:7])
+        close(second[0][0, ::2], numpy_layer("path-plain", want)[0][7:])
+        np.testing.assert_array_equal(second[1]["length"], [9, 9])
+
+
+def test_too_small_a_cache_raises_or_shows():
+    x, params = normal(3, 2, 9, D), parameters("path-plain")
+    with pytest.raises(ValueError, match="room for 8 tokens, but row 0 has 0 in it and needs room"):
+        advance.__wrapped__("path-plain", params, cache_for(8), x)
+    y, cache = advance("path-plain", params, cache_for(8), x)
+    assert np.all(np.isnan(y[:, 8])) and np.all(np.isfinite(y[:, :8]))
+    _, kept = advance("path-plain", params, cache_for(8), x[:, :8])
+    np.testing.assert_array_equal(cache["value"], kept["value"])
+    np.testing.assert_array_equal(cache["length"], [9, 9])
+    y, cache = advance("path-plain", params, cache, x[:, :1])
+    assert np.all(np.isnan(y)) and np.all(cache["length"] == 10)
