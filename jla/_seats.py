@@ -77,22 +77,64 @@ def seated(core, q, k, v, g, level_scales, initial_state, segment_ids):
         end = jnp.full(B, T, i32)
         o = core(q, k, v, g, level_scales, None)
         return o, _state(final_levels(k, v, g, end, end, L), end)
-    before = None if initial_state is None else initial_state.position
-    seats = plan(T, segment_ids, before)
+    seats, decay = _plan(T, g, initial_state, segment_ids)
     cut = jnp.where(seats.begins[..., None], -jnp.inf, g)
     scales = _seated_scales(level_scales, seats)
     arrays = [take(x, seats) for x in (q, k, v, cut, scales)]
     o = give_back(core(*arrays, seats.used), seats)
-    end = seats.position[:, -1] + 1
-    levels = final_levels(*arrays[1:4], seats.seat[:, -1] + 1, end, L)
     if initial_state is not None:
-        # From the state to each token: cut where a later segment begins, not at the row's start.
-        decay = jnp.cumsum(jnp.where(seats.first[..., None], g, -jnp.inf), axis=1)
         read = read_levels(q, level_scales, decay, seats.position, initial_state)
         o = (o.astype(f32) + read).astype(dtype)
         o = jnp.where(_outgrown(seats.position, L)[..., None, None], jnp.nan, o)
-        levels = levels + merged_levels(initial_state, decay[:, -1], end)
-    return o, _state(levels, end)
+    return o, _state_after(None, seats, *arrays[1:4], decay, initial_state, L)
+
+
+def state_after(length, k, v, g, initial_state, segment_ids):
+    """The state after the first tokens of each row, for rows that end in padding.
+
+    Elsewhere a token of zeros leaves the state as it is; here it takes a position.
+
+    Args:
+      length: the number of these tokens, [B], int32; 0 gives the initial state.
+      k, v, g, initial_state, segment_ids: of the public function, with an initial state.
+
+    Returns:
+      The `LogLinearState`, of the segment of the last of these tokens.
+    """
+    seats, decay = _plan(v.shape[1], g, initial_state, segment_ids)
+    cut = jnp.where(seats.begins[..., None], -jnp.inf, g)
+    arrays = [take(x, seats) for x in (k, v, cut)]
+    L = initial_state.levels.shape[2]
+    last = jnp.maximum(length - 1, 0)
+    state = _state_after(last, seats, *arrays, decay, initial_state, L)
+
+    def choose(before, after):
+        return jnp.where(length.reshape(-1, *[1] * (after.ndim - 1)) > 0, after, before)
+
+    return jax.tree.map(choose, initial_state, state)
+
+
+def _plan(T, g, initial_state, segment_ids):
+    """The seats, and the sum of the gates from the initial state to each token (its own included),
+    -inf from where a later segment begins, [B, T, H]."""
+    seats = plan(T, segment_ids, None if initial_state is None else initial_state.position)
+    return seats, lax.cumsum(jnp.where(seats.first[..., None], g, -jnp.inf), axis=1)
+
+
+def _state_after(last, seats, k, v, g, decay, initial_state, L):
+    """The state after the token `last` of each row, [B], or after all if it is None."""
+
+    def at_last(x):
+        if last is None:
+            return x[:, -1]
+        last_of_all = last.reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.take_along_axis(x, last_of_all, axis=1, mode="promise_in_bounds")[:, 0]
+
+    position = at_last(seats.position) + 1
+    levels = final_levels(k, v, g, at_last(seats.seat) + 1, position, L)
+    if initial_state is not None:
+        levels = levels + merged_levels(initial_state, at_last(decay), position)
+    return _state(levels, position)
 
 
 def plan(T, segment_ids, position):
