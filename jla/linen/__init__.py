@@ -2,7 +2,14 @@
 
 from jla.linen.gsa import GatedSlotAttention
 from jla.linen.kda import KimiDeltaAttention
+from jla.linen.log_linear import LogLinearMamba2
 from jla.linen.mesa_net import MesaNet
 from jla.linen.path_attention import PaTHAttention
 
-__all__ = ["GatedSlotAttention", "KimiDeltaAttention", "MesaNet", "PaTHAttention"]
+__all__ = [
+    "GatedSlotAttention",
+    "KimiDeltaAttention",
+    "LogLinearMamba2",
+    "MesaNet",
+    "PaTHAttention",
+]

@@ -10,6 +10,8 @@ A layer joins through one dict in `LAYERS`; no test names one. Its fields:
   parameters, cache: the shapes that "rich" has; the cache's for two rows, and three tokens.
   cache_dtypes: of what in the cache is not float32 when the layer computes in bfloat16, the
     convolutions' inputs aside; there may be none.
+  defaults: the shapes of kernels from 64 inputs and two heads, where nothing else is set, if they
+    are not those that most layers have.
   float32_parameters: those that `param_dtype` does not touch.
   mistakes: (attributes beside plain's, exception, pattern of its message).
 
@@ -24,11 +26,12 @@ import numpy as np
 import pytest
 from layer_gsa import GSA
 from layer_kda import KDA
+from layer_log_linear import LOG_LINEAR
 from layer_mesa import MESA
 from layer_path import CAPACITY, PATH
 
 D = 24
-LAYERS = {entry["name"]: entry for entry in (KDA, GSA, MESA, PATH)}
+LAYERS = {entry["name"]: entry for entry in (KDA, GSA, LOG_LINEAR, MESA, PATH)}
 CASES = [f"{name}-{case}" for name, entry in LAYERS.items() for case in entry["cases"]]
 each_layer = pytest.mark.parametrize("name", LAYERS)
 each_case = pytest.mark.parametrize("case", CASES)

@@ -28,7 +28,16 @@ from layers import (
 LENGTHS = (0, 1, 2, 5, 9, 11)
 # With convolutions, and without.
 each_kind = pytest.mark.parametrize(
-    "case", ["kda-rich", "kda-no_convolution", "gsa-rich", "gsa-plain", "mesa-rich", "path-rich"]
+    "case",
+    [
+        "kda-rich",
+        "kda-no_convolution",
+        "gsa-rich",
+        "gsa-plain",
+        "log_linear-rich",
+        "mesa-rich",
+        "path-rich",
+    ],
 )
 
 

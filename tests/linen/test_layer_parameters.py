@@ -32,8 +32,9 @@ def test_parameter_tree(case):
 def test_defaults_come_from_the_input(name):
     module = LAYERS[name]["module"](num_heads=2)
     params = jax.eval_shape(module.init, jax.random.key(0), normal(0, 1, 4, 64))["params"]
-    chex.assert_shape([params["q_proj"]["kernel"], params["v_proj"]["kernel"]], (64, 2, 32))
-    chex.assert_shape(params["o_proj"]["kernel"], (2, 32, 64))
+    usual = {"q_proj": (64, 2, 32), "v_proj": (64, 2, 32), "o_proj": (2, 32, 64)}
+    for projection, shape in LAYERS[name].get("defaults", usual).items():
+        chex.assert_shape(params[projection]["kernel"], shape)
 
 
 @each_rich
@@ -88,6 +89,17 @@ def test_initial_values_of_gsa():
     module = layer("gsa-rich", kernel_init=nn.initializers.zeros)
     params = module.init(jax.random.key(0), normal(0, 1, 4, D))["params"]
     assert np.all(np.asarray(params["g_norm"]["scale"]) == 1)
+
+
+def test_initial_values_of_log_linear():
+    module = layer("log_linear-plain", num_heads=64, kernel_init=nn.initializers.zeros)
+    params = module.init(jax.random.key(0), normal(0, 1, 4, D))["params"]
+    np.testing.assert_allclose(np.exp(params["A_log"]), np.arange(1, 65), rtol=1e-5)
+    dt = np.asarray(nn.softplus(params["dt_bias"]))
+    assert dt.min() >= 0.999e-3 and dt.max() <= 1.001e-1
+    assert np.all(np.asarray(params["D"]) == 1) and np.all(np.asarray(params["L"]) == 1)
+    assert np.all(np.asarray(params["o_norm"]["scale"]) == 1)
+    assert not np.any(params["in_proj"]["bias"]) and not np.any(params["o_proj"]["bias"])
 
 
 def test_initial_values_of_mesa():

@@ -72,7 +72,16 @@ def test_bfloat16(case):
 
 
 @pytest.mark.parametrize(
-    "case", ["kda-bounded", "kda-no_convolution", "gsa-plain", "gsa-bare", "mesa-bare", "path-bare"]
+    "case",
+    [
+        "kda-bounded",
+        "kda-no_convolution",
+        "gsa-plain",
+        "gsa-bare",
+        "log_linear-bare",
+        "mesa-bare",
+        "path-bare",
+    ],
 )
 def test_gradients_are_finite_and_reach_every_parameter(case):
     x, target = normal(2, 2, 21, D), normal(3, 2, 21, D)
