@@ -10,6 +10,8 @@ is for all rows at once two products with S and with the keys. Rows are independ
 operands are scaled by its own norm, and it stops by its own residual.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -35,6 +37,7 @@ SDS = jax.ShapeDtypeStruct
 # A row stops when its residual is this much smaller than its right-hand side: about what float16
 # operands reach, and a quarter of bfloat16's rounding.
 TOLERANCE = 5e-4
+LARGEST = 1024.0  # of S, in units of lamb = 1: beyond, the whole system is scaled down
 AT_ONCE = 2  # iterations between two looks at whether all rows have stopped
 
 
@@ -87,7 +90,9 @@ def outputs(
             ref.at[b, h, rows] for ref in (cumulated_ref, cumulated_too, since_ref, beta_ref)
         )
         decay = mosaic.load(decays_ref.at[b, h, rows], PER_ROW, optimized=False)
-        put_weights(sm, *vectors)
+        scales = [kk_scale_ref[b, h, n, i] for i in range(k_tiles)]
+        largest, unit = units(scales)
+        put_weights(sm, *vectors, unit)
 
         plgpu.barrier_wait(loaded)
         query = []
@@ -96,10 +101,11 @@ def outputs(
             query.append(mosaic.load(so[i]) * per_column(scale, CHUNK))
         query, size = normalised(query)
         plgpu.barrier_wait(keys_loaded)
-        scales = [decay * kk_scale_ref[b, h, n, i] for i in range(k_tiles)]
-        solve(query, sk, ss, sm, scales, sx, steps=steps, tolerance=tolerance)
+        with_one_scale(ss, scales, largest)
+        factor = (decay * (largest * unit)).astype(f16)
+        solve(query, sk, ss, sm, factor, unit, sx, steps=steps, tolerance=tolerance)
 
-        x, x_size = normalised([mosaic.load(tile, optimized=True) for tile in sx[:k_tiles]])
+        x, x_size = normalised([load_own(tile) for tile in sx[:k_tiles]])
         plgpu.commit_smem()  # all warps are done with Hkk and q
         for i in range(k_tiles):
             for j in range(v_tiles):
@@ -107,7 +113,7 @@ def outputs(
                 plgpu.copy_gmem_to_smem(source, ss[i][j], values_loaded)
         size = size * x_size
         if keep:
-            put(so, [y * per_row(size, TILE_WIDTH) for y in x], x_out[0].at[b, rows, h])
+            put(so, [y * per_row(size * unit, TILE_WIDTH) for y in x], x_out[0].at[b, rows, h])
         x = [y.astype(f16) for y in x]
         scores = product(*((y, z.T) for y, z in zip(x, sk[:k_tiles], strict=True)))
         scores = (scores * mosaic.load(sm)).astype(f16)
@@ -122,7 +128,7 @@ def outputs(
             total = None
             for i in range(k_tiles):
                 part = product((x[i], ss[i][j]))
-                part *= per_row(decay * kv_scale_ref[b, h, n, i], TILE_WIDTH)
+                part *= per_row(decay * (kv_scale_ref[b, h, n, i] * unit), TILE_WIDTH)
                 total = part if total is None else total + part
             o.append(product((scores, sk[j]), init=total) * per_row(size, TILE_WIDTH))
         put(so, o, o_out.at[b, rows, h])
@@ -188,7 +194,9 @@ def output_gradients(
             ref.at[b, h, rows] for ref in (cumulated_ref, cumulated_too, since_ref, beta_ref)
         )
         decay = mosaic.load(decays_ref.at[b, h, rows], PER_ROW, optimized=False)
-        put_weights(sm, *vectors)
+        scales = [kk_scale_ref[b, h, n, i] for i in range(k_tiles)]
+        largest, unit = units(scales)
+        put_weights(sm, *vectors, unit)
 
         plgpu.barrier_wait(values_loaded)
         do, do_size = normalised([mosaic.load(tile) for tile in so[:v_tiles]])
@@ -209,19 +217,20 @@ def output_gradients(
                 plgpu.copy_gmem_to_smem(source, ss[i][j], keys_loaded)
         plgpu.barrier_wait(keys_loaded)
         through_kv = row_sum([x * mosaic.load(so[i]) for i, x in enumerate(carried)]) * do_size
-        own = per_row(scores_size, TILE_WIDTH)
+        own = per_row(scores_size / unit, TILE_WIDTH)
         dx = [x + own * product((scores, sk[i])) for i, x in enumerate(carried)]
         dx, size = normalised(dx)
-        scales = [decay * kk_scale_ref[b, h, n, i] for i in range(k_tiles)]
-        solve(dx, sk, ss, sm, scales, sx, steps=steps, tolerance=tolerance)
+        with_one_scale(ss, scales, largest)
+        factor = (decay * (largest * unit)).astype(f16)
+        solve(dx, sk, ss, sm, factor, unit, sx, steps=steps, tolerance=tolerance)
 
-        y, y_size = normalised([mosaic.load(tile) for tile in sx])
-        size = size * y_size * do_size
+        y, y_size = normalised([load_own(tile) for tile in sx])
+        size = size * y_size * do_size * unit
         rounded = [z.astype(f16) for z in y]
         through_kk = []
         for i in range(k_tiles):
             part = product(*((z, kk.T) for z, kk in zip(rounded, ss[i], strict=False)))
-            through_kk.append(part * per_row(scales[i], TILE_WIDTH) * mosaic.load(so[i]))
+            through_kk.append(part * per_row(decay * largest, TILE_WIDTH) * mosaic.load(so[i]))
         decays_out.at[b, h, rows][...] = through_kv - row_sum(through_kk) * size
         y = [z * per_row(size, TILE_WIDTH) for z in y]
         for i, z in enumerate(y):
@@ -262,9 +271,21 @@ def _scratch(k_tiles, wide):
 
 
 def float_tile():
-    """A float32 SMEM tile, [64, 64]."""
-    transforms = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((CHUNK, TILE_WIDTH), f32, transforms=transforms)
+    """A float32 SMEM tile, [64, 64], of which each thread reads and writes its own elements.
+
+    Rows are 8 elements longer: then a wgmma accumulator's go in and out without bank conflicts and
+    without the exchange between lanes that a swizzled tile costs.
+    """
+    return plgpu.SMEM((CHUNK, TILE_WIDTH + 8), f32)
+
+
+def own_elements(tile):
+    """The [64, 64] of a `float_tile`."""
+    return tile.at[:, pl.ds(0, TILE_WIDTH)]
+
+
+def load_own(tile):
+    return mosaic.load(own_elements(tile), optimized=False)
 
 
 def put(buffers, values, out):
@@ -277,13 +298,13 @@ def put(buffers, values, out):
         plgpu.copy_smem_to_gmem(tile, out.at[:, columns(i)])
 
 
-def put_weights(sm, cumulated_by_row, cumulated_by_column, since, beta):
-    """M[t, j] = beta_j exp(G_t - G_j) for since_t <= j <= t, else 0."""
+def put_weights(sm, cumulated_by_row, cumulated_by_column, since, beta, unit):
+    """`unit` M: M[t, j] = beta_j exp(G_t - G_j) for since_t <= j <= t, else 0."""
     row = mosaic.load(cumulated_by_row, PER_ROW, optimized=False)
     column = mosaic.load(cumulated_by_column, PER_COLUMN, optimized=False)
     difference = jnp.minimum(per_row(row, CHUNK) - per_column(column, CHUNK), 0.0)
     weight = jnp.exp2(difference)
-    weight *= per_column(mosaic.load(beta, PER_COLUMN, optimized=False), CHUNK)
+    weight *= per_column(unit * mosaic.load(beta, PER_COLUMN, optimized=False), CHUNK)
     since = plgpu.load(since, layout=PER_ROW, optimized=False)
     reads = mosaic.in_interval(since, chunks.tokens() + 1 - since, CHUNK)
     sm[...] = jnp.where(reads, weight, 0.0).astype(f16)
@@ -308,19 +329,36 @@ def normalised(rows):
     return [x * inverse for x in rows], largest
 
 
-def times(p, p32, sk, ss, sm, scales):
-    """A_t p_t for all rows t, from p in float16 and in float32."""
+def times(p, p32, sk, ss, sm, factor, unit):
+    """`unit` A_t p_t for all rows t, from p in float16 and in float32."""
     scores = product(*((x, y.T) for x, y in zip(p, sk, strict=False)))
     scores = (scores * mosaic.load(sm)).astype(f16)
-    out = []
-    for i, (x32, scale) in enumerate(zip(p32, scales, strict=True)):
-        carried = product(*((x, y.T) for x, y in zip(p, ss[i], strict=False)))
-        out.append(product((scores, sk[i]), init=carried * per_row(scale, TILE_WIDTH) + x32))
-    return out
+    scaled = [x * per_row(factor, TILE_WIDTH) for x in p]
+    pairs = [
+        [(scores, keys), *((x, y.T) for x, y in zip(scaled, row, strict=False))]
+        for keys, row in zip(sk, ss[: len(p)], strict=False)
+    ]
+    return mosaic.products(pairs, [x * unit for x in p32])
 
 
-def solve(b, sk, ss, sm, scales, sx, *, steps, tolerance):
-    """Conjugate gradients: x with A_t x_t = b_t, from zero, left in `sx`.
+def units(scales):
+    """The largest of S's scales, and a factor for the whole system that keeps it in float16."""
+    largest = functools.reduce(jnp.maximum, scales)
+    return largest, jnp.minimum(1.0, LARGEST / largest)
+
+
+def with_one_scale(ss, scales, largest):
+    """Gives all of S's tiles the largest scale."""
+    if len(scales) == 1:
+        return
+    for row, scale in zip(ss, scales, strict=False):
+        for tile in row[: len(scales)]:
+            tile[...] = (mosaic.load(tile) * (scale / largest)).astype(f16)
+    plgpu.commit_smem()
+
+
+def solve(b, sk, ss, sm, factor, unit, sx, *, steps, tolerance):
+    """Conjugate gradients: x with `unit` A_t x_t = b_t, from zero, left in `sx`.
 
     A direction is rounded to float16 with its row scaled to norm one or a little more, and the
     rounded one *is* the direction: its product is exact but for the rounding of S and of the
@@ -328,12 +366,12 @@ def solve(b, sk, ss, sm, scales, sx, *, steps, tolerance):
 
     Args:
       b: the right-hand side, float32 tiles of [64, 64] that together are [64, K].
-      sk, ss: tiles of the keys and of S, by rows and columns; S is symmetric. sm: M.
-      scales: of 64 columns of S each, and exp(G_t), a vector along rows.
+      sk, ss: tiles of the keys and of S, by rows and columns; S is symmetric. sm: `unit` M.
+      factor: `unit` exp(G_t) and the scale of S, a float16 vector along rows.
       sx: float32 tiles.
     """
     for tile in sx:
-        tile[...] = plgpu.layout_cast(jnp.zeros((CHUNK, TILE_WIDTH), f32), TILE)
+        own_elements(tile)[...] = plgpu.layout_cast(jnp.zeros((CHUNK, TILE_WIDTH), f32), TILE)
     size = row_sum([x * x for x in b])
     stop = tolerance * tolerance * size
     norm = jnp.sqrt(size)
@@ -344,12 +382,12 @@ def solve(b, sk, ss, sm, scales, sx, *, steps, tolerance):
     def iterate(_, carry):
         r, p, norm, live = carry
         p32 = [x.astype(f32) for x in p]
-        y = times(p, p32, sk, ss, sm, scales)
+        y = times(p, p32, sk, ss, sm, factor, unit)
         curvature = row_sum([a * c for a, c in zip(p32, y, strict=True)])
         alpha = jnp.where(curvature > 0.0, live * norm / curvature, 0.0)
         alpha = per_row(alpha, TILE_WIDTH)
         for tile, x in zip(sx, p32, strict=True):
-            tile[...] = mosaic.load(tile) + alpha * x
+            own_elements(tile)[...] = load_own(tile) + alpha * x
         r = tuple(a - alpha * c for a, c in zip(r, y, strict=True))
         size = row_sum([x * x for x in r])
         new = jnp.sqrt(size)
