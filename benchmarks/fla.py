@@ -164,3 +164,28 @@ def _mesa_inputs(leading, H, D, grad):
     inputs |= dict(g=g, beta=torch.rand(*leading, H, device="cuda"))
     inputs["lamb"] = torch.rand(H, D, device="cuda") + 0.25
     return {name: x.requires_grad_(grad) for name, x in inputs.items()}
+
+
+def path(shape, gates=False):
+    """Its step is in the layer, of several functions, and has no time of its own here."""
+    import torch
+    from fla.ops.path_attn import parallel_path_attn
+    from torch.nn.functional import logsigmoid, normalize
+
+    if shape.packed:
+        raise NotImplementedError("packed sequences are not timed with fla")
+    B, T, H, D, HQ = shape.B, shape.T, shape.H, shape.D, shape.HQ or shape.H
+
+    def normal(*sizes, dtype=torch.float32):
+        return torch.randn(B, T, *sizes, device="cuda", dtype=dtype)
+
+    inputs = {n: normal(h, D, dtype=torch.bfloat16) for n, h in dict(q=HQ, k=H, v=H).items()}
+    inputs |= dict(w=normalize(normal(H, D), dim=-1), beta=2 * torch.rand(B, T, H, device="cuda"))
+    if gates:
+        inputs["g"] = logsigmoid(normal(HQ) + 4)
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    return lambda: parallel_path_attn(**inputs)[0], list(inputs.values())
+
+
+def path_fox(shape):
+    return path(shape, gates=True)

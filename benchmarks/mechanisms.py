@@ -19,7 +19,8 @@ f32, bf16 = jnp.float32, jnp.bfloat16
 class Shape:
     """One case: its group (a word of --what), its sizes, and what is measured at it.
 
-    D is the dimension of keys and values, M the number of slots, of a mechanism that has them.
+    D is the dimension of keys and values, M the number of slots, HQ that of query heads (H if None)
+    and S that of cached tokens, of a mechanism that has them.
     """
 
     name: str
@@ -29,6 +30,8 @@ class Shape:
     H: int = 16
     D: int = 128
     M: int | None = None
+    HQ: int | None = None
+    S: int | None = None
     packed: bool = False
     measures: tuple = ("forward", "backward")
 
@@ -160,6 +163,39 @@ def _mesa_forced():
         jax.clear_caches()
 
 
+def _path_raw(key, leading, shape, gates=False):
+    """Unit directions, strengths and gates are given, as fla's function takes them."""
+    H, D, HQ = shape.H, shape.D, shape.HQ or shape.H
+    keys = iter(jax.random.split(key, 6))
+    heads = dict(q=HQ, k=H, v=H)
+    raw = {n: jax.random.normal(next(keys), (*leading, heads[n], D), bf16) for n in heads}
+    raw["w"] = l2norm(jax.random.normal(next(keys), (*leading, H, D), f32))
+    raw["beta"] = jax.random.uniform(next(keys), (*leading, H), f32, 0.0, 2.0)
+    if gates:
+        raw["g"] = jax.nn.log_sigmoid(jax.random.normal(next(keys), (*leading, HQ), f32) + 4)
+    return raw
+
+
+def _path_step(arguments, state, implementation):
+    """The same place is written at every step, so that the cache stays as long as it is."""
+    arguments = dict(g=None) | arguments
+    o, cache = jla.path_step(**arguments, cache=state, implementation=implementation)
+    return o, cache._replace(length=cache.length - 1)
+
+
+def _path_state(key, shape, gates=False):
+    """A cache with room for one more token, the last of S."""
+    B, S, H, D, HQ = shape.B, shape.S, shape.H, shape.D, shape.HQ or shape.H
+    keys = jax.random.split(key, 3)
+    there = jnp.arange(S)[:, None, None] < S - 1
+    return jla.PathCache(
+        jnp.where(there, jax.random.normal(keys[0], (B, S, H, D), f32), 0.0),
+        jnp.where(there, jax.random.normal(keys[1], (B, S, H, D), bf16), 0.0),
+        -jax.random.uniform(keys[2], (B, S, HQ), f32) if gates else None,
+        jnp.full(B, S - 1, jnp.int32),
+    )
+
+
 # The sweep has main's number of tokens; main and long belong to its curve.
 _ALL = ("forward", "backward", "bare_forward", "bare_backward", "errors")
 _TIMES = ("forward", "backward")
@@ -198,6 +234,13 @@ _SLOTS = tuple(
     Shape(f"slots {M} dim {D}", "slots", 8, 4096, D=D, M=M, measures=(*_TIMES, "errors"))
     for M, D in ((16, 128), (32, 128), (128, 128), (64, 64), (64, 256))
 )
+
+# Grouped query heads; steps from 8192 cached tokens.
+_PATH = (
+    *(replace(shape, B=64, S=8192) if shape.group == "step" else shape for shape in _FULL),
+    Shape("grouped", "grouped", 8, 4096, 8, HQ=32, measures=(*_TIMES, "errors")),
+)
+_PATH_SMALL = tuple(replace(shape, S=20) if shape.group == "step" else shape for shape in _SMALL)
 
 MECHANISMS = {
     "kda": Mechanism(
@@ -252,5 +295,38 @@ MECHANISMS = {
         fla_step=fla.mesa_step,
         unbatched=("lamb",),
         forced=_mesa_forced,
+    ),
+    "path": Mechanism(
+        function=jla.path_attention,
+        raw=_path_raw,
+        prepare=dict,
+        shapes=dict(full=_PATH, small=_PATH_SMALL),
+        targets={
+            ("main", "forward", "ms"): 1.8,
+            ("main", "backward", "ms"): 8.0,
+            ("main", "backward", "memory_gib"): 2.0,
+            ("main", "backward", "first_call_s"): 20.0,
+            # 1.3 times reading and writing the keys and reading the values, at 4.3 TB/s.
+            ("step", "step16", "ms"): 3.24,
+        },
+        step=_path_step,
+        state=_path_state,
+        fla=fla.path,
+    ),
+    "path_fox": Mechanism(
+        function=jla.path_attention,
+        raw=functools.partial(_path_raw, gates=True),
+        prepare=dict,
+        shapes=dict(full=_PATH, small=_PATH_SMALL),
+        targets={
+            ("main", "forward", "ms"): 1.98,
+            ("main", "backward", "ms"): 8.8,
+            ("main", "backward", "memory_gib"): 2.0,
+            ("main", "backward", "first_call_s"): 20.0,
+            ("step", "step16", "ms"): 3.24,
+        },
+        step=_path_step,
+        state=functools.partial(_path_state, gates=True),
+        fla=fla.path_fox,
     ),
 }

@@ -21,7 +21,7 @@ from benchmarks.measure import attention, measure
 from benchmarks.mechanisms import MECHANISMS
 from benchmarks.plot import plot
 
-GROUPS = ("main", "step", "long", "ragged", "packed", "sweep", "slots")
+GROUPS = ("main", "step", "long", "ragged", "packed", "sweep", "slots", "grouped")
 MEASURES = ("forward", "backward", "bare", "forced", "errors")
 COLUMNS = dict(ms="{:.4g}", spread="{:.1%}", per_token_of_main="{:.2f}")
 COLUMNS |= dict(memory_gib="{:.3f}", memory_peak_gib="{:.3f}", first_call_s="{:.1f}")

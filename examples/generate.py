@@ -17,8 +17,8 @@ from model import LanguageModel
 def empty_cache(decoder, batch, length):
     """Returns the cache of a model with decode=True before its first token.
 
-    `length` is the most tokens it must hold: attention keeps all of them, jla's mixers only
-    their states.
+    `length` is the most tokens it must hold: attention and PaTH keep all of them, the other
+    mixers only their states.
     """
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     shapes = jax.eval_shape(decoder.init, jax.random.key(0), tokens)["cache"]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from text import VOCABULARY
 
-from jla.linen import GatedSlotAttention, KimiDeltaAttention, MesaNet
+from jla.linen import GatedSlotAttention, KimiDeltaAttention, MesaNet, PaTHAttention
 
 weight_init = nn.initializers.normal(0.02)
 
@@ -70,6 +70,7 @@ MIXERS = {
         implementation=model.implementation, **common
     ),
     "mesa": lambda model, **common: MesaNet(implementation=model.implementation, **common),
+    "path": lambda model, **common: PaTHAttention(implementation=model.implementation, **common),
     "attention": lambda model, **common: CausalAttention(**common),
 }
 
