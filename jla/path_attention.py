@@ -42,8 +42,8 @@ def path_attention(
     attend. That is what `cache` holds, and what decoding does (:func:`jla.path_step`).
 
     `w` is used as it comes: its rows must have length 1 (the layer sees to it). With `beta` near 2
-    a map is a reflection, and a w that is longer by 1e-3, as rounding to bfloat16 makes it, lets
-    the keys grow with every token: normalise w in float32 and leave it there.
+    a map is a reflection, and if w is longer by 1e-3, as rounding to bfloat16 can make it, the keys
+    along it grow by twice as much at each such token: normalise w in float32 and leave it there.
 
     Shape letters: `B` batch, `T` time, `HQ` query heads, `H` key/value heads, `K` key dimension,
     `V` value dimension, `S` the cache's capacity. Query head `j` uses key/value head

@@ -1,0 +1,102 @@
+"""PaTH attention beside the contract: no gates, a narrow w, a cache that overflows, PathCache."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jla
+
+B, T, H, HQ, K, V = 2, 30, 2, 4, 16, 24
+
+
+def arguments(dtype="float32"):
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    q, k, v, w = (
+        jax.random.normal(next(keys), (B, T, heads, size))
+        for heads, size in ((HQ, K), (H, K), (H, V), (H, K))
+    )
+    w = w / jnp.linalg.norm(w, axis=-1, keepdims=True)
+    beta = jax.random.uniform(next(keys), (B, T, H), maxval=2.0)
+    return [x.astype(dtype) for x in (q, k, v, w, beta)]
+
+
+def run(implementation, args, cache):
+    """Jitted, so that what does not fit cannot be refused."""
+    call = jax.jit(
+        lambda args, cache: jla.path_attention(*args, cache=cache, implementation=implementation)
+    )
+    return call(args, cache)
+
+
+def test_without_gates_a_prefill_is_a_run_and_a_split_is_whole():
+    args = arguments()
+    cache = jla.PathCache.empty(B, 40, H, K, V)
+    for implementation in ("reference", "xla"):
+        alone, none = jla.path_attention(*args, implementation=implementation)
+        assert none is None
+        o, whole = run(implementation, args, cache)
+        assert whole.decay is None
+        chex.assert_trees_all_close(o, alone, rtol=1e-5, atol=1e-5)
+        _, first = run(implementation, [x[:, :11] for x in args], cache)
+        rest, both = run(implementation, [x[:, 11:] for x in args], first)
+        chex.assert_trees_all_close((rest, both), (o[:, 11:], whole), rtol=1e-4, atol=1e-5)
+
+
+def test_a_narrow_w_and_beta_are_used_in_float32():
+    q, k, v, w, beta = arguments("bfloat16")
+    wide = [x.astype(jnp.float32) for x in (q, k, v, w, beta)]
+    want, _ = jla.path_attention(*wide, implementation="reference")
+    got, _ = jla.path_attention(q, k, v, w, beta, implementation="xla")
+    assert got.dtype == jnp.bfloat16
+    got = got.astype(jnp.float32)
+    assert jnp.linalg.norm(got - want) < 1e-2 * jnp.linalg.norm(want)
+
+
+def test_tokens_that_find_no_room():
+    """Their outputs are NaN; other rows, earlier tokens and the cached ones are as they were."""
+    args = arguments()
+    roomy = jla.PathCache.empty(B, 40, H, K, V)
+    _, begun = run("reference", [x[:, :20] for x in args], roomy)
+    short = begun._replace(length=jnp.array([20, 5]))
+    want, after = run("reference", args, short)
+    assert np.array_equal(after.length, [50, 35])
+    missing = np.zeros((B, T), bool)
+    missing[0, 20:] = True
+    np.testing.assert_array_equal(np.isnan(want).all(axis=(2, 3)), missing)
+    np.testing.assert_array_equal(np.isnan(want).any(axis=(2, 3)), missing)
+    np.testing.assert_array_equal(after.value[0, :20], begun.value[0, :20])
+    np.testing.assert_array_equal(after.value[0, 20:], args[2][0, :20])
+    o, cache = run("xla", args, short)
+    chex.assert_trees_all_close((o, cache), (want, after), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="room for 40 tokens, but row 0 has 20 in it and needs"):
+        jla.path_attention(*args, cache=short)
+    for implementation in ("reference", "xla"):
+        token = [x[:, 0] for x in args]
+        step = jax.jit(
+            lambda cache, token=token, implementation=implementation: jla.path_step(
+                *token, None, cache, implementation=implementation
+            )
+        )
+        o, again = step(after)
+        assert np.isnan(o[0]).all() and np.isfinite(o[1]).all()
+        np.testing.assert_array_equal(again.value[0], after.value[0])
+        assert np.array_equal(again.length, [51, 36])
+
+
+def test_empty_caches():
+    cache = jla.PathCache.empty(2, 5, 3, 16, 32, query_heads=6, dtype=jnp.bfloat16)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype.name), cache)
+    assert shapes == (
+        ((2, 5, 3, 16), "float32"),
+        ((2, 5, 3, 32), "bfloat16"),
+        ((2, 5, 6), "float32"),
+        ((2,), "int32"),
+    )
+    assert not any(map(jnp.any, cache))
+    assert jla.PathCache.empty(2, 5, 3, 16, 32).decay is None
+    with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
+        jla.PathCache.empty(2, 0, 3, 16, 32)
+    with pytest.raises(TypeError, match="dtype must be bfloat16, float16 or float32, got int32"):
+        jla.PathCache.empty(2, 5, 3, 16, 32, dtype=jnp.int32)
