@@ -125,6 +125,28 @@ def _gsa_inputs(shape, grad):
     return {name: x.requires_grad_(grad) for name, x in inputs.items()}
 
 
+def log_linear(shape):
+    import torch
+    from fla.ops.log_linear_attn import chunk_log_linear_attn
+
+    if shape.packed:
+        raise NotImplementedError("packed sequences are not timed with fla")
+    if shape.HK != 1:
+        raise NotImplementedError("fla's log-linear attention has one key head")
+
+    def normal(*axes):
+        return torch.randn(*axes, device="cuda", dtype=torch.bfloat16)
+
+    leading, H, D = (shape.B, shape.T), shape.H, shape.D
+    dt = torch.nn.functional.softplus(torch.randn(*leading, H, device="cuda") - 4)
+    inputs = {name: normal(*leading, 1, D) for name in "qk"}
+    inputs["v"] = (normal(*leading, H, D) * dt[..., None]).bfloat16()
+    inputs["g"] = -torch.exp(torch.rand(H, device="cuda")) * dt
+    inputs["level_scales"] = normal(*leading, H, (shape.T - 1).bit_length() + 1)
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    return lambda: chunk_log_linear_attn(**inputs)[0], list(inputs.values())
+
+
 def mesa(shape):
     from fla.ops.mesa_net import chunk_mesa_net
 

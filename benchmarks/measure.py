@@ -42,7 +42,11 @@ def measure(name, shape, measure, implementation, seconds):
 
 def attention(name, shape, measure, seconds):
     """cuDNN's causal softmax attention at the same sizes, for scale."""
-    qkv = [{x: raw[x] for x in "qkv"} for raw, _ in input_sets(name, shape, False)]
+    # Log-linear attention's one key head serves all.
+    sets = [raw for raw, _ in input_sets(name, shape, False)]
+    if sets[0]["k"].shape[2] < sets[0]["v"].shape[2]:
+        sets = [{x: jnp.broadcast_to(raw[x], raw["v"].shape) for x in "qkv"} for raw in sets]
+    qkv = [{x: raw[x] for x in "qkv"} for raw in sets]
 
     def forward(x, segments):
         attend = functools.partial(jax.nn.dot_product_attention, is_causal=True)

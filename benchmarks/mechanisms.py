@@ -19,8 +19,8 @@ f32, bf16 = jnp.float32, jnp.bfloat16
 class Shape:
     """One case: its group (a word of --what), its sizes, and what is measured at it.
 
-    D is the dimension of keys and values, M the number of slots, HQ that of query heads (H if None)
-    and S that of cached tokens, of a mechanism that has them.
+    D is the dimension of keys and values, M the number of slots, HQ that of query heads (H if
+    None), HK that of key heads and S that of cached tokens, of a mechanism that has them.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Shape:
     D: int = 128
     M: int | None = None
     HQ: int | None = None
+    HK: int = 1
     S: int | None = None
     packed: bool = False
     measures: tuple = ("forward", "backward")
@@ -122,6 +123,38 @@ def _gsa_state(key, shape):
     keys = jax.random.split(key)
     hk = jax.random.normal(keys[0], (B, H, D, M), f32)
     return jla.GSAState(hk, jax.random.normal(keys[1], (B, H, M, D), f32))
+
+
+def _log_linear_raw(key, leading, shape):
+    """Gates and level scales are given, as fla's function takes them; v has its step size in it."""
+    H, HK, D = shape.H, shape.HK, shape.D
+    # A step is one at position 4095: the state after it has a level more.
+    L = 14 if shape.group == "step" else (shape.T - 1).bit_length() + 1
+    keys = iter(jax.random.split(key, 6))
+    dt = jax.nn.softplus(jax.random.normal(next(keys), (*leading, H), f32) - 4)
+    rate = jnp.exp(jax.random.uniform(next(keys), (H,), f32))
+    raw = {name: jax.random.normal(next(keys), (*leading, HK, D), bf16) for name in "qk"}
+    v = jax.random.normal(next(keys), (*leading, H, D), f32)
+    scales = jax.random.normal(next(keys), (*leading, H, L), bf16)
+    return raw | dict(v=(dt[..., None] * v).astype(bf16), g=-rate * dt, level_scales=scales)
+
+
+def _log_linear(**arguments):
+    """Without the state: where T is a power of two, the levels that serve T do not hold it."""
+    return jla.log_linear_attention(**arguments)[0], None
+
+
+def _log_linear_step(arguments, state, implementation):
+    """Always at the same position, where twelve levels are in use."""
+    o, after = jla.log_linear_step(**arguments, state=state, implementation=implementation)
+    return o, after._replace(position=state.position)
+
+
+def _log_linear_state(key, shape):
+    levels = jax.random.normal(key, (shape.B, shape.H, 14, shape.D, shape.D), f32)
+    used = (jnp.arange(14) > 0) & (jnp.arange(14) < 13)
+    levels = jnp.where(used[:, None, None], levels, 0.0)
+    return jla.LogLinearState(levels, jnp.full(shape.B, 4095, jnp.int32))
 
 
 def _mesa_raw(key, leading, shape):
@@ -235,6 +268,12 @@ _SLOTS = tuple(
     for M, D in ((16, 128), (32, 128), (128, 128), (64, 64), (64, 256))
 )
 
+# As many key heads as heads, and the dimensions of Mamba-2.
+_KEY_HEADS = (
+    Shape("key heads 16", "grouped", 8, 4096, HK=16, measures=(*_TIMES, "errors")),
+    Shape("dim 64", "grouped", 8, 4096, D=64, measures=(*_TIMES, "errors")),
+)
+
 # Grouped query heads; steps from 8192 cached tokens.
 _PATH = (
     *(replace(shape, B=64, S=8192) if shape.group == "step" else shape for shape in _FULL),
@@ -276,6 +315,24 @@ MECHANISMS = {
         state=_gsa_state,
         fla=fla.gsa,
         fla_step=fla.gsa_step,
+    ),
+    "log_linear": Mechanism(
+        function=_log_linear,
+        raw=_log_linear_raw,
+        prepare=dict,
+        shapes=dict(full=_FULL + _KEY_HEADS, small=_SMALL),
+        targets={
+            ("main", "forward", "ms"): 1.0,
+            ("main", "backward", "ms"): 4.5,
+            # fla's 1.54, and the states of the blocks of 256 tokens.
+            ("main", "backward", "memory_gib"): 1.6,
+            ("main", "backward", "first_call_s"): 20.0,
+            # 1.3 times reading and writing twelve levels, at 4.29 TB/s.
+            ("step", "step16", "ms"): 0.98,
+        },
+        step=_log_linear_step,
+        state=_log_linear_state,
+        fla=fla.log_linear,
     ),
     "mesa": Mechanism(
         function=functools.partial(jla.mesa_net, cg_steps=30),

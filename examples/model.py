@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from text import VOCABULARY
 
-from jla.linen import GatedSlotAttention, KimiDeltaAttention, MesaNet, PaTHAttention
+from jla.linen import (
+    GatedSlotAttention,
+    KimiDeltaAttention,
+    LogLinearMamba2,
+    MesaNet,
+    PaTHAttention,
+)
 
 weight_init = nn.initializers.normal(0.02)
 
@@ -67,6 +73,9 @@ MIXERS = {
         implementation=model.implementation, **common
     ),
     "gsa": lambda model, **common: GatedSlotAttention(
+        implementation=model.implementation, **common
+    ),
+    "log_linear": lambda model, **common: LogLinearMamba2(
         implementation=model.implementation, **common
     ),
     "mesa": lambda model, **common: MesaNet(implementation=model.implementation, **common),

@@ -49,9 +49,9 @@ def make_optimizer(steps, peak_rate, weight_decay):
 def decays(params):
     """Marks the parameters that weight decay applies to: matrices, embeddings, convolutions.
 
-    Not norms' scales, biases, nor A_log, dt_bias and lambda_params, whose zero means nothing.
+    Not norms' scales, biases, nor A_log, dt_bias, lambda_params, D and L, whose zero means nothing.
     """
-    undecayed = ("scale", "bias", "A_log", "dt_bias", "lambda_params")
+    undecayed = ("scale", "bias", "A_log", "dt_bias", "lambda_params", "D", "L")
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in undecayed, params)
 
 

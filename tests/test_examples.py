@@ -108,7 +108,12 @@ def test_decoding_is_the_forward(mixer):
 
 
 @pytest.mark.parametrize(
-    ("mixer", "gates"), [("kda", {"A_log", "dt_bias"}), ("mesa", {"lambda_params"})]
+    ("mixer", "gates"),
+    [
+        ("kda", {"A_log", "dt_bias"}),
+        ("log_linear", {"A_log", "dt_bias", "D", "L"}),
+        ("mesa", {"lambda_params"}),
+    ],
 )
 def test_weight_decay_spares_norms_biases_and_gates(mixer, gates):
     tokens = jnp.zeros((1, 2), jnp.int32)
