@@ -175,6 +175,8 @@ def plan(T, segment_ids, position):
     base = lax.cumsum(room, axis=1, reverse=True) - room
     start = base[:, None] + ((count - 1) << exponent)
     seat = jnp.sum(jnp.where(of_size, start, 0), axis=2) + offset + time - begin
+    # XLA would compute the sum anew for every number that is gathered from a seat.
+    seat = lax.optimization_barrier(seat)
 
     if position is None:
         N = 2 * T - 1
