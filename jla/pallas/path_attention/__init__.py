@@ -16,10 +16,12 @@ from jla.pallas.mosaic import TILE_ROWS
 from jla.pallas.path_attention.backward import key_gradients, query_gradients
 from jla.pallas.path_attention.forward import forward
 from jla.pallas.path_attention.levels import LEAF
+from jla.pallas.path_attention.step import path_step
+from jla.pallas.path_attention.step import unsupported as _unsupported_step
 from jla.pallas.path_attention.tree import gate_sums, versions
 from jla.pallas.shardwise import shardwise
 
-__all__ = ["path_attention", "unsupported"]
+__all__ = ["path_attention", "path_step", "unsupported"]
 
 bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
 
@@ -33,6 +35,8 @@ _KEPT = {"path_output": _OUTPUT, "path_logsumexp": "B HQ L"}
 
 def unsupported(name, q, k, v, w, beta, g, cache):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    if name == "path_step":
+        return _unsupported_step(q, v)
     if q.dtype == f32:
         return "q, k and v are float32, and the kernels take bfloat16 and float16"
     K, V = q.shape[-1], v.shape[-1]
