@@ -37,7 +37,9 @@ SDS = jax.ShapeDtypeStruct
 # A row stops when its residual is this much smaller than its right-hand side: about what float16
 # operands reach, and a quarter of bfloat16's rounding.
 TOLERANCE = 5e-4
-LARGEST = 1024.0  # of S, in units of lamb = 1: beyond, the whole system is scaled down
+# S's largest element in its float16 tiles. exp(G_t) times what they were divided by is float16 too:
+# its last digit, 2**-24, is this times less than that of S's elements, and S may be 1e6.
+UNIT = 16.0
 AT_ONCE = 2  # iterations between two looks at whether all rows have stopped
 
 
@@ -90,9 +92,7 @@ def outputs(
             ref.at[b, h, rows] for ref in (cumulated_ref, cumulated_too, since_ref, beta_ref)
         )
         decay = mosaic.load(decays_ref.at[b, h, rows], PER_ROW, optimized=False)
-        scales = [kk_scale_ref[b, h, n, i] for i in range(k_tiles)]
-        largest, unit = units(scales)
-        put_weights(sm, *vectors, unit)
+        put_weights(sm, *vectors)
 
         plgpu.barrier_wait(loaded)
         query = []
@@ -101,9 +101,8 @@ def outputs(
             query.append(mosaic.load(so[i]) * per_column(scale, CHUNK))
         query, size = normalised(query)
         plgpu.barrier_wait(keys_loaded)
-        with_one_scale(ss, scales, largest)
-        factor = (decay * (largest * unit)).astype(f16)
-        solve(query, sk, ss, sm, factor, unit, sx, steps=steps, tolerance=tolerance)
+        scale = with_one_scale(ss, [kk_scale_ref[b, h, n, i] for i in range(k_tiles)])
+        solve(query, sk, ss, sm, decay, scale, sx, steps=steps, tolerance=tolerance)
 
         x, x_size = normalised([load_own(tile) for tile in sx[:k_tiles]])
         plgpu.commit_smem()  # all warps are done with Hkk and q
@@ -113,7 +112,7 @@ def outputs(
                 plgpu.copy_gmem_to_smem(source, ss[i][j], values_loaded)
         size = size * x_size
         if keep:
-            put(so, [y * per_row(size * unit, TILE_WIDTH) for y in x], x_out[0].at[b, rows, h])
+            put(so, [y * per_row(size, TILE_WIDTH) for y in x], x_out[0].at[b, rows, h])
         x = [y.astype(f16) for y in x]
         scores = product(*((y, z.T) for y, z in zip(x, sk[:k_tiles], strict=True)))
         scores = (scores * mosaic.load(sm)).astype(f16)
@@ -128,7 +127,7 @@ def outputs(
             total = None
             for i in range(k_tiles):
                 part = product((x[i], ss[i][j]))
-                part *= per_row(decay * (kv_scale_ref[b, h, n, i] * unit), TILE_WIDTH)
+                part *= per_row(decay * kv_scale_ref[b, h, n, i], TILE_WIDTH)
                 total = part if total is None else total + part
             o.append(product((scores, sk[j]), init=total) * per_row(size, TILE_WIDTH))
         put(so, o, o_out.at[b, rows, h])
@@ -194,9 +193,7 @@ def output_gradients(
             ref.at[b, h, rows] for ref in (cumulated_ref, cumulated_too, since_ref, beta_ref)
         )
         decay = mosaic.load(decays_ref.at[b, h, rows], PER_ROW, optimized=False)
-        scales = [kk_scale_ref[b, h, n, i] for i in range(k_tiles)]
-        largest, unit = units(scales)
-        put_weights(sm, *vectors, unit)
+        put_weights(sm, *vectors)
 
         plgpu.barrier_wait(values_loaded)
         do, do_size = normalised([mosaic.load(tile) for tile in so[:v_tiles]])
@@ -217,20 +214,19 @@ def output_gradients(
                 plgpu.copy_gmem_to_smem(source, ss[i][j], keys_loaded)
         plgpu.barrier_wait(keys_loaded)
         through_kv = row_sum([x * mosaic.load(so[i]) for i, x in enumerate(carried)]) * do_size
-        own = per_row(scores_size / unit, TILE_WIDTH)
+        own = per_row(scores_size, TILE_WIDTH)
         dx = [x + own * product((scores, sk[i])) for i, x in enumerate(carried)]
         dx, size = normalised(dx)
-        with_one_scale(ss, scales, largest)
-        factor = (decay * (largest * unit)).astype(f16)
-        solve(dx, sk, ss, sm, factor, unit, sx, steps=steps, tolerance=tolerance)
+        scale = with_one_scale(ss, [kk_scale_ref[b, h, n, i] for i in range(k_tiles)])
+        solve(dx, sk, ss, sm, decay, scale, sx, steps=steps, tolerance=tolerance)
 
         y, y_size = normalised([load_own(tile) for tile in sx])
-        size = size * y_size * do_size * unit
+        size = size * y_size * do_size
         rounded = [z.astype(f16) for z in y]
         through_kk = []
         for i in range(k_tiles):
             part = product(*((z, kk.T) for z, kk in zip(rounded, ss[i], strict=False)))
-            through_kk.append(part * per_row(decay * largest, TILE_WIDTH) * mosaic.load(so[i]))
+            through_kk.append(part * per_row(decay * scale, TILE_WIDTH) * mosaic.load(so[i]))
         decays_out.at[b, h, rows][...] = through_kv - row_sum(through_kk) * size
         y = [z * per_row(size, TILE_WIDTH) for z in y]
         for i, z in enumerate(y):
@@ -298,13 +294,13 @@ def put(buffers, values, out):
         plgpu.copy_smem_to_gmem(tile, out.at[:, columns(i)])
 
 
-def put_weights(sm, cumulated_by_row, cumulated_by_column, since, beta, unit):
-    """`unit` M: M[t, j] = beta_j exp(G_t - G_j) for since_t <= j <= t, else 0."""
+def put_weights(sm, cumulated_by_row, cumulated_by_column, since, beta):
+    """M[t, j] = beta_j exp(G_t - G_j) for since_t <= j <= t, else 0."""
     row = mosaic.load(cumulated_by_row, PER_ROW, optimized=False)
     column = mosaic.load(cumulated_by_column, PER_COLUMN, optimized=False)
     difference = jnp.minimum(per_row(row, CHUNK) - per_column(column, CHUNK), 0.0)
     weight = jnp.exp2(difference)
-    weight *= per_column(unit * mosaic.load(beta, PER_COLUMN, optimized=False), CHUNK)
+    weight *= per_column(mosaic.load(beta, PER_COLUMN, optimized=False), CHUNK)
     since = plgpu.load(since, layout=PER_ROW, optimized=False)
     reads = mosaic.in_interval(since, chunks.tokens() + 1 - since, CHUNK)
     sm[...] = jnp.where(reads, weight, 0.0).astype(f16)
@@ -329,45 +325,41 @@ def normalised(rows):
     return [x * inverse for x in rows], largest
 
 
-def times(p, p32, sk, ss, sm, factor, unit):
-    """`unit` A_t p_t for all rows t, from p in float16 and in float32."""
+def times(p, p32, sk, ss, sm, factor):
+    """A_t p_t for all rows t, from p in float16 and in float32."""
     scores = product(*((x, y.T) for x, y in zip(p, sk, strict=False)))
-    scores = (scores * mosaic.load(sm)).astype(f16)
+    scores = scores.astype(f16) * plgpu.load(sm, layout=TILE)
     scaled = [x * per_row(factor, TILE_WIDTH) for x in p]
     pairs = [
         [(scores, keys), *((x, y.T) for x, y in zip(scaled, row, strict=False))]
         for keys, row in zip(sk, ss[: len(p)], strict=False)
     ]
-    return mosaic.products(pairs, [x * unit for x in p32])
+    return mosaic.products(pairs, p32)
 
 
-def units(scales):
-    """The largest of S's scales, and a factor for the whole system that keeps it in float16."""
+def with_one_scale(ss, scales):
+    """Gives all of S one scale, such that its largest element is UNIT; returns that scale."""
     largest = functools.reduce(jnp.maximum, scales)
-    return largest, jnp.minimum(1.0, LARGEST / largest)
-
-
-def with_one_scale(ss, scales, largest):
-    """Gives all of S's tiles the largest scale."""
-    if len(scales) == 1:
-        return
     for row, scale in zip(ss, scales, strict=False):
+        factor = UNIT * (scale / largest)
         for tile in row[: len(scales)]:
-            tile[...] = (mosaic.load(tile) * (scale / largest)).astype(f16)
+            tile[...] = (mosaic.load(tile) * factor).astype(f16)
     plgpu.commit_smem()
+    return largest / UNIT
 
 
-def solve(b, sk, ss, sm, factor, unit, sx, *, steps, tolerance):
-    """Conjugate gradients: x with `unit` A_t x_t = b_t, from zero, left in `sx`.
+def solve(b, sk, ss, sm, decay, scale, sx, *, steps, tolerance):
+    """Conjugate gradients: x with A_t x_t = b_t, from zero, left in `sx`.
 
-    A direction is rounded to float16 with its row scaled to norm one or a little more, and the
-    rounded one *is* the direction: its product is exact but for the rounding of S and of the
-    scores, which therefore is what bounds the residual.
+    A direction is rounded to float16 with its row scaled to norm one or a little more (less where
+    S is large, lest exp(G_t) p leave float16), and the rounded one *is* the direction: its product
+    is exact but for the rounding of exp(G_t) p, of S and of the scores, which therefore is what
+    bounds the residual.
 
     Args:
       b: the right-hand side, float32 tiles of [64, 64] that together are [64, K].
-      sk, ss: tiles of the keys and of S, by rows and columns; S is symmetric. sm: `unit` M.
-      factor: `unit` exp(G_t) and the scale of S, a float16 vector along rows.
+      sk, ss: tiles of the keys and of S, by rows and columns; S is symmetric. sm: M.
+      decay, scale: exp(G_t), a vector along rows; what S's tiles have been divided by.
       sx: float32 tiles.
     """
     for tile in sx:
@@ -375,16 +367,18 @@ def solve(b, sk, ss, sm, factor, unit, sx, *, steps, tolerance):
     size = row_sum([x * x for x in b])
     stop = tolerance * tolerance * size
     norm = jnp.sqrt(size)
-    first = per_row(1.0 / jnp.maximum(norm, SMALLEST), TILE_WIDTH)
+    unit = jnp.minimum(1.0, 1.0 / scale)
+    factor = jnp.minimum(decay * scale, float(jnp.finfo(f16).max)).astype(f16)
+    first = per_row(unit / jnp.maximum(norm, SMALLEST), TILE_WIDTH)
     p = tuple((x * first).astype(f16) for x in b)
     live = jnp.where(size > stop, 1.0, 0.0)
 
     def iterate(_, carry):
         r, p, norm, live = carry
         p32 = [x.astype(f32) for x in p]
-        y = times(p, p32, sk, ss, sm, factor, unit)
+        y = times(p, p32, sk, ss, sm, factor)
         curvature = row_sum([a * c for a, c in zip(p32, y, strict=True)])
-        alpha = jnp.where(curvature > 0.0, live * norm / curvature, 0.0)
+        alpha = jnp.where(curvature > 0.0, live * unit * norm / curvature, 0.0)
         alpha = per_row(alpha, TILE_WIDTH)
         for tile, x in zip(sx, p32, strict=True):
             own_elements(tile)[...] = load_own(tile) + alpha * x
@@ -393,7 +387,7 @@ def solve(b, sk, ss, sm, factor, unit, sx, *, steps, tolerance):
         new = jnp.sqrt(size)
         live = jnp.where(size > stop, live, 0.0)
         old = per_row(new / jnp.maximum(norm, SMALLEST), TILE_WIDTH)
-        inverse = per_row(1.0 / jnp.maximum(new, SMALLEST), TILE_WIDTH)
+        inverse = per_row(unit / jnp.maximum(new, SMALLEST), TILE_WIDTH)
         p = tuple((a * inverse + c * old).astype(f16) for a, c in zip(r, p32, strict=True))
         return r, p, new, live
 

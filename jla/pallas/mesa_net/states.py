@@ -7,6 +7,10 @@ All follow one rule. A pair of states X [K, K], Y [K, V] changes in a chunk by
     forward:  X = Hkk, Y = Hkv, l = x = k, y = v, w_j = beta_j exp(G_end - G_j)
     reverse:  X = -dHkk^T, Y = dHkv, l the solutions, x those of the backward pass, y = do,
               w = exp(G)
+
+What a chunk does to a state is a scalar decay and an addition, so that a long sequence of few heads
+can be cut into pieces, as `pieces.py` does: one pass makes each piece's end from zeros, XLA joins
+them, and a second pass runs all pieces from their true starts.
 """
 
 import jax
@@ -17,7 +21,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas import mosaic
 from jla.pallas.chunks import CHUNK, TILE_WIDTH
-from jla.pallas.mosaic import PER_COLUMN, f16, f32, per_column, product
+from jla.pallas.mosaic import PER_COLUMN, TILE, f16, f32, per_column, product
+from jla.pallas.pieces import join, number_of_pairs
+from jla.pallas.recurrence import piece
 
 SDS = jax.ShapeDtypeStruct
 STAGES = 2
@@ -34,7 +40,7 @@ def tiles(count, *leading, dtype=f16):
     return [mosaic.tile(CHUNK, TILE_WIDTH, *leading, dtype=dtype) for _ in range(count)]
 
 
-def forward(k, v, decays, weights, starts):
+def forward(k, v, decays, weights, starts, *, pieces=None):
     """The states before each chunk, and the last.
 
     Args:
@@ -42,16 +48,17 @@ def forward(k, v, decays, weights, starts):
       decays: exp(G), [B, H, L] float32, G cumulated in each chunk; L is T in whole chunks.
       weights: w, [B, H, L] float32.
       starts: the first states, [B, H, K, K] and [B, H, K, V] float32.
+      pieces: for tests; by default their number follows from the shapes.
 
     Returns:
       Hkk [B, H, N, K, K] and Hkv [B, H, N, K, V] float16, before each chunk and divided by the
       largest element of each 64 rows; the last states, as `starts`; and those largest elements,
       [B, H, N, K/64] float32 for either.
     """
-    return _through_chunks(k, (k, v), decays, weights, starts, reverse=False)
+    return _through_chunks(k, (k, v), decays, weights, starts, pieces, reverse=False)
 
 
-def reverse(x, y, do, decays, ends):
+def reverse(x, y, do, decays, ends, *, pieces=None):
     """The gradients of the states after each chunk, and those of the first.
 
     Args:
@@ -59,19 +66,52 @@ def reverse(x, y, do, decays, ends):
         pass, the outputs' gradient.
       decays: as in `forward`.
       ends: -dHkk^T and dHkv of the last states, [B, H, K, K] and [B, H, K, V] float32.
+      pieces: as in `forward`.
 
     Returns:
       -dHkk^T [B, H, N, K, K] and dHkv [B, H, N, K, V] bf16, after each chunk; those of the first
       states, as `ends`.
     """
-    return _through_chunks(x, (y, do), decays, decays, ends, reverse=True)
+    return _through_chunks(x, (y, do), decays, decays, ends, pieces, reverse=True)
 
 
-def _through_chunks(left, right, decays, weights, starts, *, reverse):
-    """The kernel of both. In reverse the states are not scaled, for bf16 needs it not.
+def _through_chunks(left, right, decays, weights, starts, pieces, *, reverse):
+    """Both functions, in one pass or two."""
+    B, H, L = decays.shape
+    if pieces is None:
+        pieces = number_of_pairs(B * H * (left.shape[-1] // TILE_WIDTH), L // CHUNK)
+    operands = left, right, decays, weights
+    if pieces == 1:
+        starts = [x[None] for x in starts]
+    else:
+        ends = _run(*operands, None, pieces, reverse=reverse)
+        factors = _piece_decays(decays, pieces)[slice(1, None) if reverse else slice(-1)]
+        starts = [join(factors, *pair, reverse=reverse) for pair in zip(ends, starts, strict=True)]
+    *states, x_end, y_end = _run(*operands, starts, pieces, reverse=reverse)
+    last = 0 if reverse else -1
+    return *states[:2], x_end[last], y_end[last], *states[2:]
 
-    One warpgroup has 64 rows of both states in registers for the whole sequence; two of them share
-    a multiprocessor (98 KB of SMEM at K=V=128, in reverse 113). Traffic at B=8 T=4096 H=16 K=V=128:
+
+def _piece_decays(decays, pieces):
+    """What is left of a state after each piece, [P, B, H, 1, 1]."""
+    B, H, L = decays.shape
+    N = L // CHUNK
+    length = -(-N // pieces)  # only the last piece may be shorter
+    of_chunks = decays[:, :, CHUNK - 1 :: CHUNK]
+    of_chunks = jnp.pad(of_chunks, ((0, 0), (0, 0), (0, pieces * length - N)), constant_values=1.0)
+    of_pieces = of_chunks.reshape(B, H, pieces, length).prod(-1)
+    return jnp.moveaxis(of_pieces, 2, 0)[..., None, None]
+
+
+def _run(left, right, decays, weights, starts, pieces, *, reverse):
+    """The kernel: all pieces from `starts`, [P, B, H, ...], with the states at the chunks' borders;
+    or all but the last (in reverse: the first) from zeros (None), without them. Returns the pieces'
+    last states, [P, B, H, ...] or [P - 1, B, H, ...], after the others.
+
+    In reverse the states are not scaled, for bf16 needs it not.
+
+    One warpgroup has 64 rows of both states in registers for a whole piece; two of them share a
+    multiprocessor (98 KB of SMEM at K=V=128, in reverse 113). Traffic at B=8 T=4096 H=16 K=V=128:
     k, v 134 MB each (twice into SMEM, the second time from L2), states out 268 MB each: 0.8 GB,
     0.19 ms at 4.3 TB/s; in reverse 134 MB more.
     """
@@ -79,13 +119,22 @@ def _through_chunks(left, right, decays, weights, starts, *, reverse):
     N, k_tiles, v_tiles = L // CHUNK, K // TILE_WIDTH, V // TILE_WIDTH
     dtype = left.dtype
     separate = left is not right[0]
+    keep = starts is not None
+    scaled = keep and not reverse
+    P = pieces if keep else pieces - 1
+    skipped = pieces - P if reverse else 0
 
     def body(*refs):
-        left_ref, x_ref, y_ref, decays_ref, weights_ref, x_start, y_start, *refs = refs
-        x_out, y_out, x_end, y_end, *refs = refs
-        (x_scale, y_scale), refs = (refs[:2], refs[2:]) if not reverse else ((None, None), refs)
-        sl, sx, sy, sd, sw, buffers, loaded = refs
-        b, h, block = (lax.axis_index(name) for name in ("b", "h", "block"))
+        left_ref, x_ref, y_ref, decays_ref, weights_ref, *refs = refs
+        if keep:
+            x_start, y_start, x_out, y_out, *refs = refs
+        if scaled:
+            x_scale, y_scale, *refs = refs
+        else:
+            x_scale = y_scale = None
+        x_end, y_end, sl, sx, sy, sd, sw, buffers, loaded = refs
+        p, b, h, block = (lax.axis_index(name) for name in ("p", "b", "h", "block"))
+        first, count = piece(p + skipped, pieces, N)
         mine = columns(block)
 
         def fetch(step):
@@ -102,12 +151,12 @@ def _through_chunks(left, right, decays, weights, starts, *, reverse):
                 plgpu.copy_gmem_to_smem(weights_ref.at[b, h, rows], sw[0].at[slot], barrier)
 
         def chunk(step):
-            return N - 1 - step if reverse else step
+            return first + (count - 1 - step if reverse else step)
 
         def put(n, state, out, scale_out, buffers):
             """Sends a state's tiles to memory."""
             factor = 1.0
-            if not reverse:
+            if scaled:
                 largest = jnp.maximum(max_of(state), SMALLEST)
                 scale_out[b, h, n, block] = largest
                 factor = 1.0 / largest
@@ -128,10 +177,11 @@ def _through_chunks(left, right, decays, weights, starts, *, reverse):
 
         def step(index, state):
             n, slot = chunk(index), lax.rem(index, STAGES)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            put(n, state[:k_tiles], x_out, x_scale, buffers[:k_tiles])
-            put(n, state[k_tiles:], y_out, y_scale, buffers[k_tiles:])
-            pl.when(index + 1 < N)(lambda: fetch(index + 1))
+            if keep:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                put(n, state[:k_tiles], x_out, x_scale, buffers[:k_tiles])
+                put(n, state[k_tiles:], y_out, y_scale, buffers[k_tiles:])
+            pl.when(index + 1 < count)(lambda: fetch(index + 1))
             plgpu.barrier_wait(loaded.at[slot])
             weight = mosaic.load((sd if reverse else sw[0]).at[slot], PER_COLUMN)
             weighted = (left_of(slot) * per_column(weight, TILE_WIDTH)).astype(dtype)
@@ -146,21 +196,25 @@ def _through_chunks(left, right, decays, weights, starts, *, reverse):
         def parts(x_ref, y_ref):
             for ref, count in ((x_ref, k_tiles), (y_ref, v_tiles)):
                 for i in range(count):
-                    yield ref.at[b, h, mine, columns(i)]
+                    yield ref.at[p, b, h, mine, columns(i)]
 
         fetch(jnp.int32(0))
-        state = tuple(mosaic.load(ref, optimized=False) for ref in parts(x_start, y_start))
-        state = lax.fori_loop(0, N, step, state)
+        if keep:
+            state = tuple(mosaic.load(ref, optimized=False) for ref in parts(x_start, y_start))
+        else:
+            zeros = plgpu.layout_cast(jnp.zeros((TILE_WIDTH, TILE_WIDTH), f32), TILE)
+            state = (zeros,) * (k_tiles + v_tiles)
+        state = lax.fori_loop(0, count, step, state)
         for ref, x in zip(parts(x_end, y_end), state, strict=True):
             ref[...] = x
-        plgpu.wait_smem_to_gmem(0)
+        if keep:
+            plgpu.wait_smem_to_gmem(0)
 
-    out_type = [
-        *(SDS((B, H, N, K, K), dtype), SDS((B, H, N, K, V), dtype)),
-        *(SDS((B, H, K, K), f32), SDS((B, H, K, V), f32)),
-    ]
-    if not reverse:
-        out_type += [SDS((B, H, N, k_tiles), f32)] * 2
+    out_type = [SDS((P, B, H, K, K), f32), SDS((P, B, H, K, V), f32)]
+    if scaled:
+        out_type = [SDS((B, H, N, k_tiles), f32)] * 2 + out_type
+    if keep:
+        out_type = [SDS((B, H, N, K, K), dtype), SDS((B, H, N, K, V), dtype), *out_type]
     loads = separate + k_tiles + v_tiles + (1 if reverse else 2)
     vector = plgpu.SMEM((STAGES, CHUNK), f32)
     return mosaic.kernel(
@@ -173,12 +227,12 @@ def _through_chunks(left, right, decays, weights, starts, *, reverse):
             tiles(v_tiles, STAGES, dtype=dtype),
             vector,
             [] if reverse else [vector],
-            tiles(k_tiles + v_tiles, dtype=dtype),
+            tiles(k_tiles + v_tiles if keep else 0, dtype=dtype),
             plgpu.Barrier(num_arrivals=loads, num_barriers=STAGES),
         ],
-        grid=(B, H, k_tiles),
-        grid_names=("b", "h", "block"),
-    )(left, *right, decays, weights, *starts)
+        grid=(P, B, H, k_tiles),
+        grid_names=("p", "b", "h", "block"),
+    )(left, *right, decays, weights, *(starts or ()))
 
 
 def max_of(tiles):
