@@ -113,13 +113,6 @@ def test_pieces_are_the_whole(reverse):
         assert relative_error(got, want) < (1e-5 if want.dtype == f32 else 1e-3)
 
 
-@pytest.mark.parametrize(
-    "warpgroups, chunks, want", [(256, 64, 1), (32, 512, 8), (32, 2048, 8), (2, 64, 1), (2, 256, 8)]
-)
-def test_number_of_pieces(warpgroups, chunks, want):
-    assert states.number(warpgroups, chunks) == want
-
-
 def test_abc():
     *qkvs, _, _ = arguments((1, 100))
     with jla.pallas.interpret():

@@ -76,3 +76,10 @@ def test_only_few_heads_and_long_sequences_run_in_pieces():
         count = pieces.number(1, chunks, **sizes)
         length = -(-chunks // count)
         assert (count - 1) * length < chunks  # none is empty
+
+
+@pytest.mark.parametrize(
+    "warpgroups, chunks, want", [(256, 64, 1), (32, 512, 8), (32, 2048, 8), (2, 64, 1), (2, 256, 8)]
+)
+def test_number_of_pieces_where_a_multiprocessor_has_room_for_two(warpgroups, chunks, want):
+    assert pieces.number_of_pairs(warpgroups, chunks) == want

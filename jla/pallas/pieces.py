@@ -7,6 +7,8 @@ few small products then give the state that each piece starts from, and `recurre
 pieces at once. The backward pass does the same to the gradient of the state, with M^T, in reverse.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -28,7 +30,17 @@ def number(heads, chunks, K, V):
     """The number of pieces: as many as the first pass can run at once, or 1."""
     if K > recurrence.NARROW:
         return 1  # the first pass has no registers for such a state
-    pieces = min(1 + PROCESSORS // (heads * max(K, V) // COLUMNS), chunks // SHORTEST)
+    return at_most(1 + PROCESSORS // (heads * max(K, V) // COLUMNS), chunks)
+
+
+def number_of_pairs(warpgroups, chunks):
+    """As `number`, where a sequence has so many warpgroups, and a multiprocessor room for two."""
+    return at_most(2 * PROCESSORS // warpgroups, chunks)
+
+
+def at_most(most, chunks):
+    """The largest number of pieces up to `most` that are long enough, or 1 if it is too few."""
+    pieces = min(most, chunks // SHORTEST)
     if pieces < FEWEST:
         return 1
     length = -(-chunks // pieces)
@@ -47,7 +59,8 @@ def forward(q, w, u, kg, decay, aq, beta, initial_state, *, length, keep_states,
     if pieces > 1:
         if initial_state is None:
             initial_state = jnp.zeros((B, HV, K, V), f32)
-        starts = _join(*_transitions(w, u, kg, decay, beta, pieces), initial_state)
+        transitions = _transitions(w, u, kg, decay, beta, pieces)
+        starts = join(*transitions, initial_state, times=_matmul)
     return recurrence.forward(
         q, w, u, kg, decay, aq, beta, starts, length=length, keep_states=keep_states
     )
@@ -60,16 +73,25 @@ def backward(q, w, kg, do, decay, aq, beta, last_gradient, *, pieces=None):
     ends = last_gradient[None]
     if pieces > 1:
         transitions = _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces)
-        ends = _join(*transitions, last_gradient, reverse=True)
+        ends = join(*transitions, last_gradient, times=_matmul, reverse=True)
     return recurrence.backward(q, w, kg, do, decay, aq, beta, ends)
 
 
-def _join(factors, terms, state, *, reverse=False):
-    """The state before each piece (in reverse: after it), [P, B, HV, K, V], by S <- M S + N."""
+_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def join(factors, terms, state, *, times=jnp.multiply, reverse=False):
+    """The state before each piece, [P, ...], by S <- M S + N; in reverse, that after it.
+
+    Args:
+      factors, terms: M and N of all pieces but the last (in reverse: the first), [P - 1, ...].
+      state: the state before the whole sequence (in reverse: after it).
+      times: the product of M and S.
+    """
 
     def step(state, transition):
         factor, term = transition
-        return jnp.matmul(factor, state, precision=lax.Precision.HIGHEST) + term, state
+        return times(factor, state) + term, state
 
     # Unrolled because a loop's turn costs XLA more than these products.
     state, before = lax.scan(step, state, (factors, terms), reverse=reverse, unroll=8)

@@ -23,11 +23,10 @@ from jla.pallas.chunks import CHUNK, TILE_WIDTH
 from jla.pallas.gsa import slots
 from jla.pallas.gsa.slots import columns
 from jla.pallas.mosaic import TILE, bf16, f16, f32
-from jla.pallas.recurrence import PROCESSORS, piece
+from jla.pallas.pieces import join, number_of_pairs
+from jla.pallas.recurrence import piece
 
 SDS = jax.ShapeDtypeStruct
-SHORTEST = 32  # chunks of a piece
-FEWEST = 4  # with fewer pieces the first pass takes what the shorter chains save
 
 
 def through_chunks(features, weights, gates, starts, *, reverse=False, pieces=None):
@@ -49,7 +48,7 @@ def through_chunks(features, weights, gates, starts, *, reverse=False, pieces=No
     N = _chunks(T)
     K, V = (x.shape[-1] for x in features)
     if pieces is None:
-        pieces = number(B * H * _blocks(K, V, M), N)
+        pieces = number_of_pairs(B * H * _blocks(K, V, M), N)
     if starts is None:
         starts = jnp.zeros((B, H, K, M), f32), jnp.zeros((B, H, M, V), f32)
     starts = tuple(x[None] for x in starts)
@@ -59,15 +58,6 @@ def through_chunks(features, weights, gates, starts, *, reverse=False, pieces=No
     *states, hk, hv = _run(features, weights, gates, starts, pieces, reverse=reverse)
     last = 0 if reverse else -1
     return (*states, hk[last], hv[last])
-
-
-def number(warpgroups, chunks):
-    """The number of pieces: as many as can run at once, two on a multiprocessor, or 1."""
-    pieces = min(2 * PROCESSORS // warpgroups, chunks // SHORTEST)
-    if pieces < FEWEST:
-        return 1
-    length = -(-chunks // pieces)
-    return -(-chunks // length)  # no piece is empty
 
 
 def _piece_decays(gates, pieces):
@@ -80,16 +70,11 @@ def _piece_decays(gates, pieces):
 
 def _join(ends, decays, starts, *, reverse):
     """The states that the pieces start from, by X <- decay X + end over the pieces before."""
-    out = []
-    for end, start, axis in zip(ends, starts, (3, 4), strict=True):
-        factor = jnp.expand_dims(decays, axis)
-        order = range(len(decays))
-        state, before = start[0], []
-        for p in reversed(order) if reverse else order:
-            before.append(state)
-            state = factor[p] * state + end[p]
-        out.append(jnp.stack(before[::-1] if reverse else before))
-    return tuple(out)
+    passed = slice(1, None) if reverse else slice(-1)
+    return tuple(
+        join(jnp.expand_dims(decays[passed], axis), end[passed], start[0], reverse=reverse)
+        for end, start, axis in zip(ends, starts, (3, 4), strict=True)
+    )
 
 
 def _width(K, V, M):
