@@ -287,8 +287,9 @@ def final_levels(k, v, g, end, position, L):
     later_gates = jnp.where(earlier[..., None], g, 0.0)[:, 1:]
     decay = lax.cumsum(jnp.pad(later_gates, [(0, 0), (0, 1), (0, 0)]), axis=1, reverse=True)
     weight = jnp.where(earlier[..., None], jnp.exp(decay), 0.0)
+    # Where types carry shardings, no reshape may merge and split at once.
     v = (weight[..., None] * v.astype(f32)).reshape(B, -1, HK, H // HK, V)
-    v = v.reshape(B, n, size, HK, -1)
+    v = v.reshape(B, n * size, HK, -1).reshape(B, n, size, HK, -1)
     k = k.astype(f32).reshape(B, n, size, HK, K)
 
     def level(index):
