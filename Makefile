@@ -1,7 +1,7 @@
 # `make demo` and `make test` build .venv themselves; nothing needs installing by hand but Python.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint tables clean
 
 VENV := .venv
 RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
@@ -10,6 +10,7 @@ help:
 	@echo 'make demo   train a small language model on the CPU (about three minutes), then sample from it'
 	@echo 'make test   run the tests on the CPU'
 	@echo 'make lint   check style and formatting'
+	@echo 'make tables write the README'"'"'s table of times from benchmarks/results'
 	@echo 'make clean  remove the virtual environment and the demo'"'"'s output'
 	@echo
 	@echo 'All but clean build $(VENV) when it is missing or pyproject.toml has changed.'
@@ -24,6 +25,9 @@ test: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
+
+tables: $(VENV)/installed-dev
+	$(RUN) -m benchmarks.tables
 
 clean:
 	rm -rf $(VENV) runs/demo

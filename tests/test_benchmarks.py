@@ -75,3 +75,13 @@ def test_errors_are_noticed(monkeypatch, wrong):
         assert "error" not in found
     else:
         assert found["error"].split(" is over")[0] == dict(value="o", gradient="dv")[wrong]
+
+
+def test_readme_has_the_results(monkeypatch):
+    """`make tables` was run after the last change of benchmarks/results."""
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import tables
+
+    readme = (tables.ROOT / "README.md").read_text()
+    assert tables.with_table(readme, tables.table(tables.newest())) == readme
+    assert "| `kda` |" in readme

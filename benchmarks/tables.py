@@ -1,0 +1,87 @@
+"""Writes the README's table of times from the files in benchmarks/results/: `make tables`."""
+
+import json
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+START, END = "<!-- times: written by make tables -->", "<!-- end of times -->"
+NAMES = {
+    "kda": "kda",
+    "gsa": "gsa",
+    "log_linear": "log_linear_attention",
+    "path": "path_attention",
+    "path_fox": "path_attention` with gates `g",
+    "mesa": "mesa_net",
+}
+COLUMNS = (
+    ("forward", ("main", "forward", "ms"), "{:.2f}"),
+    ("forward + backward", ("main", "backward", "ms"), "{:.2f}"),
+    ("step", ("step", "step16_bare", "ms"), "{:.3f}"),
+    ("memory GiB", ("main", "backward", "memory_gib"), "{:.2f}"),
+    ("first call s", ("main", "backward", "first_call_s"), "{:.1f}"),
+)
+
+
+def newest(folder=RESULTS):
+    """The newest number of each (mechanism, shape, measure, implementation), with its file's meta.
+
+    Returns {key: (row, meta, file name)}; rows that failed count for nothing.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        report = json.loads(path.read_text())
+        for row in report["results"] if isinstance(report, dict) else ():
+            if "mechanism" not in row or "error" in row:
+                continue
+            key = tuple(row[k] for k in ("mechanism", "shape", "measure", "implementation"))
+            if key not in found or found[key][1]["date"] < report["meta"]["date"]:
+                found[key] = row, report["meta"], path.name
+    return found
+
+
+def table(found):
+    """The README's section: a line for each mechanism and implementation, then the sources."""
+    used = set()
+
+    def cells(name, implementation):
+        for _, (shape, measure, column), form in COLUMNS:
+            row, meta, file = found.get((name, shape, measure, implementation), ({}, None, None))
+            if meta is not None:
+                used.add((file, meta["card"], meta["jax"], meta["date"][:10], meta["command"]))
+            yield form.format(row[column]) if row.get(column) is not None else ""
+
+    lines = ["| | " + " | ".join(title for title, *_ in COLUMNS) + " |"]
+    lines.append("|---|" + "---|" * len(COLUMNS))
+    labels = {"pallas": "", "xla": ', `"xla"`', "fla": ", fla 0.6.0"}
+    for name, title in NAMES.items():
+        for implementation, suffix in labels.items():
+            values = list(cells(name, implementation))
+            if any(values):
+                lines.append(f"| `{title}`{suffix} | " + " | ".join(values) + " |")
+    values = list(cells("kda", "cudnn attention"))
+    if any(values):
+        lines.append("| causal softmax attention of cuDNN | " + " | ".join(values) + " |")
+    lines.append("")
+    for file, card, version, date, command in sorted(used):
+        link = f"[{file}](benchmarks/results/{file})"
+        command = re.sub(r" --(out|plot) [^ ]+", "", command)
+        lines.append(f"- {link}: {card}, JAX {version}, {date}, `{command}`")
+    return "\n".join(lines)
+
+
+def with_table(readme, text):
+    """The README with its section replaced."""
+    before, rest = readme.split(START)
+    _, after = rest.split(END)
+    return f"{before}{START}\n{text}\n{END}{after}"
+
+
+def main():
+    readme = ROOT / "README.md"
+    readme.write_text(with_table(readme.read_text(), table(newest())))
+
+
+if __name__ == "__main__":
+    main()
