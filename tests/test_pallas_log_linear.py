@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jla
 import jla.pallas
@@ -198,6 +199,36 @@ def test_lowers_for_cuda(B, T, sizes, calls):
     text = run.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     # The leaf blocks' states, the outputs; the gradients of what is read, of readers and the read.
     assert text.count("@mosaic_gpu") == calls
+
+
+@pytest.mark.parametrize("HK", [1, 2, 4])
+def test_sharded_heads_are_not_gathered(monkeypatch, HK):
+    """With stand-ins for the kernels, which run on one CPU device only."""
+
+    def gradients(q, k, v, do, w, *, per):
+        of_head = jnp.repeat(q, v.shape[2] // q.shape[2], axis=2)
+        return of_head, of_head, do, w
+
+    monkeypatch.setattr(kernels, "_forward", lambda q, k, v, w, *, per, keep: (v,))
+    monkeypatch.setattr(kernels, "_backward", gradients)
+    args = arguments(2, 40, H=4, HK=HK, K=16, V=16)
+    mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=jax.devices("cpu")[:2])
+
+    def place(x):
+        heads = None if x.shape[2] == 1 else "x"
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, None, heads)))
+
+    placed = tuple(map(place, args))
+
+    def both(*args):
+        o, vjp = jax.vjp(kernels.core, *args)
+        return o, *vjp(o)
+
+    shardings = tuple(x.sharding for x in (placed[2], *placed))
+    text = jax.jit(both, out_shardings=shardings).lower(*placed).compile().as_text()
+    assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
+    # The gradients of the keys and queries that all heads share are summed over the devices.
+    assert ("all-reduce" in text) == (HK == 1)
 
 
 @pytest.mark.parametrize(

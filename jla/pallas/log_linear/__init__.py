@@ -88,8 +88,7 @@ def _core_backward(per, residuals, do):
     q, k, v, w, decays, states = residuals
     axes = _axes(q, v)
     arrays, names = _with_decays((q, k, v, do, w), decays, axes)
-    of_head = axes["v"].replace("V", "K")
-    results = [of_head, of_head, axes["v"], axes["w"]]
+    results = [axes["of_head"], axes["of_head"], axes["v"], axes["w"]]
     if decays is not None:
         results.append(axes["decays"])
         names = (*names, axes["states"])
@@ -113,6 +112,7 @@ def _axes(q, v):
     return dict(
         q=f"B T {keys} K",
         v=f"B T {heads} V",
+        of_head=f"B T {heads} K",
         w=f"B {heads} N P C",
         decays=f"B {heads} n",
         states=f"B {heads} n V K",
