@@ -15,7 +15,7 @@ __all__ = ["path_attention", "path_step"]
 
 f32 = jnp.float32
 # For what moves queries and keys: a product of hundreds of maps keeps every rounding.
-_exactly = functools.partial(jax.default_matmul_precision, "highest")
+exactly = functools.partial(jax.default_matmul_precision, "highest")
 
 # The gate of a segment's first token. Its exponential is 0, and so is that of all sums with it; but
 # 0 times it is 0 too, and sums can be products with a matrix of ones and zeros.
@@ -40,7 +40,7 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
     value = cache.value.at[jnp.arange(B), cache.length].set(v, mode="drop")
     decay = None if g is None else jnp.where(before, cache.decay + g[:, None], 0.0)
 
-    with _exactly():
+    with exactly():
         q = q.reshape(B, H, HQ // H, K)
         logits = jnp.einsum("bhgk,bshk->bshg", q, key).reshape(B, -1, HQ)
         if g is not None:
@@ -57,7 +57,7 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
 def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     """A loop over the chunks of queries, in it one over the keys before. See `jla.path_attention`.
 
-    The outer loop's body is checkpointed: the backward pass keeps the inputs and what `_prepare`
+    The outer loop's body is checkpointed: the backward pass keeps the inputs and what `prepare`
     makes of them, and computes one chunk of queries at a time again.
     """
     (B, T, HQ, K), H = q.shape, k.shape[2]
@@ -71,7 +71,7 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     # The queries of one key head lie side by side, as if they were one.
     queries = chunks.split(q.reshape(B, T, H, HQ // H, K).reshape(B, T, H, -1), size)
     values = chunks.split(v, size)
-    k, w, moved, writes, inner = _prepare(size, k, w, beta)
+    k, w, moved, writes, inner = prepare(size, k, w, beta)
 
     index = jnp.arange(len(w))
     after, total = (None, None) if gates is None else _sums_after(gates)
@@ -84,12 +84,12 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     o = o.reshape(B, T, H, HQ // H, -1).reshape(B, T, HQ, -1)
     if cache is None:
         return o, None
-    o = jnp.where(_fits(cache, starts, T)[:, :, None, None], o, jnp.nan)
+    o = jnp.where(fits(cache, starts, T)[:, :, None, None], o, jnp.nan)
     g = None if g is None else chunks.split(g, size)
-    return o, _appended(cache, v, starts, *_at_the_end(moved, w, writes, g))
+    return o, appended(cache, v, starts, *at_the_end(moved, w, writes, g))
 
 
-def _prepare(size, k, w, beta):
+def prepare(size, k, w, beta):
     """What the chunks' keys and maps are, whatever the queries; float32, [N, B, H, C, ...].
 
     Returns:
@@ -101,7 +101,7 @@ def _prepare(size, k, w, beta):
     length = size * -(-k.shape[1] // size)
     k, w, beta = (chunks.split(x.astype(f32), length)[0] for x in (k, w, beta[..., None]))
     k, w, beta = (chunks.blocks(x, size) for x in (k, w, beta))
-    with _exactly():
+    with exactly():
         system = jnp.tril(beta * chunks.pair_products(w, w), -1)
         triangle = _unit_lower_inverse(system) * chunks.transposed(beta)
         writes = triangle @ w
@@ -127,7 +127,7 @@ def _unit_lower_inverse(matrix):
 @_unit_lower_inverse.defjvp
 def _unit_lower_inverse_jvp(primals, tangents):
     inverse = _unit_lower_inverse(*primals)
-    with _exactly():
+    with exactly():
         return inverse, -(inverse @ tangents[0] @ inverse)
 
 
@@ -139,7 +139,7 @@ def _sums_after(gates):
     would keep no digit beside a strong gate.
     """
     later = jnp.triu(jnp.ones((gates.shape[-2],) * 2), 1)
-    with _exactly():
+    with exactly():
         after = jnp.einsum("sr,...rg->...gs", later, gates)
     total = chunks.transposed(jnp.sum(gates, axis=-2, keepdims=True))
     return after[..., None, :, :], total[..., None, :, :]
@@ -190,7 +190,7 @@ def _chunk(scale, past, cached, inputs):
         return new, kept * total + jnp.sum(p, axis=-1, keepdims=True), kept * o + read
 
     # The chunk's own keys.
-    with _exactly():
+    with exactly():
         passed = jnp.where(earlier, chunks.product(q, w), 0.0)
         logits = chunks.product(q, k) - passed @ inner
         q = scale * (q - passed @ writes)
@@ -199,7 +199,7 @@ def _chunk(scale, past, cached, inputs):
     if gates is not None:
         # [B, H, r, G, s], with zeros where r <= s; then the sums over r, up to the query's t.
         after = gates[..., None] * jnp.tril(jnp.ones((C, C)), -1)[:, None]
-        with _exactly():
+        with exactly():
             upto = jnp.tril(jnp.ones((C, C)))
             added = jnp.einsum("tr,bhrgs->bhtgs", upto, after)
             before = jnp.einsum("tr,bhrg->bhtg", upto, gates)[..., None]
@@ -211,7 +211,7 @@ def _chunk(scale, past, cached, inputs):
         q, before, softmax = carry
         added = None if before is None else before + after
         softmax = attend(softmax, chunks.product(q, k), added, v)
-        with _exactly():
+        with exactly():
             q = q - chunks.product(q, w) @ writes
         return q, None if before is None else before + total, softmax
 
@@ -237,7 +237,7 @@ def _chunk(scale, past, cached, inputs):
     return (o / total).reshape(*v.shape[:3], -1).astype(v.dtype)
 
 
-def _fits(cache, starts, T):
+def fits(cache, starts, T):
     """Whether each token finds room, bool [B, T]."""
     place = jnp.arange(T)
     if starts is None:
@@ -247,7 +247,7 @@ def _fits(cache, starts, T):
     return place < cache.key.shape[1]
 
 
-def _at_the_end(moved, w, writes, g):
+def at_the_end(moved, w, writes, g):
     """The keys as the row's last token sees them and the sums of the gates after each, [B, T, H, K]
     and [B, T, H, G]; and all the row's maps as one, [B, H, K, K], and the sum of all its gates,
     [B, 1, H, G]; None without gates."""
@@ -257,7 +257,7 @@ def _at_the_end(moved, w, writes, g):
     def chunk(carry, inputs):
         maps, later = carry
         moved, w, writes, g = inputs
-        with _exactly():
+        with exactly():
             keys = chunks.product(moved, maps)
             maps = maps - chunks.product(maps, w) @ writes
         if g is None:
@@ -269,7 +269,7 @@ def _at_the_end(moved, w, writes, g):
     return *ends, maps, total
 
 
-def _appended(cache, v, starts, keys, after, maps, total):
+def appended(cache, v, starts, keys, after, maps, total):
     """The cache with the tokens of each row's last segment, from that segment's first place on."""
     (B, T), S = v.shape[:2], cache.key.shape[1]
     kept, border = cache.length, 0
@@ -287,7 +287,7 @@ def _appended(cache, v, starts, keys, after, maps, total):
         index = source.reshape(B, S, *[1] * (x.ndim - 2))
         return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
 
-    with _exactly():
+    with exactly():
         old = jnp.einsum("bshk,bhlk->bshl", cache.key, maps)
     key, value = place_tokens(old, chunks.merge(keys, T)), place_tokens(cache.value, v)
     decay = None

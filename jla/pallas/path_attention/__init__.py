@@ -14,6 +14,7 @@ from jla._segments import segment_starts
 from jla.pallas.chunks import LOG2E, TILE_WIDTH
 from jla.pallas.mosaic import TILE_ROWS
 from jla.pallas.path_attention.backward import key_gradients, query_gradients
+from jla.pallas.path_attention.cache import carried_on
 from jla.pallas.path_attention.forward import forward
 from jla.pallas.path_attention.levels import LEAF
 from jla.pallas.path_attention.step import path_step
@@ -42,8 +43,6 @@ def unsupported(name, q, k, v, w, beta, g, cache):
     K, V = q.shape[-1], v.shape[-1]
     if max(K, V) > WIDEST:
         return f"K = {K} and V = {V}, and the kernels take at most {WIDEST}"
-    if cache is not None:
-        return "the kernels take no cache yet"
     return None
 
 
@@ -51,9 +50,11 @@ def unsupported(name, q, k, v, w, beta, g, cache):
 def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     """Pads to whole tiles and runs the kernels. See `jla.path_attention`.
 
-    Products take float16 operands (bfloat16 with the values) and add in float32.
+    Products take float16 operands (bfloat16 with the values) and add in float32. What has to do
+    with a cache is float32, and around the kernels.
     """
-    T, V, dtype = q.shape[1], v.shape[-1], v.dtype
+    given = q, k, v, w, beta, g, cache, segment_ids
+    T, V, dtype, given_scale = q.shape[1], v.shape[-1], v.dtype, scale
     if g is not None:
         g = scale * LOG2E * g
     if segment_ids is not None:
@@ -65,8 +66,12 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     q, k, v, w = (_pad(x) for x in (q, k, v.astype(bf16), w))
     beta = _pad(beta.astype(f32), features=False)
     g = None if g is None else _pad(g, features=False)
-    o = _attention(q, k, v, w, beta, g, scale)
-    return o[:, :T, :, :V].astype(dtype), None
+    o, logsumexp = _attention(q, k, v, w, beta, g, scale)
+    o = o[:, :T, :, :V]
+    if cache is not None:
+        logsumexp = jnp.swapaxes(logsumexp[:, :, :T], 1, 2) / LOG2E
+        o, cache = carried_on(o, logsumexp, *given, scale=given_scale)
+    return o.astype(dtype), cache
 
 
 def _pad(x, *, features=True):
@@ -80,7 +85,10 @@ def _pad(x, *, features=True):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attention(q, k, v, w, beta, g, scale):
-    """PaTH attention on whole tiles; v bf16, scale not negative, g scaled and in base 2."""
+    """PaTH attention on whole tiles; v bf16, scale not negative, g scaled and in base 2.
+
+    Returns the outputs and the logits' log-sum-exp in base 2, [B, HQ, 128 P].
+    """
     return _attention_forward(q, k, v, w, beta, g, scale)[0]
 
 
@@ -89,14 +97,15 @@ def _attention_forward(q, k, v, w, beta, g, scale):
     run = functools.partial(_forward, scale=scale)
     kept = shardwise(run, _INPUTS[: len(inputs)], tuple(_KEPT.values()))(*inputs)
     kept = tuple(map(checkpoint_name, kept, _KEPT))
-    return kept[0], (inputs, kept)
+    return kept, (inputs, kept)
 
 
-def _attention_backward(scale, residuals, do):
+def _attention_backward(scale, residuals, cotangents):
     inputs, kept = residuals
     axes = _INPUTS[: len(inputs)]
     run = functools.partial(_backward, scale=scale)
-    gradients = shardwise(run, (*axes, *_KEPT.values(), _OUTPUT), axes)(*inputs, *kept, do)
+    all_axes = *axes, *_KEPT.values(), *_KEPT.values()
+    gradients = shardwise(run, all_axes, axes)(*inputs, *kept, *cotangents)
     return gradients if len(inputs) == 6 else (*gradients, None)
 
 
@@ -114,12 +123,12 @@ def _forward(q, k, v, w, beta, g=None, *, scale):
 
 
 def _backward(q, k, v, w, beta, *rest, scale):
-    *g, o, lse, do = rest
+    *g, o, lse, do, dlse = rest
     (queries, keys, own), back = jax.vjp(versions, q, k, w, beta)
     sums, back_to_gates = jax.vjp(gate_sums, *g) if g else (None, None)
     delta = jnp.moveaxis(jnp.sum(do.astype(f32) * o.astype(f32), -1), 1, 2)
-    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, -delta.shape[2] % LEAF)))
-    unit = _unit(q, k, v, do)
+    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, -delta.shape[2] % LEAF))) - LOG2E * dlse
+    unit = _unit(q, k, v, do, dlse)
     arguments = queries, keys, v, own, sums, do, lse, delta, unit
     dqueries, down, *by_query = _flash(query_gradients, *arguments, scale=scale)
     dkeys, dv, *by_key = _flash(key_gradients, *arguments, scale=scale)
@@ -149,15 +158,18 @@ def _flash(kernel, queries, keys, v, own, sums, *rest, scale):
     return kernel(queries, keys, v, jnp.where(past, own, -jnp.inf), gates, *rest, scale=scale)
 
 
-def _unit(q, k, v, do):
+def _unit(q, k, v, do, dlse):
     """A power of two for each key head, with which no sum of gradients leaves float16's range.
 
-    The gradients of a row's logits sum to at most 2 |do| |v|, in absolute value.
+    The gradients of a row's logits sum to at most 2 (|do| |v| + |dlse|), in absolute value.
     """
 
     def largest(x, least):
         norm = jnp.sqrt(jnp.sum(jnp.square(x.astype(f32)), -1)).max(1)
         return jnp.maximum(norm.reshape(norm.shape[0], k.shape[2], -1).max(-1), least)
 
-    bound = largest(do, 1e-30) * largest(v, 1e-30) * largest(q, 1.0) * largest(k, 1.0)
+    of_logits = largest(do, 1e-30) * largest(v, 1e-30) + largest(
+        jnp.swapaxes(dlse, 1, 2)[..., None], 0.0
+    )
+    bound = of_logits * largest(q, 1.0) * largest(k, 1.0)
     return jnp.exp2(jnp.floor(14 - jnp.log2(bound * q.shape[1])))

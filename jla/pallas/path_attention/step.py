@@ -43,13 +43,13 @@ def unsupported(q, v):
 def path_step(q, k, v, w, beta, g, cache, *, scale):
     """One token in one kernel. See `jla.path_step`.
 
-    A CTA of one warpgroup has a piece of one key head's cached tokens. Tiles of keys and values come
-    to SMEM one after another, several of them on their way at once. A tile of keys is multiplied
-    by I - beta w w^T, goes back to its place in SMEM and from there to the cache, and gives the
-    logits of the group's query heads. A warp has whole rows of a tile, so that all sums over K are
-    shuffles inside it, and each place in the tile keeps a softmax and a sum of values of its own
-    until the piece ends: no warp waits for another's numbers. XLA joins the pieces. All arithmetic
-    is float32.
+    A CTA of one warpgroup has a piece of one key head's cached tokens. Tiles of keys and values
+    come to SMEM one after another, several of them on their way at once. A tile of keys is
+    multiplied by I - beta w w^T, goes back to its place in SMEM and from there to the cache, and
+    gives the logits of the group's query heads. A warp has whole rows of a tile, so that all sums
+    over K are shuffles inside it, and each place in the tile keeps a softmax and a sum of values of
+    its own until the piece ends: no warp waits for another's numbers. XLA joins the pieces. All
+    arithmetic is float32.
 
     Only tiles that hold tokens are read. The keys are aliased to the new keys: overwritten where
     their buffer is donated or a temporary of the caller's program, copied before the kernel
@@ -104,7 +104,7 @@ def _step(q, k, v, w, beta, g, key, value, decay, length, *, scale):
 
 def _run(q, k, w, beta, key, value, length, added=None, *, scale):
     """Attends with the cached keys, moved, and returns both."""
-    (B, S, H, _), V, HQ = key.shape, value.shape[-1], q.shape[1]
+    (B, _, H, V), HQ = value.shape, q.shape[1]
 
     def heads(x, part):
         """Of each group of query heads, those of the part."""

@@ -1,0 +1,129 @@
+"""Going on from cached tokens, and filling the cache: around the kernels, in XLA.
+
+Both need the new tokens' maps as products over the whole row, and in float32: the cached keys are
+multiplied on for as long as the row lives. It is what `jla.xla` does, with its functions.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jla._segments import segment_starts
+from jla._state import zero_state
+from jla.xla import chunks
+from jla.xla.path_attention import CHUNK, NEVER, appended, at_the_end, exactly, fits, prepare
+
+f32 = jnp.float32
+
+# Queries, and cached tokens that they read at once.
+QUERIES, KEYS = 512, 256
+
+
+def carried_on(o, logsumexp, q, k, v, w, beta, g, cache, segment_ids, *, scale):
+    """What the new tokens read, the cached ones included, and the cache with them appended.
+
+    Args:
+      o, logsumexp: what the new tokens read of one another, [B, T, HQ, V], and the log of the sum
+        of their logits' exponentials, [B, T, HQ] float32.
+      q, k, v, w, beta, g, cache, segment_ids, scale: of `jla.path_attention`.
+
+    Returns:
+      o, float32, and the new `PathCache`.
+    """
+    (B, T, HQ, K), H = q.shape, k.shape[2]
+    size = min(CHUNK, max(2, 1 << (T - 1).bit_length()))
+    starts = None if segment_ids is None else segment_starts(segment_ids)
+    g = None if g is None else jnp.maximum(g, NEVER)
+    _, w, moved, writes, _ = prepare(size, k, w, beta)
+
+    def with_cached(o):
+        queries = chunks.split(q.reshape(B, T, H, HQ // H, K).reshape(B, T, H, -1), size)
+        queries = chunks.merge(_at_the_start(queries, w, writes), T)
+        gates = None if g is None else scale * g
+        if starts is not None:
+            gates = jnp.where(starts[..., None], NEVER, 0.0 if g is None else gates)
+        if gates is not None:
+            gates = jnp.broadcast_to(jnp.cumsum(gates, axis=1), (B, T, HQ))
+        read, of_cached = _read(queries, gates, cache, scale)
+        share = jax.nn.sigmoid(of_cached - logsumexp)[..., None]
+        return o + share * (read - o)
+
+    o = lax.cond(jnp.any(cache.length > 0), with_cached, lambda o: o, o.astype(f32))
+    o = jnp.where(fits(cache, starts, T)[:, :, None, None], o, jnp.nan)
+    gates = None if g is None else chunks.split(g.reshape(B, T, H, -1), size)
+    return o, appended(cache, v, starts, *at_the_end(moved, w, writes, gates))
+
+
+def _at_the_start(q, w, writes):
+    """The queries as the row's first token sees the keys before it, [N, B, H, C, G K]."""
+
+    def chunk(maps, inputs):
+        q, w, writes = inputs
+        by_query = q.astype(f32).reshape(*q.shape[:3], -1, w.shape[-1])
+        with exactly():
+            passed = jnp.einsum("bhtgk,bhrk->bhgtr", by_query, w)
+            passed = jnp.tril(passed)
+            inside = by_query - jnp.einsum("bhgtr,bhrk->bhtgk", passed, writes)
+            moved = jnp.einsum("bhtgk,bhkl->bhtgl", inside, maps)
+            maps = maps - chunks.transposed(w) @ (writes @ maps)
+        return maps, moved.reshape(q.shape)
+
+    first = w[0, :, :, 0]
+    identity = zero_state(first, first) + jnp.eye(w.shape[-1])
+    return lax.scan(jax.checkpoint(chunk, prevent_cse=False), identity, (q, w, writes))[1]
+
+
+def _read(q, gates, cache, scale):
+    """What queries [B, T, H, G K] read of the cached tokens.
+
+    Args:
+      gates: the sums of their gates, scaled, [B, T, HQ], or None.
+
+    Returns:
+      [B, T, HQ, V] and the log-sum-exp, [B, T, HQ]; nearly `NEVER` where a row has no cached token.
+    """
+    (B, T, H, _), (S, K) = q.shape, (cache.key.shape[1], cache.key.shape[-1])
+    group = q.shape[-1] // K
+    rows, block = min(QUERIES, T), min(KEYS, S)
+    key, value = (chunks.split(x, block) for x in cache[:2])
+    first = block * jnp.arange(len(key))
+    filled = (first[:, None, None] + jnp.arange(block)) < cache.length[:, None]
+    added = 0.0
+    if cache.decay is not None:
+        added = scale * chunks.split(cache.decay.reshape(B, S, H, group), block)
+    added = jnp.where(filled[:, :, None, :, None], added, NEVER)
+    # The first block is always read, so that no sum is 0.
+    longest = jnp.maximum(jnp.max(cache.length), 1)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def some(inputs):
+        q, gates = inputs
+        q = scale * q.reshape(*q.shape[:3], group, K)
+
+        def read(softmax, key, value, added):
+            highest, total, o = softmax
+            with exactly():
+                logits = jnp.einsum("bhtgk,bhsk->bhtgs", q, key)
+            logits += jnp.swapaxes(added, -1, -2)[:, :, None]
+            if gates is not None:
+                logits += gates[..., None]
+            new = jnp.maximum(highest, jnp.max(lax.stop_gradient(logits), axis=-1))
+            p, kept = jnp.exp(logits - new[..., None]), jnp.exp(highest - new)
+            o = kept[..., None] * o + jnp.einsum("bhtgs,bhsv->bhtgv", p, value.astype(f32))
+            return new, kept * total + jnp.sum(p, axis=-1), o
+
+        def visit(softmax, inputs):
+            place, *arrays = inputs
+            return lax.cond(place < longest, read, lambda x, *_: x, softmax, *arrays), None
+
+        nothing = jnp.full_like(q[..., 0], -jnp.inf)
+        of_values = jnp.zeros_like(q[..., :1]) * jnp.zeros(value.shape[-1])
+        start = nothing, jnp.zeros_like(nothing), of_values
+        (highest, total, o), _ = lax.scan(visit, start, (first, key, value, added))
+        return (o / total[..., None]).reshape(*q.shape[:3], -1), highest + jnp.log(total)
+
+    gates = None if gates is None else chunks.split(gates.reshape(B, T, H, group), rows)
+    o, logsumexp = (chunks.merge(x, T) for x in lax.map(some, (chunks.split(q, rows), gates)))
+    return o.reshape(B, T, H * group, -1), logsumexp.reshape(B, T, H * group)
