@@ -5,6 +5,9 @@ the sequence does to a state is affine: S_end = M S_start + N. A first pass make
 piece at once, N by running from zeros and M by running from the identity with nothing to write. A
 few small products then give the state that each piece starts from, and `recurrence` runs all
 pieces at once. The backward pass does the same to the gradient of the state, with M^T, in reverse.
+
+Where M is diagonal or a scalar, in Gated Slot Attention and MesaNet, a first pass makes N alone;
+their `states.py` take the number of pieces and the joining from here.
 """
 
 import functools
