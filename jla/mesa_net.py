@@ -50,6 +50,10 @@ def mesa_net(
     they take one more solve with the same matrix and the same `cg_steps`. docs/mesa_net.md measures
     what error remains.
 
+    "pallas" holds :math:`k_t / \sqrt\lambda` and :math:`v_t` in float16, whatever the inputs are:
+    elements beyond 65504 in magnitude are taken as 65504 there, and elements below 6e-5 keep fewer
+    digits, below 3e-8 none. "xla" has float32's range. docs/mesa_net.md says more.
+
     The matrix must be positive definite for this: every `lamb` above zero, every `beta` at least
     zero, and `initial_state.kk` symmetric without negative eigenvalues. These are values, which a
     compiled program cannot check: they are not checked, and conjugate gradients then return
