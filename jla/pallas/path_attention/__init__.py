@@ -19,7 +19,7 @@ from jla.pallas.path_attention.forward import forward
 from jla.pallas.path_attention.levels import LEAF
 from jla.pallas.path_attention.step import path_step
 from jla.pallas.path_attention.step import unsupported as _unsupported_step
-from jla.pallas.path_attention.tree import gate_sums, versions
+from jla.pallas.path_attention.tree import gate_sums, grown, versions
 from jla.pallas.shardwise import shardwise
 
 __all__ = ["path_attention", "path_step", "unsupported"]
@@ -31,7 +31,7 @@ WIDEST = 128  # K or V; the registers of one warpgroup hold no wider row
 _INPUTS = ("B T HQ K", "B T H K", "B T H V", "B T H K", "B T H", "B T HQ")
 _OUTPUT = "B T HQ V"
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
-_KEPT = {"path_output": _OUTPUT, "path_logsumexp": "B HQ L"}
+_KEPT = {"path_output": _OUTPUT, "path_logsumexp": "B HQ L", "path_inverse": "B H N C D"}
 
 
 def unsupported(name, q, k, v, w, beta, g, cache):
@@ -97,14 +97,15 @@ def _attention_forward(q, k, v, w, beta, g, scale):
     run = functools.partial(_forward, scale=scale)
     kept = shardwise(run, _INPUTS[: len(inputs)], tuple(_KEPT.values()))(*inputs)
     kept = tuple(map(checkpoint_name, kept, _KEPT))
-    return kept, (inputs, kept)
+    return kept[:2], (inputs, kept)
 
 
 def _attention_backward(scale, residuals, cotangents):
     inputs, kept = residuals
     axes = _INPUTS[: len(inputs)]
     run = functools.partial(_backward, scale=scale)
-    all_axes = *axes, *_KEPT.values(), *_KEPT.values()
+    out_axes = tuple(_KEPT.values())
+    all_axes = *axes, *out_axes, *out_axes[:2]
     gradients = shardwise(run, all_axes, axes)(*inputs, *kept, *cotangents)
     return gradients if len(inputs) == 6 else (*gradients, None)
 
@@ -117,13 +118,13 @@ def _given(*arrays):
 
 
 def _forward(q, k, v, w, beta, g=None, *, scale):
-    queries, keys, own = versions(q, k, w, beta)
-    sums = None if g is None else gate_sums(g)
-    return tuple(_flash(forward, queries, keys, v, own, sums, scale=scale))
+    scale *= LOG2E
+    queries, keys, own, gates, _, inverse = grown(q, k, w, beta, g, scale=scale)
+    return *forward(queries, keys, v, own, gates, scale=scale), inverse
 
 
 def _backward(q, k, v, w, beta, *rest, scale):
-    *g, o, lse, do, dlse = rest
+    *g, o, lse, _, do, dlse = rest
     (queries, keys, own), back = jax.vjp(versions, q, k, w, beta)
     sums, back_to_gates = jax.vjp(gate_sums, *g) if g else (None, None)
     delta = jnp.moveaxis(jnp.sum(do.astype(f32) * o.astype(f32), -1), 1, 2)
@@ -168,8 +169,7 @@ def _unit(q, k, v, do, dlse):
         norm = jnp.sqrt(jnp.sum(jnp.square(x.astype(f32)), -1)).max(1)
         return jnp.maximum(norm.reshape(norm.shape[0], k.shape[2], -1).max(-1), least)
 
-    of_logits = largest(do, 1e-30) * largest(v, 1e-30) + largest(
-        jnp.swapaxes(dlse, 1, 2)[..., None], 0.0
-    )
+    of_lse = jnp.abs(dlse).max(-1).reshape(k.shape[0], k.shape[2], -1).max(-1)
+    of_logits = largest(do, 1e-30) * largest(v, 1e-30) + of_lse
     bound = of_logits * largest(q, 1.0) * largest(k, 1.0)
     return jnp.exp2(jnp.floor(14 - jnp.log2(bound * q.shape[1])))

@@ -49,3 +49,32 @@ def place(leaf, level):
     """The place of the leaf's version among the level's."""
     half = lax.shift_left(jnp.int32(1), level)
     return lax.shift_left(block(leaf, level), level) + lax.bitwise_and(leaf, half - 1)
+
+
+def first_query(leaf, leaves):
+    """The place of a leaf's query version of the lowest level, among all; -1 if it has none."""
+    counts, found = query_counts(leaves), jnp.int32(-1)
+    for m in reversed(range(number(leaves))):
+        at = offset(counts, m) + place(leaf, m)
+        found = jnp.where(has_query(leaf, m), at, found)
+    return found
+
+
+def first_key(leaf, leaves):
+    """The place of a leaf's key version of the lowest level, among all; -1 if it has none."""
+    counts, found = key_counts(leaves), jnp.int32(-1)
+    for m in reversed(range(number(leaves))):
+        at = offset(counts, m) + place(leaf, m)
+        found = jnp.where(has_key(leaf, m, leaves), at, found)
+    return found
+
+
+def has_query(leaf, level):
+    """Whether the leaf has a query version at the level."""
+    return at_bit(leaf, level) == 1
+
+
+def has_key(leaf, level, leaves):
+    """Whether the leaf has a key version at the level: its sibling begins before the end."""
+    sibling = lax.shift_left(block(leaf, level) * 2 + 1, level)
+    return lax.bitwise_and(at_bit(leaf, level) == 0, sibling < leaves)

@@ -17,11 +17,66 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla.pallas.chunks import CHUNK
-from jla.pallas.path_attention import levels
+from jla.pallas.path_attention import chains, leaf, levels
 from jla.pallas.path_attention.inverse import inverse
 from jla.pallas.path_attention.levels import LEAF
 
 f16, f32 = jnp.float16, jnp.float32
+
+
+def grown(q, k, w, beta, g, inverse=None, *, scale):
+    """What a pass over the tree needs.
+
+    Args:
+      q: [B, T, HQ, K]. k, w: [B, T, H, K]. beta: [B, T, H] float32.
+      g: None, or the logits' gates in base 2, [B, T, HQ] float32; -inf at a segment's first token.
+      inverse: None, or as an earlier call returned it.
+      scale: of the logits, positive, base 2.
+
+    Returns:
+      All versions of queries and of keys, the leaves' own logits, the gates from and to the levels'
+      middles (or None), all as `forward` takes them; the blocks' transforms, see `chains.joined`;
+      and the chunks' inverses, see `leaf.inverses`.
+    """
+    P = -(-q.shape[1] // LEAF)
+    w, beta = rounded(w, beta)
+    if q.dtype != w.dtype:
+        q, k = q.astype(f16), k.astype(f16)
+    beta = jnp.moveaxis(beta, 2, 1)
+    beta = jnp.pad(beta, [(0, 0), (0, 0), (0, P * LEAF - beta.shape[2])])
+    if inverse is None:
+        inverse = leaf.inverses(w, beta)
+    gates, within = (None, None) if g is None else (level_sums(g), leaf_sums(g))
+    queries, keys, own, transforms = leaf.leaves(q, k, w, inverse, beta, within, scale=scale)
+    transforms = chains.joined(transforms)
+    queries = chains.query_chains(queries, transforms, P)
+    keys = chains.key_chains(keys, transforms, P)
+    return queries, keys, own, gates, transforms, inverse
+
+
+def rounded(w, beta):
+    """w in 16 bits, and beta such that its reflections stay ones: beta |w|^2 is what it was."""
+    if w.dtype != f32:
+        return w, beta
+    out = w.astype(f16)
+    before, after = (jnp.sum(jnp.square(x.astype(f32)), -1) for x in (w, out))
+    return out, beta * lax.stop_gradient(before / jnp.where(after == 0.0, 1.0, after))
+
+
+def leaf_sums(g):
+    """The sum of the leaf's finite gates up to each token, and the first token that it sees.
+
+    Args:
+      g: gates of the logits, [B, T, HQ] float32; -inf at a segment's first token.
+
+    Returns:
+      [B, HQ, L] float32, and the token's place in its leaf, [B, HQ, L] uint32.
+    """
+    g = _by_leaf(g)
+    border = jnp.isneginf(g)
+    since = jnp.cumsum(jnp.where(border, 0.0, g), -1)
+    first = lax.cummax(jnp.where(border, jnp.arange(LEAF), 0), axis=3).astype(jnp.uint32)
+    return tuple(x.reshape(*g.shape[:2], -1) for x in (since, first))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -156,34 +211,38 @@ def _joined(left, right, axis, leaves):
 
 
 def gate_sums(g):
-    """The sums of the gates that the versions and the leaves' own logits need.
-
-    Args:
-      g: gates of the logits, [B, T, HQ] float32; -inf at a segment's first token.
-
-    Returns:
-      From a level's middle to each query, [B, HQ, R], from each key to the middle, [B, HQ, S], and
-      between the tokens of a leaf, [B, HQ, P, 128, 128], anything for s > t.
-
-    Sums begin at the middles, so that no long sums are subtracted from one another.
-    """
-    g = _by_leaf(g)
-    P = g.shape[2]
-    border = jnp.isneginf(g)
-    finite = jnp.where(border, 0.0, g)
+    """`level_sums`, and the sums between the tokens of a leaf, [B, HQ, P, 128, 128], s <= t."""
+    leaves = _by_leaf(g)
+    border = jnp.isneginf(leaves)
     count = jnp.cumsum(border, axis=-1, dtype=jnp.int32)
-    since = jnp.cumsum(finite, axis=-1)
+    since = jnp.cumsum(jnp.where(border, 0.0, leaves), axis=-1)
     own = jnp.where(
         count[..., :, None] == count[..., None, :],
         since[..., :, None] - since[..., None, :],
         -jnp.inf,
     )
+    return *level_sums(g), own
+
+
+def level_sums(g):
+    """The sums of the gates between the levels' middles and the tokens of the versions.
+
+    Args:
+      g: gates of the logits, [B, T, HQ] float32; -inf at a segment's first token.
+
+    Returns:
+      From a level's middle to each query, [B, HQ, R], and from each key to the middle, [B, HQ, S].
+
+    Sums begin at the middles, so that no long sums are subtracted from one another.
+    """
+    g = _by_leaf(g)
+    P = g.shape[2]
     from_start = jnp.cumsum(g, axis=-1)
     to_end = jnp.flip(jnp.cumsum(jnp.flip(g[..., 1:], -1), -1), -1)
     to_end = jnp.pad(to_end, [(0, 0)] * 3 + [(0, 1)])
     total = from_start[..., -1]
     if P == 1:
-        return *(jnp.zeros((*g.shape[:2], LEAF), f32) for _ in range(2)), own
+        return tuple(jnp.zeros((*g.shape[:2], LEAF), f32) for _ in range(2))
     queries, keys = [], []
     for m in range(levels.number(P)):
         # Of whole leaves between the middle and the leaf, on either side.
@@ -198,4 +257,4 @@ def gate_sums(g):
             half = _halves(part, 2, 1 << m)[axis] + whole[..., None]
             sums.append(_leaves(half, 2)[:, :, : counts[m]])
     queries, keys = (jnp.concatenate(x, 2) for x in (queries, keys))
-    return queries.reshape(*g.shape[:2], -1), keys.reshape(*g.shape[:2], -1), own
+    return queries.reshape(*g.shape[:2], -1), keys.reshape(*g.shape[:2], -1)
