@@ -64,19 +64,32 @@ def rounded(w, beta):
 
 
 def leaf_sums(g):
-    """The sum of the leaf's finite gates up to each token, and the first token that it sees.
+    """Each token's sum of gates since its leaf's start or the last border, and whom it sees.
 
     Args:
       g: gates of the logits, [B, T, HQ] float32; -inf at a segment's first token.
 
     Returns:
-      [B, HQ, L] float32, and the token's place in its leaf, [B, HQ, L] uint32.
+      [B, HQ, L] float32, and the place in the leaf of the first token that it sees, uint32.
     """
     g = _by_leaf(g)
+    first = jnp.where(jnp.isneginf(g), jnp.arange(LEAF), 0)
+    first = lax.cummax(first, axis=3).astype(jnp.uint32)
+    return tuple(x.reshape(*g.shape[:2], -1) for x in (_since(g), first))
+
+
+def _since(g):
+    """The sums of the last axis, which begin anew, with nothing, where it is -inf.
+
+    What came before a border is not in them, not even in their last bit.
+    """
+
+    def joined(earlier, later):
+        border, total = later
+        return earlier[0] | border, jnp.where(border, total, earlier[1] + total)
+
     border = jnp.isneginf(g)
-    since = jnp.cumsum(jnp.where(border, 0.0, g), -1)
-    first = lax.cummax(jnp.where(border, jnp.arange(LEAF), 0), axis=3).astype(jnp.uint32)
-    return tuple(x.reshape(*g.shape[:2], -1) for x in (since, first))
+    return lax.associative_scan(joined, (border, jnp.where(border, 0.0, g)), axis=g.ndim - 1)[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -215,7 +228,7 @@ def gate_sums(g):
     leaves = _by_leaf(g)
     border = jnp.isneginf(leaves)
     count = jnp.cumsum(border, axis=-1, dtype=jnp.int32)
-    since = jnp.cumsum(jnp.where(border, 0.0, leaves), axis=-1)
+    since = _since(leaves)
     own = jnp.where(
         count[..., :, None] == count[..., None, :],
         since[..., :, None] - since[..., None, :],
