@@ -39,7 +39,6 @@ class Seats(NamedTuple):
       position: each token's position, [B, T], int32.
       crossing, crossed: the level that tokens of the first segment on both sides of a multiple of
         its size have by their seats, and by their positions, [B], int32.
-      used: seats from here on are empty, [B], int32.
     """
 
     seat: jax.Array
@@ -49,23 +48,22 @@ class Seats(NamedTuple):
     position: jax.Array
     crossing: jax.Array
     crossed: jax.Array
-    used: jax.Array
 
 
 def seated(core, q, k, v, g, level_scales, initial_state, segment_ids):
     """Log-linear attention, as `jla.log_linear_attention` says, by a core for aligned sequences.
 
     Args:
-      core: `core(q, k, v, g, level_scales, used)` returns o [B, N, H, V] in v's dtype. Every row is
-        one sequence from position 0: the level of two tokens is that of their indices. It gets
+      core: `core(q, k, v, g, level_scales, taken)` returns o [B, N, H, V] in v's dtype. Every row
+        is one sequence from position 0: the level of two tokens is that of their indices. It gets
           q, k: [B, N, HK, K]; v: [B, N, H, V], in their dtype. N is any number.
           g: [B, N, H], float32. -inf where a segment begins: exp(-inf) = 0 then cuts off all that
             would pass it, and the gradient there must be 0, not NaN.
           level_scales: [B, N, H, L], in its dtype. No pair whose decay is not 0 has a level from L
             on.
-          used: None where the tokens are as they came, N = T and no gate is -inf. Otherwise [B],
-            int32: seats from there on are empty. Empty seats there and before it hold zeros in all
-            arrays (a gate of 0 too), and nobody reads their outputs.
+          taken: None where the tokens are as they came, N = T and no gate is -inf. Otherwise
+            bool, [B, N]: whether a token sits there. Empty seats, about half of them, hold zeros
+            in all arrays (a gate of 0 too); nobody reads their outputs or their gradients.
       q, k, v, g, level_scales, initial_state, segment_ids: of the public function.
 
     Returns:
@@ -81,7 +79,7 @@ def seated(core, q, k, v, g, level_scales, initial_state, segment_ids):
     cut = jnp.where(seats.begins[..., None], -jnp.inf, g)
     scales = _seated_scales(level_scales, seats)
     arrays = [take(x, seats) for x in (q, k, v, cut, scales)]
-    o = give_back(core(*arrays, seats.used), seats)
+    o = give_back(core(*arrays, seats.token < T), seats)
     if initial_state is not None:
         read = read_levels(q, level_scales, decay, seats.position, initial_state)
         o = (o.astype(f32) + read).astype(dtype)
@@ -197,7 +195,6 @@ def plan(T, segment_ids, position):
         position=jnp.where(first, before[:, None], 0) + time - begin,
         crossing=size[:, 0] + 1,
         crossed=size[:, 0] + 1 + _trailing_ones(before >> size[:, 0]),
-        used=jnp.max(seat, axis=1) + 1,
     )
 
 

@@ -27,9 +27,9 @@ def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
 
 
 @jax.checkpoint
-def _core(q, k, v, g, level_scales, used):
+def _core(q, k, v, g, level_scales, taken):
     """The outputs of aligned sequences, see `_seats.seated`. The backward pass keeps the inputs."""
-    del used
+    del taken
     (B, N, H, V), HK, dtype = v.shape, q.shape[2], v.dtype
     size = min(CHUNK, max(2, 1 << (N - 1).bit_length()))
     inside = size.bit_length()  # the levels of a chunk's own tokens: 0 to log2(size)

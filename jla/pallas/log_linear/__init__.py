@@ -48,7 +48,7 @@ def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
     return _seats.seated(core, q, k, v, g, level_scales, initial_state, segment_ids)
 
 
-def core(q, k, v, g, level_scales, used=None):
+def core(q, k, v, g, level_scales, taken=None):
     """The outputs of aligned sequences, as `_seats.seated` asks for them.
 
     All products take bfloat16 operands and add in float32, float16 inputs included.
@@ -56,7 +56,9 @@ def core(q, k, v, g, level_scales, used=None):
     T, V, dtype = v.shape[1], v.shape[-1], v.dtype
     w, decays = weights.weights(g, level_scales, LEAF)
     q, k, v = (_pad(x.astype(bf16)) for x in (q, k, v))
-    return _core(q, k, v, w, decays, weights.plan(T, LEAF)[1])[:, :T, :, :V].astype(dtype)
+    per = weights.plan(T, LEAF)[1]
+    live = None if taken is None or decays is None else weights.live(taken, per)
+    return _core(q, k, v, w, decays, live, per)[:, :T, :, :V].astype(dtype)
 
 
 def _pad(x):
@@ -64,43 +66,44 @@ def _pad(x):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE_ROWS), (0, 0), (0, -x.shape[3] % TILE_WIDTH)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _core(q, k, v, w, decays, per):
-    """The core on whole tiles, from `weights.weights`."""
-    axes = _axes(q, v)
-    arrays, names = _with_decays((q, k, v, w), decays, axes)
-    run = functools.partial(_forward, per=per, keep=False)
-    (o,) = shardwise(run, names, (axes["v"],))(*arrays)
-    return o
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _core(q, k, v, w, decays, live, per):
+    """The core on whole tiles, from `weights.weights` and `weights.live`."""
+    return _run_forward(q, k, v, w, decays, live, per, keep=False)[0]
 
 
-def _core_forward(q, k, v, w, decays, per):
+def _core_forward(q, k, v, w, decays, live, per):
+    o, *states = _run_forward(q, k, v, w, decays, live, per, keep=True)
+    states = checkpoint_name(states[0], "log_linear_states") if states else None
+    return o, (q, k, v, w, decays, live, states)
+
+
+def _run_forward(q, k, v, w, decays, live, per, keep):
     axes = _axes(q, v)
-    arrays, names = _with_decays((q, k, v, w), decays, axes)
-    results = [axes["v"]] if decays is None else [axes["v"], axes["states"]]
-    run = functools.partial(_forward, per=per, keep=True)
-    o, *states = shardwise(run, names, results)(*arrays)
-    states = [checkpoint_name(x, "log_linear_states") for x in states]
-    return o, (q, k, v, w, decays, states)
+    arrays, names = _present(axes, q=q, k=k, v=v, w=w, decays=decays, live=live)
+    results = [axes["v"], axes["states"]] if keep and decays is not None else [axes["v"]]
+    run = functools.partial(_forward, per=per, keep=keep)
+    return shardwise(run, names, results)(*arrays)
 
 
 def _core_backward(per, residuals, do):
-    q, k, v, w, decays, states = residuals
+    q, k, v, w, decays, live, states = residuals
     axes = _axes(q, v)
-    arrays, names = _with_decays((q, k, v, do, w), decays, axes)
+    arrays, names = _present(
+        axes, q=q, k=k, v=v, do=do, w=w, decays=decays, states=states, live=live
+    )
     results = [axes["of_head"], axes["of_head"], axes["v"], axes["w"]]
     if decays is not None:
         results.append(axes["decays"])
-        names = (*names, axes["states"])
     run = functools.partial(_backward, per=per)
-    dq, dk, dv, dw, *ddecays = shardwise(run, names, results)(*arrays, *states)
+    dq, dk, dv, dw, *ddecays = shardwise(run, names, results)(*arrays)
 
     def over_group(x):
         if x.shape == q.shape:
             return x
         return x.astype(f32).reshape(*q.shape[:3], -1, q.shape[3]).sum(3).astype(bf16)
 
-    return over_group(dq), over_group(dk), dv, dw, ddecays[0] if ddecays else None
+    return over_group(dq), over_group(dk), dv, dw, ddecays[0] if ddecays else None, None
 
 
 _core.defvjp(_core_forward, _core_backward)
@@ -109,51 +112,55 @@ _core.defvjp(_core_forward, _core_backward)
 def _axes(q, v):
     """The axis letters that `shardwise` splits by. One key head serves all shards whole."""
     keys, heads = ("one", "H") if q.shape[2] == 1 < v.shape[2] else ("H", "HV")
+    of_keys, of_values = f"B T {keys} K", f"B T {heads} V"
     return dict(
-        q=f"B T {keys} K",
-        v=f"B T {heads} V",
+        q=of_keys,
+        k=of_keys,
+        v=of_values,
+        do=of_values,
         of_head=f"B T {heads} K",
         w=f"B {heads} N P C",
         decays=f"B {heads} n",
         states=f"B {heads} n V K",
+        live="B N",
     )
 
 
-def _with_decays(arrays, decays, axes):
-    values = len(arrays) - 3
-    names = (axes["q"], axes["q"], *[axes["v"]] * values, axes["w"])
-    if decays is None:
-        return arrays, names
-    return (*arrays, decays), (*names, axes["decays"])
+def _present(axes, **arrays):
+    """Those that are not None, and their axis letters."""
+    present = {name: x for name, x in arrays.items() if x is not None}
+    return tuple(present.values()), tuple(axes[name] for name in present)
+
+
+def _forward(q, k, v, w, decays=None, live=None, *, per, keep):
+    """o, and with `keep` the states that the backward pass reads (if there are any)."""
+    _, blocks, inside, _, P = _sizes(w, per)
+    states = None
+    if decays is not None:
+        job = tree.leaf_jobs(per, P - 1)
+        counts = tree.live_counts(live, blocks - 1, job)
+        states = tree.up(weighted_sums(v, k, w, counts, blocks - 1, job), decays)
+    o = outputs(q, k, v, w, states, live, per=per, inside=inside)
+    return (o, states) if keep and states is not None else (o,)
+
+
+def _backward(q, k, v, do, w, decays=None, states=None, live=None, *, per):
+    """All backward kernels: dq and dk for each head, dv, and the gradients of w and the decays."""
+    N, blocks, inside, above, _ = _sizes(w, per)
+    of_leaves = of_decays = None
+    if decays is not None:
+        jobs = sum(nodes * parts for nodes, parts in tree.heights(per, blocks))
+        job = tree.reader_jobs(N, per, blocks, inside)
+        read = weighted_sums(do, q, w, tree.live_counts(live, jobs, job), jobs, job)
+        read = tree.by_height(read, per, blocks)
+        of_leaves, of_decays = tree.down(read, states, decays)
+    dq, by_reads = reader_gradients(q, k, v, do, w, states, live, per=per, inside=inside)
+    dk, dv, by_read = writer_gradients(q, k, v, do, w, of_leaves, live, per=per, inside=inside)
+    dw = weights.gradient_of_weights(by_reads, by_read, live, inside, above)
+    return (dq, dk, dv, dw) if decays is None else (dq, dk, dv, dw, of_decays)
 
 
 def _sizes(w, per):
     N = w.shape[2]
     blocks = -(-N // per)
     return N, blocks, *weights.planes(per, blocks)
-
-
-def _forward(q, k, v, w, decays=None, *, per, keep):
-    """o, and with `keep` the states that the backward pass reads (if there are any)."""
-    _, blocks, inside, _, P = _sizes(w, per)
-    states = None
-    if decays is not None:
-        leaves = weighted_sums(v, k, w, blocks - 1, tree.leaf_jobs(per, P - 1))
-        states = tree.up(leaves, decays)
-    o = outputs(q, k, v, w, states, per=per, inside=inside)
-    return (o, states) if keep and states is not None else (o,)
-
-
-def _backward(q, k, v, do, w, decays=None, states=None, *, per):
-    """All backward kernels: dq and dk for each head, dv, and the gradients of w and the decays."""
-    N, blocks, inside, above, _ = _sizes(w, per)
-    of_leaves = of_decays = None
-    if decays is not None:
-        jobs = sum(nodes * parts for nodes, parts in tree.heights(per, blocks))
-        read = weighted_sums(do, q, w, jobs, tree.reader_jobs(N, per, blocks, inside))
-        read = tree.by_height(read, per, blocks)
-        of_leaves, of_decays = tree.down(read, states, decays)
-    dq, by_reads = reader_gradients(q, k, v, do, w, states, per=per, inside=inside)
-    dk, dv, by_read = writer_gradients(q, k, v, do, w, of_leaves, per=per, inside=inside)
-    dw = weights.gradient_of_weights(by_reads, by_read, inside, above)
-    return (dq, dk, dv, dw) if decays is None else (dq, dk, dv, dw, of_decays)

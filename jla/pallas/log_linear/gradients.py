@@ -19,7 +19,7 @@ from jla.pallas.mosaic import PER_COLUMN, PER_ROW, bf16, f32, load, per_column, 
 SDS = jax.ShapeDtypeStruct
 
 
-def reader_gradients(q, k, v, do, weights, states, *, per, inside):
+def reader_gradients(q, k, v, do, weights, states, live, *, per, inside):
     """With a = q_t . k_s, u = do_t . v_s and the weights as in `outputs.outputs`,
 
         dq_t = sum_s u w_l[t] w_l[s] k_s + sum_m w_l(m)[t] S_m do_t
@@ -40,7 +40,8 @@ def reader_gradients(q, k, v, do, weights, states, *, per, inside):
     N, P = weights.shape[2:4]
     group, k_tiles, v_tiles = H // HK, K // TILE_WIDTH, V // TILE_WIDTH
 
-    def body(q_ref, k_ref, v_ref, do_ref, weights_ref, *refs):
+    @stream.of_live_chunks(live, N)
+    def body(_, q_ref, k_ref, v_ref, do_ref, weights_ref, *refs):
         states_ref = refs[0] if states is not None else None
         dq_out, dw_out, sq, sdo, ring, srow, scolumn, other, near, loaded, states_loaded = refs[
             -11:
@@ -131,7 +132,7 @@ def reader_gradients(q, k, v, do, weights, states, *, per, inside):
             put(LEVELS + 1 + i, x)
         _send([(sq, dq, dq_out.at[b, rows, h])])
 
-    operands = (q, k, v, do, weights) if states is None else (q, k, v, do, weights, states)
+    operands = [x for x in (live, q, k, v, do, weights, states) if x is not None]
     return mosaic.kernel(
         body,
         automatic_barriers=False,
@@ -142,7 +143,7 @@ def reader_gradients(q, k, v, do, weights, states, *, per, inside):
     )(*operands)
 
 
-def writer_gradients(q, k, v, do, weights, gradients, *, per, inside):
+def writer_gradients(q, k, v, do, weights, gradients, live, *, per, inside):
     """With a, u and w as in `reader_gradients`, d the decay of a token's writes to the end of its
     leaf block (the last plane of the weights), dS the gradient of the block's state,
 
@@ -165,7 +166,8 @@ def writer_gradients(q, k, v, do, weights, gradients, *, per, inside):
     group, k_tiles, v_tiles = H // HK, K // TILE_WIDTH, V // TILE_WIDTH
     blocks = -(-N // per)
 
-    def body(q_ref, k_ref, v_ref, do_ref, weights_ref, *refs):
+    @stream.of_live_chunks(live, N)
+    def body(until, q_ref, k_ref, v_ref, do_ref, weights_ref, *refs):
         gradients_ref = refs[0] if gradients is not None else None
         dk_out, dv_out, dw_out, *refs = refs[-12:]
         sk, sv, ring, srow, scolumn, other, near, loaded, gradient_loaded = refs
@@ -261,15 +263,15 @@ def writer_gradients(q, k, v, do, weights, gradients, *, per, inside):
 
         put(P - 1, plgpu.layout_cast(jnp.zeros((CHUNK,), f32), PER_ROW))
         dk, dv, changes = stream.forth(
-            n, per, N - 1, blocks, fetch_chunk, fetch_gradient if gradients is not None else None,
-            on_diagonal, on_chunk, on_gradient,
+            n, per, until - 1, blocks, fetch_chunk,
+            fetch_gradient if gradients is not None else None, on_diagonal, on_chunk, on_gradient,
         )  # fmt: skip
         for i, x in enumerate(changes):
             put(LEVELS + 1 + i, x)
         plgpu.commit_smem()
         _send([(sk, dk, dk_out.at[b, rows, h]), (sv, dv, dv_out.at[b, rows, h])])
 
-    operands = (q, k, v, do, weights) if gradients is None else (q, k, v, do, weights, gradients)
+    operands = [x for x in (live, q, k, v, do, weights, gradients) if x is not None]
     return mosaic.kernel(
         body,
         automatic_barriers=False,

@@ -14,7 +14,7 @@ from jla.pallas.mosaic import PER_COLUMN, PER_ROW, bf16, f32, load, per_column, 
 SDS = jax.ShapeDtypeStruct
 
 
-def outputs(q, k, v, weights, states, *, per, inside):
+def outputs(q, k, v, weights, states, live, *, per, inside):
     """The outputs of all chunks: with w_l[t] the weights of level l,
 
         o_t = sum_s (q_t . k_s) w_l[t] w_l[s] v_s + sum_m w_l(m)[t] q_t S_m
@@ -27,10 +27,11 @@ def outputs(q, k, v, weights, states, *, per, inside):
       q, k: [B, T, HK, K] bf16, K 64 or 128; T a multiple of 8. v: [B, T, H, V] bf16.
       weights: [B, H, N, P, 64] float32, from `weights.weights`.
       states: [B, H, n, V, K] bf16, from `tree.up`; None where there is one leaf block.
+      live: [B, N] int32, from `weights.live`: which chunks are worth the work; None: all.
       per: chunks of a leaf block; inside: its levels.
 
     Returns:
-      [B, T, H, V] bf16.
+      [B, T, H, V] bf16, of live chunks.
 
     One warpgroup a chunk, its outputs in 64 registers a thread; at K=V=128 80 KB of SMEM (q 16, a
     ring of two slots of 32, each a chunk's k and v or a state), so that two chunks share a
@@ -43,7 +44,8 @@ def outputs(q, k, v, weights, states, *, per, inside):
     N, P = weights.shape[2:4]
     group, k_tiles, v_tiles = H // HK, K // TILE_WIDTH, V // TILE_WIDTH
 
-    def body(q_ref, k_ref, v_ref, weights_ref, *refs):
+    @stream.of_live_chunks(live, N)
+    def body(_, q_ref, k_ref, v_ref, weights_ref, *refs):
         states_ref = refs[0] if states is not None else None
         o_out, sq, ring, srow, scolumn, other, near, loaded, states_loaded = refs[-9:]
         b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
@@ -114,7 +116,7 @@ def outputs(q, k, v, weights, states, *, per, inside):
             plgpu.copy_smem_to_gmem(ring[i].at[0], o_out.at[b, rows, h, columns(i)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    operands = (q, k, v, weights) if states is None else (q, k, v, weights, states)
+    operands = [x for x in (live, q, k, v, weights, states) if x is not None]
     return mosaic.kernel(
         body,
         automatic_barriers=False,

@@ -147,6 +147,29 @@ def diagonal_level(level, rows, columns, weights, reverse):
     return jnp.where(pairs, row * column, weights), pairs, column
 
 
+def of_live_chunks(live, chunks):
+    """Decorates a kernel's body: it is left out for chunks without tokens.
+
+    Args:
+      live: None or, from `weights.live`, the kernel's first operand, which the body does not see.
+      chunks: their number.
+
+    The body gets instead the number of chunks up to its leaf block's last with tokens, or `chunks`.
+    """
+
+    def decorate(body):
+        def of_all(*refs):
+            body(chunks, *refs)
+
+        def of_live(live_ref, *refs):
+            until = live_ref[lax.axis_index("b"), lax.axis_index("n")]
+            pl.when(until > 0)(lambda: body(until, *refs))
+
+        return of_all if live is None else of_live
+
+    return decorate
+
+
 def vector(stages=None):
     """SMEM for a chunk's float32 numbers."""
     return plgpu.SMEM((CHUNK,) if stages is None else (stages, CHUNK), f32)

@@ -17,12 +17,13 @@ SDS = jax.ShapeDtypeStruct
 STAGES = 3
 
 
-def weighted_sums(x, y, weights, jobs, job):
+def weighted_sums(x, y, weights, counts, jobs, job):
     """sum_t weights[t] x_t y_t^T over the tokens of each job.
 
     Args:
       x: [B, T, H, V] bf16; y: [B, T, HK, K] bf16.
       weights: [B, H, N, P, 64] float32, as `weights.weights` makes them.
+      counts: the chunks that are worth a sum, from a job's first on, [B, J] int32; None: all.
       jobs: their number, J. job: of a traced int32, the job's first chunk, its number of chunks
         and the plane of its weights, all int32.
 
@@ -38,10 +39,13 @@ def weighted_sums(x, y, weights, jobs, job):
     HK, K = y.shape[2:]
     group, k_tiles = H // HK, K // TILE_WIDTH
 
-    def body(x_ref, y_ref, weights_ref, out, sx, sy, sw, loaded):
+    def body(x_ref, y_ref, weights_ref, *refs):
+        out, sx, sy, sw, loaded = refs[-5:]
         b, j, h, part = (lax.axis_index(name) for name in ("b", "j", "h", "part"))
         j = jobs - 1 - j  # the longest are last
         first, count, plane = job(j)
+        if counts is not None:
+            count = refs[0][b, j]
 
         def fetch(step):
             slot, chunk = _modulo(step, STAGES), first + step
@@ -73,6 +77,7 @@ def weighted_sums(x, y, weights, jobs, job):
         for i, x in enumerate(sums):
             out.at[b, h, j, columns(part), columns(i)][...] = x
 
+    operands = (x, y, weights) if counts is None else (x, y, weights, counts)
     return mosaic.kernel(
         body,
         automatic_barriers=False,
@@ -85,7 +90,7 @@ def weighted_sums(x, y, weights, jobs, job):
         ],
         grid=(B, jobs, H, V // TILE_WIDTH),
         grid_names=("b", "j", "h", "part"),
-    )(x, y, weights)
+    )(*operands)
 
 
 def _modulo(x, y):

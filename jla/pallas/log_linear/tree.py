@@ -91,6 +91,22 @@ def reader_jobs(chunks, per, blocks, inside):
     return job
 
 
+def live_counts(live, jobs, job):
+    """The chunks of each job up to its last that holds tokens, [B, jobs] int32.
+
+    Args:
+      live: from `weights.live`; None (all chunks) gives None. jobs: their number. job: as
+        `sums.weighted_sums` takes it.
+    """
+    if live is None:
+        return None
+    first, count, _ = job(jnp.arange(jobs, dtype=jnp.int32))
+    chunk = jnp.arange(live.shape[1], dtype=jnp.int32)
+    place = chunk - jnp.broadcast_to(first, jobs)[:, None]
+    mine = (place >= 0) & (place < jnp.broadcast_to(count, jobs)[:, None])
+    return jnp.max(jnp.where(mine & (live[:, None] > 0), place + 1, 0), axis=2)
+
+
 def by_height(sums, per, blocks):
     """The jobs' sums, [B, H, J, V, K], as one array of node gradients for each height."""
     out, at = [], 0

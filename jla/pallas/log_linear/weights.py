@@ -78,7 +78,23 @@ def reading(chunks, levels):
     return (position >> bit) & 1 == 1
 
 
-def gradient_of_weights(by_reads, by_read, inside, above):
+def live(taken, per):
+    """Of each chunk that holds tokens, the number of chunks up to the last such one of its leaf
+    block; 0 of the others. [B, N] int32.
+
+    Args:
+      taken: whether there is a token in a seat, [B, T] bool. per: chunks of a leaf block.
+    """
+    B, T = taken.shape
+    chunks, _, blocks = plan(T, per * CHUNK)
+    taken = jnp.pad(taken, ((0, 0), (0, blocks * per * CHUNK - T)))
+    any_taken = taken.reshape(B, blocks, per, CHUNK).any(3)
+    number = jnp.arange(1, blocks * per + 1, dtype=jnp.int32).reshape(blocks, per)
+    last = jnp.max(jnp.where(any_taken, number, 0), axis=2, keepdims=True)
+    return jnp.where(any_taken, last, 0).reshape(B, -1)[:, :chunks]
+
+
+def gradient_of_weights(by_reads, by_read, live, inside, above):
     """The weights' gradient from that of the tokens that read and that of those that are read.
 
     What a kernel left unwritten is selected away.
@@ -90,7 +106,10 @@ def gradient_of_weights(by_reads, by_read, inside, above):
     inner = jnp.where(reads[:, :inside], by_reads[..., own, :], by_read[..., own, :])
     outer = jnp.where(reads[:, inside:], by_reads[..., inside + 1 : -1, :], zeros)
     parts = [by_reads[..., :1, :], inner, outer, by_read[..., -1:, :]]
-    return jnp.concatenate(parts, axis=-2)
+    gradient = jnp.concatenate(parts, axis=-2)
+    if live is None:
+        return gradient
+    return jnp.where(live[:, None, :, None, None] > 0, gradient, zeros)
 
 
 def _around(x, levels):
