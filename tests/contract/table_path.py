@@ -6,6 +6,7 @@ import numpy as np
 from table import COMMON_MISTAKES, COMMON_RUN_MISTAKES, Implementation, Mechanism, edit
 
 import jla
+import jla.pallas
 from jla import PathCache
 
 f32 = jnp.float32
@@ -161,6 +162,19 @@ PATH = Mechanism(
             full=dict(B=2, T=1000, H=2, HQ=4, K=128, V=128),
             lengths=(1, 130),
             head_dims=(dict(T=70, HQ=6, K=63, V=256),),  # golden vectors have K = V = 128
+            ends_together=True,
+        ),
+        Implementation(
+            "pallas",
+            sizes=dict(B=1, T=100, H=1, HQ=2, K=16, V=32),
+            full=dict(B=2, T=1000, H=2, HQ=4, K=128, V=128),
+            dtypes=("bfloat16", "float16"),
+            lengths=(130,),
+            head_dims=(dict(T=20, H=2, HQ=2, K=63, V=128), dict(T=20, HQ=1, K=128, V=81)),
+            context=jla.pallas.interpret,
+            beyond=("strong everywhere",),
+            compiled_on="gpu",
+            linearizes=False,  # a custom_vjp
             ends_together=True,
         ),
     ),

@@ -94,8 +94,6 @@ def _read(q, gates, cache, scale):
     if cache.decay is not None:
         added = scale * chunks.split(cache.decay.reshape(B, S, H, group), block)
     added = jnp.where(filled[:, :, None, :, None], added, NEVER)
-    # The first block is always read, so that no sum is 0.
-    longest = jnp.maximum(jnp.max(cache.length), 1)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def some(inputs):
@@ -116,7 +114,9 @@ def _read(q, gates, cache, scale):
 
         def visit(softmax, inputs):
             place, *arrays = inputs
-            return lax.cond(place < longest, read, lambda x, *_: x, softmax, *arrays), None
+            # The first block is always read, so that no sum is 0.
+            filled = (place == 0) | jnp.any(place < cache.length)
+            return lax.cond(filled, read, lambda x, *_: x, softmax, *arrays), None
 
         nothing = jnp.full_like(q[..., 0], -jnp.inf)
         of_values = jnp.zeros_like(q[..., :1]) * jnp.zeros(value.shape[-1])

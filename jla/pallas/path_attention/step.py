@@ -24,8 +24,9 @@ SHORTEST, LONGEST = 256, 2048  # cached tokens of a CTA
 CTAS = 2112  # eight rounds of two on each of the card's 132 multiprocessors
 NEVER = -1e30  # below all logits, and finite
 
-_INPUTS = ("B HQ K", "B H K", "B H K", "B H", "B S H K", "B S H V", "B", "B HQ L")
-_OUTPUTS = ("B HQ V", "B S H K")
+_OUTPUTS = ("B HQ V", "B S H K", "B S H V")
+_DECAY = "B S HQ"
+_INPUTS = ("B HQ K", "B H K", "B H V", "B H K", "B H", *_OUTPUTS[1:], "B", "B HQ", _DECAY)
 
 
 def unsupported(q, v):
@@ -87,24 +88,25 @@ def _differentiable(scale):
 
 
 def _step(q, k, v, w, beta, g, key, value, decay, length, *, scale):
-    B, S = key.shape[:2]
+    arrays, results = [q, k, v, w, beta, key, value, length], list(_OUTPUTS)
+    if g is not None:
+        arrays += [g, decay]
+        results.append(_DECAY)
+    run = functools.partial(_run, scale=scale)
+    o, key, value, *decay = shardwise(run, _INPUTS[: len(arrays)], tuple(results))(*arrays)
+    return o, key, value, decay[0] if decay else None
+
+
+def _run(q, k, v, w, beta, key, value, length, g=None, decay=None, *, scale):
+    """The output and the cache's arrays."""
+    (B, S, H, V), HQ = value.shape, q.shape[1]
     value = value.at[jnp.arange(B), length].set(v, mode="drop")
-    inputs = q, k, w, beta, key, value, length
+    added = None
     if g is not None:
         before = (jnp.arange(S) < length[:, None])[..., None]
         decay = jnp.where(before, decay + g[:, None], 0.0)
         # TMA wants rows of whole 16 bytes.
         added = jnp.pad(scale * LOG2E * jnp.swapaxes(decay, 1, 2), ((0, 0), (0, 0), (0, -S % 4)))
-        inputs += (added,)
-    run = shardwise(functools.partial(_run, scale=scale), _INPUTS[: len(inputs)], _OUTPUTS)
-    o, key = run(*inputs)
-    o = jnp.where((length < S)[:, None, None], o, jnp.nan)
-    return o.astype(v.dtype), key, value, decay
-
-
-def _run(q, k, w, beta, key, value, length, added=None, *, scale):
-    """Attends with the cached keys, moved, and returns both."""
-    (B, _, H, V), HQ = value.shape, q.shape[1]
 
     def heads(x, part):
         """Of each group of query heads, those of the part."""
@@ -121,7 +123,9 @@ def _run(q, k, w, beta, key, value, length, added=None, *, scale):
         weight = jnp.exp2(top - jnp.max(top, axis=-1, keepdims=True))
         total = jnp.sum(weight * total, axis=-1, keepdims=True)
         outputs.append(jnp.sum(weight[..., None] * o, axis=-2) / total)
-    return jnp.concatenate(outputs, axis=2).reshape(B, HQ, V), key
+    o = jnp.concatenate(outputs, axis=2).reshape(B, HQ, V)
+    o = jnp.where((length < S)[:, None, None], o, jnp.nan).astype(v.dtype)
+    return (o, key, value) if g is None else (o, key, value, decay)
 
 
 def _pass(q, k, w, beta, key, value, length, added, *, scale, moved):
