@@ -12,7 +12,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import jaxpr_as_fun
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jla.pallas.mosaic import interpreting
 
@@ -30,7 +30,19 @@ def shardwise(function, operands, results):
     """
 
     def run(*arrays):
-        return _without_varying_types(place, arrays)
+        mesh = _explicit_mesh(arrays)
+        if mesh is None:
+            return _without_varying_types(place, arrays)
+        # Pallas refuses refs whose types carry shardings; shard_map's have none.
+        types = [jax.typeof(x) for x in arrays]
+        inputs, outputs = (shardings(mesh, types, sides) for sides in (operands, results))
+        by_shard = jax.shard_map(
+            lambda *shards: _without_varying_types(function, shards),
+            mesh=mesh,
+            in_specs=tuple(x.spec for x in inputs),
+            out_specs=tuple(x.spec for x in outputs),
+        )
+        return by_shard(*map(jax.sharding.reshard, arrays, inputs))
 
     def place(*arrays):
         if interpreting():  # its ordered callbacks cannot be partitioned
@@ -82,12 +94,22 @@ def _without_varying_types(function, arrays):
     if not axes:
         return function(*arrays)
     shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
-    out = jaxpr_as_fun(jax.make_jaxpr(function)(*shapes))(*arrays)
+    # Under jit it is one operation, in which nobody asks whether an iota varies as its users do.
+    out = jaxpr_as_fun(jax.make_jaxpr(jax.jit(lambda *x: function(*x)))(*shapes))(*arrays)
     missing = (tuple(axes - _varying(x)) for x in out)
     return tuple(
         lax.pcast(x, names, to="varying") if names else x
         for x, names in zip(out, missing, strict=True)
     )
+
+
+def _explicit_mesh(arrays):
+    """The mesh over which types of the arrays are sharded, or None."""
+    for x in arrays:
+        mesh = jax.typeof(x).sharding.mesh
+        if any(kind == AxisType.Explicit for kind in mesh.axis_types):
+            return mesh
+    return None
 
 
 def _varying(x):

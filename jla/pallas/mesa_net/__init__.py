@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._segments import segment_starts
-from jla._state import MesaState
+from jla._state import MesaState, zero_mesa_state
 from jla.pallas.chunks import CHUNK, LOG2E, TILE_WIDTH
 from jla.pallas.mesa_net import gates, solve, states, step
 from jla.pallas.mesa_net.gradients import chunk_gradients
@@ -80,12 +80,11 @@ def mesa_net(q, k, v, g, beta, lamb, initial_state, segment_ids, *, cg_steps):
         jnp.pad(jnp.swapaxes(x.astype(f32), 1, 2), ((0, 0), (0, 0), (0, -T % CHUNK)))
         for x in (g, beta)
     )
-    lamb = jnp.pad(lamb, ((0, 0), (0, keys)), constant_values=1.0)
-    lamb = jnp.broadcast_to(lamb, (B, H, K + keys))
+    lamb = jnp.broadcast_to(lamb, (B, H, K))
+    lamb = jnp.pad(lamb, ((0, 0), (0, 0), (0, keys)), constant_values=1.0)
     if initial_state is None:
-        kk, kv = jnp.zeros((B, H, K, K), f32), jnp.zeros((B, H, K, V), f32)
-    else:
-        kk, kv = initial_state
+        initial_state = zero_mesa_state(k[:, 0], v[:, 0])
+    kk, kv = initial_state
     kk = jnp.pad(kk, ((0, 0), (0, 0), (0, keys), (0, keys)))
     kv = jnp.pad(kv, ((0, 0), (0, 0), (0, keys), (0, values)))
     # Tokens of zeros neither read, write nor decay; features of zeros stay zero.
