@@ -167,7 +167,7 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
 
         def of_keys():
             plgpu.set_max_registers(KEY_REGISTERS, action="decrease")
-            slot, a = levels.first_key(leaf, P), sa.at[chunk]
+            a = sa.at[chunk]
             # What w was given as is needed once, and then the queries take its place.
             fetch(w_ref, h, query, w_loaded)
             fetch(k_ref, h, key, k_loaded)
@@ -200,6 +200,7 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
             plgpu.commit_smem()
             # After this nobody needs the inverses, and the first chunk writes by their tiles.
             plgpu.barrier_wait(w_made.at[1 - chunk])
+            slot = levels.first_key(leaf, P)
 
             @pl.when(chunk == 0)
             def _():
@@ -250,8 +251,6 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
 
         def of_queries():
             plgpu.set_max_registers(QUERY_REGISTERS, action="increase")
-            slot = levels.first_query(leaf, P)
-
             def of_head(member, _):
                 head, first = h * group + member, member == 0
 
@@ -260,9 +259,9 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
                     if gated:
                         since, since_too, earliest = (ref.at[b, head] for ref in gate_refs)
                         columns = pl.ds(leaf * LEAF + chunk_of_keys * CHUNK, CHUNK)
-                        x += per_row(load(since.at[rows], PER_ROW, optimized=False), CHUNK)
+                        since = per_row(load(since.at[rows], PER_ROW, optimized=False), CHUNK)
                         before = load(since_too.at[columns], PER_COLUMN, optimized=False)
-                        x -= per_column(before, CHUNK)
+                        x += since - per_column(before, CHUNK)
                         earliest = plgpu.load(earliest.at[rows], layout=PER_ROW, optimized=False)
                         x = jnp.where(_seen(chunk, chunk_of_keys, earliest), x, -jnp.inf)
                     elif chunk_of_keys is chunk:
@@ -274,6 +273,7 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
                     mosaic.store(own.at[b, head, leaf, *at], x)
 
                 def put_queries(*pairs):
+                    slot = levels.first_query(leaf, P)
                     for i in tiles:
                         x = load(query[i]) + product(*((x, y[i]) for x, y in pairs))
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
