@@ -50,10 +50,10 @@ def relative_error(got, want):
 
 
 def test_several_leaf_blocks_are_the_reference(monkeypatch):
-    """Seven blocks of 64 tokens: three heights, the last block cut, and readers in parts."""
+    """Five blocks of 64 tokens: three heights, the last block cut, and readers in parts."""
     monkeypatch.setattr(kernels, "LEAF", 64)
     monkeypatch.setattr(tree, "SPAN", 2)
-    args = arguments(1, 420)
+    args = arguments(1, 290)
     cotangent = normal(9, *args[2].shape)
 
     def both(core, *args):
