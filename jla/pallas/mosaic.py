@@ -203,18 +203,22 @@ def per_column(vector, rows):
     return lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1])
 
 
-def kernel(body, *, automatic_barriers=True, in_place=None, **arguments):
+def kernel(
+    body, *, automatic_barriers=True, reductions_cross_warps=True, in_place=None, **arguments
+):
     """`plgpu.kernel`, with approximate exp2.
 
     `automatic_barriers`: whether Mosaic puts two barriers of the warpgroup around each store to
     SMEM, so that no warp overwrites what another still reads. Without, the body has to.
+    `reductions_cross_warps`: whether 2 KB of SMEM are set aside for it. Those along rows do not.
     `in_place`: {operand: output}, by number, of those that may lie in the same memory. The body
     must read the one, write all of the other, and rely on nothing: XLA makes of slices of stacked
     layers and a custom call one operation that has no aliases (and so `plgpu.kernel`, given a ref,
     reads what nobody wrote).
     """
+    scratch = {} if reductions_cross_warps else {"reduction_scratch_bytes": 0}
     parameters = plgpu.CompilerParams(
-        approx_math=True, unsafe_no_auto_barriers=not automatic_barriers
+        approx_math=True, unsafe_no_auto_barriers=not automatic_barriers, **scratch
     )
     if in_place is None:
         return plgpu.kernel(body, compiler_params=parameters, **arguments)

@@ -16,10 +16,12 @@ from jla.pallas.mosaic import TILE_ROWS
 from jla.pallas.path_attention.backward import key_gradients, query_gradients
 from jla.pallas.path_attention.cache import carried_on
 from jla.pallas.path_attention.forward import forward
+from jla.pallas.path_attention.leaf_gradients import leaf_gradients
 from jla.pallas.path_attention.levels import LEAF
 from jla.pallas.path_attention.step import path_step
 from jla.pallas.path_attention.step import unsupported as _unsupported_step
-from jla.pallas.path_attention.tree import gate_sums, grown, versions
+from jla.pallas.path_attention.transform_gradients import transform_gradients
+from jla.pallas.path_attention.tree import grown, leaf_sums, level_sums, rounded, sixteen_bits
 from jla.pallas.shardwise import shardwise
 
 __all__ = ["path_attention", "path_step", "unsupported"]
@@ -119,57 +121,49 @@ def _given(*arrays):
 
 def _forward(q, k, v, w, beta, g=None, *, scale):
     scale *= LOG2E
-    queries, keys, own, gates, _, inverse = grown(q, k, w, beta, g, scale=scale)
+    inputs = sixteen_bits(q, k, w, beta)
+    queries, keys, own, gates, _, inverse = grown(*inputs, g, scale=scale)
     return *forward(queries, keys, v, own, gates, scale=scale), inverse
 
 
 def _backward(q, k, v, w, beta, *rest, scale):
-    *g, o, lse, _, do, dlse = rest
-    (queries, keys, own), back = jax.vjp(versions, q, k, w, beta)
-    sums, back_to_gates = jax.vjp(gate_sums, *g) if g else (None, None)
+    *g, o, lse, inverse, do, dlse = rest
+    g, H = g[0] if g else None, k.shape[2]
+    in_base_2 = scale * LOG2E
+    inputs = sixteen_bits(q, k, w, beta)
+    queries, keys, own, gates, transforms, _ = grown(*inputs, g, inverse, scale=in_base_2)
     delta = jnp.moveaxis(jnp.sum(do.astype(f32) * o.astype(f32), -1), 1, 2)
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, -delta.shape[2] % LEAF))) - LOG2E * dlse
-    unit = _unit(q, k, v, do, dlse)
-    arguments = queries, keys, v, own, sums, do, lse, delta, unit
-    dqueries, down, *by_query = _flash(query_gradients, *arguments, scale=scale)
-    dkeys, dv, *by_key = _flash(key_gradients, *arguments, scale=scale)
-    gradients = back((dqueries, dkeys, down))
-    out = []
-    for x, gradient in zip((q, k, w, beta), gradients, strict=True):
-        factor = scale / jnp.repeat(unit, x.shape[2] // unit.shape[1], 1)[:, None]
-        factor = factor.reshape(*factor.shape, *[1] * (x.ndim - 3))
-        out.append((gradient.astype(f32) * factor).astype(x.dtype))
-    dq, dk, dw, dbeta = out
-    if not g:
-        return dq, dk, dv, dw, dbeta
-    (dg,) = back_to_gates((by_query[0].sum(-1), by_key[0], down))
-    dg = dg / LOG2E / jnp.repeat(unit, dg.shape[2] // unit.shape[1], 1)[:, None]
-    return dq, dk, dv, dw, dbeta, dg
+    unit = _unit(v, do, dlse)
+    arguments = queries, keys, v, own, gates, do, lse, delta, unit, transforms
+    *dqueries, down, largest, by_query = query_gradients(*arguments, scale=in_base_2)
+    *dkeys, dv, by_key = key_gradients(*arguments, scale=in_base_2)
+    dtransforms = transform_gradients(queries, dqueries, keys, dkeys, transforms, own.shape[2])
+    given = dqueries, dkeys, (down, largest), dtransforms, scale / unit
+    dq, dk, dw, dbeta = leaf_gradients(*inputs, inverse, *given, dtype=q.dtype)
+    if w.dtype == f32:
+        _, back = jax.vjp(lambda beta: rounded(w, beta)[1], beta)
+        (dbeta,) = back(dbeta)
+    gradients = dq, dk, dv, dw.astype(w.dtype), dbeta
+    if g is None:
+        return gradients
+    _, back = jax.vjp(lambda g: (*level_sums(g), leaf_sums(g)[0]), g)
+    down = down.astype(f32)
+    within = (down.sum(-1) - down.sum(-2)).reshape(largest.shape)
+    (dg,) = back((by_query.sum(-1), by_key, within))
+    unit = jnp.repeat(LOG2E * unit, dg.shape[2] // H, 1)
+    return *gradients, dg / unit[:, None]
 
 
-def _flash(kernel, queries, keys, v, own, sums, *rest, scale):
-    """Calls a kernel with the leaves' own logits, masked, in base 2."""
-    scale *= LOG2E
-    own = own * scale
-    gates = None
-    if sums is not None:
-        *gates, own_sums = sums
-        own = own + own_sums
-    past = jnp.tri(LEAF, dtype=bool)
-    return kernel(queries, keys, v, jnp.where(past, own, -jnp.inf), gates, *rest, scale=scale)
+def _unit(v, do, dlse):
+    """A power of two for each key head, with which the logits' gradients fit in float16.
 
-
-def _unit(q, k, v, do, dlse):
-    """A power of two for each key head, with which no sum of gradients leaves float16's range.
-
-    The gradients of a row's logits sum to at most 2 (|do| |v| + |dlse|), in absolute value.
+    Those of a row sum to at most 2 (|do| |v| + |dlse|), in absolute value.
     """
 
-    def largest(x, least):
-        norm = jnp.sqrt(jnp.sum(jnp.square(x.astype(f32)), -1)).max(1)
-        return jnp.maximum(norm.reshape(norm.shape[0], k.shape[2], -1).max(-1), least)
+    def largest(x):
+        return x.max(1).reshape(*v.shape[::2], -1).max(-1)
 
-    of_lse = jnp.abs(dlse).max(-1).reshape(k.shape[0], k.shape[2], -1).max(-1)
-    of_logits = largest(do, 1e-30) * largest(v, 1e-30) + of_lse
-    bound = of_logits * largest(q, 1.0) * largest(k, 1.0)
-    return jnp.exp2(jnp.floor(14 - jnp.log2(bound * q.shape[1])))
+    do, v = (jnp.sqrt(jnp.sum(jnp.square(x.astype(f32)), -1)) for x in (do, v))
+    bound = largest(do) * largest(v) + largest(jnp.abs(jnp.swapaxes(dlse, 1, 2)))
+    return jnp.exp2(jnp.floor(14 - jnp.log2(jnp.maximum(bound, 1e-30))))

@@ -2,7 +2,12 @@
 
 Both make the probabilities again from the log-sum-exp. The gradients of logits are rounded to
 float16 as wgmma's operands, as queries and keys are; `unit`, a power of two for each key head,
-brings them into float16's range, and the queries' and keys' gradients are in that unit, too.
+brings them into float16's range, and all gradients are in that unit.
+
+The levels are gone through from the top down. A version is the one of the level below times a
+matrix, so the gradient of the one below begins with that of the one above times the transposed
+matrix: what is written for a level is the gradient of all that comes of that version. Of a row it
+is written as float16 of at most 1 and a float32 factor, the row's largest element.
 """
 
 import jax
@@ -21,36 +26,42 @@ SDS = jax.ShapeDtypeStruct
 KEY_STAGES = 2  # tiles of 128 keys and values in SMEM
 QUERY_STAGES = 2  # tiles of 64 queries and outputs' gradients in SMEM
 PARTS = 8  # of a sum along rows, each in the registers of one thread
+LEAST = 1e-30  # so that no row is divided by zero
 
 
-def query_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
+def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, scale):
     """The gradients of queries, of their gates, and of the leaves' own logits:
 
-        p = exp2(logits - lse);   ds = p (do v^T - delta);   dq = ds k
+        p = exp2(logits - lse);   ds = p (do v^T - delta);   dq = ds k + dq_above H^T
 
     Args:
       q, k, v, own, gates: as `forward.forward` takes them.
       do: [B, T, HQ, V] bf16.
       lse, delta: the log-sum-exp and the sum of do o, [B, HQ, 128 P] float32.
-      unit: [B, H] float32.
+      unit: [B, H] float32, with which no ds leaves float16's range.
+      transforms: level by level, but for the top one, the blocks' H [B, H, blocks, K, K] float16.
 
     Returns:
-      unit * dq [B, HQ, R, K] float16, unit * (ds of the own logits) [B, HQ, P, 128, 128] float32
-      and, with gates, unit * (the sums of ds over every eighth key) [B, HQ, R, 8] float32; ds
-      without scale.
+      unit * dq in two parts, [B, HQ, R, K] float16 and [B, HQ, R] float32; unit * (ds of the own
+      logits), [B, HQ, P, 128, 128] float16, and its rows' largest elements [B, HQ, 128 P] float32;
+      and, with gates (or None), unit * (the sums of ds over each eighth key) [B, HQ, R, 8] float32;
+      ds without scale.
 
     CTAs as in `forward`; SMEM at K=V=128: queries 64 KB, do 32 KB, keys and values 128 KB: no room
-    for what a sum over all keys would need. A level's dq takes the place of its queries.
+    for 2 KB more, so that gates are summed in parts. A level's dq takes the place of its queries;
+    H comes as if it were keys.
     """
     (B, _, H, V), (HQ, P), K = v.shape, own.shape[1:3], q.shape[-1]
     group, M = HQ // H, levels.number(P)
     query_counts, key_counts = levels.query_counts(P), levels.key_counts(P)
     gated = gates is not None
+    copies = 2 if gated else 1  # that a tile of queries or keys takes
 
     def body(q_ref, k_ref, v_ref, own_ref, do_ref, lse_ref, delta_ref, unit_ref, *refs):
         if gated:
             query_gates, key_gates, *refs = refs
-        dq_ref, down_ref, *refs = refs
+        transform_refs, refs = refs[: len(transforms)], refs[len(transforms) :]
+        dq_ref, factors_ref, down_ref, largest_ref, *refs = refs
         if gated:
             sums_ref, *refs = refs
         sq, sk, sv, sdo, *refs = refs
@@ -73,9 +84,16 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
                 pl.when(n >= KEY_STAGES)(lambda: plgpu.barrier_wait(v_used.at[slot]))
                 plgpu.copy_gmem_to_smem(v_ref.at[b, rows, head], sv.at[slot], v_loaded.at[slot])
 
-            def level(m, carry):
-                n, versions = carry
+            def key_slot(n):
+                slot = lax.rem(n, jnp.int32(KEY_STAGES))
+                pl.when(n >= KEY_STAGES)(lambda: plgpu.barrier_wait(k_used.at[slot]))
+                return slot
+
+            def level(i, carry):
+                n, tiles, versions = carry
+                m = M - 1 - i
                 right = levels.at_bit(leaf, m)
+                moved = right * jnp.minimum(versions, 1)
 
                 @pl.when(right == 1)
                 def _():
@@ -91,24 +109,30 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
                 sibling = levels.block(leaf, m)
                 first = levels.offset(key_counts, m) + lax.shift_left(sibling, m)
 
-                def tile(i, n):
-                    slot = lax.rem(n, jnp.int32(KEY_STAGES))
-                    pl.when(n > KEY_STAGES)(lambda: plgpu.barrier_wait(k_used.at[slot]))
+                @pl.when(moved == 1)
+                def _():
+                    slot = key_slot(n)
+                    at, target = (b, head, 2 * sibling), sk.at[slot, pl.ds(0, K)]
+                    _load_transform(transform_refs, m, at, 0, target, k_loaded.at[slot], copies)
+
+                def tile(i, _):
+                    slot = key_slot(n + moved + i)
                     rows, barrier = pl.ds((first + i) * LEAF, LEAF), k_loaded.at[slot]
                     plgpu.copy_gmem_to_smem(k_ref.at[b, head, rows], sk.at[slot], barrier)
                     if gated:
                         source = key_gates.at[b, h, rows]
                         plgpu.copy_gmem_to_smem(source, key_sums.at[slot], barrier)
-                    values(lax.shift_left(sibling, m + 1) + i, n)
-                    return n + 1
+                    values(lax.shift_left(sibling, m + 1) + i, tiles + i)
 
-                return lax.fori_loop(0, lax.shift_left(right, m), tile, n), versions + right
+                count = lax.shift_left(right, m)
+                lax.fori_loop(0, count, tile, None)
+                return n + moved + count, tiles + count, versions + right
 
             for half in range(2):
                 rows = pl.ds(leaf * LEAF + half * ROWS, ROWS)
                 plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], sdo.at[half], do_loaded)
             values(leaf, jnp.int32(0))
-            lax.fori_loop(0, M, level, (jnp.int32(1), jnp.int32(0)))
+            lax.fori_loop(0, M, level, (jnp.int32(0), jnp.int32(1), jnp.int32(0)))
 
         @pl.when(wg < 2)
         def _():
@@ -125,20 +149,33 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
             plgpu.barrier_wait(v_loaded.at[0])
             dp = mosaic.product((sdo.at[wg], sv.at[0].T))
             mosaic.hand_back(v_used.at[0])
-            down_ref.at[b, h, leaf, own_rows][...] = p * (dp * unit - per_row(delta, LEAF))
+            ds = p * (dp * unit - per_row(delta, LEAF))
+            largest_ref.at[b, h, rows][...] = jnp.abs(ds).max(axis=1)
+            mosaic.store(down_ref.at[b, h, leaf, own_rows], ds.astype(f16))
 
-            def level(m, carry):
-                n, versions = carry
+            def level(i, carry):
+                dq, n, tiles, versions = carry
+                m = M - 1 - i
                 right = levels.at_bit(leaf, m)
+                moved = right * jnp.minimum(versions, 1)
                 version = lax.rem(versions, jnp.int32(2))
 
-                def tile(_, carry):
-                    dq, sums, n = carry
+                def move(_, dq):
                     slot = lax.rem(n, jnp.int32(KEY_STAGES))
+                    small, factor = _normalised(dq)
                     plgpu.barrier_wait(k_loaded.at[slot])
-                    s = mosaic.product((sq.at[version, wg], sk.at[slot].T)) * scale
+                    dq = mosaic.product((small, sk.at[slot, pl.ds(0, K)].T)) * per_row(factor, K)
+                    mosaic.hand_back(k_used.at[slot])
+                    return dq
+
+                def tile(i, carry):
+                    dq, sums = carry
+                    key_slot = lax.rem(n + moved + i, jnp.int32(KEY_STAGES))
+                    slot = lax.rem(tiles + i, jnp.int32(KEY_STAGES))
+                    plgpu.barrier_wait(k_loaded.at[key_slot])
+                    s = mosaic.product((sq.at[version, wg], sk.at[key_slot].T)) * scale
                     if gated:
-                        s += per_column(load(key_sums.at[slot], PER_COLUMN), ROWS)
+                        s += per_column(load(key_sums.at[key_slot], PER_COLUMN), ROWS)
                         by_query = load(query_sums.at[version, wg], PER_ROW)
                         p = jnp.exp2(s + per_row(by_query - lse, LEAF))
                     else:
@@ -149,25 +186,25 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
                     ds = p * (dp * unit - per_row(delta, LEAF))
                     if gated:
                         sums += _folded(ds)
-                    dq = mosaic.product((ds.astype(f16), sk.at[slot]), init=dq)
-                    mosaic.hand_back(k_used.at[slot])
-                    return dq, sums, n + 1
+                    dq = mosaic.product((ds.astype(f16), sk.at[key_slot]), init=dq)
+                    mosaic.hand_back(k_used.at[key_slot])
+                    return dq, sums
 
                 @pl.when(right == 1)
                 def _():
                     plgpu.barrier_wait(q_loaded.at[version])
 
-                start = (
-                    plgpu.layout_cast(jnp.zeros((ROWS, K), f32), TILE),
-                    plgpu.layout_cast(jnp.zeros((ROWS, PARTS), f32), TILE),
-                    n,
-                )
-                dq, sums, n = lax.fori_loop(0, lax.shift_left(right, m), tile, start)
+                dq = lax.fori_loop(0, moved, move, dq)
+                sums = plgpu.layout_cast(jnp.zeros((ROWS, PARTS), f32), TILE)
+                count = lax.shift_left(right, m)
+                dq, sums = lax.fori_loop(0, count, tile, (dq, sums))
 
                 @pl.when(right == 1)
                 def _():
                     rows = version_rows(m, wg)
-                    sq.at[version, wg][...] = dq.astype(f16)
+                    small, factor = _normalised(dq)
+                    factors_ref.at[b, h, rows][...] = factor
+                    sq.at[version, wg][...] = small
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(sq.at[version, wg], dq_ref.at[b, h, rows])
                     if gated:
@@ -175,9 +212,10 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     mosaic.hand_back(q_used.at[version])
 
-                return n, versions + right
+                return dq, n + moved + count, tiles + count, versions + right
 
-            lax.fori_loop(0, M, level, (jnp.int32(1), jnp.int32(0)))
+            dq = plgpu.layout_cast(jnp.zeros((ROWS, K), f32), TILE)
+            lax.fori_loop(0, M, level, (dq, jnp.int32(0), jnp.int32(1), jnp.int32(0)))
 
     scratch = [
         mosaic.tile(ROWS, K, 2, 2, dtype=f16),
@@ -185,13 +223,16 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
         mosaic.tile(LEAF, V, KEY_STAGES),
         mosaic.tile(ROWS, V, 2),
     ]
-    out_type = [SDS(q.shape, f16), SDS(own.shape, f32)]
+    out_type = [
+        *(SDS(q.shape, f16), SDS(q.shape[:-1], f32)),
+        *(SDS(own.shape, f16), SDS((B, HQ, P * LEAF), f32)),
+    ]
     if gated:
         scratch += [plgpu.SMEM((2, 2, ROWS), f32), plgpu.SMEM((KEY_STAGES, LEAF), f32)]
         out_type.append(SDS((*gates[0].shape, PARTS), f32))
-    copies = 2 if gated else 1
-    return mosaic.kernel(
+    out = mosaic.kernel(
         body,
+        reductions_cross_warps=False,
         out_type=out_type,
         scratch_types=[
             *scratch,
@@ -207,7 +248,26 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
         grid_names=("b", "leaf", "h"),
         num_threads=3,
         thread_name="wg",
-    )(q, k, v, own, do, lse, delta, unit, *(gates or ()))
+    )(q, k, v, own, do, lse, delta, unit, *(gates or ()), *transforms)
+    return out if gated else (*out, None)
+
+
+def _load_transform(refs, level, at, first, target, barrier, copies):
+    """Loads rows of a block's H, in as many copies as the barrier of the target's ring awaits."""
+    part = target.shape[0] // copies
+    for m, ref in enumerate(refs):
+
+        @pl.when(level == m)
+        def _(ref=ref):
+            for i in range(copies):
+                source = ref.at[(*at, pl.ds(first + i * part, part))]
+                plgpu.copy_gmem_to_smem(source, target.at[pl.ds(i * part, part)], barrier)
+
+
+def _normalised(x):
+    """A tile as float16 of at most 1, and float32 factors of its rows."""
+    factor = jnp.maximum(jnp.abs(x).max(axis=1), LEAST)
+    return (x * per_row(1.0 / factor, x.shape[1])).astype(f16), factor
 
 
 def _folded(x):
@@ -217,34 +277,42 @@ def _folded(x):
     return x
 
 
-def key_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
+def key_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, scale):
     """The gradients of keys, values and the keys' gates, from the transposed products:
 
-        p^T = exp2(logits - lse)^T;   dv = p^T do;   ds^T = p^T (v do^T - delta);   dk = ds^T q
+        p^T = exp2(logits - lse)^T;   dv = p^T do
+        ds^T = p^T (v do^T - delta);  dk = ds^T q + dk_above H
 
     Args as `query_gradients` takes them.
 
     Returns:
-      unit * dk [B, H, S, K] float16, dv [B, T, H, V] bf16, and with gates unit * (the sums of ds
-      over the queries) [B, HQ, S] float32; ds without scale.
+      unit * dk in two parts, [B, H, S, K] float16 and [B, H, S] float32; dv [B, T, H, V] bf16; and
+      with gates (or None) unit * (the sums of ds over the queries) [B, HQ, S] float32; ds without
+      scale.
 
     A CTA is a leaf of keys, two warpgroups of 64 and one that loads: level by level the right
     sibling's queries pass in tiles of 64, those of the head's query heads one after another. dv
     stays in registers to the end, a level's dk takes the place of its keys. SMEM at K=V=128: keys
-    64 KB (this level's and the next's), values 32 KB, queries and do 32 KB a stage.
+    64 KB (this level's and the next's), values 32 KB, queries and do 32 KB a stage; H comes as if
+    it were queries.
     """
     (B, _, H, V), (HQ, P), K = v.shape, own.shape[1:3], q.shape[-1]
     group, M = HQ // H, levels.number(P)
     query_counts, key_counts = levels.query_counts(P), levels.key_counts(P)
     gated = gates is not None
+    copies = 2 if gated else 1  # that a tile of queries or keys takes
+    parts = K // ROWS  # tiles of H
 
     def body(q_ref, k_ref, v_ref, own_ref, do_ref, lse_ref, delta_ref, unit_ref, *refs):
         if gated:
             query_gates, key_gates, *refs = refs
-        dk_ref, dv_ref, *refs = refs
+        transform_refs, refs = refs[: len(transforms)], refs[len(transforms) :]
+        dk_ref, factors_ref, dv_ref, *refs = refs
         if gated:
             sums_ref, *refs = refs
         sq, sdo, sk, sv, query_vectors, *refs = refs
+        if gated:
+            query_sums, *refs = refs
         q_loaded, do_loaded, k_loaded, v_loaded, q_used, do_used, k_used = refs
         b, h, wg, leaf = (lax.axis_index(name) for name in ("b", "h", "wg", "leaf"))
 
@@ -271,12 +339,20 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
                     source, target = ref.at[b, head, rows], query_vectors.at[slot, i]
                     plgpu.copy_gmem_to_smem(source, target, barrier)
 
-            def level(m, carry):
-                n, versions = carry
+            def query_slot(n):
+                slot = lax.rem(n, jnp.int32(QUERY_STAGES))
+                pl.when(n >= QUERY_STAGES)(lambda: plgpu.barrier_wait(q_used.at[slot]))
+                return slot
+
+            def level(i, carry):
+                n, done, versions = carry
+                m = M - 1 - i
                 first, count = tiles(m)
+                left = jnp.minimum(count, 1)
+                moved = left * jnp.minimum(versions, 1)
                 place = levels.offset(query_counts, m) + lax.shift_left(levels.block(leaf, m), m)
 
-                @pl.when(count > 0)
+                @pl.when(left == 1)
                 def _():
                     slot = lax.rem(versions, jnp.int32(2))
                     pl.when(versions >= 2)(lambda: plgpu.barrier_wait(k_used.at[slot]))
@@ -284,27 +360,32 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
                         source = k_ref.at[b, h, version_rows(m, half)]
                         plgpu.copy_gmem_to_smem(source, sk.at[slot, half], k_loaded.at[slot])
 
-                def of_head(member, n):
+                @pl.when(moved == 1)
+                def _():
+                    for part in range(parts):
+                        slot = query_slot(n + part)
+                        at, first_row = (b, h, 2 * levels.block(leaf, m) + 1), part * ROWS
+                        target, barrier = sq.at[slot], q_loaded.at[slot]
+                        _load_transform(transform_refs, m, at, first_row, target, barrier, copies)
+
+                n += moved * parts
+
+                def of_head(member, _):
                     head = h * group + member
 
-                    def tile(i, n):
-                        slot = lax.rem(n, jnp.int32(QUERY_STAGES))
-                        again = (
-                            n >= 2 * group + QUERY_STAGES
-                        )  # the leaf's own tiles have no queries
-                        pl.when(again)(lambda: plgpu.barrier_wait(q_used.at[slot]))
+                    def tile(i, _):
+                        slot = query_slot(n + member * count + i)
                         rows, barrier = pl.ds(place * LEAF + i * ROWS, ROWS), q_loaded.at[slot]
                         plgpu.copy_gmem_to_smem(q_ref.at[b, head, rows], sq.at[slot], barrier)
                         if gated:
                             source = query_gates.at[b, head, rows]
-                            plgpu.copy_gmem_to_smem(source, query_vectors.at[slot, 2], barrier)
-                        gradients(head, first * LEAF + i * ROWS, n)
-                        return n + 1
+                            plgpu.copy_gmem_to_smem(source, query_sums.at[slot], barrier)
+                        gradients(head, first * LEAF + i * ROWS, done + member * count + i)
 
-                    return lax.fori_loop(0, count, tile, n)
+                    lax.fori_loop(0, count, tile, None)
 
-                n = lax.fori_loop(0, group, of_head, n)
-                return n, versions + jnp.where(count > 0, 1, 0)
+                lax.fori_loop(0, group, of_head, None)
+                return n + group * count, done + group * count, versions + left
 
             for half in range(2):
                 rows = pl.ds(leaf * LEAF + half * ROWS, ROWS)
@@ -315,7 +396,7 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
                 gradients(head, leaf * LEAF + half * ROWS, n)
 
             lax.fori_loop(0, 2 * group, own_tile, None)
-            lax.fori_loop(0, M, level, (jnp.int32(2 * group), jnp.int32(0)))
+            lax.fori_loop(0, M, level, (jnp.int32(0), jnp.int32(2 * group), jnp.int32(0)))
 
         @pl.when(wg < 2)
         def _():
@@ -323,65 +404,83 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
             unit = unit_ref[b, h]
             plgpu.barrier_wait(v_loaded)
 
-            def level(m, carry):
-                dv, n, versions = carry
+            def level(i, carry):
+                dk, dv, n, done, versions = carry
+                m = M - 1 - i
                 _, count = tiles(m)
+                left = jnp.minimum(count, 1)
+                moved = left * jnp.minimum(versions, 1)
                 version = lax.rem(versions, jnp.int32(2))
-                pl.when(count > 0)(lambda: plgpu.barrier_wait(k_loaded.at[version]))
+                pl.when(left == 1)(lambda: plgpu.barrier_wait(k_loaded.at[version]))
                 rows = version_rows(m, wg)
+
+                def move(_, dk):
+                    small, factor = _normalised(dk)
+                    dk = None
+                    for part in range(parts):
+                        slot = lax.rem(n + part, jnp.int32(QUERY_STAGES))
+                        plgpu.barrier_wait(q_loaded.at[slot])
+                        columns = small[:, part * ROWS : (part + 1) * ROWS]
+                        dk = mosaic.product((columns, sq.at[slot]), init=dk)
+                        mosaic.hand_back(q_used.at[slot])
+                    return dk * per_row(factor, K)
+
+                dk = lax.fori_loop(0, moved, move, dk)
+                n += moved * parts
 
                 def of_head(member, carry):
                     head = h * group + member
-                    dk, dv, n = carry
 
-                    def tile(_, carry):
-                        dk, dv, sums, n = carry
-                        slot = lax.rem(n, jnp.int32(QUERY_STAGES))
+                    def tile(i, carry):
+                        dk, dv, sums = carry
+                        slot = lax.rem(n + member * count + i, jnp.int32(QUERY_STAGES))
+                        do_slot = lax.rem(done + member * count + i, jnp.int32(QUERY_STAGES))
                         plgpu.barrier_wait(q_loaded.at[slot])
                         s = mosaic.product((sk.at[version, wg], sq.at[slot].T)) * scale
-                        plgpu.barrier_wait(do_loaded.at[slot])
-                        vectors = query_vectors.at[slot]
+                        plgpu.barrier_wait(do_loaded.at[do_slot])
+                        vectors = query_vectors.at[do_slot]
                         by_query = -load(vectors.at[0], PER_COLUMN)
                         if gated:
-                            by_query += load(vectors.at[2], PER_COLUMN)
+                            by_query += load(query_sums.at[slot], PER_COLUMN)
                             s += per_row(key_sums_of(head), ROWS)
                         p = jnp.exp2(s + per_column(by_query, ROWS))
-                        dp = mosaic.product((sv.at[wg], sdo.at[slot].T))
+                        dp = mosaic.product((sv.at[wg], sdo.at[do_slot].T))
                         delta = per_column(load(vectors.at[1], PER_COLUMN) * unit, ROWS)
-                        dv = mosaic.product((p.astype(bf16), sdo.at[slot]), init=dv)
-                        mosaic.hand_back(do_used.at[slot])
+                        dv = mosaic.product((p.astype(bf16), sdo.at[do_slot]), init=dv)
+                        mosaic.hand_back(do_used.at[do_slot])
                         ds = p * (dp * unit - delta)
                         if gated:
                             sums += ds.sum(axis=1)
                         dk = mosaic.product((ds.astype(f16), sq.at[slot]), init=dk)
                         mosaic.hand_back(q_used.at[slot])
-                        return dk, dv, sums, n + 1
+                        return dk, dv, sums
 
                     def key_sums_of(head):
                         return load(key_gates.at[b, head, rows], PER_ROW, optimized=False)
 
                     sums = plgpu.layout_cast(jnp.zeros((ROWS,), f32), PER_ROW)
-                    dk, dv, sums, n = lax.fori_loop(0, count, tile, (dk, dv, sums, n))
+                    dk, dv, sums = lax.fori_loop(0, count, tile, (*carry, sums))
                     if gated:
 
                         @pl.when(count > 0)
                         def _():
                             sums_ref.at[b, head, rows][...] = sums
 
-                    return dk, dv, n
+                    return dk, dv
 
-                dk = plgpu.layout_cast(jnp.zeros((ROWS, K), f32), TILE)
-                dk, dv, n = lax.fori_loop(0, group, of_head, (dk, dv, n))
+                dk, dv = lax.fori_loop(0, group, of_head, (dk, dv))
 
-                @pl.when(count > 0)
+                @pl.when(left == 1)
                 def _():
-                    sk.at[version, wg][...] = dk.astype(f16)
+                    small, factor = _normalised(dk)
+                    factors_ref.at[b, h, rows][...] = factor
+                    sk.at[version, wg][...] = small
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(sk.at[version, wg], dk_ref.at[b, h, rows])
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     mosaic.hand_back(k_used.at[version])
 
-                return dv, n, versions + jnp.where(count > 0, 1, 0)
+                return dk, dv, n + group * count, done + group * count, versions + left
 
             def own_tile(n, dv):
                 head, half = h * group + lax.div(n, jnp.int32(2)), lax.rem(n, jnp.int32(2))
@@ -397,7 +496,9 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
 
             dv = plgpu.layout_cast(jnp.zeros((ROWS, V), f32), TILE)
             dv = lax.fori_loop(0, 2 * group, own_tile, dv)
-            dv, *_ = lax.fori_loop(0, M, level, (dv, jnp.int32(2 * group), jnp.int32(0)))
+            dk = plgpu.layout_cast(jnp.zeros((ROWS, K), f32), TILE)
+            start = dk, dv, jnp.int32(0), jnp.int32(2 * group), jnp.int32(0)
+            _, dv, *_ = lax.fori_loop(0, M, level, start)
             sv.at[wg][...] = dv.astype(bf16)
             plgpu.commit_smem()
             rows = pl.ds(leaf * LEAF + wg * ROWS, ROWS)
@@ -409,17 +510,18 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
         mosaic.tile(ROWS, V, QUERY_STAGES),
         mosaic.tile(ROWS, K, 2, 2, dtype=f16),
         mosaic.tile(ROWS, V, 2),
-        plgpu.SMEM((QUERY_STAGES, 3, ROWS), f32),
+        plgpu.SMEM((QUERY_STAGES, 2, ROWS), f32),
     ]
-    out_type = [SDS(k.shape, f16), SDS(v.shape, bf16)]
+    out_type = [SDS(k.shape, f16), SDS(k.shape[:-1], f32), SDS(v.shape, bf16)]
     if gated:
+        scratch.append(plgpu.SMEM((QUERY_STAGES, ROWS), f32))
         out_type.append(SDS(gates[1].shape, f32))
-    return mosaic.kernel(
+    out = mosaic.kernel(
         body,
         out_type=out_type,
         scratch_types=[
             *scratch,
-            plgpu.Barrier(num_arrivals=2 if gated else 1, num_barriers=QUERY_STAGES),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=QUERY_STAGES),
             plgpu.Barrier(num_arrivals=3, num_barriers=QUERY_STAGES),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
             plgpu.Barrier(num_arrivals=2),
@@ -431,4 +533,5 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, *, scale):
         grid_names=("b", "leaf", "h"),
         num_threads=3,
         thread_name="wg",
-    )(q, k, v, own, do, lse, delta, unit, *(gates or ()))
+    )(q, k, v, own, do, lse, delta, unit, *(gates or ()), *transforms)
+    return out if gated else (*out, None)

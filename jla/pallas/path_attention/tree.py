@@ -10,15 +10,10 @@ Operands are float16, sums float32: norms do not grow, so float16 loses 12 bits'
 where bfloat16 loses 9.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla.pallas.chunks import CHUNK
 from jla.pallas.path_attention import chains, leaf, levels
-from jla.pallas.path_attention.inverse import inverse
 from jla.pallas.path_attention.levels import LEAF
 
 f16, f32 = jnp.float16, jnp.float32
@@ -28,7 +23,7 @@ def grown(q, k, w, beta, g, inverse=None, *, scale):
     """What a pass over the tree needs.
 
     Args:
-      q: [B, T, HQ, K]. k, w: [B, T, H, K]. beta: [B, T, H] float32.
+      q: [B, T, HQ, K]. k, w: [B, T, H, K]. beta: [B, H, L] float32. See `sixteen_bits`.
       g: None, or the logits' gates in base 2, [B, T, HQ] float32; -inf at a segment's first token.
       inverse: None, or as an earlier call returned it.
       scale: of the logits, positive, base 2.
@@ -38,12 +33,7 @@ def grown(q, k, w, beta, g, inverse=None, *, scale):
       middles (or None), all as `forward` takes them; the blocks' transforms, see `chains.joined`;
       and the chunks' inverses, see `leaf.inverses`.
     """
-    P = -(-q.shape[1] // LEAF)
-    w, beta = rounded(w, beta)
-    if q.dtype != w.dtype:
-        q, k = q.astype(f16), k.astype(f16)
-    beta = jnp.moveaxis(beta, 2, 1)
-    beta = jnp.pad(beta, [(0, 0), (0, 0), (0, P * LEAF - beta.shape[2])])
+    P = beta.shape[2] // LEAF
     if inverse is None:
         inverse = leaf.inverses(w, beta)
     gates, within = (None, None) if g is None else (level_sums(g), leaf_sums(g))
@@ -52,6 +42,15 @@ def grown(q, k, w, beta, g, inverse=None, *, scale):
     queries = chains.query_chains(queries, transforms, P)
     keys = chains.key_chains(keys, transforms, P)
     return queries, keys, own, gates, transforms, inverse
+
+
+def sixteen_bits(q, k, w, beta):
+    """The kernels' q, k and w, all of one type, and beta [B, H, L], zero past the end."""
+    w, beta = rounded(w, beta)
+    if q.dtype != w.dtype:
+        q, k, w = (x.astype(f16) for x in (q, k, w))
+    beta = jnp.moveaxis(beta, 2, 1)
+    return q, k, w, jnp.pad(beta, [(0, 0), (0, 0), (0, -beta.shape[2] % LEAF)])
 
 
 def rounded(w, beta):
@@ -92,118 +91,11 @@ def _since(g):
     return lax.associative_scan(joined, (border, jnp.where(border, 0.0, g)), axis=g.ndim - 1)[1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(spec, a, b):
-    """An einsum of float16 operands, summed in float32; its gradients' operands are float16 too."""
-    return jnp.einsum(spec, a, b, preferred_element_type=f32)
-
-
-def _product_forward(spec, a, b):
-    return _product(spec, a, b), (a, b)
-
-
-def _product_backward(spec, operands, gradient):
-    a, b = operands
-    gradient = gradient.astype(f16)
-    inputs, out = spec.split("->")
-    of_a, of_b = inputs.split(",")
-    da = jnp.einsum(f"{out},{of_b}->{of_a}", gradient, b, preferred_element_type=f32)
-    db = jnp.einsum(f"{out},{of_a}->{of_b}", gradient, a, preferred_element_type=f32)
-    return da.astype(f16), db.astype(f16)
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
-def versions(q, k, w, beta):
-    """All levels' queries and keys, and the products of queries and keys inside each leaf.
-
-    Args:
-      q: [B, T, HQ, K]. k, w: [B, T, H, K]. beta: [B, T, H] float32.
-
-    Returns:
-      [B, HQ, R, K] and [B, H, S, K] float16 (see `levels`), at least one leaf of each, and
-      [B, HQ, P, 128, 128] float32: q_t P_t ... P_(s+1) k_s for s <= t, anything for s > t.
-    """
-    H, HQ = k.shape[2], q.shape[2]
-    q, k, w, beta = (_by_leaf(x) for x in (q, k, w, beta))
-    q = q.reshape(q.shape[0], H, HQ // H, *q.shape[2:])
-    rounded = w.astype(f16)
-    if w.dtype == f32:
-        # A reflection stays one: beta |w|^2 is what it was before rounding.
-        before, after = (jnp.sum(jnp.square(x.astype(f32)), -1) for x in (w, rounded))
-        beta *= lax.stop_gradient(before / jnp.where(after == 0.0, 1.0, after))
-    own, q, k, transform = _in_leaves(q.astype(f16), k.astype(f16), rounded, beta)
-    q, k = _along_tree(q, k, transform)
-    return _flat(q, 4), _flat(k, 3), own.reshape(own.shape[0], HQ, *own.shape[3:])
-
-
 def _by_leaf(x):
     """[B, T, H, ...] as [B, H, P, 128, ...], padded with zeros."""
     x = jnp.moveaxis(x, 2, 1)
     x = jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % LEAF), *[(0, 0)] * (x.ndim - 3)])
     return x.reshape(*x.shape[:2], -1, LEAF, *x.shape[3:])
-
-
-def _flat(arrays, leaf_axis):
-    """The levels' leaves, one after another, as rows [B, heads, rows, K]."""
-    x = jnp.concatenate(arrays, leaf_axis - 1)
-    return x.reshape(x.shape[0], -1, x.shape[-3] * LEAF, x.shape[-1])
-
-
-def _in_leaves(q, k, w, beta):
-    """Products inside the leaves, q from each leaf's start, k from its end, and its transform."""
-    row, column = (lax.broadcasted_iota(jnp.int32, (LEAF, LEAF), i) for i in range(2))
-    past, until_now = column < row, column <= row
-    a = jnp.where(past, beta[..., None] * _product("bhnik,bhnjk->bhnij", w, w), 0.0)
-    m = (_leaf_inverse(a) * beta[..., None, :]).astype(f16)
-    qw = _product("bhgntk,bhnrk->bhgntr", q, w)
-    qw = jnp.where(until_now, qw, 0.0).astype(f16)
-    wk = jnp.where(past, _product("bhnrk,bhnsk->bhnrs", w, k), 0.0).astype(f16)
-    mwk = _product("bhnrj,bhnjs->bhnrs", m, wk).astype(f16)
-    own = _product("bhgntk,bhnsk->bhgnts", q, k) - _product("bhgntr,bhnrs->bhgnts", qw, mwk)
-    mw = _product("bhnrj,bhnjk->bhnrk", m, w).astype(f16)
-    q = (q.astype(f32) - _product("bhgntr,bhnrk->bhgntk", qw, mw)).astype(f16)
-    k = (k.astype(f32) - _product("bhnrs,bhnrk->bhnsk", mwk, w)).astype(f16)
-    eye = jnp.eye(w.shape[-1], dtype=f32)
-    transform = (eye - _product("bhnri,bhnrj->bhnij", w, mw)).astype(f16)
-    return own, q, k, transform
-
-
-def _leaf_inverse(a):
-    """(I + a)^-1 of 128 tokens, from those of its two chunks."""
-    first, second = (slice(i * CHUNK, (i + 1) * CHUNK) for i in range(2))
-    x = jnp.stack([a[..., first, first], a[..., second, second]], 3)
-    B, H, P = a.shape[:3]
-    x = inverse(x.reshape(B, H, 2 * P, CHUNK, CHUNK)).reshape(x.shape)
-    x, y = x[:, :, :, 0], x[:, :, :, 1]
-    z = -jnp.matmul(y, jnp.matmul(a[..., second, first], x))
-    above = jnp.concatenate([x, jnp.zeros_like(x)], -1)
-    return jnp.concatenate([above, jnp.concatenate([z, y], -1)], -2)
-
-
-def _along_tree(q, k, transform):
-    """The versions, level by level: lists of arrays [..., leaves, 128, K]."""
-    P = k.shape[2]
-    if P == 1:
-        return [jnp.zeros_like(q)], [jnp.zeros_like(k)]
-    query_counts, key_counts = levels.query_counts(P), levels.key_counts(P)
-    queries, keys = [], []
-    for m in range(levels.number(P)):
-        _, right = _halves(q, 3, 1 << m)
-        left, _ = _halves(k, 2, 1 << m)
-        queries.append(_leaves(right, 3)[:, :, :, : query_counts[m]])
-        keys.append(_leaves(left, 2)[:, :, : key_counts[m]])
-        if m + 1 == levels.number(P):
-            return queries, keys
-        earlier, later = _halves(transform, 2, 1)
-        earlier, later = earlier[:, :, :, 0], later[:, :, :, 0]
-        left, right = _halves(q, 3, 1 << m)
-        q = _joined(left, _product("bhgnctk,bhnkl->bhgnctl", right, earlier), 3, P)
-        left, right = _halves(k, 2, 1 << m)
-        k = _joined(_product("bhnctk,bhnlk->bhnctl", left, later), right, 2, P)
-        transform = _product("bhnij,bhnjk->bhnik", later, earlier)
-        transform = transform.astype(f16)
 
 
 def _halves(x, axis, leaves):
@@ -215,26 +107,6 @@ def _halves(x, axis, leaves):
 
 def _leaves(x, axis):
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-
-def _joined(left, right, axis, leaves):
-    halves = jnp.stack([left.astype(f16), right.astype(f16)], axis + 1)
-    whole = halves.reshape(*left.shape[:axis], -1, *left.shape[axis + 2 :])
-    return lax.slice_in_dim(whole, 0, leaves, axis=axis)
-
-
-def gate_sums(g):
-    """`level_sums`, and the sums between the tokens of a leaf, [B, HQ, P, 128, 128], s <= t."""
-    leaves = _by_leaf(g)
-    border = jnp.isneginf(leaves)
-    count = jnp.cumsum(border, axis=-1, dtype=jnp.int32)
-    since = _since(leaves)
-    own = jnp.where(
-        count[..., :, None] == count[..., None, :],
-        since[..., :, None] - since[..., None, :],
-        -jnp.inf,
-    )
-    return *level_sums(g), own
 
 
 def level_sums(g):
