@@ -1,0 +1,172 @@
+"""PaTH attention's kernels: what the contract's tests do not reach.
+
+The tree over several leaves, the cache in several blocks, the step at all kinds of lengths, and
+that the step's kernel fits at full size and updates its keys in place.
+"""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jla
+import jla.pallas
+from jla import PathCache
+from jla.pallas import path_attention as kernels
+from jla.pallas.path_attention import cache as around
+from jla.pallas.path_attention import levels
+from jla.reference import path_attention as reference
+
+f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
+
+
+def normal(i, *shape):
+    return jax.random.normal(jax.random.key(i), shape, f32)
+
+
+def tokens(*shape, H=1, HQ=2, K=16, V=16, gated=True, dtype=bf16):
+    """q, k, v, w, beta, g of [B, T] tokens, or of the one token of each of [B] rows."""
+    q, k, v, w = (normal(i, *shape, *x) for i, x in enumerate(((HQ, K), (H, K), (H, V), (H, K))))
+    w = w / jnp.linalg.norm(w, axis=-1, keepdims=True)
+    beta = 2 * jax.nn.sigmoid(normal(4, *shape, H) + 1.0)
+    g = -0.2 * jax.nn.softplus(2 * normal(5, *shape, HQ)) if gated else None
+    return *(x.astype(dtype) for x in (q, k, v)), w, beta, g
+
+
+def cached(lengths, capacity, H=1, HQ=2, K=16, V=16, gated=True, dtype=bf16):
+    length = jnp.asarray(lengths, jnp.int32)
+    there = (jnp.arange(capacity) < length[:, None])[..., None]
+    shape = len(lengths), capacity
+    return PathCache(
+        jnp.where(there[..., None], normal(6, *shape, H, K), 0.0),
+        jnp.where(there[..., None], normal(7, *shape, H, V), 0.0).astype(dtype),
+        jnp.where(there, -jax.nn.softplus(normal(8, *shape, HQ)), 0.0) if gated else None,
+        length,
+    )
+
+
+def relative_error(got, want):
+    got, want = (np.asarray(x.astype(f32), np.float64) for x in (got, want))
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    got, want = np.nan_to_num(got), np.nan_to_num(want)
+    return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-10)
+
+
+def largest_error(got, want):
+    return max(jax.tree.leaves(jax.tree.map(relative_error, got, want)))
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 3, 5, 8, 13])
+def test_any_two_leaves_meet_once(leaves):
+    """At one level, where each has a place of its own, among as many as there are."""
+    counts = levels.query_counts(leaves), levels.key_counts(leaves)
+    used = [set(), set()]
+    for j, i in itertools.combinations(range(leaves), 2):
+        (m,) = (
+            m
+            for m in range(levels.number(leaves))
+            if int(levels.at_bit(jnp.int32(i), m)) == 1
+            and int(levels.at_bit(jnp.int32(j), m)) == 0
+            and levels.block(jnp.int32(i), m) == levels.block(jnp.int32(j), m)
+        )
+        for leaf, count, places in zip((i, j), counts, used, strict=True):
+            place = int(levels.place(jnp.int32(leaf), m))
+            assert place < count[m]
+            places.add((leaf, levels.offset(count, m) + place))
+    for count, places in zip(counts, used, strict=True):
+        assert sorted(place for _, place in places) == list(range(sum(count)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def values_and_gradients(implementation, arrays, cotangent, segment_ids):
+    def run(*arrays):
+        path_attention = functools.partial(jla.path_attention, implementation=implementation)
+        return path_attention(*arrays, segment_ids=segment_ids)[0]
+
+    o, vjp = jax.vjp(run, *arrays)
+    return o, vjp(cotangent.astype(o.dtype))
+
+
+def test_several_leaves_are_the_reference():
+    """Three leaves, the last of 44 tokens: two levels, a leaf without a version at one of them."""
+    arrays, cotangent = tokens(1, 300, HQ=1), normal(9, 1, 300, 1, 16)
+    ids = jnp.repeat(jnp.arange(3), jnp.asarray([40, 230, 30]), total_repeat_length=300)[None]
+    with jla.pallas.interpret():
+        got = values_and_gradients("pallas", arrays, cotangent, ids)
+    arrays = jax.tree.map(lambda x: x.astype(f32), arrays)
+    want = values_and_gradients("reference", arrays, cotangent, ids)
+    assert largest_error(got[0], want[0]) < 5e-3
+    assert largest_error(got[1], want[1]) < 1e-2
+
+
+def test_cache_in_blocks_is_the_reference(monkeypatch):
+    """Several blocks of queries and of cached tokens; the last of these are empty, and not read."""
+    monkeypatch.setattr(around, "QUERIES", 16)
+    monkeypatch.setattr(around, "KEYS", 8)
+    arrays, cache = tokens(2, 41), cached((19, 3), 77)
+    with jla.pallas.interpret():
+        got = jax.jit(functools.partial(kernels.path_attention, scale=0.3))(*arrays, cache, None)
+    want = jla.path_attention(*arrays, cache=cache, scale=0.3, implementation="reference")
+    assert largest_error(got, want) < 5e-3
+
+
+@pytest.mark.parametrize(
+    "lengths, sizes",
+    [
+        ((299, 300, 0), dict(capacity=300, HQ=6, H=2, V=32)),  # two pieces, a full row
+        ((3, 33), dict(capacity=77, HQ=9, K=32, gated=False, dtype=f16)),  # two passes
+        ((256,), dict(capacity=600, HQ=1, K=128, V=64, dtype=f32)),  # a piece to clear
+    ],
+    ids=str,
+)
+def test_step_is_the_reference(lengths, sizes):
+    cache = cached(lengths, **sizes)
+    arrays = tokens(len(lengths), **{n: x for n, x in sizes.items() if n != "capacity"})
+    # Under jit no length is known, and none refused.
+    want = jax.jit(functools.partial(reference.path_step, scale=0.3))(*arrays, cache)
+    with jla.pallas.interpret():
+        got = jax.jit(functools.partial(kernels.path_step, scale=0.3))(*arrays, cache)
+    assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, want)
+    assert largest_error(got[0], want[0]) < (2e-6 if got[0].dtype == f32 else 1e-3)
+    assert largest_error(got[1], want[1]) < 2e-6
+
+
+def test_step_differentiates():
+    arrays, cache = tokens(1, gated=False), cached((5,), 16, gated=False)
+
+    def loss(step, key, value):
+        o, new = step(*arrays, PathCache(key, value, None, cache.length), scale=0.3)
+        return jnp.sum(o.astype(f32)) + jnp.sum(new.key**2)
+
+    def gradient(step):
+        return jax.jit(jax.grad(functools.partial(loss, step), (0, 1)))(*cache[:2])
+
+    with jla.pallas.interpret():
+        got = gradient(kernels.path_step)
+    assert largest_error(got, gradient(reference.path_step)) < 2e-5
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("sizes", [dict(H=16, HQ=16), dict(H=4, HQ=32)], ids=str)
+def test_step_lowers_for_cuda_in_place(sizes, gated):
+    sizes = dict(K=128, V=128, gated=gated) | sizes
+    shapes = jax.eval_shape(lambda: (*tokens(64, **sizes), cached((8191,) * 64, 8192, **sizes)))
+    step = jax.jit(functools.partial(kernels.path_step, scale=0.1), donate_argnums=6)
+    text = step.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    # All the cache's arrays are outputs' memory ...
+    assert len(re.findall(r"tf.aliasing_output = [1-4]\b", text)) == 3 + gated
+    # ... and the kernel's sixth operand is its fourth result.
+    (call,) = (line for line in text.splitlines() if "@mosaic_gpu" in line)
+    alias = re.search(r"output_tuple_indices = \[(\d)\], operand_index = (\d)", call)
+    assert alias.groups() == ("3", "5")
+
+
+def test_step_refuses_other_sizes():
+    arrays, cache = tokens(1, K=48), cached((5,), 16, K=48)
+    message = r"K=48 and V=16.*16, 32, 64 and 128.*\"xla\" can"
+    with jla.pallas.interpret(), pytest.raises(NotImplementedError, match=message):
+        jla.path_step(*arrays, cache, implementation="pallas")
