@@ -45,8 +45,9 @@ def table(found):
     """The README's section: a line for each mechanism and implementation, then the sources."""
     used = set()
 
-    def cells(name, implementation):
-        for _, (shape, measure, column), form in COLUMNS:
+    def cells(name, implementation, columns=tuple(column for _, column, _ in COLUMNS)):
+        forms = [form for _, _, form in COLUMNS]
+        for (shape, measure, column), form in zip(columns, forms, strict=False):
             row, meta, file = found.get((name, shape, measure, implementation), ({}, None, None))
             if meta is not None:
                 used.add((file, meta["card"], meta["jax"], meta["date"][:10], meta["command"]))
@@ -60,6 +61,10 @@ def table(found):
             values = list(cells(name, implementation))
             if any(values):
                 lines.append(f"| `{title}`{suffix} | " + " | ".join(values) + " |")
+    forced = [("main", f"forced_{what}", "ms") for what in ("forward", "backward")]
+    values = list(cells("mesa", "pallas", forced))
+    if any(values):
+        lines.append("| `mesa_net`, all 30 iterations | " + " | ".join(values) + " | | | |")
     values = list(cells("kda", "cudnn attention"))
     if any(values):
         lines.append("| causal softmax attention of cuDNN | " + " | ".join(values) + " |")
