@@ -104,7 +104,8 @@ def _run(q, k, v, w, beta, key, value, length, g=None, decay=None, *, scale):
     added = None
     if g is not None:
         before = (jnp.arange(S) < length[:, None])[..., None]
-        decay = jnp.where(before, decay + g[:, None], 0.0)
+        # A barrier, so that the transpose reads the sums and they can be made in place.
+        decay = lax.optimization_barrier(jnp.where(before, decay + g[:, None], 0.0))
         # TMA wants rows of whole 16 bytes.
         added = jnp.pad(scale * LOG2E * jnp.swapaxes(decay, 1, 2), ((0, 0), (0, 0), (0, -S % 4)))
 
