@@ -251,6 +251,7 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
 
         def of_queries():
             plgpu.set_max_registers(QUERY_REGISTERS, action="increase")
+
             def of_head(member, _):
                 head, first = h * group + member, member == 0
 
