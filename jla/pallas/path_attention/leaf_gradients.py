@@ -20,6 +20,8 @@ Nothing is divided by beta, and W W^T is not made. Matrices of tokens by tokens 
 their four 64 x 64 blocks three are kept, 00, 10 and 11.
 """
 
+import types
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -75,25 +77,53 @@ def leaf_gradients(
         q_ref, k_ref, w_ref, inverse_ref, beta_ref, a_ref, a_factors, c_ref, c_factors,
         own_ref, dh_ref, shrink_ref, grow_ref, ratio_ref, dq_out, dk_out, dw_out, dbeta_out,
         stream, keys, whole_w, lower_n, lower_mc, mw, pair, first, second, of_a, of_c, of_dh,
-        again, shared,
+        again, shared, zeros,
     ):  # fmt: skip
-        b, head, leaf = (lax.axis_index(name) for name in ("b", "h", "leaf"))
+        b, head, leaf, wg = (lax.axis_index(name) for name in ("b", "h", "leaf", "wg"))
         h, member = lax.div(head, jnp.int32(group)), lax.rem(head, jnp.int32(group))
         stream_16, stream_raw, lower_z, dq_and_dk = zip(*stream, strict=True)
         keys_16, keys_raw, lower_ds, dh, dw_tile = zip(*keys, strict=True)
         w, raw_w = zip(*whole_w, strict=True)
         (lower_a, lower_do), late_dh = zip(*pair, strict=True)
         lower_z, lower_ds = ([*x[0], *x[1]] for x in (lower_z, lower_ds))
+        tiles = {
+            "stream": stream_16,
+            "raw_stream": stream_raw,
+            "z": lower_z,
+            "dq_and_dk": dq_and_dk,
+            "keys": keys_16,
+            "raw_keys": keys_raw,
+            "ds": lower_ds,
+            "dh": dh,
+            "dw": dw_tile,
+            "w": w,
+            "raw_w": raw_w,
+            "n": lower_n,
+            "mc": lower_mc,
+            "mw": mw,
+            "a": lower_a,
+            "do": lower_do,
+            "late_dh": late_dh,
+        }
         query_place = levels.first_query(leaf, P)
         key_place = levels.first_key(leaf, P)
         shrink, grow, ratio = (x[b, h, leaf] for x in (shrink_ref, grow_ref, ratio_ref))
         # What belongs to the keys counts for one head of the group.
         once = jnp.where(member == 0, 1.0, 0.0).astype(f32)
 
+        def views():
+            """The tiles, by an index that no compiler sees through: else the descriptors of all
+            tiles are made once, for which there are no registers."""
+            zero = zeros[wg]
+            return types.SimpleNamespace(
+                **{name: [x.at[zero] for x in of_name] for name, of_name in tiles.items()}
+            )
+
         def meet():
             plgpu.commit_smem()
             plgpu.barrier_arrive(shared)
             plgpu.barrier_wait(shared)
+            return views()
 
         def rows(i):
             return pl.ds(leaf * LEAF + i * CHUNK, CHUNK)
@@ -118,11 +148,11 @@ def leaf_gradients(
                 factor = load(factors.at[b, at, source], PER_ROW, optimized=False)
                 x = load(ref) * per_row(factor * more, K)
                 present = jnp.broadcast_to(place >= 0, x.shape)
-                ref[...] = jnp.where(present, x, 0.0).astype(f16)
+                ref[...] = _packed(lax.optimization_barrier(jnp.where(present, x, 0.0)))
 
-            def fetch_transform(targets):
+            def fetch_transform(targets, *before):
                 for i in range(k_tiles):
-                    source = dh_ref.at[b, h, leaf, pl.ds(i * CHUNK, CHUNK)]
+                    source = dh_ref.at[(b, h, leaf, *before, pl.ds(i * CHUNK, CHUNK))]
                     plgpu.copy_gmem_to_smem(source, targets[i], of_dh)
 
             def store(out, at, staging, value):
@@ -130,63 +160,64 @@ def leaf_gradients(
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(staging[me], out.at[b, mine, at])
 
+            s = views()
             if issues:
-                fetch_tokens(w_ref, h, raw_w, first)
-                fetch_tokens(k_ref, h, keys_raw, first)
+                fetch_tokens(w_ref, h, s.raw_w, first)
+                fetch_tokens(k_ref, h, s.raw_keys, first)
                 for i in range(2):
-                    source, target = inverse_ref.at[b, h, 2 * leaf + i], lower_n[_block(i, i)]
+                    source, target = inverse_ref.at[b, h, 2 * leaf + i], s.n[_block(i, i)]
                     plgpu.copy_gmem_to_smem(source, target, first)
-                fetch_tokens(q_ref, head, stream_raw, second)
+                fetch_tokens(q_ref, head, s.raw_stream, second)
                 for i in range(2):
                     for j in range(i + 1):
                         at = pl.ds(i * CHUNK, CHUNK), pl.ds(j * CHUNK, CHUNK)
                         source = own_ref.at[(b, head, leaf, *at)]
-                        plgpu.copy_gmem_to_smem(source, lower_do[_block(i, j)], second)
+                        plgpu.copy_gmem_to_smem(source, s.do[_block(i, j)], second)
             strength = load(beta_ref.at[b, h, mine], PER_ROW, optimized=False)
             plgpu.barrier_wait(first)
-            _convert(raw_w[me], w[me])
-            _convert(keys_raw[me], keys_16[me])
-            meet()
+            _convert(s.raw_w[me], s.w[me])
+            _convert(s.raw_keys[me], s.keys[me])
+            s = meet()
 
             # C, and the inverse's block between the chunks.
             for i, at in enumerate(blocks):
-                c = product((w[me], keys_16[i].T))
-                lower_a[at][...] = _triangle(c, i == me, strict=True).astype(f16)
+                c = product((s.w[me], s.keys[i].T))
+                s.a[at][...] = _triangle(c, i == me, strict=True).astype(f16)
             if me == 1:
-                between = product((w[1], w[0].T)) * per_row(strength, CHUNK)
-                between = product((between.astype(f16), lower_n[0]))
-                lower_n[1][...] = between.astype(f16)
+                between = product((s.w[1], s.w[0].T)) * per_row(strength, CHUNK)
+                between = product((between.astype(f16), s.n[0]))
+                s.n[1][...] = between.astype(f16)
                 plgpu.commit_smem()
-                between = product((lower_n[2], lower_n[1]))
-                mosaic.release()
-                lower_n[1][...] = (-between).astype(f16)
+                between = product((s.n[2], s.n[1]))
+                plgpu.commit_smem()  # all warps have read it
+                s.n[1][...] = (-between).astype(f16)
             plgpu.barrier_wait(second)
-            _convert(stream_raw[me], stream_16[me])
+            _convert(s.raw_stream[me], s.stream[me])
             for at in blocks:
-                lower_do[at][...] = (load(lower_do[at]) * shrink).astype(f16)
-            meet()
+                s.do[at][...] = (load(s.do[at]) * shrink).astype(f16)
+            s = meet()
 
             # -M C and -M W; then A takes the place of C.
             negative = []
             for i, at in enumerate(blocks):
                 columns = load(beta_ref.at[b, h, rows(i)], PER_COLUMN, optimized=False)
-                negative.append((load(lower_n[at]) * -per_column(columns, CHUNK)).astype(f16))
+                negative.append(_packed(load(s.n[at]) * -per_column(columns, CHUNK)))
             for i, at in enumerate(blocks):
-                pairs = [(negative[j], lower_a[_block(j, i)]) for j in range(i, me + 1)]
-                lower_mc[at][...] = product(*pairs).astype(f16)
-            mw[me][...] = product(*zip(negative, w[: me + 1], strict=True)).astype(f16)
+                pairs = [(negative[j], s.a[_block(j, i)]) for j in range(i, me + 1)]
+                s.mc[at][...] = product(*pairs).astype(f16)
+            s.mw[me][...] = product(*zip(negative, s.w[: me + 1], strict=True)).astype(f16)
             a = []
             for i in range(me + 1):
-                x = product((stream_16[me], w[i].T))
-                a.append(_triangle(x, i == me).astype(f16))
-            meet()
+                x = product((s.stream[me], s.w[i].T))
+                a.append(_packed(_triangle(x, i == me)))
+            s = meet()
             if issues:
-                fetch_version(a_ref, head, query_place, stream_16, of_a)
+                fetch_version(a_ref, head, query_place, s.stream, of_a)
             for at, x in zip(blocks, a, strict=True):
-                lower_a[at][...] = x
+                s.a[at][...] = x
             plgpu.barrier_wait(of_a)
-            rescale(stream_16[me], query_place, a_factors, head, shrink)
-            meet()
+            rescale(s.stream[me], query_place, a_factors, head, shrink)
+            s = meet()
 
             # What A and dO give to Z and X; dA, which takes the place of A; dQ.
             def with_transposed(left, right):
@@ -197,109 +228,117 @@ def leaf_gradients(
                     for i in range(me + 1)
                 ]
 
-            z = [x.astype(f16) for x in with_transposed(lower_a, lower_do)]
-            x = product(*((lower_a[_block(j, me)].T, stream_16[j]) for j in range(me, 2)))
-            x = x.astype(f16)
+            z = [_packed(x) for x in with_transposed(s.a, s.do)]
+            x = product(*((s.a[_block(j, me)].T, s.stream[j]) for j in range(me, 2)))
+            x = _packed(x)
             da = []
             for i in range(me + 1):
-                pairs = [(lower_do[_block(me, j)], lower_mc[_block(i, j)].T) for j in range(i + 1)]
-                gradient = product(*pairs, (stream_16[me], mw[i].T))
-                da.append(_triangle(gradient, i == me).astype(f16))
-            meet()
+                pairs = [(s.do[_block(me, j)], s.mc[_block(i, j)].T) for j in range(i + 1)]
+                gradient = product(*pairs, (s.stream[me], s.mw[i].T))
+                da.append(_packed(_triangle(gradient, i == me)))
+            s = meet()
             for at, gradient in zip(blocks, da, strict=True):
-                lower_a[at][...] = gradient
-            dq = load(stream_16[me]) + product(
-                *((lower_do[at], keys_16[j]) for j, at in enumerate(blocks)),
-                *zip(da, w[: me + 1], strict=True),
+                s.a[at][...] = gradient
+            plgpu.commit_smem()
+            dq = product(
+                *((s.do[at], s.keys[i]) for i, at in enumerate(blocks)),
+                *((s.a[at], s.w[i]) for i, at in enumerate(blocks)),
+                init=load(s.stream[me]),
             )
-            store(dq_out, head, dq_and_dk, dq)
+            store(dq_out, head, s.dq_and_dk, dq)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            meet()
+            s = meet()
 
             if issues:
-                fetch_version(c_ref, h, key_place, stream_16, of_c)
-                fetch_transform(dh)
+                fetch_version(c_ref, h, key_place, s.stream, of_c)
+                fetch_transform(s.dh)
             plgpu.barrier_wait(of_c)
-            rescale(stream_16[me], key_place, c_factors, h, shrink * once)
-            meet()
+            rescale(s.stream[me], key_place, c_factors, h, shrink * once)
+            s = meet()
             z = [
-                (-product((w[me], stream_16[i].T)) - part.astype(f32)).astype(f16)
+                _packed(-product((s.w[me], s.stream[i].T)) - part.astype(f32))
                 for i, part in enumerate(z)
             ]
             plgpu.barrier_wait(of_dh)
-            columns = (pl.ds(i * CHUNK, CHUNK) for i in range(k_tiles))
-            moved = product(*((w[me].at[:, s], dh[i]) for i, s in enumerate(columns)))
-            x = (moved * (-ratio * once) - x.astype(f32)).astype(f16)
-            meet()
+            columns = [pl.ds(i * CHUNK, CHUNK) for i in range(k_tiles)]
+            moved = product(*((s.w[me].at[:, at], s.dh[i]) for i, at in enumerate(columns)))
+            x = _packed(moved * (-ratio * once) - x.astype(f32))
+            s = meet()
             for at, value in zip(blocks, z, strict=True):
-                lower_z[at][...] = value
-            keys_16[me][...] = x
-            meet()
+                s.z[at][...] = value
+            s.keys[me][...] = x
+            s = meet()
 
-            dc = with_transposed(lower_n, lower_z)
-            dc = [_triangle(y, i == me, strict=True).astype(f16) for i, y in enumerate(dc)]
-            du = product(*((lower_n[_block(j, me)].T, keys_16[j]) for j in range(me, 2)))
-            du = du.astype(f16)
+            dc = with_transposed(s.n, s.z)
+            dc = [_packed(_triangle(y, i == me, strict=True)) for i, y in enumerate(dc)]
+            du = product(*((s.n[_block(j, me)].T, s.keys[j]) for j in range(me, 2)))
+            du = _packed(du)
             ds = []
             for i in range(me + 1):
-                pairs = [(dc[j], lower_mc[_block(i, j)].T) for j in range(i + 1)]
-                gradient = product(*pairs, (du, mw[i].T))
-                ds.append(_triangle(gradient, i == me, strict=True).astype(f16))
-            meet()
+                pairs = [(dc[j], s.mc[_block(i, j)].T) for j in range(i + 1)]
+                gradient = product(*pairs, (du, s.mw[i].T))
+                ds.append(_packed(_triangle(gradient, i == me, strict=True)))
+            s = meet()
             if issues:
-                fetch_tokens(k_ref, h, keys_raw, again)
-                fetch_tokens(q_ref, head, stream_raw, again)
+                fetch_tokens(k_ref, h, s.raw_keys, again)
+                fetch_tokens(q_ref, head, s.raw_stream, again)
             columns = per_row(strength, CHUNK)
             for at, gradient in zip(blocks, dc, strict=True):
-                lower_n[at][...] = (gradient.astype(f32) * columns).astype(f16)
+                s.n[at][...] = (gradient.astype(f32) * columns).astype(f16)
             plgpu.barrier_wait(again)
-            _convert(keys_raw[me], keys_16[me])
-            _convert(stream_raw[me], stream_16[me])
-            meet()
+            _convert(s.raw_keys[me], s.keys[me])
+            plgpu.commit_smem()
+            _convert(s.raw_stream[me], s.stream[me])
+            s = meet()
             j = du.astype(f32) + product(
-                *zip(dc, keys_16[: me + 1], strict=True), *zip(ds, w[: me + 1], strict=True)
+                *zip(dc, s.keys[: me + 1], strict=True), *zip(ds, s.w[: me + 1], strict=True)
             )
-            dbeta = (load(w[me]) * j).sum(axis=1) * grow
+            dbeta = (load(s.w[me]) * j).sum(axis=1) * grow
             dbeta_out.at[b, head, mine][...] = dbeta
             upwards = range(me, 2)
-            dw = j * per_row(strength, K) + product(
-                *((lower_a[_block(i, me)].T, stream_16[i]) for i in upwards)
+            dw = product(
+                *((s.a[_block(i, me)].T, s.stream[i]) for i in upwards),
+                init=j * per_row(strength, K),
             )
             dk = product(
-                *((lower_do[_block(i, me)].T, stream_16[i]) for i in upwards),
-                *((lower_n[_block(i, me)].T, w[i]) for i in upwards),
+                *((s.do[_block(i, me)].T, s.stream[i]) for i in upwards),
+                *((s.n[_block(i, me)].T, s.w[i]) for i in upwards),
             )
-            meet()
+            s = meet()
             if issues:
-                fetch_version(c_ref, h, key_place, stream_16, of_c)
-                fetch_transform(late_dh)
+                fetch_version(c_ref, h, key_place, s.stream, of_c)
+                fetch_transform(s.late_dh, slice(None))
             for at, gradient in zip(blocks, ds, strict=True):
-                lower_ds[at][...] = (gradient.astype(f32) * columns).astype(f16)
+                s.ds[at][...] = (gradient.astype(f32) * columns).astype(f16)
             plgpu.barrier_wait(of_c)
-            rescale(stream_16[me], key_place, c_factors, h, shrink * once)
-            meet()
-            dk += load(stream_16[me])
-            dw += product(
-                *((lower_mc[at], stream_16[i]) for i, at in enumerate(blocks)),
-                *((lower_ds[_block(i, me)].T, w[i]) for i in upwards),
+            rescale(s.stream[me], key_place, c_factors, h, shrink * once)
+            s = meet()
+            dk += load(s.stream[me])
+            dw = product(
+                *((s.mc[at], s.stream[i]) for i, at in enumerate(blocks)),
+                *((s.ds[_block(i, me)].T, s.w[i]) for i in upwards),
+                init=dw,
             )
+            of_unit = (load(s.mw[me]) * (ratio * once)).astype(f16)
             plgpu.barrier_wait(of_dh)
-            moved = [product((mw[me], late_dh[i].T)) for i in range(k_tiles)]
-            dw += (moved[0] if k_tiles == 1 else jnp.concatenate(moved, 1)) * (ratio * once)
-            meet()
-            store(dk_out, head, dq_and_dk, dk)
-            store(dw_out, head, dw_tile, dw)
+            columns = [slice(i * CHUNK, (i + 1) * CHUNK) for i in range(k_tiles)]
+            pairs = ((of_unit[:, at], s.late_dh[i].T) for i, at in enumerate(columns))
+            dw = product(*pairs, init=dw)
+            s = meet()
+            store(dk_out, head, s.dq_and_dk, dk)
+            store(dw_out, head, s.dw, dw)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        wg = lax.axis_index("wg")
+        zeros[wg] = jnp.int32(0)
+        plgpu.commit_smem()
         pl.when(wg == 0)(lambda: work(0))
         pl.when(wg == 1)(lambda: work(1))
 
     def rows_of(*dtypes):
-        return [mosaic.tile(CHUNK, K, dtype=dtype) for dtype in dtypes]
+        return [mosaic.tile(CHUNK, K, 1, dtype=dtype) for dtype in dtypes]
 
     def blocks(n):
-        return [mosaic.tile(CHUNK, CHUNK, dtype=f16) for _ in range(n)]
+        return [mosaic.tile(CHUNK, CHUNK, 1, dtype=f16) for _ in range(n)]
 
     # Tiles that share memory, of each chunk; the interpreter sees races between chunks otherwise.
     both = (1, 2)  # blocks in a triangle's row
@@ -307,6 +346,7 @@ def leaf_gradients(
     like_q = SDS(q.shape, dtype)
     dq, dk, dw, dbeta = mosaic.kernel(
         body,
+        automatic_barriers=False,
         reductions_cross_warps=False,
         out_type=[like_q, like_q, like_q, SDS((B, HQ, P * LEAF), f32)],
         scratch_types=[
@@ -316,7 +356,7 @@ def leaf_gradients(
             blocks(3),
             blocks(3),
             rows_of(f16, f16),
-            [plgpu.RefUnion(blocks(3), *rows_of(f16)) for _ in both],
+            [plgpu.RefUnion(blocks(3), mosaic.tile(K, CHUNK, 1, dtype=f16)) for _ in both],
             plgpu.Barrier(num_arrivals=6),
             plgpu.Barrier(num_arrivals=5),
             plgpu.Barrier(num_arrivals=2),
@@ -324,6 +364,7 @@ def leaf_gradients(
             plgpu.Barrier(num_arrivals=k_tiles),
             plgpu.Barrier(num_arrivals=4),
             plgpu.Barrier(num_arrivals=2),
+            plgpu.SMEM((2,), jnp.int32),
         ],
         grid=(B, P, HQ),
         grid_names=("b", "leaf", "h"),
@@ -349,14 +390,24 @@ def _block(i, j):
     return i * (i + 1) // 2 + j
 
 
+def _packed(x):
+    """x as float16, two in a register: the compiler, if it sees them, takes a register for each."""
+    return lax.optimization_barrier(x.astype(f16))
+
+
 def _convert(source, target):
     """A tile as float16 in the same place."""
     target[...] = load(source).astype(f16)
 
 
 def _triangle(x, diagonal, *, strict=False):
-    """A 64 x 64 block of a lower triangle: one on the diagonal loses what is above it."""
-    return jnp.where(chunks.up_to(strict=strict), x, 0.0) if diagonal else x
+    """A 64 x 64 block of a lower triangle: one on the diagonal loses what is above it.
+
+    Opaque, for LLVM would rather select among float16, one by one.
+    """
+    if not diagonal:
+        return x
+    return lax.optimization_barrier(jnp.where(chunks.up_to(strict=strict), x, 0.0))
 
 
 def _scales(query_factors, key_factors, largest_own, transform_factors, scale, leaves):
