@@ -20,6 +20,17 @@ def _has_gpu():
     return any(device.platform == "gpu" for device in jax.devices())
 
 
+_tests_run = 0
+
+
+def pytest_runtest_teardown():
+    """Drops compiled programs now and then: with thousands in a process XLA's compiler crashes."""
+    global _tests_run
+    _tests_run += 1
+    if _tests_run % 60 == 0:
+        jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def strict_and_precise(request):
     """No dtype is promoted in silence; products are full float32, as the tolerances mean them."""
