@@ -146,7 +146,7 @@ def _level(queries, dqueries, keys, dkeys, units, transforms, above, level, leav
                     else:
                         blocks = [product((left.at[i], right.at[j].T)) for j in range(parts)]
                         result.append(jnp.concatenate(blocks, 1) * ratio)
-                mosaic.release()
+                plgpu.commit_smem()  # all warps have read what is overwritten
                 for i in range(parts):
                     fetch(jnp.int32(i + STAGES - 1))
                 return tuple(result)
