@@ -20,7 +20,12 @@ weight_init = nn.initializers.normal(0.02)
 
 
 class CausalAttention(nn.Module):
-    """Softmax attention with rotary positions, the usual yardstick."""
+    """Softmax attention with rotary positions, the usual yardstick.
+
+    With `decode`, init's input gives the cache its length, as in nn.MultiHeadDotProductAttention.
+    A call of several tokens begins the cache, those of one token go on from it; several tokens
+    after others give NaN.
+    """
 
     num_heads: int
     head_dim: int
@@ -30,30 +35,56 @@ class CausalAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        _, T, width = x.shape
+        B, T, width = x.shape
         dense = functools.partial(
             nn.DenseGeneral, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype
         )
         heads = (self.num_heads, self.head_dim)
         q, k, v = (dense(heads, name=name)(x) for name in ("query", "key", "value"))
         if not self.decode:
-            q, k = rotate(q, jnp.arange(T)), rotate(k, jnp.arange(T))
-            o = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            o = causal_attention(rotate(q, jnp.arange(T)), rotate(k, jnp.arange(T)), v)
         else:
-            # As in nn.MultiHeadDotProductAttention, init's input gives the cache its length.
             begun = self.has_variable("cache", "cache_index")
-            keys = self.variable("cache", "cached_key", jnp.zeros, k.shape, k.dtype)
-            values = self.variable("cache", "cached_value", jnp.zeros, v.shape, v.dtype)
+            # Heads before tokens: what one query reads of a head lies in one piece.
+            shape = (B, self.num_heads, T, self.head_dim)
+            keys = self.variable("cache", "cached_key", jnp.zeros, shape, k.dtype)
+            values = self.variable("cache", "cached_value", jnp.zeros, shape, v.dtype)
             index = self.variable("cache", "cache_index", jnp.zeros, (), jnp.int32)
-            position = index.value + jnp.arange(T)
+            start = index.value
+            position = start + jnp.arange(T)
             q, k = rotate(q, position), rotate(k, position)
             if begun:
-                keys.value = lax.dynamic_update_slice_in_dim(keys.value, k, index.value, 1)
-                values.value = lax.dynamic_update_slice_in_dim(values.value, v, index.value, 1)
+                for cached, new in ((keys, k), (values, v)):
+                    new = jnp.swapaxes(new, 1, 2)
+                    cached.value = lax.dynamic_update_slice_in_dim(cached.value, new, start, 2)
                 index.value += T
-            visible = jnp.arange(keys.value.shape[1]) <= position[:, None]
-            o = jax.nn.dot_product_attention(q, keys.value, values.value, mask=visible[None, None])
+            if T == 1:
+                o = attention_to_cache(q, keys.value, values.value, start + 1)
+            else:
+                o = jnp.where(start == 0, causal_attention(q, k, v), jnp.nan)
         return dense(width, axis=(-2, -1), name="out")(o)
+
+
+def causal_attention(q, k, v):
+    """Attention of all to their past: in 16 bits on a GPU cuDNN's, which raises what it cannot do;
+    else XLA's, which makes the whole square of logits."""
+    cudnn = jax.default_backend() == "gpu" and q.dtype.itemsize == 2
+    implementation = "cudnn" if cudnn else "xla"
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+
+
+def attention_to_cache(q, keys, values, length):
+    """Attention of one query [B, 1, H, D] to the first `length` of the keys [B, H, S, D].
+
+    The products are written as sums, in float32: XLA then reads keys and values once, as they lie,
+    where matrix products with a single row would have them copied or leave most of a GPU idle.
+    """
+    f32 = jnp.float32
+    query = q[:, 0, :, None].astype(f32) * q.shape[-1] ** -0.5
+    logits = jnp.sum(query * keys.astype(f32), axis=-1)
+    seen = jnp.arange(keys.shape[2]) < length
+    weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+    return jnp.sum(weights[..., None] * values.astype(f32), axis=2)[:, None].astype(q.dtype)
 
 
 def rotate(x, position):
@@ -76,7 +107,9 @@ MIXERS = {
         implementation=model.implementation, **common
     ),
     "log_linear": lambda model, **common: LogLinearMamba2(
-        implementation=model.implementation, **common
+        implementation=model.implementation,
+        num_levels=(model.longest - 1).bit_length() + 1,
+        **common,
     ),
     "mesa": lambda model, **common: MesaNet(implementation=model.implementation, **common),
     "path": lambda model, **common: PaTHAttention(implementation=model.implementation, **common),
@@ -123,8 +156,24 @@ class Block(nn.Module):
         return x, None
 
 
+def kept(primitive, *_, **__):
+    """Which results of a block its backward pass takes as they were: products' and kernels'.
+
+    All else (norms, convolutions, gates, activations) is made again from these. A scan over blocks
+    would write it to memory, most of it in float32, and read it back, which takes longer.
+    """
+    return primitive.name in (
+        "dot_general",
+        "custom_vmap_call",  # jla's kernels
+        "dot_product_attention_fwd_wrapper",  # cuDNN's attention
+    )
+
+
 class LanguageModel(nn.Module):
     """Bytes [B, T] in, float32 logits [B, T, 256] of every next byte out.
+
+    The blocks' parameters are stacked under "blocks". With `decode` each block has its parameters
+    and its cache under a name of its own, "block_0" and so on (`generate.decoder_params`).
 
     Attributes:
       mixer: a name in MIXERS.
@@ -132,6 +181,10 @@ class LanguageModel(nn.Module):
       dtype: what the layers compute in; norms, softmax and recurrent states are float32.
       param_dtype: what the parameters are kept in.
       implementation: of jla's mixers; the parameters are the same for all.
+      unroll: whether the blocks are compiled one by one, not as a loop: slower to compile, but what
+        is kept for the backward pass stays where it is, and is not copied to and from a stack.
+      longest: the most tokens in a sequence, for log-linear attention, which has parameters for
+        each of its levels.
       decode: whether calls continue from the `cache` collection (see `generate.empty_cache`).
     """
 
@@ -142,19 +195,31 @@ class LanguageModel(nn.Module):
     dtype: str = "float32"
     param_dtype: str = "float32"
     implementation: str | None = None
+    unroll: bool = False
+    longest: int = 2**14
     decode: bool = False
 
     @nn.compact
     def __call__(self, tokens):
         dtypes = dict(dtype=jnp.dtype(self.dtype), param_dtype=jnp.dtype(self.param_dtype))
         embed = nn.Embed(VOCABULARY, self.width, embedding_init=weight_init, name="embed", **dtypes)
-        # A scan over the blocks, whose parameters are stacked: one block is compiled, not `depth`.
-        blocks = nn.scan(
-            Block,
-            variable_axes={"params": 0, "cache": 0},
-            split_rngs={"params": True},
-            length=self.depth,
-        )
-        x, _ = blocks(self.clone(parent=None), name="blocks")(embed(tokens), None)
+        # As a product, for its gradient: adding up rows by their 256 indices is slow on a GPU.
+        one_hot = jax.nn.one_hot(tokens, VOCABULARY, dtype=dtypes["dtype"])
+        x = one_hot @ embed.embedding.astype(dtypes["dtype"])
+        settings = self.clone(parent=None)
+        if self.decode:
+            # Apart, for a scan over blocks would copy all of a stacked cache for every token.
+            for i in range(self.depth):
+                x, _ = Block(settings, name=f"block_{i}")(x, None)
+        else:
+            # A scan over the blocks: one is compiled, not `depth`.
+            blocks = nn.scan(
+                nn.remat(Block, policy=kept, prevent_cse=self.unroll),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.depth,
+                unroll=self.depth if self.unroll else 1,
+            )
+            x, _ = blocks(settings, name="blocks")(x, None)
         x = nn.RMSNorm(name="final_norm", **dtypes)(x)
         return embed.attend(x).astype(jnp.float32)
