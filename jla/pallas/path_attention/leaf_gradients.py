@@ -256,7 +256,7 @@ def leaf_gradients(
             rescale(s.stream[me], key_place, c_factors, h, shrink * once)
             s = meet()
             z = [
-                _packed(-product((s.w[me], s.stream[i].T)) - part.astype(f32))
+                _packed(-(product((s.w[me], s.stream[i].T)) + part.astype(f32)))
                 for i, part in enumerate(z)
             ]
             plgpu.barrier_wait(of_dh)
