@@ -169,7 +169,7 @@ def show(report):
         print("not started, past --limit:", *row.values())
 
 
-def describe(argv):
+def describe(argv, program="benchmarks.run"):
     """The machine, the versions and the command."""
     device = jax.devices()[0]
     driver = None
@@ -183,7 +183,7 @@ def describe(argv):
         driver=driver,
         jax=jax.__version__,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["python", "-m", "benchmarks.run", *arguments]),
+        command=shlex.join(["python", "-m", program, *arguments]),
     )
 
 

@@ -1,20 +1,13 @@
-"""Writes the README's table of times from the files in benchmarks/results/: `make tables`."""
+"""Writes the README's tables from the files in benchmarks/results/: `make tables`."""
 
 import json
 import pathlib
-import re
+
+from benchmarks import model_tables
+from benchmarks.model_tables import NAMES, header, sources
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-START, END = "<!-- times: written by make tables -->", "<!-- end of times -->"
-NAMES = {
-    "kda": "kda",
-    "gsa": "gsa",
-    "log_linear": "log_linear_attention",
-    "path": "path_attention",
-    "path_fox": "path_attention` with gates `g",
-    "mesa": "mesa_net",
-}
 COLUMNS = (
     ("forward", ("main", "forward", "ms"), "{:.2f}"),
     ("forward + backward", ("main", "backward", "ms"), "{:.2f}"),
@@ -41,8 +34,8 @@ def newest(folder=RESULTS):
     return found
 
 
-def table(found):
-    """The README's section: a line for each mechanism and implementation, then the sources."""
+def times(found):
+    """A line for each mechanism and implementation, then the sources."""
     used = set()
 
     def cells(name, implementation, columns=tuple(column for _, column, _ in COLUMNS)):
@@ -53,8 +46,7 @@ def table(found):
                 used.add((file, meta["card"], meta["jax"], meta["date"][:10], meta["command"]))
             yield form.format(row[column]) if row.get(column) is not None else ""
 
-    lines = ["| | " + " | ".join(title for title, *_ in COLUMNS) + " |"]
-    lines.append("|---|" + "---|" * len(COLUMNS))
+    lines = header(title for title, *_ in COLUMNS)
     labels = {"pallas": "", "xla": ', `"xla"`', "fla": ", fla 0.6.0"}
     for name, title in NAMES.items():
         for implementation, suffix in labels.items():
@@ -68,24 +60,30 @@ def table(found):
     values = list(cells("kda", "cudnn attention"))
     if any(values):
         lines.append("| causal softmax attention of cuDNN | " + " | ".join(values) + " |")
-    lines.append("")
-    for file, card, version, date, command in sorted(used):
-        link = f"[{file}](benchmarks/results/{file})"
-        command = re.sub(r" --(out|plot) [^ ]+", "", command)
-        lines.append(f"- {link}: {card}, JAX {version}, {date}, `{command}`")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *sources(used)])
 
 
-def with_table(readme, text):
-    """The README with its section replaced."""
-    before, rest = readme.split(START)
-    _, after = rest.split(END)
-    return f"{before}{START}\n{text}\n{END}{after}"
+SECTIONS = {
+    "times": lambda: times(newest()),
+    "language models": lambda: model_tables.language_models(RESULTS),
+    "generation": lambda: model_tables.generation(RESULTS),
+}
+
+
+def filled(readme):
+    """The README with each section written anew between its two comments."""
+    for name, written in SECTIONS.items():
+        start, end = f"<!-- {name}: written by make tables -->", f"<!-- end of {name} -->"
+        before, rest = readme.split(start)
+        _, after = rest.split(end)
+        text = written()
+        readme = f"{before}{start}\n{text}{'\n' if text else ''}{end}{after}"
+    return readme
 
 
 def main():
     readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), table(newest())))
+    readme.write_text(filled(readme.read_text()))
 
 
 if __name__ == "__main__":

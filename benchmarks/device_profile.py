@@ -1,0 +1,85 @@
+"""Where a GPU's time goes: the kernels of a `jax.profiler` trace, by name and by kind."""
+
+import collections
+import gzip
+import json
+import pathlib
+import re
+import tempfile
+
+import jax
+
+# The first that matches a kernel's name counts.
+KINDS = {
+    "kernels": "mosaic_gpu",  # jla's
+    "attention": "cudnn|sdpa|fmha|flash",
+    "products": "gemm|nvjet|cutlass|cublas|xmma|splitk",
+    "communication": "nccl",
+}
+
+
+def profile(call):
+    """Runs `call()` under the profiler; returns `summary` of it, None where there is no GPU."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            jax.block_until_ready(call())
+        if jax.default_backend() != "gpu":
+            return None
+        (path,) = pathlib.Path(folder).rglob("*.trace.json.gz")
+        return summary(kernels(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]))
+
+
+def kernels(events):
+    """Milliseconds and number of runs of every kernel and copy, for one GPU (the mean of all).
+
+    Args:
+      events: the trace's, in Chrome's format.
+
+    Returns:
+      {name: (ms, count)}.
+    """
+    names = {"process_name": {}, "thread_name": {}}
+    for event in events:
+        if event.get("ph") == "M" and event["name"] in names:
+            thread = (event.get("tid"),) if event["name"] == "thread_name" else ()
+            names[event["name"]][event["pid"], *thread] = event["args"]["name"]
+    gpus = {pid for (pid,), name in names["process_name"].items() if "GPU" in name.upper()}
+    if not gpus:
+        raise ValueError(f"the trace has no GPU; it has {sorted(names['process_name'].values())}")
+    # The other lines of a GPU repeat the kernels under the names of operations and modules.
+    streams = {key for key, name in names["thread_name"].items() if name.startswith("Stream")}
+    if not gpus <= {pid for pid, _ in streams}:
+        lines = [name for (pid, _), name in names["thread_name"].items() if pid in gpus]
+        raise ValueError(f"a GPU of the trace has no line 'Stream ...'; the lines are {lines}")
+    ms, count = collections.Counter(), collections.Counter()
+    for event in events:
+        if event.get("ph") == "X" and event["pid"] in gpus:
+            if (event["pid"], event["tid"]) in streams:
+                ms[event["name"]] += event["dur"] / 1e3 / len(gpus)
+                count[event["name"]] += 1 / len(gpus)
+    return {name: (ms[name], count[name]) for name in ms}
+
+
+def kind(name):
+    """A name of KINDS, or "rest"."""
+    return next((k for k, words in KINDS.items() if re.search(words, name, re.I)), "rest")
+
+
+def summary(found, most=12):
+    """Totals of `kernels`' result.
+
+    Returns:
+      busy_ms, the sum over all kernels; share, of every kind; rest, the longest kernels of no kind,
+      and others, those of the kinds, as [name, ms, count].
+    """
+    busy = sum(ms for ms, _ in found.values())
+    share = dict.fromkeys([*KINDS, "rest"], 0.0)
+    for name, (ms, _) in found.items():
+        share[kind(name)] += ms / busy
+    longest = sorted(found.items(), key=lambda item: -item[1][0])
+    rows = [[name, ms, count] for name, (ms, count) in longest]
+    rest = [row for row in rows if kind(row[0]) == "rest"][:most]
+    others = [row for row in rows if kind(row[0]) != "rest"][:most]
+    return dict(busy_ms=busy, share=share, rest=rest, others=others)

@@ -1,0 +1,270 @@
+"""Trains the example's language model with every mixer side by side: speed, memory, loss, profile.
+
+The step, the optimizer and the batches are those of examples/train_lm.py. Several GPUs share the
+batch through a mesh and shardings alone; each has --batch windows, so the step's tokens grow.
+"""
+
+import collections
+import math
+import pathlib
+import re
+import statistics
+import sys
+import sysconfig
+import time
+import zlib
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks import side_by_side
+from benchmarks.device_profile import profile
+
+# Of the examples, whose folder side_by_side has added to the path.
+from text import batch_at, load_text, split_text  # isort: skip
+from train_lm import make_optimizer, train_step  # isort: skip
+
+PEAK = 989e12  # an H200's dense bfloat16 operations a second, by its data sheet
+GROUP = 5  # steps enqueued together and awaited once
+KEYS = ("mixer", "gpus", "unroll")
+
+
+def main(argv=None):
+    options = parse(argv)
+    start = time.monotonic()
+    report = side_by_side.Report(options.out, KEYS, "language_model", argv)
+    text, name = corpus(options.text)
+    data, _ = split_text(text, options.length)
+    of_text = dict(text=name, text_bytes=len(text), text_crc32=zlib.crc32(text))
+    print(f"{name}: {len(text):,} bytes", flush=True)
+    for mixer in options.mixers:
+        if options.limit is not None and time.monotonic() - start > options.limit:
+            print(f"not started, past --limit: {mixer}", flush=True)
+            continue
+        row = dict(mixer=mixer, gpus=options.gpus, unroll=options.unroll) | of_text
+        report.measure(row, train(mixer, data, options, report.rows))
+        show(row, time.monotonic() - start)
+    if options.plot:
+        plot(report.rows, options.plot)
+    return 1 if report.failed else 0
+
+
+def parse(argv):
+    made = side_by_side.parser("language_model", __doc__.splitlines()[0])
+    add = made.add_argument
+    add("--text", nargs="+", metavar="FILE", help="default: the standard library's *.py")
+    add("--length", type=int, default=4096, help="bytes in a window")
+    add("--batch", type=int, default=16, help="windows in a step, for each GPU")
+    add("--steps", type=int, default=60)
+    add("--lr", type=float, default=1e-3, help="peak learning rate")
+    add("--gpus", type=int, default=1, help="data parallelism over so many (default: 1)")
+    add("--unroll", action="store_true", help="compile the blocks one by one, not as a loop")
+    add("--plot", help="write the rows' losses and speeds to this PNG file")
+    options = side_by_side.parse(made, argv)
+    if not 1 <= options.gpus <= jax.device_count():
+        made.error(f"--gpus {options.gpus}: there are {jax.device_count()} devices")
+    if options.steps < 2 * GROUP or options.steps % GROUP:
+        made.error(f"--steps must be a multiple of {GROUP} and at least {2 * GROUP}")
+    return options
+
+
+def corpus(paths):
+    """The text to train on, uint8 [N], and what to call it."""
+    if paths:
+        return load_text(paths), " ".join(paths)
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    parts = (path.relative_to(root).parts for path in root.rglob("*.py"))
+    # What was installed with pip is not the same on two machines.
+    kept = sorted(p for p in parts if not {"site-packages", "dist-packages"} & set(p))
+    files = [root.joinpath(*p) for p in kept]
+    name = f"standard library of Python {sysconfig.get_python_version()}"
+    return load_text([path for path in files if path.stat().st_size]), name
+
+
+def train(mixer, data, options, rows):
+    """Yields the row's numbers: of the model, of compiling, of `options.steps` steps, a profile.
+
+    `rows` are those there are, among them perhaps that of one GPU to compare with.
+    """
+    B, T = options.batch * options.gpus, options.length
+    mesh = Mesh(np.array(jax.devices()[: options.gpus]), ("data",))
+    replicated, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+
+    model = side_by_side.make_model(mixer, options, unroll=options.unroll)
+    params = side_by_side.make_params(model)
+    optimizer, _ = make_optimizer(options.steps, options.lr, weight_decay=0.1)
+    state = dict(params=params, moments=optimizer.init(params))
+    state = jax.device_put(state, replicated)
+    operations, parameters = model_operations(model, params, T), side_by_side.size(params)
+    del params
+    yield dict(
+        implementation=None if mixer == "attention" else model.implementation,
+        **dict(parameters=parameters, width=model.width, depth=model.depth),
+        **dict(heads=model.heads, length=T, batch_per_gpu=options.batch, steps=options.steps),
+        **dict(peak_rate=options.lr, operations_per_token=operations),
+    )
+
+    def batch(step):
+        return jax.device_put(batch_at(data, step, seed=0, batch=B, length=T), split)
+
+    began = time.perf_counter()
+    lowered = train_step.lower(state, batch(1), model=model, optimizer=optimizer)
+    traced = time.perf_counter()
+    run = lowered.compile()
+    compiled = time.perf_counter()
+    plan = run.memory_analysis()
+    held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    yield dict(
+        trace_s=traced - began,
+        compile_s=compiled - traced,
+        memory_gib=(held + plan.temp_size_in_bytes) / 2**30,
+        donated_gib=plan.alias_size_in_bytes / 2**30,
+        collectives=collectives(run.as_text()),
+    )
+
+    before = jax.devices()[0].memory_stats() or {}
+    losses, ms = [], []
+    for first in range(1, options.steps + 1, GROUP):
+        tokens = [batch(step) for step in range(first, first + GROUP)]
+        began = time.perf_counter()
+        group = []
+        for x in jax.block_until_ready(tokens):
+            state, loss, _ = run(state, x)
+            group.append(loss)
+        losses += map(float, jax.block_until_ready(group))
+        ms.append(1e3 * (time.perf_counter() - began) / GROUP)
+    if not math.isfinite(sum(losses)):
+        raise RuntimeError(f"a loss is not finite: {losses}")
+    after = jax.devices()[0].memory_stats() or {}
+    # The allocator's peak is that of the process: it tells only if no case before had a higher one.
+    peak = after.get("peak_bytes_in_use", 0)
+    step_ms = statistics.median(ms[1:])
+    speed = 1e3 * B * T / step_ms
+    yield dict(
+        memory_peak_gib=peak / 2**30 if peak > before.get("peak_bytes_in_use", 0) else None,
+        step_ms=step_ms,
+        step_ms_slowest=max(ms[1:]),
+        tokens_per_s=speed,
+        utilisation=speed * operations / (PEAK * options.gpus),
+        tokens=options.steps * B * T,
+        bits_per_byte=statistics.mean(losses[-GROUP:]) / math.log(2),
+        losses=losses,
+    )
+    if options.gpus > 1:
+        yield scaling(mixer, options, speed, rows)
+    last = batch(options.steps + 1)
+    yield dict(profile=profile(lambda: run(state, last)))
+
+
+def model_operations(model, params, length):
+    """Floating-point operations of one token's training: three times those of the forward pass.
+
+    The forward pass of a token has 2 for every parameter of a matrix product (the embedding counts
+    once, as the last layer; convolutions, norms and gates do not count), and in every layer those
+    of `mixer_operations`. Nothing that is done twice counts twice.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    products = [
+        leaf.size
+        for path, leaf in leaves
+        if path[-1].key in ("kernel", "embedding") and not path[-2].key.endswith("conv1d")
+    ]
+    mixers = model.depth * model.heads * mixer_operations(model.mixer, model, length)
+    return 3 * (2 * sum(products) + mixers)
+
+
+def mixer_operations(mixer, model, length):
+    """Operations of one token and head in the forward pass, as the definitions have them.
+
+    A state's update by k v^T and its product with a vector are 2 K V each. What is only a matter
+    of an implementation (chunks, decays, more than one iteration of MesaNet's solver, PaTH's maps
+    of queries and keys) does not count.
+    """
+    K = V = M = model.width // model.heads
+    return {
+        "kda": 6 * K * V,  # the state's product with k, its update, its product with q
+        "gsa": 4 * M * (K + V),  # both states' update and product
+        "log_linear": 2 * K * V * (2 + math.log2(length) / 2),  # half of the levels are there
+        "mesa": 4 * K * K + 4 * K * V,  # both states' updates, x, the product with x
+        "path": length * (K + V),  # the pairs of tokens, half of the square
+        "attention": length * (K + V),
+    }[mixer]
+
+
+def collectives(hlo):
+    """How often each collective operation is in a compiled program's text."""
+    words = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+    return dict(collections.Counter(re.findall(rf" ({words})(?:-start)?\(", hlo)))
+
+
+def scaling(mixer, options, speed, rows):
+    """The speed of each of several GPUs as a fraction of one alone, if that was measured."""
+    wanted = dict(mixer=mixer, gpus=1, unroll=options.unroll, batch_per_gpu=options.batch)
+    for row in rows:
+        if "tokens_per_s" in row and all(row[k] == x for k, x in wanted.items()):
+            return dict(scaling=speed / (options.gpus * row["tokens_per_s"]))
+    return {}
+
+
+def show(row, seconds):
+    print(f"[{seconds:6.1f} s] {row['mixer']}, {row['gpus']} GPUs", end="")
+    if "trace_s" in row:
+        print(f", {row['parameters'] / 1e6:.1f} M parameters", end="")
+        print(f", trace {row['trace_s']:.1f} s, compile {row['compile_s']:.1f} s", end="")
+        print(f", {row['memory_gib']:.1f} GiB, {row['collectives'] or 'no collectives'}", end="")
+    if "step_ms" in row:
+        print(f"\n  step {row['step_ms']:.1f} ms (slowest {row['step_ms_slowest']:.1f})", end="")
+        print(f", {row['tokens_per_s']:,.0f} tokens/s, MFU {row['utilisation']:.1%}", end="")
+        print(f", {row['bits_per_byte']:.3f} bits/byte after {row['tokens']:,}", end="")
+    if "scaling" in row:
+        print(f", {row['scaling']:.1%} of one GPU's speed each", end="")
+    if row.get("profile"):
+        shares = ", ".join(f"{k} {x:.1%}" for k, x in row["profile"]["share"].items())
+        print(f"\n  device busy {row['profile']['busy_ms']:.1f} ms: {shares}")
+        for part in ("others", "rest"):
+            for name, ms, count in row["profile"][part]:
+                print(f"    {ms:8.2f} ms {count:6.0f} {name[:90]}")
+    print(flush=True)
+
+
+def plot(rows, path):
+    """Draws the losses of one GPU's rows against tokens, and the speeds of all as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in rows if "losses" in row]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for row in rows:
+        if row["gpus"] == 1 and not (row["unroll"] and has_loop(row, rows)):
+            step = row["tokens"] / row["steps"] / 1e6
+            tokens = [step * (i + 1) for i in range(row["steps"])]
+            bits = [loss / math.log(2) for loss in row["losses"]]
+            left.plot(tokens, bits, label=row["mixer"], lw=1)
+    left.set(xlabel="million tokens", ylabel="training loss, bits per byte", ylim=(None, 8))
+    left.grid(alpha=0.3)
+    left.legend()
+    names = [label(row) for row in rows]
+    right.barh(names, [row["tokens_per_s"] / 1e3 for row in rows], color="tab:blue")
+    right.set(xlabel="thousand tokens a second")
+    right.invert_yaxis()
+    right.grid(alpha=0.3, axis="x")
+    about = sorted({f"{row['meta']['card']}, {row['meta']['date'][:10]}" for row in rows})
+    figure.suptitle("; ".join(about), fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def has_loop(row, rows):
+    return any(r["mixer"] == row["mixer"] and r["gpus"] == 1 and not r["unroll"] for r in rows)
+
+
+def label(row):
+    several = f", {row['gpus']} GPUs" if row["gpus"] > 1 else ""
+    return row["mixer"] + several + (", unrolled" if row["unroll"] else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The README's tables of whole models, from what language_model.py and generation.py wrote."""
+
+import json
+import re
+import textwrap
+
+NAMES = {
+    "kda": "kda",
+    "gsa": "gsa",
+    "log_linear": "log_linear_attention",
+    "path": "path_attention",
+    "path_fox": "path_attention` with gates `g",
+    "mesa": "mesa_net",
+}
+
+
+def sources(used):
+    """A line for each (file, card, JAX's version, date, command)."""
+    for file, card, version, date, command in sorted(used):
+        link = f"[{file}](benchmarks/results/{file})"
+        command = re.sub(r" --(out|plot) [^ ]+", "", command)
+        yield f"- {link}: {card}, JAX {version}, {date}, `{command}`"
+
+
+def header(titles):
+    """A table's first two lines."""
+    titles = list(titles)
+    return ["| | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
+
+
+def language_models(folder):
+    """What benchmarks.language_model has found; empty without its file in this folder."""
+    rows, used = rows_of(folder / "language_model.json")
+    rows = [row | derived(row) for row in rows if "tokens_per_s" in row]
+    if not rows:
+        return ""
+    one = min(rows, key=lambda row: row["gpus"])
+    about = f"""
+        A byte-level model of width {one["width"]}, {one["depth"]} blocks and {one["heads"]} heads,
+        trained in bfloat16 by examples/train_lm.py's step on windows of {one["length"]} bytes,
+        {one["batch_per_gpu"]} for each GPU, of the {one["text"]}. MFU: operations of the matrix
+        products and of the mixers' definitions, of 989 TFLOP/s. Loss: in training, of one GPU after
+        {one["tokens"] / 1e6:.1f} million bytes, the same for all. Then the shares of a GPU's time:
+        matrix products and kernels (ours, cuDNN's), and all else but communication. Last, the speed
+        of each of several GPUs beside one alone."""
+    columns = {
+        "million parameters": ("parameters", 1e-6, "{:.1f}"),
+        "tokens/s": ("tokens_per_s", 1, "{:,.0f}"),
+        "MFU": ("utilisation", 100, "{:.1f}%"),
+        "memory GiB": ("memory_gib", 1, "{:.1f}"),
+        "loss, bits/byte": ("loss", 1, "{:.3f}"),
+        "products, kernels": ("useful", 100, "{:.1f}%"),
+        "all else": ("rest", 100, "{:.1f}%"),
+        "scaling": ("scaling", 100, "{:.1f}%"),
+    }
+    lines = [paragraph(about), "", *table(rows, columns)]
+    if (folder / "language_model.png").exists():
+        lines += ["", "![Losses and speeds](benchmarks/results/language_model.png)"]
+    return "\n".join([*lines, "", *used])
+
+
+def derived(row):
+    """The profile's shares, and the loss where it is comparable: more GPUs read more text."""
+    loss = dict(loss=row["bits_per_byte"] if row["gpus"] == 1 else None)
+    if not row.get("profile"):
+        return loss
+    share = row["profile"]["share"]
+    useful = share["products"] + share["kernels"] + share["attention"]
+    return loss | dict(useful=useful, rest=share["rest"])
+
+
+def generation(folder):
+    """What benchmarks.generation has found; empty without its file in this folder."""
+    rows, used = rows_of(folder / "generation.json")
+    prompts = [row for row in rows if "prefill_ms" in row]
+    if not prompts:
+        return ""
+    about = f"""
+        The same models, untrained: a prompt of {prompts[0]["prompt"]} tokens, read at once, then
+        tokens sampled one by one in one jitted scan. The prompt is read as a batch of one, and its
+        cache repeated for larger batches. State: what a sequence keeps of the prompt."""
+    speeds = {(r["mixer"], r["batch"]): r["tokens_per_s"] for r in rows if "step_ms" in r}
+    columns = {"prompt, tokens/s": ("prefill_tokens_per_s", 1, "{:,.0f}")}
+    for batch in sorted({batch for _, batch in speeds}):
+        columns[f"sampling, batch {batch}, tokens/s"] = (f"at_{batch}", 1, "{:,.0f}")
+        prompts = [r | {f"at_{batch}": speeds.get((r["mixer"], batch))} for r in prompts]
+    columns["state, MiB a sequence"] = ("state_bytes", 2**-20, "{:.1f}")
+    return "\n".join([paragraph(about), "", *table(prompts, columns), "", *used])
+
+
+def rows_of(path):
+    """The rows of a file, and the lines that say where they come from; none without the file."""
+    rows = json.loads(path.read_text())["results"] if path.exists() else []
+    metas = [row["meta"] for row in rows if {"step_ms", "prefill_ms"} & row.keys()]
+    used = {(path.name, m["card"], m["jax"], m["date"][:10], m["command"]) for m in metas}
+    return rows, list(sources(used))
+
+
+def table(rows, columns):
+    """The lines of a table. `columns` is {title: (key, factor, format)}; gaps stay empty."""
+    lines = header(columns)
+    for row in rows:
+        cells = [
+            form.format(row[key] * factor) if row.get(key) is not None else ""
+            for key, factor, form in columns.values()
+        ]
+        lines.append(f"| {label(row)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def label(row):
+    name = "softmax attention" if row["mixer"] == "attention" else f"`{NAMES[row['mixer']]}`"
+    several = f", {row['gpus']} GPUs" if row.get("gpus", 1) > 1 else ""
+    return name + several + (", unrolled" if row.get("unroll") else "")
+
+
+def paragraph(text):
+    return textwrap.fill(" ".join(text.split()), 118)

@@ -1,0 +1,96 @@
+"""What the comparisons of whole models share: the example's model, options, rows of JSON."""
+
+import argparse
+import json
+import pathlib
+import sys
+import traceback
+
+import jax
+
+from benchmarks.run import describe
+
+# The models, the training step and the sampling are the examples', which are programs and import
+# one another by bare names.
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
+
+from model import MIXERS, LanguageModel
+from train_lm import initial_params
+
+
+def parser(program, description):
+    """The options that both comparisons have; by default about 120 million parameters."""
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=description)
+    add = made.add_argument
+    add("--mixers", default=",".join(MIXERS), help="names, by commas (default: %(default)s)")
+    add("--implementation", choices=("reference", "xla", "pallas"), help="default: a GPU's kernels")
+    add("--width", type=int, default=768)
+    add("--depth", type=int, default=17)
+    add("--heads", type=int, default=6)
+    add("--limit", type=float, help="start no case after so many seconds")
+    add("--out", help="write JSON to this file, after every case; its other rows stay")
+    return made
+
+
+def parse(made, argv):
+    options = made.parse_args(argv)
+    options.mixers = options.mixers.split(",")
+    if unknown := [name for name in options.mixers if name not in MIXERS]:
+        made.error(f"--mixers: unknown {', '.join(unknown)}; known: {', '.join(MIXERS)}")
+    if options.width % options.heads:
+        made.error(f"--width {options.width} must be a multiple of --heads {options.heads}")
+    return options
+
+
+def make_model(mixer, options, **more):
+    """The example's model in bfloat16; on a GPU the kernels are asked for by name."""
+    implementation = options.implementation
+    if implementation is None:
+        implementation = "pallas" if jax.default_backend() == "gpu" else "xla"
+    sizes = dict(width=options.width, depth=options.depth, heads=options.heads)
+    return LanguageModel(mixer, **sizes, dtype="bfloat16", implementation=implementation, **more)
+
+
+def make_params(model):
+    """Random parameters. They do not depend on the implementation, and this one builds quickly."""
+    return initial_params(jax.random.key(0), model=model.clone(implementation="reference"))
+
+
+def size(tree):
+    """The number of elements in a tree of arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+class Report:
+    """The rows of a JSON file. A new row replaces the one with the same `keys`, if there is one.
+
+    Rows come from several runs (other mixers, other numbers of GPUs), so each has its own `meta`:
+    the card, JAX's version, the date and the command.
+    """
+
+    def __init__(self, path, keys, program, argv):
+        self.path, self.keys = path, keys
+        self.meta = describe(argv, f"benchmarks.{program}")
+        self.failed = False
+        self.rows = []
+        if path and pathlib.Path(path).exists():
+            self.rows = json.loads(pathlib.Path(path).read_text())["results"]
+        print(" | ".join(f"{key} {value}" for key, value in self.meta.items()), flush=True)
+
+    def measure(self, row, parts):
+        """Adds dicts that the generator `parts` yields, or the error it raises, to the row; keeps
+        it."""
+        try:
+            for part in parts:
+                row |= part
+        except Exception as error:  # reported, and the exit code is 1
+            message = f"{type(error).__name__}: {error}"
+            row |= dict(error=message, traceback=traceback.format_exc())
+            print(*(row[key] for key in self.keys), "FAILED", message[:2000], flush=True)
+            self.failed = True
+        same = [all(old[k] == row[k] for k in self.keys) for old in self.rows]
+        self.rows = [old for old, again in zip(self.rows, same, strict=True) if not again]
+        self.rows.append(row | dict(meta=self.meta))
+        if self.path:
+            pathlib.Path(self.path).write_text(json.dumps(dict(results=self.rows), indent=1))
+        return row

@@ -1,0 +1,118 @@
+"""The comparisons of whole models run at toy sizes on a CPU; their tables say what they found."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import (  # noqa: E402
+    device_profile,
+    generation,
+    language_model,
+    model_tables,
+    side_by_side,
+)
+
+pytestmark = pytest.mark.optax
+
+TINY = ["--implementation", "reference", "--width", "32", "--depth", "1", "--heads", "2"]
+
+
+def read(path):
+    return json.loads(path.read_text())["results"]
+
+
+def test_training_is_measured(tmp_path):
+    out, plot = tmp_path / "language_model.json", tmp_path / "language_model.png"
+    options = [*TINY, "--length", "16", "--batch", "1", "--steps", "10", "--text", __file__]
+    options += ["--out", str(out), "--plot", str(plot)]
+    assert language_model.main(["--mixers", "gsa", *options]) == 0
+    # What is there stays; a case that is run again replaces its row.
+    assert language_model.main(["--mixers", "attention", *options]) == 0
+    assert language_model.main(["--mixers", "attention,gsa", "--limit", "0", *options]) == 0
+    rows = read(out)
+    assert [row["mixer"] for row in rows] == ["gsa", "attention"]
+    for row in rows:
+        assert len(row["losses"]) == 10 and row["tokens"] == 160
+        assert row["tokens_per_s"] == pytest.approx(16e3 / row["step_ms"])
+        peak = row["utilisation"] * language_model.PEAK
+        assert peak == pytest.approx(row["tokens_per_s"] * row["operations_per_token"])
+        assert row["memory_gib"] > row["donated_gib"] > 0
+        assert row["profile"] is None and row["collectives"] == {}
+        assert {"card", "jax", "date", "command"} <= set(row["meta"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    text = model_tables.language_models(tmp_path)
+    assert "| `gsa` |" in text and "| softmax attention |" in text and "language_model.png" in text
+    assert f"| {rows[0]['tokens_per_s']:,.0f} |" in text and "--steps 10" in text
+
+
+def test_generation_is_measured(tmp_path):
+    out = tmp_path / "generation.json"
+    options = [*TINY, "--prompt", "16", "--tokens", "2", "--batches", "3", "--out", str(out)]
+    assert generation.main(["--mixers", "gsa,attention", *options]) == 0
+    rows = {(row["mixer"], row["batch"]): row for row in read(out)}
+    assert len(rows) == 4
+    for mixer in ("gsa", "attention"):
+        prompt, three = rows[mixer, 0], rows[mixer, 3]
+        assert prompt["prefill_tokens_per_s"] == pytest.approx(16e3 / prompt["prefill_ms"])
+        assert three["tokens_per_s"] == pytest.approx(3e3 / three["step_ms"])
+    # Keys and values of 16 tokens in bfloat16, and an index; two states [2, 16, 16] in float32.
+    assert rows["attention", 0]["state_bytes"] == 16 * 2 * 32 * 2 + 4
+    assert rows["gsa", 0]["state_bytes"] == 2 * 2 * 16 * 16 * 4
+    text = model_tables.generation(tmp_path)
+    assert "| `gsa` |" in text and "| sampling, batch 3, tokens/s |" in text
+
+
+def test_without_files_there_are_no_tables(tmp_path):
+    assert model_tables.language_models(tmp_path) == model_tables.generation(tmp_path) == ""
+
+
+def test_a_failed_case_is_reported(tmp_path):
+    out = tmp_path / "language_model.json"
+    options = ["--width", "32", "--depth", "1", "--heads", "2", "--text", __file__]
+    options += ["--length", "16", "--batch", "1", "--steps", "10", "--out", str(out)]
+    assert language_model.main(["--mixers", "gsa", "--implementation", "pallas", *options]) == 1
+    (row,) = read(out)
+    assert "NotImplementedError" in row["error"] and "tokens_per_s" not in row
+    assert row["parameters"] > 0  # what was known before
+
+
+def test_operations_by_hand():
+    options = side_by_side.parser("", "").parse_args(TINY[2:])
+    model = side_by_side.make_model("attention", options)
+    params = jax.eval_shape(lambda: side_by_side.make_params(model))
+    products = 256 * 32 + 4 * 32 * 32 + 3 * 32 * 96  # embedding, attention, SwiGLU
+    pairs = 2 * 50 * (16 + 16)  # two heads, a hundred tokens
+    assert language_model.model_operations(model, params, 50) == 3 * (2 * products + pairs)
+
+
+def test_a_trace_is_summed_up_by_kind():
+    def named(what, name, pid, **thread):
+        return dict(ph="M", name=what, pid=pid, args=dict(name=name), **thread)
+
+    events = [named("process_name", "/host:CPU", 9), named("thread_name", "python", 9, tid=1)]
+    for pid in (1, 2):
+        events += [
+            named("process_name", f"/device:GPU:{pid - 1}", pid),
+            named("thread_name", "Stream #7(Compute)", pid, tid=7),
+            named("thread_name", "XLA Ops", pid, tid=8),
+            dict(ph="X", name="nvjet_hsh_128x256", pid=pid, tid=7, dur=4000),
+            dict(ph="X", name="forward_mosaic_gpu_kernel", pid=pid, tid=7, dur=2500),
+            dict(ph="X", name="forward_mosaic_gpu_kernel", pid=pid, tid=7, dur=2500),
+            dict(ph="X", name="loop_add_fusion_3", pid=pid, tid=7, dur=1000),
+            dict(ph="X", name="custom-call.3", pid=pid, tid=8, dur=5000),
+        ]
+    events.append(dict(ph="X", name="dispatch", pid=9, tid=1, dur=70))
+    found = device_profile.summary(device_profile.kernels(events))
+    assert found["busy_ms"] == pytest.approx(10)
+    shares = dict(kernels=0.5, attention=0, products=0.4, communication=0, rest=0.1)
+    assert found["share"] == pytest.approx(shares)
+    assert found["rest"] == [["loop_add_fusion_3", 1.0, 1.0]]
+    assert found["others"][0] == ["forward_mosaic_gpu_kernel", 5.0, 2.0]
+    with pytest.raises(ValueError, match="no GPU"):
+        device_profile.kernels(events[:2])
