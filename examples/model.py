@@ -170,7 +170,7 @@ def kept(primitive, *_, **__):
 
 
 class LanguageModel(nn.Module):
-    """Bytes [B, T] in, float32 logits [B, T, 256] of every next byte out.
+    """Tokens [B, T] in, float32 logits [B, T, vocabulary] out.
 
     The blocks' parameters are stacked under "blocks". With `decode` each block has its parameters
     and its cache under a name of its own, "block_0" and so on (`generate.decoder_params`).
@@ -185,6 +185,7 @@ class LanguageModel(nn.Module):
         is kept for the backward pass stays where it is, and is not copied to and from a stack.
       longest: the most tokens in a sequence, for log-linear attention, which has parameters for
         each of its levels.
+      vocabulary: how many tokens there are; 256, the bytes, unless told otherwise.
       decode: whether calls continue from the `cache` collection (see `generate.empty_cache`).
     """
 
@@ -197,14 +198,17 @@ class LanguageModel(nn.Module):
     implementation: str | None = None
     unroll: bool = False
     longest: int = 2**14
+    vocabulary: int = VOCABULARY
     decode: bool = False
 
     @nn.compact
     def __call__(self, tokens):
         dtypes = dict(dtype=jnp.dtype(self.dtype), param_dtype=jnp.dtype(self.param_dtype))
-        embed = nn.Embed(VOCABULARY, self.width, embedding_init=weight_init, name="embed", **dtypes)
-        # As a product, for its gradient: adding up rows by their 256 indices is slow on a GPU.
-        one_hot = jax.nn.one_hot(tokens, VOCABULARY, dtype=dtypes["dtype"])
+        embed = nn.Embed(
+            self.vocabulary, self.width, embedding_init=weight_init, name="embed", **dtypes
+        )
+        # As a product, for its gradient: adding up rows by few indices is slow on a GPU.
+        one_hot = jax.nn.one_hot(tokens, self.vocabulary, dtype=dtypes["dtype"])
         x = one_hot @ embed.embedding.astype(dtypes["dtype"])
         settings = self.clone(parent=None)
         if self.decode:
