@@ -21,6 +21,7 @@ from jla.pallas.path_attention.levels import LEAF
 SDS = jax.ShapeDtypeStruct
 
 
+@jax.jit  # for one kernel in both passes, see `leaf.leaves`
 def joined(transforms):
     """The transforms of the blocks of 2**m leaves, for all levels m but the last.
 
@@ -72,6 +73,7 @@ def _pairs_joined(transforms):
     )(transforms)
 
 
+@functools.partial(jax.jit, static_argnames="leaves")
 def query_chains(queries, transforms, leaves):
     """All query versions from the leaves' first ones: each is the one before it times H.
 
@@ -85,6 +87,7 @@ def query_chains(queries, transforms, leaves):
     return _chains(queries, transforms, leaves, levels.query_counts(leaves), right=True)
 
 
+@functools.partial(jax.jit, static_argnames="leaves")
 def key_chains(keys, transforms, leaves):
     """All key versions, [B, H, S, K], from the first ones: each is the one before it times H^T.
 

@@ -9,6 +9,8 @@ in [0, 2]. The product of two chunks' transforms is of that form, too:
 Operands are float16, sums float32; two that came as bfloat16 are multiplied as they are.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -108,6 +110,8 @@ def _unit_triangular_inverse(a, scratch):
     return lax.fori_loop(1, LEVELS, level_step, x)
 
 
+# Under jit, so that both passes of a program have one kernel, lowered and compiled once.
+@functools.partial(jax.jit, static_argnames="scale")
 def leaves(q, k, w, inverse, beta, gates, *, scale):
     """The leaves' own logits and transforms; queries from the leaf's start, keys from its end.
 

@@ -20,7 +20,7 @@ Nothing is divided by beta, and W W^T is not made. Matrices of tokens by tokens 
 their four 64 x 64 blocks three are kept, 00, 10 and 11.
 """
 
-import types
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +31,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jla.pallas import chunks, mosaic
 from jla.pallas.chunks import CHUNK
 from jla.pallas.mosaic import (
-    PER_COLUMN,
     PER_ROW,
+    TILE,
     f16,
     f32,
     load,
-    per_column,
     per_row,
     product,
 )
@@ -76,305 +75,328 @@ def leaf_gradients(
     def body(
         q_ref, k_ref, w_ref, inverse_ref, beta_ref, a_ref, a_factors, c_ref, c_factors,
         own_ref, dh_ref, shrink_ref, grow_ref, ratio_ref, dq_out, dk_out, dw_out, dbeta_out,
-        stream, keys, whole_w, lower_n, lower_mc, mw, pair, first, second, of_a, of_c, of_dh,
-        again, shared, zeros,
+        region_w, bw, region_1, region_2, triangles, n, bc, zeros,
+        loaded, a_loaded, c_loaded, dh_loaded, again, shared,
     ):  # fmt: skip
         b, head, leaf, wg = (lax.axis_index(name) for name in ("b", "h", "leaf", "wg"))
         h, member = lax.div(head, jnp.int32(group)), lax.rem(head, jnp.int32(group))
-        stream_16, stream_raw, lower_z, dq_and_dk = zip(*stream, strict=True)
-        keys_16, keys_raw, lower_ds, dh, dw_tile = zip(*keys, strict=True)
-        w, raw_w = zip(*whole_w, strict=True)
-        (lower_a, lower_do), late_dh = zip(*pair, strict=True)
-        lower_z, lower_ds = ([*x[0], *x[1]] for x in (lower_z, lower_ds))
-        tiles = {
-            "stream": stream_16,
-            "raw_stream": stream_raw,
-            "z": lower_z,
-            "dq_and_dk": dq_and_dk,
-            "keys": keys_16,
-            "raw_keys": keys_raw,
-            "ds": lower_ds,
-            "dh": dh,
-            "dw": dw_tile,
-            "w": w,
-            "raw_w": raw_w,
-            "n": lower_n,
-            "mc": lower_mc,
-            "mw": mw,
-            "a": lower_a,
-            "do": lower_do,
-            "late_dh": late_dh,
-        }
+        (w, raw_w), (first, raw_first, out_first) = region_w, region_1
+        second, raw_second, out_second = region_2
+        (lower, other_lower), out_lower = triangles
         query_place = levels.first_query(leaf, P)
         key_place = levels.first_key(leaf, P)
         shrink, grow, ratio = (x[b, h, leaf] for x in (shrink_ref, grow_ref, ratio_ref))
         # What belongs to the keys counts for one head of the group.
         once = jnp.where(member == 0, 1.0, 0.0).astype(f32)
 
-        def views():
-            """The tiles, by an index that no compiler sees through: else the descriptors of all
-            tiles are made once, for which there are no registers."""
-            zero = zeros[wg]
-            return types.SimpleNamespace(
-                **{name: [x.at[zero] for x in of_name] for name, of_name in tiles.items()}
-            )
+        def here():
+            """This warpgroup's row of chunks, its column, and the column of features that exists.
+
+            By a number that no compiler sees through: else the descriptors of all tiles are made
+            once, for which there are no registers.
+            """
+            me = wg + zeros[wg]
+            row, column = lax.shift_right_logical(me, 1), lax.bitwise_and(me, 1)
+            return row, column, jnp.minimum(column, k_tiles - 1)
 
         def meet():
             plgpu.commit_smem()
             plgpu.barrier_arrive(shared)
             plgpu.barrier_wait(shared)
-            return views()
+            return here()
 
-        def rows(i):
-            return pl.ds(leaf * LEAF + i * CHUNK, CHUNK)
+        def rows_of(r):
+            return pl.ds(leaf * LEAF + r * CHUNK, CHUNK)
 
-        def fetch_tokens(ref, at, targets, barrier):
-            for i, target in enumerate(targets):
-                plgpu.copy_gmem_to_smem(ref.at[b, rows(i), at], target, barrier)
+        def version_rows(place, r):
+            return pl.ds(jnp.maximum(place, 0) * LEAF + r * CHUNK, CHUNK)
 
-        def fetch_version(ref, at, place, targets, barrier):
-            for i, target in enumerate(targets):
-                source = pl.ds(jnp.maximum(place, 0) * LEAF + i * CHUNK, CHUNK)
-                plgpu.copy_gmem_to_smem(ref.at[b, at, source], target, barrier)
+        def in_block(at, f):
+            """f() where the warpgroup has a block of the triangle, else zeros."""
+            value = lax.cond(at[1] <= at[0], lambda: _packed(f()), _nothing)
+            return lax.optimization_barrier(value)
 
-        def work(me):
-            """What warpgroup `me` does: all rows of chunk `me`."""
-            mine, issues = rows(me), me == 0
-            blocks = range(_block(me, 0), _block(me, me) + 1)  # of this row, in triangles
+        def in_tile(at, f):
+            """f() where the warpgroup has a tile of features, else zeros."""
+            return f() if k_tiles == 2 else lax.cond(at[1] < k_tiles, f, _nothing)
 
-            def rescale(ref, place, factors, at, more):
-                """A version's gradient in the leaf's unit; none is zero."""
-                source = pl.ds(jnp.maximum(place, 0) * LEAF + me * CHUNK, CHUNK)
-                factor = load(factors.at[b, at, source], PER_ROW, optimized=False)
-                x = load(ref) * per_row(factor * more, K)
-                present = jnp.broadcast_to(place >= 0, x.shape)
-                ref[...] = _packed(lax.optimization_barrier(jnp.where(present, x, 0.0)))
+        def when_block(at, f):
+            pl.when(at[1] <= at[0])(f)
 
-            def fetch_transform(targets, *before):
-                for i in range(k_tiles):
-                    source = dh_ref.at[(b, h, leaf, *before, pl.ds(i * CHUNK, CHUNK))]
-                    plgpu.copy_gmem_to_smem(source, targets[i], of_dh)
+        def when_tile(at, f):
+            f() if k_tiles == 2 else pl.when(at[1] < k_tiles)(f)
 
-            def store(out, at, staging, value):
-                staging[me][...] = (value * grow).astype(dtype)
+        def put(at, target, value):
+            """Stores a tile's columns of features."""
+            r, _, t = at
+
+            def store():
+                target.at[r * k_tiles + t][...] = value
+
+            when_tile(at, store)
+
+        def put_block(at, target, value):
+            r, c, _ = at
+
+            def store():
+                target.at[r + c][...] = value
+
+            when_block(at, store)
+
+        def of(x, r, t):
+            """A tile of 64 tokens by 64 features."""
+            return x.at[r * k_tiles + t]
+
+        def along(x, r, y, c):
+            """The pairs of x_r y_c^T."""
+            return [(of(x, r, k), of(y, c, k).T) for k in range(k_tiles)]
+
+        def times_lower(triangle, x, at):
+            """Row r of (triangle x)."""
+            r, _, t = at
+            return 0, r + 1, lambda m: (triangle.at[r + m], of(x, m, t))
+
+        def times_upper(triangle, x, at):
+            """Row r of (triangle^T x)."""
+            r, _, t = at
+            return r, 2, lambda m: (triangle.at[r + m].T, of(x, m, t))
+
+        def lower_lower(left, right, at):
+            """A block of (left right^T)."""
+            r, c, _ = at
+            return 0, c + 1, lambda m: (left.at[r + m], right.at[c + m].T)
+
+        def upper_lower(left, right, at):
+            """A block, on or below the diagonal, of (left^T right)."""
+            r, c, _ = at
+            return r, 2, lambda m: (left.at[r + m].T, right.at[m + c])
+
+        def rescaled(at, ref, place, factors, head, more, added):
+            """Brings a version's gradient to the leaf's unit, in its place; adds it to `added`."""
+            r, _, t = at
+            factor = load(factors.at[b, head, version_rows(place, r)], PER_ROW, optimized=False)
+            # No read of a tile that another warpgroup changes.
+            x = in_tile(at, lambda: plgpu.load(of(ref, r, t), layout=TILE)).astype(f32)
+            x *= per_row(factor * more, CHUNK)
+            present = jnp.broadcast_to(place >= 0, x.shape)
+            x = lax.optimization_barrier(jnp.where(present, x, 0.0))
+            put(at, ref, _packed(x))
+            return _packed(x + _unpacked(added))
+
+        def send(at, staging, out, value):
+            r, _, t = at
+
+            def copy():
+                tile = of(staging, r, t)
+                tile[...] = value
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(staging[me], out.at[b, mine, at])
+                columns = pl.ds(t * CHUNK, CHUNK)
+                plgpu.copy_smem_to_gmem(tile, out.at[b, rows_of(r), head, columns])
 
-            s = views()
-            if issues:
-                fetch_tokens(w_ref, h, s.raw_w, first)
-                fetch_tokens(k_ref, h, s.raw_keys, first)
-                for i in range(2):
-                    source, target = inverse_ref.at[b, h, 2 * leaf + i], s.n[_block(i, i)]
-                    plgpu.copy_gmem_to_smem(source, target, first)
-                fetch_tokens(q_ref, head, s.raw_stream, second)
-                for i in range(2):
-                    for j in range(i + 1):
-                        at = pl.ds(i * CHUNK, CHUNK), pl.ds(j * CHUNK, CHUNK)
-                        source = own_ref.at[(b, head, leaf, *at)]
-                        plgpu.copy_gmem_to_smem(source, s.do[_block(i, j)], second)
-            strength = load(beta_ref.at[b, h, mine], PER_ROW, optimized=False)
-            plgpu.barrier_wait(first)
-            _convert(s.raw_w[me], s.w[me])
-            _convert(s.raw_keys[me], s.keys[me])
-            s = meet()
+            when_tile(at, copy)
 
-            # C, and the inverse's block between the chunks.
-            for i, at in enumerate(blocks):
-                c = product((s.w[me], s.keys[i].T))
-                s.a[at][...] = _triangle(c, i == me, strict=True).astype(f16)
-            if me == 1:
-                between = product((s.w[1], s.w[0].T)) * per_row(strength, CHUNK)
-                between = product((between.astype(f16), s.n[0]))
-                s.n[1][...] = between.astype(f16)
-                plgpu.commit_smem()
-                between = product((s.n[2], s.n[1]))
-                plgpu.commit_smem()  # all warps have read it
-                s.n[1][...] = (-between).astype(f16)
-            plgpu.barrier_wait(second)
-            _convert(s.raw_stream[me], s.stream[me])
-            for at in blocks:
-                s.do[at][...] = (load(s.do[at]) * shrink).astype(f16)
-            s = meet()
-
-            # -M C and -M W; then A takes the place of C.
-            negative = []
-            for i, at in enumerate(blocks):
-                columns = load(beta_ref.at[b, h, rows(i)], PER_COLUMN, optimized=False)
-                negative.append(_packed(load(s.n[at]) * -per_column(columns, CHUNK)))
-            for i, at in enumerate(blocks):
-                pairs = [(negative[j], s.a[_block(j, i)]) for j in range(i, me + 1)]
-                s.mc[at][...] = product(*pairs).astype(f16)
-            s.mw[me][...] = product(*zip(negative, s.w[: me + 1], strict=True)).astype(f16)
-            a = []
-            for i in range(me + 1):
-                x = product((s.stream[me], s.w[i].T))
-                a.append(_packed(_triangle(x, i == me)))
-            s = meet()
-            if issues:
-                fetch_version(a_ref, head, query_place, s.stream, of_a)
-            for at, x in zip(blocks, a, strict=True):
-                s.a[at][...] = x
-            plgpu.barrier_wait(of_a)
-            rescale(s.stream[me], query_place, a_factors, head, shrink)
-            s = meet()
-
-            # What A and dO give to Z and X; dA, which takes the place of A; dQ.
-            def with_transposed(left, right):
-                """The blocks of row `me` of left^T right, both lower triangles, on and below
-                the diagonal; a row of tiles for `right` gives the row of tiles."""
-                return [
-                    product(*((left[_block(j, me)].T, right[_block(j, i)]) for j in range(me, 2)))
-                    for i in range(me + 1)
-                ]
-
-            z = [_packed(x) for x in with_transposed(s.a, s.do)]
-            x = product(*((s.a[_block(j, me)].T, s.stream[j]) for j in range(me, 2)))
-            x = _packed(x)
-            da = []
-            for i in range(me + 1):
-                pairs = [(s.do[_block(me, j)], s.mc[_block(i, j)].T) for j in range(i + 1)]
-                gradient = product(*pairs, (s.stream[me], s.mw[i].T))
-                da.append(_packed(_triangle(gradient, i == me)))
-            s = meet()
-            for at, gradient in zip(blocks, da, strict=True):
-                s.a[at][...] = gradient
-            plgpu.commit_smem()
-            dq = product(
-                *((s.do[at], s.keys[i]) for i, at in enumerate(blocks)),
-                *((s.a[at], s.w[i]) for i, at in enumerate(blocks)),
-                init=load(s.stream[me]),
+        def fetch(at, source, target, barrier):
+            """Loads this warpgroup's tile."""
+            r, _, t = at
+            columns = pl.ds(t * CHUNK, CHUNK)
+            copy = functools.partial(
+                plgpu.copy_gmem_to_smem, source(columns), of(target, r, t), barrier
             )
-            store(dq_out, head, s.dq_and_dk, dq)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            s = meet()
-
-            if issues:
-                fetch_version(c_ref, h, key_place, s.stream, of_c)
-                fetch_transform(s.dh)
-            plgpu.barrier_wait(of_c)
-            rescale(s.stream[me], key_place, c_factors, h, shrink * once)
-            s = meet()
-            z = [
-                _packed(-(product((s.w[me], s.stream[i].T)) + part.astype(f32)))
-                for i, part in enumerate(z)
-            ]
-            plgpu.barrier_wait(of_dh)
-            columns = [pl.ds(i * CHUNK, CHUNK) for i in range(k_tiles)]
-            moved = product(*((s.w[me].at[:, at], s.dh[i]) for i, at in enumerate(columns)))
-            x = _packed(moved * (-ratio * once) - x.astype(f32))
-            s = meet()
-            for at, value in zip(blocks, z, strict=True):
-                s.z[at][...] = value
-            s.keys[me][...] = x
-            s = meet()
-
-            dc = with_transposed(s.n, s.z)
-            dc = [_packed(_triangle(y, i == me, strict=True)) for i, y in enumerate(dc)]
-            du = product(*((s.n[_block(j, me)].T, s.keys[j]) for j in range(me, 2)))
-            du = _packed(du)
-            ds = []
-            for i in range(me + 1):
-                pairs = [(dc[j], s.mc[_block(i, j)].T) for j in range(i + 1)]
-                gradient = product(*pairs, (du, s.mw[i].T))
-                ds.append(_packed(_triangle(gradient, i == me, strict=True)))
-            s = meet()
-            if issues:
-                fetch_tokens(k_ref, h, s.raw_keys, again)
-                fetch_tokens(q_ref, head, s.raw_stream, again)
-            columns = per_row(strength, CHUNK)
-            for at, gradient in zip(blocks, dc, strict=True):
-                s.n[at][...] = (gradient.astype(f32) * columns).astype(f16)
-            plgpu.barrier_wait(again)
-            _convert(s.raw_keys[me], s.keys[me])
-            plgpu.commit_smem()
-            _convert(s.raw_stream[me], s.stream[me])
-            s = meet()
-            j = du.astype(f32) + product(
-                *zip(dc, s.keys[: me + 1], strict=True), *zip(ds, s.w[: me + 1], strict=True)
-            )
-            dbeta = (load(s.w[me]) * j).sum(axis=1) * grow
-            dbeta_out.at[b, head, mine][...] = dbeta
-            upwards = range(me, 2)
-            dw = product(
-                *((s.a[_block(i, me)].T, s.stream[i]) for i in upwards),
-                init=j * per_row(strength, K),
-            )
-            dk = product(
-                *((s.do[_block(i, me)].T, s.stream[i]) for i in upwards),
-                *((s.n[_block(i, me)].T, s.w[i]) for i in upwards),
-            )
-            s = meet()
-            if issues:
-                fetch_version(c_ref, h, key_place, s.stream, of_c)
-                fetch_transform(s.late_dh, slice(None))
-            for at, gradient in zip(blocks, ds, strict=True):
-                s.ds[at][...] = (gradient.astype(f32) * columns).astype(f16)
-            plgpu.barrier_wait(of_c)
-            rescale(s.stream[me], key_place, c_factors, h, shrink * once)
-            s = meet()
-            dk += load(s.stream[me])
-            dw = product(
-                *((s.mc[at], s.stream[i]) for i, at in enumerate(blocks)),
-                *((s.ds[_block(i, me)].T, s.w[i]) for i in upwards),
-                init=dw,
-            )
-            of_unit = (load(s.mw[me]) * (ratio * once)).astype(f16)
-            plgpu.barrier_wait(of_dh)
-            columns = [slice(i * CHUNK, (i + 1) * CHUNK) for i in range(k_tiles)]
-            pairs = ((of_unit[:, at], s.late_dh[i].T) for i, at in enumerate(columns))
-            dw = product(*pairs, init=dw)
-            s = meet()
-            store(dk_out, head, s.dq_and_dk, dk)
-            store(dw_out, head, s.dw, dw)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            when_tile(at, copy)
 
         zeros[wg] = jnp.int32(0)
         plgpu.commit_smem()
-        pl.when(wg == 0)(lambda: work(0))
-        pl.when(wg == 1)(lambda: work(1))
 
-    def rows_of(*dtypes):
-        return [mosaic.tile(CHUNK, K, 1, dtype=dtype) for dtype in dtypes]
+        at = r, c, t = here()
+        fetch(at, lambda columns: w_ref.at[b, rows_of(r), h, columns], raw_w, loaded)
+        fetch(at, lambda columns: k_ref.at[b, rows_of(r), h, columns], raw_first, loaded)
+        fetch(at, lambda columns: q_ref.at[b, rows_of(r), head, columns], raw_second, loaded)
 
-    def blocks(n):
-        return [mosaic.tile(CHUNK, CHUNK, 1, dtype=f16) for _ in range(n)]
+        @pl.when(r == c)
+        def _():
+            plgpu.copy_gmem_to_smem(inverse_ref.at[b, h, 2 * leaf + r], n.at[2 * r], loaded)
 
-    # Tiles that share memory, of each chunk; the interpreter sees races between chunks otherwise.
-    both = (1, 2)  # blocks in a triangle's row
-    given = q.dtype
+        @functools.partial(when_block, at)
+        def _():
+            block = pl.ds(r * CHUNK, CHUNK), pl.ds(c * CHUNK, CHUNK)
+            source = own_ref.at[(b, head, leaf, *block)]
+            plgpu.copy_gmem_to_smem(source, other_lower.at[r + c], loaded)
+
+        strength = load(beta_ref.at[b, h, rows_of(r)], PER_ROW, optimized=False)
+        plgpu.barrier_wait(loaded)
+        given = load(of(raw_w, r, t))
+        weak = _packed(given * per_row(strength, CHUNK))
+        given = _packed(given)
+        key, query = (_packed(load(of(x, r, t))) for x in (raw_first, raw_second))
+
+        @pl.when(r == c)
+        def _():
+            n.at[2 * r][...] = _packed(-load(n.at[2 * r]))
+
+        @functools.partial(when_block, at)
+        def _():
+            other_lower.at[r + c][...] = _packed(load(other_lower.at[r + c]) * shrink)
+
+        at = meet()
+        for target, value in ((w, given), (bw, weak), (first, key), (second, query)):
+            put(at, target, value)
+        at = r, c, t = meet()
+
+        # beta C, and the inverse's block between the chunks; what dO gives to dQ.
+        @functools.partial(when_block, at)
+        def _():
+            x = product(*along(bw, r, first, c))
+            bc.at[r + c][...] = _packed(_triangle(x, r, c, strict=True))
+
+        @pl.when(c > r)
+        def _():
+            x = product(*along(bw, 1, w, 0)).astype(f16)
+            n.at[1][...] = product((x, n.at[0])).astype(f16)
+            plgpu.commit_smem()
+            x = product((n.at[2], n.at[1])).astype(f16)
+            plgpu.commit_smem()  # all warps have read it
+            n.at[1][...] = x
+
+        dq = _packed(_total(times_lower(other_lower, first, at)))
+        at = r, c, t = meet()
+        fetch(
+            at,
+            lambda columns: a_ref.at[b, head, version_rows(query_place, r), columns],
+            first,
+            a_loaded,
+        )
+
+        @functools.partial(when_block, at)
+        def _():
+            x = product(*along(second, r, w, c))
+            lower.at[r + c][...] = _packed(_triangle(x, r, c))
+
+        dk = _packed(_total(times_upper(other_lower, second, at)))
+        plgpu.barrier_wait(a_loaded)
+        dq = rescaled(at, first, query_place, a_factors, head, shrink, dq)
+        at = r, c, t = meet()
+
+        z = in_block(at, lambda: _total(upper_lower(lower, other_lower, at)))
+        x = _packed(_total(times_upper(lower, first, at)))
+
+        def with_rest(left, triangle):
+            x = product(*along(left, r, bw, c))
+            return _total(lower_lower(triangle, bc, at), init=x)
+
+        g = in_block(at, lambda: with_rest(first, other_lower))
+        at = r, c, t = meet()
+        fetch(
+            at, lambda columns: c_ref.at[b, h, version_rows(key_place, r), columns], first, c_loaded
+        )
+        put_block(at, other_lower, g)
+        at = r, c, t = meet()
+
+        def from_inverse(strict):
+            x = _total(lower_lower(other_lower if not strict else lower, n, at))
+            return _packed(_triangle(x, r, c, strict=strict))
+
+        when_block(at, lambda: put_block(at, lower, from_inverse(False)))
+        at = r, c, t = meet()
+        dw = _packed(_total(times_upper(lower, second, at)))
+        dq = _total(times_lower(lower, w, at), init=_unpacked(dq))
+        dq = lax.optimization_barrier((dq * grow).astype(dtype))
+        at = r, c, t = meet()
+
+        @pl.when(jnp.maximum(r, c) < k_tiles)
+        def _():
+            block = pl.ds(r * CHUNK, CHUNK), pl.ds(c * CHUNK, CHUNK)
+            plgpu.copy_gmem_to_smem(dh_ref.at[(b, h, leaf, *block)], of(second, r, c), dh_loaded)
+
+        send(at, out_lower, dq_out, dq)
+        plgpu.barrier_wait(c_loaded)
+        dk = rescaled(at, first, key_place, c_factors, h, shrink * once, dk)
+        at = r, c, t = meet()
+        z = in_block(at, lambda: product(*along(w, r, first, c)) + _unpacked(z))
+        plgpu.barrier_wait(dh_loaded)
+        dh = [(of(second, k, t), of(second, t, k).T) for k in range(k_tiles)]
+        y = product(*((of(bw, r, k), right) for k, (_, right) in enumerate(dh))) * (ratio * once)
+        y = _packed(_total(times_lower(bc, first, at), init=y))
+        moved = product(*((of(w, r, k), right) for k, (right, _) in enumerate(dh)))
+        x = _packed(moved * (ratio * once) + _unpacked(x))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        at = meet()
+        put_block(at, lower, z)
+        put(at, first, x)
+        put(at, second, y)
+        at = r, c, t = meet()
+
+        dw = _packed(_total(times_lower(n, second, at), init=_unpacked(dw)))
+
+        @functools.partial(when_block, at)
+        def _():
+            x = _total(upper_lower(n, lower, at))
+            other_lower.at[r + c][...] = _packed(_triangle(x, r, c, strict=True))
+
+        du = _packed(_total(times_upper(n, first, at)))
+        at = r, c, t = meet()
+        fetch(at, lambda columns: k_ref.at[b, rows_of(r), h, columns], raw_second, again)
+        put(at, first, du)
+        at = r, c, t = meet()
+        when_block(at, lambda: put_block(at, lower, _packed(with_rest(first, other_lower))))
+        plgpu.barrier_wait(again)
+        key = _packed(load(of(raw_second, r, t)))
+        at = r, c, t = meet()
+        put(at, second, key)
+        when_block(at, lambda: put_block(at, bc, from_inverse(True)))
+        at = r, c, t = meet()
+        j = _total(times_lower(other_lower, second, at), init=_unpacked(du))
+        j = _total(times_lower(bc, w, at), init=j)
+        strength = load(beta_ref.at[b, h, rows_of(r)], PER_ROW, optimized=False)
+        dbeta = (load(of(w, r, t)) * j).sum(axis=1) * grow
+
+        @functools.partial(when_tile, at)
+        def _():
+            dbeta_out.at[b, head, t, rows_of(r)][...] = dbeta
+
+        dw = j * per_row(strength, CHUNK) + _unpacked(dw)
+        dw = _total(times_upper(bc, bw, at), init=dw)
+        dw = lax.optimization_barrier((dw * grow).astype(dtype))
+        dk = _total(times_upper(other_lower, bw, at), init=_unpacked(dk))
+        send(at, out_first, dk_out, (dk * grow).astype(dtype))
+        at = meet()
+        send(at, out_second, dw_out, dw)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def tiles(dtype):
+        return mosaic.tile(CHUNK, CHUNK, 2 * k_tiles, dtype=dtype)
+
+    triangle = mosaic.tile(CHUNK, CHUNK, 3, dtype=f16)
+    region = plgpu.RefUnion(tiles(f16), tiles(q.dtype), tiles(dtype))
     like_q = SDS(q.shape, dtype)
     dq, dk, dw, dbeta = mosaic.kernel(
         body,
         automatic_barriers=False,
         reductions_cross_warps=False,
-        out_type=[like_q, like_q, like_q, SDS((B, HQ, P * LEAF), f32)],
+        out_type=[like_q, like_q, like_q, SDS((B, HQ, k_tiles, P * LEAF), f32)],
         scratch_types=[
-            [plgpu.RefUnion(*rows_of(f16, given), blocks(n), *rows_of(dtype)) for n in both],
-            [plgpu.RefUnion(*rows_of(f16, given), blocks(n), *rows_of(f16, dtype)) for n in both],
-            [plgpu.RefUnion(*rows_of(f16, given)) for _ in both],
-            blocks(3),
-            blocks(3),
-            rows_of(f16, f16),
-            [plgpu.RefUnion(blocks(3), mosaic.tile(K, CHUNK, 1, dtype=f16)) for _ in both],
-            plgpu.Barrier(num_arrivals=6),
-            plgpu.Barrier(num_arrivals=5),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=k_tiles),
+            plgpu.RefUnion(tiles(f16), tiles(q.dtype)),
+            tiles(f16),
+            region,
+            region,
+            plgpu.RefUnion([triangle, triangle], tiles(dtype)),
+            triangle,
+            triangle,
+            plgpu.SMEM((4,), jnp.int32),
+            plgpu.Barrier(num_arrivals=6 * k_tiles + 5),
+            *[plgpu.Barrier(num_arrivals=2 * k_tiles)] * 2,
+            plgpu.Barrier(num_arrivals=k_tiles * k_tiles),
+            plgpu.Barrier(num_arrivals=2 * k_tiles),
             plgpu.Barrier(num_arrivals=4),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.SMEM((2,), jnp.int32),
         ],
         grid=(B, P, HQ),
         grid_names=("b", "leaf", "h"),
-        num_threads=2,
+        num_threads=4,
         thread_name="wg",
     )(
         q, k, w, inverses, beta, *dqueries, *dkeys, own[0], transforms[0],
         shrink, grow, of_transform,
     )  # fmt: skip
-    dbeta = dbeta.swapaxes(1, 2)[:, :T]
+    dbeta = dbeta.sum(2).swapaxes(1, 2)[:, :T]
     if group == 1:
         return dq, dk, dw, dbeta
 
@@ -385,9 +407,16 @@ def leaf_gradients(
     return dq, *(of_group(x) for x in (dk, dw, dbeta))
 
 
-def _block(i, j):
-    """Where the block in row i and column j of a triangle is in its list of three."""
-    return i * (i + 1) // 2 + j
+def _total(terms, init=None):
+    """The sum of a triangle's products, by (start, stop, the pair i), plus `init`."""
+    start, stop, pair = terms
+    if init is None:
+        init = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), f32), TILE)
+    return lax.fori_loop(start, stop, lambda i, total: product(pair(i), init=total), init)
+
+
+def _nothing():
+    return plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), f16), TILE)
 
 
 def _packed(x):
@@ -395,19 +424,19 @@ def _packed(x):
     return lax.optimization_barrier(x.astype(f16))
 
 
-def _convert(source, target):
-    """A tile as float16 in the same place."""
-    target[...] = load(source).astype(f16)
+def _unpacked(x):
+    """x as float32, and not before it is asked for."""
+    return lax.optimization_barrier(x).astype(f32)
 
 
-def _triangle(x, diagonal, *, strict=False):
-    """A 64 x 64 block of a lower triangle: one on the diagonal loses what is above it.
+def _triangle(x, r, c, *, strict=False):
+    """Block (r, c) of a lower triangle: what is above the diagonal becomes zero.
 
     Opaque, for LLVM would rather select among float16, one by one.
     """
-    if not diagonal:
-        return x
-    return lax.optimization_barrier(jnp.where(chunks.up_to(strict=strict), x, 0.0))
+    i = chunks.tokens() + (jnp.uint32(CHUNK) * (r - c).astype(jnp.uint32) + (0 if strict else 1))
+    below = mosaic.in_interval(jnp.zeros_like(i), i, CHUNK)
+    return lax.optimization_barrier(jnp.where(below, x, 0.0))
 
 
 def _scales(query_factors, key_factors, largest_own, transform_factors, scale, leaves):
@@ -419,7 +448,7 @@ def _scales(query_factors, key_factors, largest_own, transform_factors, scale, l
 
     def of_leaves(factors, place):
         x = largest(factors.reshape(B, H, -1, factors.shape[-1] // LEAF, LEAF), (2, 4))
-        places = jnp.stack([place(jnp.int32(i), leaves) for i in range(leaves)])
+        places = jax.vmap(lambda i: place(i, leaves))(jnp.arange(leaves, dtype=jnp.int32))
         return jnp.where(places >= 0, x[..., jnp.maximum(places, 0)], 0.0)
 
     unit = largest(largest_own.reshape(B, H, -1, leaves, LEAF), (2, 4))

@@ -71,122 +71,125 @@ def _level(queries, dqueries, keys, dkeys, units, transforms, above, level, leav
         out_ref, factors_ref, left, right, vectors, loaded = refs
         b, h, n = (lax.axis_index(name) for name in ("b", "h", "n"))
         pair = lax.div(n, jnp.int32(2))
+        # A left half's gradient comes of its sibling's queries, a right half's of its keys.
+        left_half = lax.rem(n, jnp.int32(2)) == 0
+        sibling = jnp.where(left_half, 2 * pair + 1, 2 * pair)
+        first = lax.shift_left(sibling, level)
 
-        def work(*, is_left):
-            """One block, of the left or the right half of its pair."""
-            # The other half's versions at this level, and at their next one.
-            first = lax.shift_left(2 * pair + (1 if is_left else 0), level)
-            counts = query_counts if is_left else key_counts
-            here = levels.offset(counts, level) + levels.place(first, level)
-            there, found = jnp.int32(0), jnp.int32(0)
+        def versions(counts, present):
+            """The places of the sibling's first leaf at this level and at its next one, or -1."""
+            next_place = jnp.int32(-1)
             for m in reversed(higher):
-                present = (
-                    levels.has_query(first, m) if is_left else levels.has_key(first, m, leaves)
-                )
-                there = jnp.where(present, levels.offset(counts, m) + levels.place(first, m), there)
-                found = jnp.where(present, 1, found)
-            tiles = jnp.clip(leaves - first, 0, 1 << level) * found * (LEAF // CHUNK)
-            heads = group if is_left else 1
-            base = jnp.int32(0)
-            if above is not None:
-                base = jnp.where(pair < above[0].shape[2], parts, 0)
-            total = base + tiles * heads
+                place = levels.offset(counts, m) + levels.place(first, m)
+                next_place = jnp.where(present(m), place, next_place)
+            return levels.offset(counts, level) + levels.place(first, level), next_place
 
-            def fetch(t):
-                slot = lax.rem(t, jnp.int32(STAGES))
+        of_queries = versions(query_counts, lambda m: levels.has_query(first, m))
+        of_keys = versions(key_counts, lambda m: levels.has_key(first, m, leaves))
+        here, there = (jnp.where(left_half, x, y) for x, y in zip(of_queries, of_keys, strict=True))
+        tiles = jnp.clip(leaves - first, 0, 1 << level) * (LEAF // CHUNK)
+        tiles = jnp.where(there >= 0, tiles, 0)
+        base = jnp.int32(0)
+        if above is not None:
+            base = jnp.where(pair < above[0].shape[2], parts, 0)
+        total = base + tiles * jnp.where(left_half, group, 1)
 
-                def copies(*sources):
-                    for source, target in zip(sources, (left, right, vectors), strict=True):
-                        plgpu.copy_gmem_to_smem(source, target.at[slot], loaded.at[slot])
+        def fetch(t):
+            slot = lax.rem(t, jnp.int32(STAGES))
 
-                @pl.when(jnp.logical_and(t >= base, t < total))
+            def copies(*sources):
+                for source, target in zip(sources, (left, right, vectors), strict=True):
+                    plgpu.copy_gmem_to_smem(source, target.at[slot], loaded.at[slot])
+
+            @pl.when(jnp.logical_and(t >= base, t < total))
+            def _():
+                member, i = lax.div(t - base, tiles), lax.rem(t - base, tiles)
+                before = pl.ds(here * LEAF + i * CHUNK, CHUNK)
+                after = pl.ds(there * LEAF + i * CHUNK, CHUNK)
+
+                @pl.when(left_half)
                 def _():
-                    member, i = lax.div(t - base, tiles), lax.rem(t - base, tiles)
-                    before = pl.ds(here * LEAF + i * CHUNK, CHUNK)
-                    after = pl.ds(there * LEAF + i * CHUNK, CHUNK)
-                    if is_left:
-                        head = h * group + member
-                        factors = dq_factors.at[b, head, after]
-                        copies(q_ref.at[b, head, before], dq_ref.at[b, head, after], factors)
-                    else:
-                        factors = dk_factors.at[b, h, after]
-                        copies(dk_ref.at[b, h, after], k_ref.at[b, h, before], factors)
+                    at = b, h * group + member
+                    copies(q_ref.at[*at, before], dq_ref.at[*at, after], dq_factors.at[*at, after])
 
-                if above is not None:
-
-                    @pl.when(t < base)
-                    def _():
-                        rows = pl.ds(t * CHUNK, CHUNK)
-                        sibling = h_ref.at[b, h, 2 * pair + (1 if is_left else 0), rows]
-                        parent = above_ref.at[b, h, pair, rows]
-                        factors = dk_factors.at[b, h, pl.ds(0, CHUNK)]  # not used
-                        if is_left:
-                            copies(sibling, parent, factors)
-                        else:
-                            copies(parent, sibling, factors)
-
-            for t in range(STAGES - 1):
-                fetch(jnp.int32(t))
-
-            unit = (q_unit if is_left else k_unit)[b, h]
-            total_of = tuple(
-                plgpu.layout_cast(jnp.zeros((CHUNK, K), f32), TILE) for _ in range(parts)
-            )
-
-            def from_above(_, __):
-                ratio = above_factors[b, h, pair] / unit
-                for i in range(parts):
-                    plgpu.barrier_wait(loaded.at[i])
-                result = []
-                for i in range(parts):
-                    if is_left:
-                        columns = pl.ds(i * CHUNK, CHUNK)
-                        pairs = ((left.at[j, :, columns].T, right.at[j]) for j in range(parts))
-                        result.append(product(*pairs) * ratio)
-                    else:
-                        blocks = [product((left.at[i], right.at[j].T)) for j in range(parts)]
-                        result.append(jnp.concatenate(blocks, 1) * ratio)
-                plgpu.commit_smem()  # all warps have read what is overwritten
-                for i in range(parts):
-                    fetch(jnp.int32(i + STAGES - 1))
-                return tuple(result)
+                @pl.when(jnp.logical_not(left_half))
+                def _():
+                    at = b, h
+                    copies(dk_ref.at[*at, after], k_ref.at[*at, before], dk_factors.at[*at, after])
 
             if above is not None:
-                total_of = lax.fori_loop(0, jnp.minimum(base, 1), from_above, total_of)
 
-            def tile(t, carry):
-                slot = lax.rem(t, jnp.int32(STAGES))
-                plgpu.barrier_wait(loaded.at[slot])
-                factor = load(vectors.at[slot], PER_ROW) * (1.0 / unit)
-                scaled = load(right.at[slot]) * per_row(factor, K)
-                right.at[slot][...] = scaled.astype(f16)
-                plgpu.commit_smem()
-                result = []
-                for i in range(parts):
-                    columns = pl.ds(i * CHUNK, CHUNK)
-                    operands = left.at[slot, :, columns].T, right.at[slot]
-                    result.append(product(operands, init=carry[i]))
-                mosaic.release()
-                fetch(t + STAGES - 1)
-                return tuple(result)
+                @pl.when(t < base)
+                def _():
+                    rows = pl.ds(t * CHUNK, CHUNK)
+                    factors = dk_factors.at[b, h, pl.ds(0, CHUNK)]  # not used
+                    copies(h_ref.at[b, h, sibling, rows], above_ref.at[b, h, pair, rows], factors)
 
-            total_of = lax.fori_loop(base, total, tile, total_of)
-            largest = functools.reduce(jnp.maximum, (jnp.abs(x).max(axis=1) for x in total_of)).max(
-                axis=0
-            )
-            largest = jnp.maximum(largest, LEAST)
-            factors_ref[b, h, n] = largest * unit
-            for i, x in enumerate(total_of):
-                left.at[i][...] = (x * (1.0 / largest)).astype(f16)
-            plgpu.commit_smem()
+        def fetch_next(first, count):
+            lax.fori_loop(first, first + count, lambda t, _: fetch(t), None)
+
+        fetch_next(0, STAGES - 1)
+
+        unit = jnp.where(left_half, q_unit[b, h], k_unit[b, h])
+        nothing = plgpu.layout_cast(jnp.zeros((CHUNK, K), f32), TILE)
+        total_of = (nothing,) * parts
+
+        def of_left():
+            """H_right^T dH."""
+            columns = [pl.ds(i * CHUNK, CHUNK) for i in range(parts)]
+            return [
+                product(*((left.at[j, :, at].T, right.at[j]) for j in range(parts)))
+                for at in columns
+            ]
+
+        def of_right():
+            """dH H_left^T."""
+            return [
+                jnp.concatenate([product((right.at[i], left.at[j].T)) for j in range(parts)], 1)
+                for i in range(parts)
+            ]
+
+        def from_above(_, __):
+            ratio = above_factors[b, h, pair] / unit
             for i in range(parts):
-                rows = pl.ds(i * CHUNK, CHUNK)
-                plgpu.copy_smem_to_gmem(left.at[i], out_ref.at[b, h, n, rows])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_wait(loaded.at[i])
+            result = lax.cond(left_half, of_left, of_right)
+            plgpu.commit_smem()  # all warps have read what is overwritten
+            fetch_next(STAGES - 1, parts)
+            return tuple(x * ratio for x in result)
 
-        is_left = lax.rem(n, jnp.int32(2)) == 0
-        pl.when(is_left)(functools.partial(work, is_left=True))
-        pl.when(jnp.logical_not(is_left))(functools.partial(work, is_left=False))
+        if above is not None:
+            total_of = lax.fori_loop(0, jnp.minimum(base, 1), from_above, total_of)
+
+        def tile(t, carry):
+            slot = lax.rem(t, jnp.int32(STAGES))
+            plgpu.barrier_wait(loaded.at[slot])
+            factor = load(vectors.at[slot], PER_ROW) * (1.0 / unit)
+            scaled = load(right.at[slot]) * per_row(factor, K)
+            right.at[slot][...] = scaled.astype(f16)
+            plgpu.commit_smem()
+            result = []
+            for i in range(parts):
+                columns = pl.ds(i * CHUNK, CHUNK)
+                operands = left.at[slot, :, columns].T, right.at[slot]
+                result.append(product(operands, init=carry[i]))
+            mosaic.release()
+            fetch(t + STAGES - 1)
+            return tuple(result)
+
+        total_of = lax.fori_loop(base, total, tile, total_of)
+        largest = functools.reduce(jnp.maximum, (jnp.abs(x).max(axis=1) for x in total_of)).max(
+            axis=0
+        )
+        largest = jnp.maximum(largest, LEAST)
+        factors_ref[b, h, n] = largest * unit
+        for i, x in enumerate(total_of):
+            left.at[i][...] = (x * (1.0 / largest)).astype(f16)
+        plgpu.commit_smem()
+        for i in range(parts):
+            rows = pl.ds(i * CHUNK, CHUNK)
+            plgpu.copy_smem_to_gmem(left.at[i], out_ref.at[b, h, n, rows])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     return mosaic.kernel(
         body,
