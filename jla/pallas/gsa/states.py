@@ -53,26 +53,18 @@ def through_chunks(features, weights, gates, starts, *, reverse=False, pieces=No
         starts = jnp.zeros((B, H, K, M), f32), jnp.zeros((B, H, M, V), f32)
     starts = tuple(x[None] for x in starts)
     if pieces > 1:
-        ends = _run(features, weights, gates, None, pieces, reverse=reverse)
-        starts = _join(ends, _piece_decays(gates, pieces), starts, reverse=reverse)
+        *ends, decays = _run(features, weights, gates, None, pieces, reverse=reverse)
+        starts = _join(ends, decays, starts, reverse=reverse)
     *states, hk, hv = _run(features, weights, gates, starts, pieces, reverse=reverse)
     last = 0 if reverse else -1
     return (*states, hk[last], hv[last])
 
 
-def _piece_decays(gates, pieces):
-    """exp of each piece's summed log decays, [P, B, H, M]."""
-    B, T, H, M = gates.shape
-    length = -(-_chunks(T) // pieces) * CHUNK
-    gates = jnp.pad(gates.astype(f32), ((0, 0), (0, pieces * length - T), (0, 0), (0, 0)))
-    return jnp.exp2(jnp.moveaxis(gates.reshape(B, pieces, length, H, M).sum(2), 1, 0))
-
-
-def _join(ends, decays, starts, *, reverse):
+def _join(ends, log_decays, starts, *, reverse):
     """The states that the pieces start from, by X <- decay X + end over the pieces before."""
-    passed = slice(1, None) if reverse else slice(-1)
+    decays = jnp.exp2(log_decays[..., 0, :])  # all rows are the same
     return tuple(
-        join(jnp.expand_dims(decays[passed], axis), end[passed], start[0], reverse=reverse)
+        join(jnp.expand_dims(decays, axis), end, start[0], reverse=reverse)
         for end, start, axis in zip(ends, starts, (3, 4), strict=True)
     )
 
@@ -87,8 +79,10 @@ def _blocks(K, V, M):
 
 
 def _run(features, weights, gates, starts, pieces, *, reverse):
-    """The kernel: all pieces from `starts`, [P, B, H, ...], with the states at the chunks' borders;
-    or from zeros (None), without them. Returns the pieces' last states, [P, B, H, ...], too.
+    """The kernel: all pieces from `starts`, [P, B, H, ...], with the states at the chunks' borders
+    and the pieces' last states, [P, B, H, ...]; or from zeros (None) all pieces that others follow.
+    Then it returns their last states, [P - 1, ...], and sums of log decays, [P - 1, B, H, 64, M]
+    in equal rows.
 
     One warpgroup has 128 features of either state (64 if M > 64) in registers for a whole piece.
     The chunk's operands are loaded two chunks ahead into a ring of three (two if M > 64); the
@@ -102,20 +96,25 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
     B, T, H, M = gates.shape
     K, V = (x.shape[-1] for x in features)
     group = features[0].shape[2] // H
-    N, P = _chunks(T), pieces
+    N = _chunks(T)
     width = _width(K, V, M)
     tiles, m_tiles = width // TILE_WIDTH, M // TILE_WIDTH
     stages = 3 if M == TILE_WIDTH else 2
     key_blocks = K // width
     keep = starts is not None
+    P = pieces if keep else pieces - 1
+    skipped = pieces - P if reverse else 0
 
     def body(*refs):
         k_ref, v_ref, kw_ref, vw_ref, gates_ref, *refs = refs
         if keep:
             k_start, v_start, k_states, v_states, *refs = refs
-        (k_end, v_end), (sx, sw, sg, so, loaded) = refs[:2], refs[2:]
+        k_end, v_end, *refs = refs
+        if not keep:
+            sums_out, *refs = refs
+        sx, sw, sg, so, loaded = refs
         p, b, h, block = (lax.axis_index(name) for name in ("p", "b", "h", "block"))
-        first, count = piece(p, P, N)
+        first, count = piece(p + skipped, pieces, N)
         steps = count * group
         sides = (
             (block < key_blocks, k_ref, kw_ref, block * width),
@@ -148,7 +147,8 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
         mask = chunks.weights(chunks.up_to() if reverse else chunks.from_on(strict=True))
         everything = chunks.weights(chunks.everywhere())
 
-        def step(index, state):
+        def step(index, carry):
+            state, sums = carry
             following = index + stages - 1
             pl.when(following < steps)(lambda: fetch(following))
             slot = _modulo(index, stages)
@@ -165,18 +165,20 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
                 weights = plgpu.load(sw[m].at[slot], layout=TILE)
                 sw[m].at[slot][...] = weights * decay
             plgpu.commit_smem()
-            new = []
+            new, new_sums = [], []
             for m in range(m_tiles):
                 total = mosaic.product((everything, sg[m].at[slot]))
                 if group > 1:  # the chunk's decay counts once
                     total = jnp.where(jnp.broadcast_to(first_of_chunk, total.shape), total, 0.0)
+                if not keep:
+                    new_sums.append(sums[m] + total)
                 total = jnp.exp2(total)
                 for i in range(tiles):
                     kept = state[m * tiles + i] * total
                     pair = sx[i].at[slot].T, sw[m].at[slot]
                     new.append(mosaic.product(pair, init=kept))
             plgpu.commit_smem()  # all warps are done with this slot
-            return tuple(new)
+            return tuple(new), tuple(new_sums)
 
         def put(index, state):
             """Sends the state to memory, rounded."""
@@ -200,6 +202,10 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
             pl.when(i < steps)(lambda i=i: fetch(i))
         order = [(m, i) for m in range(m_tiles) for i in range(tiles)]
 
+        def zeros(number):
+            zero = jnp.zeros((TILE_WIDTH, TILE_WIDTH), f32)
+            return tuple(plgpu.layout_cast(zero, TILE) for _ in range(number))
+
         def rows_of(ref, feature, m, i):
             return ref.at[p, b, h, pl.ds(feature + i * TILE_WIDTH, TILE_WIDTH), columns(m)]
 
@@ -221,10 +227,9 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
 
             state = lax.cond(is_key, of_keys, of_values)
         else:
-            state = tuple(
-                plgpu.layout_cast(jnp.zeros((TILE_WIDTH, TILE_WIDTH), f32), TILE) for _ in order
-            )
-        state = lax.fori_loop(0, steps, step, state)
+            state = zeros(len(order))
+        sums = () if keep else zeros(m_tiles)
+        state, sums = lax.fori_loop(0, steps, step, (state, sums))
 
         @pl.when(is_key)
         def _():
@@ -238,10 +243,18 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
 
         if keep:
             plgpu.wait_smem_to_gmem(0)
+        else:
+
+            @pl.when(block == 0)
+            def _():
+                for m in range(m_tiles):
+                    sums_out[p, b, h, :, columns(m)] = sums[m]
 
     out_type = [SDS((P, B, H, K, M), f32), SDS((P, B, H, M, V), f32)]
     if keep:
         out_type = [SDS((B, H, N, K, M), bf16), SDS((B, H, N, V, M), bf16), *out_type]
+    else:
+        out_type.append(SDS((P, B, H, CHUNK, M), f32))
     return mosaic.kernel(
         body,
         out_type=out_type,
