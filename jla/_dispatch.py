@@ -7,7 +7,8 @@ import jax
 
 from jla._checks import check_implementation
 
-# The module, inside jla.reference, jla.xla and jla.pallas, that holds each function.
+# The module, inside jla.reference, jla.xla and jla.pallas, that holds each function. The layers'
+# convolution is in jla.pallas alone: its other form is the layer's own.
 _MODULES = {
     "kda": "kda",
     "kda_step": "kda",
@@ -19,6 +20,7 @@ _MODULES = {
     "mesa_step": "mesa_net",
     "path_attention": "path_attention",
     "path_step": "path_attention",
+    "short_convolution": "short_convolution",
 }
 
 
@@ -44,6 +46,19 @@ def choose(name, implementation, *arrays):
                 'implementation="xla" can.'
             )
     return getattr(_module(implementation, name), name)
+
+
+def kernel(name, implementation, *arrays):
+    """The Pallas form of `name` if `implementation` allows it and it can serve these arguments.
+
+    None otherwise, also where "pallas" was asked for: for what a layer has a form of its own.
+    """
+    asked_for = implementation == "pallas"
+    if implementation not in (None, "pallas"):
+        return None
+    if _why_not_pallas(name, arrays, asked_for=asked_for) is not None:
+        return None
+    return getattr(_module("pallas", name), name)
 
 
 def _why_not_pallas(name, arrays, *, asked_for):

@@ -137,6 +137,7 @@ class GatedSlotAttention(nn.Module):
             convolution = ShortConvolution(
                 self.conv_size,
                 param_dtype=self.param_dtype,
+                implementation=self.implementation,
                 decode=self.decode,
                 name=f"{letter}_conv1d",
             )

@@ -142,18 +142,23 @@ class KimiDeltaAttention(nn.Module):
 
         x, real, lengths, segments, restore = arrange(inputs, mask, segment_ids)
 
-        def short_convolution(x, name):
+        def short_convolution(x, name, *, normalize):
             if not self.conv_size:
-                return nn.silu(x)
+                return l2norm(nn.silu(x)) if normalize else nn.silu(x)
             convolution = ShortConvolution(
-                self.conv_size, param_dtype=self.param_dtype, decode=self.decode, name=name
+                self.conv_size,
+                param_dtype=self.param_dtype,
+                normalize=normalize,
+                implementation=self.implementation,
+                decode=self.decode,
+                name=name,
             )
             return convolution(x, segments, lengths)
 
         _arguments.check_cache(self, recurrent_state=(x.shape[0], HV, K, V))
-        q = l2norm(short_convolution(dense((H, K), name="q_proj")(x), "q_conv1d"))
-        k = l2norm(short_convolution(dense((H, K), name="k_proj")(x), "k_conv1d"))
-        v = short_convolution(dense((HV, V), name="v_proj")(x), "v_conv1d")
+        q = short_convolution(dense((H, K), name="q_proj")(x), "q_conv1d", normalize=True)
+        k = short_convolution(dense((H, K), name="k_proj")(x), "k_conv1d", normalize=True)
+        v = short_convolution(dense((HV, V), name="v_proj")(x), "v_conv1d", normalize=False)
 
         bounded = self.gate_lower_bound is not None
         A_log = self.param("A_log", nn.initializers.zeros if bounded else _A_log_init, (HV,), f32)

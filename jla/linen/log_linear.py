@@ -151,7 +151,11 @@ class LogLinearMamba2(nn.Module):
             if not self.conv_size:
                 return nn.silu(x)
             convolution = ShortConvolution(
-                self.conv_size, param_dtype=self.param_dtype, decode=self.decode, name=name
+                self.conv_size,
+                param_dtype=self.param_dtype,
+                implementation=self.implementation,
+                decode=self.decode,
+                name=name,
             )
             return convolution(x, segments, lengths)
 

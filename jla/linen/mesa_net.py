@@ -129,15 +129,20 @@ class MesaNet(nn.Module):
 
         def short_convolution(x, name):
             if not self.conv_size:
-                return nn.silu(x)
+                return l2norm(nn.silu(x))
             convolution = ShortConvolution(
-                self.conv_size, param_dtype=self.param_dtype, decode=self.decode, name=name
+                self.conv_size,
+                param_dtype=self.param_dtype,
+                normalize=True,
+                implementation=self.implementation,
+                decode=self.decode,
+                name=name,
             )
             return convolution(x, segments, lengths)
 
         _arguments.check_cache(self, kk=(x.shape[0], H, K, K), kv=(x.shape[0], H, K, V))
-        q = l2norm(short_convolution(dense((H, K), name="q_proj")(x), "q_conv1d"))
-        k = l2norm(short_convolution(dense((H, K), name="k_proj")(x), "k_conv1d"))
+        q = short_convolution(dense((H, K), name="q_proj")(x), "q_conv1d")
+        k = short_convolution(dense((H, K), name="k_proj")(x), "k_conv1d")
         v = dense((H, V), name="v_proj")(x)
         g = nn.log_sigmoid(dense(H, use_bias=True, name="a_proj")(x).astype(f32))
         beta = nn.sigmoid(dense(H, use_bias=True, name="b_proj")(x).astype(f32))

@@ -142,7 +142,11 @@ class PaTHAttention(nn.Module):
             w = dense((H, K), name="w_proj_up")(dense(self.w_rank, name="w_proj_down")(x))
         if self.conv_size:
             w = ShortConvolution(
-                self.conv_size, param_dtype=self.param_dtype, decode=self.decode, name="w_conv1d"
+                self.conv_size,
+                param_dtype=self.param_dtype,
+                implementation=self.implementation,
+                decode=self.decode,
+                name="w_conv1d",
             )(w, segments, lengths)
         w = l2norm(w.astype(f32))
         beta = 2.0 * nn.sigmoid(dense(H, use_bias=True, name="b_proj")(x).astype(f32))

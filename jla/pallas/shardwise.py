@@ -84,6 +84,25 @@ def shardwise(function, operands, results):
     return run
 
 
+def for_each_row(weights, x):
+    """Weights [W, H, D] that the rows of x [B, T, H, ...] share: a copy for each, [B, W, H, D].
+
+    It is placed as x is, so that it is computed shard by shard, as `shardwise` wants it; the
+    transpose is the sum over rows, on all devices.
+    """
+    shape = (x.shape[0], *weights.shape)
+    mesh = _explicit_mesh((x, weights))
+    if mesh is None:
+        missing = tuple(_varying(x) - _varying(weights))
+        if missing:
+            weights = lax.pcast(weights, missing, to="varying")
+        return jnp.broadcast_to(weights, shape)
+    batch, heads = _placement(("B T H",), (jax.typeof(x),))
+    weights = jax.sharding.reshard(weights, NamedSharding(mesh, PartitionSpec(None, heads)))
+    placed = NamedSharding(mesh, PartitionSpec(batch, None, heads))
+    return lax.broadcast_in_dim(weights, shape, (1, 2, 3), out_sharding=placed)
+
+
 def _without_varying_types(function, arrays):
     """Calls a function that knows nothing of the mesh axes over which shard_map's values vary.
 

@@ -1,0 +1,317 @@
+"""The layers' short causal convolution, with SiLU and an optional l2 norm, as Pallas kernels.
+
+A thread has four channels of a head and walks along a stream of tokens, with the last W - 1 of them
+in registers. A warpgroup walks along four streams of 128 channels (eight of 64) that follow one
+another; TMA loads each of them with the tokens around it that it needs, so that no thread reads or
+writes what another does, and nobody waits.
+
+Nothing but the inputs is kept for the backward pass, which makes the rest again on its way. Behind
+token t it knows the gradients that token t - (W - 1) is still missing.
+
+B=16 T=4096 H=6 D=128, bfloat16, W=4: 50.3 million elements, 100.7 MB a pass. Floors at 4.3 TB/s;
+instructions as ptxas makes them, a warp's four tokens of 128 channels in the loop; predictions from
+three of them a clock forward and two and a half backward, at 1.75 GHz.
+
+======================  =====================  ========  ===========================  ============
+kernel                  reads, writes          floor ms  instructions (with norm)     predicted ms
+======================  =====================  ========  ===========================  ============
+`_forward`              x, y                   0.047     209 (303), 69 registers      0.06
+`_backward`             x, dy, dx, 10 MB sums  0.073     423 (603), 111 registers     0.10 (0.13)
+======================  =====================  ========  ===========================  ============
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jla.pallas import mosaic
+from jla.pallas.mosaic import f32, per_column, per_row
+from jla.pallas.shardwise import for_each_row, shardwise
+
+SDS = jax.ShapeDtypeStruct
+EPSILON = 1e-6  # of the norm, as `jla.linen` has it
+WIDEST, TAPS = 256, 8
+# How many tokens a thread walks along. The more, the less is read and made twice; the fewer, the
+# more CTAs share a multiprocessor: here six and four, of 36 and 52 KB.
+FORWARD, BACKWARD = 32, 20
+UNROLLED = 4  # tokens of a turn of the loop
+
+_X, _KERNEL = "B T H D", "B W H D"
+
+
+def unsupported(name, x, kernel):
+    """Why the kernels cannot serve these arguments, or None."""
+    W, D = kernel.shape[0], x.shape[-1]
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"x is {x.dtype}, and the kernels take bfloat16 and float16"
+    if D % 8 or D > WIDEST:
+        return f"heads have {D} channels, and the kernels take multiples of 8 up to {WIDEST}"
+    if not 2 <= W <= TAPS:
+        return f"there are {W} taps, and the kernels take 2 to {TAPS}"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames="normalize")
+def short_convolution(x, kernel, *, normalize):
+    """`silu(sum_i kernel[i] * x_{t - (W - 1 - i)})`, with `normalize` its l2 norm over channels.
+
+    Args:
+      x: [B, T, H, D], 16 bits. kernel: [W, H, D].
+      normalize: whether the heads' vectors are divided by `sqrt(sum(y**2) + 1e-6)`.
+
+    Returns:
+      [B, T, H, D] in x's dtype. All arithmetic is float32, and is rounded once.
+    """
+    # Each row of the batch has its own kernel, so that a shard knows nothing of the others.
+    return _convolution(x, for_each_row(kernel.astype(f32), x), normalize)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolution(x, kernel, normalize):
+    run = functools.partial(_forward, normalize=normalize)
+    return shardwise(run, (_X, _KERNEL), (_X,))(x, kernel)[0]
+
+
+def _convolution_forward(x, kernel, normalize):
+    # `_convolution`, not the kernel: a checkpoint policy that keeps kernels' results (as that of
+    # examples/model.py does) sees a custom_vjp, and so y is made again rather than kept.
+    return _convolution(x, kernel, normalize), (x, kernel)
+
+
+def _convolution_backward(normalize, inputs, dy):
+    run = functools.partial(_backward, normalize=normalize)
+    return shardwise(run, (_X, _KERNEL, _X), (_X, _KERNEL))(*inputs, dy)
+
+
+_convolution.defvjp(_convolution_forward, _convolution_backward)
+
+
+def _forward(x, kernel, *, normalize):
+    """y, [B, T, H, D] in x's dtype, as a tuple; kernel [B, W, H, D] float32."""
+    (B, T, H, D), W = x.shape, kernel.shape[1]
+    past = W - 1
+    channels, streams = _tile(D)
+    layout = mosaic.rows_by_warp(channels)
+    length = FORWARD
+    load = functools.partial(mosaic.load, layout=layout, optimized=False)
+
+    def body(x_ref, kernel_ref, y_ref, tokens, loaded):
+        _load_with_past(x_ref, tokens, loaded, past, length, 0)
+        taps = _taps(kernel_ref, layout, streams)
+        plgpu.barrier_wait(loaded)
+
+        def step(t, window):
+            window = [*window, load(tokens.at[:, t + past])]
+            _, _, y = _silu(_weighted(taps, window))
+            if normalize:
+                y = y * per_row(_inverse_norm(y), channels)
+            # The thread that writes here was the last to read here.
+            mosaic.store(tokens.at[:, t + past], y.astype(x.dtype))
+            return window[1:]
+
+        _walk(step, 0, length, _window(tokens, layout, past))
+        plgpu.commit_smem()
+        _store(tokens, past, length, y_ref)
+
+    return mosaic.kernel(
+        body,
+        automatic_barriers=False,
+        reductions_cross_warps=False,
+        out_type=[SDS(x.shape, x.dtype)],
+        scratch_types=[
+            plgpu.SMEM((streams, length + past, channels), x.dtype),
+            plgpu.Barrier(num_arrivals=streams),
+        ],
+        grid=(B, pl.cdiv(T, streams * length), H),
+        grid_names=("b", "n", "h"),
+    )(x, _pad(kernel, channels))
+
+
+def _backward(x, kernel, dy, *, normalize):
+    """dx, and the kernel's gradient for each row of the batch, [B, W, H, D] float32.
+
+    With c the convolution, s = sigmoid(c), y = s c and r = 1 / sqrt(sum(y**2) + epsilon):
+
+        without the norm  dc = dy s (1 + c (1 - s)) = dy (s + y (1 - s))
+        with it           dc = (r dy - r**3 y sum(y dy)) (s + y (1 - s))
+        dx_t = sum_i kernel[i] dc_{t + (W - 1 - i)};  dkernel[i] = sum_t dc_t x_{t - (W - 1 - i)}
+
+    A stream makes dc of its own tokens and of the W - 1 behind them; their share of dkernel is
+    counted where they are at home. Each CTA writes its sums, and XLA adds them up: no atomics, the
+    same bits every time. Past the last token dy is zero, and so is dc.
+    """
+    (B, T, H, D), W = x.shape, kernel.shape[1]
+    past = W - 1
+    channels, streams = _tile(D)
+    length = BACKWARD
+    blocks = pl.cdiv(T, streams * length)
+    layout = mosaic.rows_by_warp(channels)
+    load = functools.partial(mosaic.load, layout=layout, optimized=False)
+
+    def body(x_ref, kernel_ref, dy_ref, dx_ref, dkernel_ref, tokens, gradients, loaded):
+        b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
+        _load_with_past(x_ref, tokens, loaded, past, length, past)
+        for s in range(streams):
+            rows = pl.ds((n * streams + s) * length, length + past)
+            plgpu.copy_gmem_to_smem(
+                dy_ref.at[b, rows, h, _whole(channels)], gradients.at[s], loaded
+            )
+        taps = _taps(kernel_ref, layout, streams)
+        plgpu.barrier_wait(loaded)
+
+        def step(t, carry, *, own=True, finish=True):
+            """Token t's share of the gradients. `own`: its kernel's are this stream's to count;
+            `finish`: token t - past, which has its last share now, belongs to the stream."""
+            window, pending, sums = carry
+            window = [*window, load(tokens.at[:, t + past])]
+            convolved = _weighted(taps, window)
+            gate, complement, y = _silu(convolved)
+            gradient = load(gradients.at[:, t])
+            if normalize:
+                inverse = _inverse_norm(y)
+                along = (gradient * y).sum(axis=1) * (inverse * inverse * inverse)
+                gradient = gradient * per_row(inverse, channels) - y * per_row(along, channels)
+            gradient = gradient * (gate + y * complement)
+            if own:
+                sums = [s + gradient * x for s, x in zip(sums, window, strict=True)]
+            shares = [tap * gradient for tap in taps]
+            pending = [p + s for p, s in zip([*pending, 0.0], shares, strict=True)]
+            if finish:
+                # Token t - past of the stream lies in row t, which this thread has read.
+                mosaic.store(tokens.at[:, t], pending[0].astype(x.dtype))
+            return window[1:], pending[1:], sums
+
+        zeros = plgpu.layout_cast(jnp.zeros((streams, channels), f32), layout)
+        carry = _window(tokens, layout, past), [zeros] * past, [zeros] * W
+        for t in range(past):
+            carry = step(t, carry, finish=False)
+        carry = _walk(step, past, length, carry)
+        sums = carry[2]
+        for t in range(length, length + past):
+            carry = step(t, carry, own=False)
+        plgpu.commit_smem()
+        _store(tokens, past, length, dx_ref, wait=False)
+        for w in range(W):
+            mosaic.store(dkernel_ref.at[b, n, w, h], sums[w].sum(axis=0))
+        plgpu.wait_smem_to_gmem(0)
+
+    dx, dkernel = mosaic.kernel(
+        body,
+        automatic_barriers=False,
+        out_type=[SDS(x.shape, x.dtype), SDS((B, blocks, W, H, channels), f32)],
+        scratch_types=[
+            plgpu.SMEM((streams, length + 2 * past, channels), x.dtype),
+            plgpu.SMEM((streams, length + past, channels), x.dtype),
+            plgpu.Barrier(num_arrivals=2 * streams),
+        ],
+        grid=(B, blocks, H),
+        grid_names=("b", "n", "h"),
+    )(x, _pad(kernel, channels), dy)
+    return dx, dkernel.sum(axis=1)[..., :D]
+
+
+def _tile(D):
+    """A CTA's channels, D of them or more, and in how many streams its tokens run."""
+    channels = next(c for c in (64, 128, WIDEST) if c >= D)
+    return channels, mosaic.rows_of_warps(channels)
+
+
+def _pad(kernel, channels):
+    """Zeros for channels that no head has; of x and dy TMA makes them."""
+    return jnp.pad(kernel, ((0, 0), (0, 0), (0, 0), (0, channels - kernel.shape[-1])))
+
+
+def _whole(channels):
+    """All channels of a head, and those that it lacks: TMA loads zeros there and stores nothing."""
+    # A start that JAX does not know, for it refuses a slice that is seen to be out of bounds.
+    return pl.ds(lax.axis_index("h") * 0, channels)
+
+
+def _load_with_past(x_ref, tokens, loaded, past, length, more):
+    """Loads each stream's tokens, `past` before them and `more` after them."""
+    b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
+    streams, _, channels = tokens.shape
+
+    def copy(s, before):
+        rows = pl.ds((n * streams + s) * length - before, before + length + more)
+        plgpu.copy_gmem_to_smem(
+            x_ref.at[b, rows, h, _whole(channels)],
+            tokens.at[s, pl.ds(past - before, before + length + more)],
+            loaded,
+        )
+
+    # Before the first token there is nothing to load, see `_window`.
+    pl.when(n == 0)(lambda: copy(0, 0))
+    pl.when(n > 0)(lambda: copy(0, past))
+    for s in range(1, streams):
+        copy(s, past)
+
+
+def _window(tokens, layout, past):
+    """What the streams' first tokens see of the tokens before: zeros before token 0."""
+    streams, _, channels = tokens.shape
+    stream = plgpu.broadcasted_iota(jnp.int32, (streams,), 0, layout=layout.reduce(1))
+    stream = per_row(stream + lax.axis_index("n") * streams, channels)
+    return [
+        jnp.where(stream == 0, 0.0, mosaic.load(tokens.at[:, t], layout, optimized=False))
+        for t in range(past)
+    ]
+
+
+def _taps(kernel_ref, layout, streams):
+    """Each tap of this CTA's head, for all streams."""
+    b, h = lax.axis_index("b"), lax.axis_index("h")
+    by_channel = layout.reduce(0)
+    taps = (
+        mosaic.load(kernel_ref.at[b, w, h], by_channel, optimized=False)
+        for w in range(kernel_ref.shape[1])
+    )
+    return [per_column(tap, streams) for tap in taps]
+
+
+def _walk(step, start, stop, carry):
+    """Calls step(t, carry) for start <= t < stop; most of it in a loop."""
+    turns = (stop - start) // UNROLLED
+
+    def turn(i, carry):
+        for t in range(UNROLLED):
+            carry = step(start + i * UNROLLED + t, carry)
+        return carry
+
+    carry = lax.fori_loop(0, turns, turn, carry)
+    for t in range(start + turns * UNROLLED, stop):
+        carry = step(t, carry)
+    return carry
+
+
+def _weighted(taps, window):
+    return functools.reduce(jnp.add, (tap * x for tap, x in zip(taps, window, strict=True)))
+
+
+def _silu(x):
+    """sigmoid(x), 1 - sigmoid(x) and silu(x)."""
+    # A division takes eight operations, this reciprocal of a square root one.
+    root = lax.rsqrt(1.0 + jnp.exp2(x * -1.4426950408889634))
+    gate = root * root
+    return gate, 1.0 - gate, x * gate
+
+
+def _inverse_norm(y):
+    return lax.rsqrt((y * y).sum(axis=1) + EPSILON)
+
+
+def _store(tokens, past, length, out_ref, *, wait=True):
+    """Stores what lies where the streams' tokens lay; TMA drops what is past the last one."""
+    b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
+    streams, _, channels = tokens.shape
+    for s in range(streams):
+        rows = pl.ds((n * streams + s) * length, length)
+        plgpu.copy_smem_to_gmem(
+            tokens.at[s, pl.ds(past, length)], out_ref.at[b, rows, h, _whole(channels)]
+        )
+    if wait:
+        plgpu.wait_smem_to_gmem(0)
