@@ -1,5 +1,6 @@
 """The short convolution's kernels: values, gradients, races in the interpreter; who uses them."""
 
+import contextlib
 import functools
 
 import jax
@@ -41,16 +42,28 @@ def close(ours, theirs, tolerance):
 @pytest.mark.parametrize(
     "sizes, normalize",
     [
-        (dict(B=1, T=133, H=2, D=128, W=4), True),  # two tiles of tokens in both passes
+        (dict(B=1, T=133, H=2, D=128, W=4), True),  # several tiles of tokens in both passes
         # Fewer tokens than taps, fewer channels than a tile has.
         (dict(B=2, T=2, H=1, D=24, W=3, dtype=f16), False),
     ],
     ids=str,
 )
 def test_is_the_formula(sizes, normalize):
+    check(jla.pallas.interpret, sizes, normalize)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("H, D", [(6, 128), (1, 128), (2, 64), (1, 256), (2, 96)])
+def test_is_the_formula_on_the_card(H, D, normalize):
+    """Also where one token's channels lie right behind another's, and the last tile is not full."""
+    check(contextlib.nullcontext, dict(B=3, T=300, H=H, D=D, W=4), normalize)
+
+
+def check(context, sizes, normalize):
     x, kernel, dy = arguments(**sizes)
     run = functools.partial(kernels.short_convolution, normalize=normalize)
-    with jla.pallas.interpret():
+    with context():
         got = jax.jit(functools.partial(with_gradients, run))(x, kernel, dy)
     run = functools.partial(formula, normalize=normalize)
     want = jax.jit(functools.partial(with_gradients, run))(x.astype(f32), kernel, dy.astype(f32))

@@ -185,22 +185,15 @@ def columns_by_warp(width):
     return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 
 
-def rows_by_warp(width):
-    """A [rows_of_warps(width), width] layout over one warpgroup: whole rows in a warp.
+def rows_by_warp():
+    """A layout of [4, 128 n] over one warpgroup, a row a warp.
 
     A thread's vectors have four elements. Sums along rows are shuffles inside a warp.
     """
-    wide = min(width, 128)  # at most, a thread has two vectors of a row
-    rows = 128 // wide
-    tiling = plgpu.Tiling(((4 * rows, wide), (rows, wide), (4,)))
+    tiling = plgpu.Tiling(((4, 128), (1, 128), (4,)))
     # (..., warp, 1, row in the warp, vector in the row, element)
     layout = TiledLayout(tiling, (-5,), (-3, -2), -1, _check_canonical=False).canonicalize()
     return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
-
-
-def rows_of_warps(width):
-    """How many rows of `rows_by_warp(width)` a warpgroup has at once."""
-    return 4 * 128 // min(width, 128)
 
 
 def store(ref, value):
