@@ -4,6 +4,7 @@ The tree over several leaves, the cache in several blocks, the step at all kinds
 that the step's kernel fits at full size and updates its keys in place.
 """
 
+import contextlib
 import functools
 import itertools
 import re
@@ -119,16 +120,29 @@ def test_cache_in_blocks_is_the_reference(monkeypatch):
     [
         ((299, 300, 0), dict(capacity=300, HQ=6, H=2, V=32)),  # two pieces, a full row
         ((3, 33), dict(capacity=77, HQ=9, K=32, gated=False, dtype=f16)),  # two passes
-        ((256,), dict(capacity=600, HQ=1, K=128, V=64, dtype=f32)),  # a piece to clear
+        pytest.param(
+            (256,), dict(capacity=600, HQ=1, K=128, V=64, dtype=f32), marks=pytest.mark.slow
+        ),  # a piece to clear
     ],
     ids=str,
 )
 def test_step_is_the_reference(lengths, sizes):
+    check_step(jla.pallas.interpret, lengths, sizes)
+
+
+@pytest.mark.gpu
+def test_step_stays_in_its_row():
+    """One head's keys of a row lie right before those of the next; the last tile is not full."""
+    lengths = (76, 3, 40, 76)
+    check_step(contextlib.nullcontext, lengths, dict(capacity=77, K=128, V=128, gated=False))
+
+
+def check_step(context, lengths, sizes):
     cache = cached(lengths, **sizes)
     arrays = tokens(len(lengths), **{n: x for n, x in sizes.items() if n != "capacity"})
     # Under jit no length is known, and none refused.
     want = jax.jit(functools.partial(reference.path_step, scale=0.3))(*arrays, cache)
-    with jla.pallas.interpret():
+    with context():
         got = jax.jit(functools.partial(kernels.path_step, scale=0.3))(*arrays, cache)
     assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, want)
     assert largest_error(got[0], want[0]) < (2e-6 if got[0].dtype == f32 else 1e-3)

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._segments import segment_starts
@@ -95,21 +96,27 @@ def _attention(q, k, v, w, beta, g, scale):
 
 
 def _attention_forward(q, k, v, w, beta, g, scale):
+    w, ratio, of_w = rounded(w)
+    if ratio is not None:
+        beta = beta * ratio
     inputs = _given(q, k, v, w, beta, g)
     run = functools.partial(_forward, scale=scale)
     kept = shardwise(run, _INPUTS[: len(inputs)], tuple(_KEPT.values()))(*inputs)
     kept = tuple(map(checkpoint_name, kept, _KEPT))
-    return kept[:2], (inputs, kept)
+    return kept[:2], (inputs, ratio, of_w, kept)
 
 
 def _attention_backward(scale, residuals, cotangents):
-    inputs, kept = residuals
+    inputs, ratio, of_w, kept = residuals
     axes = _INPUTS[: len(inputs)]
     run = functools.partial(_backward, scale=scale)
     out_axes = tuple(_KEPT.values())
     all_axes = *axes, *out_axes, *out_axes[:2]
     gradients = shardwise(run, all_axes, axes)(*inputs, *kept, *cotangents)
-    return gradients if len(inputs) == 6 else (*gradients, None)
+    dq, dk, dv, dw, dbeta, *dg = gradients
+    if ratio is not None:
+        dbeta = dbeta * ratio
+    return dq, dk, dv, dw.astype(of_w.dtype), dbeta, *(dg or [None])
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -130,6 +137,9 @@ def _backward(q, k, v, w, beta, *rest, scale):
     *g, o, lse, inverse, do, dlse = rest
     g, H = g[0] if g else None, k.shape[2]
     in_base_2 = scale * LOG2E
+    # The versions are made again: XLA would else find those of the forward pass to be the same, and
+    # keep them until here, a gigabyte for each layer of a model.
+    q, k, w, beta, do = lax.optimization_barrier((q, k, w, beta, do))
     inputs = sixteen_bits(q, k, w, beta)
     queries, keys, own, gates, transforms, _ = grown(*inputs, g, inverse, scale=in_base_2)
     delta = jnp.moveaxis(jnp.sum(do.astype(f32) * o.astype(f32), -1), 1, 2)
@@ -141,10 +151,7 @@ def _backward(q, k, v, w, beta, *rest, scale):
     dtransforms = transform_gradients(queries, dqueries, keys, dkeys, transforms, own.shape[2])
     given = dqueries, dkeys, (down, largest), dtransforms, scale / unit
     dq, dk, dw, dbeta = leaf_gradients(*inputs, inverse, *given, dtype=q.dtype)
-    if w.dtype == f32:
-        _, back = jax.vjp(lambda beta: rounded(w, beta)[1], beta)
-        (dbeta,) = back(dbeta)
-    gradients = dq, dk, dv, dw.astype(w.dtype), dbeta
+    gradients = dq, dk, dv, dw, dbeta
     if g is None:
         return gradients
     _, back = jax.vjp(lambda g: (*level_sums(g), leaf_sums(g)[0]), g)

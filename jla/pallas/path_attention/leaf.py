@@ -124,7 +124,8 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
     and K~_0 by H_1.
 
     Args:
-      q: [B, T, HQ, K]. k, w: [B, T, H, K], all bf16 or all float16. K 64 or 128, T a multiple of 8.
+      q: [B, T, HQ, K], bf16 or float16. k, w: [B, T, H, K], of q's type or float16. K 64 or 128,
+        T a multiple of 8.
       inverse: as `inverses` returns it. beta: as it takes it.
       gates: None, or for each query head [B, HQ, L] the sum of the leaf's gates up to and with each
         token's, float32, and the place in its leaf of the first token that it sees, uint32.
@@ -141,7 +142,7 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
     """
     (B, _, HQ, K), (H, N) = q.shape, inverse.shape[1:3]
     P, group, k_tiles = N // 2, HQ // H, K // TILE_WIDTH
-    raw, gated = q.dtype, gates is not None
+    gated = gates is not None
     tiles = range(k_tiles)
 
     def body(q_ref, k_ref, w_ref, inverse_ref, beta_ref, *refs):
@@ -172,17 +173,19 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
         def of_keys():
             plgpu.set_max_registers(KEY_REGISTERS, action="decrease")
             a = sa.at[chunk]
-            # What w was given as is needed once, and then the queries take its place.
-            fetch(w_ref, h, query, w_loaded)
+            # As bf16, w is needed once, and then the queries take its place.
+            given_w = w if w_ref.dtype == f16 else query
+            fetch(w_ref, h, given_w, w_loaded)
             fetch(k_ref, h, key, k_loaded)
             source, barrier = inverse_ref.at[b, h, 2 * leaf + chunk], x_loaded.at[chunk]
             plgpu.copy_gmem_to_smem(source, sx.at[chunk], barrier)
             strength = load(beta_ref.at[b, h, rows], PER_COLUMN, optimized=False)
             plgpu.barrier_wait(w_loaded.at[chunk])
-            given = [plgpu.load(x, layout=TILE) for x in query]
-            for x, y in zip(given, w, strict=True):
-                y[...] = x.astype(f16)
-            plgpu.commit_smem()
+            given = [plgpu.load(x, layout=TILE) for x in given_w]
+            if given_w is not w:
+                for x, y in zip(given, w, strict=True):
+                    y[...] = x.astype(f16)
+                plgpu.commit_smem()
             fetch(q_ref, h * group, query, q_loaded)
             plgpu.barrier_wait(k_loaded.at[chunk])
             wk = product(*((x, y.T) for x, y in zip(given, key, strict=True)))
@@ -297,7 +300,8 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
 
                 qw = product(*((x, y.T) for x, y in zip(rounded, w, strict=True)))
                 qw = jnp.where(chunks.up_to(), qw, 0.0).astype(f16)
-                pairs = [(x, y.T) for x, y in zip(query, key, strict=True)]
+                same = q_ref.dtype == k_ref.dtype
+                pairs = [(x, y.T) for x, y in zip(query if same else rounded, key, strict=True)]
                 put_logits(product(*pairs, (qw, sa.at[chunk])), chunk)
 
                 @pl.when(chunk == 0)
@@ -349,7 +353,7 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
             SDS((B, H, P, K, K), f16),
         ],
         scratch_types=[
-            *[mosaic.tile(*half, dtype=raw)] * 2,
+            *[mosaic.tile(*half, dtype=x.dtype) for x in (q, k)],
             *[mosaic.tile(*half, dtype=f16)] * 2,
             *[mosaic.tile(CHUNK, CHUNK, 2, dtype=f16)] * 2,
             mosaic.tile(*half, dtype=f16),

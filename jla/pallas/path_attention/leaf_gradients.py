@@ -52,7 +52,8 @@ def leaf_gradients(
     """The gradients of a leaf's inputs.
 
     Args:
-      q: [B, T, HQ, K]. k, w: [B, T, H, K]. All of one 16-bit type, T a multiple of 8.
+      q: [B, T, HQ, K], bf16 or float16. k, w: [B, T, H, K], of q's type or float16. T a multiple
+        of 8.
       beta: [B, H, 128 P] float32. inverses: N of each chunk, [B, H, 2 P, 64, 64] float16.
       dqueries, dkeys, transforms: gradients in two parts, as `backward` and `transform_gradients`
         return them.
@@ -64,8 +65,10 @@ def leaf_gradients(
     Returns:
       dq, dk, dw and dbeta [B, T, H] float32.
 
-    A CTA is a leaf and a query head, two warpgroups with a chunk of 64 rows each. SMEM holds seven
-    tiles of 128 x 128, so q, k, c and dH come twice (from L2).
+    A CTA is a leaf and a query head, four warpgroups: (row of chunks) x (tile of 64 features, or
+    column of chunks in a triangle). SMEM holds w, beta w, two tiles of 128 x 128 for what comes and
+    goes, and four triangles of three 64 x 64 blocks; k comes twice (from L2). What waits for its
+    turn lies in registers, as float16.
     """
     (B, T, HQ, K), H = q.shape, k.shape[2]
     group, P = HQ // H, beta.shape[2] // LEAF
@@ -80,8 +83,8 @@ def leaf_gradients(
     ):  # fmt: skip
         b, head, leaf, wg = (lax.axis_index(name) for name in ("b", "h", "leaf", "wg"))
         h, member = lax.div(head, jnp.int32(group)), lax.rem(head, jnp.int32(group))
-        (w, raw_w), (first, raw_first, out_first) = region_w, region_1
-        second, raw_second, out_second = region_2
+        (w, raw_w), (first, _, raw_first, out_first) = region_w, region_1
+        second, raw_query, raw_second, out_second = region_2
         (lower, other_lower), out_lower = triangles
         query_place = levels.first_query(leaf, P)
         key_place = levels.first_key(leaf, P)
@@ -210,7 +213,7 @@ def leaf_gradients(
         at = r, c, t = here()
         fetch(at, lambda columns: w_ref.at[b, rows_of(r), h, columns], raw_w, loaded)
         fetch(at, lambda columns: k_ref.at[b, rows_of(r), h, columns], raw_first, loaded)
-        fetch(at, lambda columns: q_ref.at[b, rows_of(r), head, columns], raw_second, loaded)
+        fetch(at, lambda columns: q_ref.at[b, rows_of(r), head, columns], raw_query, loaded)
 
         @pl.when(r == c)
         def _():
@@ -227,7 +230,7 @@ def leaf_gradients(
         given = load(of(raw_w, r, t))
         weak = _packed(given * per_row(strength, CHUNK))
         given = _packed(given)
-        key, query = (_packed(load(of(x, r, t))) for x in (raw_first, raw_second))
+        key, query = (_packed(load(of(x, r, t))) for x in (raw_first, raw_query))
 
         @pl.when(r == c)
         def _():
@@ -366,7 +369,7 @@ def leaf_gradients(
         return mosaic.tile(CHUNK, CHUNK, 2 * k_tiles, dtype=dtype)
 
     triangle = mosaic.tile(CHUNK, CHUNK, 3, dtype=f16)
-    region = plgpu.RefUnion(tiles(f16), tiles(q.dtype), tiles(dtype))
+    region = plgpu.RefUnion(*map(tiles, (f16, q.dtype, k.dtype, dtype)))
     like_q = SDS(q.shape, dtype)
     dq, dk, dw, dbeta = mosaic.kernel(
         body,
@@ -374,7 +377,7 @@ def leaf_gradients(
         reductions_cross_warps=False,
         out_type=[like_q, like_q, like_q, SDS((B, HQ, k_tiles, P * LEAF), f32)],
         scratch_types=[
-            plgpu.RefUnion(tiles(f16), tiles(q.dtype)),
+            plgpu.RefUnion(tiles(f16), tiles(w.dtype)),
             tiles(f16),
             region,
             region,

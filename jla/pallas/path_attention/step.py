@@ -167,6 +167,25 @@ def _pass(q, k, w, beta, key, value, length, added, *, scale, moved):
         def at(ref, i):
             return ref.at[b, pl.ds(start + i * rows, rows), h]
 
+        def put(source, i):
+            """Stores a tile of keys, but not beyond the cache's end."""
+            if H > 1 or S % rows == 0:
+                plgpu.copy_smem_to_gmem(source, at(key_out, i))
+                return
+            # One head's rows lie one behind the other. Mosaic cuts such a piece off at the array's
+            # end alone: it would overwrite the next row's cache.
+            left = S - (start + i * rows)
+            pl.when(left >= rows)(lambda: plgpu.copy_smem_to_gmem(source, at(key_out, i)))
+
+            @pl.when(left < rows)
+            def _():
+                def put_one(r, carry):
+                    place = pl.ds(start + i * rows + r, 1)
+                    plgpu.copy_smem_to_gmem(source.at[pl.ds(r, 1)], key_out.at[b, place, h])
+                    return carry
+
+                lax.fori_loop(0, left, put_one, None)
+
         def fetch(i):
             slot = lax.rem(i, stages)
             barrier = loaded.at[slot]
@@ -209,7 +228,7 @@ def _pass(q, k, w, beta, key, value, length, added, *, scale, moved):
                 softmax.append((highest, total * shrink + p, acc))
             plgpu.commit_smem()  # and all warps have read the tile
             if not moved:
-                plgpu.copy_smem_to_gmem(keys.at[slot], at(key_out, i))
+                put(keys.at[slot], i)
                 # The tile before has left SMEM, this one may still be on its way.
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             following = i + (stages - 1)
@@ -247,7 +266,7 @@ def _pass(q, k, w, beta, key, value, length, added, *, scale, moved):
                     plgpu.commit_smem()
 
                     def clear(i, carry):
-                        plgpu.copy_smem_to_gmem(keys.at[0], at(key_out, i))
+                        put(keys.at[0], i)
                         return carry
 
                     lax.fori_loop(tiles, pl.cdiv(last - start, rows), clear, None)

@@ -45,21 +45,25 @@ def grown(q, k, w, beta, g, inverse=None, *, scale):
 
 
 def sixteen_bits(q, k, w, beta):
-    """The kernels' q, k and w, all of one type, and beta [B, H, L], zero past the end."""
-    w, beta = rounded(w, beta)
-    if q.dtype != w.dtype:
-        q, k, w = (x.astype(f16) for x in (q, k, w))
+    """The kernels' q, k and w, k of w's type, and beta [B, H, L], zero past the end."""
+    if k.dtype != w.dtype:
+        k, w = k.astype(f16), w.astype(f16)
     beta = jnp.moveaxis(beta, 2, 1)
     return q, k, w, jnp.pad(beta, [(0, 0), (0, 0), (0, -beta.shape[2] % LEAF)])
 
 
-def rounded(w, beta):
-    """w in 16 bits, and beta such that its reflections stay ones: beta |w|^2 is what it was."""
+def rounded(w):
+    """w in 16 bits; what keeps beta's reflections ones, for beta |w|^2 stays what it was.
+
+    Returns:
+      w, the factors for beta [B, T, H] or None if there is nothing to round, and an empty array of
+      the type that w had.
+    """
     if w.dtype != f32:
-        return w, beta
+        return w, None, jnp.zeros(0, w.dtype)
     out = w.astype(f16)
     before, after = (jnp.sum(jnp.square(x.astype(f32)), -1) for x in (w, out))
-    return out, beta * lax.stop_gradient(before / jnp.where(after == 0.0, 1.0, after))
+    return out, before / jnp.where(after == 0.0, 1.0, after), jnp.zeros(0, f32)
 
 
 def leaf_sums(g):
