@@ -1,14 +1,15 @@
 # `make demo` and `make test` build .venv themselves; nothing needs installing by hand but Python.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint tables clean
+.PHONY: help demo test test-all lint tables clean
 
 VENV := .venv
 RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
 
 help:
 	@echo 'make demo   train a small language model on the CPU (about three minutes), then sample from it'
-	@echo 'make test   run the tests on the CPU'
+	@echo 'make test   run the tests on the CPU (within 20 minutes on two cores)'
+	@echo 'make test-all  also run the sweeps that are marked slow'
 	@echo 'make lint   check style and formatting'
 	@echo 'make tables write the README'"'"'s table of times from benchmarks/results'
 	@echo 'make clean  remove the virtual environment and the demo'"'"'s output'
@@ -20,7 +21,10 @@ demo: $(VENV)/installed-examples
 	$(RUN) examples/train_lm.py --out runs/demo --overwrite
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -n 2 -m "not gpu"
+	$(RUN) -m pytest -n 2 --dist loadgroup -m "not gpu and not slow"
+
+test-all: $(VENV)/installed-dev
+	$(RUN) -m pytest -n 2 --dist loadgroup -m "not gpu"
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check

@@ -1,5 +1,7 @@
 """Settings of the whole suite; they must be made before JAX starts a backend."""
 
+import pathlib
+
 import jax
 import pytest
 
@@ -10,24 +12,35 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=_group)  # stable: inside a group the order stays
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_gpu():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and JAX sees none here"))
 
 
+def _group(item):
+    """What runs together, in one process: the tests that use the same compiled programs."""
+    parameters = getattr(item, "callspec", None) and item.callspec.params
+    if parameters and "mechanism" in parameters and "implementation" in parameters:
+        return f"{parameters['mechanism'].name} {parameters['implementation'].name}"
+    return item.path.stem
+
+
 def _has_gpu():
     return any(device.platform == "gpu" for device in jax.devices())
 
 
-_tests_run = 0
+# Each compiled program keeps dozens of memory mappings; Linux allows a process 65530, and then
+# XLA's compiler crashes.
+MAPPINGS = pathlib.Path("/proc/self/maps")
 
 
 def pytest_runtest_teardown():
-    """Drops compiled programs now and then: with thousands in a process XLA's compiler crashes."""
-    global _tests_run
-    _tests_run += 1
-    if _tests_run % 60 == 0:
+    """Drops all compiled programs before they are too many."""
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > 30000:
         jax.clear_caches()
 
 

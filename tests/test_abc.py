@@ -91,6 +91,7 @@ def test_no_segments_is_one_segment(implementation):
     close(jla.gsa(**args, implementation=implementation), want, 1e-6)
 
 
+@pytest.mark.slow
 @each_implementation
 def test_gradients_are_those_through_the_gates(implementation):
     """With s and g made by hand, by lax.cumlogsumexp, and given to the gated reference."""

@@ -129,7 +129,12 @@ def test_too_many_slots():
 
 
 @pytest.mark.parametrize(
-    "sizes", [dict(H=16, HQ=16, K=128, V=128, M=64), dict(HQ=2, K=256, V=256, M=128)], ids=str
+    "sizes",
+    [
+        dict(H=16, HQ=16, K=128, V=128, M=64),
+        pytest.param(dict(HQ=2, K=256, V=256, M=128), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_lowers_for_cuda(sizes):
     """Lowering checks layouts and the size of SMEM, which the interpreter does not."""

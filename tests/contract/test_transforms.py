@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import re
 
 import chex
@@ -83,20 +84,21 @@ def specs(tree, mesh_axes):
 
 
 HEADS = ("H", "HV", "HQ", "HK")
-BY_BATCH, BY_HEADS = {"B": "x"}, dict.fromkeys(HEADS, "x")
+MESH_AXES = {"B": "rows"} | dict.fromkeys(HEADS, "heads")
 
 
-def sharding_case(mechanism, implementation, sizes, dtype, mesh_axes, axis_type):
-    """Four rows and four of the least heads, whole, and placed on four virtual CPU devices or on
-    the two or four GPUs there are."""
-    devices = jax.devices(implementation.compiled_on)[:4]
-    if implementation.compiled_on == "gpu" and len(devices) < 2:
-        pytest.skip("needs two or four GPUs")
-    assert len(devices) in (2, 4), devices
-    mesh = jax.make_mesh((len(devices),), ("x",), (axis_type,), devices=devices)
+def sharding_case(mechanism, implementation, sizes, dtype, shape, axis_type):
+    """Rows and heads enough for a mesh of that shape, whole, and placed on virtual CPU devices or
+    on GPUs. An axis of the mesh with one device is not named."""
+    devices = jax.devices(implementation.compiled_on)[: math.prod(shape)]
+    if implementation.compiled_on == "gpu" and len(devices) < math.prod(shape):
+        pytest.skip(f"needs {math.prod(shape)} GPUs")
+    mesh = jax.make_mesh(shape, ("rows", "heads"), (axis_type,) * 2, devices=devices)
     heads = {n: size for n, size in sizes.items() if n in HEADS}
-    heads = {n: 4 * size // min(heads.values()) for n, size in heads.items()}
-    whole = inputs(mechanism, dict(sizes) | heads | dict(B=4), dtype)
+    times = math.ceil(shape[1] / min(heads.values()))
+    heads = {n: times * size for n, size in heads.items()}
+    whole = inputs(mechanism, dict(sizes) | heads | dict(B=max(sizes["B"], shape[0])), dtype)
+    mesh_axes = {letter: axis for letter, axis in MESH_AXES.items() if mesh.shape[axis] > 1}
     splits = specs((dict(mechanism.axes), mechanism.outputs), mesh_axes)
     placed = jax.tree.map(
         lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), whole, splits
@@ -104,14 +106,25 @@ def sharding_case(mechanism, implementation, sizes, dtype, mesh_axes, axis_type)
     return mesh, splits, whole, placed
 
 
-@pytest.mark.parametrize("mesh_axes", [BY_BATCH, BY_HEADS], ids=["batch", "heads"])
-@pytest.mark.parametrize("mechanism, implementation, sizes", COMPILED)
-def test_sharded_under_jit(mechanism, implementation, sizes, mesh_axes):
+def on_meshes(cpu, gpus):
+    """COMPILED on these meshes; what runs on GPUs on those that two or four of them make."""
+    for row in COMPILED:
+        for shape in gpus if row.values[1].compiled_on == "gpu" else cpu:
+            label = f"{row.id}-{shape[0]} by {shape[1]}"
+            yield pytest.param(*row.values, shape, id=label, marks=row.marks)
+
+
+BY_ROWS_AND_HEADS = list(on_meshes([(2, 2)], [(2, 2), (1, 2), (2, 1)]))
+BY_HEADS = list(on_meshes([(1, 2)], [(1, 4), (1, 2)]))
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes, shape", BY_ROWS_AND_HEADS)
+def test_sharded_under_jit(mechanism, implementation, sizes, shape):
     """Each device computes its own rows or heads, and tells the others nothing but whether to end a
     loop, and the gradients of what the rows share."""
     dtype = implementation.dtypes[0]
     mesh, splits, whole, placed = sharding_case(
-        mechanism, implementation, sizes, dtype, mesh_axes, AxisType.Auto
+        mechanism, implementation, sizes, dtype, shape, AxisType.Auto
     )
     want = value_and_vjp(mechanism, implementation, *whole)
 
@@ -124,9 +137,10 @@ def test_sharded_under_jit(mechanism, implementation, sizes, mesh_axes):
         run = jax.jit(both, out_shardings=shardings).lower(*placed).compile()
         got = run(*placed)
     allowed = {"pred[]"} if implementation.ends_together else set()
-    if mesh_axes is BY_BATCH:
-        shapes = [whole[0][name].shape for name in mechanism.shared()]
-        allowed |= {f"f32[{','.join(map(str, shape))}]" for shape in shapes}
+    if shape[0] > 1:
+        shared = [placed[0][name] for name in mechanism.shared()]
+        parts = [x.sharding.shard_shape(x.shape) for x in shared]
+        allowed |= {f"f32[{','.join(map(str, part))}]" for part in parts}
     collectives = "all-gather|all-to-all|collective-permute|all-reduce"
     found = re.findall(rf"= (.*?) ({collectives})\w*(?:-start)?\(", run.as_text())
     assert len(found) == len(re.findall(rf" (?:{collectives})[\w-]*\(", run.as_text()))
@@ -135,12 +149,12 @@ def test_sharded_under_jit(mechanism, implementation, sizes, mesh_axes):
 
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["shard_map", "explicit_sharding"])
-@pytest.mark.parametrize("mechanism, implementation, sizes", COMPILED)
-def test_shardings_in_types(mechanism, implementation, sizes, explicit):
+@pytest.mark.parametrize("mechanism, implementation, sizes, shape", BY_HEADS)
+def test_shardings_in_types(mechanism, implementation, sizes, shape, explicit):
     """Inside shard_map, and where types carry shardings; the initial zeros must have them too."""
     dtype, state = implementation.dtypes[0], mechanism.state[0]
     mesh, splits, whole, placed = sharding_case(
-        mechanism, implementation, sizes, dtype, BY_HEADS, AxisType.Explicit
+        mechanism, implementation, sizes, dtype, shape, AxisType.Explicit
     )
     axes, outputs = splits
     for args in (axes, whole[0], placed[0]):
@@ -225,7 +239,7 @@ def test_one_trace_for_all_contents(mechanism, implementation, sizes):
     def run(args, segment_ids):
         return running(mechanism, implementation)(**args, segment_ids=segment_ids)
 
-    for seed, length in enumerate((3, 40, T)):
+    for seed, length in enumerate(implementation.choice((3, 40, T), (3, 40))):
         args, _ = inputs(mechanism, sizes, implementation.dtypes[0], seed)
         ids = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32) // length, (sizes["B"], T))
         with implementation.context():

@@ -31,7 +31,8 @@ def dtype_cases():
         for dtype in implementation.dtypes:
             if (implementation.name, dtype) != ("reference", "float32"):
                 values = (mechanism, implementation, sizes, dtype)
-                yield pytest.param(*values, id=f"{row.id}-{dtype}", marks=row.marks)
+                slow = [pytest.mark.slow] if dtype == "float16" and not row.marks else []
+                yield pytest.param(*values, id=f"{row.id}-{dtype}", marks=[*row.marks, *slow])
 
 
 @pytest.mark.parametrize("mechanism, implementation, sizes, dtype", list(dtype_cases()))
@@ -43,12 +44,14 @@ def edited_sizes(edits):
     for row in AGAINST_REFERENCE:
         if not row.marks:
             mechanism, implementation, sizes = row.values
-            for edit in edits(implementation):
+            for i, edit in enumerate(edits(implementation)):
                 label = "-".join(f"{letter}{size}" for letter, size in edit.items())
                 values = (mechanism, implementation, dict(sizes) | dict(B=1) | edit)
-                yield pytest.param(*values, id=f"{row.id}-{label}")
+                slow = [pytest.mark.slow] if i else []
+                yield pytest.param(*values, id=f"{row.id}-{label}", marks=slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mechanism, implementation, sizes", list(edited_sizes(lambda i: [dict(T=T) for T in i.lengths]))
 )

@@ -10,7 +10,6 @@ from layers import (
     D,
     advance,
     close,
-    each_case,
     each_plain,
     each_rich,
     empty_cache,
@@ -33,7 +32,7 @@ def test_init_makes_an_empty_cache(case):
     chex.assert_trees_all_equal(cache, jax.tree.map(jnp.zeros_like, cache))
 
 
-@each_case
+@each_rich
 def test_prefill_in_chunks_then_tokens_is_one_forward(case):
     x, params = normal(3, 2, 19, D), parameters(case)
     cache, outputs, start = empty_cache(case, 2), [], 0
