@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import jla
 
@@ -85,3 +86,20 @@ def test_the_loop_ends_by_itself():
     )
     np.testing.assert_array_equal(enough, more)
     assert not np.array_equal(few, enough)
+
+
+def test_rows_on_two_devices():
+    """Inside a shard_map over rows, which share `lamb`: its gradient is the sum over devices."""
+    one, two = (inputs(seed, spread=1.0, ridge=1.0) for seed in (0, 1))
+    args = jax.tree.map(lambda x, y: jnp.concatenate([x, y])[:, :20], one, two)
+    args["lamb"] = one["lamb"]
+
+    def both(args):
+        o, vjp = jax.vjp(lambda args: jla.mesa_net(**args, implementation="xla")[0], args)
+        return o, vjp(jnp.ones_like(o))[0]
+
+    mesh = jax.make_mesh((2,), ("rows",), (AxisType.Auto,), devices=jax.devices()[:2])
+    specs = dict.fromkeys(args, PartitionSpec("rows")) | dict(lamb=PartitionSpec())
+    options = dict(mesh=mesh, in_specs=(specs,), out_specs=(PartitionSpec("rows"), specs))
+    got = jax.jit(jax.shard_map(both, **options))(args)
+    jax.tree.map(lambda x, y: near(x, y, 1e-5), got, jax.jit(both)(args))

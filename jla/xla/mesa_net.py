@@ -86,7 +86,9 @@ def _run(cg_steps, q, k, v, g, beta, lamb, initial_state):
         MesaState(*(_einsum("bhnck,bhncd->bhnkd", writes, x) for x in (k, v))),
         prefix[..., -1:, :],
     )
-    lamb = lamb[:, None, None, :]
+    # For each row of the batch, as the solver's other operands: in a shard_map over rows its loop
+    # wants all to vary alike.
+    lamb = jnp.where(False, q[:, :, :1, :1], lamb[:, None, None, :])
     matrix = states.kk, prefix, weights, k, lamb
     x = solve(_times_chunk, cg_steps, tolerance(dtype), matrix, lamb, q)
     o = prefix * _einsum("bhnck,bhnkv->bhncv", x, states.kv)
