@@ -35,6 +35,10 @@ def _grid(full=True, only=lambda implementation: True):
 GRID = _grid()
 SMALL = _grid(full=False)
 NOT_INTERPRETED = [row for row in GRID if row.values[1].context is contextlib.nullcontext]
+INTERPRETED_SLOW = [
+    row if row in NOT_INTERPRETED else pytest.param(*row.values, id=row.id, marks=pytest.mark.slow)
+    for row in GRID
+]
 
 
 def _compiled(row):

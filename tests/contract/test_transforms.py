@@ -148,7 +148,13 @@ def test_sharded_under_jit(mechanism, implementation, sizes, shape):
     assert_close(got, want, mechanism.tolerances[dtype][1])
 
 
-@pytest.mark.parametrize("explicit", [False, True], ids=["shard_map", "explicit_sharding"])
+@pytest.mark.parametrize(
+    "explicit",
+    [
+        pytest.param(False, id="shard_map", marks=pytest.mark.slow),
+        pytest.param(True, id="explicit_sharding"),
+    ],
+)
 @pytest.mark.parametrize("mechanism, implementation, sizes, shape", BY_HEADS)
 def test_shardings_in_types(mechanism, implementation, sizes, shape, explicit):
     """Inside shard_map, and where types carry shardings; the initial zeros must have them too."""
@@ -239,9 +245,11 @@ def test_one_trace_for_all_contents(mechanism, implementation, sizes):
     def run(args, segment_ids):
         return running(mechanism, implementation)(**args, segment_ids=segment_ids)
 
-    for seed, length in enumerate(implementation.choice((3, 40, T), (3, 40))):
+    for seed, length in enumerate((3, 40, T)):
         args, _ = inputs(mechanism, sizes, implementation.dtypes[0], seed)
         ids = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32) // length, (sizes["B"], T))
         with implementation.context():
-            got = run(args, ids)
-        assert_same_bits(got, forward(mechanism, implementation, args, ids))
+            # Interpreted kernels take long to compile, and need not for this.
+            got = implementation.choice(run, run.trace)(args, ids)
+        if implementation.choice(True, False):
+            assert_same_bits(got, forward(mechanism, implementation, args, ids))

@@ -47,7 +47,7 @@ def edited_sizes(edits):
             for i, edit in enumerate(edits(implementation)):
                 label = "-".join(f"{letter}{size}" for letter, size in edit.items())
                 values = (mechanism, implementation, dict(sizes) | dict(B=1) | edit)
-                # Small shapes are all the same to XLA; the kernels pad.
+                # To XLA all sizes are the same; of kernels the first shows that they are padded.
                 slow = [pytest.mark.slow] if i or implementation.name == "xla" else []
                 yield pytest.param(*values, id=f"{row.id}-{label}", marks=slow)
 

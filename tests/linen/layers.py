@@ -36,6 +36,14 @@ CASES = [f"{name}-{case}" for name, entry in LAYERS.items() for case in entry["c
 each_layer = pytest.mark.parametrize("name", LAYERS)
 each_case = pytest.mark.parametrize("case", CASES)
 each_plain = pytest.mark.parametrize("case", [f"{name}-plain" for name in LAYERS])
+# Where one layer shows what there is to see, the others are slow.
+first_plain = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(f"{name}-plain", marks=[pytest.mark.slow] if i else [])
+        for i, name in enumerate(LAYERS)
+    ],
+)
 each_rich = pytest.mark.parametrize("case", [f"{name}-rich" for name in LAYERS])
 
 

@@ -14,6 +14,7 @@ from layers import (
     each_rich,
     empty_cache,
     entry,
+    first_plain,
     forward,
     layer,
     normal,
@@ -70,7 +71,7 @@ def test_compiled_decode_in_a_scan_updates_a_donated_cache(case):
     close(jnp.concatenate([a, b], axis=1), forward(case, params, x))
 
 
-@each_plain
+@first_plain
 def test_stacked_layers_decode(case):
     """The cache follows flax's own scan over layers."""
 

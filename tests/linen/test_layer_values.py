@@ -14,10 +14,10 @@ from layers import (
     advance,
     close,
     each_case,
-    each_plain,
     each_rich,
     empty_cache,
     entry,
+    first_plain,
     forward,
     layer,
     normal,
@@ -97,7 +97,7 @@ def test_gradients_are_finite_and_reach_every_parameter(case):
         assert np.linalg.norm(gradient) > 1e-6, jax.tree_util.keystr(path)
 
 
-@each_plain
+@first_plain
 def test_a_jitted_donated_training_step_learns(case):
     """The target is the token before: nothing but time mixing can produce it."""
     # GSA needs the convolution for it: its slots forget and learn too slowly by themselves.
