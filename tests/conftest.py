@@ -14,7 +14,9 @@ jax.config.update("jax_disable_most_optimizations", True)
 def pytest_collection_modifyitems(items):
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
-    items.sort(key=_group)  # stable: inside a group the order stays
+    # Stable: inside a group the order stays. Long groups come first, for one that began last would
+    # leave the other process idle.
+    items.sort(key=lambda item: (not item.path.stem.startswith("test_pallas"), _group(item)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_gpu():
         for item in marked:

@@ -108,6 +108,7 @@ def test_gradients_are_those_through_the_gates(implementation):
     close(got, (o, state, vjp(gradients)[0]))
 
 
+@pytest.mark.slow
 @each_implementation
 def test_causal_to_the_bit(implementation):
     args = arguments()

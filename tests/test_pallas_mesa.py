@@ -97,6 +97,7 @@ def test_pieces_are_the_whole(reverse):
         assert relative_error(got, want) < (1e-5 if want.dtype == f32 else 1e-3)
 
 
+@pytest.mark.slow
 def test_few_long_heads_take_two_passes():
     """And all lowers for CUDA, which checks layouts and the size of SMEM."""
     shapes = jax.eval_shape(lambda: arguments(1, 32768, 16, 128, 128))

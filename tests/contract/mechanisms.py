@@ -34,11 +34,21 @@ def _grid(full=True, only=lambda implementation: True):
 # The definition agrees with itself: only its low precisions and golden vectors say anything.
 GRID = _grid()
 SMALL = _grid(full=False)
-NOT_INTERPRETED = [row for row in GRID if row.values[1].context is contextlib.nullcontext]
-INTERPRETED_SLOW = [
-    row if row in NOT_INTERPRETED else pytest.param(*row.values, id=row.id, marks=pytest.mark.slow)
-    for row in GRID
-]
+
+
+def slow_if(rows, condition):
+    """The rows, those that fulfil the condition marked slow; not those that run on the GPU."""
+    for row in rows:
+        slow = [pytest.mark.slow] if not row.marks and condition(*row.values) else []
+        yield pytest.param(*row.values, id=row.id, marks=[*row.marks, *slow])
+
+
+def interpreted(mechanism, implementation, *_):
+    return implementation.context is not contextlib.nullcontext
+
+
+NOT_INTERPRETED = [row for row in GRID if not interpreted(*row.values)]
+INTERPRETED_SLOW = list(slow_if(GRID, interpreted))
 
 
 def _compiled(row):

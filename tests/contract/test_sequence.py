@@ -25,6 +25,8 @@ from mechanisms import (
     NOT_INTERPRETED,
     SMALL,
     SMALL_AGAINST_REFERENCE,
+    interpreted,
+    slow_if,
 )
 
 
@@ -60,7 +62,9 @@ def test_a_later_tokens_gate_moves_no_earlier_output(mechanism, implementation, 
     earlier_outputs_stay(mechanism, implementation, sizes, gates, (63,))
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", NOT_INTERPRETED)
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes", slow_if(NOT_INTERPRETED, lambda *_: True)
+)
 def test_split_is_whole(mechanism, implementation, sizes):
     """At other places than `test_a_split_and_its_gradients_are_the_whole`, which all take."""
     dtype = implementation.dtypes[0]
@@ -74,7 +78,11 @@ def test_split_is_whole(mechanism, implementation, sizes):
         assert_close(got, whole, mechanism.tolerances[dtype][0])
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", GRID)
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes",
+    # A minute for PaTH's kernels with the cache around them; its own files' tests have parts of it.
+    slow_if(GRID, lambda *row: interpreted(*row) and row[0].name == "path"),
+)
 def test_a_split_and_its_gradients_are_the_whole(mechanism, implementation, sizes):
     """The first part's final state is the second's initial one, and so are their cotangents."""
     # In the middle of a chunk; equal parts, so that their one shape is compiled once.
