@@ -38,9 +38,12 @@ SMALL = _grid(full=False)
 
 def slow_if(rows, condition):
     """The rows, those that fulfil the condition marked slow; not those that run on the GPU."""
-    for row in rows:
+
+    def marks(row):
         slow = [pytest.mark.slow] if not row.marks and condition(*row.values) else []
-        yield pytest.param(*row.values, id=row.id, marks=[*row.marks, *slow])
+        return [*row.marks, *slow]
+
+    return [pytest.param(*row.values, id=row.id, marks=marks(row)) for row in rows]
 
 
 def interpreted(mechanism, implementation, *_):
@@ -48,7 +51,7 @@ def interpreted(mechanism, implementation, *_):
 
 
 NOT_INTERPRETED = [row for row in GRID if not interpreted(*row.values)]
-INTERPRETED_SLOW = list(slow_if(GRID, interpreted))
+INTERPRETED_SLOW = slow_if(GRID, interpreted)
 
 
 def _compiled(row):
