@@ -96,7 +96,7 @@ def test_a_run_and_another_that_joins_it(tmp_path, capsys):
     assert picture.exists()
 
     assert_fails(
-        capsys, 1, "lr (0.01, now 0.5) --out", *TINY, "--lr 0.5 --mixers gsa", "--out", out
+        capsys, 1, "lr ([0.01], now [0.5]) --out", *TINY, "--lr 0.5 --mixers gsa", "--out", out
     )
     out.write_text("[]")
     assert_fails(capsys, 1, "recall.json no results", *TINY, "--mixers gsa", "--out", out)
