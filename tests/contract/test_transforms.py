@@ -22,18 +22,21 @@ from harness import (
     with_gradients,
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from mechanisms import COMPILED, GRID, SMALL, slow_if
+from mechanisms import COMPILED, GRID, MECHANISMS, SMALL, slow_if
 
 P = PartitionSpec
+
+
+def not_the_first(mechanism, *_):
+    """Whether another mechanism comes before it: what is slow and much the same for all."""
+    return mechanism is not MECHANISMS[0]
 
 
 def running(mechanism, implementation):
     return functools.partial(mechanism.run, implementation=implementation.name)
 
 
-@pytest.mark.parametrize(
-    "mechanism, implementation, sizes", slow_if(COMPILED, lambda *row: row[0].name != "kda")
-)
+@pytest.mark.parametrize("mechanism, implementation, sizes", slow_if(COMPILED, not_the_first))
 def test_vmap_and_checkpoint(mechanism, implementation, sizes):
     """Gradients under vmap of a checkpointed run are those of the runs one by one."""
     dtype = implementation.dtypes[0]
@@ -53,7 +56,7 @@ def test_vmap_and_checkpoint(mechanism, implementation, sizes):
     assert_close(got, want, mechanism.tolerances[dtype][1])
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", SMALL)
+@pytest.mark.parametrize("mechanism, implementation, sizes", slow_if(SMALL, not_the_first))
 def test_linearize(mechanism, implementation, sizes):
     """The linear map at a point, applied to two tangents, is the definition's jvp."""
     dtype = implementation.dtypes[0]
@@ -157,7 +160,9 @@ def test_sharded_under_jit(mechanism, implementation, sizes, shape):
         pytest.param(True, id="explicit_sharding"),
     ],
 )
-@pytest.mark.parametrize("mechanism, implementation, sizes, shape", BY_HEADS)
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes, shape", slow_if(BY_HEADS, not_the_first)
+)
 def test_shardings_in_types(mechanism, implementation, sizes, shape, explicit):
     """Inside shard_map, and where types carry shardings; the initial zeros must have them too."""
     dtype, state = implementation.dtypes[0], mechanism.state[0]
@@ -213,7 +218,7 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", COMPILED)
+@pytest.mark.parametrize("mechanism, implementation, sizes", slow_if(COMPILED, not_the_first))
 def test_new_contents_never_compile(mechanism, implementation, sizes):
     """Neither new numbers nor new segment borders; nor a length that was there before."""
     B, T = sizes["B"], sizes["T"]

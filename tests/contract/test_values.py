@@ -48,7 +48,8 @@ def edited_sizes(edits):
                 label = "-".join(f"{letter}{size}" for letter, size in edit.items())
                 values = (mechanism, implementation, dict(sizes) | dict(B=1) | edit)
                 # To XLA all sizes are the same; of kernels the first shows that they are padded.
-                slow = [pytest.mark.slow] if i or implementation.name == "xla" else []
+                others = i or implementation.name == "xla" or mechanism.name == "path"
+                slow = [pytest.mark.slow] if others else []
                 yield pytest.param(*values, id=f"{row.id}-{label}", marks=slow)
 
 
