@@ -1,6 +1,6 @@
 """Multi-query associative recall: how many pairs does a mixer remember? (Zoology, arXiv 2312.04927)
 
-    python examples/recall.py                            # on a CPU, six mixers in about 12 minutes
+    python examples/recall.py                            # on a CPU, six mixers in about 13 minutes
     python examples/recall.py --setting full             # on an H200
     python examples/recall.py --mixers kda,path --out runs/some.json
 
