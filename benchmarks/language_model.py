@@ -27,7 +27,7 @@ from train_lm import make_optimizer, train_step  # isort: skip
 
 PEAK = 989e12  # an H200's dense bfloat16 operations a second, by its data sheet
 GROUP = 5  # steps enqueued together and awaited once
-KEYS = ("mixer", "gpus", "unroll")
+KEYS = ("mixer", "gpus")
 
 
 def main(argv=None):
@@ -42,7 +42,7 @@ def main(argv=None):
         if options.limit is not None and time.monotonic() - start > options.limit:
             print(f"not started, past --limit: {mixer}", flush=True)
             continue
-        row = dict(mixer=mixer, gpus=options.gpus, unroll=options.unroll) | of_text
+        row = dict(mixer=mixer, gpus=options.gpus) | of_text
         report.measure(row, train(mixer, data, options, report.rows))
         show(row, time.monotonic() - start)
     if options.plot:
@@ -59,7 +59,6 @@ def parse(argv):
     add("--steps", type=int, default=60)
     add("--lr", type=float, default=1e-3, help="peak learning rate")
     add("--gpus", type=int, default=1, help="data parallelism over so many (default: 1)")
-    add("--unroll", action="store_true", help="compile the blocks one by one, not as a loop")
     add("--plot", help="write the rows' losses and speeds to this PNG file")
     options = side_by_side.parse(made, argv)
     if not 1 <= options.gpus <= jax.device_count():
@@ -91,7 +90,7 @@ def train(mixer, data, options, rows):
     mesh = Mesh(np.array(jax.devices()[: options.gpus]), ("data",))
     replicated, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
 
-    model = side_by_side.make_model(mixer, options, unroll=options.unroll)
+    model = side_by_side.make_model(mixer, options, unroll=True)
     params = side_by_side.make_params(model)
     optimizer, _ = make_optimizer(options.steps, options.lr, weight_decay=0.1)
     state = dict(params=params, moments=optimizer.init(params))
@@ -200,7 +199,7 @@ def collectives(hlo):
 
 def scaling(mixer, options, speed, rows):
     """The speed of each of several GPUs as a fraction of one alone, if that was measured."""
-    wanted = dict(mixer=mixer, gpus=1, unroll=options.unroll, batch_per_gpu=options.batch)
+    wanted = dict(mixer=mixer, gpus=1, batch_per_gpu=options.batch)
     for row in rows:
         if "tokens_per_s" in row and all(row[k] == x for k, x in wanted.items()):
             return dict(scaling=speed / (options.gpus * row["tokens_per_s"]))
@@ -238,7 +237,7 @@ def plot(rows, path):
     rows = [row for row in rows if "losses" in row]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for row in rows:
-        if row["gpus"] == 1 and not (row["unroll"] and has_loop(row, rows)):
+        if row["gpus"] == 1:
             step = row["tokens"] / row["steps"] / 1e6
             tokens = [step * (i + 1) for i in range(row["steps"])]
             bits = [loss / math.log(2) for loss in row["losses"]]
@@ -257,13 +256,8 @@ def plot(rows, path):
     plt.close(figure)
 
 
-def has_loop(row, rows):
-    return any(r["mixer"] == row["mixer"] and r["gpus"] == 1 and not r["unroll"] for r in rows)
-
-
 def label(row):
-    several = f", {row['gpus']} GPUs" if row["gpus"] > 1 else ""
-    return row["mixer"] + several + (", unrolled" if row["unroll"] else "")
+    return row["mixer"] + (f", {row['gpus']} GPUs" if row["gpus"] > 1 else "")
 
 
 if __name__ == "__main__":

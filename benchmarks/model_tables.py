@@ -111,7 +111,7 @@ def table(rows, columns):
 def label(row):
     name = "softmax attention" if row["mixer"] == "attention" else f"`{NAMES[row['mixer']]}`"
     several = f", {row['gpus']} GPUs" if row.get("gpus", 1) > 1 else ""
-    return name + several + (", unrolled" if row.get("unroll") else "")
+    return name + several
 
 
 def paragraph(text):

@@ -24,9 +24,9 @@ def parser(program, description):
     add = made.add_argument
     add("--mixers", default=",".join(MIXERS), help="names, by commas (default: %(default)s)")
     add("--implementation", choices=("reference", "xla", "pallas"), help="default: a GPU's kernels")
-    add("--width", type=int, default=768)
-    add("--depth", type=int, default=17)
-    add("--heads", type=int, default=6)
+    add("--width", type=int, default=1024)
+    add("--depth", type=int, default=9)
+    add("--heads", type=int, default=8)
     add("--limit", type=float, help="start no case after so many seconds")
     add("--out", help="write JSON to this file, after every case; its other rows stay")
     return made
