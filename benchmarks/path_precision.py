@@ -1,0 +1,117 @@
+"""Errors of PaTH attention over long rows whose maps hardly shrink, against float64.
+
+With beta = 2 every map is a reflection, so nothing that is rounded on the way dies away. Prints the
+relative errors of outputs and gradients at some tokens, in the form of docs/path_attention.md.
+"""
+
+import argparse
+import datetime
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jla
+from jla.linen._normalize import l2norm
+
+f32, f64 = jnp.float32, jnp.float64
+TOKENS = 32  # whose outputs are compared, up to the last
+NAMES = ("q", "k", "v", "w", "beta")
+
+
+def make(case, T, H, D, dtype):
+    """Inputs of one row. A beta near 2 reflects; one direction for all is the worst for w."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, k, v = (jax.random.normal(key, (1, T, H, D)).astype(dtype) for key in keys[:3])
+    spread, least = {
+        "w random, beta = 2": (1.0, 2.0),
+        "w random, beta 1.9 to 2": (1.0, 1.9),
+        "w near one direction, beta = 2": (0.1, 2.0),
+        "one w for all, beta = 2": (0.0, 2.0),
+    }[case]
+    noise = jax.random.normal(keys[3], (1, T, H, D))
+    w = noise if spread == 1.0 else jax.random.normal(keys[4], (D,)) + spread * noise
+    beta = jnp.linspace(least, 2.0, T * H).reshape(1, T, H)
+    return dict(q=q, k=k, v=v, w=l2norm(w), beta=beta)
+
+
+CASES = (
+    *("w random, beta = 2", "w random, beta 1.9 to 2"),
+    *("w near one direction, beta = 2", "one w for all, beta = 2"),
+)
+
+
+def exact(q, k, v, w, beta, tokens):
+    """The outputs [N, H, V] at `tokens` [N], by the recurrence of queries: from the last token back
+    every query is multiplied by each map that it passes."""
+    D = k.shape[-1]
+
+    def token(queries, x):
+        s, k, w, beta = x
+        seen = (s <= tokens)[:, None]
+        logits = jnp.where(seen, D**-0.5 * jnp.einsum("nhd,hd->nh", queries, k), -jnp.inf)
+        overlap = jnp.where(seen, beta * jnp.einsum("nhd,hd->nh", queries, w), 0.0)
+        return queries - overlap[..., None] * w, logits
+
+    inputs = jnp.arange(len(k)), k, w, beta
+    _, logits = jax.lax.scan(token, q[tokens], inputs, reverse=True)
+    return jnp.einsum("snh,shv->nhv", jax.nn.softmax(logits, axis=0), v)
+
+
+def errors(case, implementation, T, H, D):
+    """{name: error} of the outputs at the tokens, and of the gradients that come of them."""
+    inputs = make(case, T, H, D, f32 if implementation == "xla" else jnp.bfloat16)
+    tokens = np.unique(np.linspace(0, T - 1, TOKENS).astype(np.int32))
+    cotangent = jax.random.normal(jax.random.key(9), (len(tokens), H, D))
+
+    @jax.jit
+    def run(inputs):
+        def outputs(inputs):
+            o, _ = jla.path_attention(**inputs, implementation=implementation)
+            return o[0, tokens].astype(f32)
+
+        o, pull = jax.vjp(outputs, inputs)
+        return dict(o=o) | pull(cotangent)[0]
+
+    with jax.default_matmul_precision("highest"):
+        got = run(inputs)
+    with jax.enable_x64(True):
+
+        @jax.jit
+        def run_exact(inputs):
+            arrays = [inputs[name][0].astype(f64) for name in NAMES]
+            o, pull = jax.vjp(functools.partial(exact, tokens=tokens), *arrays)
+            return dict(o=o) | dict(zip(NAMES, pull(cotangent.astype(f64)), strict=True))
+
+        want = {name: np.asarray(x) for name, x in run_exact(inputs).items()}
+    got = {name: np.asarray(x.astype(f32), np.float64) for name, x in got.items()}
+    return {
+        name: np.linalg.norm(got[name].reshape(x.shape) - x) / np.linalg.norm(x)
+        for name, x in want.items()
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--implementation", default="pallas", choices=("xla", "pallas"))
+    parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--dim", type=int, default=128)
+    options = parser.parse_args()
+    sizes = options.length, options.heads, options.dim
+    date = datetime.datetime.now(datetime.UTC).date()
+    print(
+        f"{options.implementation}, {jax.devices()[0].device_kind}, JAX {jax.__version__}, {date}"
+    )
+    print(f"B=1 T={sizes[0]} H={sizes[1]} D={sizes[2]}\n")
+    print("| maps | o |", " | ".join(f"d{name}" for name in NAMES), "|")
+    print("|---" * (2 + len(NAMES)) + "|")
+    for case in CASES:
+        found = errors(case, options.implementation, *sizes)
+        cells = (f"{found[name]:.1e}" for name in ("o", *NAMES))
+        print(f"| {case} |", " | ".join(cells), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
