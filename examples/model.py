@@ -103,8 +103,10 @@ MIXERS = {
     "kda": lambda model, **common: KimiDeltaAttention(
         implementation=model.implementation, **common
     ),
+    # With short convolutions, as the other linear mixers have them: without, two layers cannot tell
+    # which value follows which key.
     "gsa": lambda model, **common: GatedSlotAttention(
-        implementation=model.implementation, **common
+        implementation=model.implementation, conv_size=4, **common
     ),
     "log_linear": lambda model, **common: LogLinearMamba2(
         implementation=model.implementation,

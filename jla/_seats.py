@@ -299,7 +299,10 @@ def final_levels(k, v, g, end, position, L):
     chunk = jnp.broadcast_to(jnp.arange(n), (B, n))
     whole = level(chunk * size) & (chunk != last[:, None])[..., None]
     sums = jnp.einsum("bnsjk,bnsjv->bnjkv", k, v)
-    levels = jnp.einsum("bnl,bnjkv->bjlkv", whole.astype(f32), sums)
+    # A select, so that `whole` lies where the rows do, see `zero_state`.
+    placed = jnp.sum(lax.stop_gradient(sums), axis=(2, 3, 4))[..., None]
+    whole = jnp.where(False, placed, whole.astype(f32))
+    levels = jnp.einsum("bnl,bnjkv->bjlkv", whole, sums)
     tail = level(last[:, None] * size + jnp.arange(size))
     here = (chunk == last[:, None])[..., None, None, None]
     k, v = (jnp.sum(jnp.where(here, x, 0.0), axis=1) for x in (k, v))

@@ -56,6 +56,19 @@ def zero_state(key, value):
     return jnp.where(False, key[..., :, None] * value[..., None, :], 0.0)
 
 
+def repeated(x, times, axis):
+    """`jnp.repeat` along a counted axis. That one wants to be told where its result lies if types
+    carry shardings; a broadcast and a reshape find it out."""
+    if times == 1:
+        return x
+    shape = list(x.shape)
+    x = jnp.broadcast_to(
+        jnp.expand_dims(x, axis + 1), (*shape[: axis + 1], times, *shape[axis + 1 :])
+    )
+    shape[axis] *= times
+    return x.reshape(shape)
+
+
 def zero_gsa_state(key, slots, value):
     """An empty `GSAState`, placed as one token's `key`, `slots` [..., M] and `value` are."""
     return GSAState(zero_state(key, slots), zero_state(slots, value))
@@ -65,7 +78,7 @@ def zero_log_linear_state(key, value, L):
     """An empty `LogLinearState` of L levels, placed as one token's `key` [B, HK, K] and `value`
     [B, H, V] are; the position is replicated."""
     B, H, V = value.shape
-    zero = zero_state(jnp.repeat(key, H // key.shape[1], axis=1), value)
+    zero = zero_state(repeated(key, H // key.shape[1], axis=1), value)
     levels = jnp.broadcast_to(zero[:, :, None], (B, H, L, key.shape[2], V))
     return LogLinearState(levels, jnp.zeros(B, jnp.int32))
 

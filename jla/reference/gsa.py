@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._segments import segment_starts
-from jla._state import GSAState, zero_gsa_state
+from jla._state import GSAState, repeated, zero_gsa_state
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -22,7 +22,7 @@ def gsa_step(q, k, v, s, g, state, *, scale):
     decay = jnp.exp(g)
     hk = state.hk * decay[..., None, :] + k[..., :, None] * s[..., None, :]
     hv = decay[..., :, None] * state.hv + s[..., :, None] * v[..., None, :]
-    keys, values = (jnp.repeat(x, group, axis=1) for x in (hk, hv))
+    keys, values = (repeated(x, group, axis=1) for x in (hk, hv))
     p = jax.nn.softmax(scale * _einsum("bhk,bhkm->bhm", q, keys), axis=-1)
     o = _einsum("bhm,bhmv->bhv", p, values)
     return o.astype(dtype), GSAState(hk, hv)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._segments import segment_starts
-from jla._state import zero_state
+from jla._state import repeated, zero_state
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -17,7 +17,7 @@ _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 def kda_step(q, k, v, g, beta, state, *, scale):
     """One token. See `jla.kda_step`."""
     group = v.shape[1] // q.shape[1]
-    q, k = (jnp.repeat(x.astype(f32), group, axis=1) for x in (q, k))
+    q, k = (repeated(x.astype(f32), group, axis=1) for x in (q, k))
     state = jnp.exp(g)[..., None] * state
     error = v.astype(f32) - _einsum("bhk,bhkv->bhv", k, state)
     write = beta.astype(f32)[..., None] * error

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._segments import segment_starts
-from jla._state import LogLinearState, zero_log_linear_state
+from jla._state import LogLinearState, repeated, zero_log_linear_state
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -21,7 +21,7 @@ SPAN = 256
 def log_linear_step(q, k, v, g, level_scales, state):
     """One token. See `jla.log_linear_step`."""
     group, dtype = v.shape[1] // q.shape[1], v.dtype
-    q, k = (jnp.repeat(x.astype(f32), group, axis=1) for x in (q, k))
+    q, k = (repeated(x.astype(f32), group, axis=1) for x in (q, k))
     v, level_scales = v.astype(f32), level_scales.astype(f32)
     position = state.position
     level = jnp.arange(level_scales.shape[-1])

@@ -9,6 +9,7 @@ from jax import lax
 
 from jla._cache import PathCache
 from jla._segments import segment_starts
+from jla._state import repeated
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -30,7 +31,7 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
     value = jnp.where(here[..., None], v[:, None], cache.value)
     decay = None if g is None else jnp.where(before, cache.decay + g[:, None], 0.0)
 
-    keys, values = (jnp.repeat(x.astype(f32), group, axis=2) for x in (key, value))
+    keys, values = (repeated(x.astype(f32), group, axis=2) for x in (key, value))
     logits = _einsum("bhk,bshk->bsh", q[:, 0], keys)
     if g is not None:
         logits += decay

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._segments import segment_starts
-from jla._state import GSAState, zero_gsa_state
+from jla._state import GSAState, repeated, zero_gsa_state
 from jla.reference.gsa import gsa_step
 from jla.xla import chunks
 
@@ -95,7 +95,7 @@ def _span(size, scale, state, inputs):
 
 def _rows(x, group):
     """Repeats every token [..., L, D] for its queries: [..., L G, D]."""
-    return x if group == 1 else jnp.repeat(x, group, axis=-2)
+    return repeated(x, group, axis=x.ndim - 2)
 
 
 def _cut(matrix):

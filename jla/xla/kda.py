@@ -8,7 +8,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._segments import segment_starts
-from jla._state import zero_state
+from jla._state import repeated, zero_state
 from jla.reference.kda import kda_step
 from jla.xla import chunks
 
@@ -54,7 +54,7 @@ def _span(size, scale, state, inputs):
     dtype = v.dtype
     group = v.shape[1] // q.shape[1]
     q, k, v, beta = (x.astype(f32) for x in (q, k, v, beta))
-    q, k = (jnp.repeat(x, group, axis=1) for x in (scale * q, k))
+    q, k = (repeated(x, group, axis=1) for x in (scale * q, k))
     if starts is not None:
         g = jnp.where(starts, -jnp.inf, g)
     levels, prefix, suffix, total = chunks.decay_products(g, size)

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from jla import _seats
+from jla._state import repeated
 from jla.reference.log_linear import log_linear_step
 from jla.xla import chunks
 
@@ -45,7 +46,7 @@ def _core(q, k, v, g, level_scales, taken):
     decay, prefix = _decays(by_chunk(g))
     weights = decay * _scale_matrix(by_chunk(scales))
     scores = chunks.pair_products(by_chunk(q), by_chunk(k))
-    scores = weights * jnp.repeat(scores, H // HK, axis=1)
+    scores = weights * repeated(scores, H // HK, axis=1)
     o = scores @ by_chunk(tokens(v))
     o = chunks.merge(o.reshape(1, B, H, -1, V), N)
 
@@ -88,7 +89,7 @@ def _wide(x, HK, V):
     """A number for each head, [B, H, L, 1], at each dimension of its values, [B, HK, L, G V]."""
     B, H, L, _ = x.shape
     x = jnp.swapaxes(x.reshape(B, HK, H // HK, L), 2, 3)
-    return jnp.repeat(x, V, axis=3)
+    return repeated(x, V, axis=3)
 
 
 def _read_tree(q, states, weights, total):
@@ -113,7 +114,7 @@ def _read_tree(q, states, weights, total):
 
     o = 0.0
     for m, weight in enumerate(weights):
-        weight = weight * jnp.repeat(to_chunk[:, :, :n], size, axis=2)
+        weight = weight * repeated(to_chunk[:, :, :n], size, axis=2)
         o = o + _read_left(q, states, _wide(weight, HK, V), size << m)
         left, right = (x[..., 0, :] for x in chunks.halves(total, 1))
         pairs = states.shape[2] // 2
@@ -123,7 +124,7 @@ def _read_tree(q, states, weights, total):
         states = _wide(right[:, :, :pairs], HK, V)[..., None, :] * older + newer
         # In a right node, all come after the left one.
         passed = jnp.stack([jnp.ones_like(left), left], axis=3).reshape(B, H, -1, 1)
-        to_chunk = to_chunk * jnp.repeat(passed, 1 << m, axis=2)
+        to_chunk = to_chunk * repeated(passed, 1 << m, axis=2)
         total = left * right
     return o
 
