@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from programs import assert_fails
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
@@ -168,18 +169,6 @@ def test_the_bigram_model_learns_what_the_unigram_model_cannot():
     bits = text.ngram_baselines(data[:3000], data[3000:])
     assert bits["unigram"] == pytest.approx(1.0, abs=0.01)
     assert bits["bigram"] == pytest.approx(0.0, abs=0.01)
-
-
-def assert_fails(capsys, code, words, main, *arguments):
-    """The program ends with this exit code and one line on stderr that has these words."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        main([str(a) for a in arguments])
-    message = capsys.readouterr().err
-    assert exit.value.code == code
-    assert message.count("\n") == 1 and message.endswith("\n")
-    for word in words.split():
-        assert word in message
 
 
 @pytest.mark.parametrize(
