@@ -232,14 +232,12 @@ def train_with(lr, state, run, model, options, console):
     # The last part, which gives the result, is of its own; the others are there to be reported.
     end = options.steps - max(1, options.steps // 20)
     stops = [*range(0, end, max(1, options.steps // 40)), end, options.steps]
-    curve, columns = (
-        [],
-        (
-            TextColumn(f"{mixer:<10} lr {lr:g} step {{task.completed}}/{{task.total}}"),
-            BarColumn(),
-            TextColumn("{task.fields[report]}"),
-            TimeRemainingColumn(),
-        ),
+    curve = []
+    columns = (
+        TextColumn(f"{mixer:<10} lr {lr:g} step {{task.completed}}/{{task.total}}"),
+        BarColumn(),
+        TextColumn("{task.fields[report]}"),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=options.steps, report="compiling ...")

@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from programs import assert_fails
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
@@ -95,23 +96,10 @@ def test_a_run_and_another_that_joins_it(tmp_path, capsys):
     assert second["meta"]["command"].startswith(first["meta"]["command"] + " && ")
     assert picture.exists()
 
-    assert_fails(
-        capsys, 1, "lr ([0.01], now [0.5]) --out", *TINY, "--lr 0.5 --mixers gsa", "--out", out
-    )
+    again = [*TINY, "--mixers", "gsa", "--out", out]
+    assert_fails(capsys, 1, "lr ([0.01], now [0.5]) --out", recall.main, *again, "--lr", 0.5)
     out.write_text("[]")
-    assert_fails(capsys, 1, "recall.json no results", *TINY, "--mixers gsa", "--out", out)
-
-
-def assert_fails(capsys, code, words, *arguments):
-    """The program ends with this exit code and one line on stderr that has these words."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        recall.main([word for argument in arguments for word in str(argument).split()])
-    message = capsys.readouterr().err
-    assert exit.value.code == code
-    assert message.count("\n") == 1 and message.endswith("\n")
-    for word in words.split():
-        assert word in message
+    assert_fails(capsys, 1, "recall.json no results", recall.main, *again)
 
 
 @pytest.mark.parametrize(
@@ -130,11 +118,11 @@ def assert_fails(capsys, code, words, *arguments):
     ],
 )
 def test_bad_arguments_are_named(arguments, words, capsys):
-    assert_fails(capsys, 2, words, *arguments.split())
+    assert_fails(capsys, 2, words, recall.main, *arguments.split())
 
 
 def test_a_model_that_cannot_be_built_is_explained(capsys, tmp_path):
-    out = ("--out", tmp_path / "recall.json", "--mixers kda")
-    assert_fails(capsys, 1, "cannot build kda head dimension 16 256 8", *out, "--width 16")
+    run = recall.main, "--out", tmp_path / "recall.json", "--mixers", "kda"
+    assert_fails(capsys, 1, "cannot build kda head dimension 16 256 8", *run, "--width", 16)
     # The kernels that the full setting asks for are not there on a CPU.
-    assert_fails(capsys, 1, "cannot build kda pallas xla", *out, "--setting full")
+    assert_fails(capsys, 1, "cannot build kda pallas xla", *run, "--setting", "full")

@@ -33,8 +33,10 @@ def arguments(T, H, HV, K, V):
     "sizes, number, has_start",
     [
         (dict(T=5 * 64, H=1, HV=1, K=64, V=64), 3, True),  # 2, 2 and 1 chunks
-        pytest.param(dict(T=4 * 64, H=1, HV=2, K=64, V=128), 2, True, marks=pytest.mark.slow),
-        pytest.param(dict(T=4 * 64, H=1, HV=1, K=128, V=64), 2, False, marks=pytest.mark.slow),
+        # 3, 3, 3 and 2 chunks
+        pytest.param(dict(T=11 * 64, H=1, HV=1, K=64, V=64), 4, True, marks=pytest.mark.slow),
+        pytest.param(dict(T=6 * 64, H=1, HV=2, K=64, V=128), 2, True, marks=pytest.mark.slow),
+        pytest.param(dict(T=6 * 64, H=1, HV=1, K=128, V=64), 2, False, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -92,3 +92,32 @@ class ShortConvolution(nn.Module):
                 cache.value = take_tokens(window, lengths[:, None] + jnp.arange(past))
         y = nn.silu(y).astype(x.dtype)
         return l2norm(y) if self.normalize else y
+
+
+def convolutions(layer, segments, lengths, without=nn.silu):
+    """The convolutions of a layer in its call, as its attributes have them.
+
+    Args:
+      layer: has `conv_size`, `param_dtype`, `implementation` and `decode`.
+      segments, lengths: as `ShortConvolution` takes them.
+      without: what takes the place of convolution and SiLU where `conv_size` is None or 0.
+
+    Returns:
+      A function of x [B, T, H, D], a convolution's name, and whether to normalize its result.
+    """
+
+    def convolve(x, name, normalize=False):
+        if not layer.conv_size:
+            y = without(x)
+            return l2norm(y) if normalize else y
+        convolution = ShortConvolution(
+            layer.conv_size,
+            param_dtype=layer.param_dtype,
+            normalize=normalize,
+            implementation=layer.implementation,
+            decode=layer.decode,
+            name=name,
+        )
+        return convolution(x, segments, lengths)
+
+    return convolve

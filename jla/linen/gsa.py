@@ -10,7 +10,7 @@ from jla.gsa import GSAState, gsa, gsa_step
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm
 from jla.linen._padding import arrange
-from jla.linen._short_convolution import ShortConvolution
+from jla.linen._short_convolution import convolutions
 
 f32 = jnp.float32
 
@@ -130,24 +130,13 @@ class GatedSlotAttention(nn.Module):
         )
         x, real, lengths, segments, restore = arrange(inputs, mask, segment_ids)
 
-        def project(letter, heads, size):
-            y = dense((heads, size), name=f"{letter}_proj")(x)
-            if not self.conv_size:
-                return y
-            convolution = ShortConvolution(
-                self.conv_size,
-                param_dtype=self.param_dtype,
-                implementation=self.implementation,
-                decode=self.decode,
-                name=f"{letter}_conv1d",
-            )
-            return convolution(y, segments, lengths)
-
+        convolve = convolutions(self, segments, lengths, without=lambda x: x)
         B = x.shape[0]
         _arguments.check_cache(self, hk=(B, H, K, M), hv=(B, H, M, V))
         feature_map = FEATURE_MAPS[self.feature_map]
-        q, k = feature_map(project("q", HQ, K)), feature_map(project("k", H, K))
-        v = nn.silu(project("v", H, V))
+        q = feature_map(convolve(dense((HQ, K), name="q_proj")(x), "q_conv1d"))
+        k = feature_map(convolve(dense((H, K), name="k_proj")(x), "k_conv1d"))
+        v = nn.silu(convolve(dense((H, V), name="v_proj")(x), "v_conv1d"))
         g = nn.log_sigmoid(dense((H, M), name="f_proj")(x).astype(f32)) / normalizer
         if real is not None:
             g = jnp.where(real[..., None, None], g, 0.0)  # and so s = 0

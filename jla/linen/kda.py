@@ -10,9 +10,9 @@ from flax import linen as nn
 from jla import _checks
 from jla.kda import kda, kda_gate, kda_step
 from jla.linen import _arguments
-from jla.linen._normalize import RMSNorm, l2norm
+from jla.linen._normalize import RMSNorm
 from jla.linen._padding import arrange
-from jla.linen._short_convolution import ShortConvolution
+from jla.linen._short_convolution import convolutions
 
 f32 = jnp.float32
 
@@ -142,23 +142,11 @@ class KimiDeltaAttention(nn.Module):
 
         x, real, lengths, segments, restore = arrange(inputs, mask, segment_ids)
 
-        def short_convolution(x, name, *, normalize):
-            if not self.conv_size:
-                return l2norm(nn.silu(x)) if normalize else nn.silu(x)
-            convolution = ShortConvolution(
-                self.conv_size,
-                param_dtype=self.param_dtype,
-                normalize=normalize,
-                implementation=self.implementation,
-                decode=self.decode,
-                name=name,
-            )
-            return convolution(x, segments, lengths)
-
+        convolve = convolutions(self, segments, lengths)
         _arguments.check_cache(self, recurrent_state=(x.shape[0], HV, K, V))
-        q = short_convolution(dense((H, K), name="q_proj")(x), "q_conv1d", normalize=True)
-        k = short_convolution(dense((H, K), name="k_proj")(x), "k_conv1d", normalize=True)
-        v = short_convolution(dense((HV, V), name="v_proj")(x), "v_conv1d", normalize=False)
+        q = convolve(dense((H, K), name="q_proj")(x), "q_conv1d", normalize=True)
+        k = convolve(dense((H, K), name="k_proj")(x), "k_conv1d", normalize=True)
+        v = convolve(dense((HV, V), name="v_proj")(x), "v_conv1d")
 
         bounded = self.gate_lower_bound is not None
         A_log = self.param("A_log", nn.initializers.zeros if bounded else _A_log_init, (HV,), f32)

@@ -9,7 +9,7 @@ from jla import _checks, _seats
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm
 from jla.linen._padding import arrange
-from jla.linen._short_convolution import ShortConvolution
+from jla.linen._short_convolution import convolutions
 from jla.linen.kda import _dt_bias_init
 from jla.log_linear import LogLinearState, log_linear_attention, log_linear_step
 
@@ -147,23 +147,12 @@ class LogLinearMamba2(nn.Module):
             for y, shape in zip(projected, shapes.values(), strict=True)
         )
 
-        def short_convolution(x, name):
-            if not self.conv_size:
-                return nn.silu(x)
-            convolution = ShortConvolution(
-                self.conv_size,
-                param_dtype=self.param_dtype,
-                implementation=self.implementation,
-                decode=self.decode,
-                name=name,
-            )
-            return convolution(x, segments, lengths)
-
+        convolve = convolutions(self, segments, lengths)
         B = x.shape[0]
         _arguments.check_cache(self, levels=(B, H, L, K, V), position=(B,))
-        q = short_convolution(q, "q_conv1d")
-        k = short_convolution(k, "k_conv1d")
-        u = short_convolution(u, "v_conv1d")
+        q = convolve(q, "q_conv1d")
+        k = convolve(k, "k_conv1d")
+        u = convolve(u, "v_conv1d")
         A_log = self.param("A_log", _A_log_init, (H,), f32)
         dt_bias = self.param("dt_bias", _dt_bias_init, (H,), f32)
         skip = self.param("D", nn.initializers.ones, (H,), f32)

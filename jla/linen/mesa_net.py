@@ -8,9 +8,9 @@ from flax import linen as nn
 
 from jla import _checks
 from jla.linen import _arguments
-from jla.linen._normalize import RMSNorm, l2norm
+from jla.linen._normalize import RMSNorm
 from jla.linen._padding import arrange
-from jla.linen._short_convolution import ShortConvolution
+from jla.linen._short_convolution import convolutions
 from jla.mesa_net import MesaState, mesa_net, mesa_step
 
 f32 = jnp.float32
@@ -127,22 +127,10 @@ class MesaNet(nn.Module):
         )
         x, real, lengths, segments, restore = arrange(inputs, mask, segment_ids)
 
-        def short_convolution(x, name):
-            if not self.conv_size:
-                return l2norm(nn.silu(x))
-            convolution = ShortConvolution(
-                self.conv_size,
-                param_dtype=self.param_dtype,
-                normalize=True,
-                implementation=self.implementation,
-                decode=self.decode,
-                name=name,
-            )
-            return convolution(x, segments, lengths)
-
+        convolve = convolutions(self, segments, lengths)
         _arguments.check_cache(self, kk=(x.shape[0], H, K, K), kv=(x.shape[0], H, K, V))
-        q = short_convolution(dense((H, K), name="q_proj")(x), "q_conv1d")
-        k = short_convolution(dense((H, K), name="k_proj")(x), "k_conv1d")
+        q = convolve(dense((H, K), name="q_proj")(x), "q_conv1d", normalize=True)
+        k = convolve(dense((H, K), name="k_proj")(x), "k_conv1d", normalize=True)
         v = dense((H, V), name="v_proj")(x)
         g = nn.log_sigmoid(dense(H, use_bias=True, name="a_proj")(x).astype(f32))
         beta = nn.sigmoid(dense(H, use_bias=True, name="b_proj")(x).astype(f32))

@@ -10,7 +10,7 @@ from jla._cache import PathCache
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm, l2norm
 from jla.linen._padding import arrange
-from jla.linen._short_convolution import ShortConvolution
+from jla.linen._short_convolution import convolutions
 from jla.path_attention import check_room, path_attention, run, step
 
 f32 = jnp.float32
@@ -140,14 +140,7 @@ class PaTHAttention(nn.Module):
             w = dense((H, K), name="w_proj")(x)
         else:
             w = dense((H, K), name="w_proj_up")(dense(self.w_rank, name="w_proj_down")(x))
-        if self.conv_size:
-            w = ShortConvolution(
-                self.conv_size,
-                param_dtype=self.param_dtype,
-                implementation=self.implementation,
-                decode=self.decode,
-                name="w_conv1d",
-            )(w, segments, lengths)
+        w = convolutions(self, segments, lengths, without=lambda x: x)(w, "w_conv1d")
         w = l2norm(w.astype(f32))
         beta = 2.0 * nn.sigmoid(dense(H, use_bias=True, name="b_proj")(x).astype(f32))
         g = None

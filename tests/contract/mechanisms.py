@@ -17,11 +17,11 @@ from table_path import PATH
 MECHANISMS = (KDA, GSA, LOG_LINEAR, MESA, PATH)
 
 
-def _grid(full=True, only=lambda implementation: True):
+def _grid(full=True):
     """Mechanism, implementation and sizes, for every small case and every full one (on the GPU)."""
     rows = []
     for mechanism in MECHANISMS:
-        for implementation in filter(only, mechanism.implementations):
+        for implementation in mechanism.implementations:
             label = f"{mechanism.name}-{implementation.name}"
             rows.append(pytest.param(mechanism, implementation, implementation.sizes, id=label))
             if full and implementation.full:
@@ -56,15 +56,18 @@ INTERPRETED_SLOW = slow_if(GRID, interpreted)
 
 def _compiled(row):
     mechanism, implementation, sizes = row.values
-    if implementation.name == "reference":  # a scan of plain jnp: others would fail with it
-        return pytest.param(*row.values, id=row.id, marks=pytest.mark.slow)
     if implementation.compiled_on == "cpu":
         return row
     bare = dataclasses.replace(implementation, context=contextlib.nullcontext)
     return pytest.param(mechanism, bare, sizes, id=row.id, marks=pytest.mark.gpu)
 
 
-COMPILED = [_compiled(row) for row in SMALL]
-DEFINITIONS = _grid(full=False, only=lambda implementation: implementation.name == "reference")
-AGAINST_REFERENCE = _grid(only=lambda implementation: implementation.name != "reference")
+def _is_definition(mechanism, implementation, *_):
+    return implementation.name == "reference"
+
+
+# The definition is a scan of plain jnp: others would fail with it.
+COMPILED = slow_if(map(_compiled, SMALL), _is_definition)
+DEFINITIONS = [row for row in SMALL if _is_definition(*row.values)]
+AGAINST_REFERENCE = [row for row in GRID if not _is_definition(*row.values)]
 SMALL_AGAINST_REFERENCE = [row for row in AGAINST_REFERENCE if not row.marks]

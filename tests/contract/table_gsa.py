@@ -82,21 +82,30 @@ GSA = Mechanism(
     later=_later,
     state=("initial_state", "state"),
     implementations=(
-        Implementation("reference", sizes=_SMALL, dtypes=("float32", "bfloat16")),
+        Implementation("reference", sizes=_SMALL),
         Implementation(
             "xla",
             sizes=_SMALL,
             full=dict(B=2, T=2000, H=4, HQ=8, K=128, V=128, M=64),
-            lengths=(1,),
-            head_dims=(dict(HQ=6, K=63, V=256, M=81),),
+            lengths=(1, 63, 65, 1000),
+            head_dims=(
+                dict(HQ=6, K=63, V=256, M=81),
+                dict(HQ=6, K=256, V=16, M=16),
+                dict(HQ=2, K=63, V=256, M=81),
+            ),
         ),
         Implementation(
             "pallas",
             sizes=dict(B=1, T=100, H=1, HQ=2, K=16, V=32, M=16),
             full=dict(B=2, T=2000, H=8, HQ=16, K=128, V=128, M=64),
             dtypes=("bfloat16", "float16"),
-            lengths=(130,),
-            head_dims=(dict(HQ=1, T=70, K=250, V=81, M=100),),
+            lengths=(1, 64, 130),
+            head_dims=(
+                dict(HQ=1, T=70, K=250, V=81, M=100),
+                dict(HQ=1, T=70, K=128, V=81, M=64),
+                dict(HQ=1, T=70, K=63, V=256, M=20),
+                dict(HQ=1, T=40, K=256, V=16, M=128),
+            ),
             context=jla.pallas.interpret,
             compiled_on="gpu",
             linearizes=False,  # a custom_vjp

@@ -116,13 +116,17 @@ LOG_LINEAR = Mechanism(
     later=_later,
     state=("initial_state", "state"),
     implementations=(
-        Implementation("reference", sizes=_SMALL, dtypes=("float32", "bfloat16")),
+        Implementation("reference", sizes=_SMALL),
         Implementation(
             "xla",
             sizes=_SMALL,
             full=dict(B=2, T=2000, H=4, HK=1, K=128, V=128),
             lengths=(1, 130),
-            head_dims=(dict(T=40, H=4, HK=2, K=63, V=256),),
+            head_dims=(
+                dict(T=40, H=4, HK=2, K=63, V=256),
+                dict(T=40, H=3, HK=3, K=63, V=16),
+                dict(T=20, H=4, HK=2, K=256, V=128),
+            ),
         ),
         Implementation(
             "pallas",

@@ -137,13 +137,13 @@ MESA = Mechanism(
         "float16": (1e-2, 2e-2),
     },
     implementations=(
-        Implementation("reference", sizes=_SMALL, dtypes=("float32", "bfloat16")),
+        Implementation("reference", sizes=_SMALL),
         Implementation(
             "xla",
             sizes=_SMALL,
             full=dict(B=2, T=2000, H=4, K=128, V=128),
-            lengths=(1,),
-            head_dims=(dict(T=70, K=63, V=256),),
+            lengths=(1, 65, 200),
+            head_dims=(dict(T=70, K=128, V=16), dict(T=70, K=63, V=256)),
             ends_together=True,
         ),
         Implementation(
@@ -151,8 +151,8 @@ MESA = Mechanism(
             sizes=dict(B=1, T=100, H=1, K=16, V=32),
             full=dict(B=2, T=2000, H=8, K=128, V=128),
             dtypes=("bfloat16", "float16"),
-            lengths=(130,),
-            head_dims=(dict(T=70, K=63, V=81),),
+            lengths=(1, 63, 64, 130),
+            head_dims=(dict(T=70, K=63, V=81), dict(K=128, V=81), dict(T=70, K=63, V=128)),
             context=jla.pallas.interpret,
             beyond=("equal keys, weak ridge",),
             compiled_on="gpu",

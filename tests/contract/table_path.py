@@ -155,12 +155,12 @@ PATH = Mechanism(
     state=("cache", "cache"),
     always_returns_state=False,
     implementations=(
-        Implementation("reference", sizes=_SMALL, dtypes=("float32", "bfloat16")),
+        Implementation("reference", sizes=_SMALL),
         Implementation(
             "xla",
             sizes=_SMALL,
             full=dict(B=2, T=1000, H=2, HQ=4, K=128, V=128),
-            lengths=(1,),
+            lengths=(1, 130),
             head_dims=(dict(T=70, HQ=6, K=63, V=256),),  # golden vectors have K = V = 128
             ends_together=True,
         ),
@@ -169,8 +169,12 @@ PATH = Mechanism(
             sizes=dict(B=1, T=100, H=1, HQ=2, K=16, V=32),
             full=dict(B=2, T=1000, H=2, HQ=4, K=128, V=128),
             dtypes=("bfloat16", "float16"),
-            lengths=(),  # tests/test_pallas_path.py has several leaves
-            head_dims=(dict(T=20, HQ=1, K=63, V=81),),
+            lengths=(130,),
+            head_dims=(
+                dict(T=20, HQ=1, K=63, V=81),
+                dict(T=20, H=2, HQ=2, K=63, V=128),
+                dict(T=20, HQ=1, K=128, V=81),
+            ),
             context=jla.pallas.interpret,
             beyond=("strong everywhere",),
             compiled_on="gpu",

@@ -33,18 +33,19 @@ from layer_path import CAPACITY, PATH
 D = 24
 LAYERS = {entry["name"]: entry for entry in (KDA, GSA, LOG_LINEAR, MESA, PATH)}
 CASES = [f"{name}-{case}" for name, entry in LAYERS.items() for case in entry["cases"]]
+PLAIN, RICH = ([f"{name}-{case}" for name in LAYERS] for case in ("plain", "rich"))
 each_layer = pytest.mark.parametrize("name", LAYERS)
-each_case = pytest.mark.parametrize("case", CASES)
-each_plain = pytest.mark.parametrize("case", [f"{name}-plain" for name in LAYERS])
-# Where one layer shows what there is to see, the others are slow.
-first_plain = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(f"{name}-plain", marks=[pytest.mark.slow] if i else [])
-        for i, name in enumerate(LAYERS)
-    ],
-)
-each_rich = pytest.mark.parametrize("case", [f"{name}-rich" for name in LAYERS])
+
+
+def _each(cases, quick):
+    """All of these cases, those that are not among the `quick` ones marked slow."""
+    marks = {case: [] if case in quick else [pytest.mark.slow] for case in cases}
+    return pytest.mark.parametrize("case", [pytest.param(c, marks=m) for c, m in marks.items()])
+
+
+each_case, each_plain, each_rich = (_each(cases, cases) for cases in (CASES, PLAIN, RICH))
+# Where one layer, or one case of each, shows what there is to see, the others are slow.
+first_plain, rich_first = _each(PLAIN, PLAIN[:1]), _each(CASES, RICH)
 
 
 def entry(case):

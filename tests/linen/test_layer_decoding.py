@@ -20,6 +20,7 @@ from layers import (
     normal,
     numpy_layer,
     parameters,
+    rich_first,
     row_of,
     trees_close,
 )
@@ -33,7 +34,7 @@ def test_init_makes_an_empty_cache(case):
     chex.assert_trees_all_equal(cache, jax.tree.map(jnp.zeros_like, cache))
 
 
-@each_rich
+@rich_first
 def test_prefill_in_chunks_then_tokens_is_one_forward(case):
     x, params = normal(3, 2, 19, D), parameters(case)
     cache, outputs, start = empty_cache(case, 2), [], 0

@@ -56,10 +56,18 @@ def test_padding_is_as_good_as_absent(case, pattern):
 
 
 @each_plain
-def test_padded_prefill_goes_on_from_each_rows_last_real_token(case):
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("left", "right"),
+        pytest.param("left", "left", marks=pytest.mark.slow),
+        pytest.param("right", "right", marks=pytest.mark.slow),
+    ],
+)
+def test_padded_prefill_goes_on_from_each_rows_last_real_token(first, second, case):
     B, params = len(LENGTHS), parameters(case)
     x = normal(6, B, 22, D)
-    masks = [padding("left", LENGTHS, 11), padding("right", (7, 0, 3, 1, 2, 6), 7)]
+    masks = [padding(first, LENGTHS, 11), padding(second, (7, 0, 3, 1, 2, 6), 7)]
     mask = jnp.concatenate([*masks, jnp.ones((B, 4), bool)], axis=1)
 
     _, cache = advance(case, params, empty_cache(case, B), x[:, :11], mask=masks[0])

@@ -96,27 +96,28 @@ def _attention(q, k, v, w, beta, g, scale):
 
 
 def _attention_forward(q, k, v, w, beta, g, scale):
-    w, ratio, of_w = rounded(w)
+    w, ratio = rounded(w)
     if ratio is not None:
         beta = beta * ratio
     inputs = _given(q, k, v, w, beta, g)
     run = functools.partial(_forward, scale=scale)
     kept = shardwise(run, _INPUTS[: len(inputs)], tuple(_KEPT.values()))(*inputs)
     kept = tuple(map(checkpoint_name, kept, _KEPT))
-    return kept[:2], (inputs, ratio, of_w, kept)
+    return kept[:2], (inputs, ratio, kept)
 
 
 def _attention_backward(scale, residuals, cotangents):
-    inputs, ratio, of_w, kept = residuals
+    inputs, ratio, kept = residuals
     axes = _INPUTS[: len(inputs)]
     run = functools.partial(_backward, scale=scale)
     out_axes = tuple(_KEPT.values())
     all_axes = *axes, *out_axes, *out_axes[:2]
     gradients = shardwise(run, all_axes, axes)(*inputs, *kept, *cotangents)
     dq, dk, dv, dw, dbeta, *dg = gradients
+    dtype = inputs[3].dtype if ratio is None else f32  # what `rounded` was given
     if ratio is not None:
         dbeta = dbeta * ratio
-    return dq, dk, dv, dw.astype(of_w.dtype), dbeta, *(dg or [None])
+    return dq, dk, dv, dw.astype(dtype), dbeta, *(dg or [None])
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -56,14 +56,13 @@ def rounded(w):
     """w in 16 bits; what keeps beta's reflections ones, for beta |w|^2 stays what it was.
 
     Returns:
-      w, the factors for beta [B, T, H] or None if there is nothing to round, and an empty array of
-      the type that w had.
+      w, and the factors for beta [B, T, H], or None where w is not float32 and stays as it is.
     """
     if w.dtype != f32:
-        return w, None, jnp.zeros(0, w.dtype)
+        return w, None
     out = w.astype(f16)
     before, after = (jnp.sum(jnp.square(x.astype(f32)), -1) for x in (w, out))
-    return out, before / jnp.where(after == 0.0, 1.0, after), jnp.zeros(0, f32)
+    return out, before / jnp.where(after == 0.0, 1.0, after)
 
 
 def leaf_sums(g):
