@@ -160,7 +160,7 @@ def _forward(x, scale, *gates, epsilon, activation):
             for rows in plan.groups():
                 xs = [plan.load(tile.at[0, rows, c]) for c in range(plan.chunks)]
                 (mean_square,) = plan.means([x * x] for x in xs)
-                inverse = per_row(lax.rsqrt(mean_square + epsilon), plan.width)
+                inverse = per_row(_inverse(mean_square, epsilon), plan.width)
                 for c, x in enumerate(xs):
                     y = x * inverse * scale(c)
                     if gates:
@@ -216,10 +216,10 @@ def _backward(x, scale, dy, *gates, residual=None, epsilon, activation=None):
                 return x, dy * value, dy * slope
 
             kept = [operands(c) for c in chunks]
-            inverse, along = plan.means(
+            mean_square, along = plan.means(
                 (x * x, x * (dy * scale(c))) for c, (x, dy, _) in enumerate(kept)
             )
-            inverse = lax.rsqrt(inverse + epsilon)
+            inverse = _inverse(mean_square, epsilon)
             along = per_row(along * inverse, plan.width)
             inverse = per_row(inverse, plan.width)
             added = []
@@ -375,6 +375,11 @@ class _Plan:
         carry = lax.fori_loop(0, count, turn, carry)
         plgpu.wait_smem_to_gmem(0)
         return carry
+
+
+def _inverse(mean_square, epsilon):
+    # Behind the last row all is zero, and has to remain so where epsilon is zero, too.
+    return lax.rsqrt(mean_square + max(epsilon, 1e-37))
 
 
 def _power(n):
