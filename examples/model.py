@@ -14,6 +14,7 @@ from jla.linen import (
     LogLinearMamba2,
     MesaNet,
     PaTHAttention,
+    RMSNorm,
 )
 
 weight_init = nn.initializers.normal(0.02)
@@ -153,8 +154,15 @@ class Block(nn.Module):
             name="mixer",
             **dtypes,
         )
-        x = x + mixer(nn.RMSNorm(name="mixer_norm", **dtypes)(x))
-        x = x + SwiGLU(name="mlp", **dtypes)(nn.RMSNorm(name="mlp_norm", **dtypes)(x))
+        norm = functools.partial(
+            RMSNorm, param_dtype=dtypes["param_dtype"], implementation=model.implementation
+        )
+        # `branch`, not nn.RMSNorm: on a GPU one kernel makes the norm's gradient and adds that of
+        # the stream beside it, which XLA would do in three passes over memory.
+        y, x = norm(name="mixer_norm").branch(x)
+        x = x + mixer(y)
+        y, x = norm(name="mlp_norm").branch(x)
+        x = x + SwiGLU(name="mlp", **dtypes)(y)
         return x, None
 
 
@@ -227,5 +235,7 @@ class LanguageModel(nn.Module):
                 unroll=self.depth if self.unroll else 1,
             )
             x, _ = blocks(settings, name="blocks")(x, None)
-        x = nn.RMSNorm(name="final_norm", **dtypes)(x)
+        x = RMSNorm(
+            param_dtype=dtypes["param_dtype"], implementation=self.implementation, name="final_norm"
+        )(x)
         return embed.attend(x).astype(jnp.float32)

@@ -8,7 +8,7 @@ import jax
 from jla._checks import check_implementation
 
 # The module, inside jla.reference, jla.xla and jla.pallas, that holds each function. The layers'
-# convolution is in jla.pallas alone: its other form is the layer's own.
+# convolution and norm are in jla.pallas alone: their other form is the layer's own.
 _MODULES = {
     "kda": "kda",
     "kda_step": "kda",
@@ -20,6 +20,8 @@ _MODULES = {
     "mesa_step": "mesa_net",
     "path_attention": "path_attention",
     "path_step": "path_attention",
+    "rms_norm": "rms_norm",
+    "rms_norm_branch": "rms_norm",
     "short_convolution": "short_convolution",
 }
 

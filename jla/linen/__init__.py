@@ -1,5 +1,6 @@
 """The flax layers (flax.linen)."""
 
+from jla.linen._normalize import RMSNorm
 from jla.linen.gsa import GatedSlotAttention
 from jla.linen.kda import KimiDeltaAttention
 from jla.linen.log_linear import LogLinearMamba2
@@ -12,4 +13,5 @@ __all__ = [
     "LogLinearMamba2",
     "MesaNet",
     "PaTHAttention",
+    "RMSNorm",
 ]

@@ -6,7 +6,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from jla import _dispatch
+
 f32 = jnp.float32
+
+# The activations that the kernels have.
+_NAMES = {nn.sigmoid: "sigmoid", nn.silu: "silu"}
 
 
 def l2norm(x, epsilon=1e-6):
@@ -19,25 +24,62 @@ def l2norm(x, epsilon=1e-6):
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x**2) + epsilon) * scale * activation(gate)` in x's dtype; or without a gate.
 
-    Not `nn.RMSNorm` and a product, because that does not run with a bfloat16 scale under strict
-    dtype promotion.
+    Computed in float32 and rounded once. A drop-in for `nn.RMSNorm` whose input has the dtype that
+    the output shall have: the parameter is the same, `scale`.
+
+    16-bit inputs of more than one token go, on a GPU that has them, through kernels that read and
+    write every array once, in the backward pass too, where XLA makes several passes.
+
+        norm = RMSNorm()
+        y = norm(x)              # [B, T, D], or [B, T, H, D] head by head
+        y, x = norm.branch(x)    # before a residual branch: x + mixer(y)
 
     Attributes:
       epsilon: added to the mean square.
       axes: how many of x's last axes are normalised together.
       param_dtype: dtype of the scale, which has the shape of these axes and starts as ones.
       activation: of the gate.
+      implementation: "reference" or "xla" for the formula, None or "pallas" for the GPU kernels
+        where they can serve, and the formula elsewhere.
     """
 
-    epsilon: float
+    epsilon: float = 1e-6
     axes: int = 1
     param_dtype: nn.dtypes.Dtype = f32
     activation: Callable = nn.sigmoid
+    implementation: str | None = None
+
+    def __call__(self, x, gate=None):
+        """Normalises `x`; `gate` has its shape, and both have any float dtypes."""
+        scale = self._scale(x)
+        arrays = (x, scale) if gate is None else (x, scale, gate)
+        activation = _NAMES.get(self.activation)
+        if gate is None or activation is not None:
+            run = _dispatch.kernel("rms_norm", self.implementation, *arrays)
+            if run is not None:
+                return run(*arrays, epsilon=self.epsilon, activation=activation)
+        return self._formula(x, scale, gate)
+
+    def branch(self, x):
+        """The normalised x, and x, for a residual stream that goes on beside the norm.
+
+        Take the stream from here, `y, x = norm.branch(x); x = x + mixer(y)`: then the kernel of the
+        backward pass adds up the gradients of y and of the stream, and no pass over memory is left
+        to XLA.
+        """
+        scale = self._scale(x)
+        run = _dispatch.kernel("rms_norm_branch", self.implementation, x, scale)
+        if run is not None:
+            return run(x, scale, epsilon=self.epsilon)
+        return self._formula(x, scale), x
 
     @nn.compact
-    def __call__(self, x, gate=None):
-        """`x` and `gate` have one shape and any float dtypes."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-self.axes :], self.param_dtype)
+    def _scale(self, x):
+        return self.param("scale", nn.initializers.ones, x.shape[-self.axes :], self.param_dtype)
+
+    def _formula(self, x, scale, gate=None):
+        # Not `nn.RMSNorm` and a product, because that does not run with a bfloat16 scale under
+        # strict dtype promotion.
         x32 = x.astype(f32)
         axes = tuple(range(-self.axes, 0))
         mean_square = jnp.mean(x32 * x32, axis=axes, keepdims=True)

@@ -144,7 +144,13 @@ class GatedSlotAttention(nn.Module):
 
         o = self._mechanism(q, k, v, s, g, segments)
 
-        norm = RMSNorm(self.norm_epsilon, axes=2, param_dtype=self.param_dtype, name="g_norm")
+        norm = RMSNorm(
+            self.norm_epsilon,
+            axes=2,
+            param_dtype=self.param_dtype,
+            implementation=self.implementation,
+            name="g_norm",
+        )
         return restore(dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(norm(nn.silu(o))))
 
     def _mechanism(self, q, k, v, s, g, segments):

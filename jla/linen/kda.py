@@ -163,7 +163,12 @@ class KimiDeltaAttention(nn.Module):
         o = self._mechanism(q, k, v, g, beta, segments)
 
         gate = dense((HV, V), use_bias=True, name="g_proj_up")(dense(V, name="g_proj_down")(x))
-        o = RMSNorm(self.norm_epsilon, param_dtype=self.param_dtype, name="o_norm")(o, gate)
+        o = RMSNorm(
+            self.norm_epsilon,
+            param_dtype=self.param_dtype,
+            implementation=self.implementation,
+            name="o_norm",
+        )(o, gate)
         y = dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(o)
         return restore(y)
 

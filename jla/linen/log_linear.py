@@ -166,7 +166,13 @@ class LogLinearMamba2(nn.Module):
         o = o.astype(f32) + skip[:, None] * u.astype(f32)
         if real is not None:  # at a padded token it may be NaN, beyond the last level
             o = jnp.where(real[..., None, None], o, 0.0)
-        norm = RMSNorm(self.norm_epsilon, axes=2, param_dtype=self.param_dtype, name="o_norm")
+        norm = RMSNorm(
+            self.norm_epsilon,
+            axes=2,
+            param_dtype=self.param_dtype,
+            implementation=self.implementation,
+            name="o_norm",
+        )
         o = norm(o * nn.silu(z.astype(f32))).astype(u.dtype)
         return restore(dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(o))
 

@@ -145,7 +145,11 @@ class MesaNet(nn.Module):
 
         gate = dense((H, V), name="g_proj")(x) if self.use_output_gate else None
         o = RMSNorm(
-            self.norm_epsilon, param_dtype=self.param_dtype, activation=nn.silu, name="o_norm"
+            self.norm_epsilon,
+            param_dtype=self.param_dtype,
+            activation=nn.silu,
+            implementation=self.implementation,
+            name="o_norm",
         )(o, gate)
         return restore(dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(o))
 

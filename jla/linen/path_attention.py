@@ -134,7 +134,12 @@ class PaTHAttention(nn.Module):
         q, k = dense((HQ, K), name="q_proj")(x), dense((H, K), name="k_proj")(x)
         v = dense((H, V), name="v_proj")(x)
         if self.use_qk_norm:
-            norm = functools.partial(RMSNorm, self.norm_epsilon, param_dtype=self.param_dtype)
+            norm = functools.partial(
+                RMSNorm,
+                self.norm_epsilon,
+                param_dtype=self.param_dtype,
+                implementation=self.implementation,
+            )
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         if self.w_rank is None:
             w = dense((H, K), name="w_proj")(x)

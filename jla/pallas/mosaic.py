@@ -185,12 +185,13 @@ def columns_by_warp(width):
     return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 
 
-def rows_by_warp():
-    """A layout of [4, 128 n] over one warpgroup, a row a warp.
+def rows_by_warp(width=128):
+    """A layout of [4, 128 n] over one warpgroup, a row a warp; or several of less than 128.
 
     A thread's vectors have four elements. Sums along rows are shuffles inside a warp.
     """
-    tiling = plgpu.Tiling(((4, 128), (1, 128), (4,)))
+    rows = 128 // width
+    tiling = plgpu.Tiling(((4 * rows, width), (rows, width), (4,)))
     # (..., warp, 1, row in the warp, vector in the row, element)
     layout = TiledLayout(tiling, (-5,), (-3, -2), -1, _check_canonical=False).canonicalize()
     return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)

@@ -1,0 +1,418 @@
+"""RMSNorm, with a gate behind it or a residual stream beside it, as Pallas kernels.
+
+A row's elements are contiguous, and so are the rows of a batch row: a CTA walks along several
+tiles of them, with a ring of SLOTS tiles in SMEM. A warp has a row (more of short ones) and
+its sums; a result takes the place of what it was made of, and goes out while the next tile is
+worked on.
+
+Nothing but the inputs is kept for the backward pass.
+
+B=16 T=4096 in bfloat16: 67.1 million elements, 134 MB a pass, as rows of 1024 (a block's norm) or
+of 128 (8 heads). Floors at 4.3 TB/s; instructions as ptxas makes them, for a warp's 128 elements,
+of rows of 1024 (128). At 1.75 GHz and two and a half a clock there is time for 34 of them an array:
+nothing but memory should matter, and the predictions are 85% of its speed.
+
+========================  ==========================  ========  ============  ============  ========
+kernel                    reads, writes               floor ms  instructions  predicted ms  measured
+========================  ==========================  ========  ============  ============  ========
+`_forward`                x, y                        0.062     30 (43)       0.075         not yet
+`_forward`, gate          x, gate, y                  0.094     (81)          0.11          not yet
+`_backward`               x, dy, dx, 4 MB sums        0.095     77 (86)       0.115         not yet
+`_backward`, residual     x, dy, dres, dx, 4 MB sums  0.126     87            0.15          not yet
+`_backward`, gate         x, gate, dy, dx, dgate      0.156     (146)         0.185         not yet
+========================  ==========================  ========  ============  ============  ========
+
+Registers: 92 to 120 forward, 149 to 168 backward; up to 238 for rows of 2048. No spills.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jla.pallas import mosaic
+from jla.pallas.mosaic import f32, per_column, per_row
+from jla.pallas.shardwise import for_each_row, shardwise
+
+SDS = jax.ShapeDtypeStruct
+WIDEST = 2048
+# Elements of a tile, all arrays together, at most; tiles in SMEM. So three CTAs share a
+# multiprocessor.
+TILE, SLOTS = 12288, 3
+# Tiles of a CTA. Each CTA of the backward pass writes a row of float32 sums: the more tiles it has,
+# the fewer of these there are.
+FORWARD, BACKWARD = 8, 16
+AT_ONCE = 1024  # elements a warp works on at once, all arrays together, if a row has not more
+
+# A row has one or two axes, N D. Batch rows and heads have scales of their own, so that a shard
+# knows nothing of the others; all are the same.
+_X, _SCALE = "B T H N D", "B N H D"
+
+
+def unsupported(name, x, scale, gate=None):
+    """Why the kernels cannot serve these arguments, or None."""
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"x is {x.dtype}, and the kernels take bfloat16 and float16"
+    if gate is not None and gate.dtype != x.dtype:
+        return f"the gate is {gate.dtype} and x {x.dtype}"
+    size, leading = math.prod(scale.shape), x.ndim - scale.ndim
+    # Multiples, so that a single row begins where TMA can store from, every 128 bytes.
+    if size % 64 or size > WIDEST:
+        return f"rows have {size} elements, and the kernels take multiples of 64 up to {WIDEST}"
+    if scale.ndim > 2 or not 2 <= leading <= 3:
+        return f"x has {leading} axes before the rows' {scale.ndim}"
+    if x.shape[1] == 1:
+        return "x has one token, whose norm XLA makes together with what stands around it"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames=("epsilon", "activation"))
+def rms_norm(x, scale, gate=None, *, epsilon, activation="sigmoid"):
+    """`x * rsqrt(mean(x**2) + epsilon) * scale`, times `activation(gate)` if there is a gate.
+
+    Args:
+      x: [B, T, D] or [B, T, H, D], 16 bits; a row is what the scale has the shape of.
+      scale: [D], or [H, D] for rows of a whole token. gate: as x.
+      activation: "sigmoid" or "silu".
+
+    Returns:
+      x's shape and dtype. All arithmetic is float32, and is rounded once.
+    """
+    rows = _rows(x, scale)
+    gate = None if gate is None else _rows(gate, scale)
+    y = _norm(rows, gate, _scales(scale, rows), epsilon, activation)
+    return _as(x, scale, y)
+
+
+@functools.partial(jax.jit, static_argnames="epsilon")
+def rms_norm_branch(x, scale, *, epsilon):
+    """`rms_norm` of a residual stream, and the stream: the gradients of both become one array."""
+    rows = _rows(x, scale)
+    y, rows = _branch(rows, _scales(scale, rows), epsilon)
+    return _as(x, scale, y), _as(x, scale, rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _norm(x, gate, scale, epsilon, activation):
+    gates = () if gate is None else (gate,)
+    run = functools.partial(_forward, epsilon=epsilon, activation=activation)
+    operands = (_X, _SCALE, *(_X for _ in gates))
+    return shardwise(run, operands, (_X,))(x, scale, *gates)[0]
+
+
+def _norm_forward(x, gate, scale, epsilon, activation):
+    # `_norm`, not the kernel: a checkpoint policy that keeps kernels' results (as that of
+    # examples/model.py does) sees a custom_vjp, and so y is made again rather than kept.
+    return _norm(x, gate, scale, epsilon, activation), (x, gate, scale)
+
+
+def _norm_backward(epsilon, activation, inputs, dy):
+    x, gate, scale = inputs
+    gates = () if gate is None else (gate,)
+
+    def run(x, scale, dy, *gates):
+        return _backward(x, scale, dy, *gates, epsilon=epsilon, activation=activation)
+
+    operands = (_X, _SCALE, _X, *(_X for _ in gates))
+    results = (_X, _SCALE, *(_X for _ in gates))
+    dx, dscale, *dgate = shardwise(run, operands, results)(x, scale, dy, *gates)
+    return dx, (dgate[0] if dgate else None), dscale
+
+
+_norm.defvjp(_norm_forward, _norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _branch(x, scale, epsilon):
+    return _norm(x, None, scale, epsilon, None), x
+
+
+def _branch_forward(x, scale, epsilon):
+    return _branch(x, scale, epsilon), (x, scale)
+
+
+def _branch_backward(epsilon, inputs, cotangents):
+    x, scale = inputs
+    dy, dx = cotangents
+
+    def run(x, scale, dy, dx):
+        return _backward(x, scale, dy, residual=dx, epsilon=epsilon)
+
+    return shardwise(run, (_X, _SCALE, _X, _X), (_X, _SCALE))(x, scale, dy, dx)
+
+
+_branch.defvjp(_branch_forward, _branch_backward)
+
+
+def _forward(x, scale, *gates, epsilon, activation):
+    """y, in x's shape and dtype, as a tuple."""
+    inputs, plan = (x, *gates), _Plan(x, 1 + len(gates), FORWARD)
+
+    def body(*refs):
+        *inputs, scale_ref, y_ref, tiles, loaded = refs
+        scale = plan.scales(scale_ref)
+
+        def step(tile, carry):
+            for rows in plan.groups():
+                xs = [plan.load(tile.at[0, rows, c]) for c in range(plan.chunks)]
+                (mean_square,) = plan.means([x * x] for x in xs)
+                inverse = per_row(_inverse(mean_square, epsilon), plan.width)
+                for c, x in enumerate(xs):
+                    y = x * inverse * scale(c)
+                    if gates:
+                        y = y * _activate(plan.load(tile.at[1, rows, c]), activation)[0]
+                    # The thread that writes here was the last to read here.
+                    mosaic.store(tile.at[0, rows, c], y.astype(y_ref.dtype))
+            return carry
+
+        plan.walk(step, jnp.int32(0), inputs, [y_ref], tiles, loaded)
+
+    (y,) = mosaic.kernel(
+        body,
+        automatic_barriers=False,
+        reductions_cross_warps=False,
+        out_type=[SDS(plan.shape, x.dtype)],
+        **plan.launch(),
+    )(*map(plan.tiled, inputs), plan.tiled_scale(scale))
+    return (y.reshape(x.shape),)
+
+
+def _backward(x, scale, dy, *gates, residual=None, epsilon, activation=None):
+    """dx, the scale's gradient for each batch row, [B, N, H, D] float32, and the gate's if any.
+
+    With r = 1 / sqrt(mean(x**2) + epsilon), a = activation(gate) and e = dy a scale, the gradient
+    of x r:
+
+        dx = r (e - x r mean(e x r)) + dresidual
+        dgate = dy a' scale x r;  dscale = sum of dy a x r over rows
+
+    Each CTA writes its share of dscale, and XLA adds them up: no atomics, the same bits every time.
+    Behind the last row x and dy are zero, and so are their shares.
+    """
+    # The first of them are, tile by tile, replaced by their gradients.
+    arrays = [x, *gates, dy] if residual is None else [x, dy, residual]
+    DY = 1 + len(gates)
+    plan = _Plan(x, len(arrays), BACKWARD)
+    chunks = range(plan.chunks)
+
+    def body(*refs):
+        *refs, tiles, loaded = refs
+        inputs, (scale_ref, *outputs, dscale_ref) = refs[: len(arrays)], refs[len(arrays) :]
+        scale = plan.scales(scale_ref)
+
+        def gradients(tile, rows, sums):
+            """Writes these rows' gradients where x and the gate lay; adds to the scale's."""
+
+            def operands(c):
+                """x, dy a and, for dgate, dy a' of the rows' c-th elements."""
+                x, dy = (plan.load(tile.at[i, rows, c]) for i in (0, DY))
+                if not gates:
+                    return x, dy, None
+                value, slope = _activate(plan.load(tile.at[1, rows, c]), activation)
+                return x, dy * value, dy * slope
+
+            kept = [operands(c) for c in chunks]
+            mean_square, along = plan.means(
+                (x * x, x * (dy * scale(c))) for c, (x, dy, _) in enumerate(kept)
+            )
+            inverse = _inverse(mean_square, epsilon)
+            along = per_row(along * inverse, plan.width)
+            inverse = per_row(inverse, plan.width)
+            added = []
+            for c in chunks:
+                # What a long row's registers cannot hold is read, and its gates made, once more.
+                x, dy, slope = kept[c] if plan.fits else operands(c)
+                normed = x * inverse
+                added.append(sums[c] + dy * normed)
+                dx = inverse * (dy * scale(c) - normed * along)
+                if residual is not None:
+                    dx = dx + plan.load(tile.at[2, rows, c])
+                # The thread that writes here was the last to read here.
+                mosaic.store(tile.at[0, rows, c], dx.astype(outputs[0].dtype))
+                if gates:
+                    dgate = slope * scale(c) * normed
+                    mosaic.store(tile.at[1, rows, c], dgate.astype(outputs[1].dtype))
+            return added
+
+        def step(tile, sums):
+            for rows in plan.groups():
+                sums = gradients(tile, rows, sums)
+            return sums
+
+        sums = plan.walk(step, [plan.zeros()] * plan.chunks, inputs, outputs, tiles, loaded)
+        b, n = lax.axis_index("b"), lax.axis_index("n")
+        for c in chunks:
+            mosaic.store(dscale_ref.at[b, n, c], sums[c].sum(axis=0))
+
+    like = SDS(plan.shape, x.dtype)
+    *out, dscale = mosaic.kernel(
+        body,
+        automatic_barriers=False,
+        out_type=[like, *(like for _ in gates), SDS(plan.sums_shape, f32)],
+        **plan.launch(),
+    )(*map(plan.tiled, arrays), plan.tiled_scale(scale))
+    dx, *dgate = (a.reshape(x.shape) for a in out)
+    B, _, H, N, D = x.shape
+    # All in the first head: what the heads share is summed over them anyhow.
+    dscale = dscale.sum(axis=1).reshape(B, N, 1, D)
+    return dx, jnp.pad(dscale, ((0, 0), (0, 0), (0, H - 1), (0, 0))), *dgate
+
+
+class _Plan:
+    """How rows are cut: in `chunks` of `width` elements, as many as a warp's lanes hold at once.
+
+    A row of 64 takes half of a warp, and a warp has two rows. `group`: a warpgroup's rows at once;
+    `rows`: those of a tile; `blocks`: the CTAs of a batch row.
+    """
+
+    def __init__(self, x, arrays, steps):
+        B, T, H, N, D = x.shape
+        self.arrays, self.dtype, self.steps = arrays, x.dtype, steps
+        self.batch, self.total, self.size = B, T * H, N * D
+        self.width = math.gcd(self.size, 128)
+        self.chunks = self.size // self.width
+        self.layout = mosaic.rows_by_warp(self.width)
+        # Powers of two, as most numbers of rows are multiples of one: the last tile is whole then.
+        self.fits = arrays * self.size <= AT_ONCE
+        self.group = 4 * (128 // self.width) * _power(AT_ONCE // (arrays * max(self.size, 128)))
+        self.rows = self.group * _power(TILE // (arrays * self.group * self.size))
+        self.blocks = pl.cdiv(self.total, self.rows * steps)
+        self.shape = B, self.total, self.chunks, self.width
+        self.sums_shape = B, self.blocks, self.chunks, self.width
+
+    def tiled(self, x):
+        return x.reshape(self.shape)
+
+    def tiled_scale(self, scale):
+        """That of the first head, for all have the same."""
+        return scale[:, :, 0].reshape(self.batch, self.chunks, self.width)
+
+    def launch(self):
+        tiles = self.arrays, SLOTS, self.rows, self.chunks, self.width
+        return dict(
+            scratch_types=[
+                plgpu.SMEM(tiles, self.dtype),
+                plgpu.Barrier(num_arrivals=self.arrays, num_barriers=SLOTS),
+            ],
+            grid=(self.batch, self.blocks),
+            grid_names=("b", "n"),
+        )
+
+    def groups(self):
+        return [pl.ds(start, self.group) for start in range(0, self.rows, self.group)]
+
+    def load(self, ref):
+        return mosaic.load(ref, self.layout, optimized=False)
+
+    def scales(self, scale_ref):
+        """A function of the chunk: its scale, for all rows of a group."""
+        b, by_element = lax.axis_index("b"), self.layout.reduce(0)
+
+        def scale(c):
+            vector = mosaic.load(scale_ref.at[b, c], by_element, optimized=False)
+            return per_column(vector, self.group)
+
+        # All of a very long row's, beside its sums, are more than registers hold.
+        return scale if self.size > 1024 else [scale(c) for c in range(self.chunks)].__getitem__
+
+    def zeros(self):
+        return plgpu.layout_cast(jnp.zeros((self.group, self.width), f32), self.layout)
+
+    def means(self, chunks):
+        """The rows' means of several things, from those of each chunk."""
+        sums = functools.reduce(lambda a, b: [x + y for x, y in zip(a, b, strict=True)], chunks)
+        return [x.sum(axis=1) * (1 / self.size) for x in sums]
+
+    def walk(self, step, carry, inputs, outputs, tiles, loaded):
+        """Calls step(tiles of the inputs, carry) for each of the CTA's; stores what it has made.
+
+        The outputs' tiles are where those of the first inputs were.
+        """
+        b, first = lax.axis_index("b"), lax.axis_index("n") * self.steps
+        count = jnp.minimum(self.steps, pl.cdiv(self.total, self.rows) - first)
+
+        def load(i):
+            slot, rows = lax.rem(i, SLOTS), pl.ds((first + i) * self.rows, self.rows)
+            for number, ref in enumerate(inputs):
+                plgpu.copy_gmem_to_smem(ref.at[b, rows], tiles.at[number, slot], loaded.at[slot])
+
+        def store(i):
+            start = (first + i) * self.rows
+
+            def copy(row, rows):
+                for number, ref in enumerate(outputs):
+                    plgpu.copy_smem_to_gmem(
+                        tiles.at[number, lax.rem(i, SLOTS), pl.ds(row, rows)],
+                        ref.at[b, pl.ds(start + row, rows)],
+                    )
+
+            # A copy of contiguous rows is cut off where the array ends, not where a batch row does.
+            left = self.total - start
+            pl.when(left >= self.rows)(lambda: copy(0, self.rows))
+
+            @pl.when(left < self.rows)
+            def _():
+                lax.fori_loop(0, left, lambda row, _: copy(row, 1), None)
+
+        def turn(i, carry):
+            slot = lax.rem(i, SLOTS)
+            plgpu.barrier_wait(loaded.at[slot])
+            carry = step(tiles.at[:, slot], carry)
+            plgpu.commit_smem()
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            store(i)
+            # The tile before is on its way out, and all warps are done with it.
+            following = i - 1 + SLOTS
+            pl.when((i > 0) & (following < count))(lambda: load(following))
+            return carry
+
+        for i in range(SLOTS):
+            pl.when(i < count)(functools.partial(load, i))
+        carry = lax.fori_loop(0, count, turn, carry)
+        plgpu.wait_smem_to_gmem(0)
+        return carry
+
+
+def _inverse(mean_square, epsilon):
+    # Behind the last row all is zero, and has to remain so where epsilon is zero, too.
+    return lax.rsqrt(mean_square + max(epsilon, 1e-37))
+
+
+def _power(n):
+    """The largest power of two up to n, and one at least."""
+    return 1 << max(0, n.bit_length() - 1)
+
+
+def _activate(gate, activation):
+    """The activation's value and its slope."""
+    # A division takes eight operations, this reciprocal of a square root one.
+    root = lax.rsqrt(1.0 + jnp.exp2(gate * -1.4426950408889634))
+    sigmoid = root * root
+    if activation == "sigmoid":
+        return sigmoid, sigmoid * (1.0 - sigmoid)
+    value = gate * sigmoid
+    return value, sigmoid + value * (1.0 - sigmoid)
+
+
+def _rows(x, scale):
+    """x as [B, T, H, N, D], where a row has the N D elements that the scale has."""
+    leading = x.ndim - scale.ndim
+    missing = (*range(leading, 3), *([3] if scale.ndim == 1 else []))
+    return jnp.expand_dims(x, missing)
+
+
+def _scales(scale, rows):
+    """The scale for each batch row and head, [B, N, H, D]."""
+    _, _, H, N, D = rows.shape
+    scale = scale.astype(f32).reshape(N, 1, D)
+    return for_each_row(jnp.broadcast_to(scale, (N, H, D)), rows)
+
+
+def _as(x, scale, rows):
+    """Undoes `_rows`."""
+    leading = x.ndim - scale.ndim
+    return jnp.squeeze(rows, (*range(leading, 3), *([3] if scale.ndim == 1 else [])))

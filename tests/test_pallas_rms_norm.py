@@ -1,0 +1,260 @@
+"""The norm's kernels: values, gradients, races in the interpreter; who uses them."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.ad_checkpoint import print_saved_residuals
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jla.pallas
+from jla.linen import RMSNorm
+from jla.pallas import rms_norm as kernels
+
+f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
+EPSILON = 1e-3
+
+
+def arguments(shape, row=1, kind=None, dtype=bf16):
+    """x, scale and, for an activation as the kind, a gate; the results' gradients."""
+    keys = jax.random.split(jax.random.key(shape[1]), 4)
+    x, gate, dy = (jax.random.normal(key, shape).astype(dtype) for key in keys[:3])
+    # Rows of all sizes: to their gradients that is all that matters.
+    sizes = jnp.exp2((jnp.arange(shape[1]) % 8 - 4).astype(dtype))
+    x = x * sizes.reshape(-1, *[1] * (x.ndim - 2))
+    scale = 1 + 0.3 * jax.random.normal(keys[3], shape[-row:])
+    if kind == "branch":
+        return (x, scale), (dy, gate)
+    return ((x, scale) if kind is None else (x, scale, gate)), dy
+
+
+def formula(x, scale, gate=None, *, kind=None, epsilon=EPSILON):
+    """The layer's own form, in x's dtype."""
+    layer = RMSNorm(
+        epsilon,
+        axes=scale.ndim,
+        activation=getattr(nn, kind) if gate is not None else None,
+        implementation="xla",
+        parent=None,
+    )
+    variables = {"params": {"scale": scale}}
+    if kind == "branch":
+        return layer.apply(variables, x, method="branch")
+    return layer.apply(variables, x, gate)
+
+
+def kernel(*args, kind=None):
+    if kind == "branch":
+        return kernels.rms_norm_branch(*args, epsilon=EPSILON)
+    return kernels.rms_norm(*args, epsilon=EPSILON, activation=kind)
+
+
+def with_gradients(run, args, cotangents):
+    y, vjp = jax.vjp(run, *args)
+    return y, vjp(cotangents)
+
+
+def close(ours, theirs, tolerance):
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        # Heads with a gate: a batch row is several tiles, the last of them not full.
+        dict(shape=(2, 23, 3, 128), kind="sigmoid"),
+        # Whole tokens beside a stream; rows too long for registers are read twice.
+        dict(shape=(2, 5, 512), kind="branch"),
+        # Several rows a warp.
+        dict(shape=(1, 19, 3, 64), kind="silu", dtype=f16),
+        # Rows of two axes.
+        pytest.param(dict(shape=(2, 7, 6, 32), row=2), marks=pytest.mark.slow),
+        # Several tiles of a CTA, whose SMEM is used again, and several CTAs.
+        pytest.param(dict(shape=(1, 2900, 64)), marks=pytest.mark.slow),
+        pytest.param(dict(shape=(1, 9, 2, 512), kind="silu"), marks=pytest.mark.slow),
+        pytest.param(dict(shape=(1, 9, 1024), kind="branch"), marks=pytest.mark.slow),
+        pytest.param(dict(shape=(1, 5, 2048), kind="branch"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_is_the_formula(sizes):
+    check(jla.pallas.interpret, **sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [None, "sigmoid", "silu"])
+@pytest.mark.parametrize("T", [1024, 1001])
+@pytest.mark.parametrize("D", [64, 128, 192, 256])
+def test_heads_on_the_card(D, T, kind):
+    """Also where the last tile of a batch row is not full, and the next batch row follows."""
+    check(contextlib.nullcontext, (3, T, 5, D), kind=kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [None, "branch"])
+@pytest.mark.parametrize("T", [4096, 1001])
+@pytest.mark.parametrize("D", [768, 1024, 2048])
+def test_tokens_on_the_card(D, T, kind):
+    check(contextlib.nullcontext, (4, T, D), kind=kind)
+
+
+def check(context, shape, row=1, kind=None, dtype=bf16):
+    args, cotangents = arguments(shape, row, kind, dtype)
+    run = jax.jit(functools.partial(with_gradients, functools.partial(kernel, kind=kind)))
+    with context():
+        got = run(args, cotangents)
+        if context is contextlib.nullcontext:
+            again = run(args, cotangents)
+            jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), got, again)
+    wide = functools.partial(jax.tree.map, lambda x: x.astype(f32))
+    run = jax.jit(functools.partial(with_gradients, functools.partial(formula, kind=kind)))
+    want = run(wide(args), wide(cotangents))
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        # All but the scale's gradient is rounded to 16 bits, once.
+        assert ours.dtype == (f32 if ours.shape == args[1].shape else dtype)
+        # Token by token where it has tokens, for they are of all sizes.
+        close(ours, theirs, 1e-5 if ours.dtype == f32 else 3e-3)
+        if ours.dtype != f32:
+            for t in range(min(shape[1], 8)):
+                close(ours[:, t], theirs[:, t], 3e-3)
+
+
+@pytest.mark.parametrize(
+    "shape, kind",
+    [
+        ((16, 4096, 512), "branch"),
+        ((16, 4096, 8, 128), "sigmoid"),
+        pytest.param((2, 1001, 2048), None, marks=pytest.mark.slow),
+        pytest.param((2, 1001, 3, 192), "silu", marks=pytest.mark.slow),
+    ],
+)
+def test_lowers_for_the_gpu(shape, kind):
+    args, cotangents = jax.eval_shape(lambda: arguments(shape, kind=kind))
+    run = functools.partial(with_gradients, functools.partial(kernel, kind=kind))
+    traced = jax.jit(run).trace(args, cotangents)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "shape, row, dtype, gate, word",
+    [
+        ((1, 3, 64), 1, f32, None, "x is float32"),
+        ((1, 3, 64), 1, bf16, f16, "the gate is float16"),
+        ((1, 3, 96), 1, bf16, None, "96 elements"),
+        ((1, 3, 2, 2048), 2, bf16, None, "4096 elements"),
+        ((3, 64), 1, bf16, None, "1 axes before"),
+        ((1, 2, 2, 2, 64), 1, bf16, None, "4 axes before"),
+        ((5, 1, 2, 64), 1, bf16, None, "one token"),
+    ],
+)
+def test_says_what_it_does_not_take(shape, row, dtype, gate, word):
+    x, scale = (jax.ShapeDtypeStruct(s, dtype) for s in (shape, shape[-row:]))
+    gates = () if gate is None else (jax.ShapeDtypeStruct(shape, gate),)
+    assert word in kernels.unsupported("rms_norm", x, scale, *gates)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The kernels' calls, answered by the formula."""
+    made = []
+
+    def stand_in(x, scale, gate=None, *, epsilon, activation):
+        made.append(activation if gate is not None else None)
+        return formula(x, scale, gate, kind=made[-1], epsilon=epsilon)
+
+    def branch(x, scale, *, epsilon):
+        made.append("branch")
+        return formula(x, scale, kind="branch", epsilon=epsilon)
+
+    monkeypatch.setattr(kernels, "rms_norm", stand_in)
+    monkeypatch.setattr(kernels, "rms_norm_branch", branch)
+    return made
+
+
+@pytest.mark.parametrize(
+    "options, kind, dtype, used",
+    [
+        (dict(implementation="pallas"), None, bf16, True),
+        (dict(implementation="pallas"), "sigmoid", bf16, True),
+        (dict(implementation="pallas", activation=nn.silu), "silu", bf16, True),
+        (dict(implementation="pallas", axes=2), "branch", bf16, True),
+        (dict(implementation="pallas", activation=nn.gelu), "gelu", bf16, False),
+        (dict(implementation="pallas"), "branch", f32, False),
+        (dict(implementation="xla"), "sigmoid", bf16, False),
+        (dict(), "branch", bf16, False),  # there is no GPU
+    ],
+    ids=str,
+)
+def test_the_layer_uses_it_where_it_serves(calls, options, kind, dtype, used):
+    args, _ = arguments((1, 3, 2, 64), options.get("axes", 1), kind, dtype)
+    x, scale, *gate = args
+    layer = RMSNorm(**options)
+    with jla.pallas.interpret():
+        method = "branch" if kind == "branch" else None
+        y = layer.apply({"params": {"scale": scale}}, x, *gate, method=method)
+    assert calls == [kind] * used
+    want = formula(*args, kind=kind, epsilon=1e-6)
+    jax.tree.map(lambda ours, theirs: close(ours, theirs, 0.0), y, want)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "branch"])
+@pytest.mark.parametrize("mesh_kind", ["auto", "explicit", "shard_map"])
+def test_sharded_over_batch_and_heads(monkeypatch, mesh_kind, kind):
+    """The scale's gradient is summed over all shards. Around plain functions, for no Pallas kernel
+    runs on several CPU devices."""
+
+    def forward(x, scale, *gates, epsilon, activation):
+        y = jax.vmap(lambda x, s, *g: formula(x, s[:, 0], *g, kind=activation))(x, scale, *gates)
+        return (y,)
+
+    def backward(x, scale, dy, *gates, residual=0.0, epsilon, activation=None):
+        def one(x, scale, *gates):
+            return forward(x, scale, *gates, epsilon=epsilon, activation=activation)[0]
+
+        dx, dscale, *dgate = jax.vjp(one, x, scale, *gates)[1](dy)
+        return dx + residual, dscale, *dgate
+
+    monkeypatch.setattr(kernels, "_forward", forward)
+    monkeypatch.setattr(kernels, "_backward", backward)
+    args, cotangents = arguments((4, 5, 2, 8), kind=kind, dtype=f32)
+    run = functools.partial(with_gradients, functools.partial(kernel, kind=kind))
+    expected = functools.partial(with_gradients, functools.partial(formula, kind=kind))
+    want = jax.jit(expected)(args, cotangents)
+    axes = (AxisType.Explicit if mesh_kind == "explicit" else AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axes, devices=jax.devices("cpu")[:4])
+    placed = PartitionSpec("x", None, "y")
+
+    def spec(x):
+        return placed if x.ndim == 4 else PartitionSpec()
+
+    specs = jax.tree.map(spec, (args, cotangents))
+    if mesh_kind == "shard_map":
+        out_specs = jax.tree.map(spec, want)
+        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out_specs)
+    arrays = jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, spec(x))), (args, cotangents)
+    )
+    got = jax.jit(run)(*arrays)
+    jax.tree.map(lambda ours, theirs: close(ours, theirs, 1e-5), got, want)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "branch"])
+def test_a_policy_that_keeps_kernels_results_keeps_no_norm(capsys, kind):
+    """It is made again from what was there before it, see examples/model.py."""
+    args, _ = arguments((1, 3, 2, 64), kind=kind)
+
+    def keep_kernels(primitive, *_, **__):
+        return primitive.name == "custom_vmap_call"
+
+    def loss(*args):
+        return sum(jnp.sum(y.astype(f32) ** 2) for y in jax.tree.leaves(kernel(*args, kind=kind)))
+
+    print_saved_residuals(jax.checkpoint(loss, policy=keep_kernels), *args)
+    kept = capsys.readouterr().out.splitlines()
+    assert len(kept) == len(args) and all("from the argument" in line for line in kept)
