@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from text import VOCABULARY
 
 from jla.linen import (
@@ -160,19 +161,20 @@ class Block(nn.Module):
         # `branch`, not nn.RMSNorm: on a GPU one kernel makes the norm's gradient and adds that of
         # the stream beside it, which XLA would do in three passes over memory.
         y, x = norm(name="mixer_norm").branch(x)
-        x = x + mixer(y)
+        x = checkpoint_name(x + mixer(y), "stream")
         y, x = norm(name="mlp_norm").branch(x)
         x = x + SwiGLU(name="mlp", **dtypes)(y)
         return x, None
 
 
-def kept(primitive, *_, **__):
-    """Which results of a block its backward pass takes as they were: products' and kernels'.
+def kept(primitive, *_, **parameters):
+    """Which results of a block its backward pass takes as they were: products' and kernels', and
+    the stream between its branches.
 
     All else (norms, convolutions, gates, activations) is made again from these. A scan over blocks
     would write it to memory, most of it in float32, and read it back, which takes longer.
     """
-    return primitive.name in (
+    return parameters.get("name") == "stream" or primitive.name in (
         "dot_general",
         "custom_vmap_call",  # jla's kernels
         "dot_product_attention_fwd_wrapper",  # cuDNN's attention

@@ -90,7 +90,7 @@ def test_is_the_formula(sizes):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [None, "sigmoid", "silu"])
 @pytest.mark.parametrize("T", [1024, 1001])
-@pytest.mark.parametrize("D", [64, 128, 192, 256])
+@pytest.mark.parametrize("D", [64, 128, 256, 384])
 def test_heads_on_the_card(D, T, kind):
     """Also where the last tile of a batch row is not full, and the next batch row follows."""
     check(contextlib.nullcontext, (3, T, 5, D), kind=kind)
@@ -131,7 +131,7 @@ def check(context, shape, row=1, kind=None, dtype=bf16):
         ((16, 4096, 512), "branch"),
         ((16, 4096, 8, 128), "sigmoid"),
         pytest.param((2, 1001, 2048), None, marks=pytest.mark.slow),
-        pytest.param((2, 1001, 3, 192), "silu", marks=pytest.mark.slow),
+        pytest.param((2, 1001, 3, 384), "silu", marks=pytest.mark.slow),
     ],
 )
 def test_lowers_for_the_gpu(shape, kind):
@@ -147,6 +147,7 @@ def test_lowers_for_the_gpu(shape, kind):
         ((1, 3, 64), 1, f32, None, "x is float32"),
         ((1, 3, 64), 1, bf16, f16, "the gate is float16"),
         ((1, 3, 96), 1, bf16, None, "96 elements"),
+        ((1, 3, 192), 1, bf16, None, "192 elements"),
         ((1, 3, 2, 2048), 2, bf16, None, "4096 elements"),
         ((3, 64), 1, bf16, None, "1 axes before"),
         ((1, 2, 2, 2, 64), 1, bf16, None, "4 axes before"),
@@ -189,7 +190,6 @@ def calls(monkeypatch):
         (dict(implementation="xla"), "sigmoid", bf16, False),
         (dict(), "branch", bf16, False),  # there is no GPU
     ],
-    ids=str,
 )
 def test_the_layer_uses_it_where_it_serves(calls, options, kind, dtype, used):
     args, _ = arguments((1, 3, 2, 64), options.get("axes", 1), kind, dtype)
