@@ -1,4 +1,5 @@
-"""The README's tables of whole models, from what language_model.py and generation.py wrote."""
+"""The README's tables of whole models, from what language_model.py, generation.py and the recall
+example wrote."""
 
 import json
 import re
@@ -86,6 +87,33 @@ def generation(folder):
         prompts = [r | {f"at_{batch}": speeds.get((r["mixer"], batch))} for r in prompts]
     columns["state, MiB a sequence"] = ("state_bytes", 2**-20, "{:.1f}")
     return "\n".join([paragraph(about), "", *table(prompts, columns), "", *used])
+
+
+def recall(folder):
+    """What examples/recall.py has found on the card; empty without its file in this folder."""
+    path = folder / "recall_full.json"
+    if not path.exists():
+        return ""
+    report = json.loads(path.read_text())
+    settings, meta = report["settings"], report["meta"]
+    rates = ", ".join(f"{lr:g}" for lr in settings["lr"])
+    about = f"""
+        Accuracy at the queries of sequences of {settings["length"]} tokens: width
+        {settings["width"]}, {settings["depth"]} blocks, {settings["heads"]} heads,
+        {settings["dtype"]}, {settings["steps"]} steps of {settings["batch"]} sequences, seed
+        {settings["seed"]}; of the learning rates {rates} each mixer's best."""
+    shares = {(r["mixer"], r["pairs"]): r["accuracy"] for r in report["results"]}
+    found = {
+        row["mixer"]: dict(mixer=row["mixer"], lr=row["lr"])
+        | {f"at {n}": shares[row["mixer"], n] for n in settings["pairs"]}
+        for row in report["results"]
+    }
+    columns = {f"{n} pairs": (f"at {n}", 1, "{:.3f}") for n in settings["pairs"]}
+    columns["learning rate"] = ("lr", 1, "{:g}")
+    used = (path.name, meta["card"], meta["jax"], meta["date"][:10], meta["command"])
+    plot = "![Accuracy against the number of pairs](benchmarks/results/recall_full.png)"
+    lines = table(found.values(), columns)
+    return "\n".join([paragraph(about), "", *lines, "", plot, "", *sources([used])])
 
 
 def rows_of(path):

@@ -67,6 +67,7 @@ SECTIONS = {
     "times": lambda: times(newest()),
     "language models": lambda: model_tables.language_models(RESULTS),
     "generation": lambda: model_tables.generation(RESULTS),
+    "recall": lambda: model_tables.recall(RESULTS),
 }
 
 

@@ -61,15 +61,17 @@ def test_generation_is_measured(tmp_path):
         prompt, three = rows[mixer, 0], rows[mixer, 3]
         assert prompt["prefill_tokens_per_s"] == pytest.approx(16e3 / prompt["prefill_ms"])
         assert three["tokens_per_s"] == pytest.approx(3e3 / three["step_ms"])
-    # Keys and values of 16 tokens in bfloat16, and an index; two states [2, 16, 16] in float32.
+    # Keys and values of 16 tokens in bfloat16, and an index; two states [2, 16, 16] in float32 and
+    # the last three inputs of three convolutions in bfloat16.
     assert rows["attention", 0]["state_bytes"] == 16 * 2 * 32 * 2 + 4
-    assert rows["gsa", 0]["state_bytes"] == 2 * 2 * 16 * 16 * 4
+    assert rows["gsa", 0]["state_bytes"] == 2 * 2 * 16 * 16 * 4 + 3 * 3 * 32 * 2
     text = model_tables.generation(tmp_path)
     assert "| `gsa` |" in text and "| sampling, batch 3, tokens/s |" in text
 
 
 def test_without_files_there_are_no_tables(tmp_path):
-    assert model_tables.language_models(tmp_path) == model_tables.generation(tmp_path) == ""
+    for written in (model_tables.language_models, model_tables.generation, model_tables.recall):
+        assert written(tmp_path) == ""
 
 
 def test_a_failed_case_is_reported(tmp_path):
