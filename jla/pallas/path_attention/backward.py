@@ -39,7 +39,7 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, sc
       do: [B, T, HQ, V] bf16.
       lse, delta: the log-sum-exp and the sum of do o, [B, HQ, 128 P] float32.
       unit: [B, H] float32, with which no ds leaves float16's range.
-      transforms: level by level, but for the top one, the blocks' H [B, H, blocks, K, K] float16.
+      transforms: H of all blocks [B, H, blocks, K, K] float16, see `levels.block_counts`.
 
     Returns:
       unit * dq in two parts, [B, HQ, R, K] float16 and [B, HQ, R] float32; unit * (ds of the own
@@ -54,14 +54,14 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, sc
     (B, _, H, V), (HQ, P), K = v.shape, own.shape[1:3], q.shape[-1]
     group, M = HQ // H, levels.number(P)
     query_counts, key_counts = levels.query_counts(P), levels.key_counts(P)
+    blocks = levels.block_counts(P)
     gated = gates is not None
     copies = 2 if gated else 1  # that a tile of queries or keys takes
 
     def body(q_ref, k_ref, v_ref, own_ref, do_ref, lse_ref, delta_ref, unit_ref, *refs):
         if gated:
             query_gates, key_gates, *refs = refs
-        transform_refs, refs = refs[: len(transforms)], refs[len(transforms) :]
-        dq_ref, factors_ref, down_ref, largest_ref, *refs = refs
+        transforms_ref, dq_ref, factors_ref, down_ref, largest_ref, *refs = refs
         if gated:
             sums_ref, *refs = refs
         sq, sk, sv, sdo, *refs = refs
@@ -112,8 +112,8 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, sc
                 @pl.when(moved == 1)
                 def _():
                     slot = key_slot(n)
-                    at, target = (b, head, 2 * sibling), sk.at[slot, pl.ds(0, K)]
-                    _load_transform(transform_refs, m, at, 0, target, k_loaded.at[slot], copies)
+                    source = transforms_ref.at[b, head, levels.offset(blocks, m) + 2 * sibling]
+                    _load_rows(source, 0, sk.at[slot, pl.ds(0, K)], k_loaded.at[slot], copies)
 
                 def tile(i, _):
                     slot = key_slot(n + moved + i)
@@ -248,20 +248,16 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, sc
         grid_names=("b", "leaf", "h"),
         num_threads=3,
         thread_name="wg",
-    )(q, k, v, own, do, lse, delta, unit, *(gates or ()), *transforms)
+    )(q, k, v, own, do, lse, delta, unit, *(gates or ()), transforms)
     return out if gated else (*out, None)
 
 
-def _load_transform(refs, level, at, first, target, barrier, copies):
+def _load_rows(source, first, target, barrier, copies):
     """Loads rows of a block's H, in as many copies as the barrier of the target's ring awaits."""
     part = target.shape[0] // copies
-    for m, ref in enumerate(refs):
-
-        @pl.when(level == m)
-        def _(ref=ref):
-            for i in range(copies):
-                source = ref.at[(*at, pl.ds(first + i * part, part))]
-                plgpu.copy_gmem_to_smem(source, target.at[pl.ds(i * part, part)], barrier)
+    for i in range(copies):
+        rows = source.at[pl.ds(first + i * part, part)]
+        plgpu.copy_gmem_to_smem(rows, target.at[pl.ds(i * part, part)], barrier)
 
 
 def _normalised(x):
@@ -299,6 +295,7 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, scal
     (B, _, H, V), (HQ, P), K = v.shape, own.shape[1:3], q.shape[-1]
     group, M = HQ // H, levels.number(P)
     query_counts, key_counts = levels.query_counts(P), levels.key_counts(P)
+    blocks = levels.block_counts(P)
     gated = gates is not None
     copies = 2 if gated else 1  # that a tile of queries or keys takes
     parts = K // ROWS  # tiles of H
@@ -306,8 +303,7 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, scal
     def body(q_ref, k_ref, v_ref, own_ref, do_ref, lse_ref, delta_ref, unit_ref, *refs):
         if gated:
             query_gates, key_gates, *refs = refs
-        transform_refs, refs = refs[: len(transforms)], refs[len(transforms) :]
-        dk_ref, factors_ref, dv_ref, *refs = refs
+        transforms_ref, dk_ref, factors_ref, dv_ref, *refs = refs
         if gated:
             sums_ref, *refs = refs
         sq, sdo, sk, sv, query_vectors, *refs = refs
@@ -362,11 +358,11 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, scal
 
                 @pl.when(moved == 1)
                 def _():
+                    sibling = levels.offset(blocks, m) + 2 * levels.block(leaf, m) + 1
+                    source = transforms_ref.at[b, h, sibling]
                     for part in range(parts):
                         slot = query_slot(n + part)
-                        at, first_row = (b, h, 2 * levels.block(leaf, m) + 1), part * ROWS
-                        target, barrier = sq.at[slot], q_loaded.at[slot]
-                        _load_transform(transform_refs, m, at, first_row, target, barrier, copies)
+                        _load_rows(source, part * ROWS, sq.at[slot], q_loaded.at[slot], copies)
 
                 n += moved * parts
 
@@ -533,5 +529,5 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, scal
         grid_names=("b", "leaf", "h"),
         num_threads=3,
         thread_name="wg",
-    )(q, k, v, own, do, lse, delta, unit, *(gates or ()), *transforms)
+    )(q, k, v, own, do, lse, delta, unit, *(gates or ()), transforms)
     return out if gated else (*out, None)

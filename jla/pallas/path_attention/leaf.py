@@ -134,7 +134,8 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
     Returns:
       [B, HQ, R, K] and [B, H, S, K] float16, all levels' query and key versions, of which each
       leaf's first is written, see `levels`; the leaves' own logits with scale and gates, in base 2,
-      [B, HQ, P, 128, 128] float32, -inf where s > t; and H of each leaf [B, H, P, K, K] float16.
+      [B, HQ, P, 128, 128] float32, -inf where s > t; and for H of all levels' blocks [B, H, blocks,
+      K, K] float16, of which the leaves' are written.
 
     Four warpgroups a leaf, one for each chunk's keys and one for its queries; 216 KB of SMEM at
     K=128. Traffic at B=8 T=4096 H=HQ=16 K=128: q, k, w and three of what is written 134 MB each,
@@ -350,7 +351,7 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
             SDS((B, HQ, max(sum(query_leaves), 1) * LEAF, K), f16),
             SDS((B, H, max(sum(key_leaves), 1) * LEAF, K), f16),
             SDS((B, HQ, P, LEAF, LEAF), f32),
-            SDS((B, H, P, K, K), f16),
+            SDS((B, H, sum(levels.block_counts(P)), K, K), f16),
         ],
         scratch_types=[
             *[mosaic.tile(*half, dtype=x.dtype) for x in (q, k)],

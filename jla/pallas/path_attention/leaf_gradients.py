@@ -86,6 +86,7 @@ def leaf_gradients(
         (w, raw_w), (first, _, raw_first, out_first) = region_w, region_1
         second, raw_query, raw_second, out_second = region_2
         (lower, other_lower), out_lower = triangles
+        dh_block = dh_ref.at[b, h, levels.beside(leaf, P)]
         query_place = levels.first_query(leaf, P)
         key_place = levels.first_key(leaf, P)
         shrink, grow, ratio = (x[b, h, leaf] for x in (shrink_ref, grow_ref, ratio_ref))
@@ -308,7 +309,7 @@ def leaf_gradients(
         @pl.when(jnp.maximum(r, c) < k_tiles)
         def _():
             block = pl.ds(r * CHUNK, CHUNK), pl.ds(c * CHUNK, CHUNK)
-            plgpu.copy_gmem_to_smem(dh_ref.at[(b, h, leaf, *block)], of(second, r, c), dh_loaded)
+            plgpu.copy_gmem_to_smem(dh_block.at[*block], of(second, r, c), dh_loaded)
 
         send(at, out_lower, dq_out, dq)
         plgpu.barrier_wait(c_loaded)
@@ -455,6 +456,7 @@ def _scales(query_factors, key_factors, largest_own, transform_factors, scale, l
         return jnp.where(places >= 0, x[..., jnp.maximum(places, 0)], 0.0)
 
     unit = largest(largest_own.reshape(B, H, -1, leaves, LEAF), (2, 4))
+    transform_factors = transform_factors[:, :, :leaves]
     unit = jnp.maximum(unit, transform_factors)
     unit = jnp.maximum(unit, of_leaves(query_factors, levels.first_query))
     unit = jnp.maximum(unit, of_leaves(key_factors, levels.first_key))

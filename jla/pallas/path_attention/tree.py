@@ -30,7 +30,7 @@ def grown(q, k, w, beta, g, inverse=None, *, scale):
 
     Returns:
       All versions of queries and of keys, the leaves' own logits, the gates from and to the levels'
-      middles (or None), all as `forward` takes them; the blocks' transforms, see `chains.joined`;
+      middles (or None), all as `forward` takes them; all blocks' transforms, see `chains.joined`;
       and the chunks' inverses, see `leaf.inverses`.
     """
     P = beta.shape[2] // LEAF
@@ -38,7 +38,7 @@ def grown(q, k, w, beta, g, inverse=None, *, scale):
         inverse = leaf.inverses(w, beta)
     gates, within = (None, None) if g is None else (level_sums(g), leaf_sums(g))
     queries, keys, own, transforms = leaf.leaves(q, k, w, inverse, beta, within, scale=scale)
-    transforms = chains.joined(transforms)
+    transforms = chains.joined(transforms, P)
     queries = chains.query_chains(queries, transforms, P)
     keys = chains.key_chains(keys, transforms, P)
     return queries, keys, own, gates, transforms, inverse
