@@ -146,9 +146,10 @@ def _backward(q, k, v, w, beta, *rest, scale):
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, -delta.shape[2] % LEAF))) - LOG2E * dlse
     unit = _unit(v, do, dlse)
     arguments = queries, keys, v, own, gates, do, lse, delta, unit, transforms
-    *dqueries, down, largest, by_query = query_gradients(*arguments, scale=in_base_2)
     *dkeys, dv, by_key = key_gradients(*arguments, scale=in_base_2)
-    dtransforms = transform_gradients(queries, dqueries, keys, dkeys, transforms, own.shape[2])
+    *dqueries, down, largest, by_query = query_gradients(*arguments, dkeys[1], scale=in_base_2)
+    leaves = lse.shape[2] // LEAF
+    dtransforms = transform_gradients(queries, dqueries, keys, dkeys, transforms, leaves)
     given = dqueries, dkeys, (down, largest), dtransforms, scale / unit
     dq, dk, dw, dbeta = leaf_gradients(*inputs, inverse, *given, dtype=q.dtype)
     gradients = dq, dk, dv, dw, dbeta

@@ -19,7 +19,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jla.pallas import mosaic
 from jla.pallas.mosaic import PER_COLUMN, PER_ROW, TILE, bf16, f16, f32, load, per_column, per_row
 from jla.pallas.path_attention import levels
-from jla.pallas.path_attention.forward import COMPUTE_REGISTERS, LOADER_REGISTERS, ROWS
+from jla.pallas.path_attention.forward import (
+    COMPUTE_REGISTERS,
+    LOADER_REGISTERS,
+    ROWS,
+    own_exp2,
+)
 from jla.pallas.path_attention.levels import LEAF
 
 SDS = jax.ShapeDtypeStruct
@@ -29,7 +34,7 @@ PARTS = 8  # of a sum along rows, each in the registers of one thread
 LEAST = 1e-30  # so that no row is divided by zero
 
 
-def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, scale):
+def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, after, *, scale):
     """The gradients of queries, of their gates, and of the leaves' own logits:
 
         p = exp2(logits - lse);   ds = p (do v^T - delta);   dq = ds k + dq_above H^T
@@ -40,28 +45,30 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, sc
       lse, delta: the log-sum-exp and the sum of do o, [B, HQ, 128 P] float32.
       unit: [B, H] float32, with which no ds leaves float16's range.
       transforms: H of all blocks [B, H, blocks, K, K] float16, see `levels.block_counts`.
+      after: an array that is not read. It comes of the last other kernel that reads own: so XLA
+        knows that own may be overwritten.
 
     Returns:
       unit * dq in two parts, [B, HQ, R, K] float16 and [B, HQ, R] float32; unit * (ds of the own
-      logits), [B, HQ, P, 128, 128] float16, and its rows' largest elements [B, HQ, 128 P] float32;
-      and, with gates (or None), unit * (the sums of ds over each eighth key) [B, HQ, R, 8] float32;
-      ds without scale.
+      logits), [B, HQ, P, 128, 128] float16, in the memory of own, and its rows' largest elements
+      [B, HQ, 128 P] float32; and, with gates (or None), unit * (the sums of ds over each eighth
+      key) [B, HQ, R, 8] float32; ds without scale.
 
     CTAs as in `forward`; SMEM at K=V=128: queries 64 KB, do 32 KB, keys and values 128 KB: no room
     for 2 KB more, so that gates are summed in parts. A level's dq takes the place of its queries;
     H comes as if it were keys.
     """
-    (B, _, H, V), (HQ, P), K = v.shape, own.shape[1:3], q.shape[-1]
+    (B, _, H, V), (HQ, P), K = v.shape, own[0].shape[1:3], q.shape[-1]
     group, M = HQ // H, levels.number(P)
     query_counts, key_counts = levels.query_counts(P), levels.key_counts(P)
     blocks = levels.block_counts(P)
     gated = gates is not None
     copies = 2 if gated else 1  # that a tile of queries or keys takes
 
-    def body(q_ref, k_ref, v_ref, own_ref, do_ref, lse_ref, delta_ref, unit_ref, *refs):
+    def body(q_ref, k_ref, v_ref, own_ref, tops_ref, do_ref, lse_ref, delta_ref, unit_ref, *refs):
         if gated:
             query_gates, key_gates, *refs = refs
-        transforms_ref, dq_ref, factors_ref, down_ref, largest_ref, *refs = refs
+        transforms_ref, _, dq_ref, factors_ref, down_ref, largest_ref, *refs = refs
         if gated:
             sums_ref, *refs = refs
         sq, sk, sv, sdo, *refs = refs
@@ -143,8 +150,7 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, sc
             delta = load(delta_ref.at[b, h, rows], PER_ROW, optimized=False) * unit
 
             own_rows = pl.ds(wg * ROWS, ROWS)
-            logits = load(own_ref.at[b, h, leaf, own_rows], TILE, optimized=False)
-            p = jnp.exp2(logits - per_row(lse, LEAF))
+            p = own_exp2(own_ref.at[b, h, leaf, own_rows], tops_ref.at[b, h, :, rows], lse)
             plgpu.barrier_wait(do_loaded)
             plgpu.barrier_wait(v_loaded.at[0])
             dp = mosaic.product((sdo.at[wg], sv.at[0].T))
@@ -225,7 +231,7 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, sc
     ]
     out_type = [
         *(SDS(q.shape, f16), SDS(q.shape[:-1], f32)),
-        *(SDS(own.shape, f16), SDS((B, HQ, P * LEAF), f32)),
+        *(SDS(own[0].shape, f16), SDS((B, HQ, P * LEAF), f32)),
     ]
     if gated:
         scratch += [plgpu.SMEM((2, 2, ROWS), f32), plgpu.SMEM((KEY_STAGES, LEAF), f32)]
@@ -233,6 +239,7 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, sc
     out = mosaic.kernel(
         body,
         reductions_cross_warps=False,
+        in_place={3: 2},
         out_type=out_type,
         scratch_types=[
             *scratch,
@@ -248,7 +255,7 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, sc
         grid_names=("b", "leaf", "h"),
         num_threads=3,
         thread_name="wg",
-    )(q, k, v, own, do, lse, delta, unit, *(gates or ()), transforms)
+    )(q, k, v, *own, do, lse, delta, unit, *(gates or ()), transforms, after)
     return out if gated else (*out, None)
 
 
@@ -292,7 +299,7 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, scal
     64 KB (this level's and the next's), values 32 KB, queries and do 32 KB a stage; H comes as if
     it were queries.
     """
-    (B, _, H, V), (HQ, P), K = v.shape, own.shape[1:3], q.shape[-1]
+    (B, _, H, V), (HQ, P), K = v.shape, own[0].shape[1:3], q.shape[-1]
     group, M = HQ // H, levels.number(P)
     query_counts, key_counts = levels.query_counts(P), levels.key_counts(P)
     blocks = levels.block_counts(P)
@@ -300,7 +307,7 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, scal
     copies = 2 if gated else 1  # that a tile of queries or keys takes
     parts = K // ROWS  # tiles of H
 
-    def body(q_ref, k_ref, v_ref, own_ref, do_ref, lse_ref, delta_ref, unit_ref, *refs):
+    def body(q_ref, k_ref, v_ref, own_ref, tops_ref, do_ref, lse_ref, delta_ref, unit_ref, *refs):
         if gated:
             query_gates, key_gates, *refs = refs
         transforms_ref, dk_ref, factors_ref, dv_ref, *refs = refs
@@ -484,8 +491,10 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, scal
                 queries = own_ref.at[b, head, leaf, pl.ds(half * ROWS, ROWS), mine]
                 logits = mosaic.load_transposed(queries)
                 plgpu.barrier_wait(do_loaded.at[slot])
-                by_query = per_column(load(query_vectors.at[slot, 0], PER_COLUMN), ROWS)
-                p = jnp.exp2(logits - by_query).astype(bf16)
+                top = tops_ref.at[b, head, wg, pl.ds(leaf * LEAF + half * ROWS, ROWS)]
+                by_query = load(top, PER_COLUMN, optimized=False)
+                by_query -= load(query_vectors.at[slot, 0], PER_COLUMN)
+                p = jnp.exp2(logits + per_column(by_query, ROWS)).astype(bf16)
                 dv = mosaic.product((p, sdo.at[slot]), init=dv)
                 mosaic.hand_back(do_used.at[slot])
                 return dv
@@ -529,5 +538,5 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, scal
         grid_names=("b", "leaf", "h"),
         num_threads=3,
         thread_name="wg",
-    )(q, k, v, own, do, lse, delta, unit, *(gates or ()), transforms)
+    )(q, k, v, *own, do, lse, delta, unit, *(gates or ()), transforms)
     return out if gated else (*out, None)

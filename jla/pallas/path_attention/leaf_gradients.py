@@ -52,8 +52,7 @@ def leaf_gradients(
     """The gradients of a leaf's inputs.
 
     Args:
-      q: [B, T, HQ, K], bf16 or float16. k, w: [B, T, H, K], of q's type or float16. T a multiple
-        of 8.
+      q: [B, T, HQ, K]. k, w: [B, T, H, K]. Each bf16 or float16. T a multiple of 8.
       beta: [B, H, 128 P] float32. inverses: N of each chunk, [B, H, 2 P, 64, 64] float16.
       dqueries, dkeys, transforms: gradients in two parts, as `backward` and `transform_gradients`
         return them.
