@@ -1,7 +1,7 @@
 """PaTH attention as Pallas kernels; docs/kernels.md explains their design.
 
 `tree` makes queries and keys between which plain products are PaTH's logits, level by level of a
-binary tree; `forward` and `backward` are flash attention over them.
+binary tree; `forward`, `query_gradients` and `key_gradients` are flash attention over them.
 """
 
 import functools
@@ -14,11 +14,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jla._segments import segment_starts
 from jla.pallas.chunks import LOG2E, TILE_WIDTH
 from jla.pallas.mosaic import TILE_ROWS
-from jla.pallas.path_attention.backward import key_gradients, query_gradients
 from jla.pallas.path_attention.cache import carried_on
 from jla.pallas.path_attention.forward import forward
+from jla.pallas.path_attention.key_gradients import key_gradients
 from jla.pallas.path_attention.leaf_gradients import leaf_gradients
 from jla.pallas.path_attention.levels import LEAF
+from jla.pallas.path_attention.query_gradients import query_gradients
 from jla.pallas.path_attention.step import path_step
 from jla.pallas.path_attention.step import unsupported as _unsupported_step
 from jla.pallas.path_attention.transform_gradients import transform_gradients

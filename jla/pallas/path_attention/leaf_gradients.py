@@ -54,10 +54,10 @@ def leaf_gradients(
     Args:
       q: [B, T, HQ, K]. k, w: [B, T, H, K]. Each bf16 or float16. T a multiple of 8.
       beta: [B, H, 128 P] float32. inverses: N of each chunk, [B, H, 2 P, 64, 64] float16.
-      dqueries, dkeys, transforms: gradients in two parts, as `backward` and `transform_gradients`
-        return them.
-      own: the gradient of the leaves' own logits and its rows' largest elements, as `backward`
-        returns them.
+      dqueries, dkeys, transforms: gradients in two parts, as `query_gradients`, `key_gradients` and
+        `transform_gradients` return them.
+      own: the gradient of the leaves' own logits and its rows' largest elements, as
+        `query_gradients` returns them.
       scale: what the gradients are multiplied with in the end, [B, H] float32.
       dtype: of dq, dk and dw; 16 bits.
 

@@ -7,7 +7,8 @@ siblings make their parent's, H_parent = H_right H_left. So
     dH_left  = H_right^T dH_parent + sum over the right sibling's queries of q^T dq_moved
     dH_right = dH_parent H_left^T  + sum over the left sibling's keys of dk_moved^T k
 
-where the moved versions' gradients are those of everything above: what `backward` writes.
+where the moved versions' gradients are those of everything above: what `query_gradients` and
+`key_gradients` write.
 """
 
 import functools
@@ -36,7 +37,7 @@ def transform_gradients(queries, dqueries, keys, dkeys, transforms, leaves):
       queries, keys: all versions, [B, HQ, R, K] and [B, H, S, K] float16.
       dqueries, dkeys: their gradients in two parts, float16 as the versions and the rows' factors,
         [B, HQ, R] and [B, H, S] float32.
-      transforms: of all blocks, as `backward` takes them.
+      transforms: of all blocks, as `query_gradients` takes them.
       leaves: the number of leaves.
 
     Returns:
