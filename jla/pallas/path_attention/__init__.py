@@ -157,11 +157,21 @@ def _backward(q, k, v, w, beta, *rest, scale):
     if g is None:
         return gradients
     _, back = jax.vjp(lambda g: (*level_sums(g), leaf_sums(g)[0]), g)
-    down = down.astype(f32)
-    within = (down.sum(-1) - down.sum(-2)).reshape(largest.shape)
-    (dg,) = back((by_query.sum(-1), by_key, within))
+    (dg,) = back((by_query.sum(-1), by_key, _of_tokens(down).reshape(largest.shape)))
     unit = jnp.repeat(LOG2E * unit, dg.shape[2] // H, 1)
     return *gradients, dg / unit[:, None]
+
+
+def _of_tokens(down):
+    """[B, HQ, P, 2, 64]: the sums for each query less those for each key.
+
+    Of the gradients of the leaves' own logits, [B, HQ, P, 3, 64, 64], see `leaf.leaves`.
+    """
+    down = down.astype(f32)
+    rows, columns = (jnp.moveaxis(down.sum(axis), 3, 0) for axis in (-1, -2))
+    first = rows[0] - columns[0] - columns[1]
+    second = rows[1] + rows[2] - columns[2]
+    return jnp.stack([first, second], 3)
 
 
 def _unit(v, do, dlse):

@@ -1,7 +1,5 @@
 """Softmax attention over the tree's levels: flash attention whose queries and keys change."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -112,9 +110,9 @@ def forward(q, k, v, own, gates, *, scale):
                 plgpu.barrier_wait(turn)
 
             rows = pl.ds(leaf * LEAF + wg * ROWS, ROWS)
-            own, tops = own_ref.at[b, h, leaf, pl.ds(wg * ROWS, ROWS)], tops_ref.at[b, h, :, rows]
-            top = functools.reduce(jnp.maximum, own_tops(tops))
-            p = own_exp2(own, tops, top)
+            own, tops = own_ref.at[b, h, leaf], tops_ref.at[b, h, leaf]
+            top = own_top(tops, wg)
+            p = own_exp2(own, tops, wg, top)
             total = p.sum(axis=1)
             plgpu.barrier_wait(v_loaded.at[0])
             acc = mosaic.product((p.astype(bf16), sv.at[0]))
@@ -206,14 +204,22 @@ def forward(q, k, v, own, gates, *, scale):
     )(q, k, v, *own, *(gates or ()))
 
 
-def own_tops(tops):
-    """The largest logits of 64 rows of a leaf's own, by chunk of keys."""
-    return [load(tops.at[i], PER_ROW, optimized=False) for i in range(2)]
+def own_top(tops, chunk):
+    """The largest of the leaf's own logits, for each query of a chunk."""
+    return jnp.maximum(*(load(tops.at[i * chunk], PER_ROW, optimized=False) for i in (1, 2)))
 
 
-def own_exp2(own, tops, minus):
-    """exp2(logits - minus) for 64 rows of a leaf's own logits; `minus` is of layout PER_ROW."""
-    columns = [pl.ds(i * ROWS, ROWS) for i in range(2)]
-    chunks = [load(own.at[:, x], TILE, optimized=False) for x in columns]
-    pairs = zip(chunks, own_tops(tops), strict=True)
-    return jnp.concatenate([jnp.exp2(x + per_row(top - minus, ROWS)) for x, top in pairs], 1)
+def own_exp2(own, tops, chunk, minus):
+    """exp2(logits - minus) for a chunk of queries and the leaf's keys; `minus` is PER_ROW.
+
+    The second chunk's blocks are the last two; the first's is the first, and zeros.
+    """
+
+    def block(i):
+        top = load(tops.at[i], PER_ROW, optimized=False)
+        return jnp.exp2(load(own.at[i], optimized=False) + per_row(top - minus, ROWS))
+
+    def nothing():
+        return plgpu.layout_cast(jnp.zeros((ROWS, ROWS), f32), TILE)
+
+    return jnp.concatenate([block(chunk), lax.cond(chunk == 1, lambda: block(2), nothing)], 1)

@@ -224,15 +224,18 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, scal
 
             def own_tile(n, dv):
                 head, half = h * group + lax.div(n, jnp.int32(2)), lax.rem(n, jnp.int32(2))
-                slot, mine = lax.rem(n, jnp.int32(QUERY_STAGES)), pl.ds(wg * ROWS, ROWS)
-                queries = own_ref.at[b, head, leaf, pl.ds(half * ROWS, ROWS), mine]
-                logits = mosaic.load_transposed(queries)
+                slot, at = lax.rem(n, jnp.int32(QUERY_STAGES)), (b, head, leaf, half + wg)
                 plgpu.barrier_wait(do_loaded.at[slot])
-                top = tops_ref.at[b, head, wg, pl.ds(leaf * LEAF + half * ROWS, ROWS)]
-                by_query = load(top, PER_COLUMN, optimized=False)
-                by_query -= load(query_vectors.at[slot, 0], PER_COLUMN)
-                p = jnp.exp2(logits + per_column(by_query, ROWS)).astype(bf16)
-                dv = mosaic.product((p, sdo.at[slot]), init=dv)
+
+                def block(_, dv):
+                    by_query = load(tops_ref.at[*at], PER_COLUMN, optimized=False)
+                    by_query -= load(query_vectors.at[slot, 0], PER_COLUMN)
+                    logits = mosaic.load_transposed(own_ref.at[*at])
+                    p = jnp.exp2(logits + per_column(by_query, ROWS)).astype(bf16)
+                    return mosaic.product((p, sdo.at[slot]), init=dv)
+
+                # The first chunk's queries do not see the second's keys.
+                dv = lax.fori_loop(0, jnp.where(half >= wg, 1, 0), block, dv)
                 mosaic.hand_back(do_used.at[slot])
                 return dv
 

@@ -138,13 +138,14 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
       in two parts, see below; and for H of all levels' blocks [B, H, blocks, K, K] float16, of
       which the leaves' are written.
 
-      The logits are float16 relative to the largest of their row among a chunk's keys, [B, HQ, P,
-      128, 128], -inf where s > t; and those, float32 by chunk of keys, [B, HQ, 2, 128 P], finite
-      where nothing is seen. So a large one keeps its digits: exp2 of it errs by 1e-4 at most.
+      The logits are by chunks of queries and of keys, 00, 10 and 11: relative to the largest of
+      their row in the chunk of keys, [B, HQ, P, 3, 64, 64] float16, -inf where s > t; and those
+      largest, [B, HQ, P, 3, 64] float32, finite where nothing is seen. So a large one keeps its
+      digits: exp2 of it errs by 1e-4 at most.
 
     Four warpgroups a leaf, one for each chunk's keys and one for its queries; 216 KB of SMEM at
     K=128. Traffic at B=8 T=4096 H=HQ=16 K=128: q, k, w and three of what is written 134 MB each,
-    logits too, inverses 67: 1.01 GB, 0.23 ms at 4.3 TB/s. Products 0.12 TFLOP, 0.15 ms.
+    logits 101, inverses 67: 0.97 GB, 0.23 ms at 4.3 TB/s. Products 0.12 TFLOP, 0.15 ms.
     """
     (B, _, HQ, K), (H, N) = q.shape, inverse.shape[1:3]
     P, group, k_tiles = N // 2, HQ // H, K // TILE_WIDTH
@@ -286,13 +287,10 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
                         x = jnp.where(_seen(chunk, chunk_of_keys, earliest), x, -jnp.inf)
                     elif chunk_of_keys is chunk:
                         x = jnp.where(chunks.up_to(), x, -jnp.inf)
-                    store_logits(x, jnp.maximum(x.max(axis=1), NOTHING), chunk_of_keys)
-
-                def store_logits(x, top, chunk_of_keys):
-                    at = pl.ds(chunk * CHUNK, CHUNK), pl.ds(chunk_of_keys * CHUNK, CHUNK)
-                    tops.at[b, head, chunk_of_keys, rows][...] = top
-                    x = (x - per_row(top, CHUNK)).astype(f16)
-                    mosaic.store(own.at[b, head, leaf, *at], x)
+                    at, top = (b, head, leaf, chunk + chunk_of_keys), x.max(axis=1)
+                    top = jnp.maximum(top, NOTHING)
+                    tops.at[*at][...] = top
+                    mosaic.store(own.at[*at], (x - per_row(top, CHUNK)).astype(f16))
 
                 def put_queries(*pairs):
                     slot = levels.first_query(leaf, P)
@@ -318,12 +316,7 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
                 pairs = [(x, y.T) for x, y in zip(query if same else rounded, key, strict=True)]
                 put_logits(product(*pairs, (qw, sa.at[chunk])), chunk)
 
-                @pl.when(chunk == 0)
-                def _():
-                    nothing = plgpu.layout_cast(jnp.full((CHUNK, CHUNK), -jnp.inf, f32), TILE)
-                    top = plgpu.layout_cast(jnp.full((CHUNK,), NOTHING, f32), PER_ROW)
-                    store_logits(nothing, top, 1)
-                    put_queries((qw, mw))
+                pl.when(chunk == 0)(lambda: put_queries((qw, mw)))
 
                 @pl.when(chunk == 1)
                 def _():
@@ -364,8 +357,8 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
         out_type=[
             SDS((B, HQ, max(sum(query_leaves), 1) * LEAF, K), f16),
             SDS((B, H, max(sum(key_leaves), 1) * LEAF, K), f16),
-            SDS((B, HQ, P, LEAF, LEAF), f16),
-            SDS((B, HQ, 2, P * LEAF), f32),
+            SDS((B, HQ, P, 3, CHUNK, CHUNK), f16),
+            SDS((B, HQ, P, 3, CHUNK), f32),
             SDS((B, H, sum(levels.block_counts(P)), K, K), f16),
         ],
         scratch_types=[

@@ -221,8 +221,7 @@ def leaf_gradients(
 
         @functools.partial(when_block, at)
         def _():
-            block = pl.ds(r * CHUNK, CHUNK), pl.ds(c * CHUNK, CHUNK)
-            source = own_ref.at[(b, head, leaf, *block)]
+            source = own_ref.at[b, head, leaf, r + c]
             plgpu.copy_gmem_to_smem(source, other_lower.at[r + c], loaded)
 
         strength = load(beta_ref.at[b, h, rows_of(r)], PER_ROW, optimized=False)

@@ -39,7 +39,7 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, after
 
     Returns:
       unit * dq in two parts, [B, HQ, R, K] float16 and [B, HQ, R] float32; unit * (ds of the own
-      logits), [B, HQ, P, 128, 128] float16, in the memory of own, and its rows' largest elements
+      logits), [B, HQ, P, 3, 64, 64] float16, in the memory of own, and its rows' largest elements
       [B, HQ, 128 P] float32; and, with gates (or None), unit * (the sums of ds over each eighth
       key) [B, HQ, R, 8] float32; ds without scale.
 
@@ -138,15 +138,19 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, after
             lse = load(lse_ref.at[b, h, rows], PER_ROW, optimized=False)
             delta = load(delta_ref.at[b, h, rows], PER_ROW, optimized=False) * unit
 
-            own_rows = pl.ds(wg * ROWS, ROWS)
-            p = own_exp2(own_ref.at[b, h, leaf, own_rows], tops_ref.at[b, h, :, rows], lse)
+            p = own_exp2(own_ref.at[b, h, leaf], tops_ref.at[b, h, leaf], wg, lse)
             plgpu.barrier_wait(do_loaded)
             plgpu.barrier_wait(v_loaded.at[0])
             dp = mosaic.product((sdo.at[wg], sv.at[0].T))
             mosaic.hand_back(v_used.at[0])
             ds = p * (dp * unit - per_row(delta, LEAF))
             largest_ref.at[b, h, rows][...] = jnp.abs(ds).max(axis=1)
-            mosaic.store(down_ref.at[b, h, leaf, own_rows], ds.astype(f16))
+            down = ds.astype(f16)
+            mosaic.store(down_ref.at[b, h, leaf, wg], down[:, :ROWS])
+
+            @pl.when(wg == 1)
+            def _():
+                mosaic.store(down_ref.at[b, h, leaf, 2], down[:, ROWS:])
 
             def level(i, carry):
                 dq, n, tiles, versions = carry
