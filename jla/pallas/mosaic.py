@@ -239,9 +239,10 @@ def kernel(
     from jax._src.pallas import mpmd
 
     out_type, scratch_types = arguments.pop("out_type"), arguments.pop("scratch_types", ())
+    thread_axes = (arguments["thread_name"],) if "thread_name" in arguments else ()
 
     def with_scratch(*refs):
-        pl.run_scoped(functools.partial(body, *refs), *scratch_types, collective_axes=())
+        pl.run_scoped(functools.partial(body, *refs), *scratch_types, collective_axes=thread_axes)
 
     def run(*operands):
         with config._check_vma(False):

@@ -1,7 +1,7 @@
 """PaTH attention as Pallas kernels; docs/kernels.md explains their design.
 
 `tree` makes queries and keys between which plain products are PaTH's logits, level by level of a
-binary tree; `forward` and `backward` are flash attention over them.
+binary tree; `forward`, `query_gradients` and `key_gradients` are flash attention over them.
 """
 
 import functools
@@ -14,11 +14,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jla._segments import segment_starts
 from jla.pallas.chunks import LOG2E, TILE_WIDTH
 from jla.pallas.mosaic import TILE_ROWS
-from jla.pallas.path_attention.backward import key_gradients, query_gradients
 from jla.pallas.path_attention.cache import carried_on
 from jla.pallas.path_attention.forward import forward
+from jla.pallas.path_attention.key_gradients import key_gradients
 from jla.pallas.path_attention.leaf_gradients import leaf_gradients
 from jla.pallas.path_attention.levels import LEAF
+from jla.pallas.path_attention.query_gradients import query_gradients
 from jla.pallas.path_attention.step import path_step
 from jla.pallas.path_attention.step import unsupported as _unsupported_step
 from jla.pallas.path_attention.transform_gradients import transform_gradients
@@ -147,20 +148,31 @@ def _backward(q, k, v, w, beta, *rest, scale):
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, -delta.shape[2] % LEAF))) - LOG2E * dlse
     unit = _unit(v, do, dlse)
     arguments = queries, keys, v, own, gates, do, lse, delta, unit, transforms
-    *dqueries, down, largest, by_query = query_gradients(*arguments, scale=in_base_2)
     *dkeys, dv, by_key = key_gradients(*arguments, scale=in_base_2)
-    dtransforms = transform_gradients(queries, dqueries, keys, dkeys, transforms, own.shape[2])
+    *dqueries, down, largest, by_query = query_gradients(*arguments, dkeys[1], scale=in_base_2)
+    leaves = lse.shape[2] // LEAF
+    dtransforms = transform_gradients(queries, dqueries, keys, dkeys, transforms, leaves)
     given = dqueries, dkeys, (down, largest), dtransforms, scale / unit
     dq, dk, dw, dbeta = leaf_gradients(*inputs, inverse, *given, dtype=q.dtype)
     gradients = dq, dk, dv, dw, dbeta
     if g is None:
         return gradients
     _, back = jax.vjp(lambda g: (*level_sums(g), leaf_sums(g)[0]), g)
-    down = down.astype(f32)
-    within = (down.sum(-1) - down.sum(-2)).reshape(largest.shape)
-    (dg,) = back((by_query.sum(-1), by_key, within))
+    (dg,) = back((by_query.sum(-1), by_key, _of_tokens(down).reshape(largest.shape)))
     unit = jnp.repeat(LOG2E * unit, dg.shape[2] // H, 1)
     return *gradients, dg / unit[:, None]
+
+
+def _of_tokens(down):
+    """[B, HQ, P, 2, 64]: the sums for each query less those for each key.
+
+    Of the gradients of the leaves' own logits, [B, HQ, P, 3, 64, 64], see `leaf.leaves`.
+    """
+    down = down.astype(f32)
+    rows, columns = (jnp.moveaxis(down.sum(axis), 3, 0) for axis in (-1, -2))
+    first = rows[0] - columns[0] - columns[1]
+    second = rows[1] + rows[2] - columns[2]
+    return jnp.stack([first, second], 3)
 
 
 def _unit(v, do, dlse):

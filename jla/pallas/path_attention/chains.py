@@ -21,56 +21,65 @@ from jla.pallas.path_attention.levels import LEAF
 SDS = jax.ShapeDtypeStruct
 
 
-@jax.jit  # for one kernel in both passes, see `leaf.leaves`
-def joined(transforms):
+def joined(transforms, leaves):
     """The transforms of the blocks of 2**m leaves, for all levels m but the last.
 
     Args:
-      transforms: those of the leaves, [B, H, P, K, K] float16.
+      transforms: [B, H, blocks, K, K] float16, see `levels.block_counts`; those of the leaves are
+        there. leaves: P.
 
     Returns:
-      A list, at m [B, H, P >> m, K, K] float16; at 0 the argument.
+      The same with those of all blocks, in the same memory.
     """
-    out = [transforms]
-    while len(out) < levels.number(transforms.shape[2]) - 1:
-        out.append(_pairs_joined(out[-1]))
-    return out
+    for m in range(1, len(levels.block_counts(leaves))):
+        transforms = _pairs_joined(transforms, jnp.full(1, m, jnp.int32), leaves)
+    return transforms
 
 
-def _pairs_joined(transforms):
-    """later @ earlier for each two neighbours; an odd last one is left out.
+# The level is an operand and the shapes are those of all levels, so that all levels of both passes
+# are one kernel, traced and compiled once.
+@functools.partial(jax.jit, static_argnames="leaves")
+def _pairs_joined(transforms, level, leaves):
+    """A level's transforms: later @ earlier for each two neighbours of the level below.
 
-    One warpgroup a pair, 64 KB of SMEM at K=128. Bytes at B=8 H=16 P=32: 201 MB, 0.05 ms.
+    One warpgroup a pair, 64 KB of SMEM at K=128. There are CTAs for the lowest level's pairs; at a
+    higher one those that have none come last, and return at once. Bytes at B=8 H=16 P=32, lowest
+    level: 201 MB, 0.05 ms.
     """
-    B, H, P, K, _ = transforms.shape
-    parts = K // CHUNK
+    B, H, _, K, _ = transforms.shape
+    parts, counts = K // CHUNK, levels.block_counts(leaves)
 
-    def body(ref, out, later, earlier, loaded):
-        at = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("pair")
-        b, h, n = at
-        plgpu.copy_gmem_to_smem(ref.at[b, h, 2 * n + 1], later, loaded)
-        plgpu.copy_gmem_to_smem(ref.at[b, h, 2 * n], earlier, loaded)
-        plgpu.barrier_wait(loaded)
-        for i in range(parts):
-            rows = pl.ds(i * CHUNK, CHUNK)
-            # Each warp overwrites its own rows, which no other reads.
-            later.at[rows][...] = product((later.at[rows], earlier)).astype(f16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(later.at[rows], out.at[b, h, n, rows])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    def body(ref, level_ref, out, later, earlier, loaded):
+        b, h, n = (lax.axis_index(name) for name in ("b", "h", "pair"))
+        level = level_ref[0]
+        below, here = (levels.offset(counts, m) for m in (level - 1, level))
+
+        @pl.when(n < levels.count(counts, level))
+        def _():
+            plgpu.copy_gmem_to_smem(ref.at[b, h, below + 2 * n + 1], later, loaded)
+            plgpu.copy_gmem_to_smem(ref.at[b, h, below + 2 * n], earlier, loaded)
+            plgpu.barrier_wait(loaded)
+            for i in range(parts):
+                rows = pl.ds(i * CHUNK, CHUNK)
+                # Each warp overwrites its own rows, which no other reads.
+                later.at[rows][...] = product((later.at[rows], earlier)).astype(f16)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(later.at[rows], out.at[b, h, here + n, rows])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     return mosaic.kernel(
         body,
         automatic_barriers=False,
-        out_type=SDS((B, H, P // 2, K, K), f16),
+        in_place={0: 0},
+        out_type=[SDS(transforms.shape, f16)],
         scratch_types=[
             mosaic.tile(K, K, dtype=f16),
             mosaic.tile(K, K, dtype=f16),
             plgpu.Barrier(num_arrivals=2),
         ],
-        grid=(B, P // 2, H),
-        grid_names=("b", "pair", "h"),
-    )(transforms)
+        grid=(leaves // 2, B, H),
+        grid_names=("pair", "b", "h"),
+    )(transforms, level)[0]
 
 
 @functools.partial(jax.jit, static_argnames="leaves")
@@ -79,7 +88,7 @@ def query_chains(queries, transforms, leaves):
 
     Args:
       queries: [B, HQ, R, K] float16, of which the leaves' first versions are there.
-      transforms: from `joined`, [B, H, P >> m, K, K] at m. leaves: P.
+      transforms: of all blocks, as `joined` returns them. leaves: P.
 
     Returns:
       The same with all versions, in the same memory.
@@ -103,43 +112,45 @@ def _chains(versions, transforms, leaves, counts, *, right):
     which is on its way. Traffic at B=8 T=4096 H=HQ=16 K=128, for queries or keys: 109 MB read, 205
     written, transforms 250 MB of which a half come from L2: 0.11 ms at 4.3 TB/s.
     """
-    (B, heads, _, K), H = versions.shape, transforms[0].shape[1]
+    (B, heads, _, K), H = versions.shape, transforms.shape[1]
     group, M = heads // H, levels.number(leaves)
+    blocks = levels.block_counts(leaves)
     if M < 2:
         return versions
-    transforms = transforms[: M - 1]
 
-    def body(source, *refs):
-        *matrices, out, sx, sh, x_loaded, loaded = refs
+    def body(source, matrices, out, sx, sh, x_loaded, loaded):
         b, leaf, h = (lax.axis_index(name) for name in ("b", "leaf", "h"))
         head = lax.div(h, jnp.int32(group))
-        places, steps = [], [jnp.int32(0)]  # the versions' places; the steps before each level
-        following = [jnp.int32(-1)]  # the place of the next version after each level
-        for m in range(M):
-            there = levels.has_query(leaf, m) if right else levels.has_key(leaf, m, leaves)
-            place = levels.offset(counts, m) + levels.place(leaf, m)
-            places.append(jnp.where(there, place, -1))
-        for place in reversed(places[1:]):
-            following.insert(0, jnp.where(place >= 0, place, following[0]))
-        moves = [lax.bitwise_and(places[m] >= 0, following[m] >= 0) for m in range(M - 1)]
-        for move in moves:
-            steps.append(steps[-1] + jnp.where(move, 1, 0))
+        there = [
+            levels.has_query(leaf, m) if right else levels.has_key(leaf, m, leaves)
+            for m in range(M)
+        ]
 
-        def rows(place, half):
+        def next_level(level):
+            """The next level above at which the leaf has a version, or M."""
+            found = jnp.int32(M)
+            for m in reversed(range(M)):
+                found = jnp.where(lax.bitwise_and(there[m], m > level), m, found)
+            return found
+
+        def rows(m, half):
+            place = levels.offset(counts, m) + levels.place(leaf, m)
             return pl.ds(place * LEAF + half * CHUNK, CHUNK)
 
-        def fetch(m, step):
-            """Loads a level's transform if it is that of the given step."""
+        def fetch(step, m, following):
+            """Loads the transform from level m to the next one of the leaf, if there is one."""
 
-            @pl.when(lax.bitwise_and(moves[m], steps[m] == step))
+            @pl.when(following < M)
             def _():
                 slot = lax.rem(step, jnp.int32(2))
                 sibling = 2 * levels.block(leaf, m) + (0 if right else 1)
-                matrix = matrices[m].at[b, head, sibling]
+                matrix = matrices.at[b, head, levels.offset(blocks, m) + sibling]
                 plgpu.copy_gmem_to_smem(matrix, sh.at[slot], loaded.at[slot])
 
-        def move_on(m):
-            slot = lax.rem(steps[m], jnp.int32(2))
+        def move_on(step, ahead):
+            """From this level, the first of four of the leaf, to the second."""
+            _, *ahead = ahead
+            slot = lax.rem(step, jnp.int32(2))
             matrix = sh.at[slot]
             plgpu.barrier_wait(loaded.at[slot])
             for half in range(2):
@@ -151,23 +162,24 @@ def _chains(versions, transforms, leaves, counts, *, right):
                 x[...] = moved
             plgpu.commit_smem()
             for half in range(2):
-                target = out.at[b, h, rows(following[m], half)]
-                plgpu.copy_smem_to_gmem(sx.at[half], target)
-            for n in range(m + 2, M - 1):
-                fetch(n, steps[m] + 2)
+                plgpu.copy_smem_to_gmem(sx.at[half], out.at[b, h, rows(ahead[0], half)])
+            fetch(step + 2, *ahead[1:])
+            return *ahead, next_level(ahead[-1])
 
-        @pl.when(steps[-1] > 0)
+        ahead = [next_level(jnp.int32(-1))]
+        for _ in range(3):
+            ahead.append(next_level(ahead[-1]))
+        versions_of_leaf = sum((jnp.where(x, 1, 0) for x in there), jnp.int32(0))
+
+        @pl.when(versions_of_leaf > 1)
         def _():
-            first = functools.reduce(lambda x, y: jnp.where(y >= 0, y, x), reversed(places))
             for half in range(2):
-                at = source.at[b, h, rows(first, half)]
+                at = source.at[b, h, rows(ahead[0], half)]
                 plgpu.copy_gmem_to_smem(at, sx.at[half], x_loaded)
             for step in range(2):
-                for m in range(step, M - 1):
-                    fetch(m, jnp.int32(step))
+                fetch(jnp.int32(step), *ahead[step : step + 2])
             plgpu.barrier_wait(x_loaded)
-            for m in range(M - 1):
-                pl.when(moves[m])(functools.partial(move_on, m))
+            lax.fori_loop(0, versions_of_leaf - 1, move_on, tuple(ahead))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     return mosaic.kernel(
@@ -183,4 +195,4 @@ def _chains(versions, transforms, leaves, counts, *, right):
         ],
         grid=(B, leaves, heads),
         grid_names=("b", "leaf", "h"),
-    )(versions, *transforms)[0]
+    )(versions, transforms)[0]

@@ -27,7 +27,7 @@ def forward(q, k, v, own, gates, *, scale):
       q: [B, HQ, R, K] float16, all levels' query versions; see `levels`.
       k: [B, H, S, K] float16, all levels' key versions.
       v: [B, T, H, V] bf16, T a multiple of 8.
-      own: [B, HQ, P, 128, 128] float32, the leaves' own logits, -inf where s > t.
+      own: the leaves' own logits in two parts, as `leaf.leaves` returns them.
       gates: None, or the sums of the gates from the level's middle to each query, [B, HQ, R], and
         from each key to the middle, [B, HQ, S], float32, -inf allowed.
       scale: positive, base 2.
@@ -40,12 +40,12 @@ def forward(q, k, v, own, gates, *, scale):
     first, so that what runs at one time shares its keys in L2. SMEM at K=V=128: queries 64 KB (this
     level's and the next's), keys and values 128 KB.
     """
-    (B, T, H, V), (HQ, P), K = v.shape, own.shape[1:3], q.shape[-1]
+    (B, T, H, V), (HQ, P), K = v.shape, own[0].shape[1:3], q.shape[-1]
     group, M = HQ // H, levels.number(P)
     query_counts, key_counts = levels.query_counts(P), levels.key_counts(P)
     gated = gates is not None
 
-    def body(q_ref, k_ref, v_ref, own_ref, *refs):
+    def body(q_ref, k_ref, v_ref, own_ref, tops_ref, *refs):
         if gated:
             query_gates, key_gates, *refs = refs
         o_ref, lse_ref, sq, sk, sv, *refs = refs
@@ -109,9 +109,10 @@ def forward(q, k, v, own, gates, *, scale):
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(turn)
 
-            logits = load(own_ref.at[b, h, leaf, pl.ds(wg * ROWS, ROWS)], TILE, optimized=False)
-            top = logits.max(axis=1)
-            p = jnp.exp2(logits - per_row(top, LEAF))
+            rows = pl.ds(leaf * LEAF + wg * ROWS, ROWS)
+            own, tops = own_ref.at[b, h, leaf], tops_ref.at[b, h, leaf]
+            top = own_top(tops, wg)
+            p = own_exp2(own, tops, wg, top)
             total = p.sum(axis=1)
             plgpu.barrier_wait(v_loaded.at[0])
             acc = mosaic.product((p.astype(bf16), sv.at[0]))
@@ -170,7 +171,6 @@ def forward(q, k, v, own, gates, *, scale):
             so = sv.at[0, pl.ds(wg * ROWS, ROWS)]
             so[...] = (acc / per_row(total, V)).astype(bf16)
             plgpu.commit_smem()
-            rows = pl.ds(leaf * LEAF + wg * ROWS, ROWS)
             plgpu.copy_smem_to_gmem(so, o_ref.at[b, rows, h])
             lse_ref.at[b, h, rows][...] = top + jnp.log2(total)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -201,4 +201,25 @@ def forward(q, k, v, own, gates, *, scale):
         grid_names=("b", "leaf", "h"),
         num_threads=3,
         thread_name="wg",
-    )(q, k, v, own, *(gates or ()))
+    )(q, k, v, *own, *(gates or ()))
+
+
+def own_top(tops, chunk):
+    """The largest of the leaf's own logits, for each query of a chunk."""
+    return jnp.maximum(*(load(tops.at[i * chunk], PER_ROW, optimized=False) for i in (1, 2)))
+
+
+def own_exp2(own, tops, chunk, minus):
+    """exp2(logits - minus) for a chunk of queries and the leaf's keys; `minus` is PER_ROW.
+
+    The second chunk's blocks are the last two; the first's is the first, and zeros.
+    """
+
+    def block(i):
+        top = load(tops.at[i], PER_ROW, optimized=False)
+        return jnp.exp2(load(own.at[i], optimized=False) + per_row(top - minus, ROWS))
+
+    def nothing():
+        return plgpu.layout_cast(jnp.zeros((ROWS, ROWS), f32), TILE)
+
+    return jnp.concatenate([block(chunk), lax.cond(chunk == 1, lambda: block(2), nothing)], 1)

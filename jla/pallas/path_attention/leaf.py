@@ -35,6 +35,7 @@ from jla.pallas.path_attention.levels import LEAF
 
 SDS = jax.ShapeDtypeStruct
 KEY_REGISTERS, QUERY_REGISTERS = 112, 144
+NOTHING = -1e30  # the largest logit of a row that sees no key
 
 
 def _columns(tile):
@@ -124,8 +125,8 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
     and K~_0 by H_1.
 
     Args:
-      q: [B, T, HQ, K], bf16 or float16. k, w: [B, T, H, K], of q's type or float16. K 64 or 128,
-        T a multiple of 8.
+      q: [B, T, HQ, K], bf16 or float16. k, w: [B, T, H, K], each of q's type or float16; both
+        float16 if only k is. K 64 or 128, T a multiple of 8.
       inverse: as `inverses` returns it. beta: as it takes it.
       gates: None, or for each query head [B, HQ, L] the sum of the leaf's gates up to and with each
         token's, float32, and the place in its leaf of the first token that it sees, uint32.
@@ -134,20 +135,27 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
     Returns:
       [B, HQ, R, K] and [B, H, S, K] float16, all levels' query and key versions, of which each
       leaf's first is written, see `levels`; the leaves' own logits with scale and gates, in base 2,
-      [B, HQ, P, 128, 128] float32, -inf where s > t; and H of each leaf [B, H, P, K, K] float16.
+      in two parts, see below; and for H of all levels' blocks [B, H, blocks, K, K] float16, of
+      which the leaves' are written.
+
+      The logits are by chunks of queries and of keys, 00, 10 and 11: relative to the largest of
+      their row in the chunk of keys, [B, HQ, P, 3, 64, 64] float16, -inf where s > t; and those
+      largest, [B, HQ, P, 3, 64] float32, finite where nothing is seen. So a large one keeps its
+      digits: exp2 of it errs by 1e-4 at most.
 
     Four warpgroups a leaf, one for each chunk's keys and one for its queries; 216 KB of SMEM at
     K=128. Traffic at B=8 T=4096 H=HQ=16 K=128: q, k, w and three of what is written 134 MB each,
-    logits 268, inverses 67: 1.14 GB, 0.27 ms at 4.3 TB/s. Products 0.12 TFLOP, 0.15 ms.
+    logits 101, inverses 67: 0.97 GB, 0.23 ms at 4.3 TB/s. Products 0.12 TFLOP, 0.15 ms.
     """
     (B, _, HQ, K), (H, N) = q.shape, inverse.shape[1:3]
     P, group, k_tiles = N // 2, HQ // H, K // TILE_WIDTH
     gated = gates is not None
+    converts = k.dtype != w.dtype
     tiles = range(k_tiles)
 
     def body(q_ref, k_ref, w_ref, inverse_ref, beta_ref, *refs):
         gate_refs, refs = (refs[:3], refs[3:]) if gated else (None, refs)
-        queries, keys, own, transforms, sq, sk, sw, smw, sx, sa, skc, se, so, *barriers = refs
+        queries, keys, own, tops, transforms, sq, sk, sw, smw, sx, sa, skc, se, so, *barriers = refs
         q_loaded, k_loaded, w_loaded, x_loaded, a_made, w_made, kc_made, e_made, moved = barriers
         b, leaf, h, wg = (lax.axis_index(name) for name in ("b", "leaf", "h", "wg"))
         chunk = lax.rem(wg, jnp.int32(2))
@@ -173,10 +181,11 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
         def of_keys():
             plgpu.set_max_registers(KEY_REGISTERS, action="decrease")
             a = sa.at[chunk]
-            # As bf16, w is needed once, and then the queries take its place.
-            given_w = w if w_ref.dtype == f16 else query
+            # What is bf16 and needed as float16 lies where the queries will: the keys or, whose
+            # bf16 tile one product takes, w.
+            given_w, given_key = w if w_ref.dtype == f16 else query, query if converts else key
             fetch(w_ref, h, given_w, w_loaded)
-            fetch(k_ref, h, key, k_loaded)
+            fetch(k_ref, h, given_key, k_loaded)
             source, barrier = inverse_ref.at[b, h, 2 * leaf + chunk], x_loaded.at[chunk]
             plgpu.copy_gmem_to_smem(source, sx.at[chunk], barrier)
             strength = load(beta_ref.at[b, h, rows], PER_COLUMN, optimized=False)
@@ -186,8 +195,12 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
                 for x, y in zip(given, w, strict=True):
                     y[...] = x.astype(f16)
                 plgpu.commit_smem()
-            fetch(q_ref, h * group, query, q_loaded)
             plgpu.barrier_wait(k_loaded.at[chunk])
+            if converts:
+                for x, y in zip(given_key, key, strict=True):
+                    y[...] = plgpu.load(x, layout=TILE).astype(f16)
+                plgpu.commit_smem()
+            fetch(q_ref, h * group, query, q_loaded)
             wk = product(*((x, y.T) for x, y in zip(given, key, strict=True)))
             a[...] = jnp.where(chunks.up_to(strict=True), -wk, 0.0).astype(f16)
             plgpu.commit_smem()
@@ -274,11 +287,10 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
                         x = jnp.where(_seen(chunk, chunk_of_keys, earliest), x, -jnp.inf)
                     elif chunk_of_keys is chunk:
                         x = jnp.where(chunks.up_to(), x, -jnp.inf)
-                    store_logits(x, chunk_of_keys)
-
-                def store_logits(x, chunk_of_keys):
-                    at = pl.ds(chunk * CHUNK, CHUNK), pl.ds(chunk_of_keys * CHUNK, CHUNK)
-                    mosaic.store(own.at[b, head, leaf, *at], x)
+                    at, top = (b, head, leaf, chunk + chunk_of_keys), x.max(axis=1)
+                    top = jnp.maximum(top, NOTHING)
+                    tops.at[*at][...] = top
+                    mosaic.store(own.at[*at], (x - per_row(top, CHUNK)).astype(f16))
 
                 def put_queries(*pairs):
                     slot = levels.first_query(leaf, P)
@@ -300,15 +312,11 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
 
                 qw = product(*((x, y.T) for x, y in zip(rounded, w, strict=True)))
                 qw = jnp.where(chunks.up_to(), qw, 0.0).astype(f16)
-                same = q_ref.dtype == k_ref.dtype
+                same = q_ref.dtype == w_ref.dtype  # the keys' type by now
                 pairs = [(x, y.T) for x, y in zip(query if same else rounded, key, strict=True)]
                 put_logits(product(*pairs, (qw, sa.at[chunk])), chunk)
 
-                @pl.when(chunk == 0)
-                def _():
-                    nothing = jnp.full((CHUNK, CHUNK), -jnp.inf, f32)
-                    store_logits(plgpu.layout_cast(nothing, TILE), 1)
-                    put_queries((qw, mw))
+                pl.when(chunk == 0)(lambda: put_queries((qw, mw)))
 
                 @pl.when(chunk == 1)
                 def _():
@@ -349,11 +357,12 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
         out_type=[
             SDS((B, HQ, max(sum(query_leaves), 1) * LEAF, K), f16),
             SDS((B, H, max(sum(key_leaves), 1) * LEAF, K), f16),
-            SDS((B, HQ, P, LEAF, LEAF), f32),
-            SDS((B, H, P, K, K), f16),
+            SDS((B, HQ, P, 3, CHUNK, CHUNK), f16),
+            SDS((B, HQ, P, 3, CHUNK), f32),
+            SDS((B, H, sum(levels.block_counts(P)), K, K), f16),
         ],
         scratch_types=[
-            *[mosaic.tile(*half, dtype=x.dtype) for x in (q, k)],
+            *[mosaic.tile(*half, dtype=x.dtype) for x in (q, w)],
             *[mosaic.tile(*half, dtype=f16)] * 2,
             *[mosaic.tile(CHUNK, CHUNK, 2, dtype=f16)] * 2,
             mosaic.tile(*half, dtype=f16),

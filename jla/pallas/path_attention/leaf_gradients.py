@@ -52,13 +52,12 @@ def leaf_gradients(
     """The gradients of a leaf's inputs.
 
     Args:
-      q: [B, T, HQ, K], bf16 or float16. k, w: [B, T, H, K], of q's type or float16. T a multiple
-        of 8.
+      q: [B, T, HQ, K]. k, w: [B, T, H, K]. Each bf16 or float16. T a multiple of 8.
       beta: [B, H, 128 P] float32. inverses: N of each chunk, [B, H, 2 P, 64, 64] float16.
-      dqueries, dkeys, transforms: gradients in two parts, as `backward` and `transform_gradients`
-        return them.
-      own: the gradient of the leaves' own logits and its rows' largest elements, as `backward`
-        returns them.
+      dqueries, dkeys, transforms: gradients in two parts, as `query_gradients`, `key_gradients` and
+        `transform_gradients` return them.
+      own: the gradient of the leaves' own logits and its rows' largest elements, as
+        `query_gradients` returns them.
       scale: what the gradients are multiplied with in the end, [B, H] float32.
       dtype: of dq, dk and dw; 16 bits.
 
@@ -86,6 +85,7 @@ def leaf_gradients(
         (w, raw_w), (first, _, raw_first, out_first) = region_w, region_1
         second, raw_query, raw_second, out_second = region_2
         (lower, other_lower), out_lower = triangles
+        dh_block = dh_ref.at[b, h, levels.beside(leaf, P)]
         query_place = levels.first_query(leaf, P)
         key_place = levels.first_key(leaf, P)
         shrink, grow, ratio = (x[b, h, leaf] for x in (shrink_ref, grow_ref, ratio_ref))
@@ -221,8 +221,7 @@ def leaf_gradients(
 
         @functools.partial(when_block, at)
         def _():
-            block = pl.ds(r * CHUNK, CHUNK), pl.ds(c * CHUNK, CHUNK)
-            source = own_ref.at[(b, head, leaf, *block)]
+            source = own_ref.at[b, head, leaf, r + c]
             plgpu.copy_gmem_to_smem(source, other_lower.at[r + c], loaded)
 
         strength = load(beta_ref.at[b, h, rows_of(r)], PER_ROW, optimized=False)
@@ -308,7 +307,7 @@ def leaf_gradients(
         @pl.when(jnp.maximum(r, c) < k_tiles)
         def _():
             block = pl.ds(r * CHUNK, CHUNK), pl.ds(c * CHUNK, CHUNK)
-            plgpu.copy_gmem_to_smem(dh_ref.at[(b, h, leaf, *block)], of(second, r, c), dh_loaded)
+            plgpu.copy_gmem_to_smem(dh_block.at[*block], of(second, r, c), dh_loaded)
 
         send(at, out_lower, dq_out, dq)
         plgpu.barrier_wait(c_loaded)
@@ -455,6 +454,7 @@ def _scales(query_factors, key_factors, largest_own, transform_factors, scale, l
         return jnp.where(places >= 0, x[..., jnp.maximum(places, 0)], 0.0)
 
     unit = largest(largest_own.reshape(B, H, -1, leaves, LEAF), (2, 4))
+    transform_factors = transform_factors[:, :, :leaves]
     unit = jnp.maximum(unit, transform_factors)
     unit = jnp.maximum(unit, of_leaves(query_factors, levels.first_query))
     unit = jnp.maximum(unit, of_leaves(key_factors, levels.first_key))

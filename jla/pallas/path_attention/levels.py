@@ -4,6 +4,7 @@ Two leaves i > j meet at one level: the highest bit in which i and j differ. The
 right half and j in the left half of one aligned block of 2**(level + 1) leaves. At a level, leaves
 of right halves have a query version, and leaves of left halves, whose right half is not empty, a
 key version. All versions of all levels are one array of leaves: a level's leaves in their order.
+So are the transforms of the blocks of 2**level leaves: one array of blocks.
 """
 
 import jax.numpy as jnp
@@ -28,11 +29,27 @@ def key_counts(leaves):
     return [(leaves - (1 << m) - 1) // (2 << m) + 1 << m for m in range(number(leaves))]
 
 
+def block_counts(leaves):
+    """The number of whole blocks of 2**level leaves, for all levels but the last (if not alone)."""
+    return [leaves >> m for m in range(max(number(leaves) - 1, 1))]
+
+
 def offset(counts, level):
     """The place of a level's first leaf; `level` may be traced."""
     if isinstance(level, int):
         return sum(counts[:level])
     return sum((jnp.where(level > m, n, 0) for m, n in enumerate(counts)), jnp.int32(0))
+
+
+def beside(n, count):
+    """The number of a block's sibling, or its own if there is none of `count` blocks."""
+    other = lax.bitwise_xor(n, jnp.int32(1))
+    return jnp.where(other < count, other, n)
+
+
+def count(counts, level):
+    """The number at a level, which may be traced and may be past the end: none."""
+    return sum((jnp.where(level == m, n, 0) for m, n in enumerate(counts)), jnp.int32(0))
 
 
 def at_bit(leaf, level):

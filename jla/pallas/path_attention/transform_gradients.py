@@ -7,7 +7,8 @@ siblings make their parent's, H_parent = H_right H_left. So
     dH_left  = H_right^T dH_parent + sum over the right sibling's queries of q^T dq_moved
     dH_right = dH_parent H_left^T  + sum over the left sibling's keys of dk_moved^T k
 
-where the moved versions' gradients are those of everything above: what `backward` writes.
+where the moved versions' gradients are those of everything above: what `query_gradients` and
+`key_gradients` write.
 """
 
 import functools
@@ -30,47 +31,62 @@ LEAST = 1e-30
 
 
 def transform_gradients(queries, dqueries, keys, dkeys, transforms, leaves):
-    """The gradients of the leaves' own transforms.
+    """The gradients of all blocks' transforms, of which those of the leaves are wanted.
 
     Args:
       queries, keys: all versions, [B, HQ, R, K] and [B, H, S, K] float16.
       dqueries, dkeys: their gradients in two parts, float16 as the versions and the rows' factors,
         [B, HQ, R] and [B, H, S] float32.
-      transforms: as `backward` takes them, level by level but for the top one.
+      transforms: of all blocks, as `query_gradients` takes them.
       leaves: the number of leaves.
 
     Returns:
-      In two parts, [B, H, leaves, K, K] float16 of at most 1 and a float32 factor for each,
-      [B, H, leaves].
+      In two parts, [B, H, blocks, K, K] float16 of at most 1, in the memory of the transforms, and
+      a float32 factor for each, [B, H, blocks]. The first part of a block's is where its sibling's
+      H was, see `levels.beside`, for nobody else reads that H.
     """
-    (B, H), K = keys.shape[:2], keys.shape[-1]
+    B, H, blocks = transforms.shape[:3]
     if leaves == 1:  # no version is written
-        return jnp.zeros((B, H, leaves, K, K), f16), jnp.zeros((B, H, leaves), f32)
+        return jnp.zeros_like(transforms), jnp.zeros((B, H, blocks), f32)
     # float16 rows are relative to the head's largest.
     units = [jnp.maximum(x.reshape(B, H, -1).max(-1), LEAST) for _, x in (dqueries, dkeys)]
-    above = None
-    for m in reversed(range(len(transforms))):
-        above = _level(queries, dqueries, keys, dkeys, units, transforms[m], above, m, leaves)
-    return above
+    out = transforms, jnp.zeros((B, H, blocks), f32)
+    for m in reversed(range(len(levels.block_counts(leaves)))):
+        level = jnp.full(1, m, jnp.int32)
+        out = _level(queries, *dqueries, keys, *dkeys, *units, *out, level, leaves=leaves)
+    return out
 
 
-def _level(queries, dqueries, keys, dkeys, units, transforms, above, level, leaves):
-    """The gradients of one level's transforms, given those of the level above, or None.
+# The level is an operand and the shapes are those of all levels, so that all levels are one kernel,
+# traced and compiled once.
+@functools.partial(jax.jit, static_argnames="leaves")
+def _level(
+    queries, dqueries, query_factors, keys, dkeys, key_factors, query_unit, key_unit,
+    gradients, factors, level, *, leaves,
+):  # fmt: skip
+    """Writes the gradients of one level's transforms in place of these, after the level above.
 
-    One warpgroup a block, two on a multiprocessor: at K=128 97 KB of SMEM. Bytes at B=8 T=4096 H=16
-    K=128, all levels together: versions and gradients 0.8 GB, H and dH 0.75 GB; 0.36 ms.
+    One warpgroup a block, two on a multiprocessor: at K=128 97 KB of SMEM. There are CTAs for the
+    leaves; at a higher level those that have no block come last, and return at once. Bytes at B=8
+    T=4096 H=16 K=128, all levels together: versions and gradients 0.8 GB, H and dH 0.75 GB; 0.36
+    ms.
     """
-    (B, H, N, K, _), HQ = transforms.shape, queries.shape[1]
-    group, parts = HQ // H, K // CHUNK
+    (B, H, _, K, _), HQ = gradients.shape, queries.shape[1]
+    group, parts, M = HQ // H, K // CHUNK, levels.number(leaves)
     query_counts, key_counts = levels.query_counts(leaves), levels.key_counts(leaves)
-    higher = range(level + 1, levels.number(leaves))
+    blocks = levels.block_counts(leaves)
 
-    def body(q_ref, dq_ref, dq_factors, k_ref, dk_ref, dk_factors, q_unit, k_unit, h_ref, *refs):
-        if above is not None:
-            above_ref, above_factors, *refs = refs
-        out_ref, factors_ref, left, right, vectors, loaded = refs
-        b, h, n = (lax.axis_index(name) for name in ("b", "h", "n"))
-        pair = lax.div(n, jnp.int32(2))
+    def body(*refs):
+        level = refs[10][0]
+        n = lax.axis_index("n")
+        pl.when(n < levels.count(blocks, level))(lambda: of_block(level, n, *refs))
+
+    def of_block(
+        level, n, q_ref, dq_ref, dq_factors, k_ref, dk_ref, dk_factors, q_unit, k_unit,
+        h_ref, above_factors, _, out_ref, factors_ref, left, right, vectors, loaded,
+    ):  # fmt: skip
+        b, h = (lax.axis_index(name) for name in ("b", "h"))
+        pair, pairs = lax.div(n, jnp.int32(2)), levels.count(blocks, level + 1)
         # A left half's gradient comes of its sibling's queries, a right half's of its keys.
         left_half = lax.rem(n, jnp.int32(2)) == 0
         sibling = jnp.where(left_half, 2 * pair + 1, 2 * pair)
@@ -79,28 +95,36 @@ def _level(queries, dqueries, keys, dkeys, units, transforms, above, level, leav
         def versions(counts, present):
             """The places of the sibling's first leaf at this level and at its next one, or -1."""
             next_place = jnp.int32(-1)
-            for m in reversed(higher):
+            for m in reversed(range(1, M)):
                 place = levels.offset(counts, m) + levels.place(first, m)
-                next_place = jnp.where(present(m), place, next_place)
+                later = lax.bitwise_and(present(m), m > level)
+                next_place = jnp.where(later, place, next_place)
             return levels.offset(counts, level) + levels.place(first, level), next_place
 
         of_queries = versions(query_counts, lambda m: levels.has_query(first, m))
         of_keys = versions(key_counts, lambda m: levels.has_key(first, m, leaves))
         here, there = (jnp.where(left_half, x, y) for x, y in zip(of_queries, of_keys, strict=True))
-        tiles = jnp.clip(leaves - first, 0, 1 << level) * (LEAF // CHUNK)
+        tiles = jnp.clip(leaves - first, 0, lax.shift_left(jnp.int32(1), level)) * (LEAF // CHUNK)
         tiles = jnp.where(there >= 0, tiles, 0)
-        base = jnp.int32(0)
-        if above is not None:
-            base = jnp.where(pair < above[0].shape[2], parts, 0)
+        first_block, first_above = (levels.offset(blocks, m) for m in (level, level + 1))
+        of_sibling, of_parent = first_block + sibling, first_above + levels.beside(pair, pairs)
+        base = jnp.where(pair < pairs, parts, 0)
         total = base + tiles * jnp.where(left_half, group, 1)
 
-        def fetch(t):
+        def copies(t, *sources):
             slot = lax.rem(t, jnp.int32(STAGES))
+            for source, target in zip(sources, (left, right, vectors), strict=True):
+                plgpu.copy_gmem_to_smem(source, target.at[slot], loaded.at[slot])
 
-            def copies(*sources):
-                for source, target in zip(sources, (left, right, vectors), strict=True):
-                    plgpu.copy_gmem_to_smem(source, target.at[slot], loaded.at[slot])
+        def fetch_above(t):
+            @pl.when(t < base)
+            def _():
+                rows = pl.ds(t * CHUNK, CHUNK)
+                factors = dk_factors.at[b, h, pl.ds(0, CHUNK)]  # not used
+                matrix, parent = (h_ref.at[b, h, i, rows] for i in (of_sibling, of_parent))
+                copies(t, matrix, parent, factors)
 
+        def fetch(t):
             @pl.when(jnp.logical_and(t >= base, t < total))
             def _():
                 member, i = lax.div(t - base, tiles), lax.rem(t - base, tiles)
@@ -109,25 +133,18 @@ def _level(queries, dqueries, keys, dkeys, units, transforms, above, level, leav
 
                 @pl.when(left_half)
                 def _():
-                    at = b, h * group + member
-                    copies(q_ref.at[*at, before], dq_ref.at[*at, after], dq_factors.at[*at, after])
+                    at, last = (b, h * group + member), dq_factors
+                    copies(t, q_ref.at[*at, before], dq_ref.at[*at, after], last.at[*at, after])
 
                 @pl.when(jnp.logical_not(left_half))
                 def _():
-                    at = b, h
-                    copies(dk_ref.at[*at, after], k_ref.at[*at, before], dk_factors.at[*at, after])
-
-            if above is not None:
-
-                @pl.when(t < base)
-                def _():
-                    rows = pl.ds(t * CHUNK, CHUNK)
-                    factors = dk_factors.at[b, h, pl.ds(0, CHUNK)]  # not used
-                    copies(h_ref.at[b, h, sibling, rows], above_ref.at[b, h, pair, rows], factors)
+                    at, last = (b, h), dk_factors
+                    copies(t, dk_ref.at[*at, after], k_ref.at[*at, before], last.at[*at, after])
 
         def fetch_next(first, count):
             lax.fori_loop(first, first + count, lambda t, _: fetch(t), None)
 
+        lax.fori_loop(0, parts, lambda t, _: fetch_above(t), None)
         fetch_next(0, STAGES - 1)
 
         unit = jnp.where(left_half, q_unit[b, h], k_unit[b, h])
@@ -150,7 +167,7 @@ def _level(queries, dqueries, keys, dkeys, units, transforms, above, level, leav
             ]
 
         def from_above(_, __):
-            ratio = above_factors[b, h, pair] / unit
+            ratio = above_factors[b, h, first_above + pair] / unit
             for i in range(parts):
                 plgpu.barrier_wait(loaded.at[i])
             result = lax.cond(left_half, of_left, of_right)
@@ -158,8 +175,7 @@ def _level(queries, dqueries, keys, dkeys, units, transforms, above, level, leav
             fetch_next(STAGES - 1, parts)
             return tuple(x * ratio for x in result)
 
-        if above is not None:
-            total_of = lax.fori_loop(0, jnp.minimum(base, 1), from_above, total_of)
+        total_of = lax.fori_loop(0, jnp.minimum(base, 1), from_above, total_of)
 
         def tile(t, carry):
             slot = lax.rem(t, jnp.int32(STAGES))
@@ -182,24 +198,29 @@ def _level(queries, dqueries, keys, dkeys, units, transforms, above, level, leav
             axis=0
         )
         largest = jnp.maximum(largest, LEAST)
-        factors_ref[b, h, n] = largest * unit
+        factors_ref[b, h, first_block + n] = largest * unit
+        target = out_ref.at[b, h, first_block + levels.beside(n, levels.count(blocks, level))]
         for i, x in enumerate(total_of):
             left.at[i][...] = (x * (1.0 / largest)).astype(f16)
         plgpu.commit_smem()
         for i in range(parts):
             rows = pl.ds(i * CHUNK, CHUNK)
-            plgpu.copy_smem_to_gmem(left.at[i], out_ref.at[b, h, n, rows])
+            plgpu.copy_smem_to_gmem(left.at[i], target.at[rows])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     return mosaic.kernel(
         body,
-        out_type=[SDS(transforms.shape, f16), SDS((B, H, N), f32)],
+        in_place={8: 0, 9: 1},
+        out_type=[SDS(gradients.shape, f16), SDS(factors.shape, f32)],
         scratch_types=[
             mosaic.tile(CHUNK, K, STAGES, dtype=f16),
             mosaic.tile(CHUNK, K, STAGES, dtype=f16),
             plgpu.SMEM((STAGES, CHUNK), f32),
             plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
         ],
-        grid=(B, N, H),
-        grid_names=("b", "n", "h"),
-    )(queries, *dqueries, keys, *dkeys, *units, transforms, *(above or ()))
+        grid=(leaves, B, H),
+        grid_names=("n", "b", "h"),
+    )(
+        queries, dqueries, query_factors, keys, dkeys, key_factors, query_unit, key_unit,
+        gradients, factors, level,
+    )  # fmt: skip

@@ -30,24 +30,26 @@ def grown(q, k, w, beta, g, inverse=None, *, scale):
 
     Returns:
       All versions of queries and of keys, the leaves' own logits, the gates from and to the levels'
-      middles (or None), all as `forward` takes them; the blocks' transforms, see `chains.joined`;
+      middles (or None), all as `forward` takes them; all blocks' transforms, see `chains.joined`;
       and the chunks' inverses, see `leaf.inverses`.
     """
     P = beta.shape[2] // LEAF
     if inverse is None:
         inverse = leaf.inverses(w, beta)
     gates, within = (None, None) if g is None else (level_sums(g), leaf_sums(g))
-    queries, keys, own, transforms = leaf.leaves(q, k, w, inverse, beta, within, scale=scale)
-    transforms = chains.joined(transforms)
+    queries, keys, *own, transforms = leaf.leaves(q, k, w, inverse, beta, within, scale=scale)
+    transforms = chains.joined(transforms, P)
     queries = chains.query_chains(queries, transforms, P)
     keys = chains.key_chains(keys, transforms, P)
     return queries, keys, own, gates, transforms, inverse
 
 
 def sixteen_bits(q, k, w, beta):
-    """The kernels' q, k and w, k of w's type, and beta [B, H, L], zero past the end."""
+    """q, k and w as `leaf.leaves` takes them, and beta [B, H, L], zero past the end."""
+    if k.dtype != q.dtype:
+        k = k.astype(f16)
     if k.dtype != w.dtype:
-        k, w = k.astype(f16), w.astype(f16)
+        w = w.astype(f16)
     beta = jnp.moveaxis(beta, 2, 1)
     return q, k, w, jnp.pad(beta, [(0, 0), (0, 0), (0, -beta.shape[2] % LEAF)])
 
