@@ -43,7 +43,7 @@ def main(argv=None):
             print(f"not started, past --limit: {mixer}", flush=True)
             continue
         row = dict(mixer=mixer, gpus=options.gpus) | of_text
-        report.measure(row, train(mixer, data, options, report.rows))
+        report.measure(row, train(mixer, data, options))
         show(row, time.monotonic() - start)
     if options.plot:
         plot(report.rows, options.plot)
@@ -81,11 +81,8 @@ def corpus(paths):
     return load_text([path for path in files if path.stat().st_size]), name
 
 
-def train(mixer, data, options, rows):
-    """Yields the row's numbers: of the model, of compiling, of `options.steps` steps, a profile.
-
-    `rows` are those there are, among them perhaps that of one GPU to compare with.
-    """
+def train(mixer, data, options):
+    """Yields the row's numbers: of the model, of compiling, of `options.steps` steps, a profile."""
     B, T = options.batch * options.gpus, options.length
     mesh = Mesh(np.array(jax.devices()[: options.gpus]), ("data",))
     replicated, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
@@ -150,8 +147,6 @@ def train(mixer, data, options, rows):
         bits_per_byte=statistics.mean(losses[-GROUP:]) / math.log(2),
         losses=losses,
     )
-    if options.gpus > 1:
-        yield scaling(mixer, options, speed, rows)
     last = batch(options.steps + 1)
     yield dict(profile=profile(lambda: run(state, last)))
 
@@ -197,15 +192,6 @@ def collectives(hlo):
     return dict(collections.Counter(re.findall(rf" ({words})(?:-start)?\(", hlo)))
 
 
-def scaling(mixer, options, speed, rows):
-    """The speed of each of several GPUs as a fraction of one alone, if that was measured."""
-    wanted = dict(mixer=mixer, gpus=1, batch_per_gpu=options.batch)
-    for row in rows:
-        if "tokens_per_s" in row and all(row[k] == x for k, x in wanted.items()):
-            return dict(scaling=speed / (options.gpus * row["tokens_per_s"]))
-    return {}
-
-
 def show(row, seconds):
     print(f"[{seconds:6.1f} s] {row['mixer']}, {row['gpus']} GPUs", end="")
     if "trace_s" in row:
@@ -216,8 +202,6 @@ def show(row, seconds):
         print(f"\n  step {row['step_ms']:.1f} ms (slowest {row['step_ms_slowest']:.1f})", end="")
         print(f", {row['tokens_per_s']:,.0f} tokens/s, MFU {row['utilisation']:.1%}", end="")
         print(f", {row['bits_per_byte']:.3f} bits/byte after {row['tokens']:,}", end="")
-    if "scaling" in row:
-        print(f", {row['scaling']:.1%} of one GPU's speed each", end="")
     if row.get("profile"):
         shares = ", ".join(f"{k} {x:.1%}" for k, x in row["profile"]["share"].items())
         print(f"\n  device busy {row['profile']['busy_ms']:.1f} ms: {shares}")

@@ -32,7 +32,7 @@ def header(titles):
 def language_models(folder):
     """What benchmarks.language_model has found; empty without its file in this folder."""
     rows, used = rows_of(folder / "language_model.json")
-    rows = [row | derived(row) for row in rows if "tokens_per_s" in row]
+    rows = [row | derived(row, rows) for row in rows if "tokens_per_s" in row]
     if not rows:
         return ""
     one = min(rows, key=lambda row: row["gpus"])
@@ -60,14 +60,21 @@ def language_models(folder):
     return "\n".join([*lines, "", *used])
 
 
-def derived(row):
-    """The profile's shares, and the loss where it is comparable: more GPUs read more text."""
-    loss = dict(loss=row["bits_per_byte"] if row["gpus"] == 1 else None)
+def derived(row, rows):
+    """The profile's shares; of several GPUs the speed of each beside that of one alone, of one its
+    loss, for more GPUs read more text."""
+    if row["gpus"] == 1:
+        found = dict(loss=row["bits_per_byte"])
+    else:
+        same = ("mixer", "batch_per_gpu", "length", "width", "depth", "heads")
+        alone = [r for r in rows if r["gpus"] == 1 and all(r.get(k) == row[k] for k in same)]
+        speed = alone[0].get("tokens_per_s") if alone else None
+        found = dict(scaling=row["tokens_per_s"] / (row["gpus"] * speed)) if speed else {}
     if not row.get("profile"):
-        return loss
+        return found
     share = row["profile"]["share"]
     useful = share["products"] + share["kernels"] + share["attention"]
-    return loss | dict(useful=useful, rest=share["rest"])
+    return found | dict(useful=useful, rest=share["rest"])
 
 
 def generation(folder):
