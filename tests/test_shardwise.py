@@ -47,6 +47,15 @@ def test_runs_shard_by_shard_under_jit(arrays):
     np.testing.assert_allclose(out, want(*arrays), rtol=1e-6)
 
 
+def test_a_group_of_one_key_head(arrays):
+    """Shardy refuses a factor of one in `(h group)`: rows alone are split."""
+    arrays = arrays[0][:, :, :1], arrays[1][:, :, :2]
+    placed = jax.device_put(arrays, NamedSharding(mesh(), PartitionSpec("x")))
+    compiled = jax.jit(run).lower(*placed).compile()
+    assert "all-gather" not in compiled.as_text()
+    np.testing.assert_allclose(compiled(*placed), want(*arrays), rtol=1e-6)
+
+
 def test_runs_inside_shard_map(arrays):
     sharded = jax.shard_map(run, mesh=mesh(), in_specs=(SPEC, SPEC), out_specs=SPEC)
     np.testing.assert_allclose(jax.jit(sharded)(*arrays), want(*arrays), rtol=1e-6)

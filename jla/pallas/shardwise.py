@@ -55,7 +55,7 @@ def shardwise(function, operands, results):
         partitioned.def_partition(
             partition,
             infer_sharding_from_operands=lambda mesh, args, _: shardings(mesh, args, results),
-            **_rule(operands, results, sizes[_grouped(sizes)] // sizes["H"]),
+            **_rule(operands, results, sizes["H"], sizes[_grouped(sizes)] // sizes["H"]),
         )
         return partitioned(*arrays)
 
@@ -151,15 +151,16 @@ def _grouped(letters):
     return next((x for x in letters if x in ("HV", "HQ")), "H")
 
 
-def _rule(operands, results, group):
+def _rule(operands, results, heads, group):
     """Shardy's rule: batch and key heads are split together everywhere, all else stays whole."""
-    grouped = "h" if group == 1 else "(h group)"
+    # Shardy refuses a factor of one beside another, so a group of one key head stands by itself.
+    grouped = "h" if group == 1 else "group" if heads == 1 else "(h group)"
     names = {"B": "b", "H": "h", "HV": grouped, "HQ": grouped}
 
     def side(arrays):
         return ", ".join(" ".join(names.get(x, x.lower()) for x in axes.split()) for axes in arrays)
 
-    sizes = {} if group == 1 else {"group": group}
+    sizes = {"group": group} if "(" in grouped else {}
     rule = f"{side(operands)} -> {side(results)}"
     # Shardy wants the factors in the order in which they first appear.
     whole = tuple(x for x in dict.fromkeys(re.findall(r"\w+", rule)) if x not in ("b", "h"))

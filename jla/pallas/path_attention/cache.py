@@ -1,7 +1,8 @@
 """Going on from cached tokens, and filling the cache: around the kernels, in XLA.
 
 Both need the new tokens' maps as products over the whole row, and in float32: the cached keys are
-multiplied on for as long as the row lives. It is what `jla.xla` does, with its functions.
+multiplied on for as long as the row lives. It is what `jla.xla` does, with its functions; but
+shard by shard, as a kernel, for on several GPUs XLA gathers what the branches of a `cond` take.
 """
 
 import functools
@@ -10,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._cache import PathCache
 from jla._segments import segment_starts
 from jla._state import zero_state
+from jla.pallas.shardwise import shardwise
 from jla.xla import chunks
 from jla.xla.path_attention import CHUNK, NEVER, appended, at_the_end, exactly, fits, prepare
 
@@ -19,6 +22,12 @@ f32 = jnp.float32
 
 # Queries, and cached tokens that they read at once.
 QUERIES, KEYS = 512, 256
+
+_AXES = dict(
+    **dict(o="B T HQ V", logsumexp="B T HQ", q="B T HQ K", k="B T H K", v="B T H V", w="B T H K"),
+    **dict(beta="B T H", g="B T HQ", key="B S H K", value="B S H V", decay="B S HQ"),
+    **dict(length="B", segment_ids="B T"),
+)
 
 
 def carried_on(o, logsumexp, q, k, v, w, beta, g, cache, segment_ids, *, scale):
@@ -32,6 +41,67 @@ def carried_on(o, logsumexp, q, k, v, w, beta, g, cache, segment_ids, *, scale):
     Returns:
       o, float32, and the new `PathCache`.
     """
+    floats = dict(o=o, logsumexp=logsumexp, q=q, k=k, v=v, w=w, beta=beta, g=g)
+    floats |= dict(key=cache.key, value=cache.value, decay=cache.decay)
+    integers = dict(length=cache.length, segment_ids=segment_ids)
+    floats, integers = (
+        {name: x for name, x in given.items() if x is not None} for given in (floats, integers)
+    )
+    o, key, value, *decay, length = _carried_on(floats, integers, scale)
+    return o, PathCache(key, value, *(decay or [None]), length)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _carried_on(floats, integers, scale):
+    """o and the new cache's arrays, from the arrays there are."""
+    names = *floats, *integers
+
+    def run(*arrays):
+        return _of_shard(**dict(zip(names, arrays, strict=True)), scale=scale)
+
+    operands = tuple(_AXES[name] for name in names)
+    results = (*_float_results(floats), _AXES["length"])
+    return shardwise(run, operands, results)(*floats.values(), *integers.values())
+
+
+def _carried_on_forward(floats, integers, scale):
+    return _carried_on(floats, integers, scale), (floats, integers)
+
+
+def _carried_on_backward(scale, given, cotangents):
+    floats, integers = given
+    names = *floats, *integers
+
+    def run(*arrays):
+        inputs, cotangents = arrays[: len(names)], arrays[len(names) :]
+        inputs = dict(zip(names, inputs, strict=True))
+
+        def outputs(floats):
+            return _of_shard(**(inputs | floats), scale=scale)[:-1]
+
+        _, pull = jax.vjp(outputs, {name: inputs[name] for name in floats})
+        return tuple(pull(cotangents)[0][name] for name in floats)
+
+    results = tuple(_AXES[name] for name in floats)
+    operands = (*(_AXES[name] for name in names), *_float_results(floats))
+    arrays = *floats.values(), *integers.values(), *cotangents[:-1]
+    gradients = shardwise(run, operands, results)(*arrays)
+    return dict(zip(floats, gradients, strict=True)), None
+
+
+_carried_on.defvjp(_carried_on_forward, _carried_on_backward)
+
+
+def _float_results(floats):
+    return tuple(_AXES[name] for name in ("o", "key", "value", "decay") if name in floats)
+
+
+def _of_shard(
+    o, logsumexp, q, k, v, w, beta, key, value, length, g=None, decay=None, segment_ids=None,
+    *, scale,
+):  # fmt: skip
+    """`carried_on` for the rows and heads of one device, as a tuple of arrays."""
+    cache = PathCache(key, value, decay, length)
     (B, T, HQ, K), H = q.shape, k.shape[2]
     size = min(CHUNK, max(2, 1 << (T - 1).bit_length()))
     starts = None if segment_ids is None else segment_starts(segment_ids)
@@ -53,7 +123,8 @@ def carried_on(o, logsumexp, q, k, v, w, beta, g, cache, segment_ids, *, scale):
     o = lax.cond(jnp.any(cache.length > 0), with_cached, lambda o: o, o.astype(f32))
     o = jnp.where(fits(cache, starts, T)[:, :, None, None], o, jnp.nan)
     gates = None if g is None else chunks.split(g.reshape(B, T, H, -1), size)
-    return o, appended(cache, v, starts, *at_the_end(moved, w, writes, gates))
+    cache = appended(cache, v, starts, *at_the_end(moved, w, writes, gates))
+    return o, *(x for x in cache if x is not None)
 
 
 def _at_the_start(q, w, writes):
