@@ -32,7 +32,8 @@ def profile(call):
 
 
 def kernels(events):
-    """Milliseconds and number of runs of every kernel and copy, for one GPU (the mean of all).
+    """Milliseconds and number of runs of every kernel and copy, for one GPU (the mean of those that
+    did anything).
 
     Args:
       events: the trace's, in Chrome's format.
@@ -50,9 +51,11 @@ def kernels(events):
         raise ValueError(f"the trace has no GPU; it has {sorted(names['process_name'].values())}")
     # The other lines of a GPU repeat the kernels under the names of operations and modules.
     streams = {key for key, name in names["thread_name"].items() if name.startswith("Stream")}
-    if not gpus <= {pid for pid, _ in streams}:
-        lines = [name for (pid, _), name in names["thread_name"].items() if pid in gpus]
-        raise ValueError(f"a GPU of the trace has no line 'Stream ...'; the lines are {lines}")
+    lines = {key: name for key, name in names["thread_name"].items() if key[0] in gpus}
+    gpus = {pid for pid, _ in lines}  # a GPU that did nothing has none
+    if not gpus or not gpus <= {pid for pid, _ in streams}:
+        found = sorted(lines.values())
+        raise ValueError(f"a GPU of the trace has no line 'Stream ...'; the lines are {found}")
     ms, count = collections.Counter(), collections.Counter()
     for event in events:
         if event.get("ph") == "X" and event["pid"] in gpus:
