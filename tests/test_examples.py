@@ -99,7 +99,14 @@ def test_generate_continues_the_prompt(trained, capsys):
 @pytest.mark.parametrize(
     "implementation", ["reference", pytest.param(None, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        # The layers' tests have all of them.
+        pytest.param(name, marks=() if name in ("kda", "path", "attention") else pytest.mark.slow)
+        for name in MIXERS
+    ],
+)
 def test_decoding_is_the_forward(mixer, implementation):
     model = LanguageModel(mixer, width=32, depth=2, heads=2, implementation=implementation)
     prompt = jax.random.randint(jax.random.key(0), (2, 5), 0, 256)
