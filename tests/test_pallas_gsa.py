@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import relative_error
 
 import jla
 import jla.pallas
@@ -30,11 +31,6 @@ def arguments(leading, H=1, HQ=2, K=32, V=64, M=16, dtype=bf16):
     s, g = jax.nn.sigmoid(normal(3, *leading, H, M)), -jax.nn.softplus(normal(4, *leading, H, M))
     state = GSAState(normal(5, leading[0], H, K, M), normal(6, leading[0], H, M, V))
     return *(x.astype(dtype) for x in (q, k, v, s)), g, state
-
-
-def relative_error(got, want):
-    got, want = (np.asarray(x, np.float64) for x in (got, want))
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 def pallas_step(*args, **scale):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import relative_error
 
 import jla
 import jla.pallas
@@ -18,11 +19,6 @@ f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 def normal(i, *shape):
     return jax.random.normal(jax.random.key(i), shape, f32)
-
-
-def relative_error(got, want):
-    got, want = (np.asarray(x, np.float64) for x in (got, want))
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 def arguments(B, T, H, K, V):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import close
 from flax import linen as nn
 from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -56,12 +57,6 @@ def kernel(*args, kind=None):
 def with_gradients(run, args, cotangents):
     y, vjp = jax.vjp(run, *args)
     return y, vjp(cotangents)
-
-
-def close(ours, theirs, tolerance):
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    assert ours.shape == theirs.shape
-    assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize(

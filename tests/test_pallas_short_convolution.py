@@ -5,8 +5,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from comparing import close
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jla.pallas
@@ -31,12 +31,6 @@ def formula(x, kernel, normalize):
 def with_gradients(run, x, kernel, dy):
     y, vjp = jax.vjp(run, x, kernel)
     return y, *vjp(dy)
-
-
-def close(ours, theirs, tolerance):
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    assert ours.shape == theirs.shape
-    assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import relative_error
 
 import jla
 import jla.pallas
@@ -25,11 +26,6 @@ def arguments(B=2, H=2, HV=2, K=32, V=64, dtype=f32):
     state = jax.random.normal(keys[5], (B, HV, K, V))
     q, k, v, beta = (x.astype(dtype) for x in (q, k, v, beta))
     return q, k, v, g, beta, state
-
-
-def relative_error(got, want):
-    got, want = (np.asarray(x, np.float64) for x in (got, want))
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 def pallas(*args):
