@@ -75,9 +75,9 @@ def test_any_two_leaves_meet_once(leaves):
             and levels.block(jnp.int32(i), m) == levels.block(jnp.int32(j), m)
         )
         for leaf, count, places in zip((i, j), counts, used, strict=True):
-            place = int(levels.place(jnp.int32(leaf), m))
-            assert place < count[m]
-            places.add((leaf, levels.offset(count, m) + place))
+            place = int(levels.place(count, jnp.int32(leaf), m))
+            assert 0 <= place - levels.offset(count, m) < count[m]
+            places.add((leaf, place))
     for count, places in zip(counts, used, strict=True):
         assert sorted(place for _, place in places) == list(range(sum(count)))
 

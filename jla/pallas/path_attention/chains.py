@@ -16,7 +16,6 @@ from jla.pallas import mosaic
 from jla.pallas.chunks import CHUNK
 from jla.pallas.mosaic import f16, product
 from jla.pallas.path_attention import levels
-from jla.pallas.path_attention.levels import LEAF
 
 SDS = jax.ShapeDtypeStruct
 
@@ -134,8 +133,7 @@ def _chains(versions, transforms, leaves, counts, *, right):
             return found
 
         def rows(m, half):
-            place = levels.offset(counts, m) + levels.place(leaf, m)
-            return pl.ds(place * LEAF + half * CHUNK, CHUNK)
+            return levels.rows(counts, leaf, m, half)
 
         def fetch(step, m, following):
             """Loads the transform from level m to the next one of the leaf, if there is one."""

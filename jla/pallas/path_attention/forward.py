@@ -73,7 +73,7 @@ def forward(q, k, v, own, gates, *, scale):
                 def _():
                     slot = lax.rem(versions, jnp.int32(2))
                     pl.when(versions >= 2)(lambda: plgpu.barrier_wait(q_used.at[slot]))
-                    first = (levels.offset(query_counts, m) + levels.place(leaf, m)) * LEAF
+                    first = levels.place(query_counts, leaf, m) * LEAF
                     for half in range(2):
                         rows = pl.ds(first + half * ROWS, ROWS)
                         barrier = q_loaded.at[slot]

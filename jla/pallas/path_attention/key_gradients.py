@@ -56,10 +56,6 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, scal
         q_loaded, do_loaded, k_loaded, v_loaded, q_used, do_used, k_used = refs
         b, h, wg, leaf = (lax.axis_index(name) for name in ("b", "h", "wg", "leaf"))
 
-        def version_rows(m, half):
-            first = levels.offset(key_counts, m) + levels.place(leaf, m)
-            return pl.ds(first * LEAF + half * ROWS, ROWS)
-
         def tiles(m):
             """The 64-row tiles of a level's queries: the first leaf of them and their number."""
             first = lax.shift_left(levels.block(leaf, m) * 2 + 1, m)
@@ -97,7 +93,7 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, scal
                     slot = lax.rem(versions, jnp.int32(2))
                     pl.when(versions >= 2)(lambda: plgpu.barrier_wait(k_used.at[slot]))
                     for half in range(2):
-                        source = k_ref.at[b, h, version_rows(m, half)]
+                        source = k_ref.at[b, h, levels.rows(key_counts, leaf, m, half)]
                         plgpu.copy_gmem_to_smem(source, sk.at[slot, half], k_loaded.at[slot])
 
                 @pl.when(moved == 1)
@@ -152,7 +148,7 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, scal
                 moved = left * jnp.minimum(versions, 1)
                 version = lax.rem(versions, jnp.int32(2))
                 pl.when(left == 1)(lambda: plgpu.barrier_wait(k_loaded.at[version]))
-                rows = version_rows(m, wg)
+                rows = levels.rows(key_counts, leaf, m, wg)
 
                 def move(_, dk):
                     small, factor = normalised(dk)

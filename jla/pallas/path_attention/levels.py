@@ -9,8 +9,10 @@ So are the transforms of the blocks of 2**level leaves: one array of blocks.
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 LEAF = 128
+HALF = LEAF // 2
 
 
 def number(leaves):
@@ -62,18 +64,23 @@ def block(leaf, level):
     return lax.shift_right_logical(leaf, level + 1)
 
 
-def place(leaf, level):
-    """The place of the leaf's version among the level's."""
+def place(counts, leaf, level):
+    """The place of the leaf's version of the level among all."""
     half = lax.shift_left(jnp.int32(1), level)
-    return lax.shift_left(block(leaf, level), level) + lax.bitwise_and(leaf, half - 1)
+    among_level = lax.shift_left(block(leaf, level), level) + lax.bitwise_and(leaf, half - 1)
+    return offset(counts, level) + among_level
+
+
+def rows(counts, leaf, level, half):
+    """The 64 rows of the leaf's version of the level, of its first or second half."""
+    return pl.ds(place(counts, leaf, level) * LEAF + half * HALF, HALF)
 
 
 def first_query(leaf, leaves):
     """The place of a leaf's query version of the lowest level, among all; -1 if it has none."""
     counts, found = query_counts(leaves), jnp.int32(-1)
     for m in reversed(range(number(leaves))):
-        at = offset(counts, m) + place(leaf, m)
-        found = jnp.where(has_query(leaf, m), at, found)
+        found = jnp.where(has_query(leaf, m), place(counts, leaf, m), found)
     return found
 
 
@@ -81,8 +88,7 @@ def first_key(leaf, leaves):
     """The place of a leaf's key version of the lowest level, among all; -1 if it has none."""
     counts, found = key_counts(leaves), jnp.int32(-1)
     for m in reversed(range(number(leaves))):
-        at = offset(counts, m) + place(leaf, m)
-        found = jnp.where(has_key(leaf, m, leaves), at, found)
+        found = jnp.where(has_key(leaf, m, leaves), place(counts, leaf, m), found)
     return found
 
 

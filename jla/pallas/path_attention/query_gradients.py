@@ -67,10 +67,6 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, after
         b, h, wg = (lax.axis_index(name) for name in ("b", "h", "wg"))
         leaf, head = P - 1 - lax.axis_index("leaf"), lax.div(h, jnp.int32(group))
 
-        def version_rows(m, half):
-            first = levels.offset(query_counts, m) + levels.place(leaf, m)
-            return pl.ds(first * LEAF + half * ROWS, ROWS)
-
         @pl.when(wg == 2)
         def _():
             plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
@@ -96,7 +92,7 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, after
                     slot = lax.rem(versions, jnp.int32(2))
                     pl.when(versions >= 2)(lambda: plgpu.barrier_wait(q_used.at[slot]))
                     for half in range(2):
-                        rows, barrier = version_rows(m, half), q_loaded.at[slot]
+                        rows, barrier = levels.rows(query_counts, leaf, m, half), q_loaded.at[slot]
                         plgpu.copy_gmem_to_smem(q_ref.at[b, h, rows], sq.at[slot, half], barrier)
                         if gated:
                             source, target = query_gates.at[b, h, rows], query_sums.at[slot, half]
@@ -200,7 +196,7 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, after
 
                 @pl.when(right == 1)
                 def _():
-                    rows = version_rows(m, wg)
+                    rows = levels.rows(query_counts, leaf, m, wg)
                     small, factor = normalised(dq)
                     factors_ref.at[b, h, rows][...] = factor
                     sq.at[version, wg][...] = small

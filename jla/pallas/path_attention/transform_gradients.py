@@ -23,11 +23,11 @@ from jla.pallas import mosaic
 from jla.pallas.chunks import CHUNK
 from jla.pallas.mosaic import PER_ROW, TILE, f16, f32, load, per_row, product
 from jla.pallas.path_attention import levels
+from jla.pallas.path_attention.backward import LEAST
 from jla.pallas.path_attention.levels import LEAF
 
 SDS = jax.ShapeDtypeStruct
 STAGES = 3  # tiles of 64 rows, of a version and of a gradient
-LEAST = 1e-30
 
 
 def transform_gradients(queries, dqueries, keys, dkeys, transforms, leaves):
@@ -96,10 +96,10 @@ def _level(
             """The places of the sibling's first leaf at this level and at its next one, or -1."""
             next_place = jnp.int32(-1)
             for m in reversed(range(1, M)):
-                place = levels.offset(counts, m) + levels.place(first, m)
+                place = levels.place(counts, first, m)
                 later = lax.bitwise_and(present(m), m > level)
                 next_place = jnp.where(later, place, next_place)
-            return levels.offset(counts, level) + levels.place(first, level), next_place
+            return levels.place(counts, first, level), next_place
 
         of_queries = versions(query_counts, lambda m: levels.has_query(first, m))
         of_keys = versions(key_counts, lambda m: levels.has_key(first, m, leaves))
