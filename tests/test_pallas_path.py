@@ -104,6 +104,42 @@ def test_several_leaves_are_the_reference():
     assert largest_error(got[1], want[1]) < 1e-2
 
 
+def check_parts(context, monkeypatch, *shape, **sizes):
+    """The backward pass by one row at a time has the bits of that by all rows."""
+    arrays = tokens(*shape, **sizes)
+    cotangent = normal(9, *arrays[0].shape[:3], arrays[2].shape[3]).astype(bf16)
+
+    def gradients(busy):
+        monkeypatch.setattr(kernels, "BUSY", busy)
+
+        # Anew each time, and without the function's own jit, for it to see that BUSY has changed.
+        def run(arrays):
+            path_attention = functools.partial(kernels.path_attention.__wrapped__, scale=0.3)
+            _, vjp = jax.vjp(lambda *arrays: path_attention(*arrays, None, None)[0], *arrays)
+            return vjp(cotangent)
+
+        with context():
+            traced = jax.jit(run).trace(arrays)
+            in_parts = " empty[" in str(traced.jaxpr)  # where the parts go
+            return in_parts, traced.lower().compile()(arrays)
+
+    (split, parts), (all_at_once, whole) = gradients(0), gradients(2**30)
+    assert split and not all_at_once
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+
+
+@pytest.mark.slow
+def test_rows_in_parts_are_the_whole(monkeypatch):
+    check_parts(jla.pallas.interpret, monkeypatch, 2, 20, HQ=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+def test_rows_in_parts_are_the_whole_on_a_gpu(monkeypatch, gated):
+    sizes = dict(H=4, HQ=8, K=128, V=128, gated=gated)
+    check_parts(contextlib.nullcontext, monkeypatch, 3, 1000, **sizes)
+
+
 def test_cache_in_blocks_is_the_reference(monkeypatch):
     """Several blocks of queries and of cached tokens; the last of these are empty, and not read."""
     monkeypatch.setattr(around, "QUERIES", 16)

@@ -31,6 +31,7 @@ __all__ = ["path_attention", "path_step", "unsupported"]
 bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
 
 WIDEST = 128  # K or V; the registers of one warpgroup hold no wider row
+BUSY = 2048  # leaves of query heads, each a CTA or two, that a GPU's multiprocessors share evenly
 
 _INPUTS = ("B T HQ K", "B T H K", "B T H V", "B T H K", "B T H", "B T HQ")
 _OUTPUT = "B T HQ V"
@@ -110,7 +111,7 @@ def _attention_forward(q, k, v, w, beta, g, scale):
 def _attention_backward(scale, residuals, cotangents):
     inputs, ratio, kept = residuals
     axes = _INPUTS[: len(inputs)]
-    run = functools.partial(_backward, scale=scale)
+    run = functools.partial(_in_parts, scale=scale)
     out_axes = tuple(_KEPT.values())
     all_axes = *axes, *out_axes, *out_axes[:2]
     gradients = shardwise(run, all_axes, axes)(*inputs, *kept, *cotangents)
@@ -135,13 +136,41 @@ def _forward(q, k, v, w, beta, g=None, *, scale):
     return *forward(queries, keys, v, own, gates, scale=scale), inverse
 
 
+def _in_parts(*arrays, scale):
+    """`_backward`, some rows of the batch at a time.
+
+    Versions of queries and keys and their gradients are ten times what the inputs take. They are
+    there for one part's rows at once, of which there are as many as keep a GPU busy.
+    """
+    # The versions are made again: XLA would else find those of the forward pass to be the same, and
+    # keep them until here, a gigabyte for each layer of a model.
+    arrays = lax.optimization_barrier(arrays)
+    (q, k, v, w, beta, *_), g = arrays, arrays[5 : len(arrays) - 5]
+    B, T, HQ, _ = q.shape
+    rows = next(n for n in range(1, B + 1) if B % n == 0 and (n == B or n * HQ * T >= BUSY * LEAF))
+    run = functools.partial(_backward, scale=scale)
+    if rows == B:
+        return run(*arrays)
+
+    def split(x):
+        return x.reshape(B // rows, rows, *x.shape[1:])
+
+    def step(i, gradients):
+        part = [lax.dynamic_index_in_dim(split(x), i, keepdims=False) for x in arrays]
+        new = zip(gradients, run(*part), strict=True)
+        return [lax.dynamic_update_index_in_dim(all, part, i, 0) for all, part in new]
+
+    # XLA's GPU compiler lets the kernels read and write the arrays' parts where they lie.
+    like = [(q, q), (k, q), (v, v), (w, q), (beta, beta), *((x, x) for x in g)]
+    gradients = [split(lax.empty(x.shape, y.dtype)) for x, y in like]
+    gradients = lax.fori_loop(0, B // rows, step, gradients)
+    return tuple(x.reshape(B, *x.shape[2:]) for x in gradients)
+
+
 def _backward(q, k, v, w, beta, *rest, scale):
     *g, o, lse, inverse, do, dlse = rest
     g, H = g[0] if g else None, k.shape[2]
     in_base_2 = scale * LOG2E
-    # The versions are made again: XLA would else find those of the forward pass to be the same, and
-    # keep them until here, a gigabyte for each layer of a model.
-    q, k, w, beta, do = lax.optimization_barrier((q, k, w, beta, do))
     inputs = sixteen_bits(q, k, w, beta)
     queries, keys, own, gates, transforms, _ = grown(*inputs, g, inverse, scale=in_base_2)
     delta = jnp.moveaxis(jnp.sum(do.astype(f32) * o.astype(f32), -1), 1, 2)
