@@ -34,12 +34,15 @@ def arguments(shape, row=1, kind=None, dtype=bf16, bias=False):
     return (x, scale, *gates[: 0 if kind is None else 1 + bias]), dy
 
 
-def formula(x, scale, gate=None, gate_bias=None, *, kind=None, epsilon=EPSILON):
+def formula(
+    x, scale, gate=None, gate_bias=None, *, kind=None, input_activation=None, epsilon=EPSILON
+):
     """The layer's own form, in x's dtype."""
     layer = RMSNorm(
         epsilon,
         axes=scale.ndim,
         activation=getattr(nn, kind) if gate is not None else None,
+        input_activation=input_activation and getattr(nn, input_activation),
         implementation="xla",
         parent=None,
     )
@@ -49,10 +52,10 @@ def formula(x, scale, gate=None, gate_bias=None, *, kind=None, epsilon=EPSILON):
     return layer.apply(variables, x, gate, gate_bias)
 
 
-def kernel(*args, kind=None):
+def kernel(*args, kind=None, **options):
     if kind == "branch":
         return kernels.rms_norm_branch(*args, epsilon=EPSILON)
-    return kernels.rms_norm(*args, epsilon=EPSILON, activation=kind)
+    return kernels.rms_norm(*args, epsilon=EPSILON, activation=kind, **options)
 
 
 def with_gradients(run, args, cotangents):
@@ -68,6 +71,9 @@ def with_gradients(run, args, cotangents):
         # A bias of the gate: a group of rows has every head equally often, or not.
         dict(shape=(2, 9, 2, 128), kind="silu", bias=True),
         dict(shape=(1, 23, 3, 64), kind="sigmoid", bias=True, dtype=f16),
+        # An activation of the input: rows that registers hold, and rows that are read twice.
+        dict(shape=(1, 19, 2, 128), kind="sigmoid", input_activation="silu"),
+        dict(shape=(2, 3, 8, 128), row=2, input_activation="silu"),
         # Whole tokens beside a stream; rows too long for registers are read twice.
         dict(shape=(2, 5, 512), kind="branch"),
         # Several rows a warp.
@@ -83,6 +89,9 @@ def with_gradients(run, args, cotangents):
         pytest.param(dict(shape=(2, 9, 512), kind="sigmoid", bias=True), marks=pytest.mark.slow),
         pytest.param(
             dict(shape=(2, 7, 2, 64), row=2, kind="silu", bias=True), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            dict(shape=(1, 9, 64), dtype=f16, input_activation="sigmoid"), marks=pytest.mark.slow
         ),
         pytest.param(dict(shape=(1, 9, 1024), kind="branch"), marks=pytest.mark.slow),
         pytest.param(dict(shape=(1, 5, 2048), kind="branch"), marks=pytest.mark.slow),
@@ -110,6 +119,14 @@ def test_biases_on_the_card(H, D, T):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", [None, "silu"])
+@pytest.mark.parametrize("T", [1024, 1001])
+@pytest.mark.parametrize("H, row", [(8, 2), (4, 2), (8, 1)])
+def test_activated_inputs_on_the_card(H, row, T, kind):
+    check(contextlib.nullcontext, (3, T, H, 128), row, kind, input_activation="silu")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", [None, "branch"])
 @pytest.mark.parametrize("T", [4096, 1001])
 @pytest.mark.parametrize("D", [768, 1024, 2048])
@@ -117,16 +134,18 @@ def test_tokens_on_the_card(D, T, kind):
     check(contextlib.nullcontext, (4, T, D), kind=kind)
 
 
-def check(context, shape, row=1, kind=None, dtype=bf16, bias=False):
+def check(context, shape, row=1, kind=None, dtype=bf16, bias=False, **options):
     args, cotangents = arguments(shape, row, kind, dtype, bias)
-    run = jax.jit(functools.partial(with_gradients, functools.partial(kernel, kind=kind)))
+    run = functools.partial(kernel, kind=kind, **options)
+    run = jax.jit(functools.partial(with_gradients, run))
     with context():
         got = run(args, cotangents)
         if context is contextlib.nullcontext:
             again = run(args, cotangents)
             jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), got, again)
     wide = functools.partial(jax.tree.map, lambda x: x.astype(f32))
-    run = jax.jit(functools.partial(with_gradients, functools.partial(formula, kind=kind)))
+    run = functools.partial(formula, kind=kind, **options)
+    run = jax.jit(functools.partial(with_gradients, run))
     want = run(wide(args), wide(cotangents))
     # The scale's gradient. The bias's may be a sum of what has been rounded.
     close(got[1][1], want[1][1], 1e-5)
@@ -154,6 +173,13 @@ def check(context, shape, row=1, kind=None, dtype=bf16, bias=False):
 def test_lowers_for_the_gpu(shape, kind, bias):
     args, cotangents = jax.eval_shape(lambda: arguments(shape, kind=kind, bias=bias))
     run = functools.partial(with_gradients, functools.partial(kernel, kind=kind))
+    traced = jax.jit(run).trace(args, cotangents)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_an_activated_input_lowers_for_the_gpu():
+    args, cotangents = jax.eval_shape(lambda: arguments((16, 4096, 8, 128), row=2))
+    run = functools.partial(with_gradients, functools.partial(kernel, input_activation="silu"))
     traced = jax.jit(run).trace(args, cotangents)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -189,9 +215,10 @@ def calls(monkeypatch):
     """The kernels' calls, answered by the formula."""
     made = []
 
-    def stand_in(x, scale, *gates, epsilon, activation):
-        made.append((activation, "bias")[: len(gates)])
-        return formula(x, scale, *gates, kind=activation, epsilon=epsilon)
+    def stand_in(x, scale, *gates, epsilon, activation=None, input_activation=None):
+        made.append((*(activation, "bias")[: len(gates)], *filter(None, [input_activation])))
+        options = dict(kind=activation, input_activation=input_activation)
+        return formula(x, scale, *gates, **options, epsilon=epsilon)
 
     def branch(x, scale, *, epsilon):
         made.append(("branch",))
@@ -210,6 +237,9 @@ def calls(monkeypatch):
         (dict(implementation="pallas"), "sigmoid", True, bf16, ("sigmoid", "bias")),
         (dict(implementation="pallas", activation=nn.silu), "silu", False, bf16, ("silu",)),
         (dict(implementation="pallas", axes=2), "branch", False, bf16, ("branch",)),
+        (dict(implementation="pallas", input_activation=nn.silu), None, False, bf16, ("silu",)),
+        (dict(implementation="pallas", input_activation=nn.relu), None, False, bf16, None),
+        (dict(implementation="pallas", input_activation=nn.silu), "branch", False, bf16, None),
         (dict(implementation="pallas", activation=nn.gelu), "gelu", False, bf16, None),
         (dict(implementation="pallas"), "branch", False, f32, None),
         (dict(implementation="xla"), "sigmoid", True, bf16, None),
@@ -224,8 +254,16 @@ def test_the_layer_uses_it_where_it_serves(calls, options, kind, bias, dtype, us
         method = "branch" if kind == "branch" else None
         y = layer.apply({"params": {"scale": scale}}, x, *gates, method=method)
     assert calls == ([] if used is None else [used])
-    want = formula(*args, kind=kind, epsilon=1e-6)
+    before = options.get("input_activation")
+    before = None if before is None else before.__name__
+    want = formula(*args, kind=kind, input_activation=before, epsilon=1e-6)
     jax.tree.map(lambda ours, theirs: close(ours, theirs, 0.0), y, want)
+
+
+def test_the_input_is_activated_before_the_norm():
+    (x, scale), _ = arguments((1, 3, 2, 64), dtype=f32)
+    y = formula(x, scale, input_activation="silu")
+    close(y, formula(nn.silu(x), scale), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -236,16 +274,17 @@ def test_sharded_over_batch_and_heads(monkeypatch, mesh_kind, kind, bias):
     """The gradients of scale and bias are summed over all shards. Around plain functions, for no
     Pallas kernel runs on several CPU devices."""
 
-    def forward(x, scale, *gates, epsilon, activation):
+    def forward(x, scale, *gates, epsilon, activation, input_activation=None):
         def one(x, scale, gate=None, bias=None):
             bias = None if bias is None else bias.swapaxes(0, 1)
-            return formula(x, scale[:, 0], gate, bias, kind=activation)
+            options = dict(kind=activation, input_activation=input_activation)
+            return formula(x, scale[:, 0], gate, bias, **options)
 
         return (jax.vmap(one)(x, scale, *gates),)
 
-    def backward(x, scale, dy, *gates, residual=0.0, epsilon, activation=None):
+    def backward(x, scale, dy, *gates, residual=0.0, activation=None, **options):
         def one(x, scale, *gates):
-            return forward(x, scale, *gates, epsilon=epsilon, activation=activation)[0]
+            return forward(x, scale, *gates, activation=activation, **options)[0]
 
         dx, dscale, *dgates = jax.vjp(one, x, scale, *gates)[1](dy)
         return dx + residual, dscale, *dgates

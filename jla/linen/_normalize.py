@@ -40,6 +40,7 @@ class RMSNorm(nn.Module):
       axes: how many of x's last axes are normalised together.
       param_dtype: dtype of the scale, which has the shape of these axes and starts as ones.
       activation: of the gate.
+      input_activation: what is applied to x before it is normalised; None for nothing.
       implementation: "reference" or "xla" for the formula, None or "pallas" for the GPU kernels
         where they can serve, and the formula elsewhere.
     """
@@ -48,6 +49,7 @@ class RMSNorm(nn.Module):
     axes: int = 1
     param_dtype: nn.dtypes.Dtype = f32
     activation: Callable = nn.sigmoid
+    input_activation: Callable | None = None
     implementation: str | None = None
 
     def __call__(self, x, gate=None, gate_bias=None):
@@ -65,11 +67,14 @@ class RMSNorm(nn.Module):
             raise ValueError("there is a gate_bias, and no gate")
         scale = self._scale(x)
         arrays = tuple(a for a in (x, scale, gate, gate_bias) if a is not None)
-        activation = _NAMES.get(self.activation)
-        if gate is None or activation is not None:
+        used = {"activation": self.activation} if gate is not None else {}
+        if self.input_activation is not None:
+            used["input_activation"] = self.input_activation
+        if all(function in _NAMES for function in used.values()):
             run = _dispatch.kernel("rms_norm", self.implementation, *arrays)
             if run is not None:
-                return run(*arrays, epsilon=self.epsilon, activation=activation)
+                names = {attribute: _NAMES[function] for attribute, function in used.items()}
+                return run(*arrays, epsilon=self.epsilon, **names)
         return self._formula(*arrays)
 
     def branch(self, x):
@@ -80,9 +85,10 @@ class RMSNorm(nn.Module):
         to XLA.
         """
         scale = self._scale(x)
-        run = _dispatch.kernel("rms_norm_branch", self.implementation, x, scale)
-        if run is not None:
-            return run(x, scale, epsilon=self.epsilon)
+        if self.input_activation is None:
+            run = _dispatch.kernel("rms_norm_branch", self.implementation, x, scale)
+            if run is not None:
+                return run(x, scale, epsilon=self.epsilon)
         return self._formula(x, scale), x
 
     @nn.compact
@@ -93,6 +99,8 @@ class RMSNorm(nn.Module):
         # Not `nn.RMSNorm` and a product, because that does not run with a bfloat16 scale under
         # strict dtype promotion.
         x32 = x.astype(f32)
+        if self.input_activation is not None:
+            x32 = self.input_activation(x32)
         axes = tuple(range(-self.axes, 0))
         mean_square = jnp.mean(x32 * x32, axis=axes, keepdims=True)
         normed = x32 * lax.rsqrt(mean_square + self.epsilon) * scale.astype(f32)

@@ -151,10 +151,11 @@ class GatedSlotAttention(nn.Module):
             self.norm_epsilon,
             axes=2,
             param_dtype=self.param_dtype,
+            input_activation=nn.silu,
             implementation=self.implementation,
             name="g_norm",
         )
-        return restore(dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(norm(nn.silu(o))))
+        return restore(dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(norm(o)))
 
     def _mechanism(self, q, k, v, s, g, segments):
         """Runs `gsa`, or `gsa_step` for one token, from the cached state if there is one."""

@@ -18,10 +18,12 @@ kernel                    reads, writes               floor ms  instructions  pr
 `_forward`                x, y                        0.062     30 (43)       0.075         0.080
 `_forward`, gate          x, gate, y                  0.094     (81)          0.11          0.108
 `_forward`, gate, bias    the same                    0.094     (86)          0.11
+`_forward`, SiLU of x     x, y                        0.062     55            0.08
 `_backward`               x, dy, dx, 4 MB sums        0.095     77 (86)       0.115         0.116
 `_backward`, residual     x, dy, dres, dx, 4 MB sums  0.126     87            0.15          0.152
 `_backward`, gate         x, gate, dy, dx, dgate      0.156     (146)         0.185         0.187
 `_backward`, gate, bias   and 4 MB sums               0.157     (155)         0.19
+`_backward`, SiLU of x    x, dy, dx, 4 MB sums        0.095     136           0.14
 ========================  ==========================  ========  ============  ============  ========
 
 By itself, XLA's formula takes 0.074 to 0.085, 0.122, 0.192, 0.239 and 0.309.
@@ -77,15 +79,18 @@ def unsupported(name, x, scale, gate=None, gate_bias=None):
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("epsilon", "activation"))
-def rms_norm(x, scale, gate=None, gate_bias=None, *, epsilon, activation="sigmoid"):
+@functools.partial(jax.jit, static_argnames=("epsilon", "activation", "input_activation"))
+def rms_norm(
+    x, scale, gate=None, gate_bias=None, *, epsilon, activation="sigmoid", input_activation=None
+):
     """`x * rsqrt(mean(x**2) + epsilon) * scale`, times `activation(gate + gate_bias)` if gated.
 
     Args:
       x: [B, T, D] or [B, T, H, D], 16 bits; a row is what the scale has the shape of.
       scale: [D], or [H, D] for rows of a whole token. gate: as x.
       gate_bias: as a token of the gate, [D] or [H, D]; None for none.
-      activation: "sigmoid" or "silu".
+      activation: the gate's, "sigmoid" or "silu".
+      input_activation: one of these, which is applied to x first; or None.
 
     Returns:
       x's shape and dtype. All arithmetic is float32, and is rounded once.
@@ -94,7 +99,7 @@ def rms_norm(x, scale, gate=None, gate_bias=None, *, epsilon, activation="sigmoi
     gates = () if gate is None else (_rows(gate, scale),)
     if gate_bias is not None:
         gates = *gates, _biases(gate_bias, x, scale, rows)
-    y = _norm(rows, _scales(scale, rows), gates, epsilon, activation)
+    y = _norm(rows, _scales(scale, rows), gates, epsilon, activation, input_activation)
     return _as(x, scale, y)
 
 
@@ -106,25 +111,24 @@ def rms_norm_branch(x, scale, *, epsilon):
     return _as(x, scale, y), _as(x, scale, rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _norm(x, scale, gates, epsilon, activation):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _norm(x, scale, gates, epsilon, activation, input_activation):
     """`gates`: nothing, a gate, or a gate and its bias."""
-    run = functools.partial(_forward, epsilon=epsilon, activation=activation)
+    options = dict(epsilon=epsilon, activation=activation, input_activation=input_activation)
+    run = functools.partial(_forward, **options)
     return shardwise(run, _OPERANDS[: 2 + len(gates)], (_X,))(x, scale, *gates)[0]
 
 
-def _norm_forward(x, scale, gates, epsilon, activation):
+def _norm_forward(x, scale, gates, *options):
     # `_norm`, not the kernel: a checkpoint policy that keeps kernels' results (as that of
     # examples/model.py does) sees a custom_vjp, and so y is made again rather than kept.
-    return _norm(x, scale, gates, epsilon, activation), (x, scale, gates)
+    return _norm(x, scale, gates, *options), (x, scale, gates)
 
 
-def _norm_backward(epsilon, activation, inputs, dy):
+def _norm_backward(epsilon, activation, input_activation, inputs, dy):
     x, scale, gates = inputs
-
-    def run(x, scale, dy, *gates):
-        return _backward(x, scale, dy, *gates, epsilon=epsilon, activation=activation)
-
+    options = dict(epsilon=epsilon, activation=activation, input_activation=input_activation)
+    run = functools.partial(_backward, **options)
     axes = _OPERANDS[2 : 2 + len(gates)]
     differentiate = shardwise(run, (_X, _SCALE, _X, *axes), (_X, _SCALE, *axes))
     dx, dscale, *dgates = differentiate(x, scale, dy, *gates)
@@ -136,7 +140,7 @@ _norm.defvjp(_norm_forward, _norm_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _branch(x, scale, epsilon):
-    return _norm(x, scale, (), epsilon, None), x
+    return _norm(x, scale, (), epsilon, None, None), x
 
 
 def _branch_forward(x, scale, epsilon):
@@ -156,7 +160,7 @@ def _branch_backward(epsilon, inputs, cotangents):
 _branch.defvjp(_branch_forward, _branch_backward)
 
 
-def _forward(x, scale, *gates, epsilon, activation):
+def _forward(x, scale, *gates, epsilon, activation, input_activation=None):
     """y, in x's shape and dtype, as a tuple. `gates`: nothing, a gate, or a gate and its bias."""
     gates, biases = gates[:1], gates[1:]
     arrays, plan = (x, *gates), _Plan(x, 1 + len(gates), FORWARD)
@@ -164,11 +168,12 @@ def _forward(x, scale, *gates, epsilon, activation):
     def body(*refs):
         *refs, y_ref, tiles, loaded = refs
         inputs, (scale_ref, *bias_refs) = refs[: len(arrays)], refs[len(arrays) :]
-        scale, gate = plan.scales(scale_ref), plan.gates(*bias_refs)
+        scale, gate = plan.scales(scale_ref, input_activation), plan.gates(*bias_refs)
 
         def step(tile, first, carry):
             for rows in plan.groups():
-                xs = [plan.load(tile.at[0, rows, c]) for c in range(plan.chunks)]
+                loads = (plan.load(tile.at[0, rows, c]) for c in range(plan.chunks))
+                xs = [_activate(x, input_activation)[0] for x in loads]
                 (mean_square,) = plan.means([x * x] for x in xs)
                 inverse = per_row(_inverse(mean_square, epsilon), plan.width)
                 for c, x in enumerate(xs):
@@ -191,7 +196,7 @@ def _forward(x, scale, *gates, epsilon, activation):
     return (y.reshape(x.shape),)
 
 
-def _backward(x, scale, dy, *gates, residual=None, epsilon, activation=None):
+def _backward(x, scale, dy, *gates, residual=None, epsilon, activation=None, input_activation=None):
     """dx, the scale's gradient for each batch row, [B, N, H, D] float32, and the gates' if any.
 
     With r = 1 / sqrt(mean(x**2) + epsilon), a = activation(gate + bias) and e = dy a scale, the
@@ -199,6 +204,8 @@ def _backward(x, scale, dy, *gates, residual=None, epsilon, activation=None):
 
         dx = r (e - x r mean(e x r)) + dresidual
         dgate = dy a' scale x r;  dbias = sum of dgate, dscale = sum of dy a x r over rows
+
+    With an activation of the input this x is what it made, and its slope stands before dx.
 
     Each CTA writes its share of the sums, and XLA adds them up: no atomics, the same bits every
     time. Behind the last row x and dy are zero, and so are their shares. Where a group of rows does
@@ -217,22 +224,23 @@ def _backward(x, scale, dy, *gates, residual=None, epsilon, activation=None):
         inputs, (scale_ref, *refs) = refs[: len(arrays)], refs[len(arrays) :]
         bias_refs, refs = refs[: len(biases)], refs[len(biases) :]
         outputs, (dscale_ref, *dbias_refs) = refs[: 1 + len(gates)], refs[1 + len(gates) :]
-        scale, gate = plan.scales(scale_ref), plan.gates(*bias_refs)
+        scale, gate = plan.scales(scale_ref, input_activation), plan.gates(*bias_refs)
 
         def gradients(tile, first, rows, sums):
             """Writes these rows' gradients where x and the gate lay; adds to the vectors'."""
 
             def operands(c):
-                """x, dy a and, for dgate, dy a' of the rows' c-th elements."""
+                """x and its slope, dy a and, for dgate, dy a' of the rows' c-th elements."""
                 x, dy = (plan.load(tile.at[i, rows, c]) for i in (0, DY))
+                x = _activate(x, input_activation)
                 if not gates:
-                    return x, dy, None
+                    return *x, dy, None
                 value, slope = _activate(gate(tile, first, rows, c), activation)
-                return x, dy * value, dy * slope
+                return *x, dy * value, dy * slope
 
             kept = [operands(c) for c in chunks]
             mean_square, along = plan.means(
-                (x * x, x * (dy * scale(c))) for c, (x, dy, _) in enumerate(kept)
+                (x * x, x * (dy * scale(c))) for c, (x, _, dy, _) in enumerate(kept)
             )
             inverse = _inverse(mean_square, epsilon)
             along = per_row(along * inverse, plan.width)
@@ -240,16 +248,18 @@ def _backward(x, scale, dy, *gates, residual=None, epsilon, activation=None):
             added = []
             for c in chunks:
                 # What a long row's registers cannot hold is read, and its gates made, once more.
-                x, dy, slope = kept[c] if plan.fits else operands(c)
+                x, slope, dy, dy_slope = kept[c] if plan.fits else operands(c)
                 normed = x * inverse
                 added.append(sums[c] + dy * normed)
                 dx = inverse * (dy * scale(c) - normed * along)
+                if input_activation is not None:
+                    dx = dx * slope
                 if residual is not None:
                     dx = dx + plan.load(tile.at[2, rows, c])
                 # The thread that writes here was the last to read here.
                 mosaic.store(tile.at[0, rows, c], dx.astype(outputs[0].dtype))
                 if gates:
-                    dgate = slope * scale(c) * normed
+                    dgate = dy_slope * scale(c) * normed
                     mosaic.store(tile.at[1, rows, c], dgate.astype(outputs[1].dtype))
                     if bias_sums:
                         added.append(sums[-1] + dgate)
@@ -347,7 +357,7 @@ class _Plan:
     def load(self, ref):
         return mosaic.load(ref, self.layout, optimized=False)
 
-    def scales(self, scale_ref):
+    def scales(self, scale_ref, input_activation):
         """A function of the chunk: its scale, for all rows of a group."""
         b, by_element = lax.axis_index("b"), self.layout.reduce(0)
 
@@ -355,8 +365,11 @@ class _Plan:
             vector = mosaic.load(scale_ref.at[b, c], by_element, optimized=False)
             return per_column(vector, self.group)
 
-        # All of a very long row's, beside its sums, are more than registers hold.
-        return scale if self.size > 1024 else [scale(c) for c in range(self.chunks)].__getitem__
+        # All of a very long row's, beside its sums, are more than registers hold, and all of a long
+        # one's beside what an activation needs: 171 registers, not 88.
+        if self.size > (1024 if input_activation is None else 512):
+            return scale
+        return [scale(c) for c in range(self.chunks)].__getitem__
 
     def gates(self, bias_ref=None):
         """A function of a tile, its first row's number, a group of its rows and a chunk: their
@@ -443,14 +456,16 @@ def _power(n):
     return 1 << max(0, n.bit_length() - 1)
 
 
-def _activate(gate, activation):
-    """The activation's value and its slope."""
+def _activate(x, activation):
+    """The activation's value and its slope; with None x, and no slope."""
+    if activation is None:
+        return x, None
     # A division takes eight operations, this reciprocal of a square root one.
-    root = lax.rsqrt(1.0 + jnp.exp2(gate * -1.4426950408889634))
+    root = lax.rsqrt(1.0 + jnp.exp2(x * -1.4426950408889634))
     sigmoid = root * root
     if activation == "sigmoid":
         return sigmoid, sigmoid * (1.0 - sigmoid)
-    value = gate * sigmoid
+    value = x * sigmoid
     return value, sigmoid + value * (1.0 - sigmoid)
 
 
