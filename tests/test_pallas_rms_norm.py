@@ -20,9 +20,9 @@ f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 EPSILON = 1e-3
 
 
-def arguments(shape, row=1, kind=None, dtype=bf16):
-    """x, scale and, for an activation as the kind, a gate; the results' gradients."""
-    keys = jax.random.split(jax.random.key(shape[1]), 4)
+def arguments(shape, row=1, kind=None, dtype=bf16, bias=False):
+    """x, scale and, for an activation as the kind, a gate and its bias; the results' gradients."""
+    keys = jax.random.split(jax.random.key(shape[1]), 5)
     x, gate, dy = (jax.random.normal(key, shape).astype(dtype) for key in keys[:3])
     # Rows of all sizes: to their gradients that is all that matters.
     sizes = jnp.exp2((jnp.arange(shape[1]) % 8 - 4).astype(dtype))
@@ -30,28 +30,32 @@ def arguments(shape, row=1, kind=None, dtype=bf16):
     scale = 1 + 0.3 * jax.random.normal(keys[3], shape[-row:])
     if kind == "branch":
         return (x, scale), (dy, gate)
-    return ((x, scale) if kind is None else (x, scale, gate)), dy
+    gates = gate, jax.random.normal(keys[4], shape[2:])
+    return (x, scale, *gates[: 0 if kind is None else 1 + bias]), dy
 
 
-def formula(x, scale, gate=None, *, kind=None, epsilon=EPSILON):
+def formula(
+    x, scale, gate=None, gate_bias=None, *, kind=None, input_activation=None, epsilon=EPSILON
+):
     """The layer's own form, in x's dtype."""
     layer = RMSNorm(
         epsilon,
         axes=scale.ndim,
         activation=getattr(nn, kind) if gate is not None else None,
+        input_activation=input_activation and getattr(nn, input_activation),
         implementation="xla",
         parent=None,
     )
     variables = {"params": {"scale": scale}}
     if kind == "branch":
         return layer.apply(variables, x, method="branch")
-    return layer.apply(variables, x, gate)
+    return layer.apply(variables, x, gate, gate_bias)
 
 
-def kernel(*args, kind=None):
+def kernel(*args, kind=None, **options):
     if kind == "branch":
         return kernels.rms_norm_branch(*args, epsilon=EPSILON)
-    return kernels.rms_norm(*args, epsilon=EPSILON, activation=kind)
+    return kernels.rms_norm(*args, epsilon=EPSILON, activation=kind, **options)
 
 
 def with_gradients(run, args, cotangents):
@@ -64,15 +68,31 @@ def with_gradients(run, args, cotangents):
     [
         # Heads with a gate: a batch row is several tiles, the last of them not full.
         dict(shape=(2, 23, 3, 128), kind="sigmoid"),
+        # A bias of the gate: a group of rows has every head equally often, or not.
+        dict(shape=(2, 9, 2, 128), kind="silu", bias=True),
+        dict(shape=(1, 23, 3, 64), kind="sigmoid", bias=True, dtype=f16),
+        # An activation of the input: rows that registers hold, and rows that are read twice.
+        dict(shape=(1, 19, 2, 128), kind="sigmoid", input_activation="silu"),
+        dict(shape=(2, 3, 8, 128), row=2, input_activation="silu"),
         # Whole tokens beside a stream; rows too long for registers are read twice.
         dict(shape=(2, 5, 512), kind="branch"),
         # Several rows a warp.
         dict(shape=(1, 19, 3, 64), kind="silu", dtype=f16),
         # Rows of two axes.
-        pytest.param(dict(shape=(2, 7, 6, 32), row=2), marks=pytest.mark.slow),
+        pytest.param(dict(shape=(2, 7, 4, 32), row=2), marks=pytest.mark.slow),
         # Several tiles of a CTA, whose SMEM is used again, and several CTAs.
         pytest.param(dict(shape=(1, 2900, 64)), marks=pytest.mark.slow),
         pytest.param(dict(shape=(1, 9, 2, 512), kind="silu"), marks=pytest.mark.slow),
+        # More heads than a group has rows; tokens, and rows of two axes, with a bias.
+        pytest.param(dict(shape=(1, 5, 12, 128), kind="silu", bias=True), marks=pytest.mark.slow),
+        pytest.param(dict(shape=(1, 5, 16, 128), kind="silu", bias=True), marks=pytest.mark.slow),
+        pytest.param(dict(shape=(2, 9, 512), kind="sigmoid", bias=True), marks=pytest.mark.slow),
+        pytest.param(
+            dict(shape=(2, 7, 2, 64), row=2, kind="silu", bias=True), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            dict(shape=(1, 9, 64), dtype=f16, input_activation="sigmoid"), marks=pytest.mark.slow
+        ),
         pytest.param(dict(shape=(1, 9, 1024), kind="branch"), marks=pytest.mark.slow),
         pytest.param(dict(shape=(1, 5, 2048), kind="branch"), marks=pytest.mark.slow),
     ],
@@ -92,6 +112,21 @@ def test_heads_on_the_card(D, T, kind):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("T", [1024, 1001])
+@pytest.mark.parametrize("H, D", [(8, 128), (6, 128), (16, 64), (2, 256)])
+def test_biases_on_the_card(H, D, T):
+    check(contextlib.nullcontext, (3, T, H, D), kind="sigmoid", bias=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [None, "silu"])
+@pytest.mark.parametrize("T", [1024, 1001])
+@pytest.mark.parametrize("H, row", [(8, 2), (4, 2), (8, 1)])
+def test_activated_inputs_on_the_card(H, row, T, kind):
+    check(contextlib.nullcontext, (3, T, H, 128), row, kind, input_activation="silu")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", [None, "branch"])
 @pytest.mark.parametrize("T", [4096, 1001])
 @pytest.mark.parametrize("D", [768, 1024, 2048])
@@ -99,39 +134,52 @@ def test_tokens_on_the_card(D, T, kind):
     check(contextlib.nullcontext, (4, T, D), kind=kind)
 
 
-def check(context, shape, row=1, kind=None, dtype=bf16):
-    args, cotangents = arguments(shape, row, kind, dtype)
-    run = jax.jit(functools.partial(with_gradients, functools.partial(kernel, kind=kind)))
+def check(context, shape, row=1, kind=None, dtype=bf16, bias=False, **options):
+    args, cotangents = arguments(shape, row, kind, dtype, bias)
+    run = functools.partial(kernel, kind=kind, **options)
+    run = jax.jit(functools.partial(with_gradients, run))
     with context():
         got = run(args, cotangents)
         if context is contextlib.nullcontext:
             again = run(args, cotangents)
             jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), got, again)
     wide = functools.partial(jax.tree.map, lambda x: x.astype(f32))
-    run = jax.jit(functools.partial(with_gradients, functools.partial(formula, kind=kind)))
+    run = functools.partial(formula, kind=kind, **options)
+    run = jax.jit(functools.partial(with_gradients, run))
     want = run(wide(args), wide(cotangents))
+    # The scale's gradient. The bias's may be a sum of what has been rounded.
+    close(got[1][1], want[1][1], 1e-5)
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        # All but the scale's gradient is rounded to 16 bits, once.
-        assert ours.dtype == (f32 if ours.shape == args[1].shape else dtype)
+        # All but the gradients of scale and bias is rounded to 16 bits, once.
+        assert ours.dtype == (dtype if ours.shape == shape else f32)
         # Token by token where it has tokens, for they are of all sizes.
-        close(ours, theirs, 1e-5 if ours.dtype == f32 else 3e-3)
+        close(ours, theirs, 3e-3)
         if ours.dtype != f32:
             for t in range(min(shape[1], 8)):
                 close(ours[:, t], theirs[:, t], 3e-3)
 
 
 @pytest.mark.parametrize(
-    "shape, kind",
+    "shape, kind, bias",
     [
-        ((16, 4096, 512), "branch"),
-        ((16, 4096, 8, 128), "sigmoid"),
-        pytest.param((2, 1001, 2048), None, marks=pytest.mark.slow),
-        pytest.param((2, 1001, 3, 384), "silu", marks=pytest.mark.slow),
+        ((16, 4096, 512), "branch", False),
+        ((16, 4096, 8, 128), "sigmoid", False),
+        ((16, 4096, 8, 128), "sigmoid", True),
+        pytest.param((2, 1001, 2048), None, False, marks=pytest.mark.slow),
+        pytest.param((2, 1001, 3, 384), "silu", False, marks=pytest.mark.slow),
+        pytest.param((2, 1001, 3, 384), "silu", True, marks=pytest.mark.slow),
     ],
 )
-def test_lowers_for_the_gpu(shape, kind):
-    args, cotangents = jax.eval_shape(lambda: arguments(shape, kind=kind))
+def test_lowers_for_the_gpu(shape, kind, bias):
+    args, cotangents = jax.eval_shape(lambda: arguments(shape, kind=kind, bias=bias))
     run = functools.partial(with_gradients, functools.partial(kernel, kind=kind))
+    traced = jax.jit(run).trace(args, cotangents)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_an_activated_input_lowers_for_the_gpu():
+    args, cotangents = jax.eval_shape(lambda: arguments((16, 4096, 8, 128), row=2))
+    run = functools.partial(with_gradients, functools.partial(kernel, input_activation="silu"))
     traced = jax.jit(run).trace(args, cotangents)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -155,17 +203,25 @@ def test_says_what_it_does_not_take(shape, row, dtype, gate, word):
     assert word in kernels.unsupported("rms_norm", x, scale, *gates)
 
 
+def test_a_gates_bias_is_that_of_a_token():
+    x, scale = jnp.zeros((1, 3, 2, 64), bf16), jnp.ones((64,))
+    assert "bias is (64,)" in kernels.unsupported("rms_norm", x, scale, x, scale)
+    with pytest.raises(ValueError, match="no gate"):
+        RMSNorm().apply({"params": {"scale": scale}}, x, gate_bias=jnp.zeros((2, 64)))
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The kernels' calls, answered by the formula."""
     made = []
 
-    def stand_in(x, scale, gate=None, *, epsilon, activation):
-        made.append(activation if gate is not None else None)
-        return formula(x, scale, gate, kind=made[-1], epsilon=epsilon)
+    def stand_in(x, scale, *gates, epsilon, activation=None, input_activation=None):
+        made.append((*(activation, "bias")[: len(gates)], *filter(None, [input_activation])))
+        options = dict(kind=activation, input_activation=input_activation)
+        return formula(x, scale, *gates, **options, epsilon=epsilon)
 
     def branch(x, scale, *, epsilon):
-        made.append("branch")
+        made.append(("branch",))
         return formula(x, scale, kind="branch", epsilon=epsilon)
 
     monkeypatch.setattr(kernels, "rms_norm", stand_in)
@@ -174,50 +230,68 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options, kind, dtype, used",
+    "options, kind, bias, dtype, used",
     [
-        (dict(implementation="pallas"), None, bf16, True),
-        (dict(implementation="pallas"), "sigmoid", bf16, True),
-        (dict(implementation="pallas", activation=nn.silu), "silu", bf16, True),
-        (dict(implementation="pallas", axes=2), "branch", bf16, True),
-        (dict(implementation="pallas", activation=nn.gelu), "gelu", bf16, False),
-        (dict(implementation="pallas"), "branch", f32, False),
-        (dict(implementation="xla"), "sigmoid", bf16, False),
-        (dict(), "branch", bf16, False),  # there is no GPU
+        (dict(implementation="pallas"), None, False, bf16, ()),
+        (dict(implementation="pallas"), "sigmoid", False, bf16, ("sigmoid",)),
+        (dict(implementation="pallas"), "sigmoid", True, bf16, ("sigmoid", "bias")),
+        (dict(implementation="pallas", activation=nn.silu), "silu", False, bf16, ("silu",)),
+        (dict(implementation="pallas", axes=2), "branch", False, bf16, ("branch",)),
+        (dict(implementation="pallas", input_activation=nn.silu), None, False, bf16, ("silu",)),
+        (dict(implementation="pallas", input_activation=nn.relu), None, False, bf16, None),
+        (dict(implementation="pallas", input_activation=nn.silu), "branch", False, bf16, None),
+        (dict(implementation="pallas", activation=nn.gelu), "gelu", False, bf16, None),
+        (dict(implementation="pallas"), "branch", False, f32, None),
+        (dict(implementation="xla"), "sigmoid", True, bf16, None),
+        (dict(), "branch", False, bf16, None),  # there is no GPU
     ],
 )
-def test_the_layer_uses_it_where_it_serves(calls, options, kind, dtype, used):
-    args, _ = arguments((1, 3, 2, 64), options.get("axes", 1), kind, dtype)
-    x, scale, *gate = args
+def test_the_layer_uses_it_where_it_serves(calls, options, kind, bias, dtype, used):
+    args, _ = arguments((1, 3, 2, 64), options.get("axes", 1), kind, dtype, bias)
+    x, scale, *gates = args
     layer = RMSNorm(**options)
     with jla.pallas.interpret():
         method = "branch" if kind == "branch" else None
-        y = layer.apply({"params": {"scale": scale}}, x, *gate, method=method)
-    assert calls == [kind] * used
-    want = formula(*args, kind=kind, epsilon=1e-6)
+        y = layer.apply({"params": {"scale": scale}}, x, *gates, method=method)
+    assert calls == ([] if used is None else [used])
+    before = options.get("input_activation")
+    before = None if before is None else before.__name__
+    want = formula(*args, kind=kind, input_activation=before, epsilon=1e-6)
     jax.tree.map(lambda ours, theirs: close(ours, theirs, 0.0), y, want)
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "branch"])
+def test_the_input_is_activated_before_the_norm():
+    (x, scale), _ = arguments((1, 3, 2, 64), dtype=f32)
+    y = formula(x, scale, input_activation="silu")
+    close(y, formula(nn.silu(x), scale), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind, bias", [("sigmoid", False), ("sigmoid", True), ("branch", False)], ids=str
+)
 @pytest.mark.parametrize("mesh_kind", ["auto", "explicit", "shard_map"])
-def test_sharded_over_batch_and_heads(monkeypatch, mesh_kind, kind):
-    """The scale's gradient is summed over all shards. Around plain functions, for no Pallas kernel
-    runs on several CPU devices."""
+def test_sharded_over_batch_and_heads(monkeypatch, mesh_kind, kind, bias):
+    """The gradients of scale and bias are summed over all shards. Around plain functions, for no
+    Pallas kernel runs on several CPU devices."""
 
-    def forward(x, scale, *gates, epsilon, activation):
-        y = jax.vmap(lambda x, s, *g: formula(x, s[:, 0], *g, kind=activation))(x, scale, *gates)
-        return (y,)
+    def forward(x, scale, *gates, epsilon, activation, input_activation=None):
+        def one(x, scale, gate=None, bias=None):
+            bias = None if bias is None else bias.swapaxes(0, 1)
+            options = dict(kind=activation, input_activation=input_activation)
+            return formula(x, scale[:, 0], gate, bias, **options)
 
-    def backward(x, scale, dy, *gates, residual=0.0, epsilon, activation=None):
+        return (jax.vmap(one)(x, scale, *gates),)
+
+    def backward(x, scale, dy, *gates, residual=0.0, activation=None, **options):
         def one(x, scale, *gates):
-            return forward(x, scale, *gates, epsilon=epsilon, activation=activation)[0]
+            return forward(x, scale, *gates, activation=activation, **options)[0]
 
-        dx, dscale, *dgate = jax.vjp(one, x, scale, *gates)[1](dy)
-        return dx + residual, dscale, *dgate
+        dx, dscale, *dgates = jax.vjp(one, x, scale, *gates)[1](dy)
+        return dx + residual, dscale, *dgates
 
     monkeypatch.setattr(kernels, "_forward", forward)
     monkeypatch.setattr(kernels, "_backward", backward)
-    args, cotangents = arguments((4, 5, 2, 8), kind=kind, dtype=f32)
+    args, cotangents = arguments((4, 5, 2, 8), kind=kind, dtype=f32, bias=bias)
     run = functools.partial(with_gradients, functools.partial(kernel, kind=kind))
     expected = functools.partial(with_gradients, functools.partial(formula, kind=kind))
     want = jax.jit(expected)(args, cotangents)
@@ -226,7 +300,7 @@ def test_sharded_over_batch_and_heads(monkeypatch, mesh_kind, kind):
     placed = PartitionSpec("x", None, "y")
 
     def spec(x):
-        return placed if x.ndim == 4 else PartitionSpec()
+        return {4: placed, 2: PartitionSpec("y"), 1: PartitionSpec()}[x.ndim]
 
     specs = jax.tree.map(spec, (args, cotangents))
     if mesh_kind == "shard_map":
@@ -239,10 +313,10 @@ def test_sharded_over_batch_and_heads(monkeypatch, mesh_kind, kind):
     jax.tree.map(lambda ours, theirs: close(ours, theirs, 1e-5), got, want)
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "branch"])
-def test_a_policy_that_keeps_kernels_results_keeps_no_norm(capsys, kind):
+@pytest.mark.parametrize("kind, bias", [("sigmoid", True), ("branch", False)])
+def test_a_policy_that_keeps_kernels_results_keeps_no_norm(capsys, kind, bias):
     """It is made again from what was there before it, see examples/model.py."""
-    args, _ = arguments((1, 3, 2, 64), kind=kind)
+    args, _ = arguments((1, 3, 2, 64), kind=kind, bias=bias)
 
     def keep_kernels(primitive, *_, **__):
         return primitive.name == "custom_vmap_call"

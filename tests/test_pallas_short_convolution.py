@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from comparing import close
+from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jla.pallas
@@ -22,9 +23,10 @@ def arguments(B, T, H, D, W, dtype=bf16):
     return x, jax.random.normal(keys[2], (W, H, D)), dy
 
 
-def formula(x, kernel, normalize):
+def formula(x, kernel, normalize, silu_twice=False):
     """The layer's own form, in x's dtype."""
-    layer = ShortConvolution(kernel.shape[0], normalize=normalize, implementation="xla")
+    options = dict(normalize=normalize, silu_twice=silu_twice, implementation="xla")
+    layer = ShortConvolution(kernel.shape[0], **options)
     return layer.apply({"params": {"kernel": kernel}}, x)
 
 
@@ -34,41 +36,47 @@ def with_gradients(run, x, kernel, dy):
 
 
 @pytest.mark.parametrize(
-    "sizes, normalize",
+    "sizes, options",
     [
-        (dict(B=1, T=133, H=2, D=128, W=4), True),  # several tiles of tokens in both passes
+        # Several tiles of tokens in both passes.
+        (dict(B=1, T=133, H=2, D=128, W=4), dict(normalize=True)),
         # Fewer tokens than taps, fewer channels than a tile has.
-        (dict(B=2, T=2, H=1, D=24, W=3, dtype=f16), False),
+        (dict(B=2, T=2, H=1, D=24, W=3, dtype=f16), dict(normalize=False)),
+        (dict(B=1, T=90, H=1, D=64, W=4), dict(normalize=False, silu_twice=True)),
+        (dict(B=1, T=5, H=1, D=64, W=2), dict(normalize=True, silu_twice=True)),
     ],
     ids=str,
 )
-def test_is_the_formula(sizes, normalize):
-    check(jla.pallas.interpret, sizes, normalize)
+def test_is_the_formula(sizes, options):
+    check(jla.pallas.interpret, sizes, options)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("silu_twice", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("H, D", [(6, 128), (1, 128), (2, 64), (1, 256), (2, 96)])
-def test_is_the_formula_on_the_card(H, D, normalize):
+def test_is_the_formula_on_the_card(H, D, normalize, silu_twice):
     """Also where one token's channels lie right behind another's, and the last tile is not full."""
-    check(contextlib.nullcontext, dict(B=3, T=300, H=H, D=D, W=4), normalize)
+    options = dict(normalize=normalize, silu_twice=silu_twice)
+    check(contextlib.nullcontext, dict(B=3, T=300, H=H, D=D, W=4), options)
 
 
-def check(context, sizes, normalize):
+def check(context, sizes, options):
     x, kernel, dy = arguments(**sizes)
-    run = functools.partial(kernels.short_convolution, normalize=normalize)
+    run = functools.partial(kernels.short_convolution, **options)
     with context():
         got = jax.jit(functools.partial(with_gradients, run))(x, kernel, dy)
-    run = functools.partial(formula, normalize=normalize)
+    run = functools.partial(formula, **options)
     want = jax.jit(functools.partial(with_gradients, run))(x.astype(f32), kernel, dy.astype(f32))
     assert [a.dtype for a in got] == [x.dtype, x.dtype, f32]
     for ours, theirs, tolerance in zip(got, want, (3e-3, 3e-3, 1e-5), strict=True):
         close(ours, theirs, tolerance)
 
 
-def test_wide_heads_lower_for_the_gpu():
+@pytest.mark.parametrize("silu_twice", [False, True])
+def test_wide_heads_lower_for_the_gpu(silu_twice):
     x, kernel, dy = jax.eval_shape(lambda: arguments(2, 1001, 3, 256, 2))
-    run = functools.partial(kernels.short_convolution, normalize=True)
+    run = functools.partial(kernels.short_convolution, normalize=True, silu_twice=silu_twice)
     traced = jax.jit(functools.partial(with_gradients, run)).trace(x, kernel, dy)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -93,9 +101,9 @@ def calls(monkeypatch):
     """The kernels' calls, answered by the formula."""
     made = []
 
-    def stand_in(x, kernel, *, normalize):
-        made.append(normalize)
-        return formula(x, kernel, normalize)
+    def stand_in(x, kernel, **options):
+        made.append(options)
+        return formula(x, kernel, **options)
 
     monkeypatch.setattr(kernels, "short_convolution", stand_in)
     return made
@@ -106,8 +114,9 @@ def calls(monkeypatch):
     [
         (dict(implementation="pallas"), False, bf16, True),
         (dict(implementation="pallas", normalize=True), False, bf16, True),
+        (dict(implementation="pallas", silu_twice=True), False, bf16, True),
         (dict(implementation="pallas"), False, f32, False),
-        (dict(implementation="pallas"), True, bf16, False),
+        (dict(implementation="pallas", silu_twice=True), True, bf16, False),
         (dict(implementation="pallas", decode=True), False, bf16, False),
         (dict(implementation="xla"), False, bf16, False),
         (dict(), False, bf16, False),  # there is no GPU
@@ -120,8 +129,17 @@ def test_the_layer_uses_it_where_it_serves(calls, options, segments, dtype, used
     variables = {"params": {"kernel": kernel}}
     with jla.pallas.interpret():
         y = ShortConvolution(3, **options).apply(variables, x, segments, mutable=["cache"])[0]
-    assert calls == [options.get("normalize", False)] * used
-    close(y, formula(x, kernel, options.get("normalize", False)), 0.0)
+    options = {name: options.get(name, False) for name in ("normalize", "silu_twice")}
+    assert calls == [options] * used
+    close(y, formula(x, kernel, **options), 0.0)
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_silu_twice_is_silu_of_silu(decode):
+    x, kernel, _ = arguments(1, 5, 1, 16, 3, f32)
+    layer = ShortConvolution(3, silu_twice=True, decode=decode)
+    y, _ = layer.apply({"params": {"kernel": kernel}}, x, mutable=["cache"])
+    close(y, nn.silu(formula(x, kernel, False)), 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["auto", "explicit", "shard_map"])
@@ -129,22 +147,21 @@ def test_sharded_over_batch_and_heads(monkeypatch, kind):
     """The kernel's gradient is summed over the batch's shards. Around plain functions, for no
     Pallas kernel runs on several CPU devices."""
 
-    def forward(x, kernel, *, normalize):
-        return (jax.vmap(lambda x, kernel: formula(x[None], kernel, normalize)[0])(x, kernel),)
+    def forward(x, kernel, **options):
+        return (jax.vmap(lambda x, kernel: formula(x[None], kernel, **options)[0])(x, kernel),)
 
-    def backward(x, kernel, dy, *, normalize):
-        return jax.vjp(lambda x, kernel: forward(x, kernel, normalize=normalize)[0], x, kernel)[1](
-            dy
-        )
+    def backward(x, kernel, dy, **options):
+        return jax.vjp(lambda x, kernel: forward(x, kernel, **options)[0], x, kernel)[1](dy)
 
     monkeypatch.setattr(kernels, "_forward", forward)
     monkeypatch.setattr(kernels, "_backward", backward)
     arrays = arguments(4, 5, 2, 8, 3, f32)
-    run = functools.partial(kernels.short_convolution, normalize=True)
-    both = functools.partial(with_gradients, run)
-    want = jax.jit(functools.partial(with_gradients, functools.partial(formula, normalize=True)))(
-        *arrays
+    options = dict(normalize=True, silu_twice=True)
+    both = functools.partial(
+        with_gradients, functools.partial(kernels.short_convolution, **options)
     )
+    expected = functools.partial(formula, **options)
+    want = jax.jit(functools.partial(with_gradients, expected))(*arrays)
     axes = (AxisType.Explicit if kind == "explicit" else AxisType.Auto,) * 2
     mesh = jax.make_mesh((2, 2), ("x", "y"), axes, devices=jax.devices("cpu")[:4])
     specs = PartitionSpec("x", None, "y"), PartitionSpec(None, "y"), PartitionSpec("x", None, "y")

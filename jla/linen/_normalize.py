@@ -22,16 +22,17 @@ def l2norm(x, epsilon=1e-6):
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x**2) + epsilon) * scale * activation(gate)` in x's dtype; or without a gate.
+    """`x / sqrt(mean(x**2) + epsilon) * scale`, with a gate times `activation(gate + gate_bias)`.
 
-    Computed in float32 and rounded once. A drop-in for `nn.RMSNorm` whose input has the dtype that
-    the output shall have: the parameter is the same, `scale`.
+    Computed in float32 and rounded once, to x's dtype. A drop-in for `nn.RMSNorm` whose input has
+    the dtype that the output shall have: the parameter is the same, `scale`.
 
     16-bit inputs of more than one token go, on a GPU that has them, through kernels that read and
     write every array once, in the backward pass too, where XLA makes several passes.
 
         norm = RMSNorm()
         y = norm(x)              # [B, T, D], or [B, T, H, D] head by head
+        y = norm(x, gate)        # or norm(x, gate, gate_bias)
         y, x = norm.branch(x)    # before a residual branch: x + mixer(y)
 
     Attributes:
@@ -39,6 +40,7 @@ class RMSNorm(nn.Module):
       axes: how many of x's last axes are normalised together.
       param_dtype: dtype of the scale, which has the shape of these axes and starts as ones.
       activation: of the gate.
+      input_activation: what is applied to x before it is normalised; None for nothing.
       implementation: "reference" or "xla" for the formula, None or "pallas" for the GPU kernels
         where they can serve, and the formula elsewhere.
     """
@@ -47,18 +49,33 @@ class RMSNorm(nn.Module):
     axes: int = 1
     param_dtype: nn.dtypes.Dtype = f32
     activation: Callable = nn.sigmoid
+    input_activation: Callable | None = None
     implementation: str | None = None
 
-    def __call__(self, x, gate=None):
-        """Normalises `x`; `gate` has its shape, and both have any float dtypes."""
+    def __call__(self, x, gate=None, gate_bias=None):
+        """Normalises `x`.
+
+        Args:
+          x: [B, T, D] or [B, T, H, D], of any float dtype, as the others.
+          gate: as x, or None.
+          gate_bias: what is added to every token's gate, [D] or [H, D]; or None.
+
+        Raises:
+          ValueError: a gate's bias without a gate.
+        """
+        if gate is None and gate_bias is not None:
+            raise ValueError("there is a gate_bias, and no gate")
         scale = self._scale(x)
-        arrays = (x, scale) if gate is None else (x, scale, gate)
-        activation = _NAMES.get(self.activation)
-        if gate is None or activation is not None:
+        arrays = tuple(a for a in (x, scale, gate, gate_bias) if a is not None)
+        used = {"activation": self.activation} if gate is not None else {}
+        if self.input_activation is not None:
+            used["input_activation"] = self.input_activation
+        if all(function in _NAMES for function in used.values()):
             run = _dispatch.kernel("rms_norm", self.implementation, *arrays)
             if run is not None:
-                return run(*arrays, epsilon=self.epsilon, activation=activation)
-        return self._formula(x, scale, gate)
+                names = {attribute: _NAMES[function] for attribute, function in used.items()}
+                return run(*arrays, epsilon=self.epsilon, **names)
+        return self._formula(*arrays)
 
     def branch(self, x):
         """The normalised x, and x, for a residual stream that goes on beside the norm.
@@ -68,22 +85,28 @@ class RMSNorm(nn.Module):
         to XLA.
         """
         scale = self._scale(x)
-        run = _dispatch.kernel("rms_norm_branch", self.implementation, x, scale)
-        if run is not None:
-            return run(x, scale, epsilon=self.epsilon)
+        if self.input_activation is None:
+            run = _dispatch.kernel("rms_norm_branch", self.implementation, x, scale)
+            if run is not None:
+                return run(x, scale, epsilon=self.epsilon)
         return self._formula(x, scale), x
 
     @nn.compact
     def _scale(self, x):
         return self.param("scale", nn.initializers.ones, x.shape[-self.axes :], self.param_dtype)
 
-    def _formula(self, x, scale, gate=None):
+    def _formula(self, x, scale, gate=None, gate_bias=None):
         # Not `nn.RMSNorm` and a product, because that does not run with a bfloat16 scale under
         # strict dtype promotion.
         x32 = x.astype(f32)
+        if self.input_activation is not None:
+            x32 = self.input_activation(x32)
         axes = tuple(range(-self.axes, 0))
         mean_square = jnp.mean(x32 * x32, axis=axes, keepdims=True)
         normed = x32 * lax.rsqrt(mean_square + self.epsilon) * scale.astype(f32)
         if gate is not None:
-            normed = normed * self.activation(gate.astype(f32))
+            gate = gate.astype(f32)
+            if gate_bias is not None:
+                gate = gate + gate_bias.astype(f32)
+            normed = normed * self.activation(gate)
         return normed.astype(x.dtype)

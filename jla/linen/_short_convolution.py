@@ -16,7 +16,8 @@ default_kernel_init = nn.initializers.variance_scaling(
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise causal convolution over time, then SiLU, then, if asked for, the l2 norm.
+    """Depthwise causal convolution over time, then SiLU, then, if asked for, another and the l2
+    norm.
 
     `y_t = silu(sum_i kernel[i] * x_{t - (W - 1 - i)})`, one kernel for every channel of every head,
     accumulated in float32. `nn.Conv` has no place for the three things that linear attention needs:
@@ -30,6 +31,7 @@ class ShortConvolution(nn.Module):
       param_dtype: dtype of the kernel [W, H, D].
       kernel_init: the kernel's initializer; `U(-W**-0.5, W**-0.5)`, as torch's Conv1d has it.
       normalize: whether a head's vector is divided by its length, as `l2norm` does it.
+      silu_twice: whether there is a second SiLU upon the first: that of a feature map.
       implementation: "reference" or "xla" for the formula, None or "pallas" for the GPU kernel
         where it can serve, and the formula elsewhere.
       decode: whether to keep the last W - 1 inputs, [B, W - 1, H, D], as "inputs" in the "cache"
@@ -40,6 +42,7 @@ class ShortConvolution(nn.Module):
     param_dtype: nn.dtypes.Dtype = f32
     kernel_init: nn.initializers.Initializer = default_kernel_init
     normalize: bool = False
+    silu_twice: bool = False
     implementation: str | None = None
     decode: bool = False
 
@@ -64,7 +67,7 @@ class ShortConvolution(nn.Module):
         if not self.decode and segments is None:
             run = _dispatch.kernel("short_convolution", self.implementation, x, kernel)
             if run is not None:
-                return run(x, kernel, normalize=self.normalize)
+                return run(x, kernel, normalize=self.normalize, silu_twice=self.silu_twice)
         # The first W - 1 entries of `window` are the tokens before this call.
         if self.decode:
             cache = self.variable("cache", "inputs", jnp.zeros, (B, past, *channels), x.dtype)
@@ -90,7 +93,8 @@ class ShortConvolution(nn.Module):
                 cache.value = window[:, T:]
             else:
                 cache.value = take_tokens(window, lengths[:, None] + jnp.arange(past))
-        y = nn.silu(y).astype(x.dtype)
+        y = nn.silu(y)
+        y = (nn.silu(y) if self.silu_twice else y).astype(x.dtype)
         return l2norm(y) if self.normalize else y
 
 
@@ -103,17 +107,20 @@ def convolutions(layer, segments, lengths, without=nn.silu):
       without: what takes the place of convolution and SiLU where `conv_size` is None or 0.
 
     Returns:
-      A function of x [B, T, H, D], a convolution's name, and whether to normalize its result.
+      A function of x [B, T, H, D], a convolution's name, whether to normalize its result, and
+      whether there is another SiLU before that.
     """
 
-    def convolve(x, name, normalize=False):
+    def convolve(x, name, normalize=False, silu_twice=False):
         if not layer.conv_size:
             y = without(x)
+            y = nn.silu(y) if silu_twice else y
             return l2norm(y) if normalize else y
         convolution = ShortConvolution(
             layer.conv_size,
             param_dtype=layer.param_dtype,
             normalize=normalize,
+            silu_twice=silu_twice,
             implementation=layer.implementation,
             decode=layer.decode,
             name=name,

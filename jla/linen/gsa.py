@@ -133,10 +133,13 @@ class GatedSlotAttention(nn.Module):
         convolve = convolutions(self, segments, lengths, without=lambda x: x)
         B = x.shape[0]
         _arguments.check_cache(self, hk=(B, H, K, M), hv=(B, H, M, V))
-        feature_map = FEATURE_MAPS[self.feature_map]
-        q = feature_map(convolve(dense((HQ, K), name="q_proj")(x), "q_conv1d"))
-        k = feature_map(convolve(dense((H, K), name="k_proj")(x), "k_conv1d"))
-        v = nn.silu(convolve(dense((H, V), name="v_proj")(x), "v_conv1d"))
+        # SiLU behind the convolution's own is the convolution's, too.
+        swish, feature_map = self.feature_map == "swish", FEATURE_MAPS[self.feature_map]
+        q = convolve(dense((HQ, K), name="q_proj")(x), "q_conv1d", silu_twice=swish)
+        k = convolve(dense((H, K), name="k_proj")(x), "k_conv1d", silu_twice=swish)
+        v = convolve(dense((H, V), name="v_proj")(x), "v_conv1d", silu_twice=True)
+        if not swish:
+            q, k = feature_map(q), feature_map(k)
         g = nn.log_sigmoid(dense((H, M), name="f_proj")(x).astype(f32)) / normalizer
         if real is not None:
             g = jnp.where(real[..., None, None], g, 0.0)  # and so s = 0
@@ -148,10 +151,11 @@ class GatedSlotAttention(nn.Module):
             self.norm_epsilon,
             axes=2,
             param_dtype=self.param_dtype,
+            input_activation=nn.silu,
             implementation=self.implementation,
             name="g_norm",
         )
-        return restore(dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(norm(nn.silu(o))))
+        return restore(dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(norm(o)))
 
     def _mechanism(self, q, k, v, s, g, segments):
         """Runs `gsa`, or `gsa_step` for one token, from the cached state if there is one."""

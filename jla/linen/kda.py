@@ -28,6 +28,15 @@ def _dt_bias_init(key, shape, dtype):
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
+class _DenseAndBias(nn.DenseGeneral):
+    """`nn.DenseGeneral`, but its bias is returned beside the product: the norm adds it."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        product = super().__call__(inputs)
+        return product, self.param("bias", self.bias_init, self.features, self.param_dtype)
+
+
 class KimiDeltaAttention(nn.Module):
     r"""Kimi Delta Attention with its projections, convolutions, gates and norms.
 
@@ -162,13 +171,14 @@ class KimiDeltaAttention(nn.Module):
 
         o = self._mechanism(q, k, v, g, beta, segments)
 
-        gate = dense((HV, V), use_bias=True, name="g_proj_up")(dense(V, name="g_proj_down")(x))
+        gate_proj = _DenseAndBias((HV, V), name="g_proj_up", **dense.keywords)
+        gate, gate_bias = gate_proj(dense(V, name="g_proj_down")(x))
         o = RMSNorm(
             self.norm_epsilon,
             param_dtype=self.param_dtype,
             implementation=self.implementation,
             name="o_norm",
-        )(o, gate)
+        )(o, gate, gate_bias)
         y = dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(o)
         return restore(y)
 

@@ -17,14 +17,18 @@ kernel                    reads, writes               floor ms  instructions  pr
 ========================  ==========================  ========  ============  ============  ========
 `_forward`                x, y                        0.062     30 (43)       0.075         0.080
 `_forward`, gate          x, gate, y                  0.094     (81)          0.11          0.108
+`_forward`, gate, bias    the same                    0.094     (86)          0.11
+`_forward`, SiLU of x     x, y                        0.062     55            0.08
 `_backward`               x, dy, dx, 4 MB sums        0.095     77 (86)       0.115         0.116
 `_backward`, residual     x, dy, dres, dx, 4 MB sums  0.126     87            0.15          0.152
 `_backward`, gate         x, gate, dy, dx, dgate      0.156     (146)         0.185         0.187
+`_backward`, gate, bias   and 4 MB sums               0.157     (155)         0.19
+`_backward`, SiLU of x    x, dy, dx, 4 MB sums        0.095     136           0.14
 ========================  ==========================  ========  ============  ============  ========
 
 By itself, XLA's formula takes 0.074 to 0.085, 0.122, 0.192, 0.239 and 0.309.
 
-Registers: 92 to 120 forward, 149 to 168 backward; up to 238 for rows of 2048. No spills.
+Registers: 61 to 120 forward, 149 to 168 backward; up to 238 for rows of 2048. No spills.
 """
 
 import functools
@@ -51,11 +55,12 @@ FORWARD, BACKWARD = 8, 16
 AT_ONCE = 1024  # elements a warp works on at once, all arrays together, if a row has not more
 
 # A row has one or two axes, N D. Batch rows and heads have scales of their own, so that a shard
-# knows nothing of the others; all are the same.
+# knows nothing of the others; all are the same. A gate has a bias that batch rows share.
 _X, _SCALE = "B T H N D", "B N H D"
+_OPERANDS = _X, _SCALE, _X, _SCALE  # x, scale, gate, bias; so are their gradients
 
 
-def unsupported(name, x, scale, gate=None):
+def unsupported(name, x, scale, gate=None, gate_bias=None):
     """Why the kernels cannot serve these arguments, or None."""
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x is {x.dtype}, and the kernels take bfloat16 and float16"
@@ -69,24 +74,32 @@ def unsupported(name, x, scale, gate=None):
         return f"x has {leading} axes before the rows' {scale.ndim}"
     if x.shape[1] == 1:
         return "x has one token, whose norm XLA makes together with what stands around it"
+    if gate_bias is not None and gate_bias.shape != x.shape[2:]:
+        return f"the gate's bias is {gate_bias.shape}, and a token {x.shape[2:]}"
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("epsilon", "activation"))
-def rms_norm(x, scale, gate=None, *, epsilon, activation="sigmoid"):
-    """`x * rsqrt(mean(x**2) + epsilon) * scale`, times `activation(gate)` if there is a gate.
+@functools.partial(jax.jit, static_argnames=("epsilon", "activation", "input_activation"))
+def rms_norm(
+    x, scale, gate=None, gate_bias=None, *, epsilon, activation="sigmoid", input_activation=None
+):
+    """`x * rsqrt(mean(x**2) + epsilon) * scale`, times `activation(gate + gate_bias)` if gated.
 
     Args:
       x: [B, T, D] or [B, T, H, D], 16 bits; a row is what the scale has the shape of.
       scale: [D], or [H, D] for rows of a whole token. gate: as x.
-      activation: "sigmoid" or "silu".
+      gate_bias: as a token of the gate, [D] or [H, D]; None for none.
+      activation: the gate's, "sigmoid" or "silu".
+      input_activation: one of these, which is applied to x first; or None.
 
     Returns:
       x's shape and dtype. All arithmetic is float32, and is rounded once.
     """
     rows = _rows(x, scale)
-    gate = None if gate is None else _rows(gate, scale)
-    y = _norm(rows, gate, _scales(scale, rows), epsilon, activation)
+    gates = () if gate is None else (_rows(gate, scale),)
+    if gate_bias is not None:
+        gates = *gates, _biases(gate_bias, x, scale, rows)
+    y = _norm(rows, _scales(scale, rows), gates, epsilon, activation, input_activation)
     return _as(x, scale, y)
 
 
@@ -98,31 +111,28 @@ def rms_norm_branch(x, scale, *, epsilon):
     return _as(x, scale, y), _as(x, scale, rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _norm(x, gate, scale, epsilon, activation):
-    gates = () if gate is None else (gate,)
-    run = functools.partial(_forward, epsilon=epsilon, activation=activation)
-    operands = (_X, _SCALE, *(_X for _ in gates))
-    return shardwise(run, operands, (_X,))(x, scale, *gates)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _norm(x, scale, gates, epsilon, activation, input_activation):
+    """`gates`: nothing, a gate, or a gate and its bias."""
+    options = dict(epsilon=epsilon, activation=activation, input_activation=input_activation)
+    run = functools.partial(_forward, **options)
+    return shardwise(run, _OPERANDS[: 2 + len(gates)], (_X,))(x, scale, *gates)[0]
 
 
-def _norm_forward(x, gate, scale, epsilon, activation):
+def _norm_forward(x, scale, gates, *options):
     # `_norm`, not the kernel: a checkpoint policy that keeps kernels' results (as that of
     # examples/model.py does) sees a custom_vjp, and so y is made again rather than kept.
-    return _norm(x, gate, scale, epsilon, activation), (x, gate, scale)
+    return _norm(x, scale, gates, *options), (x, scale, gates)
 
 
-def _norm_backward(epsilon, activation, inputs, dy):
-    x, gate, scale = inputs
-    gates = () if gate is None else (gate,)
-
-    def run(x, scale, dy, *gates):
-        return _backward(x, scale, dy, *gates, epsilon=epsilon, activation=activation)
-
-    operands = (_X, _SCALE, _X, *(_X for _ in gates))
-    results = (_X, _SCALE, *(_X for _ in gates))
-    dx, dscale, *dgate = shardwise(run, operands, results)(x, scale, dy, *gates)
-    return dx, (dgate[0] if dgate else None), dscale
+def _norm_backward(epsilon, activation, input_activation, inputs, dy):
+    x, scale, gates = inputs
+    options = dict(epsilon=epsilon, activation=activation, input_activation=input_activation)
+    run = functools.partial(_backward, **options)
+    axes = _OPERANDS[2 : 2 + len(gates)]
+    differentiate = shardwise(run, (_X, _SCALE, _X, *axes), (_X, _SCALE, *axes))
+    dx, dscale, *dgates = differentiate(x, scale, dy, *gates)
+    return dx, dscale, tuple(dgates)
 
 
 _norm.defvjp(_norm_forward, _norm_backward)
@@ -130,7 +140,7 @@ _norm.defvjp(_norm_forward, _norm_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _branch(x, scale, epsilon):
-    return _norm(x, None, scale, epsilon, None), x
+    return _norm(x, scale, (), epsilon, None, None), x
 
 
 def _branch_forward(x, scale, epsilon):
@@ -150,23 +160,26 @@ def _branch_backward(epsilon, inputs, cotangents):
 _branch.defvjp(_branch_forward, _branch_backward)
 
 
-def _forward(x, scale, *gates, epsilon, activation):
-    """y, in x's shape and dtype, as a tuple."""
-    inputs, plan = (x, *gates), _Plan(x, 1 + len(gates), FORWARD)
+def _forward(x, scale, *gates, epsilon, activation, input_activation=None):
+    """y, in x's shape and dtype, as a tuple. `gates`: nothing, a gate, or a gate and its bias."""
+    gates, biases = gates[:1], gates[1:]
+    arrays, plan = (x, *gates), _Plan(x, 1 + len(gates), FORWARD)
 
     def body(*refs):
-        *inputs, scale_ref, y_ref, tiles, loaded = refs
-        scale = plan.scales(scale_ref)
+        *refs, y_ref, tiles, loaded = refs
+        inputs, (scale_ref, *bias_refs) = refs[: len(arrays)], refs[len(arrays) :]
+        scale, gate = plan.scales(scale_ref, input_activation), plan.gates(*bias_refs)
 
-        def step(tile, carry):
+        def step(tile, first, carry):
             for rows in plan.groups():
-                xs = [plan.load(tile.at[0, rows, c]) for c in range(plan.chunks)]
+                loads = (plan.load(tile.at[0, rows, c]) for c in range(plan.chunks))
+                xs = [_activate(x, input_activation)[0] for x in loads]
                 (mean_square,) = plan.means([x * x] for x in xs)
                 inverse = per_row(_inverse(mean_square, epsilon), plan.width)
                 for c, x in enumerate(xs):
                     y = x * inverse * scale(c)
                     if gates:
-                        y = y * _activate(plan.load(tile.at[1, rows, c]), activation)[0]
+                        y = y * _activate(gate(tile, first, rows, c), activation)[0]
                     # The thread that writes here was the last to read here.
                     mosaic.store(tile.at[0, rows, c], y.astype(y_ref.dtype))
             return carry
@@ -179,47 +192,55 @@ def _forward(x, scale, *gates, epsilon, activation):
         reductions_cross_warps=False,
         out_type=[SDS(plan.shape, x.dtype)],
         **plan.launch(),
-    )(*map(plan.tiled, inputs), plan.tiled_scale(scale))
+    )(*map(plan.tiled, arrays), plan.tiled_scale(scale), *map(plan.tiled_bias, biases))
     return (y.reshape(x.shape),)
 
 
-def _backward(x, scale, dy, *gates, residual=None, epsilon, activation=None):
-    """dx, the scale's gradient for each batch row, [B, N, H, D] float32, and the gate's if any.
+def _backward(x, scale, dy, *gates, residual=None, epsilon, activation=None, input_activation=None):
+    """dx, the scale's gradient for each batch row, [B, N, H, D] float32, and the gates' if any.
 
-    With r = 1 / sqrt(mean(x**2) + epsilon), a = activation(gate) and e = dy a scale, the gradient
-    of x r:
+    With r = 1 / sqrt(mean(x**2) + epsilon), a = activation(gate + bias) and e = dy a scale, the
+    gradient of x r:
 
         dx = r (e - x r mean(e x r)) + dresidual
-        dgate = dy a' scale x r;  dscale = sum of dy a x r over rows
+        dgate = dy a' scale x r;  dbias = sum of dgate, dscale = sum of dy a x r over rows
 
-    Each CTA writes its share of dscale, and XLA adds them up: no atomics, the same bits every time.
-    Behind the last row x and dy are zero, and so are their shares.
+    With an activation of the input this x is what it made, and its slope stands before dx.
+
+    Each CTA writes its share of the sums, and XLA adds them up: no atomics, the same bits every
+    time. Behind the last row x and dy are zero, and so are their shares. Where a group of rows does
+    not have every head equally often, or rows are long, XLA sums dgate instead.
     """
+    gates, biases = gates[:1], gates[1:]
     # The first of them are, tile by tile, replaced by their gradients.
     arrays = [x, *gates, dy] if residual is None else [x, dy, residual]
     DY = 1 + len(gates)
     plan = _Plan(x, len(arrays), BACKWARD)
     chunks = range(plan.chunks)
+    bias_sums = bool(biases) and plan.chunks == 1 and plan.group % plan.heads == 0
 
     def body(*refs):
         *refs, tiles, loaded = refs
-        inputs, (scale_ref, *outputs, dscale_ref) = refs[: len(arrays)], refs[len(arrays) :]
-        scale = plan.scales(scale_ref)
+        inputs, (scale_ref, *refs) = refs[: len(arrays)], refs[len(arrays) :]
+        bias_refs, refs = refs[: len(biases)], refs[len(biases) :]
+        outputs, (dscale_ref, *dbias_refs) = refs[: 1 + len(gates)], refs[1 + len(gates) :]
+        scale, gate = plan.scales(scale_ref, input_activation), plan.gates(*bias_refs)
 
-        def gradients(tile, rows, sums):
-            """Writes these rows' gradients where x and the gate lay; adds to the scale's."""
+        def gradients(tile, first, rows, sums):
+            """Writes these rows' gradients where x and the gate lay; adds to the vectors'."""
 
             def operands(c):
-                """x, dy a and, for dgate, dy a' of the rows' c-th elements."""
+                """x and its slope, dy a and, for dgate, dy a' of the rows' c-th elements."""
                 x, dy = (plan.load(tile.at[i, rows, c]) for i in (0, DY))
+                x = _activate(x, input_activation)
                 if not gates:
-                    return x, dy, None
-                value, slope = _activate(plan.load(tile.at[1, rows, c]), activation)
-                return x, dy * value, dy * slope
+                    return *x, dy, None
+                value, slope = _activate(gate(tile, first, rows, c), activation)
+                return *x, dy * value, dy * slope
 
             kept = [operands(c) for c in chunks]
             mean_square, along = plan.means(
-                (x * x, x * (dy * scale(c))) for c, (x, dy, _) in enumerate(kept)
+                (x * x, x * (dy * scale(c))) for c, (x, _, dy, _) in enumerate(kept)
             )
             inverse = _inverse(mean_square, epsilon)
             along = per_row(along * inverse, plan.width)
@@ -227,41 +248,59 @@ def _backward(x, scale, dy, *gates, residual=None, epsilon, activation=None):
             added = []
             for c in chunks:
                 # What a long row's registers cannot hold is read, and its gates made, once more.
-                x, dy, slope = kept[c] if plan.fits else operands(c)
+                x, slope, dy, dy_slope = kept[c] if plan.fits else operands(c)
                 normed = x * inverse
                 added.append(sums[c] + dy * normed)
                 dx = inverse * (dy * scale(c) - normed * along)
+                if input_activation is not None:
+                    dx = dx * slope
                 if residual is not None:
                     dx = dx + plan.load(tile.at[2, rows, c])
                 # The thread that writes here was the last to read here.
                 mosaic.store(tile.at[0, rows, c], dx.astype(outputs[0].dtype))
                 if gates:
-                    dgate = slope * scale(c) * normed
+                    dgate = dy_slope * scale(c) * normed
                     mosaic.store(tile.at[1, rows, c], dgate.astype(outputs[1].dtype))
+                    if bias_sums:
+                        added.append(sums[-1] + dgate)
             return added
 
-        def step(tile, sums):
+        def step(tile, first, sums):
             for rows in plan.groups():
-                sums = gradients(tile, rows, sums)
+                sums = gradients(tile, first, rows, sums)
             return sums
 
-        sums = plan.walk(step, [plan.zeros()] * plan.chunks, inputs, outputs, tiles, loaded)
+        sums = [plan.zeros()] * (plan.chunks + bias_sums)
+        sums = plan.walk(step, sums, inputs, outputs, tiles, loaded)
         b, n = lax.axis_index("b"), lax.axis_index("n")
         for c in chunks:
             mosaic.store(dscale_ref.at[b, n, c], sums[c].sum(axis=0))
+        for dbias_ref in dbias_refs:
+            mosaic.store(dbias_ref.at[b, n], sums[-1])
 
     like = SDS(plan.shape, x.dtype)
-    *out, dscale = mosaic.kernel(
+    shares = [plan.chunks, plan.group][: 1 + bias_sums]
+    out = mosaic.kernel(
         body,
         automatic_barriers=False,
-        out_type=[like, *(like for _ in gates), SDS(plan.sums_shape, f32)],
+        out_type=[
+            *(like for _ in (x, *gates)),
+            *(SDS((plan.batch, plan.blocks, n, plan.width), f32) for n in shares),
+        ],
         **plan.launch(),
-    )(*map(plan.tiled, arrays), plan.tiled_scale(scale))
-    dx, *dgate = (a.reshape(x.shape) for a in out)
+    )(*map(plan.tiled, arrays), plan.tiled_scale(scale), *map(plan.tiled_bias, biases))
+    out, sums = out[: 1 + len(gates)], [a.sum(axis=1) for a in out[1 + len(gates) :]]
+    dx, *dgates = (a.reshape(x.shape) for a in out)
     B, _, H, N, D = x.shape
     # All in the first head: what the heads share is summed over them anyhow.
-    dscale = dscale.sum(axis=1).reshape(B, N, 1, D)
-    return dx, jnp.pad(dscale, ((0, 0), (0, 0), (0, H - 1), (0, 0))), *dgate
+    dscale = jnp.pad(sums[0].reshape(B, N, 1, D), ((0, 0), (0, 0), (0, H - 1), (0, 0)))
+    if biases:
+        if bias_sums:
+            dbias = sums[1].reshape(B, -1, H, N, D).sum(axis=1)
+        else:
+            dbias = dgates[0].sum(axis=1, dtype=f32)
+        dgates.append(dbias.swapaxes(1, 2))
+    return dx, dscale, *dgates
 
 
 class _Plan:
@@ -274,7 +313,7 @@ class _Plan:
     def __init__(self, x, arrays, steps):
         B, T, H, N, D = x.shape
         self.arrays, self.dtype, self.steps = arrays, x.dtype, steps
-        self.batch, self.total, self.size = B, T * H, N * D
+        self.batch, self.heads, self.total, self.size = B, H, T * H, N * D
         self.width = min(self.size, 128)
         self.chunks = self.size // self.width
         self.layout = mosaic.rows_by_warp(self.width)
@@ -287,7 +326,6 @@ class _Plan:
         self.rows = self.group * _power(TILE // (arrays * self.group * self.size))
         self.blocks = pl.cdiv(self.total, self.rows * steps)
         self.shape = B, self.total, self.chunks, self.width
-        self.sums_shape = B, self.blocks, self.chunks, self.width
 
     def tiled(self, x):
         return x.reshape(self.shape)
@@ -295,6 +333,12 @@ class _Plan:
     def tiled_scale(self, scale):
         """That of the first head, for all have the same."""
         return scale[:, :, 0].reshape(self.batch, self.chunks, self.width)
+
+    def tiled_bias(self, bias):
+        """Head after head, as often as a group of rows that begins with any head needs it."""
+        H = self.heads
+        bias = bias.swapaxes(1, 2).reshape(self.batch, H, self.chunks, self.width)
+        return bias[:, jnp.arange(H - 1 + self.group) % H]
 
     def launch(self):
         tiles = self.arrays, SLOTS, self.rows, self.chunks, self.width
@@ -313,7 +357,7 @@ class _Plan:
     def load(self, ref):
         return mosaic.load(ref, self.layout, optimized=False)
 
-    def scales(self, scale_ref):
+    def scales(self, scale_ref, input_activation):
         """A function of the chunk: its scale, for all rows of a group."""
         b, by_element = lax.axis_index("b"), self.layout.reduce(0)
 
@@ -321,8 +365,27 @@ class _Plan:
             vector = mosaic.load(scale_ref.at[b, c], by_element, optimized=False)
             return per_column(vector, self.group)
 
-        # All of a very long row's, beside its sums, are more than registers hold.
-        return scale if self.size > 1024 else [scale(c) for c in range(self.chunks)].__getitem__
+        # All of a very long row's, beside its sums, are more than registers hold, and all of a long
+        # one's beside what an activation needs: 171 registers, not 88.
+        if self.size > (1024 if input_activation is None else 512):
+            return scale
+        return [scale(c) for c in range(self.chunks)].__getitem__
+
+    def gates(self, bias_ref=None):
+        """A function of a tile, its first row's number, a group of its rows and a chunk: their
+        gates, with the bias if there is one."""
+        b, H = lax.axis_index("b"), self.heads
+
+        def gate(tile, first, rows, c):
+            gate = self.load(tile.at[1, rows, c])
+            if bias_ref is None:
+                return gate
+            # From the L1 cache: registers cannot hold what all the heads have, and SMEM is full.
+            # A number that is known now, if every tile begins with the first head.
+            head = rows.start % H if self.rows % H == 0 else lax.rem(first + rows.start, H)
+            return gate + self.load(bias_ref.at[b, pl.ds(head, self.group), c])
+
+        return gate
 
     def zeros(self):
         return plgpu.layout_cast(jnp.zeros((self.group, self.width), f32), self.layout)
@@ -333,7 +396,8 @@ class _Plan:
         return [x.sum(axis=1) * (1 / self.size) for x in sums]
 
     def walk(self, step, carry, inputs, outputs, tiles, loaded):
-        """Calls step(tiles of the inputs, carry) for each of the CTA's; stores what it has made.
+        """Calls step(tiles of the inputs, their first row's number, carry) for each of the CTA's;
+        stores what it has made.
 
         The outputs' tiles are where those of the first inputs were.
         """
@@ -366,7 +430,7 @@ class _Plan:
         def turn(i, carry):
             slot = lax.rem(i, SLOTS)
             plgpu.barrier_wait(loaded.at[slot])
-            carry = step(tiles.at[:, slot], carry)
+            carry = step(tiles.at[:, slot], (first + i) * self.rows, carry)
             plgpu.commit_smem()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             store(i)
@@ -392,22 +456,31 @@ def _power(n):
     return 1 << max(0, n.bit_length() - 1)
 
 
-def _activate(gate, activation):
-    """The activation's value and its slope."""
+def _activate(x, activation):
+    """The activation's value and its slope; with None x, and no slope."""
+    if activation is None:
+        return x, None
     # A division takes eight operations, this reciprocal of a square root one.
-    root = lax.rsqrt(1.0 + jnp.exp2(gate * -1.4426950408889634))
+    root = lax.rsqrt(1.0 + jnp.exp2(x * -1.4426950408889634))
     sigmoid = root * root
     if activation == "sigmoid":
         return sigmoid, sigmoid * (1.0 - sigmoid)
-    value = gate * sigmoid
+    value = x * sigmoid
     return value, sigmoid + value * (1.0 - sigmoid)
 
 
+def _missing(x, scale):
+    """Which axes of [B, T, H, N, D] x lacks, whose rows have the N D elements of the scale."""
+    return (*range(x.ndim - scale.ndim, 3), *([3] if scale.ndim == 1 else []))
+
+
 def _rows(x, scale):
-    """x as [B, T, H, N, D], where a row has the N D elements that the scale has."""
-    leading = x.ndim - scale.ndim
-    missing = (*range(leading, 3), *([3] if scale.ndim == 1 else []))
-    return jnp.expand_dims(x, missing)
+    return jnp.expand_dims(x, _missing(x, scale))
+
+
+def _as(x, scale, rows):
+    """Undoes `_rows`."""
+    return jnp.squeeze(rows, _missing(x, scale))
 
 
 def _scales(scale, rows):
@@ -417,7 +490,7 @@ def _scales(scale, rows):
     return for_each_row(jnp.broadcast_to(scale, (N, H, D)), rows)
 
 
-def _as(x, scale, rows):
-    """Undoes `_rows`."""
-    leading = x.ndim - scale.ndim
-    return jnp.squeeze(rows, (*range(leading, 3), *([3] if scale.ndim == 1 else [])))
+def _biases(bias, x, scale, rows):
+    """The gate's bias for each batch row, [B, N, H, D]."""
+    bias = jnp.expand_dims(bias.astype(f32), [axis - 2 for axis in _missing(x, scale)])
+    return for_each_row(bias.swapaxes(0, 1), rows)

@@ -1,4 +1,4 @@
-"""The layers' short causal convolution, with SiLU and an optional l2 norm, as Pallas kernels.
+"""The layers' short causal convolution, with one SiLU or two and an l2 norm, as Pallas kernels.
 
 A thread has four channels of a head and walks along a stream of tokens, with the last W - 1 of them
 in registers. A warpgroup walks along four streams of 128 channels (or 256) that follow one another;
@@ -16,10 +16,14 @@ three of them a clock forward and two and a half backward, at 1.75 GHz.
 kernel                  reads, writes          floor ms  instructions (with norm)     measured ms
 ======================  =====================  ========  ===========================  ============
 `_forward`              x, y                   0.047     209 (303), 69 registers      0.060 (0.060)
+the same, two SiLUs                                      306 (398), 70 registers
 `_backward`             x, dy, dx, 10 MB sums  0.073     423 (603), 111 registers     0.093 (0.125)
+the same, two SiLUs                                      567 (747), 145 registers
 ======================  =====================  ========  ===========================  ============
 
-Predicted were 0.06, 0.10 and 0.13. XLA's form takes 0.14 (0.30) and 0.49 (0.72).
+Predicted were 0.06, 0.10 and 0.13. XLA's form takes 0.14 (0.30) and 0.49 (0.72). For two SiLUs 0.07
+(0.07) and 0.125 (0.16) are predicted, forward because 64 exponentials and square roots a turn, at
+eight clocks each, take 0.055 by themselves.
 """
 
 import functools
@@ -57,42 +61,43 @@ def unsupported(name, x, kernel):
     return None
 
 
-@functools.partial(jax.jit, static_argnames="normalize")
-def short_convolution(x, kernel, *, normalize):
+@functools.partial(jax.jit, static_argnames=("normalize", "silu_twice"))
+def short_convolution(x, kernel, *, normalize, silu_twice=False):
     """`silu(sum_i kernel[i] * x_{t - (W - 1 - i)})`, with `normalize` its l2 norm over channels.
 
     Args:
       x: [B, T, H, D], 16 bits. kernel: [W, H, D].
       normalize: whether the heads' vectors are divided by `sqrt(sum(y**2) + 1e-6)`.
+      silu_twice: whether there is a second SiLU upon the first, before the norm.
 
     Returns:
       [B, T, H, D] in x's dtype. All arithmetic is float32, and is rounded once.
     """
     # Each row of the batch has its own kernel, so that a shard knows nothing of the others.
-    return _convolution(x, for_each_row(kernel.astype(f32), x), normalize)
+    return _convolution(x, for_each_row(kernel.astype(f32), x), normalize, silu_twice)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolution(x, kernel, normalize):
-    run = functools.partial(_forward, normalize=normalize)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolution(x, kernel, normalize, silu_twice):
+    run = functools.partial(_forward, normalize=normalize, silu_twice=silu_twice)
     return shardwise(run, (_X, _KERNEL), (_X,))(x, kernel)[0]
 
 
-def _convolution_forward(x, kernel, normalize):
+def _convolution_forward(x, kernel, normalize, silu_twice):
     # `_convolution`, not the kernel: a checkpoint policy that keeps kernels' results (as that of
     # examples/model.py does) sees a custom_vjp, and so y is made again rather than kept.
-    return _convolution(x, kernel, normalize), (x, kernel)
+    return _convolution(x, kernel, normalize, silu_twice), (x, kernel)
 
 
-def _convolution_backward(normalize, inputs, dy):
-    run = functools.partial(_backward, normalize=normalize)
+def _convolution_backward(normalize, silu_twice, inputs, dy):
+    run = functools.partial(_backward, normalize=normalize, silu_twice=silu_twice)
     return shardwise(run, (_X, _KERNEL, _X), (_X, _KERNEL))(*inputs, dy)
 
 
 _convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
-def _forward(x, kernel, *, normalize):
+def _forward(x, kernel, *, normalize, silu_twice):
     """y, [B, T, H, D] in x's dtype, as a tuple; kernel [B, W, H, D] float32."""
     (B, T, H, D), W = x.shape, kernel.shape[1]
     past = W - 1
@@ -108,7 +113,7 @@ def _forward(x, kernel, *, normalize):
 
         def step(t, window):
             window = [*window, load(tokens.at[:, t + past])]
-            _, _, y = _silu(_weighted(taps, window))
+            _, _, y = _silus(_weighted(taps, window), silu_twice)[-1]
             if normalize:
                 y = y * per_row(_inverse_norm(y), channels)
             # The thread that writes here was the last to read here.
@@ -134,7 +139,7 @@ def _forward(x, kernel, *, normalize):
     return (y[:, :, :H],)
 
 
-def _backward(x, kernel, dy, *, normalize):
+def _backward(x, kernel, dy, *, normalize, silu_twice):
     """dx, and the kernel's gradient for each row of the batch, [B, W, H, D] float32.
 
     With c the convolution, s = sigmoid(c), y = s c and r = 1 / sqrt(sum(y**2) + epsilon):
@@ -142,6 +147,8 @@ def _backward(x, kernel, dy, *, normalize):
         without the norm  dc = dy s (1 + c (1 - s)) = dy (s + y (1 - s))
         with it           dc = (r dy - r**3 y sum(y dy)) (s + y (1 - s))
         dx_t = sum_i kernel[i] dc_{t + (W - 1 - i)};  dkernel[i] = sum_t dc_t x_{t - (W - 1 - i)}
+
+    A second SiLU's slope stands before the first's, and y is then what comes out of the second.
 
     A stream makes dc of its own tokens and of the W - 1 behind them; their share of dkernel is
     counted where they are at home. Each CTA writes its sums, and XLA adds them up: no atomics, the
@@ -171,14 +178,15 @@ def _backward(x, kernel, dy, *, normalize):
             `finish`: token t - past, which has its last share now, belongs to the stream."""
             window, pending, sums = carry
             window = [*window, load(tokens.at[:, t + past])]
-            convolved = _weighted(taps, window)
-            gate, complement, y = _silu(convolved)
+            silus = _silus(_weighted(taps, window), silu_twice)
+            _, _, y = silus[-1]
             gradient = load(gradients.at[:, t])
             if normalize:
                 inverse = _inverse_norm(y)
                 along = (gradient * y).sum(axis=1) * (inverse * inverse * inverse)
                 gradient = gradient * per_row(inverse, channels) - y * per_row(along, channels)
-            gradient = gradient * (gate + y * complement)
+            for gate, complement, y in reversed(silus):
+                gradient = gradient * (gate + y * complement)
             if own:
                 sums = [s + gradient * x for s, x in zip(sums, window, strict=True)]
             shares = [tap * gradient for tap in taps]
@@ -304,12 +312,16 @@ def _weighted(taps, window):
     return functools.reduce(jnp.add, (tap * x for tap, x in zip(taps, window, strict=True)))
 
 
-def _silu(x):
-    """sigmoid(x), 1 - sigmoid(x) and silu(x)."""
-    # A division takes eight operations, this reciprocal of a square root one.
-    root = lax.rsqrt(1.0 + jnp.exp2(x * -1.4426950408889634))
-    gate = root * root
-    return gate, 1.0 - gate, x * gate
+def _silus(x, silu_twice):
+    """Of each SiLU in turn, of what it is given: sigmoid(x), 1 - sigmoid(x) and silu(x)."""
+    silus = []
+    for _ in range(1 + silu_twice):
+        # A division takes eight operations, this reciprocal of a square root one.
+        root = lax.rsqrt(1.0 + jnp.exp2(x * -1.4426950408889634))
+        gate = root * root
+        silus.append((gate, 1.0 - gate, x * gate))
+        x = silus[-1][2]
+    return silus
 
 
 def _inverse_norm(y):

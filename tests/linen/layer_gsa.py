@@ -65,6 +65,7 @@ GSA = dict(
     module=GatedSlotAttention,
     cases={
         "plain": PLAIN,
+        "convolved": PLAIN | dict(conv_size=3),
         "rich": GROUPED,
         "bare": PLAIN
         | dict(
