@@ -207,7 +207,7 @@ def store(ref, value):
 
 
 def walk(step, carry, count, load, store, loaded, slots):
-    """Calls step(slot, carry) for `count` tiles one after another, with a ring of them in SMEM.
+    """Calls step(i, slot, carry) for `count` tiles one by one, with a ring of `slots` in SMEM.
 
     `load(i, slot)` starts the copies of tile i, at which the barriers `loaded[slot]` count;
     `store(i, slot)` those of what its step has made, wherever that is: nobody overwrites it before
@@ -217,7 +217,7 @@ def walk(step, carry, count, load, store, loaded, slots):
     def turn(i, carry):
         slot = lax.rem(i, slots)
         plgpu.barrier_wait(loaded.at[slot])
-        carry = step(slot, carry)
+        carry = step(i, slot, carry)
         plgpu.commit_smem()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         store(i, slot)

@@ -357,7 +357,7 @@ class _Plan:
 
             mosaic.cut_off(copy, self.rows, self.total - start)
 
-        def on_tiles(slot, carry):
+        def on_tiles(_, slot, carry):
             return step(tiles.at[:, slot], carry)
 
         return mosaic.walk(on_tiles, carry, count, load, store, loaded, SLOTS)
