@@ -44,7 +44,9 @@ class KimiDeltaAttention(nn.Module):
       \mathrm{sigmoid}(W_g^\uparrow W_g^\downarrow x + b_g))
 
     The projections run in `dtype`; g, beta, the l2 norm, the convolutions' sums, RMSNorm and its
-    gate are computed in float32, and the recurrent state is float32.
+    gate are computed in float32, and the recurrent state is float32. On a GPU that has the kernels
+    one of them makes g (16 bits, T > 1, no mask, K a multiple of 64), where XLA makes several
+    passes.
 
     Parameters, their shapes and initial values (all `param_dtype`, except `A_log` and `dt_bias`,
     which are always float32; exclude these two, the norm's scale and the bias from weight decay):

@@ -5,8 +5,8 @@ With f the raw projection, `jla.kda_gate` makes the log decays; the kernels of K
 
     gates = F phi(z),  z = a f + b;    phi(z) = log2(1 + 2^z)  or, with a bound,  1 / (1 + 2^-z)
 
-with a, b, F of each head and feature. So one number to 2^-|z| is all that is needed of a unit that
-is slow, and a polynomial makes the logarithm of it, to its last digits where z is very negative.
+with a, b, F of each head and feature. 2^-|z| is made by the slow unit, and of it a polynomial makes
+the logarithm, with all its digits where z is very negative.
 
 A CTA has 128 columns of the [T, HV K] matrix of a batch row, and walks along several tiles of them,
 with a ring of SLOTS tiles in SMEM. A thread has the same four columns in all rows, so that their
