@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jla import _checks
+from jla import _checks, _dispatch
 from jla.kda import kda, kda_gate, kda_step
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm
@@ -53,7 +53,9 @@ class KimiDeltaAttention(nn.Module):
       \mathrm{sigmoid}(W_g^\uparrow W_g^\downarrow x + b_g))
 
     The projections run in `dtype`; g, beta, the l2 norm, the convolutions' sums, RMSNorm and its
-    gate are computed in float32, and the recurrent state is float32.
+    gate are computed in float32, and the recurrent state is float32. On a GPU that has the kernels
+    one of them makes g (16 bits, T > 1, no mask, K a multiple of 64), where XLA makes several
+    passes.
 
     Parameters, their shapes and initial values (all `param_dtype`, except `A_log` and `dt_bias`,
     which are always float32; exclude these two, the norm's scale and the bias from weight decay):
@@ -161,15 +163,13 @@ class KimiDeltaAttention(nn.Module):
         A_log = self.param("A_log", nn.initializers.zeros if bounded else _A_log_init, (HV,), f32)
         dt_bias = self.param("dt_bias", _dt_bias_init, (HV, K), f32)
         f = dense((HV, K), name="f_proj_up")(dense(V, name="f_proj_down")(x))
-        g = kda_gate(f, A_log, dt_bias, lower_bound=self.gate_lower_bound)
         beta = nn.sigmoid(dense(HV, name="b_proj")(x).astype(f32))
         if self.allow_negative_eigenvalues:
             beta = 2.0 * beta
         if real is not None:
-            g = jnp.where(real[..., None, None], g, 0.0)
             beta = jnp.where(real[..., None], beta, 0.0)
 
-        o = self._mechanism(q, k, v, g, beta, segments)
+        o = self._mechanism(q, k, v, (f, A_log, dt_bias), beta, real, segments)
 
         gate_proj = _DenseAndBias((HV, V), name="g_proj_up", **dense.keywords)
         gate, gate_bias = gate_proj(dense(V, name="g_proj_down")(x))
@@ -182,11 +182,31 @@ class KimiDeltaAttention(nn.Module):
         y = dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(o)
         return restore(y)
 
-    def _mechanism(self, q, k, v, g, beta, segments):
-        """Runs `kda`, or `kda_step` for one token, from the cached state if there is one."""
-        run = functools.partial(kda, segment_ids=segments, implementation=self.implementation)
+    def _mechanism(self, q, k, v, gate, beta, real, segments):
+        """Runs `kda`, or `kda_step` for one token, from the cached state if there is one.
+
+        `gate`: what `kda_gate` takes. Where the kernels serve they make the gates, too.
+        """
+        bound = self.gate_lower_bound
+        if bound is not None:
+            _checks.check_negative("gate_lower_bound", bound)
+        gated = None
+        if real is None:
+            gated = _dispatch.kernel("kda_gated", self.implementation, q, k, v, gate[0])
+        if gated is None:
+            g = kda_gate(*gate, lower_bound=bound)
+            if real is not None:
+                g = jnp.where(real[..., None, None], g, 0.0)
+
+        def run(initial_state=None):
+            if gated is None:
+                options = dict(segment_ids=segments, implementation=self.implementation)
+                return kda(q, k, v, g, beta, initial_state=initial_state, **options)
+            options = dict(scale=q.shape[3] ** -0.5, lower_bound=bound)
+            return gated(q, k, v, *gate, beta, initial_state, segments, **options)
+
         if not self.decode:
-            return run(q, k, v, g, beta)[0]
+            return run()[0]
         shape = (v.shape[0], v.shape[2], k.shape[3], v.shape[3])
         cache = self.variable("cache", "recurrent_state", jnp.zeros, shape, f32)
         if q.shape[1] == 1:
@@ -194,7 +214,7 @@ class KimiDeltaAttention(nn.Module):
             o, state = kda_step(*token, cache.value, implementation=self.implementation)
             o = o[:, None]
         else:
-            o, state = run(q, k, v, g, beta, initial_state=cache.value)
+            o, state = run(cache.value)
         if not self.is_initializing():
             cache.value = state
         return o

@@ -20,6 +20,7 @@ CHUNK = 64
 LEVELS = 6  # log2(CHUNK)
 TILE_WIDTH = 64  # features worked on at a time: a float32 tile is 32 registers a thread
 LOG2E = 1.4426950408889634
+STRONGEST = -3e4  # of gates: finite sums in float16, and an exp2 of zero
 
 
 def tokens():
@@ -119,7 +120,7 @@ def gates(g):
     bound keeps the sums of a chunk finite; its exp2 is zero, so a gate of -inf, which starts a
     segment, lets nothing through.
     """
-    return jnp.maximum(g * LOG2E, -3e4).astype(f16)
+    return jnp.maximum(g * LOG2E, STRONGEST).astype(f16)
 
 
 def decays(mask, gates):

@@ -185,13 +185,14 @@ def columns_by_warp(width):
     return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 
 
-def rows_by_warp(width=128):
+def rows_by_warp(width=128, vector=4):
     """A layout of [4, 128 n] over one warpgroup, a row a warp; or several of less than 128.
 
-    A thread's vectors have four elements. Sums along rows are shuffles inside a warp.
+    A thread's vectors have four elements, or two: then 64 take the place of 128. Sums along rows
+    are shuffles inside a warp.
     """
-    rows = 128 // width
-    tiling = plgpu.Tiling(((4 * rows, width), (rows, width), (4,)))
+    rows = 32 * vector // width
+    tiling = plgpu.Tiling(((4 * rows, width), (rows, width), (vector,)))
     # (..., warp, 1, row in the warp, vector in the row, element)
     layout = TiledLayout(tiling, (-5,), (-3, -2), -1, _check_canonical=False).canonicalize()
     return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
@@ -203,6 +204,47 @@ def store(ref, value):
         plgpu.store(ref, value, optimized=False)
     else:
         ref[...] = value
+
+
+def walk(step, carry, count, load, store, loaded, slots):
+    """Calls step(i, slot, carry) for `count` tiles one by one, with a ring of `slots` in SMEM.
+
+    `load(i, slot)` starts the copies of tile i, at which the barriers `loaded[slot]` count;
+    `store(i, slot)` those of what its step has made, wherever that is: nobody overwrites it before
+    the step of tile i + 2.
+    """
+
+    def turn(i, carry):
+        slot = lax.rem(i, slots)
+        plgpu.barrier_wait(loaded.at[slot])
+        carry = step(i, slot, carry)
+        plgpu.commit_smem()
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        store(i, slot)
+        # The tile before is on its way out, and all warps are done with it.
+        following = i - 1 + slots
+        more = (i > 0) & (following < count)
+        pl.when(more)(lambda: load(following, lax.rem(following, slots)))
+        return carry
+
+    for i in range(slots):
+        pl.when(i < count)(functools.partial(load, i, i))
+    carry = lax.fori_loop(0, count, turn, carry)
+    plgpu.wait_smem_to_gmem(0)
+    return carry
+
+
+def cut_off(copy, rows, left):
+    """Copies a tile's rows from SMEM, or `left` of them if these are fewer, by copy(row, rows).
+
+    Row by row then: a copy of contiguous rows is cut off where the array ends, not where a batch
+    row does.
+    """
+    pl.when(left >= rows)(lambda: copy(0, rows))
+
+    @pl.when(left < rows)
+    def _():
+        lax.fori_loop(0, left, lambda row, _: copy(row, 1), None)
 
 
 def per_row(vector, columns):

@@ -404,46 +404,27 @@ class _Plan:
         b, first = lax.axis_index("b"), lax.axis_index("n") * self.steps
         count = jnp.minimum(self.steps, pl.cdiv(self.total, self.rows) - first)
 
-        def load(i):
-            slot, rows = lax.rem(i, SLOTS), pl.ds((first + i) * self.rows, self.rows)
+        def load(i, slot):
+            rows = pl.ds((first + i) * self.rows, self.rows)
             for number, ref in enumerate(inputs):
                 plgpu.copy_gmem_to_smem(ref.at[b, rows], tiles.at[number, slot], loaded.at[slot])
 
-        def store(i):
+        def store(i, slot):
             start = (first + i) * self.rows
 
             def copy(row, rows):
                 for number, ref in enumerate(outputs):
                     plgpu.copy_smem_to_gmem(
-                        tiles.at[number, lax.rem(i, SLOTS), pl.ds(row, rows)],
+                        tiles.at[number, slot, pl.ds(row, rows)],
                         ref.at[b, pl.ds(start + row, rows)],
                     )
 
-            # A copy of contiguous rows is cut off where the array ends, not where a batch row does.
-            left = self.total - start
-            pl.when(left >= self.rows)(lambda: copy(0, self.rows))
+            mosaic.cut_off(copy, self.rows, self.total - start)
 
-            @pl.when(left < self.rows)
-            def _():
-                lax.fori_loop(0, left, lambda row, _: copy(row, 1), None)
+        def on_tiles(i, slot, carry):
+            return step(tiles.at[:, slot], (first + i) * self.rows, carry)
 
-        def turn(i, carry):
-            slot = lax.rem(i, SLOTS)
-            plgpu.barrier_wait(loaded.at[slot])
-            carry = step(tiles.at[:, slot], (first + i) * self.rows, carry)
-            plgpu.commit_smem()
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            store(i)
-            # The tile before is on its way out, and all warps are done with it.
-            following = i - 1 + SLOTS
-            pl.when((i > 0) & (following < count))(lambda: load(following))
-            return carry
-
-        for i in range(SLOTS):
-            pl.when(i < count)(functools.partial(load, i))
-        carry = lax.fori_loop(0, count, turn, carry)
-        plgpu.wait_smem_to_gmem(0)
-        return carry
+        return mosaic.walk(on_tiles, carry, count, load, store, loaded, SLOTS)
 
 
 def _inverse(mean_square, epsilon):

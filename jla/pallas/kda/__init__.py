@@ -14,15 +14,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jla._segments import segment_starts
 from jla.pallas import pieces
 from jla.pallas.chunks import CHUNK, TILE_WIDTH, gates
-from jla.pallas.kda import step, wide
+from jla.pallas.kda import gate, step, wide
 from jla.pallas.kda.backward import chunk_gradients
 from jla.pallas.kda.prepare import prepare
 from jla.pallas.kda.step import kda_step
 from jla.pallas.mosaic import TILE_ROWS
 from jla.pallas.recurrence import NARROW
-from jla.pallas.shardwise import shardwise
+from jla.pallas.shardwise import for_each_row, shardwise
 
-__all__ = ["kda", "kda_step", "unsupported"]
+__all__ = ["kda", "kda_gated", "kda_step", "unsupported"]
 
 bf16, f32 = jnp.bfloat16, jnp.float32
 
@@ -42,12 +42,14 @@ _KEPT = {
 }
 
 
-def unsupported(name, q, k, v, *_):
+def unsupported(name, q, k, v, *others):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     if name == "kda_step":
         return step.unsupported(q, k, v)
     if q.dtype == f32:
         return "q, k and v are float32, and the kernels take bfloat16 and float16"
+    if name == "kda_gated":
+        return gate.unsupported(*others)
     return None
 
 
@@ -57,6 +59,28 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
 
     All products take bfloat16 operands and add in float32, float16 inputs included.
     """
+    if segment_ids is not None:
+        # A first token that lets nothing through is all there is to a border.
+        starts = segment_starts(segment_ids)[:, :, None, None]
+        g = jnp.where(starts, -jnp.inf, g)
+    return _on_tiles(q, k, v, (g,), beta, initial_state, scale, None)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "lower_bound"))
+def kda_gated(
+    q, k, v, f, A_log, dt_bias, beta, initial_state, segment_ids, *, scale, lower_bound
+):  # fmt: skip
+    """`kda` with the gates that `jla.kda_gate` makes of f [B, T, HV, K], A_log and dt_bias.
+
+    They are made as the kernels take them, and for the backward pass once more: float32 gates are
+    never in memory.
+    """
+    coefficients = for_each_row(gate.coefficients(A_log, dt_bias, lower_bound), f)
+    source = f, coefficients, gate.borders(segment_ids, *f.shape[:2])
+    return _on_tiles(q, k, v, source, beta, initial_state, scale, lower_bound is not None)
+
+
+def _on_tiles(q, k, v, source, beta, initial_state, scale, bounded):
     (T, K), V, dtype = q.shape[1::2], v.shape[-1], v.dtype
     tokens, keys, values = -T % TILE_ROWS, _missing(K), _missing(V)
     # Tokens of zeros neither read, write nor decay; features of zeros stay zero.
@@ -65,18 +89,15 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
     if initial_state is not None:
         initial_state = _pad(_pad(initial_state, features=values), features=keys, axis=2)
     q, k, v = (x.astype(bf16) for x in (q, k, v))
-    if segment_ids is not None:
-        # A first token that lets nothing through is all there is to a border.
-        starts = segment_starts(segment_ids)[:, :, None, None]
-        g = jnp.where(starts, -jnp.inf, g)
     o, state = _by_narrow_values(
         pad(q, features=keys),
         pad(k, features=keys),
         pad(v, features=values),
-        pad(g, features=keys),
+        source,
         beta,
         initial_state,
         scale,
+        bounded,
     )
     return o[:, :T, :, :V].astype(dtype), state[:, :, :K, :V]
 
@@ -96,58 +117,85 @@ def _pad(x, *, tokens=0, features=0, axis=-1):
     return jnp.pad(x, widths)
 
 
-def _by_narrow_values(q, k, v, g, beta, initial_state, scale):
+def _by_narrow_values(q, k, v, source, beta, initial_state, scale, bounded):
     """`_kda`, with each 128 of a wide head's value columns as a value head of their own.
 
-    Value columns are independent of one another but for the gradients of q, k, g and beta, which
-    are sums over them.
+    Value columns are independent of one another but for the gradients of q, k, beta and the gates,
+    which are sums over them.
     """
     (B, T, HV, V), K = v.shape, q.shape[-1]
     if V <= NARROW:
-        return _kda(q, k, v, g, beta, initial_state, scale)
+        return _kda(q, k, v, source, beta, initial_state, scale, bounded)
     parts = V // NARROW
     v = v.reshape(B, T, HV * parts, NARROW)
-    g, beta = jnp.repeat(g, parts, axis=2), jnp.repeat(beta, parts, axis=1)
+    beta = jnp.repeat(beta, parts, axis=1)
     if initial_state is not None:
         initial_state = initial_state.reshape(B, HV, K, parts, NARROW).swapaxes(2, 3)
         initial_state = initial_state.reshape(B, HV * parts, K, NARROW)
-    o, state = _kda(q, k, v, g, beta, initial_state, scale)
+    o, state = _kda(q, k, v, source, beta, initial_state, scale, bounded)
     state = state.reshape(B, HV, parts, K, NARROW).swapaxes(2, 3)
     return o.reshape(B, T, HV, V), state.reshape(B, HV, K, V)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _kda(q, k, v, g, beta, initial_state, scale):
-    """KDA on whole tiles; beta [B, HV, T]."""
-    arrays, axes = _with_start((q, k, v, gates(g), beta), _INPUTS, initial_state)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _kda(q, k, v, source, beta, initial_state, scale, bounded):
+    """KDA on whole tiles; beta [B, HV, T].
+
+    `source` is what the gates are made of, without padding and for the heads that the caller has:
+    with `bounded` None log decays, else the arguments of `gate.gates`.
+    """
+    made = _fit(_gates(source, bounded), q, v)
+    arrays, axes = _with_start((q, k, v, made, beta), _INPUTS, initial_state)
     run = functools.partial(_forward, scale=scale, keep=False)
     return shardwise(run, axes, _OUTPUTS)(*arrays)
 
 
-def _kda_forward(q, k, v, g, beta, initial_state, scale):
-    inputs = (q, k, v, gates(g), beta)
+def _kda_forward(q, k, v, source, beta, initial_state, scale, bounded):
+    made = _gates(source, bounded)
+    inputs = (q, k, v, _fit(made, q, v), beta)
     arrays, axes = _with_start(inputs, _INPUTS, initial_state)
     run = functools.partial(_forward, scale=scale, keep=True)
     o, state, *kept = shardwise(run, axes, (*_OUTPUTS, *_KEPT.values()))(*arrays)
     kept = tuple(map(checkpoint_name, kept, _KEPT))
-    return (o, state), (inputs, kept, initial_state is not None)
+    # Gates are smaller than log decays, and are kept in their place; what they were made of by our
+    # kernel is as small as they are, and mostly kept anyhow.
+    source = (made,) if bounded is None else source
+    return (o, state), (q, k, v, source, beta, kept, initial_state is not None)
 
 
-def _kda_backward(scale, residuals, cotangents):
-    inputs, kept, has_start = residuals
+def _kda_backward(scale, bounded, residuals, cotangents):
+    q, k, v, source, beta, kept, has_start = residuals
+    made = source[0] if bounded is None else _gates(source, bounded)
     run = functools.partial(_backward, scale=scale)
     axes = (*_INPUTS, *_KEPT.values(), *_OUTPUTS)
-    gradients = ("B T HV K", "B T HV K", "B T HV V", "B T HV K", "B HV T", "B HV K V")
-    *gradients, start = shardwise(run, axes, gradients)(*inputs, *kept, *cotangents)
-    q = inputs[0]
+    results = ("B T HV K", "B T HV K", "B T HV V", "B L HV K", "B HV T", "B HV K V")
+    inputs = (q, k, v, _fit(made, q, v), beta)
+    *gradients, dv, dg, dbeta, start = shardwise(run, axes, results)(*inputs, *kept, *cotangents)
     # A key head's gradient is the sum of its value heads'.
     for i in range(2):
         per_head = gradients[i].reshape(*q.shape[:3], -1, q.shape[3])
         gradients[i] = per_head.astype(f32).sum(3).astype(bf16)
-    return *gradients, start if has_start else None
+    # And so is that of a gate, where value heads are parts of one.
+    T, heads, features = made.shape[1:]
+    dg = dg.reshape(*dg.shape[:2], heads, -1, dg.shape[3]).sum(3)[..., :features]
+    if bounded is None:
+        by_source = (dg[:, :T],)
+    else:
+        by_source = (*gate.gradients(*source, dg, bounded=bounded), None)
+    return *gradients, dv, by_source, dbeta, start if has_start else None
 
 
 _kda.defvjp(_kda_forward, _kda_backward)
+
+
+def _gates(source, bounded):
+    return gates(*source) if bounded is None else gate.gates(*source, bounded=bounded)
+
+
+def _fit(made, q, v):
+    """Pads gates to q's tokens and features, and repeats them for heads that are parts of one."""
+    made = _pad(made, tokens=q.shape[1] - made.shape[1], features=q.shape[3] - made.shape[3])
+    return jnp.repeat(made, v.shape[2] // made.shape[2], axis=2)
 
 
 def _with_start(arrays, axes, initial_state):
@@ -187,7 +235,7 @@ def _backward(
             inverse, key_scores, scores, decay,
             scale=scale,
         )  # fmt: skip
-    return dq, dk, dv, dg[:, :T], dbeta.sum(2)[:, :, :T], start
+    return dq, dk, dv, dg, dbeta.sum(2)[:, :, :T], start
 
 
 def _whole_chunks(beta):

@@ -1,0 +1,281 @@
+"""KDA's gates and their gradients, each in one kernel.
+
+With f the raw projection, `jla.kda_gate` makes the log decays; the kernels of KDA take them in base
+2, in float16 (`chunks.gates`). Both forms are then
+
+    gates = F phi(z),  z = a f + b;    phi(z) = log2(1 + 2^z)  or, with a bound,  1 / (1 + 2^-z)
+
+with a, b, F of each head and feature. 2^-|z| is made by the slow unit, and of it a polynomial makes
+the logarithm, with all its digits where z is very negative.
+
+A CTA has 128 columns of the [T, HV K] matrix of a batch row, and walks along several tiles of them,
+with a ring of SLOTS tiles in SMEM. A thread has the same four columns in all rows, so that their
+factors, and the sums that are gradients of these, stay in registers.
+
+B=16 T=4096 HV=8 K=128, f in bfloat16: 67.1 million elements. Floors at 4.3 TB/s; instructions as
+ptxas makes them, for a warp's 128 elements (with a bound). At 1.75 GHz and two and a half a clock
+there is time for 34 of them for each 134 MB.
+
+================  ==============================  ========  ============  ============  ========
+kernel            reads, writes                   floor ms  instructions  predicted ms  measured
+================  ==============================  ========  ============  ============  ========
+`_gates`          f, gates                        0.062     65 (49)       0.08
+`_gradients`      f, dg (float32), df, 2 MB sums  0.125     104 (71)      0.15
+================  ==============================  ========  ============  ============  ========
+
+Registers: 56 and 71 (56 and 109). No spills.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jla._segments import segment_starts
+from jla.pallas import mosaic
+from jla.pallas.chunks import CHUNK, LOG2E, STRONGEST
+from jla.pallas.mosaic import f16, f32, per_column, per_row
+from jla.pallas.shardwise import shardwise
+
+SDS = jax.ShapeDtypeStruct
+LN2 = math.log(2)
+ROWS, SLOTS = 32, 3  # of a tile; tiles of an array in SMEM
+STEPS = 8  # tiles of a CTA, each of which writes two rows of float32 sums in the backward pass
+# Rows that a warpgroup has at once: to load eight, Mosaic would swizzle the tile.
+GROUP = 4
+AT_ONCE = 4  # groups that are worked on side by side
+# log2(1 + e) / e for 0 <= e <= 1, to a relative 8.5e-6.
+LOG2_1P = (1.44268286, -0.720426142, 0.469173998, -0.303036034, 0.146032706, -0.0344358385)
+
+_F, _COEFFICIENTS, _BORDERS = "B T H K", "B C H K", "B L"
+
+
+def unsupported(f):
+    """Why the kernels cannot serve this projection, or None."""
+    if f.dtype not in (jnp.bfloat16, f16):
+        return f"f is {f.dtype}, and the kernels take bfloat16 and float16"
+    if f.shape[-1] % 64:
+        return f"f has {f.shape[-1]} features, and the kernels take multiples of 64"
+    if f.shape[1] == 1:
+        return "there is one token, whose gates XLA makes together with what stands around them"
+    return None
+
+
+def coefficients(A_log, dt_bias, lower_bound):
+    """a, b and F for each head and feature, [3, HV, K] float32."""
+    rate = jnp.broadcast_to(jnp.exp(A_log)[:, None], dt_bias.shape)
+    if lower_bound is None:
+        return jnp.stack([jnp.full_like(rate, LOG2E), LOG2E * dt_bias, -rate])
+    a = LOG2E * rate
+    return jnp.stack([a, a * dt_bias, jnp.full_like(rate, LOG2E * lower_bound)])
+
+
+def borders(segment_ids, B, T):
+    """[B, L] float32, L whole chunks: -inf at the tokens whose f does not matter, and else 0.
+
+    They are those that begin a segment, whose gates are -inf, and those behind the last. None if
+    there are none.
+    """
+    behind = -T % CHUNK
+    if segment_ids is None:
+        if not behind:
+            return None
+        starts = jnp.zeros((B, T), bool)
+    else:
+        starts = segment_starts(segment_ids)
+    starts = jnp.pad(starts, ((0, 0), (0, behind)), constant_values=True)
+    return jnp.where(starts, -jnp.inf, 0.0).astype(f32)
+
+
+def gates(f, coefficients, borders, *, bounded):
+    """The gates as `chunks.gates` makes them of log decays.
+
+    Args:
+      f: [B, T, HV, K], 16 bits, K a multiple of 64. coefficients: [B, 3, HV, K] float32.
+      borders: from the function of this name. bounded: the form.
+
+    Returns:
+      [B, T, HV, K] float16.
+    """
+    run = functools.partial(_gates, bounded=bounded)
+    arrays, axes = _with_borders((f, coefficients), (_F, _COEFFICIENTS), borders)
+    return shardwise(run, axes, (_F,))(*arrays)[0]
+
+
+def gradients(f, coefficients, borders, dg, *, bounded):
+    """The gradients of f and the coefficients; dg [B, L, HV, K] float32, that of natural-log gates.
+
+    Of the coefficients' gradients the one of that which is a constant in this form is zero.
+    """
+    run = functools.partial(_gradients, bounded=bounded)
+    inputs = (f, coefficients, dg), (_F, _COEFFICIENTS, "B L H K")
+    arrays, axes = _with_borders(*inputs, borders)
+    return shardwise(run, axes, (_F, _COEFFICIENTS))(*arrays)
+
+
+def _with_borders(arrays, axes, borders):
+    return (arrays, axes) if borders is None else ((*arrays, borders), (*axes, _BORDERS))
+
+
+def _gates(f, coefficients, *borders, bounded):
+    def gate(coefficients, f, *border, sums):
+        a, b, factor = coefficients
+        z = a * f + b
+        value = factor * (_sigmoid(z) if bounded else _softplus(z)[0])
+        for x in border:
+            value = value + x
+        return jnp.maximum(value.astype(f16), STRONGEST), sums
+
+    return _elementwise(gate, (f, *borders), coefficients, f16)
+
+
+def _gradients(f, coefficients, dg, *borders, bounded):
+    """With s the sigmoid 1 / (1 + 2^-z), u = dg s, and with a bound u = dg s (1 - s):
+
+    df = c u,  c = a F ln 2 or, with a bound, a F (ln 2)^2
+    db = c / a sum(u);   dF = ln 2 sum(dg phi)   or, with a bound,   da = c / a sum(u f)
+    """
+    scale = LN2 * LN2 if bounded else LN2
+
+    def gradients(coefficients, f, dg, *border, sums):
+        a, b, factor = coefficients
+        for x in border:
+            dg = jnp.where(x < 0.0, 0.0, dg)
+        z = a * f + b
+        if bounded:
+            s = _sigmoid(z)
+            u = dg * (s * (1.0 - s))
+            other = u * f
+        else:
+            value, s = _softplus(z)
+            u = dg * s
+            other = dg * value
+        return (a * factor * scale) * u, [sums[0] + u, sums[1] + other]
+
+    df, sums = _elementwise(gradients, (f, dg, *borders), coefficients, f.dtype, 2)
+    by_z, other = scale * coefficients[:, 2] * sums[:, 0], sums[:, 1]
+    zero = jnp.zeros_like(by_z)
+    if bounded:
+        by_coefficient = scale * coefficients[:, 2] * other, by_z, zero
+    else:
+        by_coefficient = zero, by_z, scale * other
+    return df, jnp.stack(by_coefficient, axis=1)
+
+
+def _elementwise(function, arrays, coefficients, dtype, sums=0):
+    """A function of all elements of several arrays, and its sums over tokens.
+
+    Args:
+      function: takes the three coefficients, an element of each array, and `sums`, a list; returns
+        an element of the result and the sums with its shares.
+      arrays: the first is [B, T, HV, K], others are [B, L, HV, K] or [B, L], L at least T.
+      coefficients: [B, 3, HV, K] float32. dtype: the result's. sums: how many there are.
+
+    Returns:
+      The result, [B, T, HV, K], and if there are any the sums, [B, sums, HV, K] float32: of the
+      shares that each CTA writes, added up by XLA: no atomics, the same bits every time.
+    """
+    B, T, *heads = arrays[0].shape
+    size = math.prod(heads)
+    width = 128 if size % 128 == 0 else 64
+    layout = mosaic.rows_by_warp(width, vector=width // 32)
+    tiles = pl.cdiv(T, ROWS)
+    blocks = pl.cdiv(tiles, STEPS)
+
+    def flat(x):
+        return x.reshape(*x.shape[:2], -1) if x.ndim > 2 else x
+
+    def ring(x):
+        return plgpu.SMEM((SLOTS, ROWS, *([width] if x.ndim > 2 else [])), x.dtype)
+
+    # The result takes the place of the first array's elements if they are of one size.
+    own = [] if dtype == arrays[0].dtype else [plgpu.SMEM((SLOTS, ROWS, width), dtype)]
+
+    def body(*refs):
+        inputs, (coefficients_ref, out_ref, *refs) = refs[: len(arrays)], refs[len(arrays) :]
+        shares, (*rings, loaded) = refs[: bool(sums)], refs[bool(sums) :]
+        made, rings = rings[-1] if own else rings[0], rings[: len(arrays)]
+        b, n = lax.axis_index("b"), lax.axis_index("n")
+        columns = pl.ds(lax.axis_index("c") * width, width)
+        first = n * STEPS
+        by_column = layout.reduce(0)
+        factors = [
+            per_column(
+                mosaic.load(coefficients_ref.at[b, i, columns], by_column, optimized=False), GROUP
+            )
+            for i in range(3)
+        ]
+
+        def load(i, slot):
+            rows = pl.ds((first + i) * ROWS, ROWS)
+            for ref, tile in zip(inputs, rings, strict=True):
+                part = (b, rows, columns)[: len(ref.shape)]
+                plgpu.copy_gmem_to_smem(ref.at[part], tile.at[slot], loaded.at[slot])
+
+        def step(_, slot, sums):
+            for start in range(0, ROWS, GROUP * AT_ONCE):
+                groups = [pl.ds(start + i * GROUP, GROUP) for i in range(AT_ONCE)]
+                operands = [[read(tile, slot, rows) for tile in rings] for rows in groups]
+                for rows, values in zip(groups, operands, strict=True):
+                    value, sums = function(factors, *values, sums=sums)
+                    # The thread that writes here was the last to read here.
+                    mosaic.store(made.at[slot, rows], value.astype(dtype))
+            return sums
+
+        def read(tile, slot, rows):
+            if len(tile.shape) > 2:
+                return mosaic.load(tile.at[slot, rows], layout, optimized=False)
+            vector = mosaic.load(tile.at[slot, rows], layout.reduce(1), optimized=False)
+            return per_row(vector, width)
+
+        def store(i, slot):
+            start = (first + i) * ROWS
+
+            def copy(row, rows):
+                plgpu.copy_smem_to_gmem(
+                    made.at[slot, pl.ds(row, rows)],
+                    out_ref.at[b, pl.ds(start + row, rows), columns],
+                )
+
+            mosaic.cut_off(copy, ROWS, T - start)
+
+        zeros = plgpu.layout_cast(jnp.zeros((GROUP, width), f32), layout)
+        count = jnp.minimum(STEPS, tiles - first)
+        totals = mosaic.walk(step, [zeros] * sums, count, load, store, loaded, SLOTS)
+        for i, total in enumerate(totals):
+            mosaic.store(shares[0].at[b, n, i, columns], total.sum(axis=0))
+
+    out, *shares = mosaic.kernel(
+        body,
+        automatic_barriers=False,
+        reductions_cross_warps=bool(sums),
+        out_type=[
+            SDS((B, T, size), dtype),
+            *([SDS((B, blocks, sums, size), f32)] if sums else []),
+        ],
+        scratch_types=[
+            *map(ring, arrays),
+            *own,
+            plgpu.Barrier(num_arrivals=len(arrays), num_barriers=SLOTS),
+        ],
+        grid=(B, blocks, size // width),
+        grid_names=("b", "n", "c"),
+    )(*map(flat, arrays), flat(coefficients))
+    return (out.reshape(B, T, *heads), *(x.sum(axis=1).reshape(B, sums, *heads) for x in shares))
+
+
+def _softplus(z):
+    """log2(1 + 2^z) and its slope, the sigmoid 1 / (1 + 2^-z)."""
+    e = jnp.exp2(0.0 - jnp.abs(z))  # a negation would be an operation of its own
+    series = functools.reduce(lambda p, c: p * e + c, reversed(LOG2_1P))
+    root = lax.rsqrt(1.0 + e)  # of a reciprocal: one operation, where a division takes eight
+    return jnp.maximum(z, 0.0) + e * series, jnp.where(z < 0.0, e, 1.0) * (root * root)
+
+
+def _sigmoid(z):
+    root = lax.rsqrt(1.0 + jnp.exp2(-z))
+    return root * root
