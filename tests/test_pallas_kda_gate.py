@@ -20,6 +20,7 @@ from jla.linen import KimiDeltaAttention
 from jla.pallas import chunks
 from jla.pallas.kda import gate
 from jla.pallas.shardwise import for_each_row
+from jla.reference.kda import kda as reference
 
 kernels = importlib.import_module("jla.pallas.kda")
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -161,9 +162,11 @@ def gated(q, k, v, f, A_log, dt_bias, beta, state=None, *, ids=None, lower_bound
     )
 
 
-def in_two_steps(q, k, v, f, A_log, dt_bias, beta, state=None, *, ids=None, lower_bound=None):
+def in_two_steps(
+    q, k, v, f, A_log, dt_bias, beta, state=None, *, ids=None, lower_bound=None, run=kernels.kda
+):
     g = jla.kda_gate(f, A_log, dt_bias, lower_bound=lower_bound)
-    return kernels.kda(q, k, v, g, beta, state, ids, scale=0.1)
+    return run(q, k, v, g, beta, state, ids, scale=0.1)
 
 
 def with_gradients(run, args):
@@ -186,12 +189,15 @@ def with_gradients(run, args):
 def test_with_the_mechanism(sizes, lower_bound, segments):
     args = mechanism_arguments(**sizes)
     ids = packed(2, sizes["T"]) // 8 if segments else None
-    runs = (functools.partial(x, ids=ids, lower_bound=lower_bound) for x in (gated, in_two_steps))
+    run = functools.partial(gated, ids=ids, lower_bound=lower_bound)
     with jla.pallas.interpret(detect_races=False):
-        got, want = (jax.jit(functools.partial(with_gradients, run))(args) for run in runs)
-    for ours, theirs in zip(got, want, strict=True):
-        assert ours.dtype == theirs.dtype
-        close(ours, theirs, 4e-3)
+        got = jax.jit(functools.partial(with_gradients, run))(args)
+    run = functools.partial(in_two_steps, ids=ids, lower_bound=lower_bound, run=reference)
+    wide = [x.astype(f32) for x in args]
+    want = jax.jit(functools.partial(with_gradients, run))(wide)
+    assert [x.dtype for x in got[2:]] == [x.dtype for x in args]
+    for ours, theirs, tolerance in zip(got, want, [5e-3] * 2 + [2e-2] * 8, strict=True):
+        close(ours, theirs, tolerance)
 
 
 @pytest.mark.gpu

@@ -192,7 +192,7 @@ def _elementwise(function, arrays, coefficients, dtype, sums=0):
     def ring(x):
         return plgpu.SMEM((SLOTS, ROWS, *([width] if x.ndim > 2 else [])), x.dtype)
 
-    # The result takes the place of the first array's elements if they are of one size.
+    # The result takes the place of the first array's elements if their dtypes agree.
     own = [] if dtype == arrays[0].dtype else [plgpu.SMEM((SLOTS, ROWS, width), dtype)]
 
     def body(*refs):
