@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from text import VOCABULARY
 
 from jla.linen import (
@@ -139,12 +138,15 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """The two residual branches of a layer, each behind an RMSNorm."""
+    """The two residual branches of a layer, each behind an RMSNorm.
+
+    Takes and returns the stream and what is still to be added to it, which the next norm does.
+    """
 
     model: "LanguageModel"
 
     @nn.compact
-    def __call__(self, x, _):
+    def __call__(self, stream, _):
         model = self.model
         dtypes = dict(dtype=jnp.dtype(model.dtype), param_dtype=jnp.dtype(model.param_dtype))
         mixer = MIXERS[model.mixer](
@@ -158,23 +160,21 @@ class Block(nn.Module):
         norm = functools.partial(
             RMSNorm, param_dtype=dtypes["param_dtype"], implementation=model.implementation
         )
-        # `branch`, not nn.RMSNorm: on a GPU one kernel makes the norm's gradient and adds that of
-        # the stream beside it, which XLA would do in three passes over memory.
-        y, x = norm(name="mixer_norm").branch(x)
-        x = checkpoint_name(x + mixer(y), "stream")
-        y, x = norm(name="mlp_norm").branch(x)
-        x = x + SwiGLU(name="mlp", **dtypes)(y)
-        return x, None
+        # `branch`, not nn.RMSNorm: on a GPU one kernel adds and normalises, and one makes the
+        # norm's gradient and adds that of the stream, which XLA would do in five passes.
+        y, x = norm(name="mixer_norm").branch(*stream)
+        y, x = norm(name="mlp_norm").branch(x, mixer(y))
+        return (x, SwiGLU(name="mlp", **dtypes)(y)), None
 
 
 def kept(primitive, *_, **parameters):
     """Which results of a block its backward pass takes as they were: products' and kernels', and
-    the stream between its branches.
+    the stream before its branches.
 
-    All else (norms, convolutions, gates, activations) is made again from these. A scan over blocks
+    All else (convolutions, gates, activations) is made again from these. A scan over blocks
     would write it to memory, most of it in float32, and read it back, which takes longer.
     """
-    return parameters.get("name") == "stream" or primitive.name in (
+    return parameters.get("name") == "residual_stream" or primitive.name in (
         "dot_general",
         "custom_vmap_call",  # jla's kernels
         "dot_product_attention_fwd_wrapper",  # cuDNN's attention
@@ -222,11 +222,12 @@ class LanguageModel(nn.Module):
         # As a product, for its gradient: adding up rows by few indices is slow on a GPU.
         one_hot = jax.nn.one_hot(tokens, self.vocabulary, dtype=dtypes["dtype"])
         x = one_hot @ embed.embedding.astype(dtypes["dtype"])
+        stream = x, jnp.zeros_like(x)
         settings = self.clone(parent=None)
         if self.decode:
             # Apart, for a scan over blocks would copy all of a stacked cache for every token.
             for i in range(self.depth):
-                x, _ = Block(settings, name=f"block_{i}")(x, None)
+                stream, _ = Block(settings, name=f"block_{i}")(stream, None)
         else:
             # A scan over the blocks: one is compiled, not `depth`.
             blocks = nn.scan(
@@ -236,8 +237,9 @@ class LanguageModel(nn.Module):
                 length=self.depth,
                 unroll=self.depth if self.unroll else 1,
             )
-            x, _ = blocks(settings, name="blocks")(x, None)
-        x = RMSNorm(
+            stream, _ = blocks(settings, name="blocks")(stream, None)
+        norm = RMSNorm(
             param_dtype=dtypes["param_dtype"], implementation=self.implementation, name="final_norm"
-        )(x)
+        )
+        x, _ = norm.branch(*stream)
         return embed.attend(x).astype(jnp.float32)

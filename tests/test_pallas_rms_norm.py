@@ -21,7 +21,10 @@ EPSILON = 1e-3
 
 
 def arguments(shape, row=1, kind=None, dtype=bf16, bias=False):
-    """x, scale and, for an activation as the kind, a gate and its bias; the results' gradients."""
+    """x, scale and, for an activation as the kind, a gate and its bias; the results' gradients.
+
+    For the kind "update" an update, whose sum with x 16 bits hold exactly.
+    """
     keys = jax.random.split(jax.random.key(shape[1]), 5)
     x, gate, dy = (jax.random.normal(key, shape).astype(dtype) for key in keys[:3])
     # Rows of all sizes: to their gradients that is all that matters.
@@ -30,6 +33,9 @@ def arguments(shape, row=1, kind=None, dtype=bf16, bias=False):
     scale = 1 + 0.3 * jax.random.normal(keys[3], shape[-row:])
     if kind == "branch":
         return (x, scale), (dy, gate)
+    if kind == "update":
+        update = jnp.where(gate > 0, x, -x / 2)
+        return (x, scale, update), (dy, gate)
     gates = gate, jax.random.normal(keys[4], shape[2:])
     return (x, scale, *gates[: 0 if kind is None else 1 + bias]), dy
 
@@ -41,19 +47,19 @@ def formula(
     layer = RMSNorm(
         epsilon,
         axes=scale.ndim,
-        activation=getattr(nn, kind) if gate is not None else None,
+        activation=getattr(nn, kind, None) if gate is not None else None,
         input_activation=input_activation and getattr(nn, input_activation),
         implementation="xla",
         parent=None,
     )
     variables = {"params": {"scale": scale}}
-    if kind == "branch":
-        return layer.apply(variables, x, method="branch")
+    if kind in ("branch", "update"):
+        return layer.apply(variables, x, gate, method="branch")
     return layer.apply(variables, x, gate, gate_bias)
 
 
 def kernel(*args, kind=None, **options):
-    if kind == "branch":
+    if kind in ("branch", "update"):
         return kernels.rms_norm_branch(*args, epsilon=EPSILON)
     return kernels.rms_norm(*args, epsilon=EPSILON, activation=kind, **options)
 
@@ -76,6 +82,7 @@ def with_gradients(run, args, cotangents):
         dict(shape=(2, 3, 8, 128), row=2, input_activation="silu"),
         # Whole tokens beside a stream; rows too long for registers are read twice.
         dict(shape=(2, 5, 512), kind="branch"),
+        dict(shape=(2, 9, 256), kind="update"),
         # Several rows a warp.
         dict(shape=(1, 19, 3, 64), kind="silu", dtype=f16),
         # Rows of two axes.
@@ -95,6 +102,7 @@ def with_gradients(run, args, cotangents):
         ),
         pytest.param(dict(shape=(1, 9, 1024), kind="branch"), marks=pytest.mark.slow),
         pytest.param(dict(shape=(1, 5, 2048), kind="branch"), marks=pytest.mark.slow),
+        pytest.param(dict(shape=(1, 21, 1024), kind="update"), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -127,7 +135,7 @@ def test_activated_inputs_on_the_card(H, row, T, kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [None, "branch"])
+@pytest.mark.parametrize("kind", [None, "branch", "update"])
 @pytest.mark.parametrize("T", [4096, 1001])
 @pytest.mark.parametrize("D", [768, 1024, 2048])
 def test_tokens_on_the_card(D, T, kind):
@@ -163,6 +171,7 @@ def check(context, shape, row=1, kind=None, dtype=bf16, bias=False, **options):
     "shape, kind, bias",
     [
         ((16, 4096, 512), "branch", False),
+        ((16, 4096, 1024), "update", False),
         ((16, 4096, 8, 128), "sigmoid", False),
         ((16, 4096, 8, 128), "sigmoid", True),
         pytest.param((2, 1001, 2048), None, False, marks=pytest.mark.slow),
@@ -188,7 +197,7 @@ def test_an_activated_input_lowers_for_the_gpu():
     "shape, row, dtype, gate, word",
     [
         ((1, 3, 64), 1, f32, None, "x is float32"),
-        ((1, 3, 64), 1, bf16, f16, "the gate is float16"),
+        ((1, 3, 64), 1, bf16, f16, "with it float16"),
         ((1, 3, 96), 1, bf16, None, "96 elements"),
         ((1, 3, 192), 1, bf16, None, "192 elements"),
         ((1, 3, 2, 2048), 2, bf16, None, "4096 elements"),
@@ -220,9 +229,9 @@ def calls(monkeypatch):
         options = dict(kind=activation, input_activation=input_activation)
         return formula(x, scale, *gates, **options, epsilon=epsilon)
 
-    def branch(x, scale, *, epsilon):
-        made.append(("branch",))
-        return formula(x, scale, kind="branch", epsilon=epsilon)
+    def branch(*args, epsilon):
+        made.append(("branch", "update")[: len(args) - 1])
+        return formula(*args, kind="branch", epsilon=epsilon)
 
     monkeypatch.setattr(kernels, "rms_norm", stand_in)
     monkeypatch.setattr(kernels, "rms_norm_branch", branch)
@@ -237,6 +246,7 @@ def calls(monkeypatch):
         (dict(implementation="pallas"), "sigmoid", True, bf16, ("sigmoid", "bias")),
         (dict(implementation="pallas", activation=nn.silu), "silu", False, bf16, ("silu",)),
         (dict(implementation="pallas", axes=2), "branch", False, bf16, ("branch",)),
+        (dict(implementation="pallas"), "update", False, bf16, ("branch", "update")),
         (dict(implementation="pallas", input_activation=nn.silu), None, False, bf16, ("silu",)),
         (dict(implementation="pallas", input_activation=nn.relu), None, False, bf16, None),
         (dict(implementation="pallas", input_activation=nn.silu), "branch", False, bf16, None),
@@ -251,7 +261,7 @@ def test_the_layer_uses_it_where_it_serves(calls, options, kind, bias, dtype, us
     x, scale, *gates = args
     layer = RMSNorm(**options)
     with jla.pallas.interpret():
-        method = "branch" if kind == "branch" else None
+        method = "branch" if kind in ("branch", "update") else None
         y = layer.apply({"params": {"scale": scale}}, x, *gates, method=method)
     assert calls == ([] if used is None else [used])
     before = options.get("input_activation")
@@ -267,19 +277,24 @@ def test_the_input_is_activated_before_the_norm():
 
 
 @pytest.mark.parametrize(
-    "kind, bias", [("sigmoid", False), ("sigmoid", True), ("branch", False)], ids=str
+    "kind, bias",
+    [("sigmoid", False), ("sigmoid", True), ("branch", False), ("update", False)],
+    ids=str,
 )
 @pytest.mark.parametrize("mesh_kind", ["auto", "explicit", "shard_map"])
 def test_sharded_over_batch_and_heads(monkeypatch, mesh_kind, kind, bias):
     """The gradients of scale and bias are summed over all shards. Around plain functions, for no
     Pallas kernel runs on several CPU devices."""
 
-    def forward(x, scale, *gates, epsilon, activation, input_activation=None):
+    def forward(x, scale, *gates, epsilon, activation=None, input_activation=None, adds=False):
         def one(x, scale, gate=None, bias=None):
             bias = None if bias is None else bias.swapaxes(0, 1)
             options = dict(kind=activation, input_activation=input_activation)
             return formula(x, scale[:, 0], gate, bias, **options)
 
+        if adds:
+            (update,) = gates
+            return jax.vmap(one)(x + update, scale), x + update
         return (jax.vmap(one)(x, scale, *gates),)
 
     def backward(x, scale, dy, *gates, residual=0.0, activation=None, **options):
@@ -327,3 +342,21 @@ def test_a_policy_that_keeps_kernels_results_keeps_no_norm(capsys, kind, bias):
     print_saved_residuals(jax.checkpoint(loss, policy=keep_kernels), *args)
     kept = capsys.readouterr().out.splitlines()
     assert len(kept) == len(args) and all("from the argument" in line for line in kept)
+
+
+def test_a_policy_keeps_the_stream_and_not_what_it_is_the_sum_of(capsys):
+    args, _ = arguments((1, 3, 64), kind="update")
+
+    def keep(primitive, *_, **parameters):
+        name = parameters.get("name")
+        return primitive.name == "custom_vmap_call" or name == "residual_stream"
+
+    def loss(*args):
+        y, stream = kernel(*args, kind="update")
+        return jnp.sum(y.astype(f32) ** 2) + jnp.sum(stream.astype(f32) ** 2)
+
+    print_saved_residuals(jax.checkpoint(loss, policy=keep), *args)
+    kept = capsys.readouterr().out.splitlines()
+    # y, the stream, and of the arguments the scale.
+    assert len(kept) == 3
+    assert ["args[1]" in line for line in kept if "from the argument" in line] == [True]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jla import _dispatch
 
@@ -33,7 +34,7 @@ class RMSNorm(nn.Module):
         norm = RMSNorm()
         y = norm(x)              # [B, T, D], or [B, T, H, D] head by head
         y = norm(x, gate)        # or norm(x, gate, gate_bias)
-        y, x = norm.branch(x)    # before a residual branch: x + mixer(y)
+        y, x = norm.branch(x, update)  # of a residual stream
 
     Attributes:
       epsilon: added to the mean square.
@@ -77,18 +78,26 @@ class RMSNorm(nn.Module):
                 return run(*arrays, epsilon=self.epsilon, **names)
         return self._formula(*arrays)
 
-    def branch(self, x):
-        """The normalised x, and x, for a residual stream that goes on beside the norm.
+    def branch(self, x, update=None):
+        """The normalised residual stream, and the stream: x, or x + update.
 
-        Take the stream from here, `y, x = norm.branch(x); x = x + mixer(y)`: then the kernel of the
-        backward pass adds up the gradients of y and of the stream, and no pass over memory is left
-        to XLA.
+        Take the stream from here, and leave the addition of what a branch makes to the next norm:
+
+            y, x = norm_1.branch(x, update); update = mixer(y)
+            y, x = norm_2.branch(x, update); update = mlp(y)
+
+        Then the kernels add, normalise, and in the backward pass add up the gradients of y and of
+        the stream, and no pass over memory is left to XLA. For checkpoint policies the sum is
+        named "residual_stream".
         """
         scale = self._scale(x)
+        arrays = (x, scale) if update is None else (x, scale, update)
         if self.input_activation is None:
-            run = _dispatch.kernel("rms_norm_branch", self.implementation, x, scale)
+            run = _dispatch.kernel("rms_norm_branch", self.implementation, *arrays)
             if run is not None:
-                return run(x, scale, epsilon=self.epsilon)
+                return run(*arrays, epsilon=self.epsilon)
+        if update is not None:
+            x = checkpoint_name(x + update, "residual_stream")
         return self._formula(x, scale), x
 
     @nn.compact

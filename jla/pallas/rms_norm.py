@@ -19,6 +19,7 @@ kernel                    reads, writes               floor ms  instructions  pr
 `_forward`, gate          x, gate, y                  0.094     (81)          0.11          0.108
 `_forward`, gate, bias    the same                    0.094     (86)          0.11
 `_forward`, SiLU of x     x, y                        0.062     55            0.08
+`_forward`, update        x, update, x, y             0.125     INSTR         0.15
 `_backward`               x, dy, dx, 4 MB sums        0.095     77 (86)       0.115         0.116
 `_backward`, residual     x, dy, dres, dx, 4 MB sums  0.126     87            0.15          0.152
 `_backward`, gate         x, gate, dy, dx, dgate      0.156     (146)         0.185         0.187
@@ -37,6 +38,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -60,12 +62,12 @@ _X, _SCALE = "B T H N D", "B N H D"
 _OPERANDS = _X, _SCALE, _X, _SCALE  # x, scale, gate, bias; so are their gradients
 
 
-def unsupported(name, x, scale, gate=None, gate_bias=None):
-    """Why the kernels cannot serve these arguments, or None."""
+def unsupported(name, x, scale, other=None, gate_bias=None):
+    """Why the kernels cannot serve these arguments (`other`: a gate or an update), or None."""
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x is {x.dtype}, and the kernels take bfloat16 and float16"
-    if gate is not None and gate.dtype != x.dtype:
-        return f"the gate is {gate.dtype} and x {x.dtype}"
+    if other is not None and other.dtype != x.dtype:
+        return f"x is {x.dtype}, and what goes with it {other.dtype}"
     size, leading = math.prod(scale.shape), x.ndim - scale.ndim
     if (size != 64 and size % 128) or size > WIDEST:
         taken = f"64 and multiples of 128 up to {WIDEST}"
@@ -104,10 +106,14 @@ def rms_norm(
 
 
 @functools.partial(jax.jit, static_argnames="epsilon")
-def rms_norm_branch(x, scale, *, epsilon):
-    """`rms_norm` of a residual stream, and the stream: the gradients of both become one array."""
+def rms_norm_branch(x, scale, update=None, *, epsilon):
+    """`rms_norm` of a residual stream, and the stream: the gradients of both become one array.
+
+    The stream is x, or x + update, rounded before it is normalised.
+    """
     rows = _rows(x, scale)
-    y, rows = _branch(rows, _scales(scale, rows), epsilon)
+    update = None if update is None else _rows(update, scale)
+    y, rows = _branch(rows, _scales(scale, rows), update, epsilon)
     return _as(x, scale, y), _as(x, scale, rows)
 
 
@@ -138,62 +144,81 @@ def _norm_backward(epsilon, activation, input_activation, inputs, dy):
 _norm.defvjp(_norm_forward, _norm_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _branch(x, scale, epsilon):
-    return _norm(x, scale, (), epsilon, None, None), x
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _branch(x, scale, update, epsilon):
+    if update is None:
+        return _norm(x, scale, (), epsilon, None, None), x
+    run = functools.partial(_forward, epsilon=epsilon, adds=True)
+    return shardwise(run, (_X, _SCALE, _X), (_X, _X))(x, scale, update)
 
 
-def _branch_forward(x, scale, epsilon):
-    return _branch(x, scale, epsilon), (x, scale)
+def _branch_forward(x, scale, update, epsilon):
+    y, stream = _branch.__wrapped__(x, scale, update, epsilon)
+    # With this kept neither x nor the update is.
+    stream = checkpoint_name(stream, "residual_stream")
+    return (y, stream), (stream, scale, update is not None)
 
 
-def _branch_backward(epsilon, inputs, cotangents):
-    x, scale = inputs
+def _branch_backward(epsilon, residuals, cotangents):
+    stream, scale, adds = residuals
     dy, dx = cotangents
 
     def run(x, scale, dy, dx):
         return _backward(x, scale, dy, residual=dx, epsilon=epsilon)
 
-    return shardwise(run, (_X, _SCALE, _X, _X), (_X, _SCALE))(x, scale, dy, dx)
+    dx, dscale = shardwise(run, (_X, _SCALE, _X, _X), (_X, _SCALE))(stream, scale, dy, dx)
+    return dx, dscale, dx if adds else None
 
 
 _branch.defvjp(_branch_forward, _branch_backward)
 
 
-def _forward(x, scale, *gates, epsilon, activation, input_activation=None):
-    """y, in x's shape and dtype, as a tuple. `gates`: nothing, a gate, or a gate and its bias."""
-    gates, biases = gates[:1], gates[1:]
-    arrays, plan = (x, *gates), _Plan(x, 1 + len(gates), FORWARD)
+def _forward(x, scale, *others, epsilon, activation=None, input_activation=None, adds=False):
+    """y, in x's shape and dtype, as a tuple; with `adds` also x + update.
+
+    `others`: nothing, a gate, or a gate and its bias; with `adds` the update.
+    """
+    arrays, biases = (x, *others[:1]), others[1:]
+    plan = _Plan(x, len(arrays), FORWARD)
+    gated = len(arrays) == 2 and not adds
 
     def body(*refs):
-        *refs, y_ref, tiles, loaded = refs
-        inputs, (scale_ref, *bias_refs) = refs[: len(arrays)], refs[len(arrays) :]
+        *refs, tiles, loaded = refs
+        inputs, (scale_ref, *refs) = refs[: len(arrays)], refs[len(arrays) :]
+        bias_refs, outputs = refs[: len(biases)], refs[len(biases) :]
         scale, gate = plan.scales(scale_ref, input_activation), plan.gates(*bias_refs)
+
+        def operand(tile, rows, c):
+            """What is normalised. The thread that writes here was the last to read here."""
+            x = plan.load(tile.at[0, rows, c])
+            if not adds:
+                return _activate(x, input_activation)[0]
+            x = (x + plan.load(tile.at[1, rows, c])).astype(outputs[0].dtype)
+            mosaic.store(tile.at[0, rows, c], x)
+            return x.astype(f32)
 
         def step(tile, first, carry):
             for rows in plan.groups():
-                loads = (plan.load(tile.at[0, rows, c]) for c in range(plan.chunks))
-                xs = [_activate(x, input_activation)[0] for x in loads]
+                xs = [operand(tile, rows, c) for c in range(plan.chunks)]
                 (mean_square,) = plan.means([x * x] for x in xs)
                 inverse = per_row(_inverse(mean_square, epsilon), plan.width)
                 for c, x in enumerate(xs):
                     y = x * inverse * scale(c)
-                    if gates:
+                    if gated:
                         y = y * _activate(gate(tile, first, rows, c), activation)[0]
-                    # The thread that writes here was the last to read here.
-                    mosaic.store(tile.at[0, rows, c], y.astype(y_ref.dtype))
+                    mosaic.store(tile.at[int(adds), rows, c], y.astype(outputs[0].dtype))
             return carry
 
-        plan.walk(step, jnp.int32(0), inputs, [y_ref], tiles, loaded)
+        plan.walk(step, jnp.int32(0), inputs, outputs, tiles, loaded)
 
-    (y,) = mosaic.kernel(
+    out = mosaic.kernel(
         body,
         automatic_barriers=False,
         reductions_cross_warps=False,
-        out_type=[SDS(plan.shape, x.dtype)],
+        out_type=[SDS(plan.shape, x.dtype)] * (1 + adds),
         **plan.launch(),
     )(*map(plan.tiled, arrays), plan.tiled_scale(scale), *map(plan.tiled_bias, biases))
-    return (y.reshape(x.shape),)
+    return tuple(a.reshape(x.shape) for a in reversed(out))
 
 
 def _backward(x, scale, dy, *gates, residual=None, epsilon, activation=None, input_activation=None):
