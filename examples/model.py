@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from text import VOCABULARY
 
 from jla.linen import (
@@ -109,8 +110,10 @@ MIXERS = {
     "gsa": lambda model, **common: GatedSlotAttention(
         implementation=model.implementation, conv_size=4, **common
     ),
+    # Without biases, as the others.
     "log_linear": lambda model, **common: LogLinearMamba2(
         implementation=model.implementation,
+        use_bias=False,
         num_levels=(model.longest - 1).bit_length() + 1,
         **common,
     ),
@@ -133,8 +136,8 @@ class SwiGLU(nn.Module):
         dense = functools.partial(
             nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype
         )
-        gate = nn.silu(dense(hidden, name="gate")(x))
-        return dense(width, name="down")(gate * dense(hidden, name="up")(x))
+        y = nn.silu(dense(hidden, name="gate")(x)) * dense(hidden, name="up")(x)
+        return dense(width, name="down")(checkpoint_name(y, "hidden"))
 
 
 class Block(nn.Module):
@@ -168,13 +171,13 @@ class Block(nn.Module):
 
 
 def kept(primitive, *_, **parameters):
-    """Which results of a block its backward pass takes as they were: products' and kernels', and
-    the stream before its branches.
+    """Which results of a block its backward pass takes as they were: products' and kernels', what
+    goes into the last product, and the stream before its branches.
 
-    All else (convolutions, gates, activations) is made again from these. A scan over blocks
+    All else (convolutions, gates, norms of heads) is made again from these. A scan over blocks
     would write it to memory, most of it in float32, and read it back, which takes longer.
     """
-    return parameters.get("name") == "residual_stream" or primitive.name in (
+    return parameters.get("name") in ("residual_stream", "hidden") or primitive.name in (
         "dot_general",
         "custom_vmap_call",  # jla's kernels
         "dot_product_attention_fwd_wrapper",  # cuDNN's attention

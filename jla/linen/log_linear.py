@@ -1,6 +1,7 @@
 """The layer of log-linear attention, on Mamba-2 (arXiv 2506.04761)."""
 
 import functools
+import itertools
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -18,6 +19,32 @@ f32 = jnp.float32
 
 def _A_log_init(_, shape, dtype):
     return jnp.log(jnp.arange(1, shape[0] + 1, dtype=dtype))
+
+
+class _DenseInParts(nn.Module):
+    """`nn.Dense`, whose output's columns come in parts, each a product of its own."""
+
+    features: tuple[int, ...]
+    use_bias: bool
+    dtype: nn.dtypes.Dtype | None
+    param_dtype: nn.dtypes.Dtype
+    kernel_init: nn.initializers.Initializer
+    precision: nn.linear.PrecisionLike
+
+    @nn.compact
+    def __call__(self, inputs):
+        width, ends = sum(self.features), tuple(itertools.accumulate(self.features))[:-1]
+        shape = inputs.shape[-1], width
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (width,), self.param_dtype)
+        inputs, kernel, bias = nn.dtypes.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        multiply = functools.partial(jnp.matmul, precision=self.precision)
+        parts = [multiply(inputs, part) for part in jnp.split(kernel, ends, axis=-1)]
+        if bias is None:
+            return parts
+        return [x + b for x, b in zip(parts, jnp.split(bias, ends), strict=True)]
 
 
 class LogLinearMamba2(nn.Module):
@@ -137,14 +164,16 @@ class LogLinearMamba2(nn.Module):
         )
         x, real, lengths, segments, restore = arrange(inputs, mask, segment_ids)
 
-        shapes = dict(z=(H, V), u=(H, V), k=(HK, K), q=(HK, K), d=(H, 1), logits=(H, L))
-        ends = [0]
-        for heads, size in shapes.values():
-            ends.append(ends[-1] + heads * size)
-        projected = jnp.split(dense(ends[-1], name="in_proj")(x), ends[1:-1], axis=-1)
-        z, u, k, q, d, logits = (
+        # z and u by products of their own: parts of a product's columns would have to be copied.
+        narrow = 2 * HK * K + H + H * L
+        in_proj = _DenseInParts((H * V, H * V, narrow), name="in_proj", **dense.keywords)
+        z, u, rest = in_proj(x)
+        z, u = (y.reshape(*y.shape[:2], H, V) for y in (z, u))
+        shapes = (HK, K), (HK, K), (H, 1), (H, L)
+        ends = (HK * K, 2 * HK * K, 2 * HK * K + H)
+        k, q, d, logits = (
             y.reshape(*y.shape[:2], *shape)
-            for y, shape in zip(projected, shapes.values(), strict=True)
+            for y, shape in zip(jnp.split(rest, ends, axis=-1), shapes, strict=True)
         )
 
         convolve = convolutions(self, segments, lengths)
