@@ -111,7 +111,7 @@ def _attention_forward(q, k, v, w, beta, g, scale):
 def _attention_backward(scale, residuals, cotangents):
     inputs, ratio, kept = residuals
     axes = _INPUTS[: len(inputs)]
-    run = functools.partial(_in_parts, scale=scale)
+    run = functools.partial(_backward, scale=scale)
     out_axes = tuple(_KEPT.values())
     all_axes = *axes, *out_axes, *out_axes[:2]
     gradients = shardwise(run, all_axes, axes)(*inputs, *kept, *cotangents)
@@ -136,19 +136,22 @@ def _forward(q, k, v, w, beta, g=None, *, scale):
     return *forward(queries, keys, v, own, gates, scale=scale), inverse
 
 
-def _in_parts(*arrays, scale):
-    """`_backward`, some rows of the batch at a time.
+def _backward(q, k, v, w, beta, *rest, scale):
+    """All gradients, for some rows of the batch at a time.
 
     Versions of queries and keys and their gradients are ten times what the inputs take. They are
     there for one part's rows at once, of which there are as many as keep a GPU busy.
     """
     # The versions are made again: XLA would else find those of the forward pass to be the same, and
     # keep them until here, a gigabyte for each layer of a model.
-    arrays = lax.optimization_barrier(arrays)
-    (q, k, v, w, beta, *_), g = arrays, arrays[5 : len(arrays) - 5]
+    q, k, v, w, beta, *rest = lax.optimization_barrier((q, k, v, w, beta, *rest))
+    *g, o, lse, inverse, do, dlse = rest
+    delta = jnp.moveaxis(jnp.sum(do.astype(f32) * o.astype(f32), -1), 1, 2)
+    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, -delta.shape[2] % LEAF))) - LOG2E * dlse
+    arrays = q, k, v, w, beta, *g, lse, inverse, do, delta, _unit(v, do, dlse)
     B, T, HQ, _ = q.shape
     rows = next(n for n in range(1, B + 1) if B % n == 0 and (n == B or n * HQ * T >= BUSY * LEAF))
-    run = functools.partial(_backward, scale=scale)
+    run = functools.partial(_backward_of_rows, scale=scale)
     if rows == B:
         return run(*arrays)
 
@@ -167,15 +170,12 @@ def _in_parts(*arrays, scale):
     return tuple(x.reshape(B, *x.shape[2:]) for x in gradients)
 
 
-def _backward(q, k, v, w, beta, *rest, scale):
-    *g, o, lse, inverse, do, dlse = rest
+def _backward_of_rows(q, k, v, w, beta, *rest, scale):
+    *g, lse, inverse, do, delta, unit = rest
     g, H = g[0] if g else None, k.shape[2]
     in_base_2 = scale * LOG2E
     inputs = sixteen_bits(q, k, w, beta)
     queries, keys, own, gates, transforms, _ = grown(*inputs, g, inverse, scale=in_base_2)
-    delta = jnp.moveaxis(jnp.sum(do.astype(f32) * o.astype(f32), -1), 1, 2)
-    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, -delta.shape[2] % LEAF))) - LOG2E * dlse
-    unit = _unit(v, do, dlse)
     arguments = queries, keys, v, own, gates, do, lse, delta, unit, transforms
     *dkeys, dv, by_key = key_gradients(*arguments, scale=in_base_2)
     *dqueries, down, largest, by_query = query_gradients(*arguments, dkeys[1], scale=in_base_2)
