@@ -240,10 +240,15 @@ def test_says_what_it_does_not_take():
     "options, arrays, used",
     [
         (dict(implementation="pallas"), dict(), True),
-        (dict(implementation="pallas", gate_lower_bound=-5.0), dict(ids=True), True),
+        pytest.param(
+            dict(implementation="pallas", gate_lower_bound=-5.0),
+            dict(ids=True),
+            True,
+            marks=pytest.mark.slow,
+        ),
         (dict(implementation="pallas"), dict(mask=True), False),
-        (dict(implementation="xla"), dict(), False),
-        (dict(), dict(), False),  # there is no GPU
+        pytest.param(dict(implementation="xla"), dict(), False, marks=pytest.mark.slow),
+        pytest.param(dict(), dict(), False, marks=pytest.mark.slow),  # there is no GPU
     ],
 )
 def test_the_layer_uses_it_where_it_serves(monkeypatch, options, arrays, used):
