@@ -161,13 +161,14 @@ def _branch_forward(x, scale, update, epsilon):
 
 def _branch_backward(epsilon, residuals, cotangents):
     stream, scale, adds = residuals
-    dy, dx = cotangents
-
-    def run(x, scale, dy, dx):
-        return _backward(x, scale, dy, residual=dx, epsilon=epsilon)
-
-    dx, dscale = shardwise(run, (_X, _SCALE, _X, _X), (_X, _SCALE))(stream, scale, dy, dx)
+    run = functools.partial(_branch_backward_kernel, epsilon=epsilon)
+    axes = _X, _SCALE, _X, _X
+    dx, dscale = shardwise(run, axes, axes[:2])(stream, scale, *cotangents)
     return dx, dscale, dx if adds else None
+
+
+def _branch_backward_kernel(x, scale, dy, residual, *, epsilon):
+    return _backward(x, scale, dy, residual=residual, epsilon=epsilon)
 
 
 _branch.defvjp(_branch_forward, _branch_backward)

@@ -4,11 +4,12 @@ A Pallas call is opaque to XLA's partitioner, which would gather its operands. W
 every batch row and head by itself says so here, and then runs shard by shard.
 """
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import jaxpr_as_fun
@@ -66,7 +67,8 @@ def shardwise(function, operands, results):
         return tuple(NamedSharding(mesh, spec) for spec in specs)
 
     def partition(mesh, args, _):
-        return mesh, function, shardings(mesh, args, results), shardings(mesh, args, operands)
+        run = _lowered_once(function, mesh.devices.flat[0].platform)
+        return mesh, run, shardings(mesh, args, results), shardings(mesh, args, operands)
 
     run = custom_vmap(run)
 
@@ -120,6 +122,33 @@ def _without_varying_types(function, arrays):
         lax.pcast(x, names, to="varying") if names else x
         for x, names in zip(out, missing, strict=True)
     )
+
+
+def _lowered_once(function, platform):
+    """The function, lowered but once for all partitioned calls with arrays of the same shapes.
+
+    JAX lowers each call by itself, a second or more for each kernel of each layer of a model: what
+    is called here is a module that was lowered before. `function` is told by what it is a partial
+    of and by its arguments.
+    """
+    platform = {"gpu": "cuda"}.get(platform, platform)
+    partial = isinstance(function, functools.partial)
+    whole = (function.func, function.args, tuple(function.keywords.items())) if partial else None
+
+    def run(*arrays):
+        shapes = tuple((x.shape, x.dtype) for x in arrays)
+        return _lowered(*(whole or (function, (), ())), shapes, platform).call(*arrays)
+
+    return run
+
+
+@functools.lru_cache(maxsize=1024)
+def _lowered(function, leading, options, shapes, platform):
+    arrays = (jax.ShapeDtypeStruct(*x) for x in shapes)
+    run = jax.jit(lambda *arrays: function(*leading, *arrays, **dict(options)))
+    # A module is exported and called in one process, so that nothing has to be stable.
+    kernels = export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
+    return export.export(run, platforms=[platform], disabled_checks=[kernels])(*arrays)
 
 
 def _explicit_mesh(arrays):
