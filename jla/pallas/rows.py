@@ -9,10 +9,13 @@ worked on.
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jla.pallas import mosaic
 from jla.pallas.mosaic import f32, per_column
@@ -191,17 +194,26 @@ def _power(n):
     return 1 << max(0, n.bit_length() - 1)
 
 
+def sigmoid(x):
+    # A division takes eight operations, this reciprocal of a square root one.
+    root = lax.rsqrt(1.0 + jnp.exp2(x * -1.4426950408889634))
+    return root * root
+
+
 def activate(x, activation):
     """The activation's value and its slope; with None x, and no slope."""
     if activation is None:
         return x, None
-    # A division takes eight operations, this reciprocal of a square root one.
-    root = lax.rsqrt(1.0 + jnp.exp2(x * -1.4426950408889634))
-    sigmoid = root * root
+    value = sigmoid(x)
     if activation == "sigmoid":
-        return sigmoid, sigmoid * (1.0 - sigmoid)
-    value = x * sigmoid
-    return value, sigmoid + value * (1.0 - sigmoid)
+        return value, value * (1.0 - value)
+    return silu(x, value)
+
+
+def silu(x, sigmoid_of_x):
+    """SiLU's value and its slope."""
+    value = x * sigmoid_of_x
+    return value, sigmoid_of_x + value * (1.0 - sigmoid_of_x)
 
 
 def missing_axes(x, scale):
@@ -210,6 +222,11 @@ def missing_axes(x, scale):
 
 
 def as_rows(x, scale):
+    """x as [B, T, H, N, D], with no row split between devices."""
+    sharding = jax.typeof(x).sharding
+    if any(sharding.spec[-scale.ndim :]):
+        # Outside of the custom_vjp, for a gradient's type has to be that of its array.
+        x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, P(*sharding.spec[: -scale.ndim])))
     return jnp.expand_dims(x, missing_axes(x, scale))
 
 
