@@ -8,12 +8,13 @@ import jax
 from jla._checks import check_implementation
 
 # The module, inside jla.reference, jla.xla and jla.pallas, that holds each function. The layers'
-# convolution and norm, and KDA with the making of its gates, are in jla.pallas alone: their other
+# convolution and norms, and KDA with the making of its gates, are in jla.pallas alone: their other
 # form is the layer's own.
 _MODULES = {
     "kda": "kda",
     "kda_gated": "kda",
     "kda_step": "kda",
+    "gated_norm": "gated_norm",
     "gsa": "gsa",
     "gsa_step": "gsa",
     "log_linear_attention": "log_linear",

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from jla import _checks, _seats
 from jla.linen import _arguments
-from jla.linen._normalize import RMSNorm
+from jla.linen._normalize import RMSNorm, gated_norm
 from jla.linen._padding import arrange
 from jla.linen._short_convolution import convolutions
 from jla.linen.kda import _dt_bias_init
@@ -192,9 +192,6 @@ class LogLinearMamba2(nn.Module):
 
         o = self._mechanism(q, k, v, -jnp.exp(A_log) * dt, level_scales, real, lengths, segments)
 
-        o = o.astype(f32) + skip[:, None] * u.astype(f32)
-        if real is not None:  # at a padded token it may be NaN, beyond the last level
-            o = jnp.where(real[..., None, None], o, 0.0)
         norm = RMSNorm(
             self.norm_epsilon,
             axes=2,
@@ -202,7 +199,8 @@ class LogLinearMamba2(nn.Module):
             implementation=self.implementation,
             name="o_norm",
         )
-        o = norm(o * nn.silu(z.astype(f32))).astype(u.dtype)
+        # At a padded token o may be NaN, beyond the last level.
+        o = gated_norm(norm, o, u, skip, z, real)
         return restore(dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(o))
 
     def _mechanism(self, q, k, v, g, level_scales, real, lengths, segments):

@@ -1,0 +1,260 @@
+"""Mamba-2's norm behind skip and gate: values, gradients, races in the interpreter; who uses it."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from comparing import close
+from flax import linen as nn
+from jax.ad_checkpoint import print_saved_residuals
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jla.pallas
+from jla.linen import LogLinearMamba2, RMSNorm
+from jla.linen._normalize import gated_norm
+from jla.pallas import gated_norm as kernels
+
+f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
+EPSILON = 1e-3
+NAMES = "x", "skip_input", "skip_weight", "gate", "scale"
+
+
+def arguments(shape, dtype=bf16):
+    """x, skip input, skip weight, gate and scale; the result's gradient."""
+    keys = jax.random.split(jax.random.key(shape[1]), 6)
+    x, skip_input, gate, dy = (jax.random.normal(key, shape).astype(dtype) for key in keys[:4])
+    # Rows of all sizes: to their gradients that is all that matters.
+    sizes = jnp.exp2((jnp.arange(shape[1]) % 8 - 4).astype(dtype))[:, None, None]
+    weight = 1 + 0.5 * jax.random.normal(keys[4], shape[2:3])
+    scale = 1 + 0.3 * jax.random.normal(keys[5], shape[2:])
+    return (x * sizes, skip_input * sizes, weight, gate, scale), dy
+
+
+def formula(x, skip_input, skip_weight, gate, scale):
+    """The layer's own form, in x's dtype."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, *arrays):
+            norm = RMSNorm(EPSILON, axes=2, implementation="xla", name="norm")
+            return gated_norm(norm, *arrays)
+
+    variables = {"params": {"norm": {"scale": scale}}}
+    return Layer().apply(variables, x, skip_input, skip_weight, gate)
+
+
+kernel = functools.partial(kernels.gated_norm, epsilon=EPSILON)
+
+
+def with_gradients(run, args, cotangent):
+    y, vjp = jax.vjp(run, *args)
+    return y, vjp(cotangent)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        # The model's rows, which registers do not hold; the last tile is not full.
+        dict(shape=(2, 5, 8, 128)),
+        # One chunk a row: several rows a warp at once, several groups a tile.
+        dict(shape=(2, 43, 2, 64), dtype=f16),
+        # A chunk has several heads, and a row several chunks.
+        dict(shape=(1, 7, 4, 96)),
+        # Two rows a warp.
+        pytest.param(dict(shape=(1, 37, 2, 32)), marks=pytest.mark.slow),
+        # XLA sums the skip weight's gradient.
+        pytest.param(dict(shape=(2, 5, 16, 128)), marks=pytest.mark.slow),
+        # Several tiles of a CTA, whose SMEM is used again, and several CTAs.
+        pytest.param(dict(shape=(1, 150, 4, 128)), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_is_the_formula(sizes):
+    check(jla.pallas.interpret, **sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (16, 4096, 8, 128),
+        (3, 1001, 8, 128),
+        (3, 1001, 16, 64),
+        (3, 1001, 16, 128),
+        (3, 1001, 12, 128),
+        (3, 1001, 4, 64),
+        (3, 1001, 2, 64),
+        (3, 1001, 2, 32),
+    ],
+    ids=str,
+)
+def test_on_the_card(shape):
+    """Also where the last tile of a batch row is not full, and the next batch row follows."""
+    check(contextlib.nullcontext, shape)
+
+
+def check(context, shape, dtype=bf16):
+    args, cotangent = arguments(shape, dtype)
+    run = jax.jit(functools.partial(with_gradients, kernel))
+    with context():
+        got = run(args, cotangent)
+        if context is contextlib.nullcontext:
+            again = run(args, cotangent)
+            jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), got, again)
+    wide = functools.partial(jax.tree.map, lambda x: x.astype(f32))
+    want = jax.jit(functools.partial(with_gradients, formula))(wide(args), wide(cotangent))
+    pairs = {"y": (got[0], want[0])}
+    pairs |= {n: pair for n, *pair in zip(NAMES, got[1], want[1], strict=True)}
+    # The skip weight's may be a sum of what has been rounded.
+    close(*pairs.pop("scale"), 1e-5)
+    close(*pairs.pop("skip_weight"), 1e-5 if shape[2] * shape[3] <= 1024 else 3e-3)
+    for ours, theirs in pairs.values():
+        assert ours.dtype == dtype  # rounded once
+        close(ours, theirs, 3e-3)
+        # Token by token, for they are of all sizes.
+        for t in range(min(shape[1], 8)):
+            close(ours[:, t], theirs[:, t], 3e-3)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (16, 4096, 8, 128),
+        pytest.param((2, 1001, 16, 128), marks=pytest.mark.slow),
+        (2, 1001, 4, 64),
+    ],
+)
+def test_lowers_for_the_gpu(shape):
+    args, cotangent = jax.eval_shape(lambda: arguments(shape))
+    traced = jax.jit(functools.partial(with_gradients, kernel)).trace(args, cotangent)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_says_what_it_does_not_take():
+    def reason(shape=(1, 3, 2, 64), dtype=bf16, skip_dtype=bf16, gate_dtype=bf16):
+        x, skip_input, gate = (
+            jax.ShapeDtypeStruct(shape, d) for d in (dtype, skip_dtype, gate_dtype)
+        )
+        weight, scale = (jax.ShapeDtypeStruct(s, f32) for s in (shape[2:3], shape[2:]))
+        return kernels.unsupported("gated_norm", x, skip_input, weight, gate, scale)
+
+    assert reason() is None
+    assert "x is float32" in reason(dtype=f32)
+    assert "with it float32" in reason(skip_dtype=f32)
+    assert "with it float16" in reason(gate_dtype=f16)
+    assert "96 elements" in reason((1, 3, 2, 48))
+    assert "4096 elements" in reason((1, 3, 16, 256))
+    assert "one token" in reason((5, 1, 2, 64))
+
+
+@pytest.mark.parametrize(
+    "options, T, masked, used",
+    [
+        (dict(implementation="pallas"), 9, False, True),
+        (dict(implementation="pallas"), 9, True, False),
+        (dict(implementation="pallas"), 1, False, False),
+        (dict(implementation="pallas", dtype=f32), 9, False, False),
+        (dict(implementation="xla"), 9, False, False),
+        (dict(), 9, False, False),  # there is no GPU
+    ],
+)
+def test_the_layer_uses_it_where_it_serves(monkeypatch, options, T, masked, used):
+    """Values and gradients are those of the layer without it; only this kernel runs."""
+    made = []
+
+    def counted(*arrays, epsilon, _kernel=kernels.gated_norm):
+        made.append(epsilon)
+        return _kernel(*arrays, epsilon=epsilon)
+
+    def only_the_norm(name, *args, _kernel=jla._dispatch.kernel):
+        return _kernel(name, *args) if name == "gated_norm" else None
+
+    monkeypatch.setattr(kernels, "gated_norm", counted)
+    sizes = dict(num_heads=2, head_dim=16, value_head_dim=64, num_levels=5, norm_epsilon=1e-4)
+    options = sizes | dict(dtype=bf16, conv_size=None) | options
+    x = jax.random.normal(jax.random.key(0), (2, T, 32))
+    mask = jnp.arange(T) < jnp.array([[T], [5]]) if masked else None
+    plain = LogLinearMamba2(**options | dict(implementation="xla"))
+    params = jax.jit(plain.init)(jax.random.key(1), x)
+    params["params"]["D"] = jnp.array([0.5, 2.0])  # it is one at first
+
+    def loss(layer, params):
+        y = layer.apply(params, x, mask=mask)
+        return jnp.sum(jnp.sin(y.astype(f32))), y
+
+    def run(layer):
+        return jax.jit(jax.value_and_grad(functools.partial(loss, layer), has_aux=True))(params)
+
+    want = run(plain)
+    monkeypatch.setattr("jla.log_linear.choose", xla)
+    with jla.pallas.interpret(), monkeypatch.context() as patch:
+        patch.setattr("jla._dispatch.kernel", only_the_norm)
+        got = run(LogLinearMamba2(**options))
+    assert made == [1e-4] * used
+    assert got[1]["params"]["o_norm"]["scale"].shape == (2, 64)
+    jax.tree.map(lambda a, b: close(a, b, 1e-2 if used else 0.0), got, want)
+
+
+def xla(name, implementation, *arrays, _choose=jla._dispatch.choose):
+    return _choose(name, "xla", *arrays)
+
+
+@pytest.mark.parametrize("mesh_kind", ["auto", "explicit", "shard_map"])
+def test_sharded(monkeypatch, mesh_kind):
+    """The gradients of scale and weight are summed over all shards of the batch; heads, over which
+    rows go, are gathered. Around plain functions, for no Pallas kernel runs on several CPU devices.
+    """
+
+    def forward(x, skip_input, gate, weight, scale, *, epsilon):
+        def one(x, skip_input, gate, weight, scale):
+            # [T, 1, N, D] with [N, 1, D].
+            arrays = (a[None, :, 0] for a in (x, skip_input, gate))
+            x, skip_input, gate = arrays
+            x = (x + weight[:, 0] * skip_input) * nn.silu(gate)
+            mean_square = jnp.mean(x * x, axis=(2, 3), keepdims=True)
+            return (x * jax.lax.rsqrt(mean_square + epsilon) * scale[:, 0])[0, :, None]
+
+        return (jax.vmap(one)(x, skip_input, gate, weight, scale),)
+
+    def backward(*inputs_and_dy, epsilon):
+        *inputs, dy = inputs_and_dy
+        return jax.vjp(lambda *inputs: forward(*inputs, epsilon=epsilon)[0], *inputs)[1](dy)
+
+    monkeypatch.setattr(kernels, "_forward", forward)
+    monkeypatch.setattr(kernels, "_backward", backward)
+    args, cotangent = arguments((4, 5, 2, 8), f32)
+    want = jax.jit(functools.partial(with_gradients, formula))(args, cotangent)
+    axes = (AxisType.Explicit if mesh_kind == "explicit" else AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axes, devices=jax.devices("cpu")[:4])
+    heads = None if mesh_kind == "shard_map" else "y"  # which would norm each shard's by themselves
+
+    def spec(x):
+        return PartitionSpec("x", None, heads) if x.ndim == 4 else PartitionSpec(heads)
+
+    specs = jax.tree.map(spec, args), PartitionSpec("x")
+    run = functools.partial(with_gradients, kernel)
+    if mesh_kind == "shard_map":
+        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[::-1])
+    arrays = jax.tree.map(
+        lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), (args, cotangent), specs
+    )
+    got = jax.jit(run)(*arrays)
+    jax.tree.map(lambda ours, theirs: close(ours, theirs, 1e-5), got, want)
+
+
+def test_a_policy_that_keeps_kernels_results_keeps_its_inputs_alone(capsys):
+    """It is made again from what was there before it, see examples/model.py."""
+    args, _ = arguments((1, 3, 2, 64))
+
+    def keep_kernels(primitive, *_, **__):
+        return primitive.name == "custom_vmap_call"
+
+    def loss(*args):
+        return jnp.sum(kernel(*args).astype(f32) ** 2)
+
+    print_saved_residuals(jax.checkpoint(loss, policy=keep_kernels), *args)
+    kept = capsys.readouterr().out.splitlines()
+    assert len(kept) == len(args) and all("from the argument" in line for line in kept)
