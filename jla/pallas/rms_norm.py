@@ -14,7 +14,7 @@ kernel                    reads, writes               floor ms  instructions  pr
 `_forward`, gate          x, gate, y                  0.094     (81)          0.11          0.108
 `_forward`, gate, bias    the same                    0.094     (86)          0.11
 `_forward`, SiLU of x     x, y                        0.062     55            0.08
-`_forward`, update        x, update, x, y             0.125     INSTR         0.15
+`_forward`, update        x, update, x, y             0.125                   0.15
 `_backward`               x, dy, dx, 4 MB sums        0.095     77 (86)       0.115         0.116
 `_backward`, residual     x, dy, dres, dx, 4 MB sums  0.126     87            0.15          0.152
 `_backward`, gate         x, gate, dy, dx, dgate      0.156     (146)         0.185         0.187
