@@ -105,7 +105,7 @@ def test_several_leaves_are_the_reference():
 
 
 def check_parts(context, monkeypatch, *shape, **sizes):
-    """Both passes by one row at a time have the bits of those by all rows."""
+    """The backward pass by one row at a time has the bits of that by all rows."""
     arrays = tokens(*shape, **sizes)
     cotangent = normal(9, *arrays[0].shape[:3], arrays[2].shape[3]).astype(bf16)
 
@@ -115,8 +115,8 @@ def check_parts(context, monkeypatch, *shape, **sizes):
         # Anew each time, and without the function's own jit, for it to see that BUSY has changed.
         def run(arrays):
             path_attention = functools.partial(kernels.path_attention.__wrapped__, scale=0.3)
-            o, vjp = jax.vjp(lambda *arrays: path_attention(*arrays, None, None)[0], *arrays)
-            return o, vjp(cotangent)
+            _, vjp = jax.vjp(lambda *arrays: path_attention(*arrays, None, None)[0], *arrays)
+            return vjp(cotangent)
 
         with context():
             traced = jax.jit(run).trace(arrays)

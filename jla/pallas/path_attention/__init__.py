@@ -12,7 +12,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._segments import segment_starts
-from jla.pallas.chunks import CHUNK, LOG2E, TILE_WIDTH
+from jla.pallas.chunks import LOG2E, TILE_WIDTH
 from jla.pallas.mosaic import TILE_ROWS
 from jla.pallas.path_attention.cache import carried_on
 from jla.pallas.path_attention.forward import forward
@@ -94,23 +94,18 @@ def _attention(q, k, v, w, beta, g, scale):
 
     Returns the outputs and the logits' log-sum-exp in base 2, [B, HQ, 128 P].
     """
-    return _run(_forward, q, k, v, w, beta, g, scale)[2][:2]
+    return _attention_forward(q, k, v, w, beta, g, scale)[0]
 
 
 def _attention_forward(q, k, v, w, beta, g, scale):
-    inputs, ratio, kept = _run(_forward_in_parts, q, k, v, w, beta, g, scale)
-    kept = tuple(map(checkpoint_name, kept, _KEPT))
-    return kept[:2], (inputs, ratio, kept)
-
-
-def _run(forward, q, k, v, w, beta, g, scale):
-    """The forward pass by a function: its inputs, the factors of beta in them, and its results."""
     w, ratio = rounded(w)
     if ratio is not None:
         beta = beta * ratio
     inputs = _given(q, k, v, w, beta, g)
-    run = functools.partial(forward, scale=scale)
-    return inputs, ratio, shardwise(run, _INPUTS[: len(inputs)], tuple(_KEPT.values()))(*inputs)
+    run = functools.partial(_forward, scale=scale)
+    kept = shardwise(run, _INPUTS[: len(inputs)], tuple(_KEPT.values()))(*inputs)
+    kept = tuple(map(checkpoint_name, kept, _KEPT))
+    return kept[:2], (inputs, ratio, kept)
 
 
 def _attention_backward(scale, residuals, cotangents):
@@ -141,45 +136,12 @@ def _forward(q, k, v, w, beta, g=None, *, scale):
     return *forward(queries, keys, v, own, gates, scale=scale), inverse
 
 
-def _forward_in_parts(*arrays, scale):
-    """`_forward`, by the parts that the backward pass has: so that they share their kernels."""
-    q, k, v = arrays[:3]
-    (B, T, HQ, _), H, P = q.shape, k.shape[2], -(-q.shape[1] // LEAF)
-    results = (
-        jax.ShapeDtypeStruct((B, T, HQ, v.shape[3]), v.dtype),
-        jax.ShapeDtypeStruct((B, HQ, P * LEAF), f32),
-        jax.ShapeDtypeStruct((B, H, 2 * P, CHUNK, CHUNK), f16),
-    )
-    return _in_parts(functools.partial(_forward, scale=scale), arrays, results)
-
-
-def _in_parts(run, arrays, results):
-    """run(*arrays), some rows of the batch at a time; `results` has the shapes.
+def _backward(q, k, v, w, beta, *rest, scale):
+    """All gradients, for some rows of the batch at a time.
 
     Versions of queries and keys and their gradients are ten times what the inputs take. They are
     there for one part's rows at once, of which there are as many as keep a GPU busy.
     """
-    B, T, HQ, _ = arrays[0].shape
-    rows = next(n for n in range(1, B + 1) if B % n == 0 and (n == B or n * HQ * T >= BUSY * LEAF))
-    if rows == B:
-        return run(*arrays)
-
-    def split(x):
-        return x.reshape(B // rows, rows, *x.shape[1:])
-
-    def step(i, whole):
-        part = [lax.dynamic_index_in_dim(split(x), i, keepdims=False) for x in arrays]
-        new = zip(whole, run(*part), strict=True)
-        return [lax.dynamic_update_index_in_dim(all, part, i, 0) for all, part in new]
-
-    # XLA's GPU compiler lets the kernels read and write the arrays' parts where they lie.
-    whole = [split(lax.empty(x.shape, x.dtype)) for x in results]
-    whole = lax.fori_loop(0, B // rows, step, whole)
-    return tuple(x.reshape(B, *x.shape[2:]) for x in whole)
-
-
-def _backward(q, k, v, w, beta, *rest, scale):
-    """All gradients."""
     # The versions are made again: XLA would else find those of the forward pass to be the same, and
     # keep them until here, a gigabyte for each layer of a model.
     q, k, v, w, beta, *rest = lax.optimization_barrier((q, k, v, w, beta, *rest))
@@ -187,9 +149,25 @@ def _backward(q, k, v, w, beta, *rest, scale):
     delta = jnp.moveaxis(jnp.sum(do.astype(f32) * o.astype(f32), -1), 1, 2)
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, -delta.shape[2] % LEAF))) - LOG2E * dlse
     arrays = q, k, v, w, beta, *g, lse, inverse, do, delta, _unit(v, do, dlse)
+    B, T, HQ, _ = q.shape
+    rows = next(n for n in range(1, B + 1) if B % n == 0 and (n == B or n * HQ * T >= BUSY * LEAF))
+    run = functools.partial(_backward_of_rows, scale=scale)
+    if rows == B:
+        return run(*arrays)
+
+    def split(x):
+        return x.reshape(B // rows, rows, *x.shape[1:])
+
+    def step(i, gradients):
+        part = [lax.dynamic_index_in_dim(split(x), i, keepdims=False) for x in arrays]
+        new = zip(gradients, run(*part), strict=True)
+        return [lax.dynamic_update_index_in_dim(all, part, i, 0) for all, part in new]
+
+    # XLA's GPU compiler lets the kernels read and write the arrays' parts where they lie.
     like = [(q, q), (k, q), (v, v), (w, q), (beta, beta), *((x, x) for x in g)]
-    gradients = [jax.ShapeDtypeStruct(x.shape, y.dtype) for x, y in like]
-    return _in_parts(functools.partial(_backward_of_rows, scale=scale), arrays, gradients)
+    gradients = [split(lax.empty(x.shape, y.dtype)) for x, y in like]
+    gradients = lax.fori_loop(0, B // rows, step, gradients)
+    return tuple(x.reshape(B, *x.shape[2:]) for x in gradients)
 
 
 def _backward_of_rows(q, k, v, w, beta, *rest, scale):
