@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import close
 
 import jla
 import jla.pallas
@@ -105,7 +106,10 @@ def test_several_leaves_are_the_reference():
 
 
 def check_parts(context, monkeypatch, *shape, **sizes):
-    """The backward pass by one row at a time has the bits of that by all rows."""
+    """The backward pass by one row at a time is that by all rows.
+
+    To the bit but for the gates', which XLA may sum in another order.
+    """
     arrays = tokens(*shape, **sizes)
     cotangent = normal(9, *arrays[0].shape[:3], arrays[2].shape[3]).astype(bf16)
 
@@ -125,7 +129,10 @@ def check_parts(context, monkeypatch, *shape, **sizes):
 
     (split, parts), (all_at_once, whole) = gradients(0), gradients(2**30)
     assert split and not all_at_once
-    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    jax.tree.map(np.testing.assert_array_equal, parts[:5], whole[:5])
+    for ours, theirs in zip(parts[5:], whole[5:], strict=True):
+        if ours is not None:
+            close(ours, theirs, 1e-6)
 
 
 @pytest.mark.slow
