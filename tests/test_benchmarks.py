@@ -25,8 +25,11 @@ def run_harness(tmp_path, *options):
 
 @pytest.mark.parametrize(
     "mechanism",
-    ["kda", "log_linear"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("gsa", "mesa", "path_fox")],
+    ["kda"]
+    + [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("log_linear", "gsa", "mesa", "path_fox")
+    ],
 )
 def test_a_run_measures_and_reports(tmp_path, mechanism):
     # The reference compiles in a moment; the kernels refuse a CPU, and that is a failed case.

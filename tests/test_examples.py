@@ -41,7 +41,8 @@ def load_state(out, step):
     return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
 
 
-@pytest.fixture(scope="module")
+# Not of the module: pytest-xdist sends a process its tests in parts, and ends the module with each.
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A finished run of four steps, with checkpoints of steps 2 and 4."""
     out = tmp_path_factory.mktemp("run")

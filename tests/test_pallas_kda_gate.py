@@ -246,7 +246,7 @@ def test_says_what_it_does_not_take():
             True,
             marks=pytest.mark.slow,
         ),
-        (dict(implementation="pallas"), dict(mask=True), False),
+        pytest.param(dict(implementation="pallas"), dict(mask=True), False, marks=pytest.mark.slow),
         pytest.param(dict(implementation="xla"), dict(), False, marks=pytest.mark.slow),
         pytest.param(dict(), dict(), False, marks=pytest.mark.slow),  # there is no GPU
     ],

@@ -278,7 +278,12 @@ def test_the_input_is_activated_before_the_norm():
 
 @pytest.mark.parametrize(
     "kind, bias",
-    [("sigmoid", False), ("sigmoid", True), ("branch", False), ("update", False)],
+    [
+        pytest.param("sigmoid", False, marks=pytest.mark.slow),
+        ("sigmoid", True),
+        pytest.param("branch", False, marks=pytest.mark.slow),
+        ("update", False),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("mesh_kind", ["auto", "explicit", "shard_map"])

@@ -50,6 +50,11 @@ def interpreted(mechanism, implementation, *_):
     return implementation.context is not contextlib.nullcontext
 
 
+def interpreted_path(mechanism, implementation, *_):
+    """PaTH's kernels take the interpreter half a minute and more."""
+    return interpreted(mechanism, implementation) and mechanism.name == "path"
+
+
 NOT_INTERPRETED = [row for row in GRID if not interpreted(*row.values)]
 INTERPRETED_SLOW = slow_if(GRID, interpreted)
 

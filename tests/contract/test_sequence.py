@@ -25,7 +25,7 @@ from mechanisms import (
     NOT_INTERPRETED,
     SMALL,
     SMALL_AGAINST_REFERENCE,
-    interpreted,
+    interpreted_path,
     slow_if,
 )
 
@@ -80,8 +80,8 @@ def test_split_is_whole(mechanism, implementation, sizes):
 
 @pytest.mark.parametrize(
     "mechanism, implementation, sizes",
-    # A minute for PaTH's kernels with the cache around them; its own files' tests have parts of it.
-    slow_if(GRID, lambda *row: interpreted(*row) and row[0].name == "path"),
+    # A minute with the cache around PaTH's kernels; its own files' tests have parts of it.
+    slow_if(GRID, interpreted_path),
 )
 def test_a_split_and_its_gradients_are_the_whole(mechanism, implementation, sizes):
     """The first part's final state is the second's initial one, and so are their cotangents."""
@@ -214,7 +214,9 @@ def test_packed_is_the_definition(mechanism, implementation, sizes):
     assert_agrees(mechanism, dtype, got, definition(mechanism, args, cotangents, packs(sizes)))
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", AGAINST_REFERENCE)
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes", slow_if(AGAINST_REFERENCE, interpreted_path)
+)
 def test_every_token_its_own_segment(mechanism, implementation, sizes):
     dtype = implementation.dtypes[0]
     args, cotangents = inputs(mechanism, sizes, dtype)

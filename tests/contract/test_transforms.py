@@ -22,7 +22,7 @@ from harness import (
     with_gradients,
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from mechanisms import COMPILED, GRID, MECHANISMS, SMALL, slow_if
+from mechanisms import COMPILED, GRID, MECHANISMS, SMALL, interpreted_path, slow_if
 
 P = PartitionSpec
 
@@ -197,7 +197,7 @@ def test_shardings_in_types(mechanism, implementation, sizes, shape, explicit):
     assert_close(jax.device_get(got), want, mechanism.tolerances[dtype][1])
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", GRID)
+@pytest.mark.parametrize("mechanism, implementation, sizes", slow_if(GRID, interpreted_path))
 def test_same_inputs_same_bits(mechanism, implementation, sizes):
     args, cotangents = inputs(mechanism, sizes, implementation.dtypes[0])
     first = value_and_vjp(mechanism, implementation, args, cotangents)
