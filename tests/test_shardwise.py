@@ -1,5 +1,7 @@
 """What kernels are wrapped in, around a plain function: no kernel runs on several CPU devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,28 @@ def test_a_group_of_one_key_head(arrays):
     compiled = jax.jit(run).lower(*placed).compile()
     assert "all-gather" not in compiled.as_text()
     np.testing.assert_allclose(compiled(*placed), want(*arrays), rtol=1e-6)
+
+
+def test_several_calls_are_lowered_once(arrays):
+    """The layers of a model, each with a partial of its own."""
+    traced = []
+
+    def scaled(q, v, *, factor):
+        traced.append(factor)
+        return (factor * product(q, v)[0],)
+
+    def layers(q, v):
+        for factor in (2.0, 3.0, 2.0, 3.0, 2.0):
+            run = functools.partial(scaled, factor=factor)
+            (v,) = shardwise(run, (KEYS, VALUES), (VALUES,))(q, v)
+        return v
+
+    q, v = arrays
+    placed = jax.device_put(arrays, NamedSharding(mesh(), SPEC))
+    # Once to know the shapes of each call's results, and once for each factor.
+    out = jax.jit(layers)(*placed)
+    assert len(traced) == 5 + 2
+    np.testing.assert_allclose(out, 72.0 * np.repeat(q, 2, axis=2) ** 5 * v, rtol=1e-5)
 
 
 def test_runs_inside_shard_map(arrays):

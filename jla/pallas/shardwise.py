@@ -129,8 +129,10 @@ def _lowered_once(function, platform):
 
     JAX lowers each call by itself, a second or more for each kernel of each layer of a model: what
     is called here is a module that was lowered before. `function` is told by what it is a partial
-    of and by its arguments.
+    of and by its arguments; one that has a closure is another each time, and stays as it is.
     """
+    if getattr(function, "__closure__", None):
+        return function
     platform = {"gpu": "cuda"}.get(platform, platform)
     partial = isinstance(function, functools.partial)
     whole = (function.func, function.args, tuple(function.keywords.items())) if partial else None
@@ -146,9 +148,7 @@ def _lowered_once(function, platform):
 def _lowered(function, leading, options, shapes, platform):
     arrays = (jax.ShapeDtypeStruct(*x) for x in shapes)
     run = jax.jit(lambda *arrays: function(*leading, *arrays, **dict(options)))
-    # A module is exported and called in one process, so that nothing has to be stable.
-    kernels = export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
-    return export.export(run, platforms=[platform], disabled_checks=[kernels])(*arrays)
+    return export.export(run, platforms=[platform])(*arrays)
 
 
 def _explicit_mesh(arrays):
