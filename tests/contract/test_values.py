@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness import assert_agrees, definition, inputs, value_and_vjp
-from mechanisms import AGAINST_REFERENCE, GRID, MECHANISMS
+from mechanisms import AGAINST_REFERENCE, GRID, MECHANISMS, interpreted_path
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 
@@ -73,7 +73,11 @@ def stress_cases():
         for stress in row.values[0].stress:
             if stress in row.values[1].beyond:
                 continue
-            yield pytest.param(*row.values, stress, id=f"{row.id}-{stress}", marks=row.marks)
+            # One of them says most of what half a minute each is worth.
+            others = interpreted_path(*row.values) and stress != "one gate of -1e4"
+            slow = [pytest.mark.slow] if others and not row.marks else []
+            marks = [*row.marks, *slow]
+            yield pytest.param(*row.values, stress, id=f"{row.id}-{stress}", marks=marks)
 
 
 @pytest.mark.parametrize("mechanism, implementation, sizes, stress", list(stress_cases()))
