@@ -191,7 +191,7 @@ class KimiDeltaAttention(nn.Module):
         if bound is not None:
             _checks.check_negative("gate_lower_bound", bound)
         gated = None
-        if real is None:
+        if real is None:  # the kernel knows nothing of padding
             gated = _dispatch.kernel("kda_gated", self.implementation, q, k, v, gate[0])
         if gated is None:
             g = kda_gate(*gate, lower_bound=bound)

@@ -33,7 +33,7 @@ class _DenseInParts(nn.Module):
 
     @nn.compact
     def __call__(self, inputs):
-        width, ends = sum(self.features), tuple(itertools.accumulate(self.features))[:-1]
+        width = sum(self.features)
         shape = inputs.shape[-1], width
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = None
@@ -41,10 +41,15 @@ class _DenseInParts(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (width,), self.param_dtype)
         inputs, kernel, bias = nn.dtypes.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         multiply = functools.partial(jnp.matmul, precision=self.precision)
-        parts = [multiply(inputs, part) for part in jnp.split(kernel, ends, axis=-1)]
+        parts = [multiply(inputs, part) for part in _parts(kernel, self.features)]
         if bias is None:
             return parts
-        return [x + b for x, b in zip(parts, jnp.split(bias, ends), strict=True)]
+        return [x + b for x, b in zip(parts, _parts(bias, self.features), strict=True)]
+
+
+def _parts(x, sizes):
+    """Cuts the last axis in parts of these sizes."""
+    return jnp.split(x, tuple(itertools.accumulate(sizes))[:-1], axis=-1)
 
 
 class LogLinearMamba2(nn.Module):
@@ -165,15 +170,14 @@ class LogLinearMamba2(nn.Module):
         x, real, lengths, segments, restore = arrange(inputs, mask, segment_ids)
 
         # z and u by products of their own: parts of a product's columns would have to be copied.
-        narrow = 2 * HK * K + H + H * L
-        in_proj = _DenseInParts((H * V, H * V, narrow), name="in_proj", **dense.keywords)
+        shapes = (HK, K), (HK, K), (H, 1), (H, L)
+        narrow = [heads * size for heads, size in shapes]
+        in_proj = _DenseInParts((H * V, H * V, sum(narrow)), name="in_proj", **dense.keywords)
         z, u, rest = in_proj(x)
         z, u = (y.reshape(*y.shape[:2], H, V) for y in (z, u))
-        shapes = (HK, K), (HK, K), (H, 1), (H, L)
-        ends = (HK * K, 2 * HK * K, 2 * HK * K + H)
         k, q, d, logits = (
             y.reshape(*y.shape[:2], *shape)
-            for y, shape in zip(jnp.split(rest, ends, axis=-1), shapes, strict=True)
+            for y, shape in zip(_parts(rest, narrow), shapes, strict=True)
         )
 
         convolve = convolutions(self, segments, lengths)

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla.pallas import mosaic
-from jla.pallas.mosaic import f32, per_row
+from jla.pallas.mosaic import f32, per_row, sigmoid
 from jla.pallas.rows import (
     BACKWARD,
     FORWARD,
@@ -41,7 +41,6 @@ from jla.pallas.rows import (
     for_batch_rows,
     from_rows,
     inverse_root,
-    sigmoid,
     silu,
     unsupported_rows,
 )

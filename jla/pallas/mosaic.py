@@ -198,6 +198,13 @@ def rows_by_warp(width=128, vector=4):
     return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 
 
+def sigmoid(x):
+    """1 / (1 + exp(-x)), by the approximate exp2."""
+    # A division takes eight operations, this reciprocal of a square root one.
+    root = lax.rsqrt(1.0 + jnp.exp2(x * -1.4426950408889634))
+    return root * root
+
+
 def store(ref, value):
     """Stores to GMEM; JAX 0.12 asks for a word before it stores less than whole cache lines."""
     if hasattr(plgpu, "store"):

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jla.pallas import mosaic
-from jla.pallas.mosaic import f32, per_column
+from jla.pallas.mosaic import f32, per_column, sigmoid
 from jla.pallas.shardwise import for_each_row
 
 WIDEST = 2048
@@ -192,12 +192,6 @@ def inverse_root(mean_square, epsilon):
 def _power(n):
     """The largest power of two up to n, and one at least."""
     return 1 << max(0, n.bit_length() - 1)
-
-
-def sigmoid(x):
-    # A division takes eight operations, this reciprocal of a square root one.
-    root = lax.rsqrt(1.0 + jnp.exp2(x * -1.4426950408889634))
-    return root * root
 
 
 def activate(x, activation):

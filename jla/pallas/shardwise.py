@@ -134,12 +134,12 @@ def _lowered_once(function, platform):
     if getattr(function, "__closure__", None):
         return function
     platform = {"gpu": "cuda"}.get(platform, platform)
-    partial = isinstance(function, functools.partial)
-    whole = (function.func, function.args, tuple(function.keywords.items())) if partial else None
+    partial = functools.partial(function)  # of what `function` is a partial of, if it is one
+    options = tuple(partial.keywords.items())
 
     def run(*arrays):
         shapes = tuple((x.shape, x.dtype) for x in arrays)
-        return _lowered(*(whole or (function, (), ())), shapes, platform).call(*arrays)
+        return _lowered(partial.func, partial.args, options, shapes, platform).call(*arrays)
 
     return run
 
@@ -147,8 +147,8 @@ def _lowered_once(function, platform):
 @functools.lru_cache(maxsize=1024)
 def _lowered(function, leading, options, shapes, platform):
     arrays = (jax.ShapeDtypeStruct(*x) for x in shapes)
-    run = jax.jit(lambda *arrays: function(*leading, *arrays, **dict(options)))
-    return export.export(run, platforms=[platform])(*arrays)
+    run = functools.partial(function, *leading, **dict(options))
+    return export.export(jax.jit(run), platforms=[platform])(*arrays)
 
 
 def _explicit_mesh(arrays):

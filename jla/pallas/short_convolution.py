@@ -316,9 +316,7 @@ def _silus(x, silu_twice):
     """Of each SiLU in turn, of what it is given: sigmoid(x), 1 - sigmoid(x) and silu(x)."""
     silus = []
     for _ in range(1 + silu_twice):
-        # A division takes eight operations, this reciprocal of a square root one.
-        root = lax.rsqrt(1.0 + jnp.exp2(x * -1.4426950408889634))
-        gate = root * root
+        gate = mosaic.sigmoid(x)
         silus.append((gate, 1.0 - gate, x * gate))
         x = silus[-1][2]
     return silus
