@@ -8,8 +8,8 @@ import jax
 from jla._checks import check_implementation
 
 # The module, inside jla.reference, jla.xla and jla.pallas, that holds each function. The layers'
-# convolution and norms, and KDA with the making of its gates, are in jla.pallas alone: their other
-# form is the layer's own.
+# convolution and norms, KDA with the making of its gates, and log-linear attention as
+# Mamba-2 has it are in jla.pallas alone: their other form is the layer's own.
 _MODULES = {
     "kda": "kda",
     "kda_gated": "kda",
@@ -18,6 +18,7 @@ _MODULES = {
     "gsa": "gsa",
     "gsa_step": "gsa",
     "log_linear_attention": "log_linear",
+    "log_linear_mamba2": "log_linear",
     "log_linear_step": "log_linear",
     "mesa_net": "mesa_net",
     "mesa_step": "mesa_net",

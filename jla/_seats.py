@@ -50,7 +50,7 @@ class Seats(NamedTuple):
     crossed: jax.Array
 
 
-def seated(core, q, k, v, g, level_scales, initial_state, segment_ids):
+def seated(core, q, k, v, g, level_scales, initial_state, segment_ids, value_scales=None):
     """Log-linear attention, as `jla.log_linear_attention` says, by a core for aligned sequences.
 
     Args:
@@ -64,27 +64,36 @@ def seated(core, q, k, v, g, level_scales, initial_state, segment_ids):
           taken: None where the tokens are as they came, N = T and no gate is -inf. Otherwise
             bool, [B, N]: whether a token sits there. Empty seats, about half of them, hold zeros
             in all arrays (a gate of 0 too); nobody reads their outputs or their gradients.
+          value_scales: [B, N, H], float32; only where there are any.
       q, k, v, g, level_scales, initial_state, segment_ids: of the public function.
+      value_scales: [B, T, H], float32: the values are these times v. None: v.
 
     Returns:
       What the public function returns.
     """
     B, T = v.shape[:2]
     L, dtype = level_scales.shape[-1], v.dtype
+    more = () if value_scales is None else (value_scales,)
+
+    def values(v, *scales):
+        return v.astype(f32) * scales[0][..., None] if scales else v
+
     if initial_state is None and segment_ids is None:
         end = jnp.full(B, T, i32)
-        o = core(q, k, v, g, level_scales, None)
-        return o, _state(final_levels(k, v, g, end, end, L), end)
+        o = core(q, k, v, g, level_scales, None, *more)
+        return o, _state(final_levels(k, values(v, *more), g, end, end, L), end)
     seats, decay = _plan(T, g, initial_state, segment_ids)
     cut = jnp.where(seats.begins[..., None], -jnp.inf, g)
     scales = _seated_scales(level_scales, seats)
     arrays = [take(x, seats) for x in (q, k, v, cut, scales)]
-    o = give_back(core(*arrays, seats.token < T), seats)
+    more = [take(x, seats) for x in more]
+    o = give_back(core(*arrays, seats.token < T, *more), seats)
     if initial_state is not None:
         read = read_levels(q, level_scales, decay, seats.position, initial_state)
         o = (o.astype(f32) + read).astype(dtype)
         o = jnp.where(_outgrown(seats.position, L)[..., None, None], jnp.nan, o)
-    return o, _state_after(None, seats, *arrays[1:4], decay, initial_state, L)
+    _, k, v, cut, _ = arrays
+    return o, _state_after(None, seats, k, values(v, *more), cut, decay, initial_state, L)
 
 
 def state_after(length, k, v, g, initial_state, segment_ids):

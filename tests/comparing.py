@@ -1,9 +1,12 @@
-"""How the kernels' tests compare arrays."""
+"""How the kernels' tests compare arrays, and with what."""
 
 import contextlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+import jla
 
 
 def run_in(context, run, *args):
@@ -26,3 +29,11 @@ def relative_error(got, want):
     """The relative Frobenius error."""
     got, want = (np.asarray(x, np.float64) for x in (got, want))
     return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def mamba2_in_steps(q, k, u, g, level_scales, value_scales, skip, ids, *, implementation):
+    """What `log_linear_mamba2` of jla.pallas.log_linear makes, made of the public function."""
+    v = (value_scales[..., None] * u.astype(jnp.float32)).astype(u.dtype)
+    options = dict(segment_ids=ids, implementation=implementation)
+    o, _ = jla.log_linear_attention(q, k, v, g, level_scales, **options)
+    return (o.astype(jnp.float32) + skip[:, None] * u.astype(jnp.float32)).astype(u.dtype)

@@ -1,14 +1,16 @@
-"""Mamba-2's norm behind skip and gate: values, gradients, races in the interpreter; who uses it."""
+"""Mamba-2's norm behind a gate: values, gradients, races in the interpreter; who uses it."""
 
 import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from comparing import close, run_in
+from comparing import close, mamba2_in_steps, run_in
 from flax import linen as nn
 from jax.ad_checkpoint import print_saved_residuals
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jla.pallas
@@ -18,31 +20,28 @@ from jla.pallas import gated_norm as kernels
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 EPSILON = 1e-3
-NAMES = "x", "skip_input", "skip_weight", "gate", "scale"
+NAMES = "x", "gate", "scale"
 
 
 def arguments(shape, dtype=bf16):
-    """x, skip input, skip weight, gate and scale; the result's gradient."""
-    keys = jax.random.split(jax.random.key(shape[1]), 6)
-    x, skip_input, gate, dy = (jax.random.normal(key, shape).astype(dtype) for key in keys[:4])
+    """x, gate and scale; the result's gradient."""
+    keys = jax.random.split(jax.random.key(shape[1]), 4)
+    x, gate, dy = (jax.random.normal(key, shape).astype(dtype) for key in keys[:3])
     # Rows of all sizes: to their gradients that is all that matters.
     sizes = jnp.exp2((jnp.arange(shape[1]) % 8 - 4).astype(dtype))[:, None, None]
-    weight = 1 + 0.5 * jax.random.normal(keys[4], shape[2:3])
-    scale = 1 + 0.3 * jax.random.normal(keys[5], shape[2:])
-    return (x * sizes, skip_input * sizes, weight, gate, scale), dy
+    return (x * sizes, gate, 1 + 0.3 * jax.random.normal(keys[3], shape[2:])), dy
 
 
-def formula(x, skip_input, skip_weight, gate, scale):
+def formula(x, gate, scale):
     """The layer's own form, in x's dtype."""
 
     class Layer(nn.Module):
         @nn.compact
-        def __call__(self, *arrays):
+        def __call__(self, x, gate):
             norm = RMSNorm(EPSILON, axes=2, implementation="xla", name="norm")
-            return gated_norm(norm, *arrays)
+            return gated_norm(norm, x, gate)
 
-    variables = {"params": {"norm": {"scale": scale}}}
-    return Layer().apply(variables, x, skip_input, skip_weight, gate)
+    return Layer().apply({"params": {"norm": {"scale": scale}}}, x, gate)
 
 
 kernel = functools.partial(kernels.gated_norm, epsilon=EPSILON)
@@ -56,7 +55,7 @@ def with_gradients(run, args, cotangent):
 @pytest.mark.parametrize(
     "sizes",
     [
-        # The model's rows, which registers do not hold; the last tile is not full.
+        # The model's rows; the last tile is not full.
         dict(shape=(2, 5, 8, 128)),
         # One chunk a row: several rows a warp at once, several groups a tile.
         dict(shape=(2, 43, 2, 64), dtype=f16),
@@ -64,7 +63,7 @@ def with_gradients(run, args, cotangent):
         dict(shape=(1, 7, 4, 96)),
         # Two rows a warp.
         pytest.param(dict(shape=(1, 37, 2, 32)), marks=pytest.mark.slow),
-        # XLA sums the skip weight's gradient.
+        # The longest.
         pytest.param(dict(shape=(2, 5, 16, 128)), marks=pytest.mark.slow),
         # Several tiles of a CTA, whose SMEM is used again, and several CTAs.
         pytest.param(dict(shape=(1, 150, 4, 128)), marks=pytest.mark.slow),
@@ -103,9 +102,7 @@ def check(context, shape, dtype=bf16):
     want = jax.jit(functools.partial(with_gradients, formula))(wide(args), wide(cotangent))
     pairs = {"y": (got[0], want[0])}
     pairs |= {n: pair for n, *pair in zip(NAMES, got[1], want[1], strict=True)}
-    # The skip weight's may be a sum of what has been rounded.
     close(*pairs.pop("scale"), 1e-5)
-    close(*pairs.pop("skip_weight"), 1e-5 if shape[2] * shape[3] <= 1024 else 3e-3)
     for ours, theirs in pairs.values():
         assert ours.dtype == dtype  # rounded once
         close(ours, theirs, 3e-3)
@@ -129,16 +126,13 @@ def test_lowers_for_the_gpu(shape):
 
 
 def test_says_what_it_does_not_take():
-    def reason(shape=(1, 3, 2, 64), dtype=bf16, skip_dtype=bf16, gate_dtype=bf16):
-        x, skip_input, gate = (
-            jax.ShapeDtypeStruct(shape, d) for d in (dtype, skip_dtype, gate_dtype)
-        )
-        weight, scale = (jax.ShapeDtypeStruct(s, f32) for s in (shape[2:3], shape[2:]))
-        return kernels.unsupported("gated_norm", x, skip_input, weight, gate, scale)
+    def reason(shape=(1, 3, 2, 64), dtype=bf16, gate_dtype=bf16):
+        x, gate = (jax.ShapeDtypeStruct(shape, d) for d in (dtype, gate_dtype))
+        return kernels.unsupported("gated_norm", x, gate, jax.ShapeDtypeStruct(shape[2:], f32))
 
     assert reason() is None
     assert "x is float32" in reason(dtype=f32)
-    assert "with it float32" in reason(skip_dtype=f32)
+    assert "with it float32" in reason(gate_dtype=f32)
     assert "with it float16" in reason(gate_dtype=f16)
     assert "96 elements" in reason((1, 3, 2, 48))
     assert "4096 elements" in reason((1, 3, 16, 256))
@@ -157,7 +151,10 @@ def test_says_what_it_does_not_take():
     ],
 )
 def test_the_layer_uses_it_where_it_serves(monkeypatch, options, T, masked, used):
-    """Values and gradients are those of the layer without it; only this kernel runs."""
+    """Values and gradients are those of the layer without it; only this kernel runs.
+
+    The mechanism is that of "xla", in 16 bits where its kernels would run, as they return it.
+    """
     made = []
 
     def counted(*arrays, epsilon, _kernel=kernels.gated_norm):
@@ -165,9 +162,11 @@ def test_the_layer_uses_it_where_it_serves(monkeypatch, options, T, masked, used
         return _kernel(*arrays, epsilon=epsilon)
 
     def only_the_norm(name, *args, _kernel=jla._dispatch.kernel):
-        return _kernel(name, *args) if name == "gated_norm" else None
+        return _kernel(name, *args) if name in ("gated_norm", "log_linear_mamba2") else None
 
     monkeypatch.setattr(kernels, "gated_norm", counted)
+    mamba2 = functools.partial(mamba2_in_steps, implementation="xla")
+    monkeypatch.setattr("jla.pallas.log_linear.log_linear_mamba2", mamba2)
     sizes = dict(num_heads=2, head_dim=16, value_head_dim=64, num_levels=5, norm_epsilon=1e-4)
     options = sizes | dict(dtype=bf16, conv_size=None) | options
     x = jax.random.normal(jax.random.key(0), (2, T, 32))
@@ -190,7 +189,12 @@ def test_the_layer_uses_it_where_it_serves(monkeypatch, options, T, masked, used
         got = run(LogLinearMamba2(**options))
     assert made == [1e-4] * used
     assert got[1]["params"]["o_norm"]["scale"].shape == (2, 64)
-    jax.tree.map(lambda a, b: close(a, b, 1e-2 if used else 0.0), got, want)
+    if options.get("implementation") == "pallas" and options["dtype"] == bf16:
+        # Together: that of D alone nearly cancels, for it is little but the size of what is normed.
+        got, want = ((y, ravel_pytree(gradients)[0]) for (_, y), gradients in (got, want))
+        jax.tree.map(lambda a, b: close(a, b, 1e-2), got, want)
+    else:
+        jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def xla(name, implementation, *arrays, _choose=jla._dispatch.choose):
@@ -199,20 +203,18 @@ def xla(name, implementation, *arrays, _choose=jla._dispatch.choose):
 
 @pytest.mark.parametrize("mesh_kind", ["auto", "explicit", "shard_map"])
 def test_sharded(monkeypatch, mesh_kind):
-    """The gradients of scale and weight are summed over all shards of the batch; heads, over which
-    rows go, are gathered. Around plain functions, for no Pallas kernel runs on several CPU devices.
+    """The gradient of the scale is summed over all shards of the batch; heads, over which rows go,
+    are gathered. Around plain functions, for no Pallas kernel runs on several CPU devices.
     """
 
-    def forward(x, skip_input, gate, weight, scale, *, epsilon):
-        def one(x, skip_input, gate, weight, scale):
+    def forward(x, gate, scale, *, epsilon):
+        def one(x, gate, scale):
             # [T, 1, N, D] with [N, 1, D].
-            arrays = (a[None, :, 0] for a in (x, skip_input, gate))
-            x, skip_input, gate = arrays
-            x = (x + weight[:, 0] * skip_input) * nn.silu(gate)
-            mean_square = jnp.mean(x * x, axis=(2, 3), keepdims=True)
-            return (x * jax.lax.rsqrt(mean_square + epsilon) * scale[:, 0])[0, :, None]
+            x = x[:, 0] * nn.silu(gate[:, 0])
+            mean_square = jnp.mean(x * x, axis=(1, 2), keepdims=True)
+            return (x * jax.lax.rsqrt(mean_square + epsilon) * scale[:, 0])[:, None]
 
-        return (jax.vmap(one)(x, skip_input, gate, weight, scale),)
+        return (jax.vmap(one)(x, gate, scale),)
 
     def backward(*inputs_and_dy, epsilon):
         *inputs, dy = inputs_and_dy

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import mamba2_in_steps
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jla
 import jla.pallas
 from jla import LogLinearState
+from jla.linen import LogLinearMamba2
 from jla.pallas import log_linear as kernels
 from jla.pallas.log_linear import step, tree, weights
 
@@ -70,6 +72,105 @@ def test_several_leaf_blocks_are_the_reference(monkeypatch):
     want = definition(*(x.astype(f32) for x in args))
     for ours, theirs in zip(got, want, strict=True):
         assert relative_error(ours, theirs) < 5e-3
+
+
+def mamba2_arguments(B, T, **sizes):
+    q, k, u, g, level_scales = arguments(B, T, **sizes)
+    skip = 1 + 0.5 * normal(6, g.shape[2])
+    return q, k, u, g, level_scales, jax.nn.softplus(normal(5, *g.shape)), skip
+
+
+def with_gradients(run, args, ids=None):
+    o, vjp = jax.vjp(lambda *args: run(*args, ids), *args)
+    return o, *vjp(normal(9, *o.shape).astype(o.dtype))
+
+
+def check_mamba2(got, want, tolerance):
+    assert [x.dtype for x in got] == [x.dtype for x in want]
+    for ours, theirs in zip(got, want, strict=True):
+        assert relative_error(ours, theirs) < tolerance
+
+
+@pytest.mark.parametrize(
+    "T, packed",
+    [
+        (150, False),
+        pytest.param(150, True, marks=pytest.mark.slow),
+        pytest.param(60, False, marks=pytest.mark.slow),  # one leaf block, no states
+    ],
+)
+def test_mamba2_values_and_skip(monkeypatch, T, packed):
+    """Three leaf blocks: the scales are in the weights of pairs, and in those of the states."""
+    monkeypatch.setattr(kernels, "LEAF", 64)
+    args = mamba2_arguments(1, T, H=2)
+    ids = jnp.searchsorted(jnp.array([9, 20, 100]), jnp.arange(T), side="right")[None]
+    ids = ids if packed else None
+    # Not the function that is jitted, whose programs may be of another LEAF.
+    run = kernels.log_linear_mamba2.__wrapped__
+    with jla.pallas.interpret():
+        got = jax.jit(functools.partial(with_gradients, run))(args, ids)
+    definition = functools.partial(mamba2_in_steps, implementation="reference")
+    wide = jax.jit(functools.partial(with_gradients, definition))
+    want = wide([x.astype(f32) for x in args], ids)
+    want = [x.astype(y.dtype) for x, y in zip(want, (args[2], *args), strict=True)]
+    check_mamba2(got, want, 5e-3)
+
+
+def test_mamba2_lowers_for_cuda():
+    args = jax.eval_shape(lambda: mamba2_arguments(8, 4096, H=8, K=128, V=128))
+    run = jax.jit(functools.partial(with_gradients, kernels.log_linear_mamba2))
+    text = run.trace(args).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_mamba2_on_the_card(packed):
+    args = mamba2_arguments(2, 4096, H=8, K=128, V=128)
+    ids = jnp.cumsum(jax.random.bernoulli(jax.random.key(8), 1e-2, (2, 4096)), axis=1)
+    ids = ids if packed else None
+    run = jax.jit(functools.partial(with_gradients, kernels.log_linear_mamba2))
+    got = run(args, ids)
+    jax.tree.map(np.testing.assert_array_equal, got, run(args, ids))
+    in_steps = functools.partial(mamba2_in_steps, implementation="pallas")
+    check_mamba2(got, jax.jit(functools.partial(with_gradients, in_steps))(args, ids), 5e-3)
+
+
+@pytest.mark.parametrize(
+    "implementation, call, used",
+    [
+        ("pallas", {}, True),
+        pytest.param("pallas", {"ids": True}, True, marks=pytest.mark.slow),
+        pytest.param("pallas", {"mask": True}, True, marks=pytest.mark.slow),
+        pytest.param("xla", {}, False, marks=pytest.mark.slow),
+        pytest.param(None, {}, False, marks=pytest.mark.slow),  # there is no GPU
+    ],
+)
+def test_the_layer_uses_it_where_it_serves(monkeypatch, implementation, call, used):
+    """The call is answered by "xla", and so has to be the same function of the same arguments."""
+    made = []
+
+    def stand_in(*args):
+        made.append(args)
+        return mamba2_in_steps(*args, implementation="xla")
+
+    def only_mamba2(name, *args, _kernel=jla._dispatch.kernel):
+        return _kernel(name, *args) if name == "log_linear_mamba2" else None
+
+    monkeypatch.setattr(kernels, "log_linear_mamba2", stand_in)
+    monkeypatch.setattr(jla._dispatch, "kernel", only_mamba2)
+    options = dict(num_heads=2, head_dim=64, conv_size=None, num_levels=5, dtype=bf16)
+    x = normal(0, 2, 9, 32)
+    arrays = dict(segment_ids=jnp.arange(9)[None].repeat(2, 0) // 4) if "ids" in call else {}
+    if "mask" in call:
+        arrays["mask"] = jnp.arange(9) < jnp.array([[9], [5]])
+    plain = LogLinearMamba2(**options, implementation="xla")
+    params = plain.init(jax.random.key(1), x)
+    params["params"]["D"] = jnp.array([0.5, 2.0])  # it is one at first
+    with jla.pallas.interpret():
+        y = LogLinearMamba2(**options, implementation=implementation).apply(params, x, **arrays)
+    assert len(made) == used
+    assert relative_error(y, plain.apply(params, x, **arrays)) < (4e-3 if used else 1e-9)
 
 
 @pytest.mark.parametrize("blocks, per, span", [(2, 4, 32), (7, 2, 4), (16, 4, 8), (13, 1, 2)])

@@ -22,26 +22,25 @@ def l2norm(x, epsilon=1e-6):
     return (x32 * lax.rsqrt(squares + epsilon)).astype(x.dtype)
 
 
-def gated_norm(norm, x, skip_input, skip_weight, gate, real=None):
-    """`norm((x + skip_weight * skip_input) * silu(gate))` over all heads of a token, as Mamba-2's.
+def gated_norm(norm, x, gate, real=None):
+    """`norm(x * silu(gate))` over all heads of a token, as Mamba-2's.
 
     Args:
       norm: an `RMSNorm` of two axes with nothing of its own but a scale.
-      x, skip_input, gate: [B, T, H, D]. skip_weight: [H].
+      x, gate: [B, T, H, D].
       real: bool [B, T], False where the result is zero whatever x is; or None.
 
     Returns:
-      The skip input's shape and dtype, computed in float32 and rounded once.
+      The gate's shape and dtype, computed in float32 and rounded once.
     """
     if real is None:
-        arrays = x, skip_input, skip_weight, gate, norm._scale(x)
+        arrays = x, gate, norm._scale(x)
         run = _dispatch.kernel("gated_norm", norm.implementation, *arrays)
         if run is not None:
             return run(*arrays, epsilon=norm.epsilon)
-    x = x.astype(f32) + skip_weight[:, None] * skip_input.astype(f32)
-    if real is not None:
-        x = jnp.where(real[..., None, None], x, 0.0)
-    return norm(x * nn.silu(gate.astype(f32))).astype(skip_input.dtype)
+    else:
+        x = jnp.where(real[..., None, None], x, 0)
+    return norm(x.astype(f32) * nn.silu(gate.astype(f32))).astype(gate.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -5,8 +5,9 @@ import itertools
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
-from jla import _checks, _seats
+from jla import _checks, _dispatch, _seats
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm, gated_norm
 from jla.linen._padding import arrange
@@ -15,6 +16,8 @@ from jla.linen.kda import _dt_bias_init
 from jla.log_linear import LogLinearState, log_linear_attention, log_linear_step
 
 f32 = jnp.float32
+
+_PRECISIONS = lax.Precision.DEFAULT, lax.Precision.HIGH, lax.Precision.HIGHEST
 
 
 def _A_log_init(_, shape, dtype):
@@ -40,8 +43,14 @@ class _DenseInParts(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (width,), self.param_dtype)
         inputs, kernel, bias = nn.dtypes.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        multiply = functools.partial(jnp.matmul, precision=self.precision)
-        parts = [multiply(inputs, part) for part in _parts(kernel, self.features)]
+        precisions = [self.precision] * len(self.features)
+        if self.precision is None and inputs.dtype.itemsize == 2:
+            # XLA merges the smaller products of one input, and then cuts and joins columns in
+            # passes of their own, but not products of different precision. Those of 16-bit numbers
+            # are exact at any.
+            precisions = [_PRECISIONS[i % 3] for i in range(len(self.features))]
+        parts = zip(_parts(kernel, self.features), precisions, strict=True)
+        parts = [jnp.matmul(inputs, part, precision=precision) for part, precision in parts]
         if bias is None:
             return parts
         return [x + b for x, b in zip(parts, _parts(bias, self.features), strict=True)]
@@ -191,10 +200,10 @@ class LogLinearMamba2(nn.Module):
         skip = self.param("D", nn.initializers.ones, (H,), f32)
         level_weight = self.param("L", nn.initializers.ones, (H, L), f32)
         dt = nn.softplus(d[..., 0].astype(f32) + dt_bias)
-        v = (dt[..., None] * u.astype(f32)).astype(u.dtype)
         level_scales = nn.softplus(level_weight * logits.astype(f32))
 
-        o = self._mechanism(q, k, v, -jnp.exp(A_log) * dt, level_scales, real, lengths, segments)
+        g = -jnp.exp(A_log) * dt
+        o = self._mechanism(q, k, u, dt, g, level_scales, skip, real, lengths, segments)
 
         norm = RMSNorm(
             self.norm_epsilon,
@@ -204,17 +213,27 @@ class LogLinearMamba2(nn.Module):
             name="o_norm",
         )
         # At a padded token o may be NaN, beyond the last level.
-        o = gated_norm(norm, o, u, skip, z, real)
+        o = gated_norm(norm, o, z, real)
         return restore(dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(o))
 
-    def _mechanism(self, q, k, v, g, level_scales, real, lengths, segments):
-        """Runs `log_linear_attention`, or `log_linear_step` for one token, from the cached state if
-        there is one."""
+    def _mechanism(self, q, k, u, dt, g, level_scales, skip, real, lengths, segments):
+        """The mechanism's outputs for the values dt u, and skip u.
+
+        Runs `log_linear_attention`, or `log_linear_step` for one token, from the cached state if
+        there is one. Where kernels serve and there is no state they make the values and add the
+        skip, too.
+        """
+        if not self.decode:
+            run = _dispatch.kernel("log_linear_mamba2", self.implementation, q, k, u)
+            if run is not None:
+                return run(q, k, u, g, level_scales, dt, skip, segments)
+        v = (dt[..., None] * u.astype(f32)).astype(u.dtype)
         run = functools.partial(
             log_linear_attention, segment_ids=segments, implementation=self.implementation
         )
+        skipped = skip[:, None] * u.astype(f32)
         if not self.decode:
-            return run(q, k, v, g, level_scales)[0]
+            return run(q, k, v, g, level_scales)[0].astype(f32) + skipped
         (B, _, H, V), K, L = v.shape, k.shape[3], level_scales.shape[3]
         levels = self.variable("cache", "levels", jnp.zeros, (B, H, L, K, V), f32)
         position = self.variable("cache", "position", jnp.zeros, (B,), jnp.int32)
@@ -234,7 +253,7 @@ class LogLinearMamba2(nn.Module):
                 state = _seats.state_after(lengths, k, v, g, before, segments)
         if not self.is_initializing():
             levels.value, position.value = state
-        return o
+        return o.astype(f32) + skipped
 
     def _sizes(self, inputs, mask, segment_ids):
         """Checks the call's arguments and the attributes; returns H, HK, K, V and L."""

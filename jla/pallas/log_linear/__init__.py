@@ -20,9 +20,9 @@ from jla.pallas.log_linear.outputs import outputs
 from jla.pallas.log_linear.step import log_linear_step
 from jla.pallas.log_linear.sums import weighted_sums
 from jla.pallas.mosaic import TILE_ROWS
-from jla.pallas.shardwise import shardwise
+from jla.pallas.shardwise import for_each_row, shardwise
 
-__all__ = ["log_linear_attention", "log_linear_step", "unsupported"]
+__all__ = ["log_linear_attention", "log_linear_mamba2", "log_linear_step", "unsupported"]
 
 bf16, f32 = jnp.bfloat16, jnp.float32
 
@@ -48,17 +48,37 @@ def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
     return _seats.seated(core, q, k, v, g, level_scales, initial_state, segment_ids)
 
 
-def core(q, k, v, g, level_scales, taken=None):
-    """The outputs of aligned sequences, as `_seats.seated` asks for them.
+@jax.jit
+def log_linear_mamba2(q, k, u, g, level_scales, value_scales, skip, segment_ids):
+    """Mamba-2's outputs: `log_linear_attention`'s for the values `value_scales u`, plus `skip u`.
+
+    The scales are part of the weights with which tokens are read, and the skip's weight is added to
+    the one with which a token reads itself, so that neither costs a pass over memory.
+
+    Args:
+      u: [B, T, H, V]. value_scales: [B, T, H], float32. skip: [H], float32. The others are those of
+        the public function.
+
+    Returns:
+      [B, T, H, V] in u's dtype.
+    """
+    run = functools.partial(core, skip=for_each_row(skip[None, :, None], u))
+    arrays = q, k, u, g, level_scales, None, segment_ids, value_scales
+    return _seats.seated(run, *arrays)[0]
+
+
+def core(q, k, v, g, level_scales, taken=None, value_scales=None, *, skip=None):
+    """The outputs of aligned sequences, as `_seats.seated` asks for them; plus skip [B, 1, H, 1]
+    times v.
 
     All products take bfloat16 operands and add in float32, float16 inputs included.
     """
     T, V, dtype = v.shape[1], v.shape[-1], v.dtype
-    w, decays = weights.weights(g, level_scales, LEAF)
+    w, decays = weights.weights(g, level_scales, LEAF, value_scales)
     q, k, v = (_pad(x.astype(bf16)) for x in (q, k, v))
     per = weights.plan(T, LEAF)[1]
     live = None if taken is None or decays is None else weights.live(taken, per)
-    return _core(q, k, v, w, decays, live, per)[:, :T, :, :V].astype(dtype)
+    return _core(q, k, v, w, decays, skip, live, per)[:, :T, :, :V].astype(dtype)
 
 
 def _pad(x):
@@ -66,44 +86,40 @@ def _pad(x):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE_ROWS), (0, 0), (0, -x.shape[3] % TILE_WIDTH)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _core(q, k, v, w, decays, live, per):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _core(q, k, v, w, decays, skip, live, per):
     """The core on whole tiles, from `weights.weights` and `weights.live`."""
-    return _run_forward(q, k, v, w, decays, live, per, keep=False)[0]
+    return _run_forward(q, k, v, w, decays, skip, live, per, keep=False)[0]
 
 
-def _core_forward(q, k, v, w, decays, live, per):
-    o, *states = _run_forward(q, k, v, w, decays, live, per, keep=True)
+def _core_forward(q, k, v, w, decays, skip, live, per):
+    o, *states = _run_forward(q, k, v, w, decays, skip, live, per, keep=True)
     states = checkpoint_name(states[0], "log_linear_states") if states else None
-    return o, (q, k, v, w, decays, live, states)
+    return o, (q, k, v, w, decays, skip, live, states)
 
 
-def _run_forward(q, k, v, w, decays, live, per, keep):
+def _run_forward(q, k, v, w, decays, skip, live, per, keep):
     axes = _axes(q, v)
-    arrays, names = _present(axes, q=q, k=k, v=v, w=w, decays=decays, live=live)
     results = [axes["v"], axes["states"]] if keep and decays is not None else [axes["v"]]
-    run = functools.partial(_forward, per=per, keep=keep)
-    return shardwise(run, names, results)(*arrays)
+    arrays = dict(q=q, k=k, v=v, w=w, decays=decays, skip=skip, live=live)
+    return _shardwise(_forward, axes, results, arrays, per=per, keep=keep)
 
 
 def _core_backward(per, residuals, do):
-    q, k, v, w, decays, live, states = residuals
+    q, k, v, w, decays, skip, live, states = residuals
     axes = _axes(q, v)
-    arrays, names = _present(
-        axes, q=q, k=k, v=v, do=do, w=w, decays=decays, states=states, live=live
-    )
     results = [axes["of_head"], axes["of_head"], axes["v"], axes["w"]]
-    if decays is not None:
-        results.append(axes["decays"])
-    run = functools.partial(_backward, per=per)
-    dq, dk, dv, dw, *ddecays = shardwise(run, names, results)(*arrays)
+    results += [axes[name] for name, x in (("decays", decays), ("skip", skip)) if x is not None]
+    arrays = dict(q=q, k=k, v=v, do=do, w=w, decays=decays, skip=skip, states=states, live=live)
+    dq, dk, dv, dw, *others = _shardwise(_backward, axes, results, arrays, per=per)
 
     def over_group(x):
         if x.shape == q.shape:
             return x
         return x.astype(f32).reshape(*q.shape[:3], -1, q.shape[3]).sum(3).astype(bf16)
 
-    return over_group(dq), over_group(dk), dv, dw, ddecays[0] if ddecays else None, None
+    ddecays, dskip = (others.pop(0) if x is not None else None for x in (decays, skip))
+    return over_group(dq), over_group(dk), dv, dw, ddecays, dskip, None
 
 
 _core.defvjp(_core_forward, _core_backward)
@@ -121,18 +137,24 @@ def _axes(q, v):
         of_head=f"B T {heads} K",
         w=f"B {heads} N P C",
         decays=f"B {heads} n",
+        skip=f"B single {heads} number",
         states=f"B {heads} n V K",
         live="B N",
     )
 
 
-def _present(axes, **arrays):
-    """Those that are not None, and their axis letters."""
+def _shardwise(function, axes, results, arrays, **options):
+    """Calls the function, shard by shard, with those arrays by their names that are not None."""
     present = {name: x for name, x in arrays.items() if x is not None}
-    return tuple(present.values()), tuple(axes[name] for name in present)
+    run = functools.partial(_named, function, tuple(present), **options)
+    return shardwise(run, [axes[name] for name in present], results)(*present.values())
 
 
-def _forward(q, k, v, w, decays=None, live=None, *, per, keep):
+def _named(function, names, *arrays, **options):
+    return function(**dict(zip(names, arrays, strict=True)), **options)
+
+
+def _forward(*, q, k, v, w, decays=None, skip=None, live=None, per, keep):
     """o, and with `keep` the states that the backward pass reads (if there are any)."""
     _, blocks, inside, _, P = _sizes(w, per)
     states = None
@@ -140,24 +162,32 @@ def _forward(q, k, v, w, decays=None, live=None, *, per, keep):
         job = tree.leaf_jobs(per, P - 1)
         counts = tree.live_counts(live, blocks - 1, job)
         states = tree.up(weighted_sums(v, k, w, counts, blocks - 1, job), decays)
-    o = outputs(q, k, v, w, states, live, per=per, inside=inside)
+    o = outputs(q, k, v, w, states, skip, live, per=per, inside=inside)
     return (o, states) if keep and states is not None else (o,)
 
 
-def _backward(q, k, v, do, w, decays=None, states=None, live=None, *, per):
-    """All backward kernels: dq and dk for each head, dv, and the gradients of w and the decays."""
+def _backward(*, q, k, v, do, w, decays=None, skip=None, states=None, live=None, per):
+    """All backward kernels: dq and dk for each head, dv, and the gradients of w, of the decays and
+    of the skip's weight, where there are such."""
     N, blocks, inside, above, _ = _sizes(w, per)
-    of_leaves = of_decays = None
+    of_leaves, others = None, []
     if decays is not None:
         jobs = sum(nodes * parts for nodes, parts in tree.heights(per, blocks))
         job = tree.reader_jobs(N, per, blocks, inside)
         read = weighted_sums(do, q, w, tree.live_counts(live, jobs, job), jobs, job)
         read = tree.by_height(read, per, blocks)
         of_leaves, of_decays = tree.down(read, states, decays)
-    dq, by_reads = reader_gradients(q, k, v, do, w, states, live, per=per, inside=inside)
-    dk, dv, by_read = writer_gradients(q, k, v, do, w, of_leaves, live, per=per, inside=inside)
+        others.append(of_decays)
+    dq, by_reads = reader_gradients(
+        q, k, v, do, w, states, live, per=per, inside=inside, skip=skip is not None
+    )
+    dk, dv, by_read = writer_gradients(
+        q, k, v, do, w, of_leaves, skip, live, per=per, inside=inside
+    )
     dw = weights.gradient_of_weights(by_reads, by_read, live, inside, above)
-    return (dq, dk, dv, dw) if decays is None else (dq, dk, dv, dw, of_decays)
+    if skip is not None:
+        others.append(weights.gradient_of_skip(by_reads, live))
+    return dq, dk, dv, dw, *others
 
 
 def _sizes(w, per):

@@ -19,17 +19,17 @@ from jla.pallas.mosaic import PER_COLUMN, PER_ROW, bf16, f32, load, per_column, 
 SDS = jax.ShapeDtypeStruct
 
 
-def reader_gradients(q, k, v, do, weights, states, live, *, per, inside):
+def reader_gradients(q, k, v, do, weights, states, live, *, per, inside, skip):
     """With a = q_t . k_s, u = do_t . v_s and the weights as in `outputs.outputs`,
 
         dq_t = sum_s u w_l[t] w_l[s] k_s + sum_m w_l(m)[t] S_m do_t
         dw_l[t] = sum_s a u w_l[s],   or   q_t S_m do_t
 
-    Args: as of `outputs.outputs`; do: [B, T, H, V] bf16.
+    Args: as of `outputs.outputs`; do: [B, T, H, V] bf16; skip: whether o has the term D v_t.
 
     Returns:
       dq for each head, [B, T, H, K] bf16, and [B, H, N, P, 64] float32, of which only the planes of
-      levels at which a token reads are written.
+      levels at which a token reads are written; with `skip` also the last one: do_t . v_t.
 
     As `outputs`, with do beside q: 104 KB of SMEM at K=V=128, two chunks a multiprocessor. Traffic
     at B=8 T=4096 H=16 HK=1 K=V=128, leaf blocks of 256: v, do, dq 134 MB each, states 63 MB: 0.47
@@ -85,6 +85,8 @@ def reader_gradients(q, k, v, do, weights, states, live, *, per, inside):
             changes = a * u
             own, weights = _own(srow, changes)
             put(0, own)
+            if skip:
+                put(P - 1, jnp.sum(jnp.where(chunks.diagonal(), u, 0.0), axis=1))
 
             def level_step(level, weights):
                 weights, mask, column = stream.diagonal_level(level, srow, scolumn, weights, False)
@@ -143,15 +145,16 @@ def reader_gradients(q, k, v, do, weights, states, live, *, per, inside):
     )(*operands)
 
 
-def writer_gradients(q, k, v, do, weights, gradients, live, *, per, inside):
+def writer_gradients(q, k, v, do, weights, gradients, skip, live, *, per, inside):
     """With a, u and w as in `reader_gradients`, d the decay of a token's writes to the end of its
     leaf block (the last plane of the weights), dS the gradient of the block's state,
 
         dk_s = sum_t u w_l[t] w_l[s] q_t + d[s] dS v_s
-        dv_s = sum_t a w_l[t] w_l[s] do_t + d[s] k_s dS
+        dv_s = sum_t a w_l[t] w_l[s] do_t + d[s] k_s dS + D do_s
         dw_l[s] = sum_t a u w_l[t];   dd[s] = k_s dS v_s
 
-    Args: as of `reader_gradients`; gradients: dS, [B, H, blocks - 1, V, K] bf16, or None.
+    Args: as of `outputs.outputs`; do: [B, T, H, V] bf16; gradients: dS, [B, H, blocks - 1, V, K]
+    bf16, or None.
 
     Returns:
       dk for each head, [B, T, H, K], dv [B, T, H, V] bf16, and [B, H, N, P, 64] float32, of which
@@ -168,8 +171,10 @@ def writer_gradients(q, k, v, do, weights, gradients, live, *, per, inside):
 
     @stream.of_live_chunks(live, N)
     def body(until, q_ref, k_ref, v_ref, do_ref, weights_ref, *refs):
-        gradients_ref = refs[0] if gradients is not None else None
-        dk_out, dv_out, dw_out, *refs = refs[-12:]
+        refs = list(refs)
+        gradients_ref = refs.pop(0) if gradients is not None else None
+        skip_ref = refs.pop(0) if skip is not None else None
+        dk_out, dv_out, dw_out, *refs = refs
         sk, sv, ring, srow, scolumn, other, near, loaded, gradient_loaded = refs
         b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
         key_head, rows = lax.div(h, group), pl.ds(n * CHUNK, CHUNK)
@@ -216,7 +221,9 @@ def writer_gradients(q, k, v, do, weights, gradients, live, *, per, inside):
                 return weights
 
             weights = lax.fori_loop(0, LEVELS, level_step, weights)
-            da, p = (u * weights).astype(bf16), (a * weights).astype(bf16)
+            own = None if skip is None else skip_ref[b, 0, h, 0]
+            da = (u * weights).astype(bf16)
+            p = stream.plus_skip(a * weights, own).astype(bf16)
             dk = tuple(product((da, x.at[slot])) for x in ring[:k_tiles])
             dv = tuple(product((p, x.at[slot])) for x in ring[k_tiles:])
             zeros = plgpu.layout_cast(jnp.zeros((CHUNK,), f32), PER_ROW)
@@ -271,7 +278,7 @@ def writer_gradients(q, k, v, do, weights, gradients, live, *, per, inside):
         plgpu.commit_smem()
         _send([(sk, dk, dk_out.at[b, rows, h]), (sv, dv, dv_out.at[b, rows, h])])
 
-    operands = [x for x in (live, q, k, v, do, weights, gradients) if x is not None]
+    operands = [x for x in (live, q, k, v, do, weights, gradients, skip) if x is not None]
     return mosaic.kernel(
         body,
         automatic_barriers=False,

@@ -14,19 +14,20 @@ from jla.pallas.mosaic import PER_COLUMN, PER_ROW, bf16, f32, load, per_column, 
 SDS = jax.ShapeDtypeStruct
 
 
-def outputs(q, k, v, weights, states, live, *, per, inside):
+def outputs(q, k, v, weights, states, skip, live, *, per, inside):
     """The outputs of all chunks: with w_l[t] the weights of level l,
 
-        o_t = sum_s (q_t . k_s) w_l[t] w_l[s] v_s + sum_m w_l(m)[t] q_t S_m
+        o_t = sum_s (q_t . k_s) w_l[t] w_l[s] v_s + sum_m w_l(m)[t] q_t S_m + D v_t
 
     over the pairs of t's leaf block, where l is the level at which t and s meet (and lambda[t, 0]
     stands for the weights of t with itself), and over the states S_m of the set bits m of the leaf
-    block's number.
+    block's number. D is added to the weight of v_t, and rounded with it to bf16.
 
     Args:
       q, k: [B, T, HK, K] bf16, K 64 or 128; T a multiple of 8. v: [B, T, H, V] bf16.
       weights: [B, H, N, P, 64] float32, from `weights.weights`.
       states: [B, H, n, V, K] bf16, from `tree.up`; None where there is one leaf block.
+      skip: D, [B, 1, H, 1] float32; None: 0.
       live: [B, N] int32, from `weights.live`: which chunks are worth the work; None: all.
       per: chunks of a leaf block; inside: its levels.
 
@@ -46,8 +47,10 @@ def outputs(q, k, v, weights, states, live, *, per, inside):
 
     @stream.of_live_chunks(live, N)
     def body(_, q_ref, k_ref, v_ref, weights_ref, *refs):
-        states_ref = refs[0] if states is not None else None
-        o_out, sq, ring, srow, scolumn, other, near, loaded, states_loaded = refs[-9:]
+        refs = list(refs)
+        states_ref = refs.pop(0) if states is not None else None
+        skip_ref = refs.pop(0) if skip is not None else None
+        o_out, sq, ring, srow, scolumn, other, near, loaded, states_loaded = refs
         b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
         key_head, rows = lax.div(h, group), pl.ds(n * CHUNK, CHUNK)
         for i in range(k_tiles):
@@ -81,7 +84,8 @@ def outputs(q, k, v, weights, states, live, *, per, inside):
         def on_diagonal(slot):
             plgpu.barrier_wait(near)
             weights = stream.diagonal_weights(srow, scolumn)
-            weights = (scores(slot) * weights).astype(bf16)
+            own = None if skip is None else skip_ref[b, 0, h, 0]
+            weights = stream.plus_skip(scores(slot) * weights, own).astype(bf16)
             return tuple(product((weights, ring[k_tiles + i].at[slot])) for i in range(v_tiles))
 
         def on_chunk(j, slot, o):
@@ -116,7 +120,7 @@ def outputs(q, k, v, weights, states, live, *, per, inside):
             plgpu.copy_smem_to_gmem(ring[i].at[0], o_out.at[b, rows, h, columns(i)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    operands = [x for x in (live, q, k, v, weights, states) if x is not None]
+    operands = [x for x in (live, q, k, v, weights, states, skip) if x is not None]
     return mosaic.kernel(
         body,
         automatic_barriers=False,

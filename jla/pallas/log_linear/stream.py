@@ -139,6 +139,14 @@ def diagonal_weights(rows, columns, reverse=False):
     return lax.fori_loop(0, LEVELS, level_step, own)
 
 
+def plus_skip(weights, skip):
+    """The weights of a chunk's own pairs, or any multiples of them, with the skip's weight, a
+    number or None, added to those of each token with itself."""
+    if skip is None:
+        return weights
+    return weights + jnp.where(chunks.diagonal(), skip, 0.0)
+
+
 def diagonal_level(level, rows, columns, weights, reverse):
     """Adds a level's pairs to the weights; its mask, and the weights of its columns."""
     pairs = chunks.level_pairs(level, reverse=reverse)

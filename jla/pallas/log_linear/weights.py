@@ -36,12 +36,14 @@ def planes(per, blocks):
     return inside, above, inside + above + 2
 
 
-def weights(g, level_scales, leaf):
+def weights(g, level_scales, leaf, value_scales=None):
     """All weights of a core's tokens, and the decays between leaf blocks; differentiable.
 
     Args:
       g: [B, T, H] float32 log decays; -inf lets nothing through.
       level_scales: [B, T, H, L] float32.
+      value_scales: what each token's value is multiplied by, [B, T, H] float32, in all the weights
+        with which it is read; None: ones.
 
     Returns:
       [B, H, N, P, 64] float32, by chunks and planes; [B, H, blocks - 1] float32, as `tree.up` takes
@@ -63,9 +65,12 @@ def weights(g, level_scales, leaf):
     missing = levels + 1 - scales.shape[-1]
     scales = jnp.pad(scales, ((0, 0), (0, N * CHUNK - T), (0, 0), (0, missing)))
     scales = scales.reshape(B, N, CHUNK, H, levels + 1).transpose(0, 3, 1, 4, 2)
-    scales = jnp.concatenate(
-        [scales[..., :1, :], jnp.where(reads, scales[..., 1:, :], 1.0), jnp.ones_like(own)], axis=-2
-    )
+    writes = jnp.ones_like(own)
+    if value_scales is not None:
+        writes = jnp.pad(jnp.swapaxes(value_scales, 1, 2), ((0, 0), (0, 0), (0, N * CHUNK - T)))
+        writes = writes.reshape(own.shape)
+    scales = [scales[..., :1, :] * writes, jnp.where(reads, scales[..., 1:, :], writes), writes]
+    scales = jnp.concatenate(scales, axis=-2)
     decays = jnp.concatenate([jnp.ones_like(own), decays], axis=-2)
     return scales * decays, _between_blocks(gates, per * CHUNK, blocks)
 
@@ -110,6 +115,14 @@ def gradient_of_weights(by_reads, by_read, live, inside, above):
     if live is None:
         return gradient
     return jnp.where(live[:, None, :, None, None] > 0, gradient, zeros)
+
+
+def gradient_of_skip(by_reads, live):
+    """The gradient of the skip's weight, [B, 1, H, 1], from what `reader_gradients` wrote."""
+    of_tokens = by_reads[..., -1, :]
+    if live is not None:
+        of_tokens = jnp.where(live[:, None, :, None] > 0, of_tokens, 0.0)
+    return of_tokens.sum((2, 3))[:, None, :, None]
 
 
 def _around(x, levels):
