@@ -283,7 +283,7 @@ def test_step_lowers_for_cuda_in_place():
 @pytest.mark.parametrize(
     "B, T, sizes, calls",
     [
-        (8, 4096, dict(H=16, K=128, V=128), 5),
+        (8, 4096, dict(H=16, K=128, V=128), 6),
         (1, 100, dict(H=2, HK=2, K=128, V=64), 3),  # one leaf block: no states
     ],
     ids=str,
@@ -298,7 +298,8 @@ def test_lowers_for_cuda(B, T, sizes, calls):
         return o, *vjp(o)
 
     text = run.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-    # The leaf blocks' states, the outputs; the gradients of what is read, of readers and the read.
+    # The leaf blocks' states, the outputs; the gradients of what is read, of the leaf blocks'
+    # states, of readers and the read.
     assert text.count("@mosaic_gpu") == calls
 
 

@@ -1,9 +1,9 @@
 """Log-linear attention as Pallas kernels; docs/kernels.md explains their design.
 
 Forward: `sums` makes the states of the leaf blocks, `tree` (XLA) those above, `outputs` the rest.
-Backward: `sums` makes the gradients of the states that are read, `tree` brings them down to the
-leaf blocks, and `gradients` makes all others, chunk by chunk. What the gates and level scales are
-worth is XLA's (`weights`), and so are their gradients.
+Backward: `sums` makes the gradients of the states that are read, `tree_gradients` brings them down
+to the leaf blocks, and `gradients` makes all others, chunk by chunk. What the gates and level
+scales are worth is XLA's (`weights`), and so are their gradients.
 """
 
 import functools
@@ -19,6 +19,7 @@ from jla.pallas.log_linear.gradients import reader_gradients, writer_gradients
 from jla.pallas.log_linear.outputs import outputs
 from jla.pallas.log_linear.step import log_linear_step
 from jla.pallas.log_linear.sums import weighted_sums
+from jla.pallas.log_linear.tree_gradients import tree_gradients
 from jla.pallas.mosaic import TILE_ROWS
 from jla.pallas.shardwise import for_each_row, shardwise
 
@@ -175,8 +176,7 @@ def _backward(*, q, k, v, do, w, decays=None, skip=None, states=None, live=None,
         jobs = sum(nodes * parts for nodes, parts in tree.heights(per, blocks))
         job = tree.reader_jobs(N, per, blocks, inside)
         read = weighted_sums(do, q, w, tree.live_counts(live, jobs, job), jobs, job)
-        read = tree.by_height(read, per, blocks)
-        of_leaves, of_decays = tree.down(read, states, decays)
+        of_leaves, of_decays = tree_gradients(read, states, decays, per)
         others.append(of_decays)
     dq, by_reads = reader_gradients(
         q, k, v, do, w, states, live, per=per, inside=inside, skip=skip is not None

@@ -1,4 +1,4 @@
-"""The binary tree of leaf blocks' states, up and down; small, and XLA's.
+"""The binary tree of leaf blocks' states: what is where, and the way up; small, and XLA's.
 
 A node of height m is 2**m leaf blocks, its state the decayed sum of its halves'. Only left halves
 are read, by the blocks of their right siblings: block i reads, for each set bit m of i, the node
@@ -28,37 +28,6 @@ def up(leaves, decays):
         leaves = decay * left[:, :, : n // 2] + leaves[:, :, 1::2]
         at += left.shape[2]
     return jnp.concatenate(out, axis=2)
-
-
-def down(gradients, states, decays):
-    """The gradients of the leaf blocks' states, [B, H, n, V, K] bf16, and of the decays.
-
-    Args:
-      gradients: of the states that are read, a float32 array for each height.
-      states: as `up` returned them.
-    """
-    at = states.shape[2]
-    parent, of_decays = None, []
-    for own in reversed(gradients):
-        count = own.shape[2]
-        at -= count
-        if parent is None:  # the highest node has no parent
-            parent, change = own, jnp.zeros(own.shape[:3], f32)
-        else:
-            pairs = parent.shape[2]
-            left = states[:, :, at : at + pairs].astype(f32)
-            change = _pad((parent * left).sum((3, 4)), count)
-            decay = decays[:, :, at : at + pairs, None, None]
-            even = own + _pad(decay * parent, count)
-            both = jnp.stack([even, _pad(parent, count)], axis=3)
-            both = both.reshape(*both.shape[:2], 2 * count, *both.shape[4:])
-            parent = both[:, :, : pairs + count]
-        of_decays.append(change)
-    return parent.astype(bf16), jnp.concatenate(of_decays[::-1], axis=2)
-
-
-def _pad(x, count):
-    return jnp.pad(x, [(0, 0)] * 2 + [(0, count - x.shape[2])] + [(0, 0)] * (x.ndim - 3))
 
 
 def leaf_jobs(per, plane):
@@ -105,13 +74,3 @@ def live_counts(live, jobs, job):
     place = chunk - jnp.broadcast_to(first, jobs)[:, None]
     mine = (place >= 0) & (place < jnp.broadcast_to(count, jobs)[:, None])
     return jnp.max(jnp.where(mine & (live[:, None] > 0), place + 1, 0), axis=2)
-
-
-def by_height(sums, per, blocks):
-    """The jobs' sums, [B, H, J, V, K], as one array of node gradients for each height."""
-    out, at = [], 0
-    for nodes, parts in heights(per, blocks):
-        x = sums[:, :, at : at + nodes * parts]
-        out.append(x.reshape(*x.shape[:2], nodes, parts, *x.shape[3:]).sum(3))
-        at += nodes * parts
-    return out

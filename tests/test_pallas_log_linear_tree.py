@@ -1,0 +1,92 @@
+"""The kernel that brings the gradients of log-linear attention's states down the tree."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from comparing import close, run_in
+
+import jla.pallas
+from jla.pallas.log_linear import tree
+from jla.pallas.log_linear.tree_gradients import tree_gradients
+
+f32, bf16 = jnp.float32, jnp.bfloat16
+
+
+def arguments(B, H, V, K, blocks, per):
+    """As much is read of each node, in however many parts."""
+    jobs, n = sum(nodes * parts for nodes, parts in tree.heights(per, blocks)), blocks - 1
+    keys = jax.random.split(jax.random.key(blocks), 3)
+    sums = jax.random.normal(keys[0], (B, H, jobs, V, K))
+    states = jax.random.normal(keys[1], (B, H, n, V, K)).astype(bf16)
+    return sums, states, jax.random.uniform(keys[2], (B, H, n))
+
+
+def definition(sums, states, decays, per):
+    """Node by node, in float64."""
+    sums, states, decays = (np.asarray(x, np.float64) for x in (sums, states, decays))
+    n = states.shape[2]
+    job, place, totals, of_decays = sums.shape[2], n, {}, np.zeros(decays.shape)
+    for height, (nodes, parts) in reversed(list(enumerate(tree.heights(per, n + 1)))):
+        job, place = job - nodes * parts, place - nodes
+        for i in range(n >> height):
+            parent, left = totals.get((height + 1, i // 2)), i // 2
+            if i % 2:
+                totals[height, i] = parent
+                continue
+            own = sums[:, :, job + left * parts :][:, :, :parts].sum(axis=2)
+            if parent is not None:
+                own += decays[:, :, place + left, None, None] * parent
+                of_decays[:, :, place + left] = (parent * states[:, :, place + left]).sum((2, 3))
+            totals[height, i] = own
+    return np.stack([totals[0, i] for i in range(n)], axis=2), of_decays
+
+
+def check(context, sizes, blocks, per):
+    args = arguments(*sizes, blocks, per)
+    run = jax.jit(functools.partial(tree_gradients, per=per))
+    leaves, of_decays = run_in(context, run, *args)
+    want, want_of_decays = definition(*args, per)
+    # Nearly all are the float64 values rounded once.
+    assert leaves.dtype == bf16
+    close(leaves, jnp.asarray(want, f32).astype(bf16), 2e-4)
+    close(of_decays, want_of_decays, 2e-6)
+
+
+@pytest.mark.parametrize(
+    "blocks, per, span",
+    [
+        (2, 4, 32),  # one leaf block before the last
+        (15, 2, 4),  # the right edge is no full tree; high nodes in two parts and four
+        pytest.param(16, 4, 32, marks=pytest.mark.slow),
+        pytest.param(39, 1, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_is_the_definition(monkeypatch, blocks, per, span):
+    monkeypatch.setattr(tree, "SPAN", span)
+    check(jla.pallas.interpret, (1, 2, 64, 64), blocks, per)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("V, K", [(64, 128), (128, 128)])
+def test_wide_states(V, K):
+    check(jla.pallas.interpret, (2, 1, V, K), 4, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "sizes, blocks", [((16, 8, 128, 128), 16), ((1, 3, 128, 64), 512), ((2, 3, 64, 64), 391)]
+)
+def test_on_the_card(sizes, blocks):
+    check(contextlib.nullcontext, sizes, blocks, 4)
+
+
+@pytest.mark.parametrize("sizes, blocks", [((16, 8, 128, 128), 16), ((1, 16, 128, 128), 512)])
+def test_lowers_for_cuda(sizes, blocks):
+    """At T = 4096 and 131072, with the most of SMEM."""
+    args = jax.eval_shape(lambda: arguments(*sizes, blocks, 4))
+    traced = jax.jit(functools.partial(tree_gradients, per=4)).trace(*args)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 1
