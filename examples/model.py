@@ -184,6 +184,20 @@ def kept(primitive, *_, **parameters):
     )
 
 
+def cast_kernels(params, dtype):
+    """Parameters with the kernels of matrix products in the dtype that they are multiplied in.
+
+    Their layers would cast them, too, but inside of what the backward pass runs again: it would
+    have copies of the parameters as they are, float32.
+    """
+
+    def cast(path, x):
+        of_product = path[-1].key == "kernel" and not path[-2].key.endswith("conv1d")
+        return x.astype(dtype) if of_product else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 class LanguageModel(nn.Module):
     """Tokens [B, T] in, float32 logits [B, T, vocabulary] out.
 
@@ -233,8 +247,12 @@ class LanguageModel(nn.Module):
                 stream, _ = Block(settings, name=f"block_{i}")(stream, None)
         else:
             # A scan over the blocks: one is compiled, not `depth`.
+            block = nn.remat(Block, policy=kept, prevent_cse=self.unroll)
+            if not self.is_initializing():
+                cast = functools.partial(cast_kernels, dtype=dtypes["dtype"])
+                block = nn.map_variables(block, "params", trans_in_fn=cast)
             blocks = nn.scan(
-                nn.remat(Block, policy=kept, prevent_cse=self.unroll),
+                block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=self.depth,

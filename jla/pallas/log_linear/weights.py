@@ -53,26 +53,35 @@ def weights(g, level_scales, leaf, value_scales=None):
     N, per, blocks = plan(T, leaf)
     inside, above, _ = planes(per, blocks)
     levels = inside + above
-    gates = jnp.maximum(jnp.swapaxes(g, 1, 2) * LOG2E, STRONGEST)
-    gates = jnp.pad(gates, ((0, 0), (0, 0), (0, N * CHUNK - T)))
-    before, after = _around(gates, levels + 1)  # [B, H, N, levels + 1, 64]
-    own = gates.reshape(B, H, N, 1, CHUNK)
-    reads = reading(N, levels)
-    exponents = jnp.where(reads, before[..., :levels, :] + own, after[..., :levels, :])
-    decays = jnp.exp2(jnp.concatenate([exponents, after[..., inside : inside + 1, :]], axis=-2))
 
-    scales = level_scales.astype(f32)[..., : levels + 1]
-    missing = levels + 1 - scales.shape[-1]
-    scales = jnp.pad(scales, ((0, 0), (0, N * CHUNK - T), (0, 0), (0, missing)))
-    scales = scales.reshape(B, N, CHUNK, H, levels + 1).transpose(0, 3, 1, 4, 2)
-    writes = jnp.ones_like(own)
-    if value_scales is not None:
-        writes = jnp.pad(jnp.swapaxes(value_scales, 1, 2), ((0, 0), (0, 0), (0, N * CHUNK - T)))
-        writes = writes.reshape(own.shape)
-    scales = [scales[..., :1, :] * writes, jnp.where(reads, scales[..., 1:, :], writes), writes]
-    scales = jnp.concatenate(scales, axis=-2)
-    decays = jnp.concatenate([jnp.ones_like(own), decays], axis=-2)
-    return scales * decays, _between_blocks(gates, per * CHUNK, blocks)
+    def by_chunk(x):
+        """[B, T, H, n] to [B, H, N, n, 64]; what is missing is zero."""
+        x = jnp.pad(x, ((0, 0), (0, N * CHUNK - T), (0, 0), (0, 0)))
+        return x.reshape(B, N, CHUNK, H, -1).transpose(0, 3, 1, 4, 2)
+
+    gates = by_chunk(jnp.maximum(g * LOG2E, STRONGEST)[..., None])[..., 0, :]
+    sums = jnp.einsum("bhns,mts->bhnmt", gates, _masks_of_levels(), precision=lax.Precision.HIGHEST)
+    up_to, after = sums[..., LEVELS : LEVELS + 1, :], sums[..., LEVELS + 1 :, :]
+    before_chunk, after_chunk = _around(gates.sum(-1), levels - LEVELS + 1)
+    missing = max(0, levels + 1 - level_scales.shape[-1])
+    scales = jnp.pad(level_scales.astype(f32), [(0, 0)] * 3 + [(0, missing)])
+    scales = by_chunk(scales[..., : levels + 1])
+    writes = 1.0 if value_scales is None else by_chunk(value_scales[..., None])
+
+    # What the levels inside of a chunk have in common with the others is the form alone: apart,
+    # each of them is one pass over what it needs.
+    near = reading(N, levels)[:, :LEVELS]
+    far = reading(N, levels)[:, LEVELS:]
+    exponents = jnp.where(far, up_to + before_chunk[..., :-1, :], after + after_chunk[..., :-1, :])
+    to_end = after + after_chunk[..., inside - LEVELS, None, :]
+    planes_of_weights = [
+        scales[..., :1, :] * writes,
+        jnp.where(near, scales[..., 1 : LEVELS + 1, :], writes) * jnp.exp2(sums[..., :LEVELS, :]),
+        jnp.where(far, scales[..., LEVELS + 1 :, :], writes) * jnp.exp2(exponents),
+        writes * jnp.exp2(to_end),
+    ]
+    w = jnp.concatenate(planes_of_weights, axis=-2)
+    return w, _between_blocks(gates.reshape(B, H, -1), per * CHUNK, blocks)
 
 
 def reading(chunks, levels):
@@ -125,34 +134,42 @@ def gradient_of_skip(by_reads, live):
     return of_tokens.sum((2, 3))[:, None, :, None]
 
 
+def _masks_of_levels():
+    """[8, t, s]: which gates s are in token t's exponent, at each level of a chunk; which ones are
+    up to t, and which after it.
+
+    At a level a token of the right half has those from the block's middle to itself, one of the
+    left half those after itself, to the middle.
+    """
+    t, s = np.arange(CHUNK)[:, None], np.arange(CHUNK)
+    masks = [(t >> j == s >> j) & np.where(t >> j & 1, s <= t, s > t) for j in range(LEVELS)]
+    return jnp.asarray(np.stack([*masks, s <= t, s > t]), f32)
+
+
 def _around(x, levels):
     """The sums before and after each element of x, [..., n], in its aligned block of 2**j.
 
-    j = 0 to levels - 1; both [..., n / 64, levels, 64], n rounded up. Sums inside 64 are a product
-    with masks; those of blocks of 64 follow by the same rule from the sums of 64.
+    j = 0 to levels - 1; both [..., n, levels, 1]. Sums inside 64 are a product with masks; those of
+    blocks of 64 follow by the same rule from the sums of 64.
     """
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % CHUNK)])
+    n = x.shape[-1]
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % CHUNK)])
     x = x.reshape(*x.shape[:-1], -1, CHUNK)
     inner = min(levels, LEVELS + 1)
-    sums = jnp.einsum("...s,mts->...mt", x, _masks(inner), precision=lax.Precision.HIGHEST)
-    before, after = sums[..., :inner, :], sums[..., inner:, :]
-    if levels == inner:
-        return before, after
-    groups = x.shape[-2]
-    outer = _around(x.sum(-1), levels - LEVELS)
-
-    def joined(near, far):
-        far = jnp.swapaxes(far, -1, -2).reshape(*far.shape[:-3], -1, levels - LEVELS)
-        far = far[..., :groups, 1:, None] + near[..., LEVELS:, :]
-        return jnp.concatenate([near, far], axis=-2)
-
-    return joined(before, outer[0]), joined(after, outer[1])
+    sums = jnp.einsum("...s,mts->...tm", x, _masks(inner), precision=lax.Precision.HIGHEST)
+    sides = sums[..., :inner], sums[..., inner:]  # [..., n / 64, 64, levels]
+    if levels > inner:
+        outer = (far[..., None, 1:, 0] for far in _around(x.sum(-1), levels - LEVELS))
+        sides = (
+            jnp.concatenate([near, far + near[..., LEVELS:]], axis=-1)
+            for near, far in zip(sides, outer, strict=True)
+        )
+    return tuple(side.reshape(*side.shape[:-3], -1, levels)[..., :n, :, None] for side in sides)
 
 
 def _masks(levels):
     """[2 levels, t, s]: whether s lies before, and then after, t in its aligned block of 2**j."""
-    place = np.arange(CHUNK)
-    t, s = place[:, None], place
+    t, s = np.arange(CHUNK)[:, None], np.arange(CHUNK)
     blocks = [t >> j == s >> j for j in range(levels)]
     masks = [b & (s < t) for b in blocks] + [b & (s > t) for b in blocks]
     return jnp.asarray(np.stack(masks), f32)
