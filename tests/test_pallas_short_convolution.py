@@ -42,7 +42,7 @@ def with_gradients(run, x, kernel, dy):
         (dict(B=1, T=133, H=2, D=128, W=4), dict(normalize=True)),
         # Fewer tokens than taps, fewer channels than a tile has.
         (dict(B=2, T=2, H=1, D=24, W=3, dtype=f16), dict(normalize=False)),
-        (dict(B=1, T=90, H=1, D=64, W=4), dict(normalize=False, silu_twice=True)),
+        (dict(B=2, T=45, H=1, D=128, W=4), dict(normalize=False, silu_twice=True)),
         (dict(B=1, T=5, H=1, D=64, W=2), dict(normalize=True, silu_twice=True)),
     ],
     ids=str,

@@ -200,10 +200,8 @@ class LogLinearMamba2(nn.Module):
         skip = self.param("D", nn.initializers.ones, (H,), f32)
         level_weight = self.param("L", nn.initializers.ones, (H, L), f32)
         dt = nn.softplus(d[..., 0].astype(f32) + dt_bias)
-        level_scales = nn.softplus(level_weight * logits.astype(f32))
-
-        g = -jnp.exp(A_log) * dt
-        o = self._mechanism(q, k, u, dt, g, level_scales, skip, real, lengths, segments)
+        gates = -jnp.exp(A_log) * dt, logits, level_weight, dt, skip
+        o = self._mechanism(q, k, u, gates, real, lengths, segments)
 
         norm = RMSNorm(
             self.norm_epsilon,
@@ -216,17 +214,19 @@ class LogLinearMamba2(nn.Module):
         o = gated_norm(norm, o, z, real)
         return restore(dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(o))
 
-    def _mechanism(self, q, k, u, dt, g, level_scales, skip, real, lengths, segments):
+    def _mechanism(self, q, k, u, gates, real, lengths, segments):
         """The mechanism's outputs for the values dt u, and skip u.
 
         Runs `log_linear_attention`, or `log_linear_step` for one token, from the cached state if
-        there is one. Where kernels serve and there is no state they make the values and add the
-        skip, too.
+        there is one. Where kernels serve and there is no state they make the values and the level
+        scales and add the skip, too.
         """
         if not self.decode:
             run = _dispatch.kernel("log_linear_mamba2", self.implementation, q, k, u)
             if run is not None:
-                return run(q, k, u, g, level_scales, dt, skip, segments)
+                return run(q, k, u, *gates, segments)
+        g, logits, level_weight, dt, skip = gates
+        level_scales = nn.softplus(level_weight * logits.astype(f32))
         v = (dt[..., None] * u.astype(f32)).astype(u.dtype)
         run = functools.partial(
             log_linear_attention, segment_ids=segments, implementation=self.implementation

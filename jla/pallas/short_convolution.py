@@ -122,7 +122,7 @@ def _forward(x, kernel, *, normalize, silu_twice):
 
         _walk(step, 0, length, _window(tokens, layout, past))
         plgpu.commit_smem()
-        _store(tokens, past, length, y_ref)
+        _store(tokens, past, length, y_ref, T)
 
     (y,) = mosaic.kernel(
         body,
@@ -205,7 +205,7 @@ def _backward(x, kernel, dy, *, normalize, silu_twice):
         for t in range(length, length + past):
             carry = step(t, carry, own=False)
         plgpu.commit_smem()
-        _store(tokens, past, length, dx_ref, wait=False)
+        _store(tokens, past, length, dx_ref, T, wait=False)
         for w in range(W):
             mosaic.store(dkernel_ref.at[b, n, w, h], sums[w].sum(axis=0))
         plgpu.wait_smem_to_gmem(0)
@@ -231,13 +231,13 @@ def _tile(D):
 
 
 def _like(x, channels):
-    """x's shape and type; with one more head, which nobody writes, where tokens' rows would touch.
+    """x's shape and type; with one more head, which nobody writes, where several heads fill a tile.
 
-    What is stored in one piece Mosaic cuts off at the array's end alone: past the last token, or a
-    head's last channel, it would overwrite the next row or head.
+    What is stored in one piece Mosaic cuts off at the array's end alone: past a head's last channel
+    it would overwrite the next head.
     """
     B, T, H, D = x.shape
-    return SDS((B, T, H + 1 if H * D == channels else H, D), x.dtype)
+    return SDS((B, T, H + 1 if D < channels == H * D else H, D), x.dtype)
 
 
 def _pad(kernel, channels):
@@ -326,14 +326,22 @@ def _inverse_norm(y):
     return lax.rsqrt((y * y).sum(axis=1) + EPSILON)
 
 
-def _store(tokens, past, length, out_ref, *, wait=True):
-    """Stores what lies where the streams' tokens lay; TMA drops what is past the last one."""
+def _store(tokens, past, length, out_ref, T, *, wait=True):
+    """Stores what lies where the streams' tokens lay, up to the last token, T."""
     b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
     streams, _, channels = tokens.shape
     for s in range(streams):
-        rows = pl.ds((n * streams + s) * length, length)
-        plgpu.copy_smem_to_gmem(
-            tokens.at[s, pl.ds(past, length)], out_ref.at[b, rows, h, _whole(channels)]
-        )
+        start = (n * streams + s) * length
+
+        def copy(row, rows, s=s, start=start):
+            plgpu.copy_smem_to_gmem(
+                tokens.at[s, pl.ds(past + row, rows)],
+                out_ref.at[b, pl.ds(start + row, rows), h, _whole(channels)],
+            )
+
+        if out_ref.shape[2:] == (1, channels):  # tokens lie side by side, see `mosaic.cut_off`
+            mosaic.cut_off(copy, length, T - start)
+        else:  # TMA drops what is past the last one
+            copy(0, length)
     if wait:
         plgpu.wait_smem_to_gmem(0)

@@ -50,32 +50,40 @@ def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
 
 
 @jax.jit
-def log_linear_mamba2(q, k, u, g, level_scales, value_scales, skip, segment_ids):
-    """Mamba-2's outputs: `log_linear_attention`'s for the values `value_scales u`, plus `skip u`.
+def log_linear_mamba2(q, k, u, g, logits, level_weight, value_scales, skip, segment_ids):
+    """Mamba-2's outputs: `log_linear_attention`'s for the values `value_scales u` and the level
+    scales `softplus(level_weight logits)`, plus `skip u`.
 
     The scales are part of the weights with which tokens are read, and the skip's weight is added to
-    the one with which a token reads itself, so that neither costs a pass over memory.
+    the one with which a token reads itself, so that none costs a pass over memory.
 
     Args:
-      u: [B, T, H, V]. value_scales: [B, T, H], float32. skip: [H], float32. The others are those of
-        the public function.
+      u: [B, T, H, V]. logits: [B, T, H, L]. level_weight: [H, L], float32. value_scales: [B, T, H],
+        float32. skip: [H], float32. The others are those of the public function.
 
     Returns:
       [B, T, H, V] in u's dtype.
     """
-    run = functools.partial(core, skip=for_each_row(skip[None, :, None], u))
-    arrays = q, k, u, g, level_scales, None, segment_ids, value_scales
-    return _seats.seated(run, *arrays)[0]
+
+    def scales(logits):
+        return jax.nn.softplus(level_weight[:, None, :, None] * logits)
+
+    skip = for_each_row(skip[None, :, None], u)
+    # With no state to go on from, `seated` leaves levels where they are: logits will do.
+    run = functools.partial(core, skip=skip, activation=scales)
+    return _seats.seated(run, q, k, u, g, logits, None, segment_ids, value_scales)[0]
 
 
-def core(q, k, v, g, level_scales, taken=None, value_scales=None, *, skip=None):
+def core(
+    q, k, v, g, level_scales, taken=None, value_scales=None, *, skip=None, activation=None
+):  # fmt: skip
     """The outputs of aligned sequences, as `_seats.seated` asks for them; plus skip [B, 1, H, 1]
     times v.
 
     All products take bfloat16 operands and add in float32, float16 inputs included.
     """
     T, V, dtype = v.shape[1], v.shape[-1], v.dtype
-    w, decays = weights.weights(g, level_scales, LEAF, value_scales)
+    w, decays = weights.weights(g, level_scales, LEAF, value_scales, activation)
     q, k, v = (_pad(x.astype(bf16)) for x in (q, k, v))
     per = weights.plan(T, LEAF)[1]
     live = None if taken is None or decays is None else weights.live(taken, per)

@@ -36,14 +36,16 @@ def planes(per, blocks):
     return inside, above, inside + above + 2
 
 
-def weights(g, level_scales, leaf, value_scales=None):
+def weights(g, level_scales, leaf, value_scales=None, activation=None):
     """All weights of a core's tokens, and the decays between leaf blocks; differentiable.
 
     Args:
       g: [B, T, H] float32 log decays; -inf lets nothing through.
-      level_scales: [B, T, H, L] float32.
+      level_scales: [B, T, H, L].
       value_scales: what each token's value is multiplied by, [B, T, H] float32, in all the weights
         with which it is read; None: ones.
+      activation: what is still to be done to the level scales, of [B, H, N, L, 64] float32: it is
+        made where they are used, and the transposition before has the fewer bytes; None: nothing.
 
     Returns:
       [B, H, N, P, 64] float32, by chunks and planes; [B, H, blocks - 1] float32, as `tree.up` takes
@@ -63,9 +65,11 @@ def weights(g, level_scales, leaf, value_scales=None):
     sums = jnp.einsum("bhns,mts->bhnmt", gates, _masks_of_levels(), precision=lax.Precision.HIGHEST)
     up_to, after = sums[..., LEVELS : LEVELS + 1, :], sums[..., LEVELS + 1 :, :]
     before_chunk, after_chunk = _around(gates.sum(-1), levels - LEVELS + 1)
-    missing = max(0, levels + 1 - level_scales.shape[-1])
-    scales = jnp.pad(level_scales.astype(f32), [(0, 0)] * 3 + [(0, missing)])
-    scales = by_chunk(scales[..., : levels + 1])
+    scales = by_chunk(level_scales).astype(f32)
+    if activation is not None:
+        scales = activation(scales)
+    missing = max(0, levels + 1 - scales.shape[-2])
+    scales = jnp.pad(scales, [(0, 0)] * 3 + [(0, missing), (0, 0)])[..., : levels + 1, :]
     writes = 1.0 if value_scales is None else by_chunk(value_scales[..., None])
 
     # What the levels inside of a chunk have in common with the others is the form alone: apart,
