@@ -51,6 +51,7 @@ def relative_error(got, want):
     return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
+@pytest.mark.slow
 def test_several_leaf_blocks_are_the_reference(monkeypatch):
     """Five blocks of 64 tokens: three heights, the last block cut, and readers in parts."""
     monkeypatch.setattr(kernels, "LEAF", 64)
