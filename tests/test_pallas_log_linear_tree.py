@@ -1,4 +1,4 @@
-"""The kernel that brings the gradients of log-linear attention's states down the tree."""
+"""The kernels that bring log-linear attention's states up the tree, and their gradients down."""
 
 import contextlib
 import functools
@@ -11,9 +11,62 @@ from comparing import close, run_in
 
 import jla.pallas
 from jla.pallas.log_linear import tree
-from jla.pallas.log_linear.tree_gradients import tree_gradients
+from jla.pallas.log_linear.tree_kernels import tree_gradients, tree_states
 
 f32, bf16 = jnp.float32, jnp.bfloat16
+
+
+def leaves_and_decays(B, H, V, K, n):
+    keys = jax.random.split(jax.random.key(n), 2)
+    return jax.random.normal(keys[0], (B, H, n, V, K)), jax.random.uniform(keys[1], (B, H, n))
+
+
+def definition_of_states(leaves, decays):
+    """Height by height, in float64."""
+    nodes, decays = (np.asarray(x, np.float64) for x in (leaves, decays))
+    states = nodes[:, :, :0]
+    while nodes.shape[2]:
+        left, right = nodes[:, :, 0::2], nodes[:, :, 1::2]
+        pairs = right.shape[2]
+        over_right = decays[:, :, states.shape[2] :][:, :, :pairs, None, None]
+        states = np.concatenate([states, left], axis=2)
+        nodes = over_right * left[:, :, :pairs] + right
+    return states
+
+
+def check_states(context, sizes, n):
+    args = leaves_and_decays(*sizes, n)
+    states = run_in(context, jax.jit(tree_states), *args)
+    # As below: no sum is rounded to bf16 on the way.
+    assert states.dtype == bf16
+    close(states, jnp.asarray(definition_of_states(*args), f32).astype(bf16), 2e-4)
+
+
+@pytest.mark.parametrize(
+    "n",
+    [
+        1,  # one leaf block before the last
+        14,  # the last nodes of heights 1 and 2 have no sibling
+        pytest.param(15, marks=pytest.mark.slow),
+        pytest.param(38, marks=pytest.mark.slow),
+    ],
+)
+def test_states_are_the_definition(n):
+    check_states(jla.pallas.interpret, (1, 2, 64, 64), n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("V, K", [(64, 128), (128, 128)])
+def test_wide_states_up(V, K):
+    check_states(jla.pallas.interpret, (2, 1, V, K), 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "sizes, n", [((16, 8, 128, 128), 15), ((1, 3, 128, 64), 511), ((2, 3, 64, 64), 390)]
+)
+def test_states_on_the_card(sizes, n):
+    check_states(contextlib.nullcontext, sizes, n)
 
 
 def arguments(B, H, V, K, blocks, per):
@@ -87,6 +140,8 @@ def test_on_the_card(sizes, blocks):
 @pytest.mark.parametrize("sizes, blocks", [((16, 8, 128, 128), 16), ((1, 16, 128, 128), 512)])
 def test_lowers_for_cuda(sizes, blocks):
     """At T = 4096 and 131072, with the most of SMEM."""
-    args = jax.eval_shape(lambda: arguments(*sizes, blocks, 4))
-    traced = jax.jit(functools.partial(tree_gradients, per=4)).trace(*args)
-    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 1
+    up = jax.eval_shape(functools.partial(leaves_and_decays, *sizes, blocks - 1))
+    down = jax.eval_shape(functools.partial(arguments, *sizes, blocks, 4))
+    for run, args in ((tree_states, up), (functools.partial(tree_gradients, per=4), down)):
+        text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("@mosaic_gpu") == 1

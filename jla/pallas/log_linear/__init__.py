@@ -19,7 +19,7 @@ from jla.pallas.log_linear.gradients import reader_gradients, writer_gradients
 from jla.pallas.log_linear.outputs import outputs
 from jla.pallas.log_linear.step import log_linear_step
 from jla.pallas.log_linear.sums import weighted_sums
-from jla.pallas.log_linear.tree_gradients import tree_gradients
+from jla.pallas.log_linear.tree_kernels import tree_gradients, tree_states
 from jla.pallas.mosaic import TILE_ROWS
 from jla.pallas.shardwise import for_each_row, shardwise
 
@@ -170,7 +170,7 @@ def _forward(*, q, k, v, w, decays=None, skip=None, live=None, per, keep):
     if decays is not None:
         job = tree.leaf_jobs(per, P - 1)
         counts = tree.live_counts(live, blocks - 1, job)
-        states = tree.up(weighted_sums(v, k, w, counts, blocks - 1, job), decays)
+        states = tree_states(weighted_sums(v, k, w, counts, blocks - 1, job), decays)
     o = outputs(q, k, v, w, states, skip, live, per=per, inside=inside)
     return (o, states) if keep and states is not None else (o,)
 

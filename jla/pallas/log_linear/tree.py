@@ -1,4 +1,4 @@
-"""The binary tree of leaf blocks' states: what is where, and the way up; small, and XLA's.
+"""The binary tree of leaf blocks' states: what is where, and who sums it.
 
 A node of height m is 2**m leaf blocks, its state the decayed sum of its halves'. Only left halves
 are read, by the blocks of their right siblings: block i reads, for each set bit m of i, the node
@@ -9,25 +9,7 @@ the last there are n in all: ((n >> m) + 1) >> 1 of height m.
 import jax.numpy as jnp
 from jax import lax
 
-bf16, f32 = jnp.bfloat16, jnp.float32
-
 SPAN = 32  # chunks at most that one job of the states' gradient sums over
-
-
-def up(leaves, decays):
-    """The states that are read, [B, H, n, V, K] bf16, from the leaf blocks', float32.
-
-    Args:
-      leaves: [B, H, n, V, K]. decays: over each read node's right sibling, [B, H, n].
-    """
-    out, at = [], 0
-    while n := leaves.shape[2]:
-        left = leaves[:, :, 0::2]
-        out.append(left.astype(bf16))
-        decay = decays[:, :, at : at + n // 2, None, None]
-        leaves = decay * left[:, :, : n // 2] + leaves[:, :, 1::2]
-        at += left.shape[2]
-    return jnp.concatenate(out, axis=2)
 
 
 def leaf_jobs(per, plane):
