@@ -32,10 +32,10 @@ def relative_error(got, want):
 
 
 def mamba2_in_steps(
-    q, k, u, g, logits, level_weight, value_scales, skip, ids, *, implementation
+    q, k, u, g, logits, value_scales, skip, ids, *, implementation
 ):  # fmt: skip
     """What `log_linear_mamba2` of jla.pallas.log_linear makes, made of the public function."""
-    level_scales = jax.nn.softplus(level_weight * logits.astype(jnp.float32))
+    level_scales = jax.nn.softplus(logits.astype(jnp.float32))
     v = (value_scales[..., None] * u.astype(jnp.float32)).astype(u.dtype)
     options = dict(segment_ids=ids, implementation=implementation)
     o, _ = jla.log_linear_attention(q, k, v, g, level_scales, **options)

@@ -77,9 +77,8 @@ def test_several_leaf_blocks_are_the_reference(monkeypatch):
 
 def mamba2_arguments(B, T, **sizes):
     q, k, u, g, logits = arguments(B, T, **sizes)
-    level_weight, skip = 1 + 0.3 * normal(7, *logits.shape[2:]), 1 + 0.5 * normal(6, g.shape[2])
-    value_scales = jax.nn.softplus(normal(5, *g.shape))
-    return q, k, u, g, logits.astype(q.dtype), level_weight, value_scales, skip
+    value_scales, skip = jax.nn.softplus(normal(5, *g.shape)), 1 + 0.5 * normal(6, g.shape[2])
+    return q, k, u, g, logits.astype(q.dtype), value_scales, skip
 
 
 def with_gradients(run, args, ids=None):

@@ -25,7 +25,8 @@ def _A_log_init(_, shape, dtype):
 
 
 class _DenseInParts(nn.Module):
-    """`nn.Dense`, whose output's columns come in parts, each a product of its own."""
+    """`nn.Dense`, whose output's columns come in parts, each a product of its own; the last columns
+    times `scale`, [n] float32."""
 
     features: tuple[int, ...]
     use_bias: bool
@@ -35,7 +36,7 @@ class _DenseInParts(nn.Module):
     precision: nn.linear.PrecisionLike
 
     @nn.compact
-    def __call__(self, inputs):
+    def __call__(self, inputs, scale):
         width = sum(self.features)
         shape = inputs.shape[-1], width
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
@@ -49,11 +50,19 @@ class _DenseInParts(nn.Module):
             # passes of their own, but not products of different precision. Those of 16-bit numbers
             # are exact at any.
             precisions = [_PRECISIONS[i % 3] for i in range(len(self.features))]
-        parts = zip(_parts(kernel, self.features), precisions, strict=True)
+        parts = zip(_scaled(_parts(kernel, self.features), scale), precisions, strict=True)
         parts = [jnp.matmul(inputs, part, precision=precision) for part, precision in parts]
         if bias is None:
             return parts
-        return [x + b for x, b in zip(parts, _parts(bias, self.features), strict=True)]
+        biases = _scaled(_parts(bias, self.features), scale)
+        return [x + b for x, b in zip(parts, biases, strict=True)]
+
+
+def _scaled(parts, scale):
+    """The last of the parts with its last columns times the scale."""
+    *others, last = parts
+    columns = jnp.pad(scale, (last.shape[-1] - scale.size, 0), constant_values=1.0)
+    return [*others, (last.astype(f32) * columns).astype(last.dtype)]
 
 
 def _parts(x, sizes):
@@ -182,7 +191,9 @@ class LogLinearMamba2(nn.Module):
         shapes = (HK, K), (HK, K), (H, 1), (H, L)
         narrow = [heads * size for heads, size in shapes]
         in_proj = _DenseInParts((H * V, H * V, sum(narrow)), name="in_proj", **dense.keywords)
-        z, u, rest = in_proj(x)
+        # The levels' weights multiply the projection, not its results: these are far larger.
+        level_weight = self.param("L", nn.initializers.ones, (H, L), f32)
+        z, u, rest = in_proj(x, level_weight.reshape(-1))
         z, u = (y.reshape(*y.shape[:2], H, V) for y in (z, u))
         k, q, d, logits = (
             y.reshape(*y.shape[:2], *shape)
@@ -198,9 +209,8 @@ class LogLinearMamba2(nn.Module):
         A_log = self.param("A_log", _A_log_init, (H,), f32)
         dt_bias = self.param("dt_bias", _dt_bias_init, (H,), f32)
         skip = self.param("D", nn.initializers.ones, (H,), f32)
-        level_weight = self.param("L", nn.initializers.ones, (H, L), f32)
         dt = nn.softplus(d[..., 0].astype(f32) + dt_bias)
-        gates = -jnp.exp(A_log) * dt, logits, level_weight, dt, skip
+        gates = -jnp.exp(A_log) * dt, logits, dt, skip
         o = self._mechanism(q, k, u, gates, real, lengths, segments)
 
         norm = RMSNorm(
@@ -225,8 +235,8 @@ class LogLinearMamba2(nn.Module):
             run = _dispatch.kernel("log_linear_mamba2", self.implementation, q, k, u)
             if run is not None:
                 return run(q, k, u, *gates, segments)
-        g, logits, level_weight, dt, skip = gates
-        level_scales = nn.softplus(level_weight * logits.astype(f32))
+        g, logits, dt, skip = gates
+        level_scales = nn.softplus(logits.astype(f32))
         v = (dt[..., None] * u.astype(f32)).astype(u.dtype)
         run = functools.partial(
             log_linear_attention, segment_ids=segments, implementation=self.implementation

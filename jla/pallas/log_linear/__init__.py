@@ -1,6 +1,6 @@
 """Log-linear attention as Pallas kernels; docs/kernels.md explains their design.
 
-Forward: `sums` makes the states of the leaf blocks, `tree` (XLA) those above, `outputs` the rest.
+Forward: `sums` makes the states of the leaf blocks, `tree_states` those above, `outputs` the rest.
 Backward: `sums` makes the gradients of the states that are read, `tree_gradients` brings them down
 to the leaf blocks, and `gradients` makes all others, chunk by chunk. What the gates and level
 scales are worth is XLA's (`weights`), and so are their gradients.
@@ -50,27 +50,23 @@ def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
 
 
 @jax.jit
-def log_linear_mamba2(q, k, u, g, logits, level_weight, value_scales, skip, segment_ids):
+def log_linear_mamba2(q, k, u, g, logits, value_scales, skip, segment_ids):
     """Mamba-2's outputs: `log_linear_attention`'s for the values `value_scales u` and the level
-    scales `softplus(level_weight logits)`, plus `skip u`.
+    scales `softplus(logits)`, plus `skip u`.
 
     The scales are part of the weights with which tokens are read, and the skip's weight is added to
     the one with which a token reads itself, so that none costs a pass over memory.
 
     Args:
-      u: [B, T, H, V]. logits: [B, T, H, L]. level_weight: [H, L], float32. value_scales: [B, T, H],
-        float32. skip: [H], float32. The others are those of the public function.
+      u: [B, T, H, V]. logits: [B, T, H, L]. value_scales: [B, T, H], float32. skip: [H], float32.
+        The others are those of the public function.
 
     Returns:
       [B, T, H, V] in u's dtype.
     """
-
-    def scales(logits):
-        return jax.nn.softplus(level_weight[:, None, :, None] * logits)
-
     skip = for_each_row(skip[None, :, None], u)
     # With no state to go on from, `seated` leaves levels where they are: logits will do.
-    run = functools.partial(core, skip=skip, activation=scales)
+    run = functools.partial(core, skip=skip, activation=jax.nn.softplus)
     return _seats.seated(run, q, k, u, g, logits, None, segment_ids, value_scales)[0]
 
 

@@ -48,8 +48,8 @@ def weights(g, level_scales, leaf, value_scales=None, activation=None):
         made where they are used, and the transposition before has the fewer bytes; None: nothing.
 
     Returns:
-      [B, H, N, P, 64] float32, by chunks and planes; [B, H, blocks - 1] float32, as `tree.up` takes
-      it, or None if there is one block.
+      [B, H, N, P, 64] float32, by chunks and planes; [B, H, blocks - 1] float32, as `tree_states`
+      takes it, or None if there is one block.
     """
     B, T, H = g.shape
     N, per, blocks = plan(T, leaf)
