@@ -12,17 +12,18 @@ kernel                    reads, writes               floor ms  instructions  pr
 ========================  ==========================  ========  ============  ============  ========
 `_forward`                x, y                        0.062     30 (43)       0.075         0.080
 `_forward`, gate          x, gate, y                  0.094     (81)          0.11          0.108
-`_forward`, gate, bias    the same                    0.094     (86)          0.11
-`_forward`, SiLU of x     x, y                        0.062     55            0.08
-`_forward`, update        x, update, x, y             0.125                   0.15
+`_forward`, gate, bias    the same                    0.094     (86)          0.11          0.109
+`_forward`, SiLU of x     x, y                        0.062     55            0.08          0.079
+`_forward`, update        x, update, x, y             0.125                   0.15          0.143
 `_backward`               x, dy, dx, 4 MB sums        0.095     77 (86)       0.115         0.116
 `_backward`, residual     x, dy, dres, dx, 4 MB sums  0.126     87            0.15          0.152
 `_backward`, gate         x, gate, dy, dx, dgate      0.156     (146)         0.185         0.187
-`_backward`, gate, bias   and 4 MB sums               0.157     (155)         0.19
-`_backward`, SiLU of x    x, dy, dx, 4 MB sums        0.095     136           0.14
+`_backward`, gate, bias   and 4 MB sums               0.157     (155)         0.19          0.181
+`_backward`, SiLU of x    x, dy, dx, 4 MB sums        0.095     136           0.14          0.105
 ========================  ==========================  ========  ============  ============  ========
 
-By itself, XLA's formula takes 0.074 to 0.085, 0.122, 0.192, 0.239 and 0.309.
+By itself, XLA's formula takes 0.074 to 0.085, 0.122, 0.278, 0.104 and 0.171 forward, and 0.192,
+0.239, 0.309, 0.223 and 0.174 backward, in the table's order.
 
 Registers: 61 to 120 forward, 149 to 168 backward; up to 238 for rows of 2048. No spills.
 """
