@@ -304,34 +304,43 @@ def test_lowers_for_cuda(B, T, sizes, calls):
     assert text.count("@mosaic_gpu") == calls
 
 
-@pytest.mark.parametrize("HK", [1, 2, 4])
-def test_sharded_heads_are_not_gathered(monkeypatch, HK):
+@pytest.mark.parametrize("HK, mamba2", [(1, False), (2, False), (4, False), (1, True)])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_sharded_heads_are_not_gathered(monkeypatch, kind, HK, mamba2):
     """With stand-ins for the kernels, which run on one CPU device only."""
 
-    def gradients(q, k, v, do, w, *, per):
+    def gradients(q, k, v, do, w, skip=None, *, per):
         of_head = jnp.repeat(q, v.shape[2] // q.shape[2], axis=2)
-        return of_head, of_head, do, w
+        return of_head, of_head, do, w, *([] if skip is None else [2 * skip])
 
-    monkeypatch.setattr(kernels, "_forward", lambda q, k, v, w, *, per, keep: (v,))
+    monkeypatch.setattr(kernels, "_forward", lambda q, k, v, w, skip=None, *, per, keep: (v,))
     monkeypatch.setattr(kernels, "_backward", gradients)
-    args = arguments(2, 40, H=4, HK=HK, K=16, V=16)
-    mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=jax.devices("cpu")[:2])
+    sizes = dict(H=4, HK=HK, K=16, V=16)
+    args = mamba2_arguments(2, 40, **sizes) if mamba2 else arguments(2, 40, **sizes)
+    mesh = jax.make_mesh((2,), ("x",), (kind,), devices=jax.devices("cpu")[:2])
 
     def place(x):
-        heads = None if x.shape[2] == 1 else "x"
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, None, heads)))
+        heads = PartitionSpec("x") if x.ndim == 1 else PartitionSpec(None, None, "x")
+        spec = PartitionSpec() if x.ndim > 1 and x.shape[2] == 1 else heads
+        return jax.device_put(x, NamedSharding(mesh, spec))
 
     placed = tuple(map(place, args))
+    run = kernels.core
+    if mamba2:
+        run = functools.partial(kernels.log_linear_mamba2.__wrapped__, segment_ids=None)
 
     def both(*args):
-        o, vjp = jax.vjp(kernels.core, *args)
+        o, vjp = jax.vjp(run, *args)
         return o, *vjp(o)
 
     shardings = tuple(x.sharding for x in (placed[2], *placed))
-    text = jax.jit(both, out_shardings=shardings).lower(*placed).compile().as_text()
+    compiled = jax.jit(both, out_shardings=shardings).lower(*placed).compile()
+    text = compiled.as_text()
     assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
     # The gradients of the keys and queries that all heads share are summed over the devices.
     assert ("all-reduce" in text) == (HK == 1)
+    if mamba2:  # each row of the batch has its own copy of the skip's weights
+        np.testing.assert_allclose(compiled(*placed)[-1], 4 * args[-1], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
