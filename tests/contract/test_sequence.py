@@ -48,7 +48,7 @@ def earlier_outputs_stay(mechanism, implementation, sizes, names, few):
         assert not np.array_equal(after[:, t + 1 :], before[:, t + 1 :])
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", GRID)
+@pytest.mark.parametrize("mechanism, implementation, sizes", slow_if(GRID, interpreted_path))
 def test_causal_to_the_bit(mechanism, implementation, sizes):
     earlier_outputs_stay(mechanism, implementation, sizes, mechanism.tokenwise(), (30, 63))
 
@@ -168,7 +168,11 @@ def packs(sizes):
     return jnp.asarray(np.stack(ids), jnp.int32)
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", DEFINITIONS)
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes",
+    # A quarter of a minute each, where the others' take a second.
+    slow_if(DEFINITIONS, lambda mechanism, *_: mechanism.name in ("path", "mesa")),
+)
 def test_packed_is_separate(mechanism, implementation, sizes):
     """The definition of the packed rows is that of their segments one by one."""
     dtype, state_name = implementation.dtypes[0], mechanism.state[0]
