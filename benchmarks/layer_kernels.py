@@ -100,13 +100,7 @@ def times(layer, shapes, seconds):
         for draw in draws
     ]
     params = layer.init(jax.random.key(0), *(x[:1, :2] if x.ndim > 2 else x for x in sets[0]))
-    yield from forward_and_both(
-        functools.partial(run_layer, layer), [(params, *x) for x in sets], seconds
-    )
-
-
-def run_layer(layer, params, *arrays):
-    return layer.apply(params, *arrays)
+    yield from forward_and_both(layer.apply, [(params, *x) for x in sets], seconds)
 
 
 def forward_and_both(run, sets, seconds):

@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas import chunks, mosaic
 from jla.pallas.chunks import CHUNK, LEVELS
+from jla.pallas.log_linear import tree
 from jla.pallas.mosaic import PER_COLUMN, PER_ROW, f32, per_column, per_row
 
 STAGES = 2
@@ -40,8 +41,7 @@ def without_lowest_bit(i):
 def node(i, complete):
     """Where `tree` keeps the state that ends with leaf block i > 0, and its height."""
     height = lowest_bit(i)
-    offset = complete - lax.shift_right_logical(jnp.int32(complete), height)
-    return offset + lax.shift_right_logical(i, height + 1), height
+    return tree.place(complete, i, height), height
 
 
 def back(n, per, fetch_chunk, fetch_state, on_diagonal, on_chunk, on_state):

@@ -12,6 +12,13 @@ from jax import lax
 SPAN = 32  # chunks at most that one job of the states' gradient sums over
 
 
+def place(n, block, height):
+    """Where the states have the left node of this height that `block` is below, or whose right
+    sibling it is below."""
+    before = n - lax.shift_right_logical(jnp.int32(n), height)
+    return before + lax.shift_right_logical(block, height + 1)
+
+
 def leaf_jobs(per, plane):
     """What `sums.weighted_sums` sums for a leaf block's state: first chunk, chunks, plane."""
     return lambda block: (block * per, jnp.int32(per), jnp.int32(plane))

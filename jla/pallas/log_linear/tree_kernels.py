@@ -66,7 +66,7 @@ def tree_states(leaves, decays):
         def step(i, _):
             def decay(height):
                 """That of the pair of siblings of this height that block i is part of."""
-                return decays_ref[head, _place(n, i, height)]
+                return decays_ref[head, tree.place(n, i, height)]
 
             def add_left(height, carry):
                 total, own = carry
@@ -81,7 +81,7 @@ def tree_states(leaves, decays):
             pl.when(i + STAGES < n)(lambda: fetch(i + STAGES))
             height = _lowest_bit(i + 1)
             total, _ = lax.fori_loop(0, height, add_left, (leaf, first))
-            mosaic.store(states_ref.at[head, _place(n, i, height), rows], total.astype(bf16))
+            mosaic.store(states_ref.at[head, tree.place(n, i, height), rows], total.astype(bf16))
 
             @pl.when(height < highest)
             def _():
@@ -168,11 +168,11 @@ def tree_gradients(sums, states, decays, per):
 
             @pl.when(_is_last(heights, job) & _has_parent(n, start, height))
             def _():
-                source = states_ref.at[head, _place(n, start, height), rows]
+                source = states_ref.at[head, tree.place(n, start, height), rows]
                 plgpu.copy_gmem_to_smem(source, state.at[slot], state_loaded.at[slot])
 
         def on_node(start, height, slot, decay, gradient):
-            place = _place(n, start, height)
+            place = tree.place(n, start, height)
             shares = ddecays_ref.at[head, place, rows]
 
             def below_parent():
@@ -207,7 +207,7 @@ def tree_gradients(sums, states, decays, per):
             pl.when(following < jobs)(lambda: fetch(following, ahead))
             start, height, piece = job
             slot = _slot(i)
-            decay = decays_ref[head, _place(n, start, height)]  # early: it may come from L2
+            decay = decays_ref[head, tree.place(n, start, height)]  # early: it may come from L2
             plgpu.barrier_wait(own_loaded.at[slot])
             x = _load(own.at[slot])
             gradient = jnp.where(jnp.broadcast_to(piece > 0, x.shape), gradient + x, x)
@@ -286,19 +286,13 @@ def _place_of_job(heights, job):
     """Which of the jobs of `tree.reader_jobs` it is."""
     start, height, piece = job
     n = sum(nodes for nodes, _ in heights)
-    place, at = _place(n, start, height), 0
+    place, at = tree.place(n, start, height), 0
     for m, (nodes, parts) in enumerate(heights):
         if parts > 1:
             there = at + lax.shift_right_logical(start, m + 1) * parts + piece
             place = jnp.where(height == m, there, place)
         at += nodes * parts
     return place
-
-
-def _place(n, start, height):
-    """Where the states have the left node; `start` may be any leaf block below its parent."""
-    before = n - lax.shift_right_logical(jnp.int32(n), height)
-    return before + lax.shift_right_logical(start, height + 1)
 
 
 def _has_parent(n, start, height):
