@@ -21,10 +21,10 @@ demo: $(VENV)/installed-examples
 	$(RUN) examples/train_lm.py --out runs/demo --overwrite
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -n 2 --dist loadgroup -m "not gpu and not slow"
+	$(RUN) -m pytest -n 2 --no-loadscope-reorder -m "not gpu and not slow"
 
 test-all: $(VENV)/installed-dev
-	$(RUN) -m pytest -n 2 --dist loadgroup -m "not gpu"
+	$(RUN) -m pytest -n 2 --no-loadscope-reorder -m "not gpu"
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check

@@ -1,6 +1,7 @@
 """Settings of the whole suite; they must be made before JAX starts a backend."""
 
 import pathlib
+import re
 
 import jax
 import pytest
@@ -12,23 +13,31 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
     # Stable: inside a group the order stays. Long groups come first, for one that began last would
     # leave the other process idle.
-    items.sort(key=lambda item: (not item.path.stem.startswith("test_pallas"), _group(item)))
+    items.sort(key=lambda item: (not item.path.stem.startswith("test_pallas"), _group(item.nodeid)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_gpu():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and JAX sees none here"))
 
 
-def _group(item):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Gives a whole group to one process. pytest-xdist's own groups are lost with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return _group(nodeid)
+
+    return ByGroup(config, log)
+
+
+def _group(nodeid):
     """What runs together, in one process: the tests that use the same compiled programs."""
-    parameters = getattr(item, "callspec", None) and item.callspec.params
-    if parameters and "mechanism" in parameters and "implementation" in parameters:
-        return f"{parameters['mechanism'].name} {parameters['implementation'].name}"
-    return item.path.stem
+    contract = re.search(r"contract/.*\[(\w+-(?:reference|xla|pallas))\b", nodeid)
+    return contract[1] if contract else nodeid.split("::")[0]
 
 
 def _has_gpu():

@@ -1,5 +1,7 @@
 """Running a mechanism, its gradients and its definition, for the contract's tests."""
 
+import collections
+import dataclasses
 import functools
 import zlib
 
@@ -8,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from mechanisms import MECHANISMS
+from table import Mechanism
 
 
 def inputs(mechanism, sizes, dtype="float32", seed=0):
@@ -16,14 +19,18 @@ def inputs(mechanism, sizes, dtype="float32", seed=0):
     key = jax.random.key(seed + zlib.crc32(mechanism.name.encode()))
     key, cotangents = jax.random.split(key)
     args = mechanism.make(sizes, key, jnp.dtype(dtype))
-    shapes = jax.eval_shape(lambda a: mechanism.run(**a, implementation="reference"), args)
-    leaves, tree = jax.tree.flatten(shapes)
+    leaves, tree = jax.tree.flatten(_outputs(mechanism, args))
     keys = jax.random.split(cotangents, len(leaves))
     leaves = [
         jax.random.normal(k, x.shape, x.dtype) if is_float(x) else jnp.zeros(x.shape, x.dtype)
         for k, x in zip(keys, leaves, strict=True)
     ]
     return args, tree.unflatten(leaves)
+
+
+def _outputs(mechanism, args):
+    """The shapes and dtypes of what `run` returns."""
+    return jax.eval_shape(lambda a: mechanism.run(**a, implementation="reference"), args)
 
 
 def is_float(x):
@@ -82,9 +89,18 @@ def _value_and_vjp(name, implementation):
 
 
 def forward(mechanism, implementation, args, segment_ids=None):
-    """What `run` returns."""
+    """What `run` returns.
+
+    Kernels have a forward pass of their own for what is not differentiated. Elsewhere it is the
+    program of `value_and_vjp`, so that XLA does not compile the forward pass once more.
+    """
     with implementation.context():
-        return _forward(mechanism.name, implementation.name)(args, segment_ids)
+        if not implementation.linearizes:
+            return _forward(mechanism.name, implementation.name)(args, segment_ids)
+        shapes = _outputs(mechanism, args)
+        cotangents = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+        run = _value_and_vjp(mechanism.name, implementation.name)
+        return run(args, cotangents, segment_ids)[0]
 
 
 def value_and_vjp(mechanism, implementation, args, cotangents, segment_ids=None):
@@ -98,6 +114,37 @@ def definition(mechanism, args, cotangents, segment_ids=None):
     """As `value_and_vjp`, by the reference on the same arguments in float32."""
     run = _value_and_vjp(mechanism.name, "reference")
     return run(upcast(args), upcast(cotangents), segment_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A mechanism's arguments and cotangents, and what an implementation makes of them."""
+
+    mechanism: Mechanism
+    args: dict
+    cotangents: tuple
+    got: tuple
+
+    @functools.cached_property
+    def want(self):
+        """What the definition makes of them."""
+        return definition(self.mechanism, self.args, self.cotangents)
+
+
+_cases = collections.OrderedDict()
+
+
+def case(mechanism, implementation, sizes, dtype=None):
+    """The `Case` of the first seed. Tests share it: it is run once for all of them."""
+    dtype = dtype or implementation.dtypes[0]
+    key = mechanism.name, implementation.name, tuple(sizes.items()), dtype
+    if key not in _cases:
+        args, cotangents = inputs(mechanism, sizes, dtype)
+        got = value_and_vjp(mechanism, implementation, args, cotangents)
+        _cases[key] = Case(mechanism, args, cotangents, got)
+        if len(_cases) > 3:  # at full size each takes a gigabyte
+            _cases.popitem(last=False)
+    return _cases[key]
 
 
 def error(got, want):

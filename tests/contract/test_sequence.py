@@ -11,6 +11,7 @@ from harness import (
     assert_agrees,
     assert_close,
     assert_same_bits,
+    case,
     cut,
     definition,
     forward,
@@ -89,8 +90,8 @@ def test_a_split_and_its_gradients_are_the_whole(mechanism, implementation, size
     """The first part's final state is the second's initial one, and so are their cotangents."""
     # In the middle of a chunk; equal parts, so that their one shape is compiled once.
     dtype, name, n = implementation.dtypes[0], mechanism.state[0], sizes["T"] // 2
-    args, (o_cotangent, state_cotangent) = inputs(mechanism, sizes, dtype)
-    whole = value_and_vjp(mechanism, implementation, args, (o_cotangent, state_cotangent))
+    shared = case(mechanism, implementation, sizes, dtype)
+    args, whole, (o_cotangent, state_cotangent) = shared.args, shared.got, shared.cotangents
     first, second = cut(mechanism, args, 0, n), cut(mechanism, args, n, None)
     unknown = jax.tree.map(jnp.zeros_like, state_cotangent)
     # The gradients are not used; running them compiles no other program.
@@ -114,10 +115,11 @@ def test_a_split_and_its_gradients_are_the_whole(mechanism, implementation, size
 @pytest.mark.parametrize("mechanism, implementation, sizes", slow_if(GRID, interpreted_path))
 def test_decode_is_forward(mechanism, implementation, sizes):
     dtype = implementation.dtypes[0]
-    args, _ = inputs(mechanism, sizes, dtype)
+    shared = case(mechanism, implementation, sizes, dtype)
+    args, whole = shared.args, shared.got[0]
     tokens = {name: jnp.moveaxis(args[name], 1, 0) for name in mechanism.tokenwise()}
-    shared = {name: args[name] for name in mechanism.shared()}
-    step = functools.partial(mechanism.step, **shared, implementation=implementation.name)
+    constant = {name: args[name] for name in mechanism.shared()}
+    step = functools.partial(mechanism.step, **constant, implementation=implementation.name)
 
     @jax.jit
     def decode(state, tokens):
@@ -129,7 +131,6 @@ def test_decode_is_forward(mechanism, implementation, sizes):
 
     with implementation.context():
         state, o = decode(args[mechanism.state[0]], tokens)
-    whole = forward(mechanism, implementation, args)
     assert_close((jnp.moveaxis(o, 0, 1), state), whole, mechanism.tolerances[dtype][0])
 
 

@@ -8,21 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import assert_agrees, definition, inputs, value_and_vjp
+from harness import Case, assert_agrees, case, inputs, value_and_vjp
 from mechanisms import AGAINST_REFERENCE, GRID, MECHANISMS, interpreted_path
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 
 
-def check(mechanism, implementation, sizes, dtype=None, stress=None):
-    dtype = dtype or implementation.dtypes[0]
-    args, cotangents = inputs(mechanism, sizes, dtype)
-    if stress:
-        args = mechanism.stress[stress](args)
-    got = value_and_vjp(mechanism, implementation, args, cotangents)
+def check(mechanism, implementation, sizes, dtype=None):
+    agree(mechanism, case(mechanism, implementation, sizes, dtype))
+
+
+def agree(mechanism, case):
     # Outputs have the cotangents' dtypes, gradients their arguments'.
-    chex.assert_trees_all_equal_shapes_and_dtypes(got, (cotangents, args))
-    assert_agrees(mechanism, dtype, got, definition(mechanism, args, cotangents))
+    chex.assert_trees_all_equal_shapes_and_dtypes(case.got, (case.cotangents, case.args))
+    dtype = case.args["q"].dtype.name
+    assert_agrees(mechanism, dtype, case.got, case.want)
 
 
 def dtype_cases():
@@ -83,16 +83,18 @@ def stress_cases():
 @pytest.mark.parametrize("mechanism, implementation, sizes, stress", list(stress_cases()))
 def test_extreme_gates_keep_values_and_gradients(mechanism, implementation, sizes, stress):
     """An `exp` of a positive difference, masked too late, would show here as a NaN gradient."""
-    check(mechanism, implementation, sizes, stress=stress)
+    args, cotangents = inputs(mechanism, sizes, implementation.dtypes[0])
+    args = mechanism.stress[stress](args)
+    got = value_and_vjp(mechanism, implementation, args, cotangents)
+    agree(mechanism, Case(mechanism, args, cotangents, got))
 
 
 @pytest.mark.parametrize("mechanism, implementation, sizes", AGAINST_REFERENCE)
 def test_gate_gradient_at_every_token(mechanism, implementation, sizes):
     """Token by token: a term lost at a chunk's border cannot hide in the norm of the rest."""
     dtype = implementation.dtypes[0]
-    args, cotangents = inputs(mechanism, sizes, dtype)
-    got = value_and_vjp(mechanism, implementation, args, cotangents)[1]
-    want = definition(mechanism, args, cotangents)[1]
+    shared = case(mechanism, implementation, sizes, dtype)
+    got, want = shared.got[1], shared.want[1]
     tolerance = 5 * mechanism.tolerances[dtype][1]
     for name in mechanism.tokenwise():
         # [T]: the norm of each token's gradient, over all else.
@@ -108,9 +110,11 @@ def golden_cases():
         for implementation in mechanism.implementations:
             if "float32" in implementation.dtypes:
                 for file in mechanism.golden:
-                    yield pytest.param(
-                        mechanism, implementation, file, id=f"{implementation.name}-{file}"
-                    )
+                    label = f"{mechanism.name}-{implementation.name}-{file}"
+                    # All hold the definition, and the definition holds the others.
+                    others = implementation.name != "reference" and file != mechanism.golden[1]
+                    marks = [pytest.mark.slow] if others else []
+                    yield pytest.param(mechanism, implementation, file, id=label, marks=marks)
 
 
 @pytest.mark.parametrize("mechanism, implementation, file", list(golden_cases()))
