@@ -48,7 +48,7 @@ def choose(name, implementation, *arrays):
             implementation = "xla"
         else:
             raise NotImplementedError(
-                f'{name}: implementation="pallas" cannot serve this call: {reason}. '
+                f'implementation="pallas" cannot serve this call: {reason}. '
                 'implementation="xla" can.'
             )
     return getattr(_module(implementation, name), name)

@@ -11,6 +11,7 @@ __all__ = ["MesaState", "mesa_net", "mesa_step"]
 f32 = jnp.float32
 
 
+@_checks.named
 def mesa_net(
     q,
     k,
@@ -60,6 +61,9 @@ def mesa_net(
     numbers without meaning.
 
     Shape letters: `B` batch, `T` time, `H` heads, `K` key dimension, `V` value dimension.
+
+    Time is axis 1 and heads are axis 2. Transpose arrays [B, H, T, ...] with `x.swapaxes(1, 2)`: if
+    no size disagrees, the two orders cannot be told apart, and nothing is raised.
 
     Args:
       q: queries, [B, T, H, K], bfloat16, float16 or float32. K is 16 to 256.
@@ -111,6 +115,7 @@ def mesa_net(
     return run(q, k, v, g, beta, lamb, initial_state, segment_ids, cg_steps=cg_steps)
 
 
+@_checks.named
 def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps=30, implementation=None):
     """One token of :func:`jla.mesa_net`, for decoding: `T` steps are one run over `T` tokens.
 
