@@ -42,7 +42,7 @@ def test_the_exceptions_of_others_are_left_alone():
     def branches(x):
         return 1 if x > 0 else 2
 
-    with pytest.raises(jax.errors.TracerBoolConversionError, match="^Attempted"):
+    with pytest.raises(jax.errors.TracerBoolConversionError, match=r"^Attempted"):
         jax.eval_shape(branches, 1.0)
 
 
