@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from jla import _checks
+from jla import _checking, _checks
 from jla._dispatch import choose
 from jla._state import GSAState
 
@@ -100,6 +100,7 @@ def gsa(
     if segment_ids is not None:
         _checks.check_segment_ids(segment_ids)
     scale = _check_common(q, k, v, s, g, sizes, scale)
+    _checking.values("jla.gsa", q=q, k=k, v=v, s=s, g=g, initial_state=initial_state)
     run = choose("gsa", implementation, q, k, v, s, g)
     return run(q, k, v, s, g, initial_state, segment_ids, scale=scale)
 
@@ -140,6 +141,7 @@ def gsa_step(q, k, v, s, g, state, *, scale=None, implementation=None):
     )
     _check_state_dtypes("state", state)
     scale = _check_common(q, k, v, s, g, sizes, scale)
+    _checking.values("jla.gsa_step", q=q, k=k, v=v, s=s, g=g, state=state)
     run = choose("gsa_step", implementation, q, k, v, s, g)
     return run(q, k, v, s, g, state, scale=scale)
 

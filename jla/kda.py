@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jla import _checks
+from jla import _checking, _checks
 from jla._dispatch import choose
 
 f32 = jnp.float32
@@ -81,6 +81,7 @@ def kda(
     if segment_ids is not None:
         _checks.check_segment_ids(segment_ids)
     scale = _check_common(q, k, v, g, beta, sizes, scale)
+    _check_values("jla.kda", q, k, v, g, beta, initial_state=initial_state)
     run = choose("kda", implementation, q, k, v, g, beta)
     return run(q, k, v, g, beta, initial_state, segment_ids, scale=scale)
 
@@ -116,6 +117,7 @@ def kda_step(q, k, v, g, beta, state, *, scale=None, implementation=None):
     )
     _checks.check_dtype("state", state, [f32])
     scale = _check_common(q, k, v, g, beta, sizes, scale)
+    _check_values("jla.kda_step", q, k, v, g, beta, state=state)
     run = choose("kda_step", implementation, q, k, v, g, beta)
     return run(q, k, v, g, beta, state, scale=scale)
 
@@ -129,6 +131,10 @@ def _check_common(q, k, v, g, beta, sizes, scale):
     _checks.check_head_dim("V", sizes["V"])
     _checks.check_multiple("HV", sizes["HV"], "H", sizes["H"])
     return _checks.check_scale(scale, sizes["K"] ** -0.5)
+
+
+def _check_values(name, q, k, v, g, beta, **state):
+    _checking.values(name, unit="k", most_beta=2, q=q, k=k, v=v, g=g, beta=beta, **state)
 
 
 @_checks.named

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jla import _checks
+from jla import _checking, _checks
 from jla._dispatch import choose
 from jla._state import LogLinearState
 
@@ -100,6 +100,8 @@ def log_linear_attention(
         )
     if initial_state is not None:
         _check_state("initial_state", initial_state, L, T if segment_ids is None else 1)
+    arguments = dict(q=q, k=k, v=v, g=g, level_scales=level_scales, initial_state=initial_state)
+    _checking.values("jla.log_linear_attention", **arguments)
     run = choose("log_linear_attention", implementation, q, k, v, g, level_scales)
     return run(q, k, v, g, level_scales, initial_state, segment_ids)
 
@@ -136,6 +138,8 @@ def log_linear_step(q, k, v, g, level_scales, state, *, implementation=None):
     )
     _check_common(q, k, v, g, level_scales, sizes)
     _check_state("state", state, sizes["L"], 1)
+    arguments = dict(q=q, k=k, v=v, g=g, level_scales=level_scales, state=state)
+    _checking.values("jla.log_linear_step", **arguments)
     run = choose("log_linear_step", implementation, q, k, v, g, level_scales)
     return run(q, k, v, g, level_scales, state)
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jla import _checks
+from jla import _checking, _checks
 from jla._cache import PathCache
 from jla._dispatch import choose
 
@@ -123,14 +123,21 @@ def path_step(q, k, v, w, beta, g, cache, *, scale=None, implementation=None):
 
 def run(q, k, v, w, beta, g, cache, segment_ids, scale, implementation):
     """`path_attention` on arguments that were checked, with room or not."""
+    _check_values("jla.path_attention", q, k, v, w, beta, g, cache)
     chosen = choose("path_attention", implementation, q, k, v, w, beta, g, cache)
     return chosen(q, k, v, w, beta, g, cache, segment_ids, scale=scale)
 
 
 def step(q, k, v, w, beta, g, cache, scale, implementation):
     """`path_step` on arguments that were checked, with room or not."""
+    _check_values("jla.path_step", q, k, v, w, beta, g, cache)
     chosen = choose("path_step", implementation, q, k, v, w, beta, g, cache)
     return chosen(q, k, v, w, beta, g, cache, scale=scale)
+
+
+def _check_values(name, q, k, v, w, beta, g, cache):
+    arguments = dict(q=q, k=k, v=v, w=w, beta=beta, g=g, cache=cache)
+    _checking.values(name, unit="w", most_beta=2, **arguments)
 
 
 def check_room(cache, tokens, segment_ids=None, *, set_by="the capacity of PathCache.empty"):
