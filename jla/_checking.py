@@ -51,6 +51,9 @@ def checking():
       ValueError: on leaving, if values were found wrong. If another exception leaves the context,
         the list becomes a note of that one.
     """
+    if not _on.value:
+        with _lock:
+            _found.clear()  # what an interrupted context left
     try:
         with _on(True):
             yield
