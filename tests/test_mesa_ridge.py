@@ -95,9 +95,16 @@ def test_nothing_is_read_while_tracing(step, monkeypatch):
     jax.eval_shape(lambda args: call(**args, lamb=lamb, implementation="xla", step=step), args)
 
 
-def test_a_right_hand_side_that_is_nan_is_not_hidden():
-    """Nor does it reach another row."""
+def test_what_is_nan_is_not_hidden():
+    """Beside rows that iterate and alone, when no iteration is made; nor does it reach others."""
+
+    def solution(b, diagonal=1.0):
+        diagonal = jnp.full(4, diagonal)
+        return solve(lambda matrix, x: matrix * x, 5, 1e-6, 2.0 * diagonal, diagonal, b)
+
     b = jnp.ones((3, 4)).at[1, 2].set(jnp.nan)
-    x = solve(lambda matrix, x: matrix * x, 5, 1e-6, jnp.full(4, 2.0), jnp.ones(4), b)
+    x = solution(b)
     np.testing.assert_array_equal(np.isnan(x).any(-1), [False, True, False])
     np.testing.assert_allclose(x[::2], 0.5)
+    assert np.isnan(solution(b[1])).any()
+    assert np.isnan(solution(b[0], diagonal=jnp.nan)).all()
