@@ -118,8 +118,8 @@ def mesa_net(
     cg_steps = _check_common(q, k, v, g, beta, lamb, sizes, cg_steps)
     arguments = dict(q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, initial_state=initial_state)
     _checking.values("jla.mesa_net", **arguments)
-    lamb = _nan_unless_positive(lamb)
     run = choose("mesa_net", implementation, q, k, v, g, beta, lamb)
+    lamb = _nan_unless_positive(lamb)
     return run(q, k, v, g, beta, lamb, initial_state, segment_ids, cg_steps=cg_steps)
 
 
@@ -157,8 +157,8 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps=30, implementation=None
     _check_state_dtypes("state", state)
     cg_steps = _check_common(q, k, v, g, beta, lamb, sizes, cg_steps)
     _checking.values("jla.mesa_step", q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, state=state)
-    lamb = _nan_unless_positive(lamb)
     run = choose("mesa_step", implementation, q, k, v, g, beta, lamb)
+    lamb = _nan_unless_positive(lamb)
     return run(q, k, v, g, beta, lamb, state, cg_steps=cg_steps)
 
 
