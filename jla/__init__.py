@@ -2,6 +2,7 @@
 
 import importlib
 
+from jla._checking import checking
 from jla.gsa import GSAState, gsa, gsa_step
 from jla.kda import kda, kda_gate, kda_step
 from jla.log_linear import LogLinearState, log_linear_attention, log_linear_step
@@ -13,6 +14,7 @@ __all__ = [
     "LogLinearState",
     "MesaState",
     "PathCache",
+    "checking",
     "gsa",
     "gsa_step",
     "kda",

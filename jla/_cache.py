@@ -30,6 +30,7 @@ class PathCache(NamedTuple):
     length: jax.Array
 
     @classmethod
+    @_checks.named
     def empty(
         cls,
         batch,

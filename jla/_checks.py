@@ -1,8 +1,10 @@
 """Argument checks shared by the public functions: one message form for every mechanism.
 
-Every message names the argument, what came and what is accepted (API.md, clause 9).
+Every message names the function, the argument, the value received and the values accepted
+(API.md, clause 9).
 """
 
+import functools
 import numbers
 
 import jax
@@ -10,6 +12,33 @@ import jax.numpy as jnp
 
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
+
+
+def named(function):
+    """Decorates a public function: its name stands in front of its error messages.
+
+    What a layer says about its arguments starts with the layer's name; where the mechanism that the
+    layer calls refuses something, both names are there. Only Python's plain exceptions are changed:
+    the others belong to JAX or flax, and say themselves where they come from.
+    """
+    package = function.__module__.rpartition(".")[0]
+    name = f"{package}.{function.__qualname__.removesuffix('.__call__')}"
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            if type(error) in (TypeError, ValueError, NotImplementedError):
+                error.args = (f"{name}: {error}",)
+            raise
+
+    return call
+
+
+def known(x):
+    """Whether x's value can be read: it is no tracer, and all of it is on this host's devices."""
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def check_shapes(**arguments):
@@ -37,17 +66,27 @@ def check_shapes(**arguments):
             if sizes.setdefault(letter, size) != size:
                 raise ValueError(
                     f"{name} has {letter} = {size} (shape {shape}, axes [{', '.join(letters)}]), "
-                    f"but {origin[letter]} has {letter} = {sizes[letter]}"
+                    f"but {origin[letter]} has {letter} = {sizes[letter]}{_order_hint(letters)}"
                 )
             origin.setdefault(letter, name)
     return sizes
+
+
+def _order_hint(letters):
+    """Ends the message about an array that may have its heads before its time, as elsewhere."""
+    if letters[:2] != ["B", "T"] or not "".join(letters[2:3]).startswith("H"):
+        return ""
+    return (
+        f". Time is axis 1 and heads are axis 2: if yours is [B, {letters[2]}, T, ...], "
+        "pass x.swapaxes(1, 2)"
+    )
 
 
 def check_dtype(name, array, accepted):
     """Raises TypeError unless `array.dtype` is one of `accepted`."""
     accepted = tuple(jnp.dtype(d) for d in accepted)
     if jnp.dtype(array.dtype) not in accepted:
-        names = " or ".join(d.name for d in accepted)
+        names = " or ".join(dict.fromkeys(d.name for d in accepted))
         raise TypeError(f"{name} must be {names}, got {jnp.dtype(array.dtype).name}")
 
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from jla import _checks
+from jla import _checking, _checks
 from jla._dispatch import choose
 from jla._state import GSAState
 
@@ -11,6 +11,7 @@ __all__ = ["GSAState", "gsa", "gsa_step"]
 f32 = jnp.float32
 
 
+@_checks.named
 def gsa(
     q,
     k,
@@ -49,6 +50,9 @@ def gsa(
 
     Shape letters: `B` batch, `T` time, `HQ` query heads, `H` key/value heads, `K` key dimension,
     `V` value dimension, `M` slots. Query head `j` uses key/value head `j // (HQ // H)`.
+
+    Time is axis 1 and heads are axis 2. Transpose arrays [B, H, T, ...] with `x.swapaxes(1, 2)`: if
+    no size disagrees, the two orders cannot be told apart, and nothing is raised.
 
     Args:
       q: queries, [B, T, HQ, K], bfloat16, float16 or float32; HQ is a multiple of H, K is 16 to
@@ -96,10 +100,12 @@ def gsa(
     if segment_ids is not None:
         _checks.check_segment_ids(segment_ids)
     scale = _check_common(q, k, v, s, g, sizes, scale)
+    _checking.values("jla.gsa", q=q, k=k, v=v, s=s, g=g, initial_state=initial_state)
     run = choose("gsa", implementation, q, k, v, s, g)
     return run(q, k, v, s, g, initial_state, segment_ids, scale=scale)
 
 
+@_checks.named
 def gsa_step(q, k, v, s, g, state, *, scale=None, implementation=None):
     """One token of :func:`jla.gsa`, for decoding: `T` steps are one run over `T` tokens.
 
@@ -135,6 +141,7 @@ def gsa_step(q, k, v, s, g, state, *, scale=None, implementation=None):
     )
     _check_state_dtypes("state", state)
     scale = _check_common(q, k, v, s, g, sizes, scale)
+    _checking.values("jla.gsa_step", q=q, k=k, v=v, s=s, g=g, state=state)
     run = choose("gsa_step", implementation, q, k, v, s, g)
     return run(q, k, v, s, g, state, scale=scale)
 

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from jla import _checks
+from jla import _checking, _checks
 from jla._dispatch import choose
 
 f32 = jnp.float32
 
 
+@_checks.named
 def kda(
     q,
     k,
@@ -36,6 +37,9 @@ def kda(
 
     Shape letters: `B` batch, `T` time, `H` key heads, `HV` value heads, `K` key dimension, `V`
     value dimension. Value head `j` uses key head `j // (HV // H)`.
+
+    Time is axis 1 and heads are axis 2. Transpose arrays [B, H, T, ...] with `x.swapaxes(1, 2)`: if
+    no size disagrees, the two orders cannot be told apart, and nothing is raised.
 
     Args:
       q: queries, [B, T, H, K], bfloat16, float16 or float32. K is 16 to 256.
@@ -77,10 +81,12 @@ def kda(
     if segment_ids is not None:
         _checks.check_segment_ids(segment_ids)
     scale = _check_common(q, k, v, g, beta, sizes, scale)
+    _check_values("jla.kda", q, k, v, g, beta, initial_state=initial_state)
     run = choose("kda", implementation, q, k, v, g, beta)
     return run(q, k, v, g, beta, initial_state, segment_ids, scale=scale)
 
 
+@_checks.named
 def kda_step(q, k, v, g, beta, state, *, scale=None, implementation=None):
     """One token of :func:`jla.kda`, for decoding: `T` steps are one run over `T` tokens.
 
@@ -111,6 +117,7 @@ def kda_step(q, k, v, g, beta, state, *, scale=None, implementation=None):
     )
     _checks.check_dtype("state", state, [f32])
     scale = _check_common(q, k, v, g, beta, sizes, scale)
+    _check_values("jla.kda_step", q, k, v, g, beta, state=state)
     run = choose("kda_step", implementation, q, k, v, g, beta)
     return run(q, k, v, g, beta, state, scale=scale)
 
@@ -126,6 +133,11 @@ def _check_common(q, k, v, g, beta, sizes, scale):
     return _checks.check_scale(scale, sizes["K"] ** -0.5)
 
 
+def _check_values(name, q, k, v, g, beta, **state):
+    _checking.values(name, unit="k", most_beta=2, q=q, k=k, v=v, g=g, beta=beta, **state)
+
+
+@_checks.named
 def kda_gate(g, A_log, dt_bias, *, lower_bound=None):
     r"""Makes KDA's natural-log decays from a layer's raw gate projection, in float32.
 

@@ -1,10 +1,9 @@
 """Log-linear attention (arXiv 2506.04761)."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jla import _checks
+from jla import _checking, _checks
 from jla._dispatch import choose
 from jla._state import LogLinearState
 
@@ -13,6 +12,7 @@ __all__ = ["LogLinearState", "log_linear_attention", "log_linear_step"]
 f32 = jnp.float32
 
 
+@_checks.named
 def log_linear_attention(
     q,
     k,
@@ -42,6 +42,9 @@ def log_linear_attention(
 
     Shape letters: `B` batch, `T` time, `H` heads, `HK` key heads, `K` key dimension, `V` value
     dimension, `L` levels. Head `j` uses key head `j // (H // HK)`; `HK = 1` is Mamba-2's layout.
+
+    Time is axis 1 and heads are axis 2. Transpose arrays [B, H, T, ...] with `x.swapaxes(1, 2)`: if
+    no size disagrees, the two orders cannot be told apart, and nothing is raised.
 
     Args:
       q: queries, [B, T, HK, K], bfloat16, float16 or float32; H is a multiple of HK, K is 16 to
@@ -97,10 +100,13 @@ def log_linear_attention(
         )
     if initial_state is not None:
         _check_state("initial_state", initial_state, L, T if segment_ids is None else 1)
+    arguments = dict(q=q, k=k, v=v, g=g, level_scales=level_scales, initial_state=initial_state)
+    _checking.values("jla.log_linear_attention", **arguments)
     run = choose("log_linear_attention", implementation, q, k, v, g, level_scales)
     return run(q, k, v, g, level_scales, initial_state, segment_ids)
 
 
+@_checks.named
 def log_linear_step(q, k, v, g, level_scales, state, *, implementation=None):
     """One token of :func:`jla.log_linear_attention`, for decoding: `T` steps are one run.
 
@@ -132,6 +138,8 @@ def log_linear_step(q, k, v, g, level_scales, state, *, implementation=None):
     )
     _check_common(q, k, v, g, level_scales, sizes)
     _check_state("state", state, sizes["L"], 1)
+    arguments = dict(q=q, k=k, v=v, g=g, level_scales=level_scales, state=state)
+    _checking.values("jla.log_linear_step", **arguments)
     run = choose("log_linear_step", implementation, q, k, v, g, level_scales)
     return run(q, k, v, g, level_scales, state)
 
@@ -165,9 +173,7 @@ def _check_state(name, state, L, T):
     _checks.check_dtype(f"{name}.levels", state.levels, [f32])
     _checks.check_dtype(f"{name}.position", state.position, [jnp.int32])
     position = state.position
-    if isinstance(position, jax.core.Tracer):
-        return
-    if isinstance(position, jax.Array) and not position.is_fully_addressable:
+    if not _checks.known(position):
         return
     position = np.asarray(position)
     if position.min() < 0:

@@ -1,8 +1,10 @@
 """MesaNet (arXiv 2506.05233)."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jla import _checks
+from jla import _checking, _checks
 from jla._dispatch import choose
 from jla._state import MesaState
 
@@ -11,6 +13,7 @@ __all__ = ["MesaState", "mesa_net", "mesa_step"]
 f32 = jnp.float32
 
 
+@_checks.named
 def mesa_net(
     q,
     k,
@@ -55,11 +58,17 @@ def mesa_net(
     digits, below 3e-8 none. "xla" has float32's range. docs/mesa_net.md says more.
 
     The matrix must be positive definite for this: every `lamb` above zero, every `beta` at least
-    zero, and `initial_state.kk` symmetric without negative eigenvalues. These are values, which a
-    compiled program cannot check: they are not checked, and conjugate gradients then return
-    numbers without meaning.
+    zero, and `initial_state.kk` symmetric without negative eigenvalues. A head with any `lamb` that
+    is not above zero raises outside of jit and other transformations. Inside, all outputs of that
+    head are NaN, and all gradients through them, in every implementation; its state does not depend
+    on `lamb` and is right, and so are the other heads. A negative `beta` or eigenvalue is not
+    looked for (:func:`jla.checking` finds a negative `beta`): the outputs are then numbers without
+    meaning.
 
     Shape letters: `B` batch, `T` time, `H` heads, `K` key dimension, `V` value dimension.
+
+    Time is axis 1 and heads are axis 2. Transpose arrays [B, H, T, ...] with `x.swapaxes(1, 2)`: if
+    no size disagrees, the two orders cannot be told apart, and nothing is raised.
 
     Args:
       q: queries, [B, T, H, K], bfloat16, float16 or float32. K is 16 to 256.
@@ -85,8 +94,8 @@ def mesa_net(
     Raises:
       TypeError: an argument is no array or has a dtype that is not listed here, `initial_state` is
         no `MesaState`, or `cg_steps` no integer.
-      ValueError: shapes that disagree, K or V outside 16 to 256, `cg_steps` below 1, an unknown
-        implementation.
+      ValueError: shapes that disagree, K or V outside 16 to 256, `cg_steps` below 1, a `lamb` that
+        is not positive (outside of jit), an unknown implementation.
       NotImplementedError: the named implementation cannot do this; the message says what can.
     """
     axes = dict(
@@ -107,10 +116,14 @@ def mesa_net(
     if segment_ids is not None:
         _checks.check_segment_ids(segment_ids)
     cg_steps = _check_common(q, k, v, g, beta, lamb, sizes, cg_steps)
+    arguments = dict(q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, initial_state=initial_state)
+    _checking.values("jla.mesa_net", **arguments)
     run = choose("mesa_net", implementation, q, k, v, g, beta, lamb)
+    lamb = _nan_unless_positive(lamb)
     return run(q, k, v, g, beta, lamb, initial_state, segment_ids, cg_steps=cg_steps)
 
 
+@_checks.named
 def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps=30, implementation=None):
     """One token of :func:`jla.mesa_net`, for decoding: `T` steps are one run over `T` tokens.
 
@@ -143,7 +156,9 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps=30, implementation=None
     )
     _check_state_dtypes("state", state)
     cg_steps = _check_common(q, k, v, g, beta, lamb, sizes, cg_steps)
+    _checking.values("jla.mesa_step", q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, state=state)
     run = choose("mesa_step", implementation, q, k, v, g, beta, lamb)
+    lamb = _nan_unless_positive(lamb)
     return run(q, k, v, g, beta, lamb, state, cg_steps=cg_steps)
 
 
@@ -167,4 +182,21 @@ def _check_common(q, k, v, g, beta, lamb, sizes, cg_steps):
     _checks.check_dtype("lamb", lamb, [f32])
     _checks.check_head_dim("K", sizes["K"])
     _checks.check_head_dim("V", sizes["V"])
+    if _checks.known(lamb) and _checks.known(q):  # not while tracing, which shall wait for nothing
+        values = jax.device_get(lamb)
+        if not np.all(values > 0):
+            raise ValueError(
+                f"lamb must be positive, got elements from {np.min(values)} to {np.max(values)}; "
+                "a layer makes it with softplus and a lower bound"
+            )
     return _checks.check_count("cg_steps", cg_steps)
+
+
+def _nan_unless_positive(lamb):
+    """`lamb`, NaN in every head where any of it is not positive.
+
+    An implementation makes NaN of it in that head's outputs, and in their gradients: a product, not
+    a choice, gives `lamb` itself a gradient that is NaN.
+    """
+    positive = jnp.all(lamb > 0, axis=-1, keepdims=True)
+    return lamb * jnp.where(positive, f32(1.0), f32(jnp.nan))

@@ -1,10 +1,9 @@
 """PaTH attention (arXiv 2505.16381)."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jla import _checks
+from jla import _checking, _checks
 from jla._cache import PathCache
 from jla._dispatch import choose
 
@@ -13,6 +12,7 @@ __all__ = ["PathCache", "path_attention", "path_step"]
 f32 = jnp.float32
 
 
+@_checks.named
 def path_attention(
     q,
     k,
@@ -56,6 +56,9 @@ def path_attention(
     those after it, are NaN, and `length` goes on counting. Where the lengths are known, outside of
     jit, a cache too small raises ValueError instead.
 
+    Time is axis 1 and heads are axis 2. Transpose arrays [B, H, T, ...] with `x.swapaxes(1, 2)`: if
+    no size disagrees, the two orders cannot be told apart, and nothing is raised.
+
     Args:
       q: queries, [B, T, HQ, K], bfloat16, float16 or float32; HQ is a multiple of H, K is 16 to
         256.
@@ -89,6 +92,7 @@ def path_attention(
     return run(*arguments, cache, segment_ids, scale, implementation)
 
 
+@_checks.named
 def path_step(q, k, v, w, beta, g, cache, *, scale=None, implementation=None):
     """One token of :func:`jla.path_attention`, for decoding: `T` steps are one run over `T` tokens.
 
@@ -119,26 +123,34 @@ def path_step(q, k, v, w, beta, g, cache, *, scale=None, implementation=None):
 
 def run(q, k, v, w, beta, g, cache, segment_ids, scale, implementation):
     """`path_attention` on arguments that were checked, with room or not."""
+    _check_values("jla.path_attention", q, k, v, w, beta, g, cache)
     chosen = choose("path_attention", implementation, q, k, v, w, beta, g, cache)
     return chosen(q, k, v, w, beta, g, cache, segment_ids, scale=scale)
 
 
 def step(q, k, v, w, beta, g, cache, scale, implementation):
     """`path_step` on arguments that were checked, with room or not."""
+    _check_values("jla.path_step", q, k, v, w, beta, g, cache)
     chosen = choose("path_step", implementation, q, k, v, w, beta, g, cache)
     return chosen(q, k, v, w, beta, g, cache, scale=scale)
 
 
-def check_room(cache, tokens, segment_ids=None):
+def _check_values(name, q, k, v, w, beta, g, cache):
+    arguments = dict(q=q, k=k, v=v, w=w, beta=beta, g=g, cache=cache)
+    _checking.values(name, unit="w", most_beta=2, **arguments)
+
+
+def check_room(cache, tokens, segment_ids=None, *, set_by="the capacity of PathCache.empty"):
     """Raises ValueError if the cache is known to be too small.
 
     Args:
       cache: a `PathCache`.
       tokens: how many each row will get, an integer or int32 [B].
       segment_ids: integers [B, T], of these tokens first of all, or None.
+      set_by: what the caller sets the room by, for the message.
     """
     known = [cache.length, tokens] + ([] if segment_ids is None else [segment_ids])
-    if not all(map(_is_known, known)):
+    if not all(map(_checks.known, known)):
         return
     length, tokens = np.asarray(cache.length), np.asarray(tokens)
     needed = length + tokens
@@ -155,13 +167,8 @@ def check_room(cache, tokens, segment_ids=None):
     if needed[row] > capacity:
         raise ValueError(
             f"cache has room for {capacity} tokens, but row {row} has {length[row]} in it and "
-            f"needs room for {needed[row]}"
+            f"needs room for {needed[row]}; {set_by} sets the room"
         )
-
-
-def _is_known(x):
-    """Whether the value is there to be read: no tracer, and all of it on this host's devices."""
-    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def _check_run(q, k, v, w, beta, g, cache, segment_ids, scale):

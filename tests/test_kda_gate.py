@@ -73,4 +73,5 @@ def test_mistakes(edit, exception, fragments):
     good = dict(zip(("g", "A_log", "dt_bias"), arguments(), strict=True))
     with pytest.raises(exception) as caught:
         jla.kda_gate(**(good | edit))
+    assert str(caught.value).startswith("jla.kda_gate: ")
     assert all(fragment in str(caught.value) for fragment in fragments)

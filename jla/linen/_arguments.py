@@ -2,11 +2,19 @@
 
 import numbers
 
+import jax.numpy as jnp
+
 from jla import _checks
 
 
-def check_inputs(inputs, mask, segment_ids):
-    """Checks a call's arguments; returns D, the inputs' last axis."""
+def check_inputs(layer, inputs, mask, segment_ids):
+    """Checks a call's arguments and the layer's dtypes; returns D, the inputs' last axis."""
+    for name in ("dtype", "param_dtype"):
+        dtype = getattr(layer, name)
+        if dtype is not None and jnp.dtype(dtype) not in map(jnp.dtype, _checks.FLOAT_DTYPES):
+            raise TypeError(
+                f"{name} must be bfloat16, float16 or float32, got {jnp.dtype(dtype).name}"
+            )
     axes = dict(inputs=(inputs, "B T D"))
     if mask is not None:
         axes |= dict(mask=(mask, "B T"))
@@ -34,14 +42,20 @@ def head_dims(D, num_heads, **dims):
 
     The first is `D // num_heads` if None, every other one is the first.
     """
-    first = next(iter(dims.values()))
+    leading, first = next(iter(dims.items()))
+    hints = {}
     if first is None:
         _checks.check_multiple("the inputs' last axis", D, "num_heads", num_heads)
         first = D // num_heads
+        hints[leading] = (
+            f", its default, the inputs' last axis // num_heads = {D} // {num_heads}; "
+            f"set {leading}, or another num_heads"
+        )
     dims = {name: first if size is None else size for name, size in dims.items()}
     for name, size in dims.items():
         check_size(name, size, 1)
-        _checks.check_head_dim(name, size)
+        if not 16 <= size <= 256:
+            raise ValueError(f"{name} must be 16 to 256, got {size}{hints.get(name, '')}")
     return dims.values()
 
 

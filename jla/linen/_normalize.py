@@ -7,7 +7,7 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jla import _dispatch
+from jla import _checks, _dispatch
 
 f32 = jnp.float32
 
@@ -74,6 +74,7 @@ class RMSNorm(nn.Module):
     input_activation: Callable | None = None
     implementation: str | None = None
 
+    @_checks.named
     def __call__(self, x, gate=None, gate_bias=None):
         """Normalises `x`.
 
@@ -99,6 +100,7 @@ class RMSNorm(nn.Module):
                 return run(*arrays, epsilon=self.epsilon, **names)
         return self._formula(*arrays)
 
+    @_checks.named
     def branch(self, x, update=None):
         """The normalised residual stream, and the stream: x, or x + update.
 

@@ -97,6 +97,7 @@ class GatedSlotAttention(nn.Module):
     decode: bool = False
 
     @nn.compact
+    @_checks.named
     def __call__(self, inputs, *, mask=None, segment_ids=None):
         """Applies the layer.
 
@@ -178,7 +179,7 @@ class GatedSlotAttention(nn.Module):
     def _settings(self, inputs, mask, segment_ids):
         """Checks the call's arguments and the attributes; returns HQ, H, K, V, M and the gates'
         normaliser."""
-        D = _arguments.check_inputs(inputs, mask, segment_ids)
+        D = _arguments.check_inputs(self, inputs, mask, segment_ids)
         HQ = self.num_heads
         _arguments.check_size("num_heads", HQ, 1)
         H = HQ if self.num_kv_heads is None else self.num_kv_heads

@@ -121,6 +121,7 @@ class KimiDeltaAttention(nn.Module):
     decode: bool = False
 
     @nn.compact
+    @_checks.named
     def __call__(self, inputs, *, mask=None, segment_ids=None):
         """Applies the layer.
 
@@ -221,7 +222,7 @@ class KimiDeltaAttention(nn.Module):
 
     def _sizes(self, inputs, mask, segment_ids):
         """Checks the call's arguments and the attributes; returns H, HV, K and V."""
-        D = _arguments.check_inputs(inputs, mask, segment_ids)
+        D = _arguments.check_inputs(self, inputs, mask, segment_ids)
         H = self.num_heads
         _arguments.check_size("num_heads", H, 1)
         HV = H if self.num_value_heads is None else self.num_value_heads

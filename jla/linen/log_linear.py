@@ -153,6 +153,7 @@ class LogLinearMamba2(nn.Module):
     decode: bool = False
 
     @nn.compact
+    @_checks.named
     def __call__(self, inputs, *, mask=None, segment_ids=None):
         """Applies the layer.
 
@@ -267,7 +268,7 @@ class LogLinearMamba2(nn.Module):
 
     def _sizes(self, inputs, mask, segment_ids):
         """Checks the call's arguments and the attributes; returns H, HK, K, V and L."""
-        D = _arguments.check_inputs(inputs, mask, segment_ids)
+        D = _arguments.check_inputs(self, inputs, mask, segment_ids)
         H, HK, L = self.num_heads, self.num_key_heads, self.num_levels
         _arguments.check_size("num_heads", H, 1)
         _arguments.check_size("num_key_heads", HK, 1)

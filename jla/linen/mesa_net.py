@@ -94,6 +94,7 @@ class MesaNet(nn.Module):
     decode: bool = False
 
     @nn.compact
+    @_checks.named
     def __call__(self, inputs, *, mask=None, segment_ids=None):
         """Applies the layer.
 
@@ -184,7 +185,7 @@ class MesaNet(nn.Module):
 
     def _settings(self, inputs, mask, segment_ids):
         """Checks the call's arguments and the attributes; returns H, K, V and lambda's bound."""
-        D = _arguments.check_inputs(inputs, mask, segment_ids)
+        D = _arguments.check_inputs(self, inputs, mask, segment_ids)
         H = self.num_heads
         _arguments.check_size("num_heads", H, 1)
         K, V = _arguments.head_dims(

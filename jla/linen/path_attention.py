@@ -97,6 +97,7 @@ class PaTHAttention(nn.Module):
     decode: bool = False
 
     @nn.compact
+    @_checks.named
     def __call__(self, inputs, *, mask=None, segment_ids=None):
         """Applies the layer.
 
@@ -177,7 +178,9 @@ class PaTHAttention(nn.Module):
 
         cache = PathCache(**dict(decay=None) | {n: x.value for n, x in variables.items()})
         # Padding, behind the real tokens, may find no room; they are what must fit.
-        check_room(cache, T if lengths is None else lengths, segments)
+        check_room(
+            cache, T if lengths is None else lengths, segments, set_by="the length of init's input"
+        )
         options = dict(scale=K**-0.5, implementation=self.implementation)
         if T == 1:
             one = (None if x is None else x[:, 0] for x in arguments)
@@ -204,7 +207,7 @@ class PaTHAttention(nn.Module):
 
     def _settings(self, inputs, mask, segment_ids):
         """Checks the call's arguments and the attributes; returns HQ, H, K and V."""
-        D = _arguments.check_inputs(inputs, mask, segment_ids)
+        D = _arguments.check_inputs(self, inputs, mask, segment_ids)
         HQ = self.num_heads
         _arguments.check_size("num_heads", HQ, 1)
         H = HQ if self.num_kv_heads is None else self.num_kv_heads

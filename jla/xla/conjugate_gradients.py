@@ -27,7 +27,7 @@ def solve(times, steps, tolerance, matrix, diagonal, b):
       b: [..., K].
 
     Returns:
-      x, of b's shape.
+      x, of b's shape; NaN in rows where b or the preconditioner is.
     """
     return _iterate(functools.partial(times, matrix), steps, tolerance, diagonal, b)
 
@@ -77,6 +77,7 @@ def _iterate(times, steps, tolerance, diagonal, b):
     direction = inverse * residual
     square = dot(residual, direction)
     enough = tolerance**2 * square
-    x = jnp.where(False, residual, 0.0)  # zeros that are sharded as it is
+    # Zeros that are sharded as it is, and NaN that stays: such a row has stopped before it begins.
+    x = direction - direction
     carry = lax.while_loop(going, iteration, (0, square > enough, x, residual, direction, square))
     return scale * carry[2]

@@ -137,6 +137,12 @@ COMMON_MISTAKES = (
     ),
 )
 COMMON_RUN_MISTAKES = (
+    (
+        "q with heads before time",
+        edit(q=lambda x: x.swapaxes(1, 2)),
+        ValueError,
+        ("k ", "heads are axis 2", "x.swapaxes(1, 2)"),
+    ),
     ("k of another T", edit(k=lambda x: x[:, 1:]), ValueError, ("k ", "T")),
     (
         "V too small",

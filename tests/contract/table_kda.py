@@ -49,7 +49,12 @@ def _later(name, x):
 
 _SHARED_MISTAKES = (
     *COMMON_MISTAKES,
-    ("beta of integers", edit(beta=lambda x: x.astype(jnp.int32)), TypeError, ("beta", "int32")),
+    (
+        "beta of integers",
+        edit(beta=lambda x: x.astype(jnp.int32)),
+        TypeError,
+        ("beta must be float32, got int32",),
+    ),
     ("beta per channel", edit(beta=lambda x: x[..., None]), ValueError, ("beta", "shape")),
 )
 

@@ -20,12 +20,15 @@ def check(function, good, edit, exception, fragments):
     with compilations() as events, pytest.raises(exception) as caught:
         function(**bad)
     assert not events, "something ran before the argument was refused"
+    name = f"jla.{function.__name__}: "
+    message = str(caught.value)
+    assert message.startswith(name)
     for fragment in fragments:
-        assert fragment in str(caught.value)
+        assert fragment in message
     # The same under jit, where only shapes and dtypes are known.
     arrays = {n: x for n, x in bad.items() if isinstance(x, jax.Array)}
     others = {n: x for n, x in bad.items() if n not in arrays}
-    with pytest.raises(exception):
+    with pytest.raises(exception, match=f"^{name}"):
         jax.eval_shape(lambda a: function(**a, **others), arrays)
 
 

@@ -123,7 +123,15 @@ MISTAKES = (
     ({}, dict(segment_ids=np.ones((2, 5))), TypeError, "segment_ids must be integers, got float"),
     (dict(num_heads=0), {}, ValueError, "num_heads must be at least 1, got 0"),
     (dict(num_heads=2.0), {}, TypeError, "num_heads must be an integer, got 2.0"),
-    (dict(head_dim=8), {}, ValueError, "head_dim must be 16 to 256, got 8"),
+    (dict(head_dim=8), {}, ValueError, "head_dim must be 16 to 256, got 8(?!,)"),
+    (
+        dict(head_dim=None, num_heads=3),
+        {},
+        ValueError,
+        "head_dim must be 16 to 256, got 8, .*last axis // num_heads = 24 // 3; set head_dim",
+    ),
+    (dict(dtype=jnp.float64), {}, TypeError, "dtype must be .*float32, got float64"),
+    (dict(param_dtype=jnp.int32), {}, TypeError, "param_dtype must be .*float32, got int32"),
     (
         dict(head_dim=None, num_heads=5),
         {},
@@ -146,8 +154,10 @@ def mistakes():
 
 @pytest.mark.parametrize("case, options, arguments, error, message", list(mistakes()))
 def test_wrong_arguments_raise(case, options, arguments, error, message):
-    with pytest.raises(error, match=message):
-        layer(case, **options).init(jax.random.key(0), **dict(inputs=X) | arguments)
+    module = layer(case, **options)
+    with pytest.raises(error, match=message) as caught:
+        module.init(jax.random.key(0), **dict(inputs=X) | arguments)
+    assert str(caught.value).startswith(f"jla.linen.{type(module).__name__}: ")
 
 
 @each_plain

@@ -118,7 +118,7 @@ def _mesa_forward(q, k, v, g, first, beta, lamb, kk, kv, cg_steps, dtype):
 def _mesa_backward(cg_steps, dtype, residuals, cotangents):
     k, v, cumulated, first, beta, scale, lamb, *kept = residuals
     do, dkk, dkv = cotangents
-    root = jnp.sqrt(lamb)
+    root = jnp.sqrt(_or_one(lamb))
     row, column = root[..., None], root[:, :, None]
     # What the states' kernel carries in Hkk's place is -dHkk^T.
     ends = -jnp.swapaxes(row * dkk * column, 2, 3), row * dkv
@@ -139,15 +139,23 @@ _mesa.defvjp(_mesa_forward, _mesa_backward)
 
 
 def _scaled(k, v, lamb, kk, kv):
-    """What the kernels, for which lamb is 1, make of the keys, the values, lamb and the states."""
-    scale = jax.lax.rsqrt(lamb)
+    """What the kernels, for which lamb is 1, make of the keys, the values, lamb and the states.
+
+    Where lamb is NaN, only what the queries are multiplied by is: the states stay as they are.
+    """
+    scale = jax.lax.rsqrt(_or_one(lamb))
     largest = float(jnp.finfo(f16).max)
     k, v = (
         jnp.clip(x.astype(f32), -largest, largest).astype(f16)
         for x in (k.astype(f32) * scale[:, None], v)
     )
     row = scale[..., None]
-    return k, v, scale, row * kk * scale[:, :, None], row * kv
+    return k, v, jax.lax.rsqrt(lamb), row * kk * scale[:, :, None], row * kv
+
+
+def _or_one(lamb):
+    """lamb, and 1 where it is NaN."""
+    return jnp.where(jnp.isnan(lamb), 1.0, lamb)
 
 
 def _arranged(scaled, g, first, beta):
@@ -157,7 +165,7 @@ def _arranged(scaled, g, first, beta):
 
 def _unscaled(lamb, results):
     o, kk, kv = results
-    root = jnp.sqrt(lamb)
+    root = jnp.sqrt(_or_one(lamb))
     row = root[..., None]
     return o, row * kk * root[:, :, None], row * kv
 

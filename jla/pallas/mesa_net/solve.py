@@ -362,8 +362,8 @@ def solve(b, sk, ss, sm, decay, scale, sx, *, steps, tolerance):
       decay, scale: exp(G_t), a vector along rows; what S's tiles have been divided by.
       sx: float32 tiles.
     """
-    for tile in sx:
-        own_elements(tile)[...] = plgpu.layout_cast(jnp.zeros((CHUNK, TILE_WIDTH), f32), TILE)
+    for tile, x in zip(sx, b, strict=True):
+        own_elements(tile)[...] = x - x  # zeros; NaN where x is, whose row stops at once
     size = row_sum([x * x for x in b])
     stop = tolerance * tolerance * size
     norm = jnp.sqrt(size)

@@ -1,0 +1,162 @@
+"""Checks of values: off unless the caller is inside `jla.checking()`, and free then."""
+
+import contextlib
+import functools
+import threading
+
+import jax
+import jax.numpy as jnp
+
+from jla._cache import PathCache
+from jla._state import LogLinearState, repeated
+
+f32 = jnp.float32
+
+# A part of every jit cache's key, so that programs with checks and without are never mistaken.
+_on = jax.make_user_context(False)
+_lock = threading.Lock()  # the callbacks come from the runtime's threads
+_found = {}  # (function, argument, what it must be) to (elements that are not, lowest, highest)
+
+# How far from 1 the length of a row may be: rounding to bfloat16 moves it by up to 4e-3.
+UNIT_TOLERANCE = 1e-2
+# Shorter rows count as zeros: they come of the l2 norm of nothing, and do nothing.
+NOTHING = 1e-3
+
+
+@contextlib.contextmanager
+def checking():
+    """Checks the values that public functions and layers are given, and reports wrong ones by name.
+
+    Shapes and dtypes are always checked. Values are not, for a compiled program cannot raise. In
+    this context every call of a mechanism or a step also looks for
+
+      - elements of any argument that are NaN or infinite, those of a state or cache included
+        (unused places of a `PathCache` and unused levels of a `LogLinearState` excepted),
+      - gates `g` above 0,
+      - `beta` below 0, and of `kda` and `path_attention` above 2; `lamb` that is not above 0,
+      - rows of `kda`'s `k` and of `path_attention`'s `w` whose length is neither 1 (up to 1e-2) nor
+        0, where `beta` is not 0.
+
+    Leaving the context waits for the programs that were started in it, and raises one ValueError
+    that lists, by function and argument, all that was found.
+
+        with jla.checking():
+            loss, gradients = train_step(params, batch)
+
+    It works inside `jit`, `grad`, `vmap`, `scan`, `checkpoint` and `shard_map`, in every
+    implementation. A jitted function compiles once more for it, and goes slower; outside, programs
+    are what they were. Threads share what is found: open one context at a time.
+
+    Raises:
+      ValueError: on leaving, if values were found wrong. If another exception leaves the context,
+        the list becomes a note of that one.
+    """
+    if not _on.value:
+        with _lock:
+            _found.clear()  # what an interrupted context left
+    try:
+        with _on(True):
+            yield
+    except Exception as error:
+        message = _collect()
+        if message:
+            error.add_note(message)
+        raise
+    message = _collect()
+    if message:
+        raise ValueError(message)
+
+
+def on():
+    """Whether the caller is inside `checking()`."""
+    return _on.value
+
+
+def values(function, *, unit=None, most_beta=None, **arguments):
+    """Checks the values of a call's arguments, if the caller is inside `checking()`.
+
+    Args:
+      function: the public function's name, for the message.
+      unit: the name of the argument whose rows have length 1.
+      most_beta: the largest beta, or None.
+      **arguments: arrays, states, a cache or None, by name.
+    """
+    if not _on.value:
+        return
+    checks = {}  # (argument, what it must be) to where it is not, and what to show of it
+    for name, array, used in _arrays(arguments):
+        array = jnp.asarray(array, f32)
+        checks[name, "must be finite"] = ~jnp.isfinite(array) & used, array
+        if name == "g":
+            checks[name, "must be at most 0 (natural-log decays)"] = array > 0, array
+        if name == "lamb":
+            checks[name, "must be above 0"] = array <= 0, array
+        if name == "beta":
+            wrong, wanted = array < 0, "must be at least 0"
+            if most_beta is not None:
+                wrong, wanted = wrong | (array > most_beta), f"must be 0 to {most_beta}"
+            checks[name, wanted] = wrong, array
+        if name == unit:
+            length = jnp.sqrt(jnp.sum(array * array, axis=-1))
+            beta = arguments["beta"]  # several value heads may share a key
+            length = repeated(length, beta.shape[-1] // length.shape[-1], axis=length.ndim - 1)
+            wrong = (jnp.abs(length - 1) > UNIT_TOLERANCE) & (length > NOTHING) & (beta != 0)
+            checks[name, "must have rows of length 1 (or 0): normalise them"] = wrong, length
+    results = [
+        (
+            jnp.sum(wrong, dtype=jnp.int32),
+            jnp.min(jnp.where(wrong, shown, jnp.inf)),
+            jnp.max(jnp.where(wrong, shown, -jnp.inf)),
+        )
+        for wrong, shown in checks.values()
+    ]
+    jax.debug.callback(functools.partial(_record, function, list(checks)), results)
+
+
+def _arrays(arguments):
+    """Name, array and what of it is in use, bool and broadcastable, of every array of floats."""
+    for name, x in arguments.items():
+        if isinstance(x, PathCache):
+            place = jnp.arange(x.key.shape[1], dtype=jnp.int32)
+            used = place[None] < x.length[:, None]
+            for field in ("key", "value", "decay"):
+                array = getattr(x, field)
+                if array is not None:
+                    shape = used.shape + (1,) * (array.ndim - 2)
+                    yield f"{name}.{field}", array, used.reshape(shape)
+        elif isinstance(x, LogLinearState):
+            bits = jnp.arange(x.levels.shape[2] - 1, dtype=jnp.int32)
+            used = (x.position[:, None] >> bits[None]) & 1 == 1
+            used = jnp.pad(used, ((0, 0), (1, 0)))  # level 0 is never read
+            yield f"{name}.levels", x.levels, used[:, None, :, None, None]
+        elif isinstance(x, tuple):
+            for field, array in x._asdict().items():
+                yield f"{name}.{field}", array, True
+        elif x is not None:
+            yield name, x, True
+
+
+def _record(function, labels, results):
+    """The callback: notes what is wrong."""
+    with _lock:
+        for label, (count, low, high) in zip(labels, results, strict=True):
+            count, low, high = int(count), float(low), float(high)
+            if count:
+                before, lowest, highest = _found.get((function, *label), (0, low, high))
+                extremes = min(lowest, low), max(highest, high)
+                _found[function, *label] = before + count, *extremes
+
+
+def _collect():
+    """Waits for the callbacks; returns and forgets what they noted, as text, or None."""
+    jax.effects_barrier()
+    with _lock:
+        found = dict(_found)
+        _found.clear()
+    if not found:
+        return None
+    lines = ["jla.checking found wrong values:"]
+    for (function, argument, wanted), (count, low, high) in found.items():
+        what = " to ".join(dict.fromkeys((f"{low:.6g}", f"{high:.6g}")))
+        lines.append(f"  {function}: {argument} {wanted}, got {what} (count: {count})")
+    return "\n".join(lines)
