@@ -21,7 +21,8 @@ class PathCache(NamedTuple):
       value: [B, S, H, V], of v's dtype.
       decay: [B, S, HQ], float32: the sum of the gates after each token, up to the row's last; never
         positive. None without gates.
-      length: [B], int32: how many tokens each row has seen. Above `S`, that many did not fit.
+      length: [B], int32: how many tokens each row has seen. Above `S`, that many did not fit. It
+        stops at the largest int32.
     """
 
     key: jax.Array
@@ -76,3 +77,23 @@ class PathCache(NamedTuple):
             decay=decay,
             length=jnp.zeros(batch, jnp.int32),
         )
+
+
+def without_rest(cache):
+    """The cache with zeros from `length` on, whatever is there.
+
+    A weight of 0 does not keep out what is not finite: 0 times NaN is NaN.
+    """
+    kept = jnp.arange(cache.key.shape[1], dtype=jnp.int32) < cache.length[:, None]
+    return PathCache(
+        *(
+            None if x is None else jnp.where(kept.reshape(*kept.shape, *[1] * (x.ndim - 2)), x, 0)
+            for x in cache[:3]
+        ),
+        cache.length,
+    )
+
+
+def counted(length, tokens):
+    """The length after so many tokens more. A sum beyond int32 would be negative, and look empty."""
+    return jnp.minimum(length, jnp.iinfo(jnp.int32).max - tokens) + tokens

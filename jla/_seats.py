@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._segments import segment_starts
-from jla._state import LogLinearState
+from jla._state import LogLinearState, moved_on
 
 f32, i32 = jnp.float32, jnp.int32
 
@@ -137,7 +137,7 @@ def _state_after(last, seats, k, v, g, decay, initial_state, L):
         last_of_all = last.reshape(-1, *[1] * (x.ndim - 1))
         return jnp.take_along_axis(x, last_of_all, axis=1, mode="promise_in_bounds")[:, 0]
 
-    position = at_last(seats.position) + 1
+    position = moved_on(at_last(seats.position), 1)
     levels = final_levels(k, v, g, at_last(seats.seat) + 1, position, L)
     if initial_state is not None:
         levels = levels + merged_levels(initial_state, at_last(decay), position)
@@ -201,7 +201,7 @@ def plan(T, segment_ids, position):
         token=jax.vmap(tokens)(seat),
         begins=begins,
         first=first,
-        position=jnp.where(first, before[:, None], 0) + time - begin,
+        position=moved_on(jnp.where(first, before[:, None], 0), time - begin),
         crossing=size[:, 0] + 1,
         crossed=size[:, 0] + 1 + _trailing_ones(before >> size[:, 0]),
     )
@@ -349,8 +349,8 @@ def _trailing_ones(x):
 
 
 def _outgrown(position, L):
-    """Whether L levels do not serve a position: from 2**(L-1) on."""
-    return position >> (L - 1) > 0
+    """Whether L levels do not serve a position: from 2**(L-1) on, and below 0."""
+    return position >> (L - 1) != 0
 
 
 def _used_levels(state):

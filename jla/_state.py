@@ -69,6 +69,12 @@ def repeated(x, times, axis):
     return x.reshape(shape)
 
 
+def moved_on(position, tokens):
+    """The position after so many tokens more. Beyond int32 it is negative, and stays so: levels
+    serve no negative position."""
+    return jnp.where(position < 0, position, position + tokens)
+
+
 def zero_gsa_state(key, slots, value):
     """An empty `GSAState`, placed as one token's `key`, `slots` [..., M] and `value` are."""
     return GSAState(zero_state(key, slots), zero_state(slots, value))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jla import _checks
-from jla._cache import PathCache
+from jla._cache import PathCache, without_rest
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm, l2norm
 from jla.linen._padding import arrange
@@ -186,7 +186,8 @@ class PaTHAttention(nn.Module):
         else:
             o, cache = run(*arguments, cache, segments, **options)
         if lengths is not None:
-            cache = _without_last(cache, T - lengths)
+            # The maps of padding, behind the real tokens, did nothing.
+            cache = without_rest(cache._replace(length=cache.length - (T - lengths)))
             o = jnp.where(real[..., None, None], o, 0.0)
         for name, variable in variables.items():
             variable.value = getattr(cache, name)
@@ -217,12 +218,3 @@ class PaTHAttention(nn.Module):
             _arguments.check_size("w_rank", self.w_rank, 1, "; None is for full rank")
         _arguments.check_conv_size(self.conv_size)
         return HQ, H, K, V
-
-
-def _without_last(cache, count):
-    """The cache without each row's last `count` tokens, int32 [B], whose maps did nothing."""
-    length = cache.length - count
-    kept = jnp.arange(cache.key.shape[1]) < length[:, None]
-    key, value = (jnp.where(kept[..., None, None], x, 0.0) for x in (cache.key, cache.value))
-    decay = None if cache.decay is None else jnp.where(kept[..., None], cache.decay, 0.0)
-    return PathCache(key, value, decay, length)

@@ -75,8 +75,8 @@ def no_derivative(function, name):
     @run.defjvp
     def _(primals, tangents):
         raise NotImplementedError(
-            f"{name}: the kernels have no derivatives of derivatives (jax.hessian, jax.grad twice). "
-            'implementation="xla" has them.'
+            f"{name}: the kernels have no derivatives of derivatives (jax.hessian, jax.grad "
+            'twice). implementation="xla" has them.'
         )
 
     return run

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._segments import segment_starts
-from jla._state import LogLinearState, repeated, zero_log_linear_state
+from jla._state import LogLinearState, moved_on, repeated, zero_log_linear_state
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -32,8 +32,9 @@ def log_linear_step(q, k, v, g, level_scales, state):
 
     bits = position[:, None] >> jnp.maximum(level - 1, 0)
     in_use = (level > 0) & (bits % 2 == 1)
-    decayed = jnp.exp(g)[..., None, None, None] * state.levels
-    levels = jnp.where(by_level(in_use), decayed, 0.0)
+    # Before the product: what is not in use may be NaN, and then so would g's gradient be.
+    levels = jnp.where(by_level(in_use), state.levels, 0.0)
+    levels = jnp.exp(g)[..., None, None, None] * levels
     own = (k[..., :, None] * v[..., None, :])[:, :, None]
     levels = jnp.where(by_level(level[None] == 0), own, levels)
     o = _einsum("bhl,bhk,bhlkv->bhv", level_scales, q, levels)
@@ -44,11 +45,11 @@ def log_linear_step(q, k, v, g, level_scales, state):
     levels = jnp.where(by_level(level == ones + 1), merged, levels)
 
     # L levels serve the positions below 2**(L-1). Beyond, a wrong number would look like a right
-    # one.
+    # one. Nor a negative one, see `moved_on`.
     top = level_scales.shape[-1] - 1
-    o = jnp.where((position >> top > 0)[:, None, None], jnp.nan, o)
-    position = position + 1
-    levels = jnp.where((position >> top > 0)[:, None, None, None, None], jnp.nan, levels)
+    o = jnp.where((position >> top != 0)[:, None, None], jnp.nan, o)
+    position = moved_on(position, 1)
+    levels = jnp.where((position >> top != 0)[:, None, None, None, None], jnp.nan, levels)
     return o.astype(dtype), LogLinearState(levels, position)
 
 
