@@ -95,5 +95,5 @@ def without_rest(cache):
 
 
 def counted(length, tokens):
-    """The length after so many tokens more. A sum beyond int32 would be negative, and look empty."""
+    """The length after so many tokens more; beyond int32 it would be negative, and look empty."""
     return jnp.minimum(length, jnp.iinfo(jnp.int32).max - tokens) + tokens

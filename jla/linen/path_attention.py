@@ -129,10 +129,10 @@ class PaTHAttention(nn.Module):
             precision=self.precision,
         )
         x, real, lengths, segments, restore = arrange(inputs, mask, segment_ids)
-        self._check_cache(x.shape[0], x.shape[1], HQ, H, K, V)
 
         q, k = dense((HQ, K), name="q_proj")(x), dense((H, K), name="k_proj")(x)
         v = dense((H, V), name="v_proj")(x)
+        self._check_cache(x.shape[0], x.shape[1], HQ, H, K, V, v.dtype)
         if self.use_qk_norm:
             norm = functools.partial(
                 RMSNorm,
@@ -193,15 +193,16 @@ class PaTHAttention(nn.Module):
             variable.value = getattr(cache, name)
         return o
 
-    def _check_cache(self, B, T, HQ, H, K, V):
+    def _check_cache(self, B, T, HQ, H, K, V, dtype):
         """Raises ValueError unless a decoding call has a cache for these sizes."""
         S = T
         if self.has_variable("cache", "key"):
             S = self.get_variable("cache", "key").shape[1]
-        shapes = dict(key=(B, S, H, K), value=(B, S, H, V), length=(B,))
+        entries = dict(key=((B, S, H, K), f32), value=((B, S, H, V), dtype))
+        entries |= dict(length=((B,), jnp.int32))
         if self.use_forget_gate:
-            shapes |= dict(decay=(B, S, HQ))
-        _arguments.check_cache(self, **shapes)
+            entries |= dict(decay=((B, S, HQ), f32))
+        _arguments.check_cache(self, **entries)
 
     def _settings(self, inputs, mask, segment_ids):
         """Checks the call's arguments and the attributes; returns HQ, H, K and V."""
