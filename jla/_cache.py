@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 from jla import _checks
 
@@ -54,7 +55,8 @@ class PathCache(NamedTuple):
           dtype: of v.
 
         Raises:
-          TypeError: a size is no Python integer, or `dtype` none that v can have.
+          TypeError: a size is no Python integer (nor a symbolic dimension of `jax.export`), or
+            `dtype` none that v can have.
           ValueError: a size below 1.
         """
         sizes = dict(
@@ -63,7 +65,8 @@ class PathCache(NamedTuple):
         if query_heads is not None:
             sizes |= dict(query_heads=query_heads)
         for name, size in sizes.items():
-            _checks.check_count(name, size)
+            if not export.is_symbolic_dim(size):
+                _checks.check_count(name, size)
         if jnp.dtype(dtype) not in map(jnp.dtype, _checks.FLOAT_DTYPES):
             raise TypeError(
                 f"dtype must be bfloat16, float16 or float32, got {jnp.dtype(dtype).name}"
@@ -77,6 +80,9 @@ class PathCache(NamedTuple):
             decay=decay,
             length=jnp.zeros(batch, jnp.int32),
         )
+
+
+export.register_namedtuple_serialization(PathCache, serialized_name="jla.PathCache")
 
 
 def without_rest(cache):

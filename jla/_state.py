@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 
 class GSAState(NamedTuple):
@@ -43,6 +44,10 @@ class MesaState(NamedTuple):
 
     kk: jax.Array
     kv: jax.Array
+
+
+for _state in (GSAState, LogLinearState, MesaState):
+    export.register_namedtuple_serialization(_state, serialized_name=f"jla.{_state.__name__}")
 
 
 def zero_state(key, value):

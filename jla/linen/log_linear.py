@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax import lax
 
 from jla import _checks, _dispatch, _seats
+from jla._lengths import is_symbolic_dim
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm, gated_norm
 from jla.linen._padding import arrange
@@ -279,7 +280,7 @@ class LogLinearMamba2(nn.Module):
         _arguments.check_conv_size(self.conv_size)
         _arguments.check_size("num_levels", L, 1)
         T = inputs.shape[1]
-        if L > 32 or T > 1 << (L - 1):
+        if L > 32 or (not is_symbolic_dim(T) and T > 1 << (L - 1)):
             raise ValueError(
                 f"num_levels must be at most 32 and at least {(T - 1).bit_length() + 1}, "
                 f"ceil(log2 T) + 1, for T = {T} tokens, got {L}"

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._lengths import is_symbolic_dim
 from jla._segments import segment_starts
 from jla._state import LogLinearState, moved_on, repeated, zero_log_linear_state
 
@@ -73,10 +74,11 @@ def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
 
     span = functools.partial(lax.scan, token)
     time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, level_scales, starts))
-    whole = T // SPAN * SPAN
+    # Of a symbolic T nobody knows that it has a span.
+    whole = 0 if is_symbolic_dim(T) else T // SPAN * SPAN
     state, outputs = initial_state, []
     if whole:
-        spans = [x[:whole].reshape(-1, SPAN, *x.shape[1:]) for x in time_major]
+        spans = [x[:whole].reshape(T // SPAN, SPAN, *x.shape[1:]) for x in time_major]
         state, o = lax.scan(jax.checkpoint(span, prevent_cse=False), state, spans)
         outputs.append(o.reshape(whole, *o.shape[2:]))
     if whole < T:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._cache import PathCache, counted, without_rest
+from jla._lengths import is_symbolic_dim
 from jla._segments import segment_starts
 from jla._state import repeated
 
@@ -63,7 +64,10 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
         return lax.scan(jax.checkpoint(token, prevent_cse=False), cache, inputs)
 
     # Runs of about sqrt(T) tokens: without them the gradient would keep all the keys T times.
-    n = next(n for n in range(math.isqrt(T), 0, -1) if T % n == 0)
+    # A symbolic T has no such divisors; then it does.
+    n = 1
+    if not is_symbolic_dim(T):
+        n = next(n for n in range(math.isqrt(T), 0, -1) if T % n == 0)
 
     def runs(x):
         return jnp.moveaxis(x, 1, 0).reshape(T // n, n, *x.shape[:1], *x.shape[2:])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._cache import PathCache, counted, without_rest
+from jla._lengths import chunk_size, is_symbolic_dim
 from jla._segments import segment_starts
 from jla._state import zero_state
 from jla.xla import chunks
@@ -65,7 +66,7 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     """
     (B, T, HQ, K), H = q.shape, k.shape[2]
     cache = None if cache is None else without_rest(cache)
-    size = min(CHUNK, max(2, 1 << (T - 1).bit_length()))
+    size = chunk_size(T, CHUNK)
     starts = None if segment_ids is None else segment_starts(segment_ids)
     g = None if g is None else jnp.maximum(g, NEVER).reshape(B, T, H, -1)
     gates = None if g is None else scale * g
@@ -77,7 +78,7 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     values = chunks.split(v, size)
     k, w, moved, writes, inner = prepare(size, k, w, beta)
 
-    index = jnp.arange(len(w))
+    index = jnp.arange(w.shape[0])
     after, total = (None, None) if gates is None else _sums_after(gates)
     past = index, moved, values, w, writes, after, total
     cached = None if cache is None else _cached(cache, scale)
@@ -152,9 +153,10 @@ def _sums_after(gates):
 def _cached(cache, scale):
     """Whether any row has cached tokens; and these in blocks: their keys, their values, and what is
     added to their logits, -inf where there is none."""
-    size = min(BLOCK, cache.key.shape[1])
+    S = cache.key.shape[1]
+    size = BLOCK if is_symbolic_dim(S) else min(BLOCK, S)
     key, value = (chunks.split(x, size) for x in cache[:2])
-    place = jnp.arange(len(key) * size).reshape(-1, 1, 1, size, 1)
+    place = jnp.arange(key.shape[0] * size).reshape(-1, 1, 1, size, 1)
     filled = place < cache.length[:, None, None, None]
     added = 0.0
     if cache.decay is not None:
