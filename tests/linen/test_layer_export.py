@@ -3,12 +3,11 @@
 import jax
 import jax.numpy as jnp
 from jax import export
-from layers import D, close, each_rich, empty_cache, forward, layer, normal, parameters
+from layers import RICH, D, _each, close, each_rich, empty_cache, forward, layer, normal, parameters
 
 
-@each_rich
-def test_any_batch_and_length(case):
-    """A prefill, and then another from its cache, are one forward pass."""
+def exported(case):
+    """A decoding call, from the cache, the inputs and the mask to the outputs and the cache."""
     module, cache = layer(case, decode=True, implementation="xla"), empty_cache(case, 2)
     params = parameters(case)  # made here: a trace would keep what is made inside
     batch, time = export.symbolic_shape("b, t")
@@ -22,12 +21,23 @@ def test_any_batch_and_length(case):
         jax.ShapeDtypeStruct((batch, time, D), jnp.float32),
         jax.ShapeDtypeStruct((batch, time), bool),
     )
-    call = export.deserialize(made.serialize()).call
+    return cache, export.deserialize(made.serialize()).call
+
+
+@each_rich
+def test_exports(case):
+    exported(case)
+
+
+# tests/contract compares the values of every mechanism.
+@_each(RICH, ["mesa-rich"])
+def test_a_prefill_and_another_are_one_forward_pass(case):
+    cache, call = exported(case)
     x = normal(2, 2, 37, D)
     first, variables = call(cache, x[:, :30], jnp.ones((2, 30), bool))
     # Of the rest one row: another batch, and another length.
     row = jax.tree.map(lambda x: x[:1], variables["cache"])
     rest, _ = call(row, x[:1, 30:], jnp.ones((1, 7), bool))
-    want = forward(case, params, x)
+    want = forward(case, parameters(case), x)
     close(first, want[:, :30])
     close(rest, want[:1, 30:])
