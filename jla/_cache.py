@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 from jla import _checks
 
@@ -21,7 +22,8 @@ class PathCache(NamedTuple):
       value: [B, S, H, V], of v's dtype.
       decay: [B, S, HQ], float32: the sum of the gates after each token, up to the row's last; never
         positive. None without gates.
-      length: [B], int32: how many tokens each row has seen. Above `S`, that many did not fit.
+      length: [B], int32: how many tokens each row has seen. Above `S`, that many did not fit. It
+        stops at the largest int32.
     """
 
     key: jax.Array
@@ -54,7 +56,8 @@ class PathCache(NamedTuple):
           dtype: of v.
 
         Raises:
-          TypeError: a size is no Python integer, or `dtype` none that v can have.
+          TypeError: a size is no Python integer (nor a symbolic dimension of `jax.export`), or
+            `dtype` none that v can have.
           ValueError: a size below 1.
         """
         sizes = dict(
@@ -63,7 +66,8 @@ class PathCache(NamedTuple):
         if query_heads is not None:
             sizes |= dict(query_heads=query_heads)
         for name, size in sizes.items():
-            _checks.check_count(name, size)
+            if not export.is_symbolic_dim(size):
+                _checks.check_count(name, size)
         if jnp.dtype(dtype) not in map(jnp.dtype, _checks.FLOAT_DTYPES):
             raise TypeError(
                 f"dtype must be bfloat16, float16 or float32, got {jnp.dtype(dtype).name}"
@@ -77,3 +81,26 @@ class PathCache(NamedTuple):
             decay=decay,
             length=jnp.zeros(batch, jnp.int32),
         )
+
+
+export.register_namedtuple_serialization(PathCache, serialized_name="jla.PathCache")
+
+
+def without_rest(cache):
+    """The cache with zeros from `length` on, whatever is there.
+
+    A weight of 0 does not keep out what is not finite: 0 times NaN is NaN.
+    """
+    kept = jnp.arange(cache.key.shape[1], dtype=jnp.int32) < cache.length[:, None]
+    return PathCache(
+        *(
+            None if x is None else jnp.where(kept.reshape(*kept.shape, *[1] * (x.ndim - 2)), x, 0)
+            for x in cache[:3]
+        ),
+        cache.length,
+    )
+
+
+def counted(length, tokens):
+    """The length after so many tokens more; beyond int32 it would be negative, and look empty."""
+    return jnp.minimum(length, jnp.iinfo(jnp.int32).max - tokens) + tokens

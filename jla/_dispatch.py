@@ -4,9 +4,11 @@ import importlib
 import importlib.util
 
 import jax
+import jax.numpy as jnp
 
 from jla import _checking
 from jla._checks import check_implementation
+from jla._lengths import is_symbolic_dim
 
 # The module, inside jla.reference, jla.xla and jla.pallas, that holds each function. The layers'
 # convolution and norms, KDA with the making of its gates, and log-linear attention as
@@ -79,6 +81,8 @@ def _why_not_pallas(name, arrays, *, asked_for):
 
     if importlib.util.find_spec(f"jla.pallas.{_MODULES[name]}") is None:
         return "there is no kernel for it yet"
+    if any(is_symbolic_dim(size) for x in arrays if x is not None for size in jnp.shape(x)):
+        return "it has a symbolic shape (jax.export), and the kernels are made for known sizes"
     module = _module("pallas", name)
     if not hasattr(module, name):
         return "there is no kernel for it yet"

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._lengths import chunk_size, is_symbolic_dim
 from jla._segments import segment_starts
-from jla._state import LogLinearState
+from jla._state import LogLinearState, moved_on
 
 f32, i32 = jnp.float32, jnp.int32
 
@@ -81,6 +82,8 @@ def seated(core, q, k, v, g, level_scales, initial_state, segment_ids, value_sca
     if initial_state is None and segment_ids is None:
         end = jnp.full(B, T, i32)
         o = core(q, k, v, g, level_scales, None, *more)
+        if is_symbolic_dim(T):  # else the caller knows that L levels do
+            o = jnp.where(_outgrown(jnp.arange(T, dtype=i32), L)[:, None, None], jnp.nan, o)
         return o, _state(final_levels(k, values(v, *more), g, end, end, L), end)
     seats, decay = _plan(T, g, initial_state, segment_ids)
     cut = jnp.where(seats.begins[..., None], -jnp.inf, g)
@@ -91,6 +94,7 @@ def seated(core, q, k, v, g, level_scales, initial_state, segment_ids, value_sca
     if initial_state is not None:
         read = read_levels(q, level_scales, decay, seats.position, initial_state)
         o = (o.astype(f32) + read).astype(dtype)
+    if initial_state is not None or is_symbolic_dim(T):
         o = jnp.where(_outgrown(seats.position, L)[..., None, None], jnp.nan, o)
     _, k, v, cut, _ = arrays
     return o, _state_after(None, seats, k, values(v, *more), cut, decay, initial_state, L)
@@ -137,7 +141,7 @@ def _state_after(last, seats, k, v, g, decay, initial_state, L):
         last_of_all = last.reshape(-1, *[1] * (x.ndim - 1))
         return jnp.take_along_axis(x, last_of_all, axis=1, mode="promise_in_bounds")[:, 0]
 
-    position = at_last(seats.position) + 1
+    position = moved_on(at_last(seats.position), 1)
     levels = final_levels(k, v, g, at_last(seats.seat) + 1, position, L)
     if initial_state is not None:
         levels = levels + merged_levels(initial_state, at_last(decay), position)
@@ -154,9 +158,9 @@ def plan(T, segment_ids, position):
 
     Returns:
       `Seats`. N is 2T - 1 without a position, and else, without segments, T - 1 plus T rounded up
-      to a power of two; with both it is 4T.
+      to a power of two (at most 2T - 1, which a symbolic T takes); with both it is 4T.
     """
-    B = (position if segment_ids is None else segment_ids).shape[0]
+    B, symbolic = (position if segment_ids is None else segment_ids).shape[0], is_symbolic_dim(T)
     time = jnp.arange(T, dtype=i32)
     # `begin`, and `end` of each token's segment.
     if segment_ids is None:
@@ -175,7 +179,8 @@ def plan(T, segment_ids, position):
 
     # Blocks lie in the order of their sizes, the largest first, and then of time. A token's rank
     # counts the blocks of its size that begin up to it, its own the last of them.
-    exponent = jnp.arange((T - 1).bit_length() + (1 if position is None else 2), dtype=i32)
+    sizes = 32 if symbolic else (T - 1).bit_length() + (1 if position is None else 2)
+    exponent = jnp.arange(sizes, dtype=i32)
     of_size = block[..., None] == exponent
     count = jnp.cumsum((begins[..., None] & of_size).astype(i32), axis=1)
     room = count[:, -1] << exponent
@@ -188,7 +193,7 @@ def plan(T, segment_ids, position):
     if position is None:
         N = 2 * T - 1
     elif segment_ids is None:
-        N = T + (1 << (T - 1).bit_length()) - 1
+        N = T + (2 * T - 1 if symbolic else 1 << (T - 1).bit_length()) - 1
     else:
         N = 4 * T
     nobody = T + jnp.arange(N, dtype=i32)  # all different, so that no index is there twice
@@ -201,7 +206,7 @@ def plan(T, segment_ids, position):
         token=jax.vmap(tokens)(seat),
         begins=begins,
         first=first,
-        position=jnp.where(first, before[:, None], 0) + time - begin,
+        position=moved_on(jnp.where(first, before[:, None], 0), time - begin),
         crossing=size[:, 0] + 1,
         crossed=size[:, 0] + 1 + _trailing_ones(before >> size[:, 0]),
     )
@@ -284,10 +289,10 @@ def final_levels(k, v, g, end, position, L):
       [B, H, L, K, V], float32; a bucket that has no level below L is left out.
     """
     (B, N, HK, K), (H, V) = k.shape, v.shape[2:]
-    size = min(CHUNK, 1 << (N - 1).bit_length())
-    pad = [(0, 0), (0, -N % size), (0, 0)]
+    size = chunk_size(N, CHUNK, least=1)
+    n = -(-N // size)
+    pad = [(0, 0), (0, n * size - N), (0, 0)]
     g, k, v = jnp.pad(g, pad), jnp.pad(k, [*pad, (0, 0)]), jnp.pad(v, [*pad, (0, 0)])
-    n = k.shape[1] // size
     # The sum of the gates after each token, up to `end`; -inf for other segments' tokens.
     earlier = jnp.arange(n * size) < end[:, None]
     later_gates = jnp.where(earlier[..., None], g, 0.0)[:, 1:]
@@ -349,8 +354,8 @@ def _trailing_ones(x):
 
 
 def _outgrown(position, L):
-    """Whether L levels do not serve a position: from 2**(L-1) on."""
-    return position >> (L - 1) > 0
+    """Whether L levels do not serve a position: from 2**(L-1) on, and below 0."""
+    return position >> (L - 1) != 0
 
 
 def _used_levels(state):

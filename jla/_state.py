@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 
 class GSAState(NamedTuple):
@@ -45,6 +46,10 @@ class MesaState(NamedTuple):
     kv: jax.Array
 
 
+for _state in (GSAState, LogLinearState, MesaState):
+    export.register_namedtuple_serialization(_state, serialized_name=f"jla.{_state.__name__}")
+
+
 def zero_state(key, value):
     """Zeros [..., K, V], float32, placed as one token's `key` [..., K] and `value` [..., V] are.
 
@@ -67,6 +72,12 @@ def repeated(x, times, axis):
     )
     shape[axis] *= times
     return x.reshape(shape)
+
+
+def moved_on(position, tokens):
+    """The position after so many tokens more. Beyond int32 it is negative, and stays so: levels
+    serve no negative position."""
+    return jnp.where(position < 0, position, position + tokens)
 
 
 def zero_gsa_state(key, slots, value):

@@ -5,6 +5,7 @@ import numpy as np
 
 from jla import _checking, _checks
 from jla._dispatch import choose
+from jla._lengths import is_symbolic_dim
 from jla._state import LogLinearState
 
 __all__ = ["LogLinearState", "log_linear_attention", "log_linear_step"]
@@ -72,8 +73,8 @@ def log_linear_attention(
         is no `LogLinearState`.
       ValueError: shapes that disagree, K or V outside 16 to 256, too few levels for T or, from an
         initial state, for the positions that come, an unknown implementation. Where the position is
-        traced (under `jit`), or a segment may end in time, no error can be raised: the outputs at
-        positions from `2**(L-1)` on are NaN.
+        traced (under `jit`), a segment may end in time, or T is symbolic (`jax.export`), no error
+        can be raised: the outputs at positions from `2**(L-1)` on are NaN.
       NotImplementedError: the named implementation cannot do this; the message says what can.
     """
     axes = dict(
@@ -92,14 +93,15 @@ def log_linear_attention(
         _checks.check_segment_ids(segment_ids)
     _check_common(q, k, v, g, level_scales, sizes)
     T, L = sizes["T"], sizes["L"]
-    least = (T - 1).bit_length() + 1
+    least = 1 if is_symbolic_dim(T) else (T - 1).bit_length() + 1
     if L < least:
         raise ValueError(
             f"level_scales has L = {L} levels, but T = {T} tokens need at least {least}, "
             "ceil(log2 T) + 1"
         )
     if initial_state is not None:
-        _check_state("initial_state", initial_state, L, T if segment_ids is None else 1)
+        fits_alone = segment_ids is not None or is_symbolic_dim(T)
+        _check_state("initial_state", initial_state, L, 1 if fits_alone else T)
     arguments = dict(q=q, k=k, v=v, g=g, level_scales=level_scales, initial_state=initial_state)
     _checking.values("jla.log_linear_attention", **arguments)
     run = choose("log_linear_attention", implementation, q, k, v, g, level_scales)

@@ -152,7 +152,7 @@ def check_room(cache, tokens, segment_ids=None, *, set_by="the capacity of PathC
     known = [cache.length, tokens] + ([] if segment_ids is None else [segment_ids])
     if not all(map(_checks.known, known)):
         return
-    length, tokens = np.asarray(cache.length), np.asarray(tokens)
+    length, tokens = np.asarray(cache.length, np.int64), np.asarray(tokens)
     needed = length + tokens
     if segment_ids is not None:
         # How far each row's segments reach, the first of them from the cached tokens on.

@@ -65,19 +65,45 @@ def check_conv_size(size):
         check_size("conv_size", size, 2, "; None or 0 leaves the convolutions out")
 
 
-def check_cache(layer, **shapes):
-    """Raises ValueError unless a decoding call of `layer` has a cache of these shapes."""
+def float32_parameter(layer, name, init, shape):
+    """Makes or takes a parameter that is float32 whatever `param_dtype` is.
+
+    Raises:
+      TypeError: one of another dtype was given: a layer that went on with it would be as exact as
+        that is, and nothing would say so.
+    """
+    parameter = layer.param(name, init, shape, jnp.float32)
+    if parameter.dtype != jnp.float32:
+        raise TypeError(
+            f"{type(layer).__name__}: the parameter {name} must be float32, whatever param_dtype "
+            f"is, got {parameter.dtype.name}"
+        )
+    return parameter
+
+
+def check_cache(layer, **entries):
+    """Raises ValueError or TypeError unless a decoding call of `layer` has a fitting cache.
+
+    Args:
+      layer: a module with `decode`.
+      entries: for each name in its cache, the shape and the dtype.
+    """
     if not layer.decode or layer.is_initializing():
         return
-    for name, shape in shapes.items():
+    for name, (shape, dtype) in entries.items():
         if not layer.has_variable("cache", name):
             raise ValueError(
                 'decode=True needs the "cache" collection: make one with '
                 'init(key, inputs)["cache"] and pass it to apply beside "params"'
             )
-        cached = layer.get_variable("cache", name).shape
-        if cached != shape:
+        cached, path = layer.get_variable("cache", name), "/".join((*layer.path, name))
+        if cached.shape != shape:
             raise ValueError(
-                f"the cache's {name} must have shape {shape} for these inputs, got {cached}; make "
-                "the cache with init on inputs of this batch size"
+                f"the cache's {path} must have shape {shape} for these inputs, got {cached.shape}; "
+                "make the cache with init on inputs of this batch size"
+            )
+        if cached.dtype != jnp.dtype(dtype):
+            raise TypeError(
+                f"the cache's {path} must be {jnp.dtype(dtype).name}, got {cached.dtype.name}; "
+                "make the cache with init of this layer, on inputs of this dtype"
             )

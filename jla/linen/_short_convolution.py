@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jla import _dispatch
+from jla.linen._arguments import check_cache
 from jla.linen._normalize import l2norm
 from jla.linen._padding import take_tokens
 
@@ -68,6 +69,7 @@ class ShortConvolution(nn.Module):
             run = _dispatch.kernel("short_convolution", self.implementation, x, kernel)
             if run is not None:
                 return run(x, kernel, normalize=self.normalize, silu_twice=self.silu_twice)
+        check_cache(self, inputs=((B, past, *channels), x.dtype))
         # The first W - 1 entries of `window` are the tokens before this call.
         if self.decode:
             cache = self.variable("cache", "inputs", jnp.zeros, (B, past, *channels), x.dtype)

@@ -133,7 +133,7 @@ class GatedSlotAttention(nn.Module):
 
         convolve = convolutions(self, segments, lengths, without=lambda x: x)
         B = x.shape[0]
-        _arguments.check_cache(self, hk=(B, H, K, M), hv=(B, H, M, V))
+        _arguments.check_cache(self, hk=((B, H, K, M), f32), hv=((B, H, M, V), f32))
         # SiLU behind the convolution's own is the convolution's, too.
         swish, feature_map = self.feature_map == "swish", FEATURE_MAPS[self.feature_map]
         q = convolve(dense((HQ, K), name="q_proj")(x), "q_conv1d", silu_twice=swish)

@@ -155,14 +155,15 @@ class KimiDeltaAttention(nn.Module):
         x, real, lengths, segments, restore = arrange(inputs, mask, segment_ids)
 
         convolve = convolutions(self, segments, lengths)
-        _arguments.check_cache(self, recurrent_state=(x.shape[0], HV, K, V))
+        _arguments.check_cache(self, recurrent_state=((x.shape[0], HV, K, V), f32))
         q = convolve(dense((H, K), name="q_proj")(x), "q_conv1d", normalize=True)
         k = convolve(dense((H, K), name="k_proj")(x), "k_conv1d", normalize=True)
         v = convolve(dense((HV, V), name="v_proj")(x), "v_conv1d")
 
         bounded = self.gate_lower_bound is not None
-        A_log = self.param("A_log", nn.initializers.zeros if bounded else _A_log_init, (HV,), f32)
-        dt_bias = self.param("dt_bias", _dt_bias_init, (HV, K), f32)
+        A_log_init = nn.initializers.zeros if bounded else _A_log_init
+        A_log = _arguments.float32_parameter(self, "A_log", A_log_init, (HV,))
+        dt_bias = _arguments.float32_parameter(self, "dt_bias", _dt_bias_init, (HV, K))
         f = dense((HV, K), name="f_proj_up")(dense(V, name="f_proj_down")(x))
         beta = nn.sigmoid(dense(HV, name="b_proj")(x).astype(f32))
         if self.allow_negative_eigenvalues:

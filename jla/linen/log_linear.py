@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax import lax
 
 from jla import _checks, _dispatch, _seats
+from jla._lengths import is_symbolic_dim
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm, gated_norm
 from jla.linen._padding import arrange
@@ -193,7 +194,8 @@ class LogLinearMamba2(nn.Module):
         narrow = [heads * size for heads, size in shapes]
         in_proj = _DenseInParts((H * V, H * V, sum(narrow)), name="in_proj", **dense.keywords)
         # The levels' weights multiply the projection, not its results: these are far larger.
-        level_weight = self.param("L", nn.initializers.ones, (H, L), f32)
+        parameter = functools.partial(_arguments.float32_parameter, self)
+        level_weight = parameter("L", nn.initializers.ones, (H, L))
         z, u, rest = in_proj(x, level_weight.reshape(-1))
         z, u = (y.reshape(*y.shape[:2], H, V) for y in (z, u))
         k, q, d, logits = (
@@ -203,13 +205,13 @@ class LogLinearMamba2(nn.Module):
 
         convolve = convolutions(self, segments, lengths)
         B = x.shape[0]
-        _arguments.check_cache(self, levels=(B, H, L, K, V), position=(B,))
+        _arguments.check_cache(self, levels=((B, H, L, K, V), f32), position=((B,), jnp.int32))
         q = convolve(q, "q_conv1d")
         k = convolve(k, "k_conv1d")
         u = convolve(u, "v_conv1d")
-        A_log = self.param("A_log", _A_log_init, (H,), f32)
-        dt_bias = self.param("dt_bias", _dt_bias_init, (H,), f32)
-        skip = self.param("D", nn.initializers.ones, (H,), f32)
+        A_log = parameter("A_log", _A_log_init, (H,))
+        dt_bias = parameter("dt_bias", _dt_bias_init, (H,))
+        skip = parameter("D", nn.initializers.ones, (H,))
         dt = nn.softplus(d[..., 0].astype(f32) + dt_bias)
         gates = -jnp.exp(A_log) * dt, logits, dt, skip
         o = self._mechanism(q, k, u, gates, real, lengths, segments)
@@ -279,7 +281,7 @@ class LogLinearMamba2(nn.Module):
         _arguments.check_conv_size(self.conv_size)
         _arguments.check_size("num_levels", L, 1)
         T = inputs.shape[1]
-        if L > 32 or T > 1 << (L - 1):
+        if L > 32 or (not is_symbolic_dim(T) and T > 1 << (L - 1)):
             raise ValueError(
                 f"num_levels must be at most 32 and at least {(T - 1).bit_length() + 1}, "
                 f"ceil(log2 T) + 1, for T = {T} tokens, got {L}"

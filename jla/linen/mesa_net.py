@@ -129,7 +129,8 @@ class MesaNet(nn.Module):
         x, real, lengths, segments, restore = arrange(inputs, mask, segment_ids)
 
         convolve = convolutions(self, segments, lengths)
-        _arguments.check_cache(self, kk=(x.shape[0], H, K, K), kv=(x.shape[0], H, K, V))
+        B = x.shape[0]
+        _arguments.check_cache(self, kk=((B, H, K, K), f32), kv=((B, H, K, V), f32))
         q = convolve(dense((H, K), name="q_proj")(x), "q_conv1d", normalize=True)
         k = convolve(dense((H, K), name="k_proj")(x), "k_conv1d", normalize=True)
         v = dense((H, V), name="v_proj")(x)
@@ -139,7 +140,8 @@ class MesaNet(nn.Module):
             g = jnp.where(real[..., None], g, 0.0)
             beta = jnp.where(real[..., None], beta, 0.0)
         first = math.log(math.expm1(1 - bound if bound < 1 else bound))
-        lambda_params = self.param("lambda_params", nn.initializers.constant(first), (H, K), f32)
+        init = nn.initializers.constant(first)
+        lambda_params = _arguments.float32_parameter(self, "lambda_params", init, (H, K))
         lamb = nn.softplus(lambda_params) + bound
 
         o = self._mechanism(q, k, v, g, beta, lamb, segments)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jla import _checks
-from jla._cache import PathCache
+from jla._cache import PathCache, without_rest
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm, l2norm
 from jla.linen._padding import arrange
@@ -130,10 +130,10 @@ class PaTHAttention(nn.Module):
             precision=self.precision,
         )
         x, real, lengths, segments, restore = arrange(inputs, mask, segment_ids)
-        self._check_cache(x.shape[0], x.shape[1], HQ, H, K, V)
 
         q, k = dense((HQ, K), name="q_proj")(x), dense((H, K), name="k_proj")(x)
         v = dense((H, V), name="v_proj")(x)
+        self._check_cache(x.shape[0], x.shape[1], HQ, H, K, V, v.dtype)
         if self.use_qk_norm:
             norm = functools.partial(
                 RMSNorm,
@@ -189,21 +189,23 @@ class PaTHAttention(nn.Module):
         else:
             o, cache = run(*arguments, cache, segments, **options)
         if lengths is not None:
-            cache = _without_last(cache, T - lengths)
+            # The maps of padding, behind the real tokens, did nothing.
+            cache = without_rest(cache._replace(length=cache.length - (T - lengths)))
             o = jnp.where(real[..., None, None], o, 0.0)
         for name, variable in variables.items():
             variable.value = getattr(cache, name)
         return o
 
-    def _check_cache(self, B, T, HQ, H, K, V):
+    def _check_cache(self, B, T, HQ, H, K, V, dtype):
         """Raises ValueError unless a decoding call has a cache for these sizes."""
         S = T
         if self.has_variable("cache", "key"):
             S = self.get_variable("cache", "key").shape[1]
-        shapes = dict(key=(B, S, H, K), value=(B, S, H, V), length=(B,))
+        entries = dict(key=((B, S, H, K), f32), value=((B, S, H, V), dtype))
+        entries |= dict(length=((B,), jnp.int32))
         if self.use_forget_gate:
-            shapes |= dict(decay=(B, S, HQ))
-        _arguments.check_cache(self, **shapes)
+            entries |= dict(decay=((B, S, HQ), f32))
+        _arguments.check_cache(self, **entries)
 
     def _settings(self, inputs, mask, segment_ids):
         """Checks the call's arguments and the attributes; returns HQ, H, K and V."""
@@ -220,12 +222,3 @@ class PaTHAttention(nn.Module):
             _arguments.check_size("w_rank", self.w_rank, 1, "; None is for full rank")
         _arguments.check_conv_size(self.conv_size)
         return HQ, H, K, V
-
-
-def _without_last(cache, count):
-    """The cache without each row's last `count` tokens, int32 [B], whose maps did nothing."""
-    length = cache.length - count
-    kept = jnp.arange(cache.key.shape[1]) < length[:, None]
-    key, value = (jnp.where(kept[..., None, None], x, 0.0) for x in (cache.key, cache.value))
-    decay = None if cache.decay is None else jnp.where(kept[..., None], cache.decay, 0.0)
-    return PathCache(key, value, decay, length)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla.pallas import mosaic
+from jla.pallas.derivatives import reverse_only
 from jla.pallas.mosaic import f32, per_row, sigmoid
 from jla.pallas.rows import (
     BACKWARD,
@@ -51,6 +52,7 @@ def unsupported(name, x, gate, scale):
 
 
 @functools.partial(jax.jit, static_argnames="epsilon")
+@reverse_only("jla.linen.LogLinearMamba2's norm")
 def gated_norm(x, gate, scale, *, epsilon):
     """`rms_norm(x * silu(gate))`, over all heads of a token.
 

@@ -36,6 +36,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jla.pallas import mosaic
+from jla.pallas.derivatives import reverse_only
 from jla.pallas.mosaic import f32, per_row
 from jla.pallas.rows import (
     BACKWARD,
@@ -68,6 +69,7 @@ def unsupported(name, x, scale, other=None, gate_bias=None):
 
 
 @functools.partial(jax.jit, static_argnames=("epsilon", "activation", "input_activation"))
+@reverse_only("jla.linen.RMSNorm")
 def rms_norm(
     x, scale, gate=None, gate_bias=None, *, epsilon, activation="sigmoid", input_activation=None
 ):
@@ -92,6 +94,7 @@ def rms_norm(
 
 
 @functools.partial(jax.jit, static_argnames="epsilon")
+@reverse_only("jla.linen.RMSNorm.branch")
 def rms_norm_branch(x, scale, update=None, *, epsilon):
     """`rms_norm` of a residual stream, and the stream: the gradients of both become one array.
 

@@ -15,6 +15,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jla.pallas.derivatives import no_derivative
 from jla.pallas.mosaic import interpreting
 
 
@@ -83,7 +84,7 @@ def shardwise(function, operands, results):
         out = tuple(x.reshape(size, -1, *x.shape[1:]) for x in out)
         return out, (True,) * len(out)
 
-    return run
+    return no_derivative(run, functools.partial(function).func.__module__)
 
 
 def for_each_row(weights, x):

@@ -35,6 +35,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas import mosaic
+from jla.pallas.derivatives import reverse_only
 from jla.pallas.mosaic import f32, per_column, per_row
 from jla.pallas.shardwise import for_each_row, shardwise
 
@@ -62,6 +63,7 @@ def unsupported(name, x, kernel):
 
 
 @functools.partial(jax.jit, static_argnames=("normalize", "silu_twice"))
+@reverse_only("the layers' short convolution")
 def short_convolution(x, kernel, *, normalize, silu_twice=False):
     """`silu(sum_i kernel[i] * x_{t - (W - 1 - i)})`, with `normalize` its l2 norm over channels.
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._lengths import is_symbolic_dim
 from jla._segments import segment_starts
-from jla._state import LogLinearState, repeated, zero_log_linear_state
+from jla._state import LogLinearState, moved_on, repeated, zero_log_linear_state
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -32,8 +33,9 @@ def log_linear_step(q, k, v, g, level_scales, state):
 
     bits = position[:, None] >> jnp.maximum(level - 1, 0)
     in_use = (level > 0) & (bits % 2 == 1)
-    decayed = jnp.exp(g)[..., None, None, None] * state.levels
-    levels = jnp.where(by_level(in_use), decayed, 0.0)
+    # Before the product: what is not in use may be NaN, and then so would g's gradient be.
+    levels = jnp.where(by_level(in_use), state.levels, 0.0)
+    levels = jnp.exp(g)[..., None, None, None] * levels
     own = (k[..., :, None] * v[..., None, :])[:, :, None]
     levels = jnp.where(by_level(level[None] == 0), own, levels)
     o = _einsum("bhl,bhk,bhlkv->bhv", level_scales, q, levels)
@@ -44,11 +46,11 @@ def log_linear_step(q, k, v, g, level_scales, state):
     levels = jnp.where(by_level(level == ones + 1), merged, levels)
 
     # L levels serve the positions below 2**(L-1). Beyond, a wrong number would look like a right
-    # one.
+    # one. Nor a negative one, see `moved_on`.
     top = level_scales.shape[-1] - 1
-    o = jnp.where((position >> top > 0)[:, None, None], jnp.nan, o)
-    position = position + 1
-    levels = jnp.where((position >> top > 0)[:, None, None, None, None], jnp.nan, levels)
+    o = jnp.where((position >> top != 0)[:, None, None], jnp.nan, o)
+    position = moved_on(position, 1)
+    levels = jnp.where((position >> top != 0)[:, None, None, None, None], jnp.nan, levels)
     return o.astype(dtype), LogLinearState(levels, position)
 
 
@@ -72,10 +74,11 @@ def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
 
     span = functools.partial(lax.scan, token)
     time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, level_scales, starts))
-    whole = T // SPAN * SPAN
+    # Of a symbolic T nobody knows that it has a span.
+    whole = 0 if is_symbolic_dim(T) else T // SPAN * SPAN
     state, outputs = initial_state, []
     if whole:
-        spans = [x[:whole].reshape(-1, SPAN, *x.shape[1:]) for x in time_major]
+        spans = [x[:whole].reshape(T // SPAN, SPAN, *x.shape[1:]) for x in time_major]
         state, o = lax.scan(jax.checkpoint(span, prevent_cse=False), state, spans)
         outputs.append(o.reshape(whole, *o.shape[2:]))
     if whole < T:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._cache import PathCache
+from jla._cache import PathCache, counted, without_rest
+from jla._lengths import is_symbolic_dim
 from jla._segments import segment_starts
 from jla._state import repeated
 
@@ -21,6 +22,7 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
     group = q.shape[1] // k.shape[1]
     dtype = v.dtype
     q, k, w, beta = (x.astype(f32)[:, None] for x in (q, k, w, beta))
+    cache = without_rest(cache)
     place = jnp.arange(cache.key.shape[1]) - cache.length[:, None]
     before, here = place[..., None] < 0, place[..., None] == 0
 
@@ -39,7 +41,7 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
     o = _einsum("bsh,bshv->bhv", p, values)
     fits = cache.length < cache.key.shape[1]
     o = jnp.where(fits[:, None, None], o, jnp.nan)
-    return o.astype(dtype), PathCache(key, value, decay, cache.length + 1)
+    return o.astype(dtype), PathCache(key, value, decay, counted(cache.length, 1))
 
 
 @functools.partial(jax.jit, static_argnames="scale")
@@ -50,20 +52,22 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
         starts = jnp.zeros(q.shape[:2], bool)
     else:
         starts = segment_starts(segment_ids)
-    state = _empty(k, v, g, starts) if cache is None else _without_rest(cache)
+    state = _empty(k, v, g, starts) if cache is None else cache
 
     def token(cache, inputs):
         *arrays, start = inputs
         length = jnp.where(start, 0, cache.length)
-        cache = _without_rest(cache._replace(length=length))
-        o, cache = path_step(*arrays, cache, scale=scale)
+        o, cache = path_step(*arrays, cache._replace(length=length), scale=scale)
         return cache, o
 
     def tokens(cache, inputs):
         return lax.scan(jax.checkpoint(token, prevent_cse=False), cache, inputs)
 
     # Runs of about sqrt(T) tokens: without them the gradient would keep all the keys T times.
-    n = next(n for n in range(math.isqrt(T), 0, -1) if T % n == 0)
+    # A symbolic T has no such divisors; then it does.
+    n = 1
+    if not is_symbolic_dim(T):
+        n = next(n for n in range(math.isqrt(T), 0, -1) if T % n == 0)
 
     def runs(x):
         return jnp.moveaxis(x, 1, 0).reshape(T // n, n, *x.shape[:1], *x.shape[2:])
@@ -72,18 +76,6 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     state, o = lax.scan(jax.checkpoint(tokens, prevent_cse=False), state, inputs)
     o = jnp.moveaxis(o.reshape(T, *o.shape[2:]), 0, 1)
     return o, None if cache is None else state
-
-
-def _without_rest(cache):
-    """The cache with zeros from `length` on: what a token before a border left there, say."""
-    kept = jnp.arange(cache.key.shape[1]) < cache.length[:, None]
-    return PathCache(
-        *(
-            None if x is None else jnp.where(kept.reshape(*kept.shape, *[1] * (x.ndim - 2)), x, 0)
-            for x in cache[:3]
-        ),
-        cache.length,
-    )
 
 
 def _empty(k, v, g, starts):

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._lengths import chunk_size, is_symbolic_dim
+
 CHUNK = 32
 SPAN = 256
 
@@ -24,9 +26,11 @@ def layout(T):
     """The chunk's size C and the span's length L for T tokens.
 
     A shorter sequence has a smaller chunk, the power of two (2 at least) that holds it. Chunks are
-    dealt to spans evenly, so that little is padded.
+    dealt to spans evenly, so that little is padded. A symbolic T has whole spans.
     """
-    size = min(CHUNK, max(2, 1 << (T - 1).bit_length()))
+    if is_symbolic_dim(T):
+        return CHUNK, SPAN
+    size = chunk_size(T, CHUNK)
     count = -(-T // size)
     spans = -(-count // (SPAN // size))
     return size, size * -(-count // spans)
@@ -38,8 +42,9 @@ def spans(x, length):
     With one row this moves no data.
     """
     B, T, H, D = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -T % length), (0, 0), (0, 0)))
-    return jnp.moveaxis(x.reshape(B, -1, length, H, D), 1, 0)
+    count = -(-T // length)
+    x = jnp.pad(x, ((0, 0), (0, count * length - T), (0, 0), (0, 0)))
+    return jnp.moveaxis(x.reshape(B, count, length, H, D), 1, 0)
 
 
 def join(x, T):

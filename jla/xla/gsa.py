@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._lengths import is_symbolic_dim
 from jla._segments import segment_starts
 from jla._state import GSAState, repeated, zero_gsa_state
 from jla.reference.gsa import gsa_step
@@ -157,6 +158,22 @@ def abc_gates(s, starts=None):
         z = jnp.where(first_right, z_right, jnp.logaddexp(z_left, z_right))
         return first_left | first_right, z
 
-    _, z = lax.associative_scan(join, (first, s), axis=1)
+    if is_symbolic_dim(s.shape[1]):  # which cannot be halved again and again
+        z = _scanned(join, first, s)
+    else:
+        _, z = lax.associative_scan(join, (first, s), axis=1)
     d = s - jnp.concatenate([z[:, :1], z[:, :-1]], axis=1)
     return jnp.where(first, 1.0, jax.nn.sigmoid(d)), jnp.where(first, 0.0, -jax.nn.softplus(d))
+
+
+def _scanned(join, first, s):
+    """`lax.associative_scan` over the tokens, one by one."""
+
+    def token(before, inputs):
+        new = join(before, inputs)
+        return new, new[1]
+
+    time_major = jnp.moveaxis(first, 1, 0), jnp.moveaxis(s, 1, 0)
+    # The first token looks at nothing before it.
+    start = jax.tree.map(lambda x: x[0], time_major)
+    return jnp.moveaxis(lax.scan(token, start, time_major)[1], 0, 1)

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from jla import _seats
+from jla._lengths import chunk_size, is_symbolic_dim
 from jla._state import repeated
 from jla.reference.log_linear import log_linear_step
 from jla.xla import chunks
@@ -32,7 +33,7 @@ def _core(q, k, v, g, level_scales, taken):
     """The outputs of aligned sequences, see `_seats.seated`. The backward pass keeps the inputs."""
     del taken
     (B, N, H, V), HK, dtype = v.shape, q.shape[2], v.dtype
-    size = min(CHUNK, max(2, 1 << (N - 1).bit_length()))
+    size = chunk_size(N, CHUNK)
     inside = size.bit_length()  # the levels of a chunk's own tokens: 0 to log2(size)
     L = level_scales.shape[3]
     level_scales = jnp.pad(level_scales, [(0, 0)] * 3 + [(0, max(0, inside - L))])
@@ -50,7 +51,9 @@ def _core(q, k, v, g, level_scales, taken):
     o = scores @ by_chunk(tokens(v))
     o = chunks.merge(o.reshape(1, B, H, -1, V), N)
 
-    heights = min(L - inside, (-(-N // size) - 1).bit_length())
+    heights, read = L - inside, _read_in_order
+    if not is_symbolic_dim(N):
+        heights, read = min(heights, (-(-N // size) - 1).bit_length()), _read_tree
     if heights > 0:
         # The values of the heads that share a key head lie side by side, as if they were one's.
         v = tokens(v.reshape(B, N, HK, H // HK, V).reshape(B, N, HK, -1))
@@ -58,7 +61,7 @@ def _core(q, k, v, g, level_scales, taken):
         states = chunks.transposed(by_chunk(k)) @ by_chunk(_wide(to_end, HK, V) * v)
         total, prefix = prefix[..., -1, :], prefix.reshape(g.shape)
         weights = [scales[..., inside + m :][..., :1] * prefix for m in range(heights)]
-        before = chunks.merge(_read_tree(q, states, weights, total)[None], N)
+        before = chunks.merge(read(q, states, weights, total)[None], N)
         o = o + before.reshape(B, N, HK, H // HK, V).reshape(B, N, H, V)
     return o.astype(dtype)
 
@@ -127,6 +130,40 @@ def _read_tree(q, states, weights, total):
         to_chunk = to_chunk * repeated(passed, 1 << m, axis=2)
         total = left * right
     return o
+
+
+def _read_in_order(q, states, weights, total):
+    """As `_read_tree`, chunk by chunk as the definition goes token by token: for a symbolic number
+    of chunks, of which no tree can be made.
+
+    The levels above a chunk's own, decayed to the chunk's start, are carried along, zeros where the
+    chunk's number has no bit.
+    """
+    (B, HK), (H, n) = q.shape[:2], total.shape[1:3]
+    V, height = states.shape[-1] * HK // H, jnp.arange(len(weights), dtype=jnp.int32)
+    wide = functools.partial(_wide, HK=HK, V=V)
+
+    def by_level(mask):
+        return mask[:, None, None, None, None]
+
+    @jax.checkpoint
+    def chunk(levels, inputs):
+        index, q, state, weights, total = inputs
+        read = jnp.sum(jax.vmap(wide)(weights) * (q @ levels), axis=0)
+        levels = wide(total[:, :, None]) * levels
+        ones = lax.population_count(index & ~(index + 1))  # trailing ones: the levels that merge
+        merged = state + jnp.sum(jnp.where(by_level(height < ones), levels, 0.0), axis=0)
+        levels = jnp.where(by_level(height > ones), levels, 0.0)
+        return jnp.where(by_level(height == ones), merged, levels), read
+
+    weights = jnp.stack([chunks.blocks(x, q.shape[2] // n) for x in weights])
+    inputs = jnp.moveaxis(chunks.blocks(q, q.shape[2] // n), 2, 0), jnp.moveaxis(states, 2, 0)
+    inputs = *inputs, jnp.moveaxis(weights, 3, 0), jnp.moveaxis(total, 2, 0)
+    nothing = jnp.where(False, states[:, :, 0], 0.0)
+    nothing = jnp.broadcast_to(nothing, (len(weights), *nothing.shape))
+    _, read = lax.scan(chunk, nothing, (jnp.arange(n, dtype=jnp.int32), *inputs))
+    read = jnp.moveaxis(read, 0, 2)
+    return read.reshape(B, HK, -1, read.shape[-1])
 
 
 @functools.partial(jax.checkpoint, static_argnums=3)

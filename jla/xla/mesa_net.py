@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._lengths import chunk_size
 from jla._segments import segment_starts
 from jla._state import MesaState, zero_mesa_state
 from jla.xla import chunks
@@ -68,7 +69,7 @@ def mesa_net(q, k, v, g, beta, lamb, initial_state, segment_ids, *, cg_steps):
 
 def _run(cg_steps, q, k, v, g, beta, lamb, initial_state):
     T, dtype = q.shape[1], v.dtype
-    size = min(CHUNK, max(2, 1 << (T - 1).bit_length()))
+    size = chunk_size(T, CHUNK)
 
     def by_chunk(x):
         """[B, T, H, D] to [B, H, N, C, D]; the tokens that are missing from the last are zeros."""

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._cache import PathCache
+from jla._cache import PathCache, counted, without_rest
+from jla._lengths import chunk_size, is_symbolic_dim
 from jla._segments import segment_starts
 from jla._state import zero_state
 from jla.xla import chunks
@@ -33,11 +34,12 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
     q, k, w, beta = (x.astype(f32) for x in (q, k, w, beta))
     place = jnp.arange(cache.key.shape[1]) - cache.length[:, None]
     before, here = place[..., None] < 0, place[..., None] == 0
+    # The values are written in one place; a select would write them all.
+    value = cache.value.at[jnp.arange(B), cache.length].set(v, mode="drop")
+    cache = without_rest(cache)
     overlap = beta[:, None] * jnp.sum(cache.key * w[:, None], axis=-1)
     moved = cache.key - overlap[..., None] * w[:, None]
     key = jnp.where(here[..., None], k[:, None], jnp.where(before[..., None], moved, 0.0))
-    # The values are written in one place; a select would write them all.
-    value = cache.value.at[jnp.arange(B), cache.length].set(v, mode="drop")
     decay = None if g is None else jnp.where(before, cache.decay + g[:, None], 0.0)
 
     with exactly():
@@ -47,10 +49,12 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
             logits += decay
         p = jax.nn.softmax(jnp.where(before | here, scale * logits, -jnp.inf), axis=1)
         p = p.reshape(B, -1, H, HQ // H)
-        o = jnp.einsum("bshg,bshv->bhgv", p, value.astype(f32)).reshape(B, HQ, -1)
+        # What stands behind the last token is nobody's; see `without_rest`.
+        values = jnp.where((before | here)[..., None], value, 0).astype(f32)
+        o = jnp.einsum("bshg,bshv->bhgv", p, values).reshape(B, HQ, -1)
     fits = cache.length < cache.key.shape[1]
     o = jnp.where(fits[:, None, None], o, jnp.nan)
-    return o.astype(dtype), PathCache(key, value, decay, cache.length + 1)
+    return o.astype(dtype), PathCache(key, value, decay, counted(cache.length, 1))
 
 
 @functools.partial(jax.jit, static_argnames="scale")
@@ -61,7 +65,8 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     makes of them, and computes one chunk of queries at a time again.
     """
     (B, T, HQ, K), H = q.shape, k.shape[2]
-    size = min(CHUNK, max(2, 1 << (T - 1).bit_length()))
+    cache = None if cache is None else without_rest(cache)
+    size = chunk_size(T, CHUNK)
     starts = None if segment_ids is None else segment_starts(segment_ids)
     g = None if g is None else jnp.maximum(g, NEVER).reshape(B, T, H, -1)
     gates = None if g is None else scale * g
@@ -73,7 +78,7 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     values = chunks.split(v, size)
     k, w, moved, writes, inner = prepare(size, k, w, beta)
 
-    index = jnp.arange(len(w))
+    index = jnp.arange(w.shape[0])
     after, total = (None, None) if gates is None else _sums_after(gates)
     past = index, moved, values, w, writes, after, total
     cached = None if cache is None else _cached(cache, scale)
@@ -148,9 +153,10 @@ def _sums_after(gates):
 def _cached(cache, scale):
     """Whether any row has cached tokens; and these in blocks: their keys, their values, and what is
     added to their logits, -inf where there is none."""
-    size = min(BLOCK, cache.key.shape[1])
+    S = cache.key.shape[1]
+    size = BLOCK if is_symbolic_dim(S) else min(BLOCK, S)
     key, value = (chunks.split(x, size) for x in cache[:2])
-    place = jnp.arange(len(key) * size).reshape(-1, 1, 1, size, 1)
+    place = jnp.arange(key.shape[0] * size).reshape(-1, 1, 1, size, 1)
     filled = place < cache.length[:, None, None, None]
     added = 0.0
     if cache.decay is not None:
@@ -240,11 +246,11 @@ def _chunk(scale, past, cached, inputs):
 def fits(cache, starts, T):
     """Whether each token finds room, bool [B, T]."""
     place = jnp.arange(T)
-    if starts is None:
-        place = place + cache.length[:, None]
-    else:
-        place = place - lax.cummax(jnp.where(starts, place, -cache.length[:, None]), axis=1)
-    return place < cache.key.shape[1]
+    # On the right there is room for any length: the sum with a place could leave int32.
+    begin = -cache.length[:, None]
+    if starts is not None:
+        begin = lax.cummax(jnp.where(starts, place, begin), axis=1)
+    return place < cache.key.shape[1] + begin
 
 
 def at_the_end(moved, w, writes, g):
@@ -276,7 +282,7 @@ def appended(cache, v, starts, keys, after, maps, total):
     if starts is not None:
         kept = jnp.where(jnp.any(starts, axis=1), 0, kept)
         border = jnp.max(jnp.where(starts, jnp.arange(T), 0), axis=1)
-    length = kept + T - border
+    length = counted(kept, T - border)
     # Places in the old cache, followed by the new tokens.
     place = jnp.arange(S)
     source = jnp.where(place < kept[:, None], place, S + place + (border - kept)[:, None])

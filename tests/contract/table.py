@@ -61,6 +61,8 @@ class Mechanism:
     golden, golden_outputs, golden_state: the files in tests/golden, and what they call the leaves
       of the outputs and of the initial state.
     mistakes, step_mistakes: (id, edit of the arguments, exception, fragments of its message).
+    unused: (state, number) to the state with that number in all places that hold nothing; None
+      where all hold something.
     always_returns_state: whether a run that is given no state returns one.
     """
 
@@ -86,6 +88,7 @@ class Mechanism:
             "float16": (1e-2, 2e-2),
         }
     )
+    unused: Callable | None = None
     always_returns_state: bool = True
 
     def tokenwise(self):

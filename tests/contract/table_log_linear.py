@@ -51,6 +51,12 @@ def _spike(args):
     return args | dict(g=(0.1 * args["g"]).at[:, args["g"].shape[1] // 3].set(-1e4))
 
 
+def _unused(state, number):
+    level = jnp.arange(state.levels.shape[2])
+    used = (level > 0) & (state.position[:, None] >> jnp.maximum(level - 1, 0) & 1 == 1)
+    return state._replace(levels=jnp.where(used[:, None, :, None, None], state.levels, number))
+
+
 def _later(name, x):
     return {"g": 40.0 * x - 1.0}.get(name, 3.0 - x)
 
@@ -115,6 +121,7 @@ LOG_LINEAR = Mechanism(
     },
     later=_later,
     state=("initial_state", "state"),
+    unused=_unused,
     implementations=(
         Implementation("reference", sizes=_SMALL),
         Implementation(

@@ -74,6 +74,15 @@ def _cache(**edits):
     return edit(cache=lambda c: c._replace(**{n: e(getattr(c, n)) for n, e in edits.items()}))
 
 
+def _unused(cache, number):
+    there = jnp.arange(cache.key.shape[1]) < cache.length[:, None]
+
+    def fill(x):
+        return jnp.where(there.reshape(*there.shape, *[1] * (x.ndim - 2)), x, number)
+
+    return cache._replace(**{n: fill(getattr(cache, n)) for n in ("key", "value", "decay")})
+
+
 def _cut_cache(args, capacity):
     key, value, decay, length = args["cache"]
     cut = PathCache(key[:, :capacity], value[:, :capacity], decay[:, :capacity], length)
@@ -153,6 +162,7 @@ PATH = Mechanism(
     },
     later=_later,
     state=("cache", "cache"),
+    unused=_unused,
     always_returns_state=False,
     implementations=(
         Implementation("reference", sizes=_SMALL),

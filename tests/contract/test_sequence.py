@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from harness import (
     forward,
     inputs,
     value_and_vjp,
+    with_gradients,
 )
 from mechanisms import (
     AGAINST_REFERENCE,
@@ -250,3 +252,51 @@ def test_nothing_crosses_a_border(mechanism, implementation, sizes):
         after = forward(mechanism, implementation, changed, ids)
         assert_same_bits((after[0][:, border:], after[1]), (before[0][:, border:], before[1]))
         assert not np.array_equal(after[0][:, :border], before[0][:, :border])
+
+
+WITH_UNUSED = [row for row in SMALL if row.values[0].unused]
+
+
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes",
+    # Around the kernels of log-linear attention is the same as around "xla"'s core.
+    slow_if(WITH_UNUSED, lambda *row: interpreted(*row) and row[0].name == "log_linear"),
+)
+def test_unused_places_of_a_state_may_hold_nan(mechanism, implementation, sizes):
+    """They change nothing, to the bit: no output, no used place, and no gradient of either."""
+    args, cotangents = inputs(mechanism, sizes, implementation.dtypes[0])
+    name, unused = mechanism.state[0], mechanism.unused
+
+    def run(number):
+        given = args | {name: unused(args[name], number)}
+        # Kernels' gradients are those of the same masked arrays, and take the interpreter long.
+        if implementation.choice(False, True):
+            (o, state), gradients = forward(mechanism, implementation, given), None
+        else:
+            (o, state), gradients = value_and_vjp(mechanism, implementation, given, cotangents)
+        return o, unused(state, 0), gradients
+
+    zeros = run(0)
+    chex.assert_tree_all_finite(zeros)
+    assert_same_bits(run(jnp.nan), zeros)
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes", WITH_UNUSED)
+def test_unused_places_of_a_steps_state_may_hold_nan(mechanism, implementation, sizes):
+    args, cotangents = inputs(mechanism, sizes, implementation.dtypes[0])
+    token = {name: args[name][:, 0] for name in mechanism.tokenwise()}
+    token |= {name: args[name] for name in mechanism.shared()}
+    name, unused = mechanism.state[1], mechanism.unused
+    cotangents = cotangents[0][:, 0], cotangents[1]
+    step = functools.partial(mechanism.step, implementation=implementation.name)
+
+    @jax.jit
+    def run(number):
+        given = token | {name: unused(args[mechanism.state[0]], number)}
+        (o, state), gradients = with_gradients(lambda a: step(**a), given, cotangents)
+        return o, unused(state, 0), gradients
+
+    with implementation.context():
+        zeros, got = run(0.0), run(jnp.nan)
+    chex.assert_tree_all_finite(zeros)
+    assert_same_bits(got, zeros)

@@ -56,17 +56,14 @@ def test_vmap_and_checkpoint(mechanism, implementation, sizes):
     assert_close(got, want, mechanism.tolerances[dtype][1])
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", slow_if(SMALL, not_the_first))
+LINEARIZE = [row for row in SMALL if row.values[1].linearizes]
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes", slow_if(LINEARIZE, not_the_first))
 def test_linearize(mechanism, implementation, sizes):
     """The linear map at a point, applied to two tangents, is the definition's jvp."""
     dtype = implementation.dtypes[0]
     args, _ = inputs(mechanism, sizes, dtype)
-    if not implementation.linearizes:
-        with implementation.context(), pytest.raises(TypeError, match="forward-mode"):
-            run = running(mechanism, implementation)
-            _, linear = jax.linearize(on_floats(lambda a: run(**a), args), floats(args))
-            linear(floats(args))
-        return
     tangents = [inputs(mechanism, sizes, dtype, seed)[0] for seed in (1, 2)]
     run = running(mechanism, implementation)
     with implementation.context():
@@ -81,6 +78,45 @@ def test_linearize(mechanism, implementation, sizes):
 
     want = [definition(tangent) for tangent in tangents]
     assert_close(got, want, mechanism.tolerances[dtype][1])
+
+
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes", [row for row in SMALL if row not in LINEARIZE]
+)
+def test_forward_mode_is_refused_by_name(mechanism, implementation, sizes):
+    """However it is asked for. The steps have it: their derivatives are the definition's."""
+    dtype = jnp.dtype(implementation.dtypes[0])
+    args = jax.eval_shape(lambda key: mechanism.make(sizes, key, dtype), jax.random.key(0))
+    args = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), args)
+    run = on_floats(lambda a: running(mechanism, implementation)(**a), args)
+    x = floats(args)
+
+    def jvp(x, tangent):
+        return jax.jvp(run, (x,), (tangent,))[1]
+
+    def linearized(x, tangent):
+        return jax.linearize(run, x)[1](tangent)
+
+    def mapped(x, tangent):  # as `jax.jacfwd` does it
+        return jax.vmap(jvp, (None, 0))(x, [t[None] for t in tangent])
+
+    def gradient(x):
+        return jax.grad(lambda x: sum(jnp.sum(y.astype(jnp.float32)) for y in run(x)))(x)
+
+    message = f'jla.{mechanism.run.__name__}: .*forward-mode.*implementation="xla" has'
+    with implementation.context():
+        for differentiate in (jvp, linearized, mapped):
+            with pytest.raises(NotImplementedError, match=message):
+                jax.jit(differentiate).lower(x, x)
+        with pytest.raises(NotImplementedError, match="derivatives of derivatives"):
+            jax.eval_shape(lambda x: jax.jvp(gradient, (x,), (x,)), x)
+
+        token = {n: args[n][:, 0] for n in mechanism.tokenwise()}
+        token |= {n: args[n] for n in mechanism.shared()}
+        token[mechanism.state[1]] = args[mechanism.state[0]]
+        options = dict(implementation=implementation.name)
+        step = on_floats(lambda a: mechanism.step(**a, **options), token)
+        jax.eval_shape(lambda x: jax.jvp(step, (x,), (x,)), floats(token))
 
 
 def specs(tree, mesh_axes):

@@ -168,3 +168,38 @@ def test_decoding_without_a_fitting_cache_raises(case):
     variables = {"params": params, "cache": empty_cache(case, 3)}
     with pytest.raises(ValueError, match=r"must have shape \(2, .*got \(3, "):
         module.apply(variables, X, mutable=["cache"])
+
+
+def other_dtype(x):
+    return x.astype(jnp.bfloat16 if x.dtype == jnp.float32 else jnp.float32)
+
+
+@each_rich
+def test_a_cache_of_another_dtype_is_refused_by_name(case):
+    """Each of its arrays; as one of a bfloat16 layer in a float32 layer, for example."""
+    module = layer(case, decode=True)
+    variables = {"params": parameters(case), "cache": empty_cache(case, 2)}
+
+    def advance(cache, x):
+        return module.apply(variables | {"cache": cache}, x, mutable=["cache"])
+
+    leaves, tree = jax.tree.flatten_with_path(variables["cache"])
+    assert len(leaves) == len(jax.tree.leaves(entry(case)["cache"], is_leaf=is_shape))
+    for i, (path, _) in enumerate(leaves):
+        cache = tree.unflatten([other_dtype(x) if i == j else x for j, (_, x) in enumerate(leaves)])
+        name = "/".join(key.key for key in path)
+        with pytest.raises(TypeError, match=f"cache's {name} must be .*, got "):
+            jax.eval_shape(advance, cache, X[:, :1])
+
+
+def is_shape(x):
+    return isinstance(x, tuple)
+
+
+@each_rich
+def test_gate_parameters_of_another_dtype_are_refused_by_name(case):
+    module, params = layer(case), parameters(case)
+    for name in entry(case)["float32_parameters"]:
+        changed = params | {name: other_dtype(params[name])}
+        with pytest.raises(TypeError, match=f"the parameter {name} must be float32.*got bfloat16"):
+            jax.eval_shape(lambda p: module.apply({"params": p}, X), changed)

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jla._segments import segment_starts
 from jla._state import GSAState
 from jla.pallas.chunks import TILE_WIDTH, gates
+from jla.pallas.derivatives import reverse_only
 from jla.pallas.gsa import step
 from jla.pallas.gsa.gradients import chunk_gradients, logit_gradients
 from jla.pallas.gsa.outputs import outputs
@@ -52,6 +53,7 @@ def unsupported(name, q, k, v, s, g):
 
 
 @functools.partial(jax.jit, static_argnames="scale")
+@reverse_only("jla.gsa")
 def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale):
     """Pads to whole tiles and runs the kernels. See `jla.gsa`.
 

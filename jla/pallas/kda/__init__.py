@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jla._segments import segment_starts
 from jla.pallas import pieces
 from jla.pallas.chunks import CHUNK, TILE_WIDTH, gates
+from jla.pallas.derivatives import reverse_only
 from jla.pallas.kda import gate, step, wide
 from jla.pallas.kda.backward import chunk_gradients
 from jla.pallas.kda.prepare import prepare
@@ -54,6 +55,7 @@ def unsupported(name, q, k, v, *others):
 
 
 @functools.partial(jax.jit, static_argnames="scale")
+@reverse_only("jla.kda")
 def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
     """Pads to whole tiles and runs the kernels. See `jla.kda`.
 
@@ -67,6 +69,7 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "lower_bound"))
+@reverse_only("jla.kda")
 def kda_gated(
     q, k, v, f, A_log, dt_bias, beta, initial_state, segment_ids, *, scale, lower_bound
 ):  # fmt: skip

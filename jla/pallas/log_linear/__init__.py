@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jla import _seats
 from jla.pallas.chunks import TILE_WIDTH
+from jla.pallas.derivatives import reverse_only
 from jla.pallas.log_linear import step, tree, weights
 from jla.pallas.log_linear.gradients import reader_gradients, writer_gradients
 from jla.pallas.log_linear.outputs import outputs
@@ -44,12 +45,14 @@ def unsupported(name, q, k, v, *_):
 
 
 @jax.jit
+@reverse_only("jla.log_linear_attention")
 def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
     """Tokens in their seats, and the kernels over them. See `jla.log_linear_attention`."""
     return _seats.seated(core, q, k, v, g, level_scales, initial_state, segment_ids)
 
 
 @jax.jit
+@reverse_only("jla.log_linear_attention")
 def log_linear_mamba2(q, k, u, g, logits, value_scales, skip, segment_ids):
     """Mamba-2's outputs: `log_linear_attention`'s for the values `value_scales u` and the level
     scales `softplus(logits)`, plus `skip u`.

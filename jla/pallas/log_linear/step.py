@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla._state import LogLinearState
+from jla._state import LogLinearState, moved_on
 from jla.pallas import mosaic
 from jla.pallas.gsa.step import _width as tile_width
 from jla.pallas.log_linear.stream import lowest_bit, without_lowest_bit
@@ -55,7 +55,7 @@ def log_linear_step(q, k, v, g, level_scales, state):
     Derivatives are those of the reference's formula, in XLA.
     """
     o, levels = _step(q, k, v, g, level_scales, state.levels, state.position)
-    return o, LogLinearState(levels, state.position + 1)
+    return o, LogLinearState(levels, moved_on(state.position, 1))
 
 
 @jax.custom_jvp
@@ -169,7 +169,7 @@ def _run(q, k, v, g, level_scales, levels, position):
         o = jnp.where(invalid, jnp.nan, o)
         mosaic.store(o_ref.at[b, h, mine], o.astype(v.dtype))
 
-        @pl.when(lax.shift_right_logical(position + 1, top) > 0)
+        @pl.when((position < 0) | (lax.shift_right_logical(position + 1, top) > 0))
         def _():
             def fill(level, carry):
                 put(level, jnp.full((K, width), jnp.nan, f32))

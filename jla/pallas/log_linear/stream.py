@@ -26,10 +26,10 @@ def level_between(n, j):
 
 
 def lowest_bit(i):
-    """The number of the lowest bit of i > 0 that is set."""
+    """The number of the lowest bit that is set of i, 32 bits that are not all 0."""
     low, number = lax.bitwise_and(i, -i), jnp.int32(0)
     for bits in (16, 8, 4, 2, 1):
-        more = (low >= (1 << bits)).astype(jnp.int32)
+        more = (lax.shift_right_logical(low, jnp.int32(bits)) > 0).astype(jnp.int32)
         low, number = lax.shift_right_logical(low, more * bits), number + more * bits
     return number
 

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jla._segments import segment_starts
 from jla._state import MesaState, zero_mesa_state
 from jla.pallas.chunks import CHUNK, LOG2E, TILE_WIDTH
+from jla.pallas.derivatives import reverse_only
 from jla.pallas.mesa_net import gates, solve, states, step
 from jla.pallas.mesa_net.gradients import chunk_gradients
 from jla.pallas.mesa_net.step import mesa_step
@@ -63,6 +64,7 @@ def unsupported(name, q, k, v, *_):
 
 
 @functools.partial(jax.jit, static_argnames="cg_steps")
+@reverse_only("jla.mesa_net")
 def mesa_net(q, k, v, g, beta, lamb, initial_state, segment_ids, *, cg_steps):
     """Pads to whole tiles and runs the kernels. See `jla.mesa_net`.
 

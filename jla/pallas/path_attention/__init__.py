@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jla._segments import segment_starts
 from jla.pallas.chunks import LOG2E, TILE_WIDTH
+from jla.pallas.derivatives import reverse_only
 from jla.pallas.mosaic import TILE_ROWS
 from jla.pallas.path_attention.cache import carried_on
 from jla.pallas.path_attention.forward import forward
@@ -52,6 +53,7 @@ def unsupported(name, q, k, v, w, beta, g, cache):
 
 
 @functools.partial(jax.jit, static_argnames="scale")
+@reverse_only("jla.path_attention")
 def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     """Pads to whole tiles and runs the kernels. See `jla.path_attention`.
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._cache import PathCache
+from jla._cache import PathCache, without_rest
+from jla._lengths import chunk_size
 from jla._segments import segment_starts
 from jla._state import zero_state
 from jla.pallas.shardwise import shardwise
@@ -101,9 +102,9 @@ def _of_shard(
     *, scale,
 ):  # fmt: skip
     """`carried_on` for the rows and heads of one device, as a tuple of arrays."""
-    cache = PathCache(key, value, decay, length)
+    cache = without_rest(PathCache(key, value, decay, length))
     (B, T, HQ, K), H = q.shape, k.shape[2]
-    size = min(CHUNK, max(2, 1 << (T - 1).bit_length()))
+    size = chunk_size(T, CHUNK)
     starts = None if segment_ids is None else segment_starts(segment_ids)
     g = None if g is None else jnp.maximum(g, NEVER)
     _, w, moved, writes, _ = prepare(size, k, w, beta)

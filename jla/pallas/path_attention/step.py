@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import TiledLayout
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla._cache import PathCache
+from jla._cache import PathCache, counted
 from jla.pallas import mosaic
 from jla.pallas.chunks import LOG2E
 from jla.pallas.mosaic import f32, per_column, per_row
@@ -66,7 +66,7 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
     Derivatives are those of the reference's formula, in XLA.
     """
     o, key, value, decay = _differentiable(scale)(q, k, v, w, beta, g, *cache)
-    return o, PathCache(key, value, decay, cache.length + 1)
+    return o, PathCache(key, value, decay, counted(cache.length, 1))
 
 
 @functools.cache
@@ -161,7 +161,7 @@ def _pass(q, k, w, beta, key, value, length, added, *, scale, moved):
         (loaded,) = refs
         b, h, piece = (lax.axis_index(name) for name in ("b", "h", "piece"))
         length, start = length_ref[b], piece * size
-        end = jnp.minimum(length + 1, S)
+        end = jnp.minimum(length, S - 1) + 1
         tiles = jnp.clip(lax.div(end - start + (rows - 1), rows), 0, size // rows)
 
         def at(ref, i):
@@ -214,7 +214,8 @@ def _pass(q, k, w, beta, key, value, length, added, *, scale, moved):
                 at_row = per_row(place, K)
                 x = jnp.where(at_row < length, x, jnp.where(at_row == length, own, 0.0))
                 keys.at[slot][...] = x
-            v = load(values.at[slot], of_values)
+            # Behind the last token may be anything, and 0 times it is not always 0.
+            v = jnp.where(per_row(place, V) < end, load(values.at[slot], of_values), 0.0)
             softmax = []
             for j, (top, total, acc) in enumerate(carry):
                 query = per_column(load(q_ref.at[b, h * group + j], by_column), rows)

@@ -1,0 +1,82 @@
+"""Kernels are differentiated once and in reverse: what says so where more is asked of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+
+def reverse_only(name):
+    """For a function of arrays that runs kernels: forward mode raises, and names the function.
+
+    JAX's own message, of the `custom_vjp` inside, names nothing. The tangents pass through a linear
+    operation that has a transpose, which is all that reverse mode asks for, and no value.
+
+    Args:
+      name: the function's public name.
+    """
+
+    @jax.custom_jvp
+    def unchanged(arrays):
+        return arrays
+
+    def rule(primals, tangents):
+        def linear(tangent):
+            if isinstance(tangent, SymbolicZero):
+                return tangent
+            return _tangent_p.bind(tangent, function=name)
+
+        return primals[0], [linear(x) for x in tangents[0]]
+
+    unchanged.defjvp(rule, symbolic_zeros=True)
+
+    def decorate(function):
+        @functools.wraps(function)
+        def run(*arguments, **options):
+            leaves, tree = jax.tree.flatten(arguments)
+            places = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
+            for i, x in zip(places, unchanged([leaves[i] for i in places]), strict=True):
+                leaves[i] = x
+            return function(*tree.unflatten(leaves), **options)
+
+        return run
+
+    return decorate
+
+
+_tangent_p = Primitive("reverse_only")
+
+
+def _raise(*_, function, **__):
+    raise NotImplementedError(
+        f'{function}: the kernels of implementation="pallas" have no forward-mode derivative '
+        '(jax.jvp, jax.jacfwd, jax.linearize). implementation="xla" has one.'
+    )
+
+
+_tangent_p.def_impl(_raise)
+_tangent_p.def_abstract_eval(lambda x, *, function: x)
+mlir.register_lowering(_tangent_p, lambda context, x, *, function: _raise(function=function))
+ad.deflinear2(_tangent_p, lambda cotangent, x, *, function: [cotangent])
+batching.primitive_batchers[_tangent_p] = _raise  # reverse mode only ever transposes it
+
+
+def no_derivative(function, name):
+    """`function`, of arrays and to a tuple of arrays, which raises where it is differentiated.
+
+    Second derivatives come to the kernels themselves, and so do derivatives in forward mode of
+    those in reverse, as `jax.hessian` takes them.
+    """
+    run = jax.custom_jvp(lambda *arrays: function(*arrays))
+
+    @run.defjvp
+    def _(primals, tangents):
+        raise NotImplementedError(
+            f"{name}: the kernels have no derivatives of derivatives (jax.hessian, jax.grad "
+            'twice). implementation="xla" has them.'
+        )
+
+    return run
