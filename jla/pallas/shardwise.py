@@ -4,9 +4,11 @@ A Pallas call is opaque to XLA's partitioner, which would gather its operands. W
 every batch row and head by itself says so here, and then runs shard by shard.
 """
 
+import dataclasses
 import functools
 import math
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,90 +36,129 @@ def shardwise(function, operands, results):
     """
 
     def run(*arrays):
-        sizes = _sizes(operands, arrays)
-        grouped = _grouped(sizes)
-        group = sizes[grouped] // sizes["H"]
-        letters = operands
+        sizes, letters = _sizes(operands, arrays), tuple(operands)
         if _shares_key_heads(sizes, results) and sizes["H"] > 1:
             # A device's part of it says which value heads it has, and so which key heads it needs.
+            grouped = _grouped(sizes)
             arrays = *arrays, jnp.arange(sizes[grouped], dtype=jnp.int32)
-            letters = *operands, grouped
-
-        def with_key_heads(run):
-            return lambda *shards: run(*_with_key_heads(operands, group, shards))
-
-        def specs(axes, splits):
-            place = _placement(letters, splits, axes, sizes, results)
-            return (
-                [PartitionSpec(*(place.get(x) for x in axes.split())) for axes in arrays]
-                for arrays in (letters, results)
-            )
-
+            letters = *letters, grouped
+        call = _Call(function, letters, tuple(results), sizes)
         mesh, names = _explicit(arrays)
         if names:
-            # Pallas refuses refs whose types carry shardings; shard_map's have none.
-            axes = {name: mesh.shape[name] for name in names}
-            in_specs, out_specs = specs(axes, [_split_by_type(x, names) for x in arrays])
-            by_shard = jax.shard_map(
-                with_key_heads(run),
-                mesh=mesh,
-                in_specs=tuple(in_specs),
-                out_specs=tuple(out_specs),
-                axis_names=set(names),
-            )
-            placed = (NamedSharding(mesh, spec) for spec in in_specs)
-            return by_shard(*map(jax.sharding.reshard, arrays, placed))
-
-        def place(*arrays):
-            if interpreting():  # its ordered callbacks cannot be partitioned
-                return with_key_heads(function)(*arrays)
-            # A plain function: custom_partitioning cannot read a partial's signature.
-            partitioned = custom_partitioning(lambda *arrays: with_key_heads(function)(*arrays))
-            partitioned.def_partition(
-                partition,
-                infer_sharding_from_operands=lambda mesh, args, _: shardings(mesh, args)[2],
-                # By itself JAX refuses a part of a mesh's axis, which Shardy may use.
-                decode_shardings=False,
-                **_rule(letters, results, sizes),
-            )
-            return partitioned(*arrays)
-
-        # Inside a shard_map over some of the mesh's axes the partitioner knows of the others alone.
-        around = jax.sharding.get_abstract_mesh()
-        automatic = [n for n, kind in _axes(around) if kind != AxisType.Manual]
-
-        def shardings(mesh, args):
-            mesh = _factored(mesh, automatic, args[0].sharding)
-            splits = [_split(x.sharding, x.shape, mesh) for x in args]
-            sides = specs(mesh.shape, splits)
-            return mesh, *(tuple(NamedSharding(mesh, spec) for spec in side) for side in sides)
-
-        def partition(mesh, args, _):
-            mesh, inputs, outputs = shardings(mesh, args)
-            shards = [
-                jax.ShapeDtypeStruct(placed.shard_shape(x.shape), x.dtype)
-                for x, placed in zip(args, inputs, strict=True)
-            ]
-            shards = jax.eval_shape(with_key_heads(lambda *shards: shards), *shards)
-            run = _lowered_once(function, shards, mesh.devices.flat[0])
-            return mesh, with_key_heads(run), outputs, inputs
-
-        return _without_varying_types(place, arrays)
+            return call.by_type(mesh, names, run, arrays)
+        return _without_varying_types(call.by_partitioner, arrays)
 
     run = custom_vmap(run)
 
     @run.def_vmap
     def fold(size, in_batched, *arrays):
+        _, names = _explicit(arrays)
+        splits = [
+            _split_by_type(x, names)[batched] for x, batched in zip(arrays, in_batched, strict=True)
+        ]
+        # JAX merges axes whose types carry shardings if it is the first of them that is split.
+        last = any(splits)
+
         def merge(array, batched):
             if not batched:
                 array = jnp.broadcast_to(array, (size, *array.shape))
+            array = jnp.moveaxis(array, 0, int(last))
             return array.reshape(-1, *array.shape[2:])
 
-        out = run(*map(merge, arrays, in_batched))
-        out = tuple(x.reshape(size, -1, *x.shape[1:]) for x in out)
+        def unmerge(array):
+            parts = (-1, size) if last else (size, -1)
+            return jnp.moveaxis(array.reshape(*parts, *array.shape[1:]), int(last), 0)
+
+        out = tuple(map(unmerge, run(*map(merge, arrays, in_batched))))
         return out, (True,) * len(out)
 
     return run
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call of a function that `shardwise` wraps.
+
+    letters: those of the operands and, if there are such, of the numbers of the value heads.
+    sizes: the size of each axis letter.
+    """
+
+    function: Callable
+    letters: tuple[str, ...]
+    results: tuple[str, ...]
+    sizes: dict[str, int]
+
+    def by_type(self, mesh, names, run, arrays):
+        """Calls `run` in a shard_map over the explicit axes of a mesh, which have these names.
+
+        Pallas refuses refs whose types carry shardings; shard_map's have none.
+        """
+        axes = {name: mesh.shape[name] for name in names}
+        in_specs, out_specs = self._specs(axes, [_split_by_type(x, names) for x in arrays])
+        run = functools.partial(self._of_shards, run)
+        by_shard = jax.shard_map(
+            run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(names)
+        )
+        placed = (NamedSharding(mesh, spec) for spec in in_specs)
+        return by_shard(*map(jax.sharding.reshard, arrays, placed))
+
+    def by_partitioner(self, *arrays):
+        """Calls the function, and XLA's partitioner says what each device gets."""
+        if interpreting():  # its ordered callbacks cannot be partitioned
+            return self._of_shards(self.function, *arrays)
+        # Inside a shard_map over some of the mesh's axes the partitioner knows of the others alone.
+        mesh = jax.sharding.get_abstract_mesh()
+        kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+        automatic = [size for size, kind in kinds if kind != AxisType.Manual]
+
+        def shardings(mesh, args):
+            mesh = _factored(mesh, automatic, [x.sharding for x in args if x.sharding])
+            splits = [_split(x.sharding, len(x.shape), mesh) for x in args]
+            sides = self._specs(mesh.shape, splits)
+            return mesh, *(tuple(NamedSharding(mesh, spec) for spec in side) for side in sides)
+
+        def partition(mesh, args, _):
+            mesh, inputs, outputs = shardings(mesh, args)
+            shapes = (placed.shard_shape(x.shape) for x, placed in zip(args, inputs, strict=True))
+            shards = [jax.ShapeDtypeStruct(n, x.dtype) for n, x in zip(shapes, args, strict=True)]
+            shards = jax.eval_shape(functools.partial(self._of_shards, lambda *x: x), *shards)
+            run = _lowered_once(self.function, shards, mesh.devices.flat[0])
+            return mesh, functools.partial(self._of_shards, run), outputs, inputs
+
+        # A plain function: custom_partitioning cannot read a partial's signature.
+        partitioned = custom_partitioning(lambda *arrays: self._of_shards(self.function, *arrays))
+        partitioned.def_partition(
+            partition,
+            infer_sharding_from_operands=lambda mesh, args, _: shardings(mesh, args)[2],
+            # By itself JAX refuses a part of a mesh's axis, which Shardy may use.
+            decode_shardings=False,
+            **_rule(self.letters, self.results, self.sizes),
+        )
+        return partitioned(*arrays)
+
+    def _specs(self, axes, splits):
+        """The PartitionSpecs of operands and of results. See `_placement`."""
+        place = _placement(self.letters, splits, axes, self.sizes, self.results)
+        return tuple(
+            tuple(PartitionSpec(*(place.get(x) for x in axes.split())) for axes in arrays)
+            for arrays in (self.letters, self.results)
+        )
+
+    def _of_shards(self, run, *arrays):
+        """Calls `run` with one device's arrays, the key heads those of its value heads."""
+        group = self.sizes[_grouped(self.sizes)] // self.sizes["H"]
+        if not _shares_key_heads(self.sizes, self.results) or self.sizes["H"] == 1:
+            return run(*arrays)
+        *arrays, numbers = arrays
+        letters = [axes.split() for axes in self.letters[:-1]]
+        if len(numbers) != group * _sizes(self.letters[:-1], arrays)["H"]:
+            # As many key heads as make equal groups of the device's value heads.
+            wanted = numbers[:: math.gcd(group, len(numbers))] // group
+            arrays = [
+                jnp.take(x, wanted, axis=axes.index("H"), mode="clip") if "H" in axes else x
+                for x, axes in zip(arrays, letters, strict=True)
+            ]
+        return run(*arrays)
 
 
 def for_each_row(weights, x):
@@ -205,25 +246,6 @@ def _shares_key_heads(sizes, results):
     return sizes[grouped] > sizes["H"] and not any("H" in axes.split() for axes in results)
 
 
-def _with_key_heads(letters, group, arrays):
-    """The arrays of one device, their key heads those of its value heads.
-
-    If there is one array more than letters, it has the numbers of the device's value heads.
-    """
-    if len(arrays) == len(letters):
-        return arrays
-    *arrays, numbers = arrays
-    if len(numbers) == group * _sizes(letters, arrays)["H"]:
-        return arrays
-    # As many key heads as make equal groups of the device's value heads.
-    wanted = numbers[:: math.gcd(group, len(numbers))] // group
-    axes = [axes.split() for axes in letters]
-    return [
-        jnp.take(x, wanted, axis=axes.index("H"), mode="clip") if "H" in axes else x
-        for x, axes in zip(arrays, axes, strict=True)
-    ]
-
-
 def _placement(letters, splits, axes, sizes, results):
     """The mesh's axes over which each axis letter is split.
 
@@ -258,10 +280,6 @@ def _dividing(names, axes, size):
     return tuple(name for name, n in zip(names, parts, strict=True) if size % n == 0)
 
 
-def _axes(mesh):
-    return zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-
-
 def _explicit(arrays):
     """The mesh over which types of the arrays are sharded and the names of its axes that do so."""
     for x in arrays:
@@ -279,18 +297,18 @@ def _split_by_type(x, names):
     return [tuple(name for name in part if name in names) for part in spec]
 
 
-def _factored(mesh, automatic, sharding):
+def _factored(mesh, automatic, shardings):
     """A mesh of axes of prime size, in which parts of the mesh's axes are axes.
 
     Args:
       mesh: the partitioner's; empty where that does not know it.
       automatic: the sizes of the axes that shard_map left to the partitioner.
-      sharding: of any operand.
+      shardings: those of operands.
     """
-    devices = sorted(sharding.device_set, key=lambda device: device.id)
-    sizes = automatic or [len(devices)]
-    if not mesh.empty:
-        devices, sizes = mesh.devices.flat, mesh.axis_sizes
+    devices, sizes = mesh.devices.flat, mesh.axis_sizes
+    if mesh.empty:
+        devices = sorted(shardings[0].device_set, key=lambda device: device.id)
+        sizes = automatic or [len(devices)]
     factors = [prime for size in sizes for prime in _primes(size)]
     # Shardings tell devices apart by their place alone.
     devices = np.array(list(devices)[: math.prod(factors)])
@@ -305,17 +323,21 @@ def _primes(n):
     return primes
 
 
-def _split(sharding, shape, mesh):
+def _split(sharding, ndim, mesh):
     """The names of the factored mesh's axes over which each dimension is split."""
+    if sharding is None:
+        return [()] * ndim
     sizes = mesh.axis_sizes
-    if math.prod(sizes) != sharding.num_devices:
+    # Of another shape than the array's: JAX refuses one that is cut into unequal parts.
+    shape = (math.prod(sizes),) * ndim
+    if shape[0] != sharding.num_devices:
         return _split_in_order(sharding, shape, mesh)
     parts = sharding.devices_indices_map(shape).values()
     starts = np.array([[part.start or 0 for part in parts] for parts in parts])
-    starts = starts.reshape(*sizes, len(shape))
-    steps = [starts.take(1, axis).ravel()[: len(shape)] for axis in range(len(sizes))]
+    starts = starts.reshape(*sizes, ndim)
+    steps = [starts.take(1, axis).ravel()[:ndim] for axis in range(len(sizes))]
     split = []
-    for dimension in range(len(shape)):
+    for dimension in range(ndim):
         axes = sorted(range(len(sizes)), key=lambda axis: -steps[axis][dimension])
         axes = [axis for axis in axes if steps[axis][dimension]]
         split.append(tuple(mesh.axis_names[axis] for axis in axes))
