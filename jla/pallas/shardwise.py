@@ -75,6 +75,53 @@ def shardwise(function, operands, results):
     return run
 
 
+def defvjp(function, forward, backward):
+    """`function.defvjp(forward, backward)`, and each gradient lies where its array does.
+
+    JAX asks for it where types carry shardings. The arguments that are not differentiated are the
+    last ones.
+    """
+    options = len(function.nondiff_argnums)
+
+    def forward_and_types(*args):
+        given = args[: len(args) - options]
+        types = None
+        if _explicit(jax.tree.leaves(given))[1]:
+            types = tuple(map(_shardings, given))
+        out, residuals = forward(*args)
+        return out, (residuals, _Static(types))
+
+    def place(gradient, types):
+        if gradient is None:
+            return None
+        shardings, tree = types
+        gradients = zip(tree.flatten_up_to(gradient), shardings, strict=True)
+        placed = [
+            x if x is None else jax.sharding.reshard(x, sharding) for x, sharding in gradients
+        ]
+        return tree.unflatten(placed)
+
+    def backward_by_types(*args):
+        *options, (residuals, types), cotangents = args
+        gradients = backward(*options, residuals, cotangents)
+        if types.value is None:
+            return gradients
+        return tuple(map(place, gradients, types.value))
+
+    function.defvjp(forward_and_types, backward_by_types)
+
+
+def _shardings(arrays):
+    leaves, tree = jax.tree.flatten(arrays)
+    return tuple(jax.typeof(x).sharding for x in leaves), tree
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    value: object
+
+
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """A call of a function that `shardwise` wraps.
@@ -95,9 +142,14 @@ class _Call:
         """
         axes = {name: mesh.shape[name] for name in names}
         in_specs, out_specs = self._specs(axes, [_split_by_type(x, names) for x in arrays])
-        run = functools.partial(self._of_shards, run)
         by_shard = jax.shard_map(
-            run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(names)
+            functools.partial(self._of_shards, run),
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=set(names),
+            # JAX cannot see that what has no heads is the same for all of them.
+            check_vma=len({frozenset(x for x in spec if x) for spec in out_specs}) == 1,
         )
         placed = (NamedSharding(mesh, spec) for spec in in_specs)
         return by_shard(*map(jax.sharding.reshard, arrays, placed))

@@ -21,7 +21,7 @@ from jla.pallas.kda.prepare import prepare
 from jla.pallas.kda.step import kda_step
 from jla.pallas.mosaic import TILE_ROWS
 from jla.pallas.recurrence import NARROW
-from jla.pallas.shardwise import for_each_row, shardwise
+from jla.pallas.shardwise import defvjp, for_each_row, shardwise
 
 __all__ = ["kda", "kda_gated", "kda_step", "unsupported"]
 
@@ -186,7 +186,7 @@ def _kda_backward(scale, bounded, residuals, cotangents):
     return *gradients, dv, by_source, dbeta, start if has_start else None
 
 
-_kda.defvjp(_kda_forward, _kda_backward)
+defvjp(_kda, _kda_forward, _kda_backward)
 
 
 def _gates(source, bounded):

@@ -21,7 +21,7 @@ from jla.pallas.log_linear.step import log_linear_step
 from jla.pallas.log_linear.sums import weighted_sums
 from jla.pallas.log_linear.tree_kernels import tree_gradients, tree_states
 from jla.pallas.mosaic import TILE_ROWS
-from jla.pallas.shardwise import for_each_row, shardwise
+from jla.pallas.shardwise import defvjp, for_each_row, shardwise
 
 __all__ = ["log_linear_attention", "log_linear_mamba2", "log_linear_step", "unsupported"]
 
@@ -131,7 +131,7 @@ def _core_backward(per, residuals, do):
     return over_group(dq), over_group(dk), dv, dw, ddecays, dskip, None
 
 
-_core.defvjp(_core_forward, _core_backward)
+defvjp(_core, _core_forward, _core_backward)
 
 
 def _shardwise(function, results, arrays, **options):
