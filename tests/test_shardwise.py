@@ -1,6 +1,7 @@
 """What kernels are wrapped in, around a plain function: no kernel runs on several CPU devices."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -49,13 +50,145 @@ def test_runs_shard_by_shard_under_jit(arrays):
     np.testing.assert_allclose(out, want(*arrays), rtol=1e-6)
 
 
-def test_a_group_of_one_key_head(arrays):
-    """Shardy refuses a factor of one in `(h group)`: rows alone are split."""
-    arrays = arrays[0][:, :, :1], arrays[1][:, :, :2]
-    placed = jax.device_put(arrays, NamedSharding(mesh(), PartitionSpec("x")))
-    compiled = jax.jit(run).lower(*placed).compile()
-    assert "all-gather" not in compiled.as_text()
-    np.testing.assert_allclose(compiled(*placed), want(*arrays), rtol=1e-6)
+def of_values(q, v):
+    """As KDA: no result has key heads."""
+    return product(q, v)[0]
+
+
+def of_values_backward(q, v, do):
+    group = v.shape[2] // q.shape[2]
+    return do * v, do * jnp.repeat(q, group, axis=2)
+
+
+def of_queries(k, q):
+    """As GSA: a state of each key head."""
+    return product(k, q)[0], k.sum(1)
+
+
+def of_queries_backward(k, q, do, dstate):
+    dk = (do * q).reshape(*k.shape[:3], -1, k.shape[3]).sum(3)
+    return dk + dstate[:, None], do * jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+
+
+@jax.custom_vjp
+def sharded_of_values(q, v):
+    return shardwise(lambda *x: (of_values(*x),), (KEYS, VALUES), (VALUES,))(q, v)[0]
+
+
+def backward(inputs, do):
+    q, v = inputs
+    run = shardwise(of_values_backward, (KEYS, VALUES, VALUES), (VALUES, VALUES))
+    dq, dv = run(q, v, do)
+    return dq.reshape(*q.shape[:3], -1, q.shape[3]).sum(3), dv
+
+
+sharded_of_values.defvjp(lambda *x: (sharded_of_values(*x), x), backward)
+QUERIES, STATE = "B T HQ K", "B H K"
+
+
+@jax.custom_vjp
+def sharded_of_queries(k, q):
+    return shardwise(of_queries, (KEYS, QUERIES), (QUERIES, STATE))(k, q)
+
+
+def backward(inputs, cotangents):
+    axes = KEYS, QUERIES, QUERIES, STATE
+    return shardwise(of_queries_backward, axes, (KEYS, QUERIES))(*inputs, *cotangents)
+
+
+sharded_of_queries.defvjp(lambda *x: (sharded_of_queries(*x), x), backward)
+FUNCTIONS = {"HV": (sharded_of_values, of_values), "HQ": (sharded_of_queries, of_queries)}
+
+
+def with_gradients(function):
+    def run(keys, others):
+        out, pull = jax.vjp(function, jnp.sin(keys), jnp.cos(others))
+        return out, pull(jax.tree.map(lambda x: jnp.cos(3 * x), out))
+
+    return run
+
+
+P = PartitionSpec
+# Of key heads, and of the others: alike; on one side; two axes on one; the same axis for rows and
+# for heads; time and features.
+PLACEMENTS = [
+    (P("x"), P("x", None, "y")),
+    (P("x", None, "y"), P("x", None, "y")),
+    (P(), P(None, None, ("y", "x"))),
+    (P(None, None, "y"), P()),
+    (P("y"), P(None, None, "y")),
+    (P(("x", "y")), P(None, None, "x")),
+    (P(None, "x"), P(None, "y", "x")),
+    (P(None, None, None, "x"), P("y", None, "x")),
+]
+# The number of key heads, and of the others for each.
+GROUPINGS = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (3, 4), (4, 2)]
+
+
+# Four devices for two key heads: Shardy splits an axis of the mesh in two.
+@pytest.mark.parametrize(
+    "heads, shape", [*((heads, (2, 2)) for heads in GROUPINGS), ((2, 2), (1, 4))], ids=str
+)
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_values_for_every_placement(kind, heads, shape):
+    sharded, plain = map(with_gradients, FUNCTIONS[kind])
+    devices = mesh().devices.reshape(shape)
+    split = functools.partial(NamedSharding, jax.sharding.Mesh(devices, ("x", "y")))
+    keys = jax.random.normal(jax.random.key(0), (4, 2, heads[0], 4))
+    others = jax.random.normal(jax.random.key(1), (4, 2, heads[0] * heads[1], 4))
+
+    sizes = dict(zip(("x", "y"), shape, strict=True))
+
+    def fits(placement):
+        """Whether JAX places both: all parts have to be equal."""
+        dimensions = [
+            (size, name if isinstance(name, tuple) else (name,))
+            for x, spec in zip((keys, others), placement, strict=True)
+            for size, name in zip(x.shape, spec, strict=False)
+        ]
+        return not any(size % math.prod(sizes.get(n, 1) for n in part) for size, part in dimensions)
+
+    places = [tuple(map(split, placement)) for placement in PLACEMENTS if fits(placement)]
+    run = jax.jit(lambda pairs: [sharded(*pair) for pair in pairs], in_shardings=(places,))
+    want = plain(keys, others)
+    for got in run([(keys, others)] * len(places)):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)
+
+
+@pytest.mark.parametrize("heads", [(1, 2), (2, 2), (2, 4)], ids=str)
+def test_nothing_is_gathered(heads):
+    """Neither where key heads are split nor where one is on all devices."""
+    keys = jnp.ones((4, 2, heads[0], 4))
+    others = jnp.ones((4, 2, heads[0] * heads[1], 4))
+    axes = ["x", None, "y"]
+    specs = P(*(axes if heads[0] > 1 else axes[:1])), P(*axes)
+    placed = [
+        jax.device_put(x, NamedSharding(mesh(), spec))
+        for x, spec in zip((keys, others), specs, strict=True)
+    ]
+    text = jax.jit(with_gradients(sharded_of_values)).lower(*placed).compile().as_text()
+    assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
+
+
+@pytest.mark.parametrize("kinds", ["Auto Auto", "Explicit Explicit", "Auto Explicit"])
+@pytest.mark.parametrize("manual", ["", "x", "y", "x y"])
+def test_values_inside_shard_map_and_by_type(manual, kinds):
+    """Inside a shard_map over none, some or all axes of a mesh, the others of either kind."""
+    sharded, plain = map(with_gradients, FUNCTIONS["HV"])
+    kinds = tuple(getattr(AxisType, kind) for kind in kinds.split())
+    whole = jax.make_mesh((2, 2), ("x", "y"), kinds, devices=mesh().devices.ravel())
+    spec = P("x", None, "y")
+    keys = jax.random.normal(jax.random.key(0), (4, 2, 2, 4))
+    others = jax.random.normal(jax.random.key(1), (4, 2, 4, 4))
+    run = sharded
+    if manual:
+        inside = P(*(name if name in manual.split() else None for name in spec))
+        specs = dict(in_specs=(inside, inside), out_specs=(inside, (inside, inside)))
+        run = jax.shard_map(sharded, mesh=whole, axis_names=set(manual.split()), **specs)
+    with jax.set_mesh(whole):
+        got = jax.jit(run)(*jax.device_put((keys, others), NamedSharding(whole, spec)))
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(compare, jax.device_get(got), plain(keys, others))
 
 
 def test_several_calls_are_lowered_once(arrays):

@@ -35,7 +35,7 @@ from jla.pallas.rows import (
     silu,
     unsupported_rows,
 )
-from jla.pallas.shardwise import shardwise
+from jla.pallas.shardwise import defvjp, shardwise
 
 SDS = jax.ShapeDtypeStruct
 
@@ -82,7 +82,7 @@ def _norm_backward(epsilon, inputs, dy):
     return shardwise(run, (*_INPUTS, ROWS), _INPUTS)(*inputs, dy)
 
 
-_norm.defvjp(_norm_forward, _norm_backward)
+defvjp(_norm, _norm_forward, _norm_backward)
 
 
 def _forward(x, gate, scale, *, epsilon):

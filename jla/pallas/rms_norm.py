@@ -52,7 +52,7 @@ from jla.pallas.rows import (
     missing_axes,
     unsupported_rows,
 )
-from jla.pallas.shardwise import for_each_row, shardwise
+from jla.pallas.shardwise import defvjp, for_each_row, shardwise
 
 SDS = jax.ShapeDtypeStruct
 
@@ -130,7 +130,7 @@ def _norm_backward(epsilon, activation, input_activation, inputs, dy):
     return dx, dscale, tuple(dgates)
 
 
-_norm.defvjp(_norm_forward, _norm_backward)
+defvjp(_norm, _norm_forward, _norm_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -160,7 +160,7 @@ def _branch_backward_kernel(x, scale, dy, residual, *, epsilon):
     return _backward(x, scale, dy, residual=residual, epsilon=epsilon)
 
 
-_branch.defvjp(_branch_forward, _branch_backward)
+defvjp(_branch, _branch_forward, _branch_backward)
 
 
 def _forward(x, scale, *others, epsilon, activation=None, input_activation=None, adds=False):

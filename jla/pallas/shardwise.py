@@ -4,16 +4,20 @@ A Pallas call is opaque to XLA's partitioner, which would gather its operands. W
 every batch row and head by itself says so here, and then runs shard by shard.
 """
 
+import dataclasses
 import functools
+import math
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export, lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import jaxpr_as_fun
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jla.pallas.derivatives import no_derivative
 from jla.pallas.mosaic import interpreting
@@ -23,68 +27,191 @@ def shardwise(function, operands, results):
     """Wraps a function of arrays that works on every batch row and head by itself.
 
     Sharded over batch and heads it runs shard by shard, without communication; any other axis is
-    gathered. `vmap` folds the mapped axis into the batch.
+    gathered. `vmap` folds the mapped axis into the batch. docs/kernels.md says what is split if
+    there are fewer key heads than devices.
 
     Args:
       function: takes arrays, returns a tuple of arrays.
-      operands, results: each array's axis letters, the first of them `B`. `H` are key heads; value
-        heads `HV` or query heads `HQ`, a multiple of `H`, are split as `H` is.
+      operands, results: each array's axis letters, the first of them `B`. `H` are key heads; `HV`
+        are value heads, or `HQ` query heads, a multiple of `H`.
     """
 
     def run(*arrays):
-        mesh = _explicit_mesh(arrays)
-        if mesh is None:
-            return _without_varying_types(place, arrays)
-        # Pallas refuses refs whose types carry shardings; shard_map's have none.
-        types = [jax.typeof(x) for x in arrays]
-        inputs, outputs = (shardings(mesh, types, sides) for sides in (operands, results))
-        by_shard = jax.shard_map(
-            lambda *shards: _without_varying_types(function, shards),
-            mesh=mesh,
-            in_specs=tuple(x.spec for x in inputs),
-            out_specs=tuple(x.spec for x in outputs),
-        )
-        return by_shard(*map(jax.sharding.reshard, arrays, inputs))
-
-    def place(*arrays):
-        if interpreting():  # its ordered callbacks cannot be partitioned
-            return function(*arrays)
-        sizes = {}
-        for array, axes in zip(arrays, operands, strict=True):
-            sizes |= dict(zip(axes.split(), array.shape, strict=True))
-        # A plain function: custom_partitioning cannot read a partial's signature.
-        partitioned = custom_partitioning(lambda *operands: function(*operands))
-        partitioned.def_partition(
-            partition,
-            infer_sharding_from_operands=lambda mesh, args, _: shardings(mesh, args, results),
-            **_rule(operands, results, sizes["H"], sizes[_grouped(sizes)] // sizes["H"]),
-        )
-        return partitioned(*arrays)
-
-    def shardings(mesh, args, sides):
-        batch, heads = _placement(operands, args)
-        place = {"B": batch, "H": heads, "HV": heads, "HQ": heads}
-        specs = (PartitionSpec(*(place.get(x) for x in axes.split())) for axes in sides)
-        return tuple(NamedSharding(mesh, spec) for spec in specs)
-
-    def partition(mesh, args, _):
-        run = _lowered_once(function, mesh.devices.flat[0].platform)
-        return mesh, run, shardings(mesh, args, results), shardings(mesh, args, operands)
+        sizes, letters = _sizes(operands, arrays), tuple(operands)
+        if _shares_key_heads(sizes, results) and sizes["H"] > 1:
+            # A device's part of it says which value heads it has, and so which key heads it needs.
+            grouped = _grouped(sizes)
+            arrays = *arrays, jnp.arange(sizes[grouped], dtype=jnp.int32)
+            letters = *letters, grouped
+        call = _Call(function, letters, tuple(results), sizes)
+        mesh, names = _explicit(arrays)
+        if names:
+            return call.by_type(mesh, names, run, arrays)
+        return _without_varying_types(call.by_partitioner, arrays)
 
     run = custom_vmap(run)
 
     @run.def_vmap
     def fold(size, in_batched, *arrays):
+        _, names = _explicit(arrays)
+        splits = [
+            _split_by_type(x, names)[batched] for x, batched in zip(arrays, in_batched, strict=True)
+        ]
+        # JAX merges axes whose types carry shardings if it is the first of them that is split.
+        last = any(splits)
+
         def merge(array, batched):
             if not batched:
                 array = jnp.broadcast_to(array, (size, *array.shape))
+            array = jnp.moveaxis(array, 0, int(last))
             return array.reshape(-1, *array.shape[2:])
 
-        out = run(*map(merge, arrays, in_batched))
-        out = tuple(x.reshape(size, -1, *x.shape[1:]) for x in out)
+        def unmerge(array):
+            parts = (-1, size) if last else (size, -1)
+            return jnp.moveaxis(array.reshape(*parts, *array.shape[1:]), int(last), 0)
+
+        out = tuple(map(unmerge, run(*map(merge, arrays, in_batched))))
         return out, (True,) * len(out)
 
     return no_derivative(run, functools.partial(function).func.__module__)
+
+
+def defvjp(function, forward, backward):
+    """`function.defvjp(forward, backward)`, and each gradient lies where its array does.
+
+    JAX asks for it where types carry shardings. The arguments that are not differentiated are the
+    last ones.
+    """
+    options = len(function.nondiff_argnums)
+
+    def forward_and_types(*args):
+        given = args[: len(args) - options]
+        types = None
+        if _explicit(jax.tree.leaves(given))[1]:
+            types = tuple(map(_shardings, given))
+        out, residuals = forward(*args)
+        return out, (residuals, _Static(types))
+
+    def place(gradient, types):
+        if gradient is None:
+            return None
+        shardings, tree = types
+        gradients = zip(tree.flatten_up_to(gradient), shardings, strict=True)
+        placed = [
+            x if x is None else jax.sharding.reshard(x, sharding) for x, sharding in gradients
+        ]
+        return tree.unflatten(placed)
+
+    def backward_by_types(*args):
+        *options, (residuals, types), cotangents = args
+        gradients = backward(*options, residuals, cotangents)
+        if types.value is None:
+            return gradients
+        return tuple(map(place, gradients, types.value))
+
+    function.defvjp(forward_and_types, backward_by_types)
+
+
+def _shardings(arrays):
+    leaves, tree = jax.tree.flatten(arrays)
+    return tuple(jax.typeof(x).sharding for x in leaves), tree
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    value: object
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call of a function that `shardwise` wraps.
+
+    letters: those of the operands and, if there are such, of the numbers of the value heads.
+    sizes: the size of each axis letter.
+    """
+
+    function: Callable
+    letters: tuple[str, ...]
+    results: tuple[str, ...]
+    sizes: dict[str, int]
+
+    def by_type(self, mesh, names, run, arrays):
+        """Calls `run` in a shard_map over the explicit axes of a mesh, which have these names.
+
+        Pallas refuses refs whose types carry shardings; shard_map's have none.
+        """
+        axes = {name: mesh.shape[name] for name in names}
+        in_specs, out_specs = self._specs(axes, [_split_by_type(x, names) for x in arrays])
+        by_shard = jax.shard_map(
+            functools.partial(self._of_shards, run),
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=set(names),
+            # JAX cannot see that what has no heads is the same for all of them.
+            check_vma=len({frozenset(x for x in spec if x) for spec in out_specs}) == 1,
+        )
+        placed = (NamedSharding(mesh, spec) for spec in in_specs)
+        return by_shard(*map(jax.sharding.reshard, arrays, placed))
+
+    def by_partitioner(self, *arrays):
+        """Calls the function, and XLA's partitioner says what each device gets."""
+        if interpreting():  # its ordered callbacks cannot be partitioned
+            return self._of_shards(self.function, *arrays)
+        # Inside a shard_map over some of the mesh's axes the partitioner knows of the others alone.
+        mesh = jax.sharding.get_abstract_mesh()
+        kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+        automatic = [size for size, kind in kinds if kind != AxisType.Manual]
+
+        def shardings(mesh, args):
+            mesh = _factored(mesh, automatic, [x.sharding for x in args if x.sharding])
+            splits = [_split(x.sharding, len(x.shape), mesh) for x in args]
+            sides = self._specs(mesh.shape, splits)
+            return mesh, *(tuple(NamedSharding(mesh, spec) for spec in side) for side in sides)
+
+        def partition(mesh, args, _):
+            mesh, inputs, outputs = shardings(mesh, args)
+            shapes = (placed.shard_shape(x.shape) for x, placed in zip(args, inputs, strict=True))
+            shards = [jax.ShapeDtypeStruct(n, x.dtype) for n, x in zip(shapes, args, strict=True)]
+            shards = jax.eval_shape(functools.partial(self._of_shards, lambda *x: x), *shards)
+            run = _lowered_once(self.function, shards, mesh.devices.flat[0])
+            return mesh, functools.partial(self._of_shards, run), outputs, inputs
+
+        # A plain function: custom_partitioning cannot read a partial's signature.
+        partitioned = custom_partitioning(lambda *arrays: self._of_shards(self.function, *arrays))
+        partitioned.def_partition(
+            partition,
+            infer_sharding_from_operands=lambda mesh, args, _: shardings(mesh, args)[2],
+            # By itself JAX refuses a part of a mesh's axis, which Shardy may use.
+            decode_shardings=False,
+            **_rule(self.letters, self.results, self.sizes),
+        )
+        return partitioned(*arrays)
+
+    def _specs(self, axes, splits):
+        """The PartitionSpecs of operands and of results. See `_placement`."""
+        place = _placement(self.letters, splits, axes, self.sizes, self.results)
+        return tuple(
+            tuple(PartitionSpec(*(place.get(x) for x in axes.split())) for axes in arrays)
+            for arrays in (self.letters, self.results)
+        )
+
+    def _of_shards(self, run, *arrays):
+        """Calls `run` with one device's arrays, the key heads those of its value heads."""
+        group = self.sizes[_grouped(self.sizes)] // self.sizes["H"]
+        if not _shares_key_heads(self.sizes, self.results) or self.sizes["H"] == 1:
+            return run(*arrays)
+        *arrays, numbers = arrays
+        letters = [axes.split() for axes in self.letters[:-1]]
+        if len(numbers) != group * _sizes(self.letters[:-1], arrays)["H"]:
+            # As many key heads as make equal groups of the device's value heads.
+            wanted = numbers[:: math.gcd(group, len(numbers))] // group
+            arrays = [
+                jnp.take(x, wanted, axis=axes.index("H"), mode="clip") if "H" in axes else x
+                for x, axes in zip(arrays, letters, strict=True)
+            ]
+        return run(*arrays)
 
 
 def for_each_row(weights, x):
@@ -94,13 +221,13 @@ def for_each_row(weights, x):
     transpose is the sum over rows, on all devices.
     """
     shape = (x.shape[0], *weights.shape)
-    mesh = _explicit_mesh((x, weights))
-    if mesh is None:
+    mesh, names = _explicit((x, weights))
+    if not names:
         missing = tuple(_varying(x) - _varying(weights))
         if missing:
             weights = lax.pcast(weights, missing, to="varying")
         return jnp.broadcast_to(weights, shape)
-    batch, heads = _placement(("B T H",), (jax.typeof(x),))
+    batch, _, heads, *_ = _split_by_type(x, names)
     weights = jax.sharding.reshard(weights, NamedSharding(mesh, PartitionSpec(None, heads)))
     placed = NamedSharding(mesh, PartitionSpec(batch, None, heads))
     return lax.broadcast_in_dim(weights, shape, (1, 2, 3), out_sharding=placed)
@@ -125,7 +252,7 @@ def _without_varying_types(function, arrays):
     )
 
 
-def _lowered_once(function, platform):
+def _lowered_once(function, arrays, device):
     """The function, lowered but once for all partitioned calls with arrays of the same shapes.
 
     JAX lowers each call by itself, a second or more for each kernel of each layer of a model: what
@@ -134,64 +261,175 @@ def _lowered_once(function, platform):
     """
     if getattr(function, "__closure__", None):
         return function
-    platform = {"gpu": "cuda"}.get(platform, platform)
     partial = functools.partial(function)  # of what `function` is a partial of, if it is one
+    shapes = tuple((x.shape, x.dtype) for x in arrays)
     options = tuple(partial.keywords.items())
-
-    def run(*arrays):
-        shapes = tuple((x.shape, x.dtype) for x in arrays)
-        return _lowered(partial.func, partial.args, options, shapes, platform).call(*arrays)
-
-    return run
+    # A mesh that the user has set would make it a program for as many devices.
+    with jax.set_mesh(Mesh([device], ["one"])):
+        return _lowered(partial.func, partial.args, options, shapes, device.platform).call
 
 
 @functools.lru_cache(maxsize=1024)
 def _lowered(function, leading, options, shapes, platform):
     arrays = (jax.ShapeDtypeStruct(*x) for x in shapes)
     run = functools.partial(function, *leading, **dict(options))
+    platform = {"gpu": "cuda"}.get(platform, platform)
     return export.export(jax.jit(run), platforms=[platform])(*arrays)
 
 
-def _explicit_mesh(arrays):
-    """The mesh over which types of the arrays are sharded, or None."""
+def _sizes(letters, arrays):
+    """The size of each axis letter."""
+    sizes = {}
+    for axes, array in zip(letters, arrays, strict=True):
+        sizes |= dict(zip(axes.split(), array.shape, strict=True))
+    return sizes
+
+
+def _grouped(sizes):
+    """The letter of the heads that come in groups; `H` if none do."""
+    return next((x for x in ("HV", "HQ") if x in sizes), "H")
+
+
+def _shares_key_heads(sizes, results):
+    """Whether several devices may have the same key head.
+
+    Only if no result has key heads: it would be a sum over these devices, or the same on all.
+    """
+    grouped = _grouped(sizes)
+    return sizes[grouped] > sizes["H"] and not any("H" in axes.split() for axes in results)
+
+
+def _placement(letters, splits, axes, sizes, results):
+    """The mesh's axes over which each axis letter is split.
+
+    They are those of the first array that is split, arrays with all heads first, as far as they
+    divide the axis into equal parts.
+
+    Args:
+      letters: each operand's axis letters. splits: each operand's mesh axes, by dimension.
+      axes: the size of each axis of the mesh. sizes: the size of each axis letter.
+      results: the results' axis letters.
+    """
+    grouped, found = _grouped(sizes), {"B": (), "heads": ()}
+    most = {"B": sizes["B"], "heads": sizes["H"]}
+    if _shares_key_heads(sizes, results):
+        most["heads"] = sizes[grouped]
+    arrays = [(x.split(), split) for x, split in zip(letters, splits, strict=True)]
+    for letters, split in sorted(arrays, key=lambda array: grouped not in array[0]):
+        for letter, names in zip(letters, split, strict=True):
+            part = "heads" if letter in ("H", grouped) else letter
+            if found.get(part) == ():
+                taken = (*found["B"], *found["heads"])
+                free = [name for name in names if name not in taken]
+                found[part] = _dividing(free, axes, most[part])
+    heads = found["heads"]
+    keys = heads if heads == _dividing(heads, axes, sizes["H"]) else ()
+    return {"H": keys, grouped: heads, "B": found["B"]}
+
+
+def _dividing(names, axes, size):
+    """As many of these mesh axes, from the first on, as cut `size` into equal parts."""
+    parts = np.cumprod([axes[name] for name in names], dtype=int)
+    return tuple(name for name, n in zip(names, parts, strict=True) if size % n == 0)
+
+
+def _explicit(arrays):
+    """The mesh over which types of the arrays are sharded and the names of its axes that do so."""
     for x in arrays:
         mesh = jax.typeof(x).sharding.mesh
-        if any(kind == AxisType.Explicit for kind in mesh.axis_types):
-            return mesh
-    return None
+        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if names := [name for name, kind in kinds if kind == AxisType.Explicit]:
+            return mesh, names
+    return None, []
 
 
-def _varying(x):
-    return jax.typeof(x).manual_axis_type.varying
+def _split_by_type(x, names):
+    """The names of the mesh axes over which each dimension of x is split."""
+    spec = jax.typeof(x).sharding.spec
+    spec = [x if isinstance(x, tuple) else (x,) for x in (*spec, *(None,) * (x.ndim - len(spec)))]
+    return [tuple(name for name in part if name in names) for part in spec]
 
 
-def _placement(operands, args):
-    """The mesh axes that batch and heads are split over: those of the first array that has both."""
-    grouped = _grouped(" ".join(operands).split())
-    for axes, arg in zip(operands, args, strict=True):
-        letters = axes.split()
-        if grouped in letters and isinstance(arg.sharding, NamedSharding):
-            spec = (*arg.sharding.spec, *(None,) * len(letters))
-            return spec[0], spec[letters.index(grouped)]
-    return None, None
+def _factored(mesh, automatic, shardings):
+    """A mesh of axes of prime size, in which parts of the mesh's axes are axes.
+
+    Args:
+      mesh: the partitioner's; empty where that does not know it.
+      automatic: the sizes of the axes that shard_map left to the partitioner.
+      shardings: those of operands.
+    """
+    devices, sizes = mesh.devices.flat, mesh.axis_sizes
+    if mesh.empty:
+        devices = sorted(shardings[0].device_set, key=lambda device: device.id)
+        sizes = automatic or [len(devices)]
+    factors = [prime for size in sizes for prime in _primes(size)]
+    # Shardings tell devices apart by their place alone.
+    devices = np.array(list(devices)[: math.prod(factors)])
+    return Mesh(devices.reshape(factors), [str(i) for i in range(len(factors))])
 
 
-def _grouped(letters):
-    """The letter of the heads that come in groups; `H` if none do."""
-    return next((x for x in letters if x in ("HV", "HQ")), "H")
+def _primes(n):
+    primes = []
+    while n > 1:
+        primes.append(next(p for p in range(2, n + 1) if n % p == 0))
+        n //= primes[-1]
+    return primes
 
 
-def _rule(operands, results, heads, group):
-    """Shardy's rule: batch and key heads are split together everywhere, all else stays whole."""
-    # Shardy refuses a factor of one beside another, so a group of one key head stands by itself.
-    grouped = "h" if group == 1 else "group" if heads == 1 else "(h group)"
-    names = {"B": "b", "H": "h", "HV": grouped, "HQ": grouped}
+def _split(sharding, ndim, mesh):
+    """The names of the factored mesh's axes over which each dimension is split."""
+    if sharding is None:
+        return [()] * ndim
+    sizes = mesh.axis_sizes
+    # Of another shape than the array's: JAX refuses one that is cut into unequal parts.
+    shape = (math.prod(sizes),) * ndim
+    if shape[0] != sharding.num_devices:
+        return _split_in_order(sharding, shape, mesh)
+    parts = sharding.devices_indices_map(shape).values()
+    starts = np.array([[part.start or 0 for part in parts] for parts in parts])
+    starts = starts.reshape(*sizes, ndim)
+    steps = [starts.take(1, axis).ravel()[:ndim] for axis in range(len(sizes))]
+    split = []
+    for dimension in range(ndim):
+        axes = sorted(range(len(sizes)), key=lambda axis: -steps[axis][dimension])
+        axes = [axis for axis in axes if steps[axis][dimension]]
+        split.append(tuple(mesh.axis_names[axis] for axis in axes))
+    return split
+
+
+def _split_in_order(sharding, shape, mesh):
+    """What `_split` returns, guessed where devices are those of a part of the mesh.
+
+    JAX says into how many parts each dimension is cut, but not over which axes: they are taken in
+    order. Where the order is another, arrays are moved.
+    """
+    axes, split = dict(mesh.shape), []
+    for size, part in zip(shape, sharding.shard_shape(shape), strict=True):
+        parts, names = size // part, []
+        for name in list(axes):
+            if parts % axes[name] == 0:
+                parts //= axes.pop(name)
+                names.append(name)
+        split.append(tuple(names))
+    return split
+
+
+def _rule(letters, results, sizes):
+    """Shardy's rule: batch and heads are split everywhere, all else stays whole."""
+    grouped = _grouped(sizes)
+    # Not `(h group)` for all heads: what divides them need not divide key heads.
+    of_groups = "h" if sizes[grouped] == sizes["H"] else "groups"
+    names = {"B": "b", "H": "h", grouped: of_groups}
 
     def side(arrays):
         return ", ".join(" ".join(names.get(x, x.lower()) for x in axes.split()) for axes in arrays)
 
-    sizes = {"group": group} if "(" in grouped else {}
-    rule = f"{side(operands)} -> {side(results)}"
+    rule = f"{side(letters)} -> {side(results)}"
     # Shardy wants the factors in the order in which they first appear.
-    whole = tuple(x for x in dict.fromkeys(re.findall(r"\w+", rule)) if x not in ("b", "h"))
-    return dict(sharding_rule=rule, need_replication_factors=whole, **sizes)
+    factors = dict.fromkeys(re.findall(r"\w+", rule))
+    whole = tuple(x for x in factors if x not in ("b", "h", "groups"))
+    return dict(sharding_rule=rule, need_replication_factors=whole)
+
+
+def _varying(x):
+    return jax.typeof(x).manual_axis_type.varying

@@ -37,7 +37,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jla.pallas import mosaic
 from jla.pallas.derivatives import reverse_only
 from jla.pallas.mosaic import f32, per_column, per_row
-from jla.pallas.shardwise import for_each_row, shardwise
+from jla.pallas.shardwise import defvjp, for_each_row, shardwise
 
 SDS = jax.ShapeDtypeStruct
 EPSILON = 1e-6  # of the norm, as `jla.linen` has it
@@ -96,7 +96,7 @@ def _convolution_backward(normalize, silu_twice, inputs, dy):
     return shardwise(run, (_X, _KERNEL, _X), (_X, _KERNEL))(*inputs, dy)
 
 
-_convolution.defvjp(_convolution_forward, _convolution_backward)
+defvjp(_convolution, _convolution_forward, _convolution_backward)
 
 
 def _forward(x, kernel, *, normalize, silu_twice):

@@ -21,7 +21,7 @@ from jla.pallas.gsa.outputs import outputs
 from jla.pallas.gsa.states import through_chunks
 from jla.pallas.gsa.step import gsa_step
 from jla.pallas.mosaic import TILE_ROWS
-from jla.pallas.shardwise import shardwise
+from jla.pallas.shardwise import defvjp, shardwise
 from jla.xla.gsa import abc_gates
 
 __all__ = ["gsa", "gsa_step", "unsupported"]
@@ -129,7 +129,7 @@ def _gsa_backward(scale, used, residuals, cotangents):
     return *gradients, GSAState(hk, hv) if has_start else None
 
 
-_gsa.defvjp(_gsa_forward, _gsa_backward)
+defvjp(_gsa, _gsa_forward, _gsa_backward)
 
 
 def _with_start(arrays, axes, initial_state):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._segments import segment_starts
+from jla._state import repeated
 from jla.pallas import pieces
 from jla.pallas.chunks import CHUNK, TILE_WIDTH, gates
 from jla.pallas.derivatives import reverse_only
@@ -21,7 +22,7 @@ from jla.pallas.kda.prepare import prepare
 from jla.pallas.kda.step import kda_step
 from jla.pallas.mosaic import TILE_ROWS
 from jla.pallas.recurrence import NARROW
-from jla.pallas.shardwise import for_each_row, shardwise
+from jla.pallas.shardwise import defvjp, for_each_row, shardwise
 
 __all__ = ["kda", "kda_gated", "kda_step", "unsupported"]
 
@@ -131,7 +132,7 @@ def _by_narrow_values(q, k, v, source, beta, initial_state, scale, bounded):
         return _kda(q, k, v, source, beta, initial_state, scale, bounded)
     parts = V // NARROW
     v = v.reshape(B, T, HV * parts, NARROW)
-    beta = jnp.repeat(beta, parts, axis=1)
+    beta = repeated(beta, parts, axis=1)
     if initial_state is not None:
         initial_state = initial_state.reshape(B, HV, K, parts, NARROW).swapaxes(2, 3)
         initial_state = initial_state.reshape(B, HV * parts, K, NARROW)
@@ -188,7 +189,7 @@ def _kda_backward(scale, bounded, residuals, cotangents):
     return *gradients, dv, by_source, dbeta, start if has_start else None
 
 
-_kda.defvjp(_kda_forward, _kda_backward)
+defvjp(_kda, _kda_forward, _kda_backward)
 
 
 def _gates(source, bounded):
@@ -198,7 +199,7 @@ def _gates(source, bounded):
 def _fit(made, q, v):
     """Pads gates to q's tokens and features, and repeats them for heads that are parts of one."""
     made = _pad(made, tokens=q.shape[1] - made.shape[1], features=q.shape[3] - made.shape[3])
-    return jnp.repeat(made, v.shape[2] // made.shape[2], axis=2)
+    return repeated(made, v.shape[2] // made.shape[2], axis=2)
 
 
 def _with_start(arrays, axes, initial_state):

@@ -22,7 +22,7 @@ from jla.pallas.log_linear.step import log_linear_step
 from jla.pallas.log_linear.sums import weighted_sums
 from jla.pallas.log_linear.tree_kernels import tree_gradients, tree_states
 from jla.pallas.mosaic import TILE_ROWS
-from jla.pallas.shardwise import for_each_row, shardwise
+from jla.pallas.shardwise import defvjp, for_each_row, shardwise
 
 __all__ = ["log_linear_attention", "log_linear_mamba2", "log_linear_step", "unsupported"]
 
@@ -30,6 +30,12 @@ bf16, f32 = jnp.bfloat16, jnp.float32
 
 LEAF = 256  # tokens of a leaf block: a power of two, 64 to 2048
 WIDEST = 128  # K or V; the registers of one warpgroup hold no wider row
+
+_AXES = dict(
+    **dict(q="B T H K", k="B T H K", v="B T HV V", do="B T HV V", of_head="B T HV K"),
+    **dict(w="B HV N P C", decays="B HV n", skip="B single HV number"),
+    **dict(states="B HV n V K", live="B N"),
+)
 
 
 def unsupported(name, q, k, v, *_):
@@ -107,19 +113,17 @@ def _core_forward(q, k, v, w, decays, skip, live, per):
 
 
 def _run_forward(q, k, v, w, decays, skip, live, per, keep):
-    axes = _axes(q, v)
-    results = [axes["v"], axes["states"]] if keep and decays is not None else [axes["v"]]
+    results = ["v", "states"] if keep and decays is not None else ["v"]
     arrays = dict(q=q, k=k, v=v, w=w, decays=decays, skip=skip, live=live)
-    return _shardwise(_forward, axes, results, arrays, per=per, keep=keep)
+    return _shardwise(_forward, results, arrays, per=per, keep=keep)
 
 
 def _core_backward(per, residuals, do):
     q, k, v, w, decays, skip, live, states = residuals
-    axes = _axes(q, v)
-    results = [axes["of_head"], axes["of_head"], axes["v"], axes["w"]]
-    results += [axes[name] for name, x in (("decays", decays), ("skip", skip)) if x is not None]
+    results = ["of_head", "of_head", "v", "w"]
+    results += [name for name, x in (("decays", decays), ("skip", skip)) if x is not None]
     arrays = dict(q=q, k=k, v=v, do=do, w=w, decays=decays, skip=skip, states=states, live=live)
-    dq, dk, dv, dw, *others = _shardwise(_backward, axes, results, arrays, per=per)
+    dq, dk, dv, dw, *others = _shardwise(_backward, results, arrays, per=per)
 
     def over_group(x):
         if x.shape == q.shape:
@@ -130,32 +134,15 @@ def _core_backward(per, residuals, do):
     return over_group(dq), over_group(dk), dv, dw, ddecays, dskip, None
 
 
-_core.defvjp(_core_forward, _core_backward)
+defvjp(_core, _core_forward, _core_backward)
 
 
-def _axes(q, v):
-    """The axis letters that `shardwise` splits by. One key head serves all shards whole."""
-    keys, heads = ("one", "H") if q.shape[2] == 1 < v.shape[2] else ("H", "HV")
-    of_keys, of_values = f"B T {keys} K", f"B T {heads} V"
-    return dict(
-        q=of_keys,
-        k=of_keys,
-        v=of_values,
-        do=of_values,
-        of_head=f"B T {heads} K",
-        w=f"B {heads} N P C",
-        decays=f"B {heads} n",
-        skip=f"B single {heads} number",
-        states=f"B {heads} n V K",
-        live="B N",
-    )
-
-
-def _shardwise(function, axes, results, arrays, **options):
+def _shardwise(function, results, arrays, **options):
     """Calls the function, shard by shard, with those arrays by their names that are not None."""
     present = {name: x for name, x in arrays.items() if x is not None}
     run = functools.partial(_named, function, tuple(present), **options)
-    return shardwise(run, [axes[name] for name in present], results)(*present.values())
+    operands, results = ([_AXES[name] for name in names] for names in (present, results))
+    return shardwise(run, operands, results)(*present.values())
 
 
 def _named(function, names, *arrays, **options):

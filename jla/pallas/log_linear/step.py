@@ -19,6 +19,9 @@ from jla.reference import log_linear as reference
 MULTIPLE = 16  # of K and V
 STAGES = 3  # levels that are loaded at once
 
+_OUTPUTS = ("B HV V", "B HV L K V")
+_INPUTS = ("B H K", "B H K", "B HV V", "B HV", "B HV L", _OUTPUTS[1], "B")
+
 
 def unsupported(q, v):
     """Why the kernel cannot serve these arguments, or None."""
@@ -60,10 +63,7 @@ def log_linear_step(q, k, v, g, level_scales, state):
 
 @jax.custom_jvp
 def _step(q, k, v, g, level_scales, levels, position):
-    keys, heads = ("one", "H") if q.shape[1] == 1 < v.shape[1] else ("H", "HV")
-    q_axes, v_axes, levels_axes = f"B {keys} K", f"B {heads} V", f"B {heads} L K V"
-    axes = (q_axes, q_axes, v_axes, f"B {heads}", f"B {heads} L", levels_axes, "B")
-    run = shardwise(_run, axes, (v_axes, levels_axes))
+    run = shardwise(_run, _INPUTS, _OUTPUTS)
     return run(q, k, v, g, level_scales, levels, position)
 
 

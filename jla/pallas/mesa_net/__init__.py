@@ -18,7 +18,7 @@ from jla.pallas.mesa_net import gates, solve, states, step
 from jla.pallas.mesa_net.gradients import chunk_gradients
 from jla.pallas.mesa_net.step import mesa_step
 from jla.pallas.mosaic import TILE_ROWS
-from jla.pallas.shardwise import shardwise
+from jla.pallas.shardwise import defvjp, shardwise
 
 __all__ = ["mesa_net", "mesa_step", "unsupported"]
 
@@ -137,7 +137,7 @@ def _mesa_backward(cg_steps, dtype, residuals, cotangents):
     return dq, dk, dv, dg, None, dbeta, -scale * scale * products, dkk, dkv
 
 
-_mesa.defvjp(_mesa_forward, _mesa_backward)
+defvjp(_mesa, _mesa_forward, _mesa_backward)
 
 
 def _scaled(k, v, lamb, kk, kv):

@@ -25,7 +25,7 @@ from jla.pallas.path_attention.step import path_step
 from jla.pallas.path_attention.step import unsupported as _unsupported_step
 from jla.pallas.path_attention.transform_gradients import transform_gradients
 from jla.pallas.path_attention.tree import grown, leaf_sums, level_sums, rounded, sixteen_bits
-from jla.pallas.shardwise import shardwise
+from jla.pallas.shardwise import defvjp, shardwise
 
 __all__ = ["path_attention", "path_step", "unsupported"]
 
@@ -124,7 +124,7 @@ def _attention_backward(scale, residuals, cotangents):
     return dq, dk, dv, dw.astype(dtype), dbeta, *(dg or [None])
 
 
-_attention.defvjp(_attention_forward, _attention_backward)
+defvjp(_attention, _attention_forward, _attention_backward)
 
 
 def _given(*arrays):

@@ -15,7 +15,7 @@ from jla._cache import PathCache, without_rest
 from jla._lengths import chunk_size
 from jla._segments import segment_starts
 from jla._state import zero_state
-from jla.pallas.shardwise import shardwise
+from jla.pallas.shardwise import defvjp, shardwise
 from jla.xla import chunks
 from jla.xla.path_attention import CHUNK, NEVER, appended, at_the_end, exactly, fits, prepare
 
@@ -90,7 +90,7 @@ def _carried_on_backward(scale, given, cotangents):
     return dict(zip(floats, gradients, strict=True)), None
 
 
-_carried_on.defvjp(_carried_on_forward, _carried_on_backward)
+defvjp(_carried_on, _carried_on_forward, _carried_on_backward)
 
 
 def _float_results(floats):
