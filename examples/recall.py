@@ -447,9 +447,8 @@ def run(options, arguments):
             rows, report["curves"][mixer] = train(mixer, options, console)
         except KeyboardInterrupt:
             rest = ",".join(options.mixers[i:])
-            raise KeyboardInterrupt(
-                f"the same command with --mixers {rest} adds the rest"
-            ) from None
+            how = f"the same command with --mixers {rest} adds the rest"
+            raise KeyboardInterrupt(how) from None
         report["results"] += rows
         write(report, options.out)
     console.print(table(report))

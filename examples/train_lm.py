@@ -185,7 +185,7 @@ def parse(arguments):
     add("--depth", type=whole, default=3)
     add("--heads", type=whole, default=2)
     add("--dtype", choices=sorted(DECODE_TOLERANCE), default="float32", help="of the computation")
-    add("--steps", type=whole, default=240, help="of the whole run, with those before --resume")
+    add("--steps", type=whole, default=240, help="of the whole run")
     add("--batch", type=whole, default=4, help="windows in a step")
     add("--length", type=whole, default=256, help="bytes in a window")
     add("--lr", type=number(float, 0, exclusive=True), default=4e-3, help="peak learning rate")
@@ -203,7 +203,7 @@ def parse(arguments):
         const=LAST,
         metavar="STEP",
         help="go on from the last checkpoint, or from that of a step: later ones are deleted; what "
-        "is not given is as it was, but for --text",
+        "is not given is as it was, but for the text",
     )
     start.add_argument("--overwrite", action="store_true", help="delete an earlier run in --out")
     options = parser.parse_args(arguments)

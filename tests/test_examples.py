@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 
 import chex
 import jax
@@ -18,8 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from programs import assert_fails
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 import checkpoint
 import command_line
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.optax
 
 # The reference compiles in a fraction of the chunked implementation's time; a short text is quickly
 # evaluated.
-TEXT = ["--text", str(ROOT / "LICENSE")]
+TEXT = ["--text", str(pathlib.Path(__file__).parents[1] / "LICENSE")]
 TINY = (
     "--width 32 --depth 1 --heads 2 --length 16 --batch 2 --steps 4 --sample-length 20 "
     "--implementation reference"
@@ -81,6 +81,9 @@ def test_training_writes_what_it_promises(trained):
     lines = metrics(trained)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "held_out_bits_per_byte" in line] == [2, 4]
+    # The rate of each step: none at first, then the peak, then a cosine's thirds of the way down.
+    rates = [line["learning_rate"] for line in lines if "loss" in line]
+    assert rates == pytest.approx([0, 4e-3, 4e-3 * 0.7625, 4e-3 * 0.2875], rel=1e-5)
     first = lines[0]["loss"]
     assert first == pytest.approx(math.log(256), rel=0.05)  # an untrained model knows nothing
     assert lines[-1]["held_out_bits_per_byte"] < 8.0
@@ -221,6 +224,14 @@ def test_help_has_the_defaults(capsys):
                 assert str(value).strip() in help[name.replace("_", "-")].split("(default: ")[1]
 
 
+def test_the_metrics_of_a_saved_step_are_complete(tmp_path, monkeypatch):
+    """A run that dies while it evaluates has not saved the step: a resumed one evaluates again."""
+    monkeypatch.setattr(train_lm, "evaluate", lambda *arguments, **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train("--out", tmp_path)
+    assert not checkpoint.holds_checkpoint(tmp_path)
+
+
 def test_metrics_are_cut_where_a_run_goes_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [f'{{"step": {step}}}\n' for step in (1, 2, 3)]
@@ -241,6 +252,7 @@ def test_metrics_that_cannot_be_written_are_named(tmp_path):
         train_lm.Metrics(path, 0).write(step=1)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_checkpoint_that_cannot_be_written_is_named(copy, no_report, capfd):
     """A limit of file size fails as a full disk does, behind orbax's first files."""
     shutil.rmtree(copy / "checkpoints" / "4")
@@ -262,7 +274,10 @@ def test_what_a_killed_process_left_is_deleted(tmp_path):
     left.mkdir(parents=True)
     checkpoint.open_manager(tmp_path, read_only=True)  # as generate.py does, beside a run
     assert left.exists()
-    checkpoint.open_manager(tmp_path)
+    checkpoint.open_manager(tmp_path)  # in a thread, which the first save waits for
+    for _ in range(100):
+        if left.parent.exists():
+            time.sleep(0.05)
     assert not left.parent.exists()
 
 
