@@ -1,4 +1,4 @@
-"""The training example's parts by their numbers: schedule, optimizer, evaluation, sampling."""
+"""The training example's parts by their numbers: schedule, step, evaluation, text, sampling."""
 
 import math
 import pathlib
@@ -92,6 +92,49 @@ def test_evaluation_counts_each_byte_once_and_no_padding(monkeypatch):
     for by, nats in ((1, RIGHT), (0, WRONG)):
         bits = train_lm.evaluate(Shifted(by), None, data, batch=2, length=4)
         assert bits == pytest.approx(nats / math.log(2), rel=1e-5)
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    data = np.arange(200, dtype=np.uint8)
+    options = dict(batch=4, length=16)
+    batch = text.batch_at(data, 3, seed=1, **options)
+    np.testing.assert_array_equal(batch, text.batch_at(data, 3, seed=1, **options))
+    np.testing.assert_array_equal(np.diff(batch), 1)
+    assert batch.shape == (4, 17)
+    for step, seed in ((4, 1), (3, 2)):
+        assert (batch != text.batch_at(data, step, seed=seed, **options)).any()
+
+
+def test_windows_predict_every_byte_once():
+    data = np.arange(23, dtype=np.uint8)
+    np.testing.assert_array_equal(text.windows(data, 5)[:, 1:].ravel(), np.arange(1, 21))
+
+
+def test_no_paragraph_is_both_trained_on_and_held_out():
+    paragraphs = [p.strip() for p in text.python_documentation().decode().split("\n\n")]
+    assert len(paragraphs) == len(set(paragraphs)) > 1000
+
+
+def test_byte_models_by_hand():
+    data = np.frombuffer(b"aabab", np.uint8)
+    a, b, z = b"abz"
+    # Three of five bytes are "a"; one pseudo-count for each of 256 bytes.
+    np.testing.assert_allclose(text.unigram(data, 1.0)[z, [a, b, z]], np.array([4, 3, 1]) / 261)
+    # After "a" come a, b, b; after "b" comes a; after "z" nothing is known.
+    table = text.bigram(data, 1.0, 2.0)
+    np.testing.assert_allclose(table.sum(axis=1), 1.0)
+    np.testing.assert_allclose(table[a, b], (2 + 2 * 3 / 261) / (3 + 2))
+    np.testing.assert_allclose(table[b, a], (1 + 2 * 4 / 261) / (1 + 2))
+    np.testing.assert_allclose(table[z, a], 4 / 261)
+    expected = -(math.log2(table[a, b]) + math.log2(table[b, a])) / 2
+    assert text.bits_per_byte(table, np.frombuffer(b"aba", np.uint8)) == pytest.approx(expected)
+
+
+def test_the_bigram_model_learns_what_the_unigram_model_cannot():
+    data = np.frombuffer(b"ab" * 2000, np.uint8)
+    bits = text.ngram_baselines(data[:3000], data[3000:])
+    assert bits["unigram"] == pytest.approx(1.0, abs=0.01)
+    assert bits["bigram"] == pytest.approx(0.0, abs=0.01)
 
 
 def test_the_held_out_text_is_the_end():
