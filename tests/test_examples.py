@@ -251,7 +251,7 @@ def test_metrics_that_cannot_be_written_are_named(tmp_path):
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_a_checkpoint_that_cannot_be_written_is_named(copy, no_report, capfd):
+def test_a_checkpoint_that_cannot_be_written_is_named(copy, no_report, capfd, caplog):
     """A limit of file size fails as a full disk does, behind orbax's first files."""
     shutil.rmtree(copy / "checkpoints" / "4")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -260,6 +260,7 @@ def test_a_checkpoint_that_cannot_be_written_is_named(copy, no_report, capfd):
         words = "cannot write checkpoints/4 File too large last one is of step 2"
         call = [train_lm.main, *TINY, *EVERY_TWO, "--resume", "--out", copy]
         assert_fails(capfd, 1, words, *call)
+        assert caplog.records == []  # orbax's, with tracebacks
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["2"]
