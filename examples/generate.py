@@ -109,14 +109,16 @@ def decode(tokens):
 def parse(arguments):
     parser = Parser(prog="generate.py", description="Sample text from a checkpoint.")
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="train_lm.py's --out")
-    parser.add_argument("--step", type=number(int, 0), help="default: the latest")
+    parser.add_argument("--step", type=number(int, 0), help="default: the latest checkpoint's")
     parser.add_argument("--prompt", default="The ", help="text to continue (default: %(default)r)")
     parser.add_argument("--length", type=number(int, 1), default=400, help="bytes to add")
     parser.add_argument(
         "--temperature", type=number(float, 0), default=0.7, help="0 takes the likeliest byte"
     )
     parser.add_argument("--seed", type=number(int, 0), default=0)
-    parser.add_argument("--implementation", choices=("reference", "xla", "pallas"))
+    parser.add_argument(
+        "--implementation", choices=("reference", "xla", "pallas"), help="default: the fastest"
+    )
     options = parser.parse_args(arguments)
     if not options.prompt:
         parser.error("argument --prompt: must not be empty")
@@ -126,8 +128,8 @@ def parse(arguments):
 def main(arguments=None):
     options = parse(arguments)
     with errors_in_one_line("generate.py"):
-        step = checkpoint.find_step(options.checkpoint, options.step)
-        manager = checkpoint.open_manager(options.checkpoint)
+        step = checkpoint.find_step(options.checkpoint, options.step, flag="--step")
+        manager = checkpoint.open_manager(options.checkpoint, read_only=True)
         settings = checkpoint.load_settings(manager, step)
         model = LanguageModel(**settings["model"], implementation=options.implementation)
         params = checkpoint.load_params(manager, step, model)

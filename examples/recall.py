@@ -29,7 +29,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from command_line import InputError, Parser, errors_in_one_line, number
+from command_line import InputError, Parser, errors_in_one_line, number, writing
 from jax import lax
 from model import MIXERS, LanguageModel
 from plot import plot_recall
@@ -285,6 +285,13 @@ def by_commas(convert):
     return convert_all
 
 
+def as_argument(value):
+    """Returns a setting as one would give it to its option."""
+    if value is None:
+        return "the fastest"
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
 def mixer_name(string):
     if string not in MIXERS:
         raise argparse.ArgumentTypeError(f"unknown {string!r}; known: {', '.join(MIXERS)}")
@@ -296,9 +303,19 @@ def parse(arguments):
         prog="recall.py", description="How many key-value pairs does each mixer remember?"
     )
     whole, above = number(int, 1), number(float, 0, exclusive=True)
-    add = parser.add_argument
+
+    def add(option, help="", **settings):
+        name = option[2:].replace("-", "_")
+        defaults = [
+            f"{setting}: {as_argument(values[name])}"
+            for setting, values in SETTINGS.items()
+            if name in values
+        ]
+        help = " ".join([help] * bool(help) + [f"({'; '.join(defaults)})"] * bool(defaults))
+        parser.add_argument(option, help=help, **settings)
+
     add("--setting", choices=SETTINGS, default="small", help="what the others are if not given")
-    add("--mixers", type=by_commas(mixer_name), default=list(MIXERS), metavar="NAME,NAME")
+    add("--mixers", type=by_commas(mixer_name), default=",".join(MIXERS), metavar="NAME,NAME")
     add("--seed", type=number(int, 0), default=0)
     add("--out", metavar="FILE", help="default: runs/recall_SETTING.json")
     add("--pairs", type=by_commas(whole), metavar="N,N", help="numbers of pairs in a sequence")
@@ -393,11 +410,15 @@ def write(report, path):
         f"{settings['depth']}, {settings['length']} tokens, {settings['steps']} steps of "
         f"{settings['batch']} sequences"
     )
-    try:
-        path.write_text(json.dumps(report, indent=1) + "\n")
+    # Beside, then in its place: on a full disk the earlier results stay as they are.
+    beside = path.with_name(f"{path.name}.new")
+    with writing(path):
+        try:
+            beside.write_text(json.dumps(report, indent=1) + "\n")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
         plot_recall(report["results"], title, path.with_suffix(".png"))
-    except OSError as error:
-        raise InputError(f"cannot write to --out {path}: {error.strerror}") from None
 
 
 def table(report):
@@ -421,8 +442,13 @@ def run(options, arguments):
         command=shlex.join(["python", "examples/recall.py", *arguments]),
     )
     report = load(options, meta)
-    for mixer in options.mixers:
-        rows, report["curves"][mixer] = train(mixer, options, console)
+    for i, mixer in enumerate(options.mixers):
+        try:
+            rows, report["curves"][mixer] = train(mixer, options, console)
+        except KeyboardInterrupt:
+            rest = ",".join(options.mixers[i:])
+            how = f"the same command with --mixers {rest} adds the rest"
+            raise KeyboardInterrupt(how) from None
         report["results"] += rows
         write(report, options.out)
     console.print(table(report))

@@ -4,14 +4,23 @@
     python examples/train_lm.py --text book.txt --steps 5000 --width 512 --depth 8 --dtype bfloat16
 
 Writes under --out: metrics.jsonl, loss.png and checkpoints. The same command with --resume goes on
-from the last checkpoint to the numbers that an uninterrupted run would have had.
+from the last checkpoint to the numbers that an uninterrupted run would have had. Ctrl-C saves a
+checkpoint before it ends the program. With --resume and more --steps a finished run is continued:
+
+    python examples/train_lm.py --resume --steps 480
+
+What is not given then is as the checkpoint has it, but for --text. Another --lr, --weight-decay,
+--batch or --steps is used from there on, with the learning rate that a run of so many steps has at
+each of them.
 """
 
+import argparse
 import functools
 import json
 import math
+import os
 import pathlib
-import shutil
+import sys
 import time
 import zlib
 
@@ -20,7 +29,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from command_line import InputError, Parser, errors_in_one_line, number
+from command_line import (
+    InputError,
+    Parser,
+    errors_in_one_line,
+    locked,
+    number,
+    stop_requests,
+    writing,
+)
 from generate import decode, sample
 from model import MIXERS, LanguageModel
 from plot import plot_losses
@@ -121,15 +138,37 @@ class Metrics:
     """The lines of metrics.jsonl, one JSON object each."""
 
     def __init__(self, path, first_step):
-        """Keeps the lines of steps up to `first_step`: a resumed run repeats what came after."""
-        self.path = path
-        lines = path.read_text().splitlines() if first_step and path.exists() else []
-        self.lines = [line for line in map(json.loads, lines) if line["step"] <= first_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        """Keeps the lines of steps up to `first_step`: a resumed run repeats what came after.
+
+        Raises:
+          InputError: a line that is to be kept is damaged.
+        """
+        self.path, self.lines = path, []
+        if not first_step or not path.exists():
+            path.write_bytes(b"")
+            return
+        kept = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):  # a full disk, or the end of a process, cut it off
+                break
+            try:
+                values = json.loads(line)
+                later = values["step"] > first_step
+            except (ValueError, KeyError, TypeError):
+                raise InputError(
+                    f"{path}: line {len(self.lines) + 1} is damaged; correct it, or move the file "
+                    "away"
+                ) from None
+            if later:
+                break
+            self.lines.append(values)
+            kept += len(line)
+        # The file is cut, not written again: this works on a full disk, too.
+        os.truncate(path, kept)
 
     def write(self, **line):
         self.lines.append(line)
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -146,30 +185,52 @@ def parse(arguments):
     add("--depth", type=whole, default=3)
     add("--heads", type=whole, default=2)
     add("--dtype", choices=sorted(DECODE_TOLERANCE), default="float32", help="of the computation")
-    add("--steps", type=whole, default=240)
+    add("--steps", type=whole, default=240, help="of the whole run")
     add("--batch", type=whole, default=4, help="windows in a step")
     add("--length", type=whole, default=256, help="bytes in a window")
     add("--lr", type=number(float, 0, exclusive=True), default=4e-3, help="peak learning rate")
     add("--weight-decay", type=number(float, 0), default=0.1)
     add("--seed", type=number(int, 0), default=0)
-    add("--out", default="runs/lm", metavar="DIR", help="default: %(default)s")
+    add("--out", default="runs/lm", metavar="DIR")
     add("--save-every", type=whole, default=100, metavar="STEPS")
     add("--evaluate-every", type=whole, default=100, metavar="STEPS")
     add("--sample-length", type=whole, default=400, metavar="BYTES")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    start.add_argument(
+        "--resume",
+        nargs="?",
+        type=whole,
+        const=LAST,
+        metavar="STEP",
+        help="go on from the last checkpoint, or from that of a step: later ones are deleted; what "
+        "is not given is as it was, but for the text",
+    )
     start.add_argument("--overwrite", action="store_true", help="delete an earlier run in --out")
     options = parser.parse_args(arguments)
-    if options.width % options.heads:
-        parser.error(f"--width {options.width} must be a multiple of --heads {options.heads}")
-    if options.implementation and options.mixer == "attention":
-        parser.error("--implementation chooses among jla's; --mixer attention is not one of them")
+    # What is in the namespace before, argparse leaves as it is, unless the arguments have it.
+    names = dict.fromkeys(vars(options))
+    given = vars(parser.parse_args(arguments, argparse.Namespace(**names)))
+    options.given = {name for name in names if given[name] is not None}
+    if conflict := find_conflict(options):
+        parser.error(conflict)
     return options
 
 
-# What changes the numbers of a run: a checkpoint is resumed with the same, or not at all.
+def find_conflict(options):
+    """Says which options do not go together; None if all do."""
+    if options.width % options.heads:
+        return f"--width {options.width} must be a multiple of --heads {options.heads}"
+    if options.implementation and options.mixer == "attention":
+        return "--implementation chooses among jla's; --mixer attention is not one of them"
+    return None
+
+
+LAST = 0  # --resume without a step
+
+# What changes the numbers of a run, and what of it a run can be continued with otherwise.
 SETTINGS = ("steps", "batch", "length", "lr", "weight_decay", "seed")
 MODEL_SETTINGS = ("mixer", "width", "depth", "heads", "dtype")
+CHANGEABLE = ("steps", "batch", "lr", "weight_decay")
 
 
 def describe(options, text):
@@ -181,37 +242,38 @@ def describe(options, text):
     }
 
 
+def adopt(options, saved):
+    """Sets the options that were not given to those that a checkpoint was made with."""
+    for name, value in (saved["model"] | saved["training"]).items():
+        if name in SETTINGS + MODEL_SETTINGS and name not in options.given:
+            setattr(options, name, value)
+    if conflict := find_conflict(options):
+        raise InputError(conflict)
+
+
 def check_settings(saved, wanted, step):
-    """Raises InputError if a checkpoint was made with other settings than those wanted."""
-    differences = [
-        f"{'the text' if name == 'text_crc32' else '--' + name.replace('_', '-')} "
-        f"({saved[part].get(name)}, now {value})"
-        for part in wanted
-        for name, value in wanted[part].items()
-        if saved[part].get(name) != value
-    ]
-    if differences:
+    """Returns what differs between a checkpoint's settings and those wanted, in words.
+
+    Raises:
+      InputError: a run cannot be continued with such a difference.
+    """
+    changed, refused = [], []
+    for part in wanted:
+        for name, value in wanted[part].items():
+            if saved[part].get(name) != value:
+                option = "the text" if name == "text_crc32" else "--" + name.replace("_", "-")
+                differences = changed if name in CHANGEABLE else refused
+                differences.append(f"{option} ({saved[part].get(name)}, now {value})")
+    if refused:
         raise InputError(
-            f"the checkpoint of step {step} was made with other settings: {', '.join(differences)}"
+            f"the checkpoint of step {step} was made with other settings: {', '.join(refused)}; "
+            "--steps, --batch, --lr and --weight-decay can change, no others"
         )
-
-
-def prepare_output(options):
-    """Makes --out; returns the step of the checkpoint to resume from, 0 for a new run."""
-    out = pathlib.Path(options.out)
-    try:
-        if options.overwrite:
-            # Only what this program has written.
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        elif not options.resume and (out / "checkpoints").exists():
-            raise InputError(
-                f"{out} already holds a run; --resume continues it, --overwrite replaces it"
-            )
-        first_step = checkpoint.find_step(out) if options.resume else 0
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to --out {out}: {error.strerror}") from None
-    return first_step
+    if wanted["training"]["steps"] < step:
+        raise InputError(
+            f"--steps {wanted['training']['steps']} is less than the {step} steps of the checkpoint"
+        )
+    return changed
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -228,8 +290,16 @@ def initialise(model, optimizer, seed):
     return {"params": params, "moments": optimizer.init(params)}
 
 
+class Stopped(Exception):
+    """The user has stopped the run: the step that is saved, and the signal's number."""
+
+
 def train(model, optimizer, rate, state, first_step, options, data, metrics, save, console):
-    """Runs the steps after `first_step`; returns the final state."""
+    """Runs the steps after `first_step`; returns the final state.
+
+    Raises:
+      Stopped: SIGINT or SIGTERM came. The step that was running is finished and saved.
+    """
     text, held_out = data
     windowed = dict(batch=options.batch, length=options.length)
     columns = (
@@ -239,7 +309,7 @@ def train(model, optimizer, rate, state, first_step, options, data, metrics, sav
         TimeRemainingColumn(),
     )
     pending, began = [], time.perf_counter()
-    with Progress(*columns, console=console) as progress:
+    with stop_requests() as signals, Progress(*columns, console=console) as progress:
         task = progress.add_task(
             "", total=options.steps, completed=first_step, report="compiling ..."
         )
@@ -248,7 +318,8 @@ def train(model, optimizer, rate, state, first_step, options, data, metrics, sav
             state, loss, norm = train_step(state, tokens, model=model, optimizer=optimizer)
             pending.append((step, loss, norm))
             evaluating = step % options.evaluate_every == 0 or step == options.steps
-            saving = step % options.save_every == 0 or step == options.steps
+            stopping = bool(signals)  # one that comes later is for the next step
+            saving = step % options.save_every == 0 or step == options.steps or stopping
 
             # Reading a loss waits for the device, so it is done for several steps at once.
             if step == first_step + 1 or step % 10 == 0 or evaluating or saving:
@@ -269,18 +340,38 @@ def train(model, optimizer, rate, state, first_step, options, data, metrics, sav
                 pending = []
                 report = f"{losses[-1][1] / math.log(2):.3f} bits/byte, {speed:,.0f} tokens/s"
                 progress.update(task, completed=step, report=report)
-            if saving:
-                save(step, state)
             if evaluating:
                 bits = evaluate(model, state["params"], held_out, **windowed)
                 metrics.write(step=step, held_out_bits_per_byte=bits)
                 console.print(f"step {step}: held-out text {bits:.3f} bits/byte; training {report}")
+            # Last, so that the metrics of a step that is saved are complete.
+            if saving:
+                save(step, state)
+            if stopping:
+                raise Stopped(step, signals[0])
             if not pending:
                 began = time.perf_counter()
     return state
 
 
 def run(options):
+    out = pathlib.Path(options.out)
+    if options.resume is None:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+    elif not out.is_dir():
+        raise InputError(f"--resume: there is no folder {out}")
+    with locked(out):
+        first_step, saved = open_run(options, out)
+        # In float32 also on a GPU, whose default products are coarser; bfloat16 is there for speed.
+        precision = "highest" if options.dtype == "float32" else None
+        with jax.default_matmul_precision(precision):
+            run_from(first_step, saved, options, out)
+
+
+def run_from(first_step, saved, options, out):
+    """Trains and reports, in a folder that is this process's alone. Nothing in it is deleted before
+    all that can be wrong with the options has been looked at."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
     try:
         text = load_text(options.text)
@@ -288,11 +379,7 @@ def run(options):
     except ValueError as error:
         raise InputError(error) from None
     settings = describe(options, text)
-    first_step = prepare_output(options)
-    out = pathlib.Path(options.out)
-    manager = checkpoint.open_manager(out)
-    if first_step:
-        check_settings(checkpoint.load_settings(manager, first_step), settings, first_step)
+    changed = check_settings(saved, settings, first_step) if first_step else []
 
     # On a GPU, copies to and from a loop's stacks would take a tenth of the time.
     unroll = jax.default_backend() == "gpu"
@@ -305,16 +392,36 @@ def run(options):
         f"{len(data[0]):,} bytes to train on, {len(data[1]):,} held out"
     )
     if first_step:
-        state = checkpoint.load_state(manager, first_step, state)
+        reader = checkpoint.open_manager(out, read_only=True)
+        state = checkpoint.load_state(reader, first_step, state)
         console.print(f"resumed from step {first_step}")
+        if changed:
+            console.print(f"from here on with other settings: {', '.join(changed)}")
 
     metrics = Metrics(out / "metrics.jsonl", first_step)
+    checkpoint.delete_after(out, first_step)
+    manager = checkpoint.open_manager(out)
 
     def save(step, state):
         checkpoint.save(manager, step, state, settings)
 
     state = train(model, optimizer, rate, state, first_step, options, data, metrics, save, console)
     report(model, state["params"], options, data, metrics, console)
+
+
+def open_run(options, out):
+    """Returns the step to go on from and its settings, which `options` adopts; 0, None if new."""
+    if options.resume is None:
+        if checkpoint.holds_checkpoint(out) and not options.overwrite:
+            raise InputError(
+                f"{out} already holds a run; --resume continues it, --overwrite replaces it"
+            )
+        return 0, None
+    step = None if options.resume == LAST else options.resume
+    step = checkpoint.find_step(out, step, flag="--resume")
+    saved = checkpoint.load_settings(checkpoint.open_manager(out, read_only=True), step)
+    adopt(options, saved)
+    return step, saved
 
 
 def report(model, params, options, data, metrics, console):
@@ -351,10 +458,18 @@ def report(model, params, options, data, metrics, console):
 
 def main(arguments=None):
     options = parse(arguments)
-    # In float32 also on a GPU, whose default products are coarser; bfloat16 is there for speed.
-    precision = "highest" if options.dtype == "float32" else None
-    with errors_in_one_line("train_lm.py"), jax.default_matmul_precision(precision):
-        run(options)
+    with errors_in_one_line("train_lm.py"):
+        try:
+            run(options)
+        except Stopped as stopped:
+            step, number = stopped.args
+            instead = " in place of --overwrite" if options.overwrite else ""
+            print(
+                f"train_lm.py: stopped after step {step}, which is saved; the same command with "
+                f"--resume{instead} goes on",
+                file=sys.stderr,
+            )
+            sys.exit(128 + number)
 
 
 if __name__ == "__main__":

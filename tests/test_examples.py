@@ -2,14 +2,18 @@
 
 import json
 import math
+import os
 import pathlib
+import re
+import resource
 import shutil
+import signal
 import sys
+import time
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from programs import assert_fails
@@ -17,18 +21,20 @@ from programs import assert_fails
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 import checkpoint
+import command_line
 import generate
-import text
 import train_lm
 from model import MIXERS, LanguageModel
 
 pytestmark = pytest.mark.optax
 
-# The reference compiles in a fraction of the chunked implementation's time.
+# The reference compiles in a fraction of the chunked implementation's time; a short text is quickly
+# evaluated.
+TEXT = ["--text", str(pathlib.Path(__file__).parents[1] / "LICENSE")]
 TINY = (
     "--width 32 --depth 1 --heads 2 --length 16 --batch 2 --steps 4 --sample-length 20 "
     "--implementation reference"
-).split()
+).split() + TEXT
 EVERY_TWO = ["--save-every", "2", "--evaluate-every", "2"]
 
 
@@ -37,7 +43,7 @@ def train(*arguments):
 
 
 def load_state(out, step):
-    manager = checkpoint.open_manager(out)
+    manager = checkpoint.open_manager(out, read_only=True)
     return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
 
 
@@ -59,10 +65,23 @@ def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """Runs end with their last step: most of a resumed run's time is that of its report."""
+    monkeypatch.setattr(train_lm, "report", lambda *arguments: None)
+
+
+def contents(out):
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def test_training_writes_what_it_promises(trained):
     lines = metrics(trained)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "held_out_bits_per_byte" in line] == [2, 4]
+    # The rate of each step: none at first, then the peak, then a cosine's thirds of the way down.
+    rates = [line["learning_rate"] for line in lines if "loss" in line]
+    assert rates == pytest.approx([0, 4e-3, 4e-3 * 0.7625, 4e-3 * 0.2875], rel=1e-5)
     first = lines[0]["loss"]
     assert first == pytest.approx(math.log(256), rel=0.05)  # an untrained model knows nothing
     assert lines[-1]["held_out_bits_per_byte"] < 8.0
@@ -73,14 +92,192 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, copy, capsys):
     shutil.rmtree(copy / "checkpoints" / "4")
     train("--out", copy, "--resume")
     assert "resumed from step 2" in capsys.readouterr().out
-    chex.assert_trees_all_equal(load_state(copy, 4), load_state(trained, 4))
+    assert_same_run(copy, trained)
 
-    def numbers(out):
-        return [
-            {k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics(out)
-        ]
 
-    assert numbers(copy) == numbers(trained)
+def assert_same_run(out, other):
+    """The last state and all metrics but the speeds are the same."""
+    chex.assert_trees_all_equal(load_state(out, 4), load_state(other, 4))
+    first, second = (
+        [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics(run)]
+        for run in (out, other)
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("number", "arguments", "words"),
+    [
+        (signal.SIGINT, [], "the same command with --resume goes on"),
+        (signal.SIGTERM, ["--overwrite"], "--resume in place of --overwrite"),
+    ],
+)
+def test_a_signal_ends_a_run_that_can_be_resumed(
+    number, arguments, words, trained, tmp_path, monkeypatch, no_report, capsys
+):
+    def batch_at(text, step, **options):
+        if step == 3:
+            os.kill(os.getpid(), number)
+        return text_batch_at(text, step, **options)
+
+    text_batch_at = train_lm.batch_at
+    monkeypatch.setattr(train_lm, "batch_at", batch_at)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    words = f"train_lm.py: stopped after step 3 saved {words}"
+    call = [train_lm.main, *TINY, *EVERY_TWO, "--out", tmp_path, *arguments]
+    assert_fails(capsys, 128 + number, words, *call)
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert [line["step"] for line in metrics(tmp_path) if "loss" in line] == [1, 2, 3]
+    monkeypatch.undo()
+    monkeypatch.setattr(train_lm, "report", lambda *arguments: None)
+    train("--out", tmp_path, "--resume")
+    assert_same_run(tmp_path, trained)
+
+
+def test_the_second_signal_does_what_it_did():
+    with command_line.stop_requests() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.sigtimedwait([], 1)
+
+
+def test_an_ignored_signal_stays_ignored():
+    """As in a shell's background job, which the Ctrl-C of another job reaches, too."""
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with command_line.stop_requests() as received:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert received == []
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(tmp_path, monkeypatch, capsys):
+    def load_text(paths):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_lm, "load_text", load_text)
+    assert_fails(capsys, 130, "train_lm.py: interrupted", train_lm.main, "--out", tmp_path)
+
+
+def test_a_finished_run_is_continued(trained, copy, monkeypatch, no_report, capsys):
+    """What is not given is as the checkpoint has it; the schedule is that of all the steps."""
+
+    def run(model, optimizer, rate, state, first_step, options, *rest):
+        calls.append((first_step, options.steps, options.batch, options.width, options.seed))
+        wanted = jax.tree.leaves(load_state(trained, 4))
+        chex.assert_trees_all_equal(jax.tree.leaves(state), wanted)
+        assert float(rate(1)) == pytest.approx(0.5)
+        assert float(rate(6)) == pytest.approx(0.05 * 0.5)
+        return state
+
+    calls = []
+    monkeypatch.setattr(train_lm, "train", run)
+    arguments = ["--resume", "--steps", "6", "--lr", "0.5", "--batch", "8", "--out", str(copy)]
+    train_lm.main([*arguments, *TEXT, "--implementation", "reference"])
+    assert calls == [(4, 6, 8, 32, 0)]
+    out = capsys.readouterr().out
+    assert "from here on with other settings: --steps (4, now 6), --batch (2, now 8), --lr" in out
+
+
+def test_two_runs_cannot_use_one_folder(copy, capsys):
+    with command_line.locked(copy):
+        for options in (["--resume"], ["--overwrite"]):
+            words = f"another run is writing to {copy}"
+            assert_fails(capsys, 1, words, train_lm.main, *TINY, "--out", copy, *options)
+    with command_line.locked(copy):  # what is closed, or its process dead, holds nothing
+        pass
+
+
+def test_wrong_options_change_nothing(copy, capsys):
+    before = contents(copy)
+    other = [*TINY, "--out", copy, "--width", "16"]
+    assert_fails(capsys, 1, "cannot build", train_lm.main, *other, "--overwrite")
+    assert_fails(capsys, 1, "--width (32, now 16)", train_lm.main, *other, "--resume")
+    assert_fails(capsys, 1, "already --resume", train_lm.main, *other)
+    assert contents(copy) == before
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_is_none(copy, capsys):
+    for path in (copy / "checkpoints").iterdir():
+        shutil.rmtree(path)
+    # Not that the folder holds a run.
+    other = [*TINY, "--out", copy, "--width", "16"]
+    assert_fails(capsys, 1, "cannot build", train_lm.main, *other)
+
+
+def test_help_has_the_defaults(capsys):
+    for program, defaults in (
+        (train_lm, vars(train_lm.parse([]))),
+        (generate, vars(generate.parse(["--checkpoint", "."])) | dict(checkpoint=None)),
+    ):
+        with pytest.raises(SystemExit):
+            program.main(["--help"])
+        text = " ".join(capsys.readouterr().out.split("options:")[1].split())
+        help = dict(re.findall(r"--([a-z-]+) (.*?)(?= --[a-z-]+ |$)", text))
+        for name, value in defaults.items():
+            if value is not None and value is not False and name != "given":
+                assert str(value).strip() in help[name.replace("_", "-")].split("(default: ")[1]
+
+
+def test_the_metrics_of_a_saved_step_are_complete(tmp_path, monkeypatch):
+    """A run that dies while it evaluates has not saved the step: a resumed one evaluates again."""
+    monkeypatch.setattr(train_lm, "evaluate", lambda *arguments, **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train("--out", tmp_path)
+    assert not checkpoint.holds_checkpoint(tmp_path)
+
+
+def test_metrics_are_cut_where_a_run_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {step}}}\n' for step in (1, 2, 3)]
+    path.write_text("".join(lines) + '{"step": 2, "lo')  # the disk was full
+    assert len(train_lm.Metrics(path, 5).lines) == 3 and path.read_text() == "".join(lines)
+    assert train_lm.Metrics(path, 2).lines == [{"step": 1}, {"step": 2}]
+    assert path.read_text() == "".join(lines[:2])
+    path.write_text("nonsense\n" + lines[0])
+    with pytest.raises(command_line.InputError, match=r"metrics.jsonl: line 1 is damaged"):
+        train_lm.Metrics(path, 2)
+    assert train_lm.Metrics(path, 0).lines == [] and path.read_text() == ""
+
+
+def test_metrics_that_cannot_be_written_are_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    with pytest.raises(command_line.InputError, match=r"metrics.jsonl: No space left on device"):
+        train_lm.Metrics(path, 0).write(step=1)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_checkpoint_that_cannot_be_written_is_named(copy, no_report, capfd, caplog):
+    """A limit of file size fails as a full disk does, behind orbax's first files."""
+    shutil.rmtree(copy / "checkpoints" / "4")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        words = "cannot write checkpoints/4 File too large last one is of step 2"
+        call = [train_lm.main, *TINY, *EVERY_TWO, "--resume", "--out", copy]
+        assert_fails(capfd, 1, words, *call)
+        assert caplog.records == []  # orbax's, with tracebacks
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["2"]
+    train("--resume", "--out", copy)
+    assert checkpoint.find_step(copy, flag="--resume") == 4
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path):
+    left = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp" / "state"
+    left.mkdir(parents=True)
+    checkpoint.open_manager(tmp_path, read_only=True)  # as generate.py does, beside a run
+    assert left.exists()
+    checkpoint.open_manager(tmp_path)  # in a thread, which the first save waits for
+    for _ in range(100):
+        if left.parent.exists():
+            time.sleep(0.05)
+    assert not left.parent.exists()
 
 
 def test_generate_continues_the_prompt(trained, capsys):
@@ -139,49 +336,6 @@ def test_weight_decay_spares_norms_biases_and_gates(mixer, others):
     assert decayed == {"kernel", "embedding"}
 
 
-def test_batches_depend_on_seed_and_step_alone():
-    data = np.arange(200, dtype=np.uint8)
-    options = dict(batch=4, length=16)
-    batch = text.batch_at(data, 3, seed=1, **options)
-    np.testing.assert_array_equal(batch, text.batch_at(data, 3, seed=1, **options))
-    np.testing.assert_array_equal(np.diff(batch), 1)
-    assert batch.shape == (4, 17)
-    for step, seed in ((4, 1), (3, 2)):
-        assert (batch != text.batch_at(data, step, seed=seed, **options)).any()
-
-
-def test_windows_predict_every_byte_once():
-    data = np.arange(23, dtype=np.uint8)
-    np.testing.assert_array_equal(text.windows(data, 5)[:, 1:].ravel(), np.arange(1, 21))
-
-
-def test_no_paragraph_is_both_trained_on_and_held_out():
-    paragraphs = [p.strip() for p in text.python_documentation().decode().split("\n\n")]
-    assert len(paragraphs) == len(set(paragraphs)) > 1000
-
-
-def test_byte_models_by_hand():
-    data = np.frombuffer(b"aabab", np.uint8)
-    a, b, z = b"abz"
-    # Three of five bytes are "a"; one pseudo-count for each of 256 bytes.
-    np.testing.assert_allclose(text.unigram(data, 1.0)[z, [a, b, z]], np.array([4, 3, 1]) / 261)
-    # After "a" come a, b, b; after "b" comes a; after "z" nothing is known.
-    table = text.bigram(data, 1.0, 2.0)
-    np.testing.assert_allclose(table.sum(axis=1), 1.0)
-    np.testing.assert_allclose(table[a, b], (2 + 2 * 3 / 261) / (3 + 2))
-    np.testing.assert_allclose(table[b, a], (1 + 2 * 4 / 261) / (1 + 2))
-    np.testing.assert_allclose(table[z, a], 4 / 261)
-    expected = -(math.log2(table[a, b]) + math.log2(table[b, a])) / 2
-    assert text.bits_per_byte(table, np.frombuffer(b"aba", np.uint8)) == pytest.approx(expected)
-
-
-def test_the_bigram_model_learns_what_the_unigram_model_cannot():
-    data = np.frombuffer(b"ab" * 2000, np.uint8)
-    bits = text.ngram_baselines(data[:3000], data[3000:])
-    assert bits["unigram"] == pytest.approx(1.0, abs=0.01)
-    assert bits["bigram"] == pytest.approx(0.0, abs=0.01)
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -233,11 +387,76 @@ def test_a_checkpoint_of_another_model_is_refused(copy, capsys):
     assert_fails(capsys, 1, "--width (32, now 64) --seed (0, now 7)", train_lm.main, *options)
 
 
-@pytest.mark.parametrize("part", ["state", "settings"])
-def test_a_damaged_checkpoint_is_named(part, copy, capsys):
-    for path in (copy / "checkpoints" / "4" / part).rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"damaged")
-    words = "cannot read checkpoints/4 damaged"
-    assert_fails(capsys, 1, words, train_lm.main, *TINY, "--resume", "--out", copy)
-    assert_fails(capsys, 1, words, generate.main, "--checkpoint", copy)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--length 8", "--length (16, now 8)"),
+        ("--dtype bfloat16 --mixer gsa", "--dtype (float32, now bfloat16) --mixer (kda, now gsa)"),
+        ("--text {text}", "the text ("),
+        ("--steps 3", "--steps 3 is less than the 4 steps"),
+        ("--resume 3", "no checkpoint of step 3 there are [2, 4]"),
+    ],
+)
+def test_other_settings_are_refused_by_name(options, words, copy, capsys, tmp_path):
+    text = tmp_path / "text"
+    text.write_bytes(b"other" * 1000)
+    options = options.format(text=text).split()
+    call = [train_lm.main, *TINY, "--resume", "--out", copy, *options]
+    assert_fails(capsys, 1, words, *call)
+
+
+DAMAGES = {
+    "one byte": (r"ocdbt.process_0/d/", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+    "cut off": (r"state/manifest.ocdbt", lambda data: data[:-10]),
+    "settings": (r"settings/metadata", lambda data: data.replace(b"32", b"64")),
+    "gone": (r"state/_METADATA", None),
+    "unfinished": (checkpoint.CHECKSUMS, None),
+    "checksums": (checkpoint.CHECKSUMS, lambda data: data[:-1]),
+}
+
+
+def damage(step, name):
+    """Changes or removes a file of a checkpoint; returns its path inside it."""
+    pattern, change = DAMAGES[name]
+    files = [path for path in sorted(step.rglob("*")) if re.search(pattern, str(path))]
+    path = max(files, key=lambda path: path.stat().st_size)
+    path.write_bytes(change(path.read_bytes())) if change else path.unlink()
+    return path.relative_to(step)
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_named(name, copy, capfd):
+    path = damage(copy / "checkpoints" / "4", name)
+    words = f"cannot read checkpoints/4 damaged {path} step 2 is whole:"
+    resume = [train_lm.main, *TINY, "--resume", "--out", copy]
+    assert_fails(capfd, 1, f"{words} --resume 2", *resume)
+    assert_fails(capfd, 1, f"{words} --step 2", generate.main, "--checkpoint", copy)
+    damage(copy / "checkpoints" / "2", name)
+    assert_fails(capfd, 1, f"cannot read {path} no older", *resume)
+
+
+def test_an_older_checkpoint_is_resumed(trained, copy, no_report):
+    """In place of the one that is damaged, which the run then writes again."""
+    damage(copy / "checkpoints" / "4", "one byte")
+    train("--out", copy, "--resume", 2)
+    assert checkpoint.find_step(copy, flag="--resume") == 4
+    assert_same_run(copy, trained)
+
+
+def test_a_checkpoint_of_another_version_is_named(copy, capfd):
+    """Its files are whole, and hold something else."""
+    step = copy / "checkpoints" / "4"
+    (step / "settings" / "metadata").write_text('{"model": {}}')
+    (step / checkpoint.CHECKSUMS).write_text(json.dumps(checkpoint._checksums(step)))
+    words = "cannot read checkpoints/4 version KeyError"
+    assert_fails(capfd, 1, words, train_lm.main, *TINY, "--resume", "--out", copy)
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    for step in ("80", "100", "9"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+        (tmp_path / "checkpoints" / step / checkpoint.CHECKSUMS).write_text("{}")
+    assert checkpoint.find_step(tmp_path, flag="--step") == 100
+    assert checkpoint.find_step(tmp_path, 9, flag="--step") == 9
+    checkpoint.delete_after(tmp_path, 9)
+    assert os.listdir(tmp_path / "checkpoints") == ["9"]

@@ -1,13 +1,19 @@
 """examples/recall.py: its sequences, and a small run from end to end."""
 
+import errno
 import json
 import pathlib
+import re
 import sys
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from programs import assert_fails
+from rich.console import Console
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
@@ -56,6 +62,109 @@ def test_queries_lie_by_a_power_law(sequences):
     law = np.arange(1, 13) ** (recall.POWER - 1)
     shares = np.bincount(place, minlength=12) / 3000
     np.testing.assert_allclose(shares, law / law.sum(), atol=0.03)
+
+
+class Bias:
+    """A model whose logits are its one parameter, whatever the tokens are."""
+
+    def apply(self, variables, tokens):
+        return jnp.broadcast_to(variables["params"]["bias"], (*tokens.shape, 16))
+
+
+def test_a_score_is_that_of_the_queries():
+    """The model is sure, by a margin of 4, of token 9; of three queries two have this value."""
+    targets = jnp.full((2, 5), recall.NO_TARGET).at[0, jnp.array([2, 4])].set(jnp.array([9, 8]))
+    targets = targets.at[1, 3].set(9)
+    params = {"bias": 4.0 * jax.nn.one_hot(9, 16)}
+    nats, right = recall.score(Bias(), params, jnp.zeros((2, 5), jnp.int32), targets)
+    sure = np.log(np.exp(4) + 15) - 4
+    np.testing.assert_allclose(nats, [sure + 2, sure], rtol=1e-5)
+    np.testing.assert_array_equal(right, [0.5, 1.0])
+
+
+def test_steps_have_their_own_sequences_and_learning_rate():
+    task = recall.Task(pairs=(1, 2), length=12, vocabulary=16)
+    shared = dict(model=Bias(), optimizer=optax.sgd(1.0), task=task, batch=4)
+
+    def run(lr, first, last):
+        params = {"bias": jnp.zeros(16).at[8].set(1.0)}
+        state = params, shared["optimizer"].init(params)
+        state, loss, accuracy = recall.train_steps(
+            state, jax.random.key(3), lr, first, last, **shared
+        )
+        return state[0]["bias"], loss, accuracy
+
+    # Without a learning rate a mean over two steps is that of the single ones.
+    _, *both = run(0.0, 0, 2)
+    _, *one = run(0.0, 0, 1)
+    _, *other = run(0.0, 1, 2)
+    mean = jax.tree.map(lambda x, y: (x + y) / 2, one, other)
+    chex.assert_trees_all_close(both, mean, rtol=1e-6)
+    assert float(jnp.abs(one[0] - other[0])) > 1e-3
+    start = run(0.0, 0, 1)[0]
+    moved = [run(lr, 0, 1)[0] - start for lr in (0.1, 0.3)]
+    np.testing.assert_allclose(3 * moved[0], moved[1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_best_learning_rate_is_reported(monkeypatch):
+    """It has the highest accuracy; one whose loss is not finite is none."""
+
+    def train_with(lr, state, run, model, options, console):
+        assert float(jnp.std(state[0]["embed"]["embedding"])) == pytest.approx(0.5, rel=0.1)
+        if lr == 0.3:
+            raise FloatingPointError("its loss is inf")
+        accuracy = {0.1: 0.4, 0.2: 0.9, 0.4: 0.6}[lr]
+        return [dict(accuracy=accuracy, lr=lr, compile_seconds=10 * lr)] * 2, [lr]
+
+    monkeypatch.setattr(recall, "train_with", train_with)
+    options = recall.parse([*TINY, "--lr", "0.1,0.2,0.3,0.4"])
+    rows, curve = recall.train("attention", options, Console(quiet=True))
+    assert curve == [0.2]
+    assert rows == [dict(accuracy=0.9, lr=0.2, compile_seconds=1.0)] * 2
+    options.lr = [0.3]
+    with pytest.raises(recall.InputError, match="no loss stayed finite"):
+        recall.train("attention", options, Console(quiet=True))
+
+
+def test_results_stay_where_new_ones_cannot_be_written(tmp_path, monkeypatch):
+    path = tmp_path / "recall.json"
+    path.write_text("earlier")
+
+    def full(self, text):
+        pathlib.Path(self).touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    names = ("width", "depth", "length", "steps", "batch", "lr", "weight_decay", "pairs")
+    report = dict(
+        meta=dict(card="cpu", jax="0", date="2026-11-28"),
+        settings=dict.fromkeys(names, 1),
+        results=[],
+    )
+    with pytest.raises(recall.InputError, match=r"recall.json: No space left on device"):
+        recall.write(report, path)
+    assert path.read_text() == "earlier" and list(tmp_path.iterdir()) == [path]
+
+
+def test_ctrl_c_says_how_to_add_the_rest(tmp_path, monkeypatch, capsys):
+    def train(mixer, options, console):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recall, "train", train)
+    arguments = [*TINY, "--mixers", "kda,gsa", "--out", tmp_path / "recall.json"]
+    assert_fails(capsys, 130, "interrupted --mixers kda,gsa adds", recall.main, *arguments)
+
+
+def test_help_has_the_settings_defaults(capsys):
+    with pytest.raises(SystemExit):
+        recall.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split("options:")[1].split())
+    help = dict(re.findall(r"--([a-z-]+) (.*?)(?= --[a-z-]+ |$)", text))
+    assert "(small: 2,4,8,16; full: 4,8,16,32,64,128)" in help["pairs"]
+    for setting, values in recall.SETTINGS.items():
+        for name, value in values.items():
+            shown = f"{setting}: {recall.as_argument(value)}"
+            assert shown in help[name.replace("_", "-")]
 
 
 # The reference compiles fastest.
