@@ -29,6 +29,9 @@ TILE_TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 TILE_ROWS = 8
 TRANSFORMS = (plgpu.TilingTransform((TILE_ROWS, 64)), plgpu.SwizzleTransform(128))
 
+# The scope in which the interpreter reads a product's operands; tests/hardware.py knows them by it.
+OPERAND = "operand_of_a_product"
+
 _state = threading.local()
 
 
@@ -92,7 +95,8 @@ def product(*pairs, init=None, meanwhile=None):
     if interpreting():
 
         def value(x):
-            return (x if isinstance(x, jax.Array) else x[...]).astype(f32)
+            with jax.named_scope(OPERAND):
+                return (x if isinstance(x, jax.Array) else x[...]).astype(f32)
 
         total = sum(jnp.dot(value(a), value(b), precision=lax.Precision.HIGHEST) for a, b in pairs)
         if meanwhile is not None:
