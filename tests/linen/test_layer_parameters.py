@@ -123,6 +123,7 @@ MISTAKES = (
     ({}, dict(segment_ids=np.ones((2, 5))), TypeError, "segment_ids must be integers, got float"),
     (dict(num_heads=0), {}, ValueError, "num_heads must be at least 1, got 0"),
     (dict(num_heads=2.0), {}, TypeError, "num_heads must be an integer, got 2.0"),
+    (dict(num_heads=True), {}, TypeError, "num_heads must be an integer, got True"),
     (dict(head_dim=8), {}, ValueError, "head_dim must be 16 to 256, got 8"),
     (
         dict(head_dim=None, num_heads=5),
