@@ -42,7 +42,9 @@ def interpret(*, detect_races=True):
     Meant for tests: about a second for two heads of four chunks. JAX traces a function anew inside
     this context, so a jitted function may be used inside and outside.
     """
-    params = plgpu.InterpretGPUParams(detect_races=detect_races)
+    # As many as the copies a CTA makes between two uses of an SMEM tile: copies of one number take
+    # each other's clock, and a wait for the one would pass for a wait for the other.
+    params = plgpu.InterpretGPUParams(detect_races=detect_races, num_tma_threads_per_device=256)
     before = interpreting()
     _state.interpreting = params
     try:
