@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import hardware
 import jax
 import pytest
 
@@ -10,6 +11,8 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 # Most of the suite's time is XLA's: on small shapes it compiles for longer than it runs.
 jax.config.update("jax_disable_most_optimizations", True)
+# Kernels that only the interpreter runs right are wrong.
+hardware.check_more()
 
 
 def pytest_collection_modifyitems(items):

@@ -41,14 +41,14 @@ def pallas_step(*args, **scale):
 @pytest.mark.parametrize(
     "sizes, scale",
     [
-        (dict(H=2, HQ=2, dtype=f16), None),
+        (dict(H=2, HQ=4, dtype=f16), None),
         (dict(K=16, V=48, M=48, dtype=f32), -2.0),  # tiles of 16 columns
         (dict(K=256, V=256, M=128), None),  # four tiles a state
     ],
     ids=str,
 )
 def test_step_is_the_reference(sizes, scale):
-    args = arguments((1,), **sizes)
+    args = arguments((2,), **sizes)
     o, state = pallas_step(*args, scale=scale)
     want_o, want_state = jla.gsa_step(*args, scale=scale, implementation="reference")
     assert o.dtype == args[2].dtype and state.hk.dtype == state.hv.dtype == f32
@@ -94,7 +94,8 @@ def test_step_lowers_for_cuda_in_place(B, sizes):
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_pieces_are_the_whole(reverse):
-    B, T, H, HQ, D, M = 1, 264, 1, 2 if reverse else 1, 64, 64  # five chunks, the last of 8 tokens
+    # Five chunks, the last of 8 tokens; a warpgroup has two tiles of a state.
+    B, T, H, HQ, D, M = 1, 264, 1, 2 if reverse else 1, 128, 64
     x = [normal(i, B, T, HQ, D).astype(bf16) for i in range(2)]
     w = [normal(2 + i, B, T, HQ, M).astype(bf16) for i in range(2)]
     gates = chunks.gates(-0.02 * jnp.abs(normal(4, B, T, H, M)))

@@ -216,7 +216,7 @@ def test_weights_are_decays():
 @pytest.mark.parametrize(
     "positions, sizes",
     [
-        ((0, 5, 7, 100), dict(H=2, V=48)),
+        ((0, 5, 7, 100), dict(H=4, HK=2, V=48)),
         ((7, 8, 3), dict(K=16, V=16, L=4, dtype=f16)),  # two rows outgrow their levels
         ((15,), dict(H=2, HK=2, K=128, V=128, L=6, dtype=f32)),
     ],

@@ -20,7 +20,7 @@ import jla.pallas
 from jla import PathCache
 from jla.pallas import path_attention as kernels
 from jla.pallas.path_attention import cache as around
-from jla.pallas.path_attention import levels
+from jla.pallas.path_attention import levels, step
 from jla.reference import path_attention as reference
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -93,10 +93,18 @@ def values_and_gradients(implementation, arrays, cotangent, segment_ids):
     return o, vjp(cotangent.astype(o.dtype))
 
 
-def test_several_leaves_are_the_reference():
-    """Three leaves, the last of 44 tokens: two levels, a leaf without a version at one of them."""
-    arrays, cotangent = tokens(1, 300, HQ=1), normal(9, 1, 300, 1, 16)
-    ids = jnp.repeat(jnp.arange(3), jnp.asarray([40, 230, 30]), total_repeat_length=300)[None]
+@pytest.mark.parametrize(
+    "T, H, HQ",
+    [
+        (140, 2, 4),
+        # Three leaves, the last of 44 tokens: two levels, a leaf without a version at one of them.
+        pytest.param(300, 1, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_several_leaves_are_the_reference(T, H, HQ):
+    arrays, cotangent = tokens(1, T, H=H, HQ=HQ), normal(9, 1, T, HQ, 16)
+    lengths = jnp.asarray([40, T - 50, 10])
+    ids = jnp.repeat(jnp.arange(3), lengths, total_repeat_length=T)[None]
     with jla.pallas.interpret():
         got = values_and_gradients("pallas", arrays, cotangent, ids)
     arrays = jax.tree.map(lambda x: x.astype(f32), arrays)
@@ -179,6 +187,14 @@ def test_step_stays_in_its_row():
     """One head's keys of a row lie right before those of the next; the last tile is not full."""
     lengths = (76, 3, 40, 76)
     check_step(contextlib.nullcontext, lengths, dict(capacity=77, K=128, V=128, gated=False))
+
+
+def test_step_into_other_memory(monkeypatch):
+    """XLA may drop the alias of the keys: then the rest of the cache is cleared, in all pieces."""
+    kernel = step.mosaic.kernel
+    monkeypatch.setattr(step.mosaic, "kernel", lambda *x, in_place, **y: kernel(*x, **y))
+    jax.clear_caches()
+    check_step(jla.pallas.interpret, (3, 40), dict(capacity=300, HQ=1, gated=False))
 
 
 def check_step(context, lengths, sizes):

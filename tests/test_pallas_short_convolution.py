@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from comparing import close
 from flax import linen as nn
@@ -18,9 +19,11 @@ f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 
 def arguments(B, T, H, D, W, dtype=bf16):
+    """All heads but the first have a small convolution, whose squares' sum is near the epsilon."""
     keys = jax.random.split(jax.random.key(T), 3)
     x, dy = (jax.random.normal(key, (B, T, H, D)).astype(dtype) for key in keys[:2])
-    return x, jax.random.normal(keys[2], (W, H, D)), dy
+    small = jnp.where(jnp.arange(H) > 0, 2e-3 / (W * D) ** 0.5, 1.0)
+    return x, small[:, None] * jax.random.normal(keys[2], (W, H, D)), dy
 
 
 def formula(x, kernel, normalize, silu_twice=False):
@@ -70,7 +73,17 @@ def check(context, sizes, options):
     want = jax.jit(functools.partial(with_gradients, run))(x.astype(f32), kernel, dy.astype(f32))
     assert [a.dtype for a in got] == [x.dtype, x.dtype, f32]
     for ours, theirs, tolerance in zip(got, want, (3e-3, 3e-3, 1e-5), strict=True):
-        close(ours, theirs, tolerance)
+        for h in range(x.shape[2]):
+            close(ours[..., h, :], theirs[..., h, :], tolerance)
+
+
+def test_the_norms_epsilon():
+    """A vector whose squares' sum is 1e-6 is divided by the square root of 2e-6."""
+    x, kernel, _ = arguments(1, 5, 2, 64, 3, f32)
+    y = np.asarray(formula(x, kernel, False), np.float64)
+    squares = np.sum(y**2, axis=-1, keepdims=True)
+    assert 1e-7 < np.median(squares[..., 1, :]) < 1e-5
+    close(formula(x, kernel, True), y / np.sqrt(squares + 1e-6), 1e-6)
 
 
 @pytest.mark.parametrize("silu_twice", [False, True])

@@ -39,7 +39,7 @@ def pallas(*args):
         dict(dtype=f32),
         dict(dtype=bf16),
         dict(dtype=f16),
-        dict(H=1, HV=2, V=128),  # two value heads a key head, two tiles a state
+        dict(H=2, HV=4, V=128),  # two value heads a key head, two tiles a state
         dict(B=1, H=1, HV=1, K=16, V=16),
         dict(B=1, H=1, HV=1, K=48, V=80),
         dict(B=1, H=1, HV=1, K=256, V=64),

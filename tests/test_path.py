@@ -99,5 +99,7 @@ def test_empty_caches():
     assert jla.PathCache.empty(2, 5, 3, 16, 32).decay is None
     with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
         jla.PathCache.empty(2, 0, 3, 16, 32)
+    with pytest.raises(ValueError, match="query_heads must be at least 1, got 0"):
+        jla.PathCache.empty(2, 5, 3, 16, 32, query_heads=0)
     with pytest.raises(TypeError, match="dtype must be bfloat16, float16 or float32, got int32"):
         jla.PathCache.empty(2, 5, 3, 16, 32, dtype=jnp.int32)

@@ -29,6 +29,9 @@ TILE_TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 TILE_ROWS = 8
 TRANSFORMS = (plgpu.TilingTransform((TILE_ROWS, 64)), plgpu.SwizzleTransform(128))
 
+# The scope in which the interpreter reads a product's operands; tests/hardware.py knows them by it.
+OPERAND = "operand_of_a_product"
+
 _state = threading.local()
 
 
@@ -39,7 +42,9 @@ def interpret(*, detect_races=True):
     Meant for tests: about a second for two heads of four chunks. JAX traces a function anew inside
     this context, so a jitted function may be used inside and outside.
     """
-    params = plgpu.InterpretGPUParams(detect_races=detect_races)
+    # As many as the copies a CTA makes between two uses of an SMEM tile: copies of one number take
+    # each other's clock, and a wait for the one would pass for a wait for the other.
+    params = plgpu.InterpretGPUParams(detect_races=detect_races, num_tma_threads_per_device=256)
     before = interpreting()
     _state.interpreting = params
     try:
@@ -92,7 +97,8 @@ def product(*pairs, init=None, meanwhile=None):
     if interpreting():
 
         def value(x):
-            return (x if isinstance(x, jax.Array) else x[...]).astype(f32)
+            with jax.named_scope(OPERAND):
+                return (x if isinstance(x, jax.Array) else x[...]).astype(f32)
 
         total = sum(jnp.dot(value(a), value(b), precision=lax.Precision.HIGHEST) for a, b in pairs)
         if meanwhile is not None:

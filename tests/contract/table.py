@@ -117,6 +117,7 @@ def edit(**edits):
 SCALE_MISTAKES = (
     ("scale an array", edit(scale=lambda _: jnp.ones(())), TypeError, ("scale", "number")),
     ("scale a string", edit(scale="big"), TypeError, ("scale", "str")),
+    ("scale a bool", edit(scale=True), TypeError, ("scale", "bool")),
 )
 COMMON_MISTAKES = (
     *SCALE_MISTAKES,

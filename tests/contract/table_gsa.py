@@ -101,6 +101,8 @@ GSA = Mechanism(
             dtypes=("bfloat16", "float16"),
             lengths=(1, 64, 130),
             head_dims=(
+                # Two rows, and two query heads to each of two key heads; two tiles of slots.
+                dict(B=2, T=20, H=2, HQ=4, V=40, M=100),
                 dict(HQ=1, T=70, K=250, V=81, M=100),
                 dict(HQ=1, T=70, K=128, V=81, M=64),
                 dict(HQ=1, T=70, K=63, V=256, M=20),

@@ -99,6 +99,8 @@ KDA = Mechanism(
             dtypes=("bfloat16", "float16"),
             lengths=(1, 63, 64, 130),
             head_dims=(
+                # Two rows, and two value heads to each of two key heads; two tiles of features.
+                dict(B=2, T=20, H=2, HV=4, K=81, V=40),
                 dict(HV=1, T=70, K=63, V=81),
                 dict(HV=1, K=128, V=81),
                 dict(HV=1, K=63, V=128),

@@ -141,7 +141,11 @@ LOG_LINEAR = Mechanism(
             full=dict(B=2, T=2000, H=8, HK=1, K=128, V=128),
             dtypes=("bfloat16", "float16"),
             lengths=(130,),
-            head_dims=(dict(T=20, H=2, HK=1, K=128, V=81),),
+            head_dims=(
+                # Two rows, and two heads to each of two key heads.
+                dict(B=2, T=20, H=4, HK=2, K=81, V=40),
+                dict(T=20, H=2, HK=1, K=128, V=81),
+            ),
             context=jla.pallas.interpret,
             compiled_on="gpu",
             linearizes=False,  # a custom_vjp

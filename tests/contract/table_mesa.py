@@ -95,6 +95,7 @@ _SHARED_MISTAKES = (
     ),
     ("cg_steps zero", edit(cg_steps=0), ValueError, ("cg_steps", "at least 1", "0")),
     ("cg_steps a float", edit(cg_steps=30.0), TypeError, ("cg_steps", "integer", "float")),
+    ("cg_steps a bool", edit(cg_steps=True), TypeError, ("cg_steps", "integer", "bool")),
     ("cg_steps an array", edit(cg_steps=lambda _: jnp.ones((), int)), TypeError, ("cg_steps",)),
     (
         "no kernel",
@@ -152,7 +153,12 @@ MESA = Mechanism(
             full=dict(B=2, T=2000, H=8, K=128, V=128),
             dtypes=("bfloat16", "float16"),
             lengths=(1, 63, 64, 130),
-            head_dims=(dict(T=70, K=63, V=81), dict(K=128, V=81), dict(T=70, K=63, V=128)),
+            head_dims=(
+                dict(B=2, T=20, H=2, K=63, V=81),
+                dict(T=70, K=63, V=81),
+                dict(K=128, V=81),
+                dict(T=70, K=63, V=128),
+            ),
             context=jla.pallas.interpret,
             beyond=("equal keys, weak ridge",),
             compiled_on="gpu",

@@ -7,6 +7,8 @@ from harness import assert_close, assert_same_bits, inputs
 from mechanisms import MECHANISMS
 from test_transforms import compilations
 
+from jla._dispatch import choose
+
 
 def mistakes(table):
     for mechanism in MECHANISMS:
@@ -56,6 +58,12 @@ def test_settings_are_by_name_only(mechanism):
     arrays = [x for name, x in args.items() if name != mechanism.state[0]]
     with pytest.raises(TypeError, match="positional"):
         mechanism.run(*arrays, 0.5)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
+def test_without_a_gpu_the_default_is_xla(mechanism):
+    for name in (mechanism.run.__name__, mechanism.step.__name__):
+        assert choose(name, None) is choose(name, "xla")
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)

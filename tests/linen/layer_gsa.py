@@ -112,6 +112,7 @@ GSA = dict(
             "gate_logit_normalizer must be positive, got 0",
         ),
         (dict(gate_logit_normalizer="8"), TypeError, "gate_logit_normalizer must be a Python num"),
+        (dict(gate_logit_normalizer=True), TypeError, "gate_logit_normalizer must be a Python num"),
         (dict(scale="1"), TypeError, "scale must be None or a Python number"),
     ),
 )

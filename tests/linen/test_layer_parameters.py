@@ -132,6 +132,7 @@ MISTAKES = (
     ),
     (dict(dtype=jnp.float64), {}, TypeError, "dtype must be .*float32, got float64"),
     (dict(param_dtype=jnp.int32), {}, TypeError, "param_dtype must be .*float32, got int32"),
+    (dict(num_heads=True), {}, TypeError, "num_heads must be an integer, got True"),
     (
         dict(head_dim=None, num_heads=5),
         {},
