@@ -1,6 +1,9 @@
-"""Checks that the layers share."""
+"""Checks that the layers share, and what a layer does in `init`."""
 
 import numbers
+
+import jax
+import jax.numpy as jnp
 
 from jla import _checks
 
@@ -67,3 +70,21 @@ def check_cache(layer, **shapes):
                 f"the cache's {name} must have shape {shape} for these inputs, got {cached}; make "
                 "the cache with init on inputs of this batch size"
             )
+
+
+def unless_initializing(layer, run):
+    """`run` itself; in `init`, a function that returns zeros of the shapes that `run` returns.
+
+    `init` needs no values of the mechanism, and to compile it takes far longer than all else there.
+    `run` is traced nevertheless, so that wrong arguments raise in `init` too.
+    """
+    if not layer.is_initializing():
+        return run
+
+    def zeros(*args, **kwargs):
+        return jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding),
+            jax.eval_shape(lambda: run(*args, **kwargs)),
+        )
+
+    return zeros
