@@ -131,7 +131,7 @@ def _entering(state, key_writes, value_writes, total):
         return GSAState(hk, hv), state
 
     chunk_major = tuple(jnp.moveaxis(x, 2, 0) for x in (key_writes, value_writes, total))
-    state, states = lax.scan(chunk, state, chunk_major)
+    state, states = lax.scan(chunk, state, chunk_major, unroll=True)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), states), state
 
 
