@@ -1,7 +1,8 @@
-"""Checks that the layers share."""
+"""Checks that the layers share, and what a layer does in `init`."""
 
 import numbers
 
+import jax
 import jax.numpy as jnp
 
 from jla import _checks
@@ -107,3 +108,21 @@ def check_cache(layer, **entries):
                 f"the cache's {path} must be {jnp.dtype(dtype).name}, got {cached.dtype.name}; "
                 "make the cache with init of this layer, on inputs of this dtype"
             )
+
+
+def unless_initializing(layer, run):
+    """`run` itself; in `init`, a function that returns zeros of the shapes that `run` returns.
+
+    `init` needs no values of the mechanism, and to compile it takes far longer than all else there.
+    `run` is traced nevertheless, so that wrong arguments raise in `init` too.
+    """
+    if not layer.is_initializing():
+        return run
+
+    def zeros(*args, **kwargs):
+        return jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding),
+            jax.eval_shape(lambda: run(*args, **kwargs)),
+        )
+
+    return zeros

@@ -8,6 +8,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jla import _checks, _dispatch
+from jla.linen import _arguments
 
 f32 = jnp.float32
 
@@ -37,6 +38,7 @@ def gated_norm(norm, x, gate, real=None):
         arrays = x, gate, norm._scale(x)
         run = _dispatch.kernel("gated_norm", norm.implementation, *arrays)
         if run is not None:
+            run = _arguments.unless_initializing(norm, run)
             return run(*arrays, epsilon=norm.epsilon)
     else:
         x = jnp.where(real[..., None, None], x, 0)
@@ -97,8 +99,9 @@ class RMSNorm(nn.Module):
             run = _dispatch.kernel("rms_norm", self.implementation, *arrays)
             if run is not None:
                 names = {attribute: _NAMES[function] for attribute, function in used.items()}
+                run = _arguments.unless_initializing(self, run)
                 return run(*arrays, epsilon=self.epsilon, **names)
-        return self._formula(*arrays)
+        return _arguments.unless_initializing(self, self._formula)(*arrays)
 
     @_checks.named
     def branch(self, x, update=None):
@@ -118,10 +121,11 @@ class RMSNorm(nn.Module):
         if self.input_activation is None:
             run = _dispatch.kernel("rms_norm_branch", self.implementation, *arrays)
             if run is not None:
+                run = _arguments.unless_initializing(self, run)
                 return run(*arrays, epsilon=self.epsilon)
         if update is not None:
             x = checkpoint_name(x + update, "residual_stream")
-        return self._formula(x, scale), x
+        return _arguments.unless_initializing(self, self._formula)(x, scale), x
 
     @nn.compact
     def _scale(self, x):

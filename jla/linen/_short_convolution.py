@@ -65,7 +65,7 @@ class ShortConvolution(nn.Module):
         B, T, *channels = x.shape
         past = self.size - 1
         kernel = self.param("kernel", self.kernel_init, (self.size, *channels), self.param_dtype)
-        if not self.decode and segments is None:
+        if not (self.decode or self.is_initializing()) and segments is None:
             run = _dispatch.kernel("short_convolution", self.implementation, x, kernel)
             if run is not None:
                 return run(x, kernel, normalize=self.normalize, silu_twice=self.silu_twice)
@@ -74,7 +74,9 @@ class ShortConvolution(nn.Module):
         if self.decode:
             cache = self.variable("cache", "inputs", jnp.zeros, (B, past, *channels), x.dtype)
             window = jnp.concatenate([cache.value, x], axis=1)
-        else:
+        if self.is_initializing():
+            return x  # of the output's shape; see `_arguments.unless_initializing`
+        if not self.decode:
             window = jnp.pad(x, ((0, 0), (past, 0), (0, 0), (0, 0)))
         if segments is not None:
             window_segments = jnp.pad(segments, ((0, 0), (past, 0)))
@@ -87,7 +89,7 @@ class ShortConvolution(nn.Module):
                 tap = jnp.where(same[..., None, None], tap, 0.0)
             y = y + kernel[i].astype(f32) * tap
 
-        if self.decode and not self.is_initializing():
+        if self.decode:
             if segments is not None:
                 same = window_segments == segments[:, -1:]
                 window = jnp.where(same[..., None, None], window, 0.0)

@@ -161,17 +161,19 @@ class GatedSlotAttention(nn.Module):
     def _mechanism(self, q, k, v, s, g, segments):
         """Runs `gsa`, or `gsa_step` for one token, from the cached state if there is one."""
         options = dict(scale=self.scale, implementation=self.implementation)
+        run = _arguments.unless_initializing(self, gsa)
         if not self.decode:
-            return gsa(q, k, v, s, g, segment_ids=segments, **options)[0]
+            return run(q, k, v, s, g, segment_ids=segments, **options)[0]
         (B, _, H, K), V, M = k.shape, v.shape[3], s.shape[3]
         hk = self.variable("cache", "hk", jnp.zeros, (B, H, K, M), f32)
         hv = self.variable("cache", "hv", jnp.zeros, (B, H, M, V), f32)
         state = GSAState(hk.value, hv.value)
         if q.shape[1] == 1:
-            o, state = gsa_step(*(x[:, 0] for x in (q, k, v, s, g)), state, **options)
+            step = _arguments.unless_initializing(self, gsa_step)
+            o, state = step(*(x[:, 0] for x in (q, k, v, s, g)), state, **options)
             o = o[:, None]
         else:
-            o, state = gsa(q, k, v, s, g, initial_state=state, segment_ids=segments, **options)
+            o, state = run(q, k, v, s, g, initial_state=state, segment_ids=segments, **options)
         if not self.is_initializing():
             hk.value, hv.value = state
         return o

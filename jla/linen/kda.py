@@ -17,10 +17,12 @@ from jla.linen._short_convolution import convolutions
 f32 = jnp.float32
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _A_log_init(key, shape, dtype):
     return jnp.log(jax.random.uniform(key, shape, dtype, minval=1.0, maxval=16.0))
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _dt_bias_init(key, shape, dtype):
     """softplus of the result is log-uniform in [1e-3, 1e-1]."""
     log_dt = jax.random.uniform(key, shape, dtype, minval=math.log(1e-3), maxval=math.log(1e-1))
@@ -196,7 +198,7 @@ class KimiDeltaAttention(nn.Module):
         if real is None:  # the kernel knows nothing of padding
             gated = _dispatch.kernel("kda_gated", self.implementation, q, k, v, gate[0])
         if gated is None:
-            g = kda_gate(*gate, lower_bound=bound)
+            g = _arguments.unless_initializing(self, kda_gate)(*gate, lower_bound=bound)
             if real is not None:
                 g = jnp.where(real[..., None, None], g, 0.0)
 
@@ -207,13 +209,15 @@ class KimiDeltaAttention(nn.Module):
             options = dict(scale=q.shape[3] ** -0.5, lower_bound=bound)
             return gated(q, k, v, *gate, beta, initial_state, segments, **options)
 
+        run = _arguments.unless_initializing(self, run)
         if not self.decode:
             return run()[0]
         shape = (v.shape[0], v.shape[2], k.shape[3], v.shape[3])
         cache = self.variable("cache", "recurrent_state", jnp.zeros, shape, f32)
         if q.shape[1] == 1:
             token = (x[:, 0] for x in (q, k, v, g, beta))
-            o, state = kda_step(*token, cache.value, implementation=self.implementation)
+            step = _arguments.unless_initializing(self, kda_step)
+            o, state = step(*token, cache.value, implementation=self.implementation)
             o = o[:, None]
         else:
             o, state = run(cache.value)

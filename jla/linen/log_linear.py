@@ -44,6 +44,10 @@ class _DenseInParts(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (width,), self.param_dtype)
+        products = _arguments.unless_initializing(self, self._products)
+        return products(inputs, kernel, bias, scale)
+
+    def _products(self, inputs, kernel, bias, scale):
         inputs, kernel, bias = nn.dtypes.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         precisions = [self.precision] * len(self.features)
         if self.precision is None and inputs.dtype.itemsize == 2:
@@ -69,6 +73,19 @@ def _scaled(parts, scale):
 def _parts(x, sizes):
     """Cuts the last axis in parts of these sizes."""
     return jnp.split(x, tuple(itertools.accumulate(sizes))[:-1], axis=-1)
+
+
+def _decays(d, A_log, dt_bias):
+    """The gates, and dt, of the projection d [B, T, H]; float32."""
+    dt = nn.softplus(d.astype(f32) + dt_bias)
+    return -jnp.exp(A_log) * dt, dt
+
+
+def _made(u, logits, dt, skip):
+    """What is made for the mechanism: the level scales, the values dt u, and what skips it."""
+    u32 = u.astype(f32)
+    v = (dt[..., None] * u32).astype(u.dtype)
+    return nn.softplus(logits.astype(f32)), v, skip[:, None] * u32
 
 
 class LogLinearMamba2(nn.Module):
@@ -212,8 +229,8 @@ class LogLinearMamba2(nn.Module):
         A_log = parameter("A_log", _A_log_init, (H,))
         dt_bias = parameter("dt_bias", _dt_bias_init, (H,))
         skip = parameter("D", nn.initializers.ones, (H,))
-        dt = nn.softplus(d[..., 0].astype(f32) + dt_bias)
-        gates = -jnp.exp(A_log) * dt, logits, dt, skip
+        g, dt = _arguments.unless_initializing(self, _decays)(d[..., 0], A_log, dt_bias)
+        gates = g, logits, dt, skip
         o = self._mechanism(q, k, u, gates, real, lengths, segments)
 
         norm = RMSNorm(
@@ -237,14 +254,14 @@ class LogLinearMamba2(nn.Module):
         if not self.decode:
             run = _dispatch.kernel("log_linear_mamba2", self.implementation, q, k, u)
             if run is not None:
+                run = _arguments.unless_initializing(self, run)
                 return run(q, k, u, *gates, segments)
-        g, logits, dt, skip = gates
-        level_scales = nn.softplus(logits.astype(f32))
-        v = (dt[..., None] * u.astype(f32)).astype(u.dtype)
+        g = gates[0]
+        level_scales, v, skipped = _arguments.unless_initializing(self, _made)(u, *gates[1:])
         run = functools.partial(
             log_linear_attention, segment_ids=segments, implementation=self.implementation
         )
-        skipped = skip[:, None] * u.astype(f32)
+        run = _arguments.unless_initializing(self, run)
         if not self.decode:
             return run(q, k, v, g, level_scales)[0].astype(f32) + skipped
         (B, _, H, V), K, L = v.shape, k.shape[3], level_scales.shape[3]
@@ -253,7 +270,8 @@ class LogLinearMamba2(nn.Module):
         before = LogLinearState(levels.value, position.value)
         if q.shape[1] == 1:
             token = (x[:, 0] for x in (q, k, v, g, level_scales))
-            o, state = log_linear_step(*token, before, implementation=self.implementation)
+            step = _arguments.unless_initializing(self, log_linear_step)
+            o, state = step(*token, before, implementation=self.implementation)
             o = o[:, None]
             if real is not None:
                 state = LogLinearState(
@@ -263,7 +281,8 @@ class LogLinearMamba2(nn.Module):
         else:
             o, state = run(q, k, v, g, level_scales, initial_state=before)
             if real is not None:
-                state = _seats.state_after(lengths, k, v, g, before, segments)
+                state_after = _arguments.unless_initializing(self, _seats.state_after)
+                state = state_after(lengths, k, v, g, before, segments)
         if not self.is_initializing():
             levels.value, position.value = state
         return o.astype(f32) + skipped

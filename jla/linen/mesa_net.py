@@ -164,6 +164,7 @@ class MesaNet(nn.Module):
             segment_ids=segments,
             implementation=self.implementation,
         )
+        run = _arguments.unless_initializing(self, run)
         if not self.decode:
             return run(q, k, v, g, beta, lamb)[0]
         (B, _, H, K), V = k.shape, v.shape[3]
@@ -171,7 +172,8 @@ class MesaNet(nn.Module):
         kv = self.variable("cache", "kv", jnp.zeros, (B, H, K, V), f32)
         state = MesaState(kk.value, kv.value)
         if q.shape[1] == 1:
-            o, state = mesa_step(
+            step = _arguments.unless_initializing(self, mesa_step)
+            o, state = step(
                 *(x[:, 0] for x in (q, k, v, g, beta)),
                 lamb,
                 state,

@@ -174,6 +174,7 @@ class PaTHAttention(nn.Module):
             }
         if not self.decode or self.is_initializing():
             run_all = functools.partial(path_attention, implementation=self.implementation)
+            run_all = _arguments.unless_initializing(self, run_all)
             return run_all(*arguments, segment_ids=segments)[0]
 
         cache = PathCache(**dict(decay=None) | {n: x.value for n, x in variables.items()})

@@ -120,7 +120,7 @@ def _recurrence(reads, keys, total, known, driven, state):
         return (after if driven is None else after + driven), (errors, state)
 
     chunk_major = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (reads, keys, total, known, driven))
-    state, kept = lax.scan(chunk, state, chunk_major, unroll=True)
+    state, kept = lax.scan(chunk, state, chunk_major)
     errors, states = (jnp.moveaxis(x, 0, 2) for x in kept)
     return errors, states, state
 

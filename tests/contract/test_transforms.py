@@ -284,6 +284,22 @@ def test_new_contents_never_compile(mechanism, implementation, sizes):
         assert len(events) == 1
 
 
+@pytest.mark.parametrize(
+    "mechanism", [m for m in MECHANISMS if m.name in ("kda", "mesa", "path")], ids=lambda m: m.name
+)
+def test_the_program_does_not_grow_with_the_chunks(mechanism):
+    """XLA's time is that of the program's operations: no loop over chunks is unrolled. GSA's is,
+    for its run time; log-linear attention has a level for each doubling of the chunks."""
+    sizes = next(i.sizes for i in mechanism.implementations if i.name == "xla")
+
+    def operations(T):
+        args, _ = inputs(mechanism, dict(sizes) | dict(B=1, T=T))
+        run = functools.partial(mechanism.run, implementation="xla")
+        return jax.jit(lambda args: run(**args)).lower(args).as_text().count("\n")
+
+    assert operations(256) <= operations(128)
+
+
 @pytest.mark.parametrize("mechanism, implementation, sizes", SMALL)
 def test_one_trace_for_all_contents(mechanism, implementation, sizes):
     T = sizes["T"]
