@@ -76,3 +76,8 @@ class PathCache(NamedTuple):
             decay=decay,
             length=jnp.zeros(batch, jnp.int32),
         )
+
+
+def places(cache):
+    """The numbers of the cache's places, 0 to S - 1: int32 [1, S]."""
+    return jnp.arange(cache.key.shape[1], dtype=jnp.int32)[None]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jla import _checks
-from jla._cache import PathCache
+from jla._cache import PathCache, places
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm, l2norm
 from jla.linen._padding import arrange
@@ -222,7 +222,7 @@ class PaTHAttention(nn.Module):
 def _without_last(cache, count):
     """The cache without each row's last `count` tokens, int32 [B], whose maps did nothing."""
     length = cache.length - count
-    kept = jnp.arange(cache.key.shape[1]) < length[:, None]
+    kept = places(cache) < length[:, None]
     key, value = (jnp.where(kept[..., None, None], x, 0.0) for x in (cache.key, cache.value))
     decay = None if cache.decay is None else jnp.where(kept[..., None], cache.decay, 0.0)
     return PathCache(key, value, decay, length)

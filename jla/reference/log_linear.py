@@ -24,7 +24,7 @@ def log_linear_step(q, k, v, g, level_scales, state):
     q, k = (repeated(x.astype(f32), group, axis=1) for x in (q, k))
     v, level_scales = v.astype(f32), level_scales.astype(f32)
     position = state.position
-    level = jnp.arange(level_scales.shape[-1])
+    level = jnp.arange(level_scales.shape[-1], dtype=jnp.int32)[None]
 
     def by_level(mask):
         """[B, L] to [B, 1, L, 1, 1]."""
@@ -35,7 +35,7 @@ def log_linear_step(q, k, v, g, level_scales, state):
     decayed = jnp.exp(g)[..., None, None, None] * state.levels
     levels = jnp.where(by_level(in_use), decayed, 0.0)
     own = (k[..., :, None] * v[..., None, :])[:, :, None]
-    levels = jnp.where(by_level(level[None] == 0), own, levels)
+    levels = jnp.where(by_level(level == 0), own, levels)
     o = _einsum("bhl,bhk,bhlkv->bhv", level_scales, q, levels)
 
     ones = lax.population_count(position & ~(position + 1))[:, None]  # trailing ones

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._cache import PathCache
+from jla._cache import PathCache, places
 from jla._segments import segment_starts
 from jla._state import repeated
 
@@ -21,7 +21,7 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
     group = q.shape[1] // k.shape[1]
     dtype = v.dtype
     q, k, w, beta = (x.astype(f32)[:, None] for x in (q, k, w, beta))
-    place = jnp.arange(cache.key.shape[1]) - cache.length[:, None]
+    place = places(cache) - cache.length[:, None]
     before, here = place[..., None] < 0, place[..., None] == 0
 
     # P_t times every key; then the new one.
@@ -76,7 +76,7 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
 
 def _without_rest(cache):
     """The cache with zeros from `length` on: what a token before a border left there, say."""
-    kept = jnp.arange(cache.key.shape[1]) < cache.length[:, None]
+    kept = places(cache) < cache.length[:, None]
     return PathCache(
         *(
             None if x is None else jnp.where(kept.reshape(*kept.shape, *[1] * (x.ndim - 2)), x, 0)
