@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._segments import segment_starts
-from jla._state import LogLinearState
+from jla._state import LogLinearState, with_rank
 
 f32, i32 = jnp.float32, jnp.int32
 
@@ -341,7 +341,7 @@ def merged_levels(state, decay, position):
 
 def _levels(L, ndim):
     """0 to L - 1, int32, along the last of `ndim` axes."""
-    return jnp.expand_dims(jnp.arange(L, dtype=i32), range(ndim - 1))
+    return with_rank(jnp.arange(L, dtype=i32), ndim)
 
 
 def bit_length(x):

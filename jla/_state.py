@@ -69,6 +69,12 @@ def repeated(x, times, axis):
     return x.reshape(shape)
 
 
+def with_rank(x, ndim):
+    """x with axes of 1 before its own, `ndim` in all: `jax_numpy_rank_promotion="raise"` wants to
+    see them."""
+    return jnp.expand_dims(x, tuple(range(ndim - x.ndim)))
+
+
 def zero_gsa_state(key, slots, value):
     """An empty `GSAState`, placed as one token's `key`, `slots` [..., M] and `value` are."""
     return GSAState(zero_state(key, slots), zero_state(slots, value))

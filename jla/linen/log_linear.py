@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax import lax
 
 from jla import _checks, _dispatch, _seats
+from jla._state import with_rank
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm, gated_norm
 from jla.linen._padding import arrange
@@ -55,13 +56,14 @@ class _DenseInParts(nn.Module):
         if bias is None:
             return parts
         biases = _scaled(_parts(bias, self.features), scale)
-        return [x + b for x, b in zip(parts, biases, strict=True)]
+        return [x + with_rank(b, x.ndim) for x, b in zip(parts, biases, strict=True)]
 
 
 def _scaled(parts, scale):
     """The last of the parts with its last columns times the scale."""
     *others, last = parts
     columns = jnp.pad(scale, (last.shape[-1] - scale.size, 0), constant_values=1.0)
+    columns = with_rank(columns, last.ndim)
     return [*others, (last.astype(f32) * columns).astype(last.dtype)]
 
 
@@ -209,8 +211,8 @@ class LogLinearMamba2(nn.Module):
         A_log = self.param("A_log", _A_log_init, (H,), f32)
         dt_bias = self.param("dt_bias", _dt_bias_init, (H,), f32)
         skip = self.param("D", nn.initializers.ones, (H,), f32)
-        dt = nn.softplus(d[..., 0].astype(f32) + dt_bias)
-        gates = -jnp.exp(A_log) * dt, logits, dt, skip
+        dt = nn.softplus(d[..., 0].astype(f32) + dt_bias[None, None])
+        gates = -jnp.exp(A_log)[None, None] * dt, logits, dt, skip
         o = self._mechanism(q, k, u, gates, real, lengths, segments)
 
         norm = RMSNorm(
@@ -241,7 +243,7 @@ class LogLinearMamba2(nn.Module):
         run = functools.partial(
             log_linear_attention, segment_ids=segments, implementation=self.implementation
         )
-        skipped = skip[:, None] * u.astype(f32)
+        skipped = skip[None, None, :, None] * u.astype(f32)
         if not self.decode:
             return run(q, k, v, g, level_scales)[0].astype(f32) + skipped
         (B, _, H, V), K, L = v.shape, k.shape[3], level_scales.shape[3]

@@ -66,7 +66,7 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     g = None if g is None else jnp.maximum(g, NEVER).reshape(B, T, H, -1)
     gates = None if g is None else scale * g
     if starts is not None:
-        gates = jnp.where(starts[:, :, None, None], NEVER, 0.0 if g is None else gates)
+        gates = jnp.where(starts[:, :, None, None], NEVER, f32(0.0) if g is None else gates)
     gates = None if gates is None else chunks.split(gates, size)
     # The queries of one key head lie side by side, as if they were one.
     queries = chunks.split(q.reshape(B, T, H, HQ // H, K).reshape(B, T, H, -1), size)
@@ -153,7 +153,7 @@ def _cached(cache, scale):
     key, value = (chunks.split(x, size) for x in cache[:2])
     place = jnp.arange(len(key) * size, dtype=i32).reshape(-1, 1, 1, size, 1)
     filled = place < cache.length[None, :, None, None, None]
-    added = 0.0
+    added = f32(0.0)
     if cache.decay is not None:
         B, S, HQ = cache.decay.shape
         H = key.shape[2]

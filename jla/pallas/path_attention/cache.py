@@ -113,7 +113,7 @@ def _of_shard(
         queries = chunks.merge(_at_the_start(queries, w, writes), T)
         gates = None if g is None else scale * g
         if starts is not None:
-            gates = jnp.where(starts[..., None], NEVER, 0.0 if g is None else gates)
+            gates = jnp.where(starts[..., None], NEVER, f32(0.0) if g is None else gates)
         if gates is not None:
             gates = jnp.broadcast_to(jnp.cumsum(gates, axis=1), (B, T, HQ))
         read, of_cached = _read(queries, gates, cache, scale)
@@ -162,7 +162,7 @@ def _read(q, gates, cache, scale):
     first = block * jnp.arange(len(key), dtype=jnp.int32)
     place = first[:, None] + jnp.arange(block, dtype=jnp.int32)[None]
     filled = place[:, None] < cache.length[None, :, None]
-    added = 0.0
+    added = f32(0.0)
     if cache.decay is not None:
         added = scale * chunks.split(cache.decay.reshape(B, S, H, group), block)
     added = jnp.where(filled[:, :, None, :, None], added, NEVER)
