@@ -379,6 +379,6 @@ def _seated_scales(level_scales, seats):
 
 
 def _state(levels, position):
-    """The state; its levels are NaN where L do not hold it, for any number would look right."""
-    outgrown = _outgrown(position, levels.shape[2])
+    """The state; its levels are NaN where L do not serve the last token's position."""
+    outgrown = _outgrown(position - 1, levels.shape[2])
     return LogLinearState(jnp.where(outgrown[:, None, None, None, None], jnp.nan, levels), position)

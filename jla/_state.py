@@ -22,7 +22,8 @@ class LogLinearState(NamedTuple):
     """The state of log-linear attention: one decayed sum of `k v^T` for each Fenwick bucket.
 
     Level `l >= 1` is in use where bit `l - 1` of `position` is set, and then holds the `2**(l-1)`
-    tokens of its bucket. The others, level 0 among them, are zeros, and nothing reads them.
+    tokens of its bucket. The others, level 0 among them, are zeros, and nothing reads them. At
+    position `2**(L-1)` all are zeros: L levels are full, and no token can follow.
 
     Attributes:
       levels: [B, H, L, K, V], float32.

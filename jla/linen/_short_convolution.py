@@ -92,7 +92,9 @@ class ShortConvolution(nn.Module):
             if lengths is None:
                 cache.value = window[:, T:]
             else:
-                cache.value = take_tokens(window, lengths[:, None] + jnp.arange(past, dtype=jnp.int32)[None])
+                cache.value = take_tokens(
+                    window, lengths[:, None] + jnp.arange(past, dtype=jnp.int32)[None]
+                )
         y = nn.silu(y)
         y = (nn.silu(y) if self.silu_twice else y).astype(x.dtype)
         return l2norm(y) if self.normalize else y

@@ -298,7 +298,9 @@ def kernel(
     thread_axes = (arguments["thread_name"],) if "thread_name" in arguments else ()
 
     def with_scratch(*refs):
-        pl.run_scoped(functools.partial(body_32, *refs), *scratch_types, collective_axes=thread_axes)
+        pl.run_scoped(
+            functools.partial(body_32, *refs), *scratch_types, collective_axes=thread_axes
+        )
 
     def run(*operands):
         with config._check_vma(False):

@@ -44,12 +44,11 @@ def log_linear_step(q, k, v, g, level_scales, state):
     levels = jnp.where(by_level(level == ones + 1), merged, levels)
 
     # L levels serve the positions below 2**(L-1). Beyond, a wrong number would look like a right
-    # one.
-    top = level_scales.shape[-1] - 1
-    o = jnp.where((position >> top > 0)[:, None, None], jnp.nan, o)
-    position = position + 1
-    levels = jnp.where((position >> top > 0)[:, None, None, None, None], jnp.nan, levels)
-    return o.astype(dtype), LogLinearState(levels, position)
+    # one. Right after the last of them no level holds anything, and the position says so.
+    beyond = (position >> (level_scales.shape[-1] - 1) > 0)[:, None, None]
+    o = jnp.where(beyond, jnp.nan, o)
+    levels = jnp.where(beyond[..., None, None], jnp.nan, levels)
+    return o.astype(dtype), LogLinearState(levels, position + 1)
 
 
 @jax.jit

@@ -61,6 +61,8 @@ class Mechanism:
     golden, golden_outputs, golden_state: the files in tests/golden, and what they call the leaves
       of the outputs and of the initial state.
     mistakes, step_mistakes: (id, edit of the arguments, exception, fragments of its message).
+    optional: the arguments, besides the state, that may be None.
+    tight: an edit of the arguments without a state, T a power of two: what follows would not fit.
     always_returns_state: whether a run that is given no state returns one.
     """
 
@@ -86,6 +88,8 @@ class Mechanism:
             "float16": (1e-2, 2e-2),
         }
     )
+    optional: tuple[str, ...] = ()
+    tight: Callable = lambda args: args
     always_returns_state: bool = True
 
     def tokenwise(self):

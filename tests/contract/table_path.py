@@ -152,6 +152,7 @@ PATH = Mechanism(
         "projections": _projections,
     },
     later=_later,
+    optional=("g",),
     state=("cache", "cache"),
     always_returns_state=False,
     implementations=(
