@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from layers import CASES, D, LAYERS, PLAIN, layer, normal, parameters
+from layers import CASES, LAYERS, PLAIN, D, layer, normal, parameters
 
 import jla.pallas
 
