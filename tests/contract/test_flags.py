@@ -17,22 +17,23 @@ def calls(mechanism, implementation):
     """What a mechanism offers, as functions of its arguments, their cotangents and segments."""
     options = dict(implementation=implementation.name)
 
-    def run(args, cotangents, segment_ids):
+    def run(args, segment_ids):
         return mechanism.run(**args, segment_ids=segment_ids, **options)
 
     def gradients(args, cotangents, segment_ids):
-        return with_gradients(lambda args: run(args, None, None), args, cotangents)
+        """And values."""
+        return with_gradients(lambda args: run(args, segment_ids), args, cotangents)
 
     def stateless(args, cotangents, segment_ids):
         """Without what may be left out."""
         few = {n: x for n, x in args.items() if n != mechanism.state[0]}
         some = [few, few | dict.fromkeys(mechanism.optional)]
-        return [run(x, None, ids)[0] for x in some for ids in (None, segment_ids)]
+        return [run(x, ids)[0] for x in some for ids in (None, segment_ids)]
 
     def step(args, cotangents, segment_ids):
         return mechanism.step(**token(mechanism, args), **options)
 
-    return dict(run=run, gradients=gradients, stateless=stateless, step=step)
+    return dict(gradients=gradients, stateless=stateless, step=step)
 
 
 def token(mechanism, args):
@@ -61,7 +62,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(jla.pallas, "unsupported_device", lambda: None)
 
 
-@pytest.mark.parametrize("call", ["run", "gradients", "stateless", "step"])
+@pytest.mark.parametrize("call", ["gradients", "stateless", "step"])
 @pytest.mark.parametrize("mechanism, implementation, sizes", SMALL)
 def test_x64_changes_no_dtype_and_no_kernel(mechanism, implementation, sizes, call, as_on_a_gpu):
     args, cotangents = inputs(mechanism, sizes, implementation.dtypes[0])
