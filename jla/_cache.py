@@ -83,6 +83,11 @@ class PathCache(NamedTuple):
         )
 
 
+def places(cache):
+    """The numbers of the cache's places, 0 to S - 1: int32 [1, S]."""
+    return jnp.arange(cache.key.shape[1], dtype=jnp.int32)[None]
+
+
 export.register_namedtuple_serialization(PathCache, serialized_name="jla.PathCache")
 
 
@@ -91,7 +96,7 @@ def without_rest(cache):
 
     A weight of 0 does not keep out what is not finite: 0 times NaN is NaN.
     """
-    kept = jnp.arange(cache.key.shape[1], dtype=jnp.int32) < cache.length[:, None]
+    kept = places(cache) < cache.length[:, None]
     return PathCache(
         *(
             None if x is None else jnp.where(kept.reshape(*kept.shape, *[1] * (x.ndim - 2)), x, 0)

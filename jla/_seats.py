@@ -21,7 +21,7 @@ from jax import lax
 
 from jla._lengths import chunk_size, is_symbolic_dim
 from jla._segments import segment_starts
-from jla._state import LogLinearState, moved_on
+from jla._state import LogLinearState, moved_on, with_rank
 
 f32, i32 = jnp.float32, jnp.int32
 
@@ -167,7 +167,7 @@ def plan(T, segment_ids, position):
         begins = jnp.broadcast_to(time == 0, (B, T))
         begin, end = jnp.zeros((B, T), i32), jnp.full((B, T), T, i32)
     else:
-        begins = segment_starts(segment_ids) | (time == 0)
+        begins = segment_starts(segment_ids) | (time == 0)[None]
         begin = lax.cummax(jnp.where(begins, time, 0), axis=1)
         ends = jnp.pad(jnp.where(begins, time, T)[:, 1:], ((0, 0), (0, 1)), constant_values=T)
         end = lax.cummin(ends, axis=1, reverse=True)
@@ -181,12 +181,12 @@ def plan(T, segment_ids, position):
     # counts the blocks of its size that begin up to it, its own the last of them.
     sizes = 32 if symbolic else (T - 1).bit_length() + (1 if position is None else 2)
     exponent = jnp.arange(sizes, dtype=i32)
-    of_size = block[..., None] == exponent
-    count = jnp.cumsum((begins[..., None] & of_size).astype(i32), axis=1)
-    room = count[:, -1] << exponent
+    of_size = block[..., None] == exponent[None, None]
+    count = jnp.cumsum(begins[..., None] & of_size, axis=1, dtype=i32)
+    room = count[:, -1] << exponent[None]
     base = lax.cumsum(room, axis=1, reverse=True) - room
-    start = base[:, None] + ((count - 1) << exponent)
-    seat = jnp.sum(jnp.where(of_size, start, 0), axis=2) + offset + time - begin
+    start = base[:, None] + ((count - 1) << exponent[None, None])
+    seat = jnp.sum(jnp.where(of_size, start, 0), axis=2, dtype=i32) + offset + time[None] - begin
     # XLA would compute the sum anew for every number that is gathered from a seat.
     seat = lax.optimization_barrier(seat)
 
@@ -206,7 +206,7 @@ def plan(T, segment_ids, position):
         token=jax.vmap(tokens)(seat),
         begins=begins,
         first=first,
-        position=moved_on(jnp.where(first, before[:, None], 0), time - begin),
+        position=moved_on(jnp.where(first, before[:, None], 0), time[None] - begin),
         crossing=size[:, 0] + 1,
         crossed=size[:, 0] + 1 + _trailing_ones(before >> size[:, 0]),
     )
@@ -249,7 +249,7 @@ def read_levels(q, level_scales, decay, position, state):
     """
     B, T, HK, K = q.shape
     H, L, V = *level_scales.shape[2:], state.levels.shape[-1]
-    scales, level = level_scales.astype(f32), jnp.arange(L)
+    scales, level = level_scales.astype(f32), _levels(L, 4)
     above = bit_length(position ^ state.position[:, None])[..., None, None]
     one = jnp.sum(jnp.where(level == above, scales, 0.0), axis=-1, keepdims=True)
     weights = jnp.exp(decay)[..., None] * jnp.where(level > above, scales, one)
@@ -294,7 +294,7 @@ def final_levels(k, v, g, end, position, L):
     pad = [(0, 0), (0, n * size - N), (0, 0)]
     g, k, v = jnp.pad(g, pad), jnp.pad(k, [*pad, (0, 0)]), jnp.pad(v, [*pad, (0, 0)])
     # The sum of the gates after each token, up to `end`; -inf for other segments' tokens.
-    earlier = jnp.arange(n * size) < end[:, None]
+    earlier = jnp.arange(n * size, dtype=i32)[None] < end[:, None]
     later_gates = jnp.where(earlier[..., None], g, 0.0)[:, 1:]
     decay = lax.cumsum(jnp.pad(later_gates, [(0, 0), (0, 1), (0, 0)]), axis=1, reverse=True)
     weight = jnp.where(earlier[..., None], jnp.exp(decay), 0.0)
@@ -307,17 +307,17 @@ def final_levels(k, v, g, end, position, L):
         """The level of the token in a seat, one-hot, [..., L]."""
         ahead = end.reshape(-1, *[1] * (index.ndim - 1)) - index
         after = position.reshape(-1, *[1] * (index.ndim - 1))
-        return bit_length((after - ahead) ^ after)[..., None] == jnp.arange(L)
+        return bit_length((after - ahead) ^ after)[..., None] == _levels(L, index.ndim + 1)
 
     last = (end - 1) // size
-    chunk = jnp.broadcast_to(jnp.arange(n), (B, n))
+    chunk = jnp.broadcast_to(jnp.arange(n, dtype=i32), (B, n))
     whole = level(chunk * size) & (chunk != last[:, None])[..., None]
     sums = jnp.einsum("bnsjk,bnsjv->bnjkv", k, v)
     # A select, so that `whole` lies where the rows do, see `zero_state`.
     placed = jnp.sum(lax.stop_gradient(sums), axis=(2, 3, 4))[..., None]
     whole = jnp.where(False, placed, whole.astype(f32))
     levels = jnp.einsum("bnl,bnjkv->bjlkv", whole, sums)
-    tail = level(last[:, None] * size + jnp.arange(size))
+    tail = level(last[:, None] * size + jnp.arange(size, dtype=i32)[None])
     here = (chunk == last[:, None])[..., None, None, None]
     k, v = (jnp.sum(jnp.where(here, x, 0.0), axis=1) for x in (k, v))
     k = jnp.where(tail[:, :, None, :, None], k[:, :, :, None], 0.0)
@@ -332,7 +332,7 @@ def merged_levels(state, decay, position):
     Those below the highest bit in which the positions differ have merged into its level. A decay of
     -inf gives zeros.
     """
-    level = jnp.arange(state.levels.shape[2])
+    level = _levels(state.levels.shape[2], 2)
     highest = bit_length(state.position ^ position)[:, None]
 
     def by_level(mask):
@@ -342,6 +342,11 @@ def merged_levels(state, decay, position):
     merged = jnp.sum(jnp.where(by_level(level < highest), levels, 0.0), axis=2, keepdims=True)
     levels = jnp.where(by_level(level > highest), levels, 0.0)
     return jnp.where(by_level(level == highest), merged, levels)
+
+
+def _levels(L, ndim):
+    """0 to L - 1, int32, along the last of `ndim` axes."""
+    return with_rank(jnp.arange(L, dtype=i32), ndim)
 
 
 def bit_length(x):
@@ -360,7 +365,7 @@ def _outgrown(position, L):
 
 def _used_levels(state):
     """The levels whose bit of the position is set; the others are zeros."""
-    level = jnp.arange(state.levels.shape[2])
+    level = _levels(state.levels.shape[2], 2)
     bits = state.position[:, None] >> jnp.maximum(level - 1, 0)
     used = (level > 0) & (bits % 2 == 1)
     return jnp.where(used[:, None, :, None, None], state.levels, 0.0)
@@ -368,7 +373,7 @@ def _used_levels(state):
 
 def _seated_scales(level_scales, seats):
     """Exchanges the scale of the first segment's level `crossing` for that of `crossed`."""
-    level = jnp.arange(level_scales.shape[-1])
+    level = _levels(level_scales.shape[-1], 4)
 
     def at(target):
         return level == target[:, None, None, None]
@@ -379,6 +384,6 @@ def _seated_scales(level_scales, seats):
 
 
 def _state(levels, position):
-    """The state; its levels are NaN where L do not hold it, for any number would look right."""
-    outgrown = _outgrown(position, levels.shape[2])
+    """The state; its levels are NaN where L do not serve the last token's position."""
+    outgrown = _outgrown(jnp.where(position > 0, position - 1, position), levels.shape[2])
     return LogLinearState(jnp.where(outgrown[:, None, None, None, None], jnp.nan, levels), position)

@@ -23,7 +23,8 @@ class LogLinearState(NamedTuple):
     """The state of log-linear attention: one decayed sum of `k v^T` for each Fenwick bucket.
 
     Level `l >= 1` is in use where bit `l - 1` of `position` is set, and then holds the `2**(l-1)`
-    tokens of its bucket. The others, level 0 among them, are zeros, and nothing reads them.
+    tokens of its bucket. The others, level 0 among them, are zeros, and nothing reads them. At
+    position `2**(L-1)` all are zeros: L levels are full, and no token can follow.
 
     Attributes:
       levels: [B, H, L, K, V], float32.
@@ -78,6 +79,12 @@ def moved_on(position, tokens):
     """The position after so many tokens more. Beyond int32 it is negative, and stays so: levels
     serve no negative position."""
     return jnp.where(position < 0, position, position + tokens)
+
+
+def with_rank(x, ndim):
+    """x with axes of 1 before its own, `ndim` in all: `jax_numpy_rank_promotion="raise"` wants to
+    see them."""
+    return jnp.expand_dims(x, tuple(range(ndim - x.ndim)))
 
 
 def zero_gsa_state(key, slots, value):

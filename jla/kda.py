@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from jla import _checking, _checks
 from jla._dispatch import choose
+from jla._state import with_rank
 
 f32 = jnp.float32
 
@@ -164,8 +165,8 @@ def kda_gate(g, A_log, dt_bias, *, lower_bound=None):
     _checks.check_dtype("g", g, _checks.FLOAT_DTYPES)
     _checks.check_dtype("A_log", A_log, [f32])
     _checks.check_dtype("dt_bias", dt_bias, [f32])
-    shifted = g.astype(f32) + dt_bias
-    rate = jnp.exp(A_log)[:, None]
+    shifted = g.astype(f32) + with_rank(dt_bias, g.ndim)
+    rate = with_rank(jnp.exp(A_log)[:, None], g.ndim)
     if lower_bound is None:
         return -rate * jax.nn.softplus(shifted)
     lower_bound = _checks.check_negative("lower_bound", lower_bound)

@@ -65,8 +65,9 @@ def log_linear_attention(
 
     Returns:
       The outputs, [B, T, H, V], of v's dtype, and the `LogLinearState` after the last token (with
-      `segment_ids`, of each row's last segment). A run that ends at position `2**(L-1)` or beyond
-      leaves no state that L levels can hold: its levels are NaN, row by row.
+      `segment_ids`, of each row's last segment). L levels hold no state of `2**(L-1)` tokens: after
+      a run of so many its levels are zeros, and its position says that every further output is NaN.
+      After more tokens its levels are NaN, too, row by row.
 
     Raises:
       TypeError: an argument is no array or has a dtype that is not listed here, or `initial_state`

@@ -39,4 +39,6 @@ def mamba2_in_steps(
     v = (value_scales[..., None] * u.astype(jnp.float32)).astype(u.dtype)
     options = dict(segment_ids=ids, implementation=implementation)
     o, _ = jla.log_linear_attention(q, k, v, g, level_scales, **options)
-    return (o.astype(jnp.float32) + skip[:, None] * u.astype(jnp.float32)).astype(u.dtype)
+    return (o.astype(jnp.float32) + skip[None, None, :, None] * u.astype(jnp.float32)).astype(
+        u.dtype
+    )

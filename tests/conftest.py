@@ -60,7 +60,12 @@ def pytest_runtest_teardown():
 
 @pytest.fixture(autouse=True)
 def strict_and_precise(request):
-    """No dtype is promoted in silence; products are full float32, as the tolerances mean them."""
-    promotion = "standard" if request.node.get_closest_marker("optax") else "strict"
-    with jax.numpy_dtype_promotion(promotion), jax.default_matmul_precision("highest"):
+    """No dtype and no rank is promoted in silence; products are full float32, as the tolerances
+    mean them."""
+    optax = request.node.get_closest_marker("optax")
+    with (
+        jax.numpy_dtype_promotion("standard" if optax else "strict"),
+        jax.numpy_rank_promotion("allow" if optax else "raise"),
+        jax.default_matmul_precision("highest"),
+    ):
         yield

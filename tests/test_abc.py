@@ -125,8 +125,8 @@ LOGITS = {
     "wide": lambda s: 30.0 * s,
     "one of 1e4": lambda s: s.at[:, T // 3, :, ::2].set(1e4),
     "one of -1e4": lambda s: s.at[:, T // 3, :, ::2].set(-1e4),
-    "rising by 40": lambda s: s + 40.0 * jnp.arange(T, dtype=s.dtype)[:, None, None],
-    "falling by 40": lambda s: s - 40.0 * jnp.arange(T, dtype=s.dtype)[:, None, None],
+    "rising by 40": lambda s: s + 40.0 * jnp.arange(T, dtype=s.dtype)[None, :, None, None],
+    "falling by 40": lambda s: s - 40.0 * jnp.arange(T, dtype=s.dtype)[None, :, None, None],
     "slots apart": lambda s: s.at[..., ::2].multiply(100.0),
 }
 

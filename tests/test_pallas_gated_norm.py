@@ -28,7 +28,7 @@ def arguments(shape, dtype=bf16):
     keys = jax.random.split(jax.random.key(shape[1]), 4)
     x, gate, dy = (jax.random.normal(key, shape).astype(dtype) for key in keys[:3])
     # Rows of all sizes: to their gradients that is all that matters.
-    sizes = jnp.exp2((jnp.arange(shape[1]) % 8 - 4).astype(dtype))[:, None, None]
+    sizes = jnp.exp2((jnp.arange(shape[1]) % 8 - 4).astype(dtype))[None, :, None, None]
     return (x * sizes, gate, 1 + 0.3 * jax.random.normal(keys[3], shape[2:])), dy
 
 
@@ -170,7 +170,7 @@ def test_the_layer_uses_it_where_it_serves(monkeypatch, options, T, masked, used
     sizes = dict(num_heads=2, head_dim=16, value_head_dim=64, num_levels=5, norm_epsilon=1e-4)
     options = sizes | dict(dtype=bf16, conv_size=None) | options
     x = jax.random.normal(jax.random.key(0), (2, T, 32))
-    mask = jnp.arange(T) < jnp.array([[T], [5]]) if masked else None
+    mask = jnp.arange(T)[None] < jnp.array([[T], [5]]) if masked else None
     plain = LogLinearMamba2(**options | dict(implementation="xla"))
     params = jax.jit(plain.init)(jax.random.key(1), x)
     params["params"]["D"] = jnp.array([0.5, 2.0])  # it is one at first

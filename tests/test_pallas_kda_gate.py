@@ -268,7 +268,7 @@ def test_the_layer_uses_it_where_it_serves(monkeypatch, options, arrays, used):
     if "ids" in arrays:
         call["segment_ids"] = packed(2, 9)
     if "mask" in arrays:
-        call["mask"] = jnp.arange(9) < jnp.array([[9], [5]])
+        call["mask"] = jnp.arange(9)[None] < jnp.array([[9], [5]])
     plain = KimiDeltaAttention(**options | dict(implementation="xla"))
     params = plain.init(jax.random.key(1), x)
     with jla.pallas.interpret(), monkeypatch.context() as patch:

@@ -37,7 +37,7 @@ def arguments(B, T, H=1, HK=1, K=64, V=64, dtype=bf16):
 
 def step_arguments(positions, H=1, HK=1, K=32, V=32, L=8, dtype=bf16):
     B, position = len(positions), jnp.asarray(positions, jnp.int32)
-    level = jnp.arange(L)
+    level = jnp.arange(L)[None]
     used = (level > 0) & ((position[:, None] >> jnp.maximum(level - 1, 0)) % 2 == 1)
     levels = jnp.where(used[:, None, :, None, None], normal(5, B, H, L, K, V), 0.0)
     arrays = normal(0, B, HK, K), normal(1, B, HK, K), normal(2, B, H, V)
@@ -164,7 +164,7 @@ def test_the_layer_uses_it_where_it_serves(monkeypatch, implementation, call, us
     x = normal(0, 2, 9, 32)
     arrays = dict(segment_ids=jnp.arange(9)[None].repeat(2, 0) // 4) if "ids" in call else {}
     if "mask" in call:
-        arrays["mask"] = jnp.arange(9) < jnp.array([[9], [5]])
+        arrays["mask"] = jnp.arange(9)[None] < jnp.array([[9], [5]])
     plain = LogLinearMamba2(**options, implementation="xla")
     params = plain.init(jax.random.key(1), x)
     params["params"]["D"] = jnp.array([0.5, 2.0])  # it is one at first

@@ -41,7 +41,7 @@ def tokens(*shape, H=1, HQ=2, K=16, V=16, gated=True, dtype=bf16):
 
 def cached(lengths, capacity, H=1, HQ=2, K=16, V=16, gated=True, dtype=bf16):
     length = jnp.asarray(lengths, jnp.int32)
-    there = (jnp.arange(capacity) < length[:, None])[..., None]
+    there = (jnp.arange(capacity)[None] < length[:, None])[..., None]
     shape = len(lengths), capacity
     return PathCache(
         jnp.where(there[..., None], normal(6, *shape, H, K), 0.0),

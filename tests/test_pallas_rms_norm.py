@@ -28,7 +28,7 @@ def arguments(shape, row=1, kind=None, dtype=bf16, bias=False):
     x, gate, dy = (jax.random.normal(key, shape).astype(dtype) for key in keys[:3])
     # Rows of all sizes: to their gradients that is all that matters.
     sizes = jnp.exp2((jnp.arange(shape[1]) % 8 - 4).astype(dtype))
-    x = x * sizes.reshape(-1, *[1] * (x.ndim - 2))
+    x = x * sizes.reshape(1, -1, *[1] * (x.ndim - 2))
     scale = 1 + 0.3 * jax.random.normal(keys[3], shape[-row:])
     if kind == "branch":
         return (x, scale), (dy, gate)

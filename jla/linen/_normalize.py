@@ -8,6 +8,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jla import _checks, _dispatch
+from jla._state import with_rank
 from jla.linen import _arguments
 
 f32 = jnp.float32
@@ -139,10 +140,11 @@ class RMSNorm(nn.Module):
             x32 = self.input_activation(x32)
         axes = tuple(range(-self.axes, 0))
         mean_square = jnp.mean(x32 * x32, axis=axes, keepdims=True)
-        normed = x32 * lax.rsqrt(mean_square + self.epsilon) * scale.astype(f32)
+        scale = with_rank(scale.astype(f32), x.ndim)
+        normed = x32 * lax.rsqrt(mean_square + self.epsilon) * scale
         if gate is not None:
             gate = gate.astype(f32)
             if gate_bias is not None:
-                gate = gate + gate_bias.astype(f32)
+                gate = gate + with_rank(gate_bias.astype(f32), gate.ndim)
             normed = normed * self.activation(gate)
         return normed.astype(x.dtype)

@@ -48,12 +48,13 @@ def arrange(inputs, mask, segment_ids):
         segments = None if segment_ids is None else segment_index(segment_ids)
         return x, None, None, segments, lambda y: y
     order, inverse, lengths = pack_left(mask)
-    real = jnp.arange(x.shape[1]) < lengths[:, None]
+    places = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    real = places < lengths[:, None]
     x = jnp.where(real[..., None], take_tokens(x, order), 0.0)
     segments = None
     if segment_ids is not None:
         last = jnp.maximum(lengths - 1, 0)[:, None]
-        source = take_tokens(order, jnp.minimum(jnp.arange(x.shape[1]), last))
+        source = take_tokens(order, jnp.minimum(places, last))
         segments = segment_index(take_tokens(segment_ids, source))
 
     def restore(y):

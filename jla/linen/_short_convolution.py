@@ -87,7 +87,7 @@ class ShortConvolution(nn.Module):
             if segments is not None:
                 same = window_segments[:, i : i + T] == segments
                 tap = jnp.where(same[..., None, None], tap, 0.0)
-            y = y + kernel[i].astype(f32) * tap
+            y = y + kernel[i].astype(f32)[None, None] * tap
 
         if self.decode:
             if segments is not None:
@@ -96,7 +96,9 @@ class ShortConvolution(nn.Module):
             if lengths is None:
                 cache.value = window[:, T:]
             else:
-                cache.value = take_tokens(window, lengths[:, None] + jnp.arange(past))
+                cache.value = take_tokens(
+                    window, lengths[:, None] + jnp.arange(past, dtype=jnp.int32)[None]
+                )
         y = nn.silu(y)
         y = (nn.silu(y) if self.silu_twice else y).astype(x.dtype)
         return l2norm(y) if self.normalize else y

@@ -9,6 +9,7 @@ from jax import lax
 
 from jla import _checks, _dispatch, _seats
 from jla._lengths import is_symbolic_dim
+from jla._state import with_rank
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm, gated_norm
 from jla.linen._padding import arrange
@@ -60,13 +61,14 @@ class _DenseInParts(nn.Module):
         if bias is None:
             return parts
         biases = _scaled(_parts(bias, self.features), scale)
-        return [x + b for x, b in zip(parts, biases, strict=True)]
+        return [x + with_rank(b, x.ndim) for x, b in zip(parts, biases, strict=True)]
 
 
 def _scaled(parts, scale):
     """The last of the parts with its last columns times the scale."""
     *others, last = parts
     columns = jnp.pad(scale, (last.shape[-1] - scale.size, 0), constant_values=1.0)
+    columns = with_rank(columns, last.ndim)
     return [*others, (last.astype(f32) * columns).astype(last.dtype)]
 
 
@@ -77,15 +79,15 @@ def _parts(x, sizes):
 
 def _decays(d, A_log, dt_bias):
     """The gates, and dt, of the projection d [B, T, H]; float32."""
-    dt = nn.softplus(d.astype(f32) + dt_bias)
-    return -jnp.exp(A_log) * dt, dt
+    dt = nn.softplus(d.astype(f32) + dt_bias[None, None])
+    return -jnp.exp(A_log)[None, None] * dt, dt
 
 
 def _made(u, logits, dt, skip):
     """What is made for the mechanism: the level scales, the values dt u, and what skips it."""
     u32 = u.astype(f32)
     v = (dt[..., None] * u32).astype(u.dtype)
-    return nn.softplus(logits.astype(f32)), v, skip[:, None] * u32
+    return nn.softplus(logits.astype(f32)), v, skip[None, None, :, None] * u32
 
 
 class LogLinearMamba2(nn.Module):

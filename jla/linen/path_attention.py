@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -183,16 +184,7 @@ class PaTHAttention(nn.Module):
             cache, T if lengths is None else lengths, segments, set_by="the length of init's input"
         )
         options = dict(scale=K**-0.5, implementation=self.implementation)
-        if T == 1:
-            one = (None if x is None else x[:, 0] for x in arguments)
-            o, cache = step(*one, cache, **options)
-            o = o[:, None]
-        else:
-            o, cache = run(*arguments, cache, segments, **options)
-        if lengths is not None:
-            # The maps of padding, behind the real tokens, did nothing.
-            cache = without_rest(cache._replace(length=cache.length - (T - lengths)))
-            o = jnp.where(real[..., None, None], o, 0.0)
+        o, cache = _advance(arguments, cache, segments, real, lengths, **options)
         for name, variable in variables.items():
             variable.value = getattr(cache, name)
         return o
@@ -223,3 +215,22 @@ class PaTHAttention(nn.Module):
             _arguments.check_size("w_rank", self.w_rank, 1, "; None is for full rank")
         _arguments.check_conv_size(self.conv_size)
         return HQ, H, K, V
+
+
+# Jitted, so that no NaN of padding that finds no room leaves it: `jax_debug_nans` would stop there.
+@functools.partial(jax.jit, static_argnames=("scale", "implementation"))
+def _advance(arguments, cache, segments, real, lengths, *, scale, implementation):
+    """The outputs of the real tokens, zeros for the padding, and the cache with those tokens."""
+    options = dict(scale=scale, implementation=implementation)
+    T = arguments[0].shape[1]
+    if T == 1:
+        one = (None if x is None else x[:, 0] for x in arguments)
+        o, cache = step(*one, cache, **options)
+        o = o[:, None]
+    else:
+        o, cache = run(*arguments, cache, segments, **options)
+    if lengths is not None:
+        # The maps of padding, behind the real tokens, did nothing.
+        cache = without_rest(cache._replace(length=cache.length - (T - lengths)))
+        o = jnp.where(real[..., None, None], o, 0.0)
+    return o, cache

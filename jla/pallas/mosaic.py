@@ -283,12 +283,19 @@ def kernel(
     layers and a custom call one operation that has no aliases (and so `plgpu.kernel`, given a ref,
     reads what nobody wrote).
     """
+
+    # Under `jax_enable_x64` a body's literals would have 64 bits, and its indices still 32.
+    @functools.wraps(body)
+    def body_32(*refs):
+        with jax.enable_x64(False):
+            body(*refs)
+
     scratch = {} if reductions_cross_warps else {"reduction_scratch_bytes": 0}
     parameters = plgpu.CompilerParams(
         approx_math=True, unsafe_no_auto_barriers=not automatic_barriers, **scratch
     )
     if in_place is None:
-        return plgpu.kernel(body, compiler_params=parameters, **arguments)
+        return plgpu.kernel(body_32, compiler_params=parameters, **arguments)
     # Not public: what `plgpu.kernel` does, which takes no aliases.
     from jax._src import config
     from jax._src.pallas import mpmd
@@ -297,7 +304,9 @@ def kernel(
     thread_axes = (arguments["thread_name"],) if "thread_name" in arguments else ()
 
     def with_scratch(*refs):
-        pl.run_scoped(functools.partial(body, *refs), *scratch_types, collective_axes=thread_axes)
+        pl.run_scoped(
+            functools.partial(body_32, *refs), *scratch_types, collective_axes=thread_axes
+        )
 
     def run(*operands):
         with config._check_vma(False):

@@ -94,7 +94,7 @@ class Plan:
         """Head after head, as often as a group of rows that begins with any head needs it."""
         H = self.heads
         bias = bias.swapaxes(1, 2).reshape(self.batch, H, self.chunks, self.width)
-        return bias[:, jnp.arange(H - 1 + self.group) % H]
+        return bias[:, jnp.arange(H - 1 + self.group, dtype=jnp.int32) % H]
 
     def launch(self):
         tiles = self.arrays, SLOTS, self.rows, self.chunks, self.width

@@ -25,7 +25,7 @@ def log_linear_step(q, k, v, g, level_scales, state):
     q, k = (repeated(x.astype(f32), group, axis=1) for x in (q, k))
     v, level_scales = v.astype(f32), level_scales.astype(f32)
     position = state.position
-    level = jnp.arange(level_scales.shape[-1])
+    level = jnp.arange(level_scales.shape[-1], dtype=jnp.int32)[None]
 
     def by_level(mask):
         """[B, L] to [B, 1, L, 1, 1]."""
@@ -37,7 +37,7 @@ def log_linear_step(q, k, v, g, level_scales, state):
     levels = jnp.where(by_level(in_use), state.levels, 0.0)
     levels = jnp.exp(g)[..., None, None, None] * levels
     own = (k[..., :, None] * v[..., None, :])[:, :, None]
-    levels = jnp.where(by_level(level[None] == 0), own, levels)
+    levels = jnp.where(by_level(level == 0), own, levels)
     o = _einsum("bhl,bhk,bhlkv->bhv", level_scales, q, levels)
 
     ones = lax.population_count(position & ~(position + 1))[:, None]  # trailing ones
@@ -46,12 +46,13 @@ def log_linear_step(q, k, v, g, level_scales, state):
     levels = jnp.where(by_level(level == ones + 1), merged, levels)
 
     # L levels serve the positions below 2**(L-1). Beyond, a wrong number would look like a right
-    # one. Nor a negative one, see `moved_on`.
-    top = level_scales.shape[-1] - 1
-    o = jnp.where((position >> top != 0)[:, None, None], jnp.nan, o)
+    # one, nor a negative one, see `moved_on`. Right after the last of them no level holds anything,
+    # and the position says so.
+    beyond = position >> (level_scales.shape[-1] - 1) != 0
+    o = jnp.where(beyond[:, None, None], jnp.nan, o)
     position = moved_on(position, 1)
-    levels = jnp.where((position >> top != 0)[:, None, None, None, None], jnp.nan, levels)
-    return o.astype(dtype), LogLinearState(levels, position)
+    lost = (beyond | (position < 0))[:, None, None, None, None]
+    return o.astype(dtype), LogLinearState(jnp.where(lost, jnp.nan, levels), position)
 
 
 @jax.jit

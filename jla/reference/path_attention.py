@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._cache import PathCache, counted, without_rest
+from jla._cache import PathCache, counted, places, without_rest
 from jla._lengths import is_symbolic_dim
 from jla._segments import segment_starts
 from jla._state import repeated
@@ -23,7 +23,7 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
     dtype = v.dtype
     q, k, w, beta = (x.astype(f32)[:, None] for x in (q, k, w, beta))
     cache = without_rest(cache)
-    place = jnp.arange(cache.key.shape[1]) - cache.length[:, None]
+    place = places(cache) - cache.length[:, None]
     before, here = place[..., None] < 0, place[..., None] == 0
 
     # P_t times every key; then the new one.

@@ -41,14 +41,14 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
     write = beta[..., None, None] * k[..., :, None]
     kk = decay * state.kk + write * k[..., None, :]
     kv = decay * state.kv + write * v[..., None, :]
-    x = solve(_times_state, cg_steps, tolerance(dtype), (kk, lamb), lamb, q)
+    x = solve(_times_state, cg_steps, tolerance(dtype), (kk, lamb), lamb[None], q)
     return _einsum("bhk,bhkv->bhv", x, kv).astype(dtype), MesaState(kk, kv)
 
 
 def _times_state(matrix, x):
     """(Hkk + Diag(lamb)) x for x [B, H, K]."""
     kk, lamb = matrix
-    return _einsum("bhkl,bhl->bhk", kk, x) + lamb * x
+    return _einsum("bhkl,bhl->bhk", kk, x) + lamb[None] * x
 
 
 @functools.partial(jax.jit, static_argnames="cg_steps")
@@ -106,9 +106,8 @@ def _decays(g):
     digit beside a strong gate.
     """
     C = g.shape[-2]
-    later = jnp.arange(C)[:, None] > jnp.arange(C)
-    sums = jnp.cumsum(jnp.where(later, g, 0.0), axis=-2)
-    decay = jnp.where(later | jnp.eye(C, dtype=bool), jnp.exp(sums), 0.0)
+    sums = jnp.cumsum(jnp.where(jnp.tri(C, k=-1, dtype=bool), g, 0.0), axis=-2)
+    decay = jnp.where(jnp.tri(C, dtype=bool), jnp.exp(sums), 0.0)
     return decay, jnp.exp(jnp.cumsum(g, axis=-2))
 
 

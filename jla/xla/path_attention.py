@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._cache import PathCache, counted, without_rest
+from jla._cache import PathCache, counted, places, without_rest
 from jla._lengths import chunk_size, is_symbolic_dim
 from jla._segments import segment_starts
 from jla._state import zero_state
@@ -14,7 +14,7 @@ from jla.xla import chunks
 
 __all__ = ["path_attention", "path_step"]
 
-f32 = jnp.float32
+f32, i32 = jnp.float32, jnp.int32
 # For what moves queries and keys: a product of hundreds of maps keeps every rounding.
 exactly = functools.partial(jax.default_matmul_precision, "highest")
 
@@ -32,10 +32,10 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
     """One token. See `jla.path_step`."""
     (B, HQ, K), H, dtype = q.shape, k.shape[1], v.dtype
     q, k, w, beta = (x.astype(f32) for x in (q, k, w, beta))
-    place = jnp.arange(cache.key.shape[1]) - cache.length[:, None]
+    place = places(cache) - cache.length[:, None]
     before, here = place[..., None] < 0, place[..., None] == 0
     # The values are written in one place; a select would write them all.
-    value = cache.value.at[jnp.arange(B), cache.length].set(v, mode="drop")
+    value = cache.value.at[jnp.arange(B, dtype=i32), cache.length].set(v, mode="drop")
     cache = without_rest(cache)
     overlap = beta[:, None] * jnp.sum(cache.key * w[:, None], axis=-1)
     moved = cache.key - overlap[..., None] * w[:, None]
@@ -71,14 +71,14 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     g = None if g is None else jnp.maximum(g, NEVER).reshape(B, T, H, -1)
     gates = None if g is None else scale * g
     if starts is not None:
-        gates = jnp.where(starts[:, :, None, None], NEVER, 0.0 if g is None else gates)
+        gates = jnp.where(starts[:, :, None, None], NEVER, f32(0.0) if g is None else gates)
     gates = None if gates is None else chunks.split(gates, size)
     # The queries of one key head lie side by side, as if they were one.
     queries = chunks.split(q.reshape(B, T, H, HQ // H, K).reshape(B, T, H, -1), size)
     values = chunks.split(v, size)
     k, w, moved, writes, inner = prepare(size, k, w, beta)
 
-    index = jnp.arange(w.shape[0])
+    index = jnp.arange(w.shape[0], dtype=i32)
     after, total = (None, None) if gates is None else _sums_after(gates)
     past = index, moved, values, w, writes, after, total
     cached = None if cache is None else _cached(cache, scale)
@@ -119,14 +119,15 @@ def prepare(size, k, w, beta):
 def _unit_lower_inverse(matrix):
     """Inverts I + `matrix`, strictly lower triangular, row by row."""
     C = matrix.shape[-1]
+    identity = jnp.expand_dims(jnp.eye(C, dtype=f32), range(matrix.ndim - 2))
 
     def row(inverse, index):
         known = lax.dynamic_index_in_dim(matrix, index, -2) @ inverse
-        new = lax.dynamic_index_in_dim(jnp.eye(C), index, 0) - known
+        new = lax.dynamic_index_in_dim(identity, index, -2) - known
         return lax.dynamic_update_slice_in_dim(inverse, new, index, -2), None
 
     # A select places the zeros as the matrix is; see jla/_state.py.
-    return lax.scan(row, jnp.where(False, matrix, 0.0), jnp.arange(C))[0]
+    return lax.scan(row, jnp.where(False, matrix, 0.0), jnp.arange(C, dtype=i32))[0]
 
 
 @_unit_lower_inverse.defjvp
@@ -143,7 +144,7 @@ def _sums_after(gates):
     Every sum of gates here is of those alone that it stands for: a difference of two longer sums
     would keep no digit beside a strong gate.
     """
-    later = jnp.triu(jnp.ones((gates.shape[-2],) * 2), 1)
+    later = jnp.triu(jnp.ones((gates.shape[-2],) * 2, f32), 1)
     with exactly():
         after = jnp.einsum("sr,...rg->...gs", later, gates)
     total = chunks.transposed(jnp.sum(gates, axis=-2, keepdims=True))
@@ -156,9 +157,9 @@ def _cached(cache, scale):
     S = cache.key.shape[1]
     size = BLOCK if is_symbolic_dim(S) else min(BLOCK, S)
     key, value = (chunks.split(x, size) for x in cache[:2])
-    place = jnp.arange(key.shape[0] * size).reshape(-1, 1, 1, size, 1)
-    filled = place < cache.length[:, None, None, None]
-    added = 0.0
+    place = jnp.arange(key.shape[0] * size, dtype=i32).reshape(-1, 1, 1, size, 1)
+    filled = place < cache.length[None, :, None, None, None]
+    added = f32(0.0)
     if cache.decay is not None:
         B, S, HQ = cache.decay.shape
         H = key.shape[2]
@@ -204,9 +205,9 @@ def _chunk(scale, past, cached, inputs):
     added = before = None
     if gates is not None:
         # [B, H, r, G, s], with zeros where r <= s; then the sums over r, up to the query's t.
-        after = gates[..., None] * jnp.tril(jnp.ones((C, C)), -1)[:, None]
+        after = gates[..., None] * jnp.tril(jnp.ones((C, C), f32), -1)[None, None, :, None]
         with exactly():
-            upto = jnp.tril(jnp.ones((C, C)))
+            upto = jnp.tril(jnp.ones((C, C), f32))
             added = jnp.einsum("tr,bhrgs->bhtgs", upto, after)
             before = jnp.einsum("tr,bhrg->bhtg", upto, gates)[..., None]
     nothing = jnp.full_like(by_query(q)[..., :1], -jnp.inf)
@@ -245,7 +246,7 @@ def _chunk(scale, past, cached, inputs):
 
 def fits(cache, starts, T):
     """Whether each token finds room, bool [B, T]."""
-    place = jnp.arange(T)
+    place = jnp.arange(T, dtype=i32)[None]
     # On the right there is room for any length: the sum with a place could leave int32.
     begin = -cache.length[:, None]
     if starts is not None:
@@ -258,7 +259,8 @@ def at_the_end(moved, w, writes, g):
     and [B, T, H, G]; and all the row's maps as one, [B, H, K, K], and the sum of all its gates,
     [B, 1, H, G]; None without gates."""
     first = (w[0, :, :, 0],) * 2
-    start = zero_state(*first) + jnp.eye(w.shape[-1]), None if g is None else 0.0 * g[0, :, :, :1]
+    identity = jnp.eye(w.shape[-1], dtype=f32)[None, None]
+    start = zero_state(*first) + identity, None if g is None else 0.0 * g[0, :, :, :1]
 
     def chunk(carry, inputs):
         maps, later = carry
@@ -281,10 +283,10 @@ def appended(cache, v, starts, keys, after, maps, total):
     kept, border = cache.length, 0
     if starts is not None:
         kept = jnp.where(jnp.any(starts, axis=1), 0, kept)
-        border = jnp.max(jnp.where(starts, jnp.arange(T), 0), axis=1)
+        border = jnp.max(jnp.where(starts, jnp.arange(T, dtype=i32)[None], 0), axis=1)
     length = counted(kept, T - border)
     # Places in the old cache, followed by the new tokens.
-    place = jnp.arange(S)
+    place = places(cache)
     source = jnp.where(place < kept[:, None], place, S + place + (border - kept)[:, None])
     source = jnp.where(place < length[:, None], source, S + T)
 

@@ -63,6 +63,8 @@ class Mechanism:
     mistakes, step_mistakes: (id, edit of the arguments, exception, fragments of its message).
     unused: (state, number) to the state with that number in all places that hold nothing; None
       where all hold something.
+    optional: the arguments, besides the state, that may be None.
+    tight: an edit of the arguments without a state, T a power of two: what follows would not fit.
     always_returns_state: whether a run that is given no state returns one.
     """
 
@@ -89,6 +91,8 @@ class Mechanism:
         }
     )
     unused: Callable | None = None
+    optional: tuple[str, ...] = ()
+    tight: Callable = lambda args: args
     always_returns_state: bool = True
 
     def tokenwise(self):

@@ -80,6 +80,7 @@ GSA = Mechanism(
         "one gate of -1e4": _spike,
     },
     later=_later,
+    optional=("g",),
     state=("initial_state", "state"),
     implementations=(
         Implementation("reference", sizes=_SMALL),

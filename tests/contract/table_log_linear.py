@@ -57,6 +57,21 @@ def _unused(state, number):
     return state._replace(levels=jnp.where(used[:, None, :, None, None], state.levels, number))
 
 
+def _fill(args):
+    """Every row goes on from where its tokens are the last that the levels serve."""
+    T, L = args["level_scales"].shape[1::2]
+    state, position, level = args["initial_state"], 2 ** (L - 1) - T, np.arange(L)
+    used = (level > 0) & (position >> np.maximum(level - 1, 0)) % 2 == 1
+    levels = jnp.where(used[:, None, None], state.levels + 1.0, 0.0)
+    state = LogLinearState(levels, jnp.full_like(state.position, position))
+    return args | dict(initial_state=state)
+
+
+def _tight(args):
+    T = args["level_scales"].shape[1]
+    return args | dict(level_scales=args["level_scales"][..., : (T - 1).bit_length() + 1])
+
+
 def _later(name, x):
     return {"g": 40.0 * x - 1.0}.get(name, 3.0 - x)
 
@@ -118,8 +133,10 @@ LOG_LINEAR = Mechanism(
         "no decay": lambda args: args | dict(g=jnp.zeros_like(args["g"])),
         "strong everywhere": lambda args: args | dict(g=jnp.full_like(args["g"], -30.0)),
         "one gate of -1e4": _spike,
+        "up to the last position": _fill,
     },
     later=_later,
+    tight=_tight,
     state=("initial_state", "state"),
     unused=_unused,
     implementations=(

@@ -161,6 +161,7 @@ PATH = Mechanism(
         "projections": _projections,
     },
     later=_later,
+    optional=("g",),
     state=("cache", "cache"),
     unused=_unused,
     always_returns_state=False,

@@ -264,7 +264,10 @@ def compilations():
 def test_new_contents_never_compile(mechanism, implementation, sizes):
     """Neither new numbers nor new segment borders; nor a length that was there before."""
     B, T = sizes["B"], sizes["T"]
-    ids = [jnp.asarray(np.arange(T) // n, jnp.int32) * jnp.ones((B, 1), jnp.int32) for n in (7, 50)]
+    ids = [
+        jnp.asarray(np.arange(T)[None] // n, jnp.int32) * jnp.ones((B, 1), jnp.int32)
+        for n in (7, 50)
+    ]
     dtype = implementation.dtypes[0]
     (one, _), (two, _) = (inputs(mechanism, sizes, dtype, seed) for seed in (0, 1))
     short = {n: x[:, : T - 5] if n in mechanism.tokenwise() else x for n, x in one.items()}

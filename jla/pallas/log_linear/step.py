@@ -164,12 +164,12 @@ def _run(q, k, v, g, level_scales, levels, position):
         rest = lax.bitwise_and(bits, bits + 1)  # without the trailing ones
         o, *_ = lax.while_loop(lambda carry: carry[3] > 0, keep, (o, ahead, ones, rest))
 
-        # As the definition: what L levels do not hold is no number.
-        invalid = jnp.broadcast_to(lax.shift_right_logical(position, top) > 0, o.shape)
-        o = jnp.where(invalid, jnp.nan, o)
+        # As the definition: what L levels do not serve is no number.
+        beyond = lax.shift_right_logical(position, top) != 0
+        o = jnp.where(jnp.broadcast_to(beyond, o.shape), jnp.nan, o)
         mosaic.store(o_ref.at[b, h, mine], o.astype(v.dtype))
 
-        @pl.when((position < 0) | (lax.shift_right_logical(position + 1, top) > 0))
+        @pl.when(beyond | (position + 1 < 0))
         def _():
             def fill(level, carry):
                 put(level, jnp.full((K, width), jnp.nan, f32))

@@ -60,6 +60,6 @@ def live_counts(live, jobs, job):
         return None
     first, count, _ = job(jnp.arange(jobs, dtype=jnp.int32))
     chunk = jnp.arange(live.shape[1], dtype=jnp.int32)
-    place = chunk - jnp.broadcast_to(first, jobs)[:, None]
+    place = chunk[None] - jnp.broadcast_to(first, jobs)[:, None]
     mine = (place >= 0) & (place < jnp.broadcast_to(count, jobs)[:, None])
-    return jnp.max(jnp.where(mine & (live[:, None] > 0), place + 1, 0), axis=2)
+    return jnp.max(jnp.where(mine[None] & (live[:, None] > 0), place + 1, 0), axis=2)

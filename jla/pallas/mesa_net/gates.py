@@ -26,8 +26,10 @@ def firsts(starts):
 
 def cumulated(g, first):
     """The sums of the gates after `first` up to each token: what lies elsewhere adds zeros."""
-    place = jnp.arange(CHUNK, dtype=jnp.int32)
-    counts = (place[:, None] >= place) & (by_chunk(first)[..., None] < place)
+    place = jnp.arange(CHUNK, dtype=jnp.int32)[None, None, None]
+    counts = (place[..., None] >= place[..., None, :]) & (
+        by_chunk(first)[..., None] < place[..., None, :]
+    )
     return jnp.where(counts, by_chunk(g)[..., None, :], 0.0).sum(-1).reshape(g.shape)
 
 

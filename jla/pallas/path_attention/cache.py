@@ -14,7 +14,7 @@ from jax import lax
 from jla._cache import PathCache, without_rest
 from jla._lengths import chunk_size
 from jla._segments import segment_starts
-from jla._state import zero_state
+from jla._state import repeated, zero_state
 from jla.pallas.shardwise import defvjp, shardwise
 from jla.xla import chunks
 from jla.xla.path_attention import CHUNK, NEVER, appended, at_the_end, exactly, fits, prepare
@@ -114,7 +114,7 @@ def _of_shard(
         queries = chunks.merge(_at_the_start(queries, w, writes), T)
         gates = None if g is None else scale * g
         if starts is not None:
-            gates = jnp.where(starts[..., None], NEVER, 0.0 if g is None else gates)
+            gates = jnp.where(starts[..., None], NEVER, f32(0.0) if g is None else gates)
         if gates is not None:
             gates = jnp.broadcast_to(jnp.cumsum(gates, axis=1), (B, T, HQ))
         read, of_cached = _read(queries, gates, cache, scale)
@@ -143,7 +143,7 @@ def _at_the_start(q, w, writes):
         return maps, moved.reshape(q.shape)
 
     first = w[0, :, :, 0]
-    identity = zero_state(first, first) + jnp.eye(w.shape[-1])
+    identity = zero_state(first, first) + jnp.eye(w.shape[-1], dtype=f32)[None, None]
     return lax.scan(jax.checkpoint(chunk, prevent_cse=False), identity, (q, w, writes))[1]
 
 
@@ -160,9 +160,10 @@ def _read(q, gates, cache, scale):
     group = q.shape[-1] // K
     rows, block = min(QUERIES, T), min(KEYS, S)
     key, value = (chunks.split(x, block) for x in cache[:2])
-    first = block * jnp.arange(len(key))
-    filled = (first[:, None, None] + jnp.arange(block)) < cache.length[:, None]
-    added = 0.0
+    first = block * jnp.arange(len(key), dtype=jnp.int32)
+    place = first[:, None] + jnp.arange(block, dtype=jnp.int32)[None]
+    filled = place[:, None] < cache.length[None, :, None]
+    added = f32(0.0)
     if cache.decay is not None:
         added = scale * chunks.split(cache.decay.reshape(B, S, H, group), block)
     added = jnp.where(filled[:, :, None, :, None], added, NEVER)
@@ -191,7 +192,7 @@ def _read(q, gates, cache, scale):
             return lax.cond(filled, read, lambda x, *_: x, softmax, *arrays), None
 
         nothing = jnp.full_like(q[..., 0], -jnp.inf)
-        of_values = jnp.zeros_like(q[..., :1]) * jnp.zeros(value.shape[-1])
+        of_values = repeated(jnp.zeros_like(q[..., :1]), value.shape[-1], axis=q.ndim - 1)
         start = nothing, jnp.zeros_like(nothing), of_values
         (highest, total, o), _ = lax.scan(visit, start, (first, key, value, added))
         return (o / total[..., None]).reshape(*q.shape[:3], -1), highest + jnp.log(total)

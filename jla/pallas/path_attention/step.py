@@ -100,10 +100,10 @@ def _step(q, k, v, w, beta, g, key, value, decay, length, *, scale):
 def _run(q, k, v, w, beta, key, value, length, g=None, decay=None, *, scale):
     """The output and the cache's arrays."""
     (B, S, H, V), HQ = value.shape, q.shape[1]
-    value = value.at[jnp.arange(B), length].set(v, mode="drop")
+    value = value.at[jnp.arange(B, dtype=jnp.int32), length].set(v, mode="drop")
     added = None
     if g is not None:
-        before = (jnp.arange(S) < length[:, None])[..., None]
+        before = (jnp.arange(S, dtype=jnp.int32)[None] < length[:, None])[..., None]
         # A barrier, so that the transpose reads the sums and they can be made in place.
         decay = lax.optimization_barrier(jnp.where(before, decay + g[:, None], 0.0))
         # TMA wants rows of whole 16 bytes.

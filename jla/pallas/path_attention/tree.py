@@ -77,7 +77,7 @@ def leaf_sums(g):
       [B, HQ, L] float32, and the place in the leaf of the first token that it sees, uint32.
     """
     g = _by_leaf(g)
-    first = jnp.where(jnp.isneginf(g), jnp.arange(LEAF), 0)
+    first = jnp.where(jnp.isneginf(g), jnp.arange(LEAF, dtype=jnp.int32), 0)
     first = lax.cummax(first, axis=3).astype(jnp.uint32)
     return tuple(x.reshape(*g.shape[:2], -1) for x in (_since(g), first))
 
