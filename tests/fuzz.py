@@ -6,8 +6,9 @@ draws shapes, and several contents for each shape, because a new shape compiles 
 not. A call is judged by "xla" in float32 at the highest precision ("xla" in float32 itself by
 "reference"), with the tolerances of the contract's tables, which also make the arguments. What is
 compared: values and gradients of all arguments and states ("gradients"), two runs joined by the
-state ("split"), and a run continued by single steps ("steps"). For one content of each shape,
-equal calls must also return equal bits, and later tokens must not change earlier outputs.
+state ("split"), and a run continued by single steps ("steps"). For one content of each shape, equal
+calls must also return equal bits, and later tokens must not change earlier outputs. Of the layers
+("kda_layer", ...): masks, segments and decoding, against the float64 definitions of their tests.
 
 Each failing case is printed with a name, which `--case NAME` runs again, and as a Python call that
 can be pasted and edited. A case depends on its name alone.
@@ -33,11 +34,20 @@ import time
 import traceback
 
 HERE = pathlib.Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "contract"), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE / "contract"), str(HERE / "linen"), str(HERE.parent)]
+
+if __name__ == "__main__":
+    # The processes share a device, and importing the layers' tables already starts one.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from fuzz_compare import beyond, compare, programs, same_bits  # noqa: E402
+
+if __name__ == "__main__":
+    # With fewer, interpreted kernels can starve one another.
+    jax.config.update("jax_num_cpu_devices", 8)
+
+import fuzz_layers  # noqa: E402
+from fuzz_compare import beyond, compare, programs, same_bits, tolerances_of  # noqa: E402
 from fuzz_draw import TABLE, Content, Shape, draw_content, draw_shape  # noqa: E402
 
 __all__ = ["Content", "Shape", "compare", "same_bits"]
@@ -54,6 +64,10 @@ GRACE = 200
 def parse(name):
     """The shape and the content of a case's name."""
     *words, content = name.split("/")
+    if words[0] in fuzz_layers.NAMES:
+        mechanism, implementation, _, seed, index = words
+        shape = fuzz_layers.draw_layer(mechanism, implementation, seed, index)
+        return shape, fuzz_layers.draw_layer_content(*words, content)
     shape = draw_shape(*words)
     return shape, draw_content(shape, *words, content)
 
@@ -73,14 +87,14 @@ def run_case(name):
     record = dict(
         case=name,
         row=[shape.mechanism, shape.implementation, shape.dtype],
-        tolerances=TABLE[shape.mechanism].tolerances[shape.dtype],
+        tolerances=tolerances_of(shape),
         status="passed",
         call=call_of(shape, content),
         message="",
     )
     try:
         values, gradients, unexplained = compare(shape, content)
-        worst = [max(found.values(), default=0.0, key=_size) for found in (values, gradients)]
+        worst = [max([0.0, *found.values()]) for found in (values, gradients)]
         different = []
         if name.endswith("/0") and shape.check == "gradients":
             different = same_bits(shape, content)
@@ -90,9 +104,8 @@ def run_case(name):
         return record | dict(status="refused", message=str(refusal))
     except Exception:
         return record | dict(status="failed", message=traceback.format_exc(limit=-3))
-    found = {f"values{n}": e for n, e in values.items()}
-    found |= {f"gradients{n}": e for n, e in gradients.items()}
-    record |= dict(worst=worst, message=", ".join(f"{n} {e:.1e}" for n, e in found.items()))
+    found = (values | gradients).items()
+    record |= dict(worst=worst, message=", ".join(f"{leaf} {error:.1e}" for leaf, error in found))
     if different:
         message = "other bits: " + ", ".join(different)
         call = call_of(shape, content, "same_bits")
@@ -103,11 +116,6 @@ def run_case(name):
     return record | dict(status="sensitive" if over else "passed")
 
 
-def _size(error):
-    """For an order in which NaN is the largest."""
-    return float("inf") if np.isnan(error) else error
-
-
 def work(options, part, parts):
     """Runs cases until the time is over: their names before, their records after.
 
@@ -115,13 +123,15 @@ def work(options, part, parts):
       ("begin", name) or ("end", record).
     """
     on_gpu = jax.default_backend() == "gpu"
-    jax.config.update("jax_disable_most_optimizations", not on_gpu)  # compiling is the longer part
+    if __name__ == "__main__" and not on_gpu:
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is the longer part
     chosen = options.implementations or (["pallas", "xla"] if on_gpu else ["xla", "reference"])
     rows = [
         (name, implementation)
         for implementation in chosen
         for name in options.mechanisms
-        if implementation in [i.name for i in TABLE[name].implementations]
+        if name in fuzz_layers.NAMES
+        or implementation in [i.name for i in TABLE[name].implementations]
     ]
     end = time.monotonic() + options.seconds
     for index in itertools.count(part, parts):
@@ -146,7 +156,6 @@ def work(options, part, parts):
 def spawned(options, argv):
     """As `work`, of several processes at once."""
     environment = os.environ | {
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / options.processes:.3f}",
     }
     messages = queue.Queue()
@@ -209,6 +218,8 @@ def _lost(name, message, part):
 
 
 def show(record, all_of_it=False):
+    if record["status"] == "sensitive":
+        print(f"sensitive {record['case']}: {record['message']}", flush=True)
     if record["status"] == "failed" or all_of_it:
         print(f"\n{record['status'].upper()} {record['case']}\n{record['message']}")
         print(f"python tests/fuzz.py --case {record['case']}\n{record['call']}\n", flush=True)
@@ -260,7 +271,8 @@ def parse_arguments(argv):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="at once, on one device")
     parser.add_argument("--contents", type=int, default=CONTENTS, help="calls of each shape")
-    parser.add_argument("--mechanisms", type=names(TABLE), default=list(TABLE))
+    known = [*TABLE, *fuzz_layers.NAMES]
+    parser.add_argument("--mechanisms", type=names(known), default=known)
     parser.add_argument(
         "--implementations",
         type=names(implementations),
@@ -295,6 +307,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    # With fewer, interpreted kernels can starve one another.
-    jax.config.update("jax_num_cpu_devices", 8)
     sys.exit(main(sys.argv[1:]))

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 
+import fuzz_layers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +12,19 @@ from harness import cut, error, is_float, upcast, with_gradients
 
 import jla
 
+KINDS = ("values", "gradients")
 # What rounding to each dtype changes at most, relative to the number.
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
 # A case may be off by this many times what one such rounding changes in the judge: several
 # roundings lie between the arguments and the result.
 ROUNDINGS = 4
+
+
+def tolerances_of(shape):
+    """The largest relative error of values, and of gradients."""
+    if shape.mechanism in fuzz_layers.NAMES:
+        return fuzz_layers.tolerances(shape)
+    return TABLE[shape.mechanism].tolerances[shape.dtype]
 
 
 def judge_of(shape):
@@ -108,18 +117,32 @@ def judgement(shape, args, ids, cotangents):
     return ours.judge(upcast(args), ids), None
 
 
-def errors(got, want):
-    """Name of each leaf to its relative error; NaN where either alone has one."""
+def errors(kind, got, want):
+    """Name of each leaf of these values or gradients to its error: relative, in the Frobenius norm, and not less than a fifth of
+    the worst token's of a head, for what is wrong at one place is lost in the norm of thousands."""
     if want is None:
         return {}
     got, want = jax.tree.leaves_with_path(got), jax.tree.leaves(want)
     named = {}
     for (path, x), y in zip(got, want, strict=True):
+        if not is_float(y):  # a position or a length
+            named[kind + jax.tree_util.keystr(path)] = 0.0 if np.array_equal(x, y) else np.inf
+            continue
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         # A state that L levels cannot hold is NaN.
         same = np.isnan(x) & np.isnan(y)
-        named[jax.tree_util.keystr(path)] = error(np.where(same, 0, x), np.where(same, 0, y))
+        x, y = np.where(same, 0, x), np.where(same, 0, y)
+        # [B, T, H, ...] and [B, T, H]; of states [B, H, K, V] a head's row counts as a token.
+        inner = tuple(range(3 if x.ndim > 3 else 2, x.ndim))
+        off, size = (np.sqrt(np.sum(np.square(z), axis=inner)) for z in (x - y, y))
+        place = np.max(off / np.maximum(size + np.mean(size), 1e-10))
+        named[kind + jax.tree_util.keystr(path)] = float(max(error(x, y), place / 5, key=_size))
     return named
+
+
+def _size(error):
+    """For an order in which NaN is the largest."""
+    return np.inf if np.isnan(error) else error
 
 
 def beyond(errors, tolerance):
@@ -161,6 +184,10 @@ def compare(shape, content):
       NotImplementedError: jla refuses the call.
     """
     with jax.numpy_dtype_promotion("strict"), jax.default_matmul_precision("highest"):
+        if shape.mechanism in fuzz_layers.NAMES:
+            with context_of(shape.implementation):
+                found = errors("values", *fuzz_layers.run_layer(shape, content))
+            return found, {}, beyond(found, tolerances_of(shape)[0])
         args, ids = build(shape, content)
         cotangents = None
         if shape.check == "gradients":
@@ -168,8 +195,8 @@ def compare(shape, content):
         with context_of(shape.implementation):
             got = subject(shape, args, ids, cotangents)
         want = judgement(shape, args, ids, cotangents)
-        found = [errors(*pair) for pair in zip(got, want, strict=True)]
-        tolerances = TABLE[shape.mechanism].tolerances[shape.dtype]
+        found = [errors(*each) for each in zip(KINDS, got, want, strict=True)]
+        tolerances = tolerances_of(shape)
         if not any(map(beyond, found, tolerances)):
             return *found, []
         unexplained = []
@@ -183,8 +210,10 @@ def compare(shape, content):
             )
             for _ in range(2)
         ]
-        for ours, tolerance, *pair in zip(found, tolerances, want, *others, strict=True):
-            moved = [errors(other, pair[0]) for other in pair[1:]]
+        for kind, ours, tolerance, judged, *moved in zip(
+            KINDS, found, tolerances, want, *others, strict=True
+        ):
+            moved = [errors(kind, other, judged) for other in moved]
             limits = {n: max(tolerance, *(ROUNDINGS * m[n] for m in moved)) for n in ours}
             unexplained += beyond(ours, limits)
         return *found, unexplained

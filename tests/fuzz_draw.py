@@ -243,7 +243,7 @@ EDITS = {
     "repeated keys": repeat_keys,
     "blank tokens": blank_tokens,
     "values of many sizes": lambda args, rng: {
-        "v": args["v"] * np.exp(rng.uniform(-5, 5, args["v"].shape[:3]))[..., None]
+        "v": args["v"] * np.exp(rng.uniform(-2, 2, args["v"].shape[:3]))[..., None]
     },
     "an empty state": lambda args, rng: {
         n: jax.tree.map(np.zeros_like, args[n]) for n in ("initial_state", "cache") if n in args
