@@ -118,8 +118,11 @@ def judgement(shape, args, ids, cotangents):
 
 
 def errors(kind, got, want):
-    """Name of each leaf of these values or gradients to its error: relative, in the Frobenius norm, and not less than a fifth of
-    the worst token's of a head, for what is wrong at one place is lost in the norm of thousands."""
+    """Name of each leaf of these values or gradients to its error.
+
+    Relative, in the Frobenius norm; and at least a fifth of the worst token's of a head, for what
+    is wrong at one place is lost in the norm of thousands.
+    """
     if want is None:
         return {}
     got, want = jax.tree.leaves_with_path(got), jax.tree.leaves(want)
@@ -193,6 +196,8 @@ def compare(shape, content):
         if shape.check == "gradients":
             cotangents = cotangents_of(shape, content, args, ids)
         with context_of(shape.implementation):
+            # What jla refuses it refuses here, before the rest of the call is compiled.
+            jax.eval_shape(functools.partial(subject, shape), args, ids, cotangents)
             got = subject(shape, args, ids, cotangents)
         want = judgement(shape, args, ids, cotangents)
         found = [errors(*each) for each in zip(KINDS, got, want, strict=True)]
