@@ -16,7 +16,8 @@ can be pasted and edited. A case depends on its name alone.
 A call counts as
   refused    where jla raises NotImplementedError and says which implementation serves instead;
   sensitive  where the judge itself moves by as much when its arguments are rounded to the dtype
-             under test: no implementation in that dtype could do better;
+             under test, so that no implementation could do better; or where a gradient cancels to
+             next to nothing, and the error is small beside the other gradients;
   failed     where it is beyond its tolerance otherwise, raises, or hangs.
 """
 

@@ -18,6 +18,9 @@ ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
 # A case may be off by this many times what one such rounding changes in the judge: several
 # roundings lie between the arguments and the result.
 ROUNDINGS = 4
+# A gradient's elements count as this large at least, relative to those of the median argument,
+# before an error is called a failure.
+NEGLIGIBLE = 0.5
 
 
 def tolerances_of(shape):
@@ -117,30 +120,42 @@ def judgement(shape, args, ids, cotangents):
     return ours.judge(upcast(args), ids), None
 
 
-def errors(kind, got, want):
+def errors(kind, got, want, floor=0.0):
     """Name of each leaf of these values or gradients to its error.
 
     Relative, in the Frobenius norm; and at least a fifth of the worst token's of a head, for what
-    is wrong at one place is lost in the norm of thousands.
+    is wrong at one place is lost in the norm of thousands. Elements are taken to be as large as
+    `floor` at least.
     """
     if want is None:
         return {}
     got, want = jax.tree.leaves_with_path(got), jax.tree.leaves(want)
     named = {}
     for (path, x), y in zip(got, want, strict=True):
+        leaf = kind + jax.tree_util.keystr(path)
         if not is_float(y):  # a position or a length
-            named[kind + jax.tree_util.keystr(path)] = 0.0 if np.array_equal(x, y) else np.inf
+            named[leaf] = 0.0 if np.array_equal(x, y) else np.inf
             continue
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        # A state that L levels cannot hold is NaN.
-        same = np.isnan(x) & np.isnan(y)
-        x, y = np.where(same, 0, x), np.where(same, 0, y)
+        if leaf == "values[1].levels":  # NaN in both where L levels cannot hold the state
+            both = np.isnan(x) & np.isnan(y)
+            x, y = np.where(both, 0, x), np.where(both, 0, y)
         # [B, T, H, ...] and [B, T, H]; of states [B, H, K, V] a head's row counts as a token.
         inner = tuple(range(3 if x.ndim > 3 else 2, x.ndim))
         off, size = (np.sqrt(np.sum(np.square(z), axis=inner)) for z in (x - y, y))
-        place = np.max(off / np.maximum(size + np.mean(size), 1e-10))
-        named[kind + jax.tree_util.keystr(path)] = float(max(error(x, y), place / 5, key=_size))
+        size = np.maximum(size, floor * np.sqrt(x.size / off.size))
+        place = np.max(off / np.maximum(size + np.sqrt(np.mean(np.square(size))), 1e-10)) / 5
+        whole = error(x, y)
+        if floor:
+            whole = np.linalg.norm(off) / np.linalg.norm(size)
+        named[leaf] = float(max(whole, place, key=_size))
     return named
+
+
+def typical_size(gradients):
+    """The root mean square of a gradient's elements, the median over all arguments."""
+    leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(gradients) if is_float(x)]
+    return np.median([np.sqrt(np.mean(np.square(x))) for x in leaves]) if leaves else 0.0
 
 
 def _size(error):
@@ -215,10 +230,13 @@ def compare(shape, content):
             )
             for _ in range(2)
         ]
-        for kind, ours, tolerance, judged, *moved in zip(
-            KINDS, found, tolerances, want, *others, strict=True
+        # Of a gradient that cancels to nothing the roundings of its terms are left.
+        floors = 0.0, NEGLIGIBLE * typical_size(want[1])
+        for kind, tolerance, floor, ours, judged, *moved in zip(
+            KINDS, tolerances, floors, got, want, *others, strict=True
         ):
-            moved = [errors(kind, other, judged) for other in moved]
+            ours = errors(kind, ours, judged, floor)
+            moved = [errors(kind, other, judged, floor) for other in moved]
             limits = {n: max(tolerance, *(ROUNDINGS * m[n] for m in moved)) for n in ours}
             unexplained += beyond(ours, limits)
         return *found, unexplained
