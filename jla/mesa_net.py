@@ -192,6 +192,8 @@ def _check_common(q, k, v, g, beta, lamb, sizes, cg_steps):
     return _checks.check_count("cg_steps", cg_steps)
 
 
+# Jitted, so that no NaN stands alone: `jax_debug_nans` would stop at it on good input.
+@jax.jit
 def _nan_unless_positive(lamb):
     """`lamb`, NaN in every head where any of it is not positive.
 
