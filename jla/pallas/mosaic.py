@@ -148,6 +148,19 @@ def hand_back(barrier):
     plgpu.barrier_arrive(barrier)
 
 
+def drain(used, stages, first, count):
+    """Waits for the tiles of a ring that nobody has waited for: the last of `first` to `count` - 1.
+
+    A GPU needs no such wait at a loader's end. The interpreter of JAX 0.11 does: whoever waits on a
+    barrier once must see all of its completions.
+    """
+
+    def wait(n, _):
+        plgpu.barrier_wait(used.at[lax.rem(n, jnp.int32(stages))])
+
+    lax.fori_loop(jnp.maximum(count - stages, first), count, wait, None)
+
+
 def split(x):
     """A float32 value as the sum of two bf16 values: 16 of its 24 bits.
 

@@ -99,7 +99,10 @@ def forward(q, k, v, own, gates, *, scale):
                 return lax.fori_loop(0, lax.shift_left(right, m), tile, n), versions + right
 
             values(leaf, jnp.int32(0))
-            lax.fori_loop(0, M, level, (jnp.int32(1), jnp.int32(0)))
+            n, versions = lax.fori_loop(0, M, level, (jnp.int32(1), jnp.int32(0)))
+            mosaic.drain(k_used, STAGES, 1, n)
+            mosaic.drain(v_used, STAGES, 0, n)
+            mosaic.drain(q_used, 2, 0, versions)
 
         @pl.when(wg < 2)
         def _():

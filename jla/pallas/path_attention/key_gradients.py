@@ -132,7 +132,11 @@ def key_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, *, scal
                 gradients(head, leaf * LEAF + half * ROWS, n)
 
             lax.fori_loop(0, 2 * group, own_tile, None)
-            lax.fori_loop(0, M, level, (jnp.int32(0), jnp.int32(2 * group), jnp.int32(0)))
+            start = jnp.int32(0), jnp.int32(2 * group), jnp.int32(0)
+            n, done, versions = lax.fori_loop(0, M, level, start)
+            mosaic.drain(q_used, QUERY_STAGES, 0, n)
+            mosaic.drain(do_used, QUERY_STAGES, 0, done)
+            mosaic.drain(k_used, 2, 0, versions)
 
         @pl.when(wg < 2)
         def _():

@@ -124,7 +124,11 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, after
                 rows = pl.ds(leaf * LEAF + half * ROWS, ROWS)
                 plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], sdo.at[half], do_loaded)
             values(leaf, jnp.int32(0))
-            lax.fori_loop(0, M, level, (jnp.int32(0), jnp.int32(1), jnp.int32(0)))
+            start = jnp.int32(0), jnp.int32(1), jnp.int32(0)
+            n, tiles, versions = lax.fori_loop(0, M, level, start)
+            mosaic.drain(k_used, KEY_STAGES, 0, n)
+            mosaic.drain(v_used, KEY_STAGES, 0, tiles)
+            mosaic.drain(q_used, 2, 0, versions)
 
         @pl.when(wg < 2)
         def _():
