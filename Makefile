@@ -1,15 +1,31 @@
 # `make demo` and `make test` build .venv themselves; nothing needs installing by hand but Python.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint tables clean
+.PHONY: help demo test test-all test-oldest test-gpu lint tables clean
 
 VENV := .venv
 RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
+# Tests that use the same compiled programs stay in one process, the long ones first; see
+# tests/conftest.py.
+PYTEST := -m pytest --no-loadscope-reorder
+
+# The oldest JAX that pyproject.toml admits, and what is tried with it.
+OLDEST := .venv-oldest
+OLDEST_JAX := $(shell sed -n 's/^dependencies = .*"jax>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+OLDEST_TESTS := tests/test_import.py tests/test_shardwise.py tests/test_forward_mode.py \
+	tests/linen/test_layer_values.py::test_formulas \
+	tests/contract/test_values.py::test_values_and_gradients \
+	tests/contract/test_transforms.py::test_shardings_in_types
+
+# `make test-gpu GPU_PYTHON=python3` uses a Python that has JAX for the GPU, pytest and the rest.
+GPU_PYTHON := $(VENV)/bin/python
 
 help:
 	@echo 'make demo   train a small language model on the CPU (about three minutes), then sample from it'
-	@echo 'make test   run the tests on the CPU (within 20 minutes on two cores)'
+	@echo 'make test   run the tests on the CPU (about 10 minutes on two cores)'
 	@echo 'make test-all  also run the sweeps that are marked slow'
+	@echo 'make test-oldest  run a selection with the oldest JAX that is supported, in $(OLDEST)'
+	@echo 'make test-gpu  run the tests that need an H100 or H200, on one or two (about 7 minutes)'
 	@echo 'make lint   check style and formatting'
 	@echo 'make tables write the README'"'"'s table of times from benchmarks/results'
 	@echo 'make clean  remove the virtual environment and the demo'"'"'s output'
@@ -21,10 +37,17 @@ demo: $(VENV)/installed-examples
 	$(RUN) examples/train_lm.py --out runs/demo --overwrite
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -n 2 --no-loadscope-reorder -m "not gpu and not slow"
+	$(RUN) $(PYTEST) -n 2 -m "not gpu and not slow"
 
 test-all: $(VENV)/installed-dev
-	$(RUN) -m pytest -n 2 --no-loadscope-reorder -m "not gpu"
+	$(RUN) $(PYTEST) -n 2 -m "not gpu"
+
+test-oldest: $(OLDEST)/installed
+	JAX_PLATFORMS=cpu $(OLDEST)/bin/python $(PYTEST) -n 2 -m "not gpu and not slow" $(OLDEST_TESTS)
+
+# Each process gives its memory back after every program, or eight would not fit on one GPU.
+test-gpu: $(if $(filter $(VENV)/%,$(GPU_PYTHON)),$(VENV)/installed-dev-gpu)
+	XLA_PYTHON_CLIENT_ALLOCATOR=platform $(GPU_PYTHON) $(PYTEST) -n 8 -m gpu
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check
@@ -34,24 +57,33 @@ tables: $(VENV)/installed-dev
 	$(RUN) -m benchmarks.tables
 
 clean:
-	rm -rf $(VENV) runs/demo
+	rm -rf $(VENV) $(OLDEST) runs/demo
 
 # One stamp for each extra. An environment that exists is kept and updated.
 $(VENV)/installed-%: pyproject.toml
-	@if ! $(VENV)/bin/python -c '$(CHECK)' 2>/dev/null; then \
-	    $(FIND_PYTHON); \
-	    echo "Building $(VENV) with $$python"; \
-	    "$$python" -m venv --clear $(VENV) || exit 1; \
-	fi
+	@$(call BUILD,$(VENV),)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
 	@touch $@
+
+# With the newest Python that is supported, where it is there.
+$(OLDEST)/installed: pyproject.toml
+	@$(call BUILD,$(OLDEST),python3.13 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.13*/bin/python)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' jax==$(OLDEST_JAX)
+	@touch $@
+
+# Builds the environment $(1) if there is none, with the first of the Pythons $(2) that serves.
+BUILD = if ! $(1)/bin/python -c '$(CHECK)' 2>/dev/null; then \
+	    $(FIND_PYTHON); \
+	    echo "Building $(1) with $$python"; \
+	    "$$python" -m venv --clear $(1) || exit 1; \
+	fi
 
 # A Python serves if it is new enough and can build an environment (Debian splits that off).
 CHECK := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))
 
 # Every candidate is run, for a name on PATH can be a pyenv shim that only refuses.
 FIND_PYTHON = python=; \
-	for candidate in $(or $(PYTHON),python3 python3.12 python3.13 python3.14 python \
+	for candidate in $(2) $(or $(PYTHON),python3 python3.12 python3.13 python3.14 python \
 	        "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.*/bin/python); do \
 	    if "$$candidate" -c '$(CHECK)' 2>/dev/null; then python=$$candidate; break; fi; \
 	done; \

@@ -18,7 +18,7 @@ hardware.check_more()
 def pytest_collection_modifyitems(items):
     # Stable: inside a group the order stays. Long groups come first, for one that began last would
     # leave the other process idle.
-    items.sort(key=lambda item: (not item.path.stem.startswith("test_pallas"), _group(item.nodeid)))
+    items.sort(key=lambda item: (_rank(item.nodeid), _group(item.nodeid)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_gpu():
         for item in marked:
@@ -40,7 +40,15 @@ def pytest_xdist_make_scheduler(config, log):
 def _group(nodeid):
     """What runs together, in one process: the tests that use the same compiled programs."""
     contract = re.search(r"contract/.*\[(\w+-(?:reference|xla|pallas))\b", nodeid)
-    return contract[1] if contract else nodeid.split("::")[0]
+    if contract:
+        return contract[1]
+    return nodeid.split("[" if "test_pallas" in nodeid else "::")[0]
+
+
+def _rank(nodeid):
+    if _group(nodeid).endswith("-pallas"):
+        return 0
+    return 1 if "test_pallas" in nodeid else 2
 
 
 def _has_gpu():
