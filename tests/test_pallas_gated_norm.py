@@ -212,7 +212,7 @@ def test_sharded(monkeypatch, mesh_kind):
             # [T, 1, N, D] with [N, 1, D].
             x = x[:, 0] * nn.silu(gate[:, 0])
             mean_square = jnp.mean(x * x, axis=(1, 2), keepdims=True)
-            return (x * jax.lax.rsqrt(mean_square + epsilon) * scale[:, 0])[:, None]
+            return (x * jax.lax.rsqrt(mean_square + epsilon) * scale[None, :, 0])[:, None]
 
         return (jax.vmap(one)(x, gate, scale),)
 
