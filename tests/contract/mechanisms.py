@@ -46,6 +46,21 @@ def slow_if(rows, condition):
     return [pytest.param(*row.values, id=row.id, marks=marks(row)) for row in rows]
 
 
+def short(rows):
+    """The rows, with few tokens where XLA takes as long as there are levels in a chunk.
+
+    For what does not depend on the length; interpreted kernels and those on a GPU keep theirs.
+    """
+
+    def shortened(row):
+        mechanism, implementation, sizes = row.values
+        if implementation.compiled_on == "cpu" and not row.marks:
+            sizes = dict(sizes) | dict(T=min(sizes["T"], 20))
+        return pytest.param(mechanism, implementation, sizes, id=row.id, marks=row.marks)
+
+    return [shortened(row) for row in rows]
+
+
 def interpreted(mechanism, implementation, *_):
     return implementation.context is not contextlib.nullcontext
 

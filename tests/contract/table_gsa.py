@@ -97,7 +97,7 @@ GSA = Mechanism(
         ),
         Implementation(
             "pallas",
-            sizes=dict(B=1, T=100, H=1, HQ=2, K=16, V=32, M=16),
+            sizes=dict(B=1, T=100, H=1, HQ=1, K=16, V=32, M=16),
             full=dict(B=2, T=2000, H=8, HQ=16, K=128, V=128, M=64),
             dtypes=("bfloat16", "float16"),
             lengths=(1, 64, 130),

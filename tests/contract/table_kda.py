@@ -94,7 +94,7 @@ KDA = Mechanism(
         ),
         Implementation(
             "pallas",
-            sizes=dict(B=1, T=100, H=1, HV=2, K=16, V=32),
+            sizes=dict(B=1, T=100, H=1, HV=1, K=16, V=32),
             full=dict(B=2, T=2000, H=8, HV=16, K=128, V=128),
             dtypes=("bfloat16", "float16"),
             lengths=(1, 63, 64, 130),

@@ -177,7 +177,7 @@ PATH = Mechanism(
         ),
         Implementation(
             "pallas",
-            sizes=dict(B=1, T=100, H=1, HQ=2, K=16, V=32),
+            sizes=dict(B=1, T=100, H=1, HQ=1, K=16, V=32),
             full=dict(B=2, T=1000, H=2, HQ=4, K=128, V=128),
             dtypes=("bfloat16", "float16"),
             lengths=(130,),

@@ -68,7 +68,8 @@ def test_without_a_gpu_the_default_is_xla(mechanism):
 
 @pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
 def test_no_initial_state_is_zeros(mechanism):
-    args, _ = inputs(mechanism, mechanism.implementations[0].sizes)
+    sizes = dict(mechanism.implementations[0].sizes) | dict(T=5)
+    args, _ = inputs(mechanism, sizes)
     name = mechanism.state[0]
     state = args.pop(name)
     for implementation in ("reference", "xla", None):

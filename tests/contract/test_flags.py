@@ -84,7 +84,8 @@ def test_x64_changes_no_dtype_and_no_kernel(mechanism, implementation, sizes, ca
 KERNELS = [row for row in SMALL if row.values[1].name == "pallas"]
 
 
-@pytest.mark.parametrize("call", ["step", pytest.param("gradients", marks=pytest.mark.slow)])
+@pytest.mark.slow  # The kernels are the same, see above, and lower without the flag elsewhere.
+@pytest.mark.parametrize("call", ["step", "gradients"])
 @pytest.mark.parametrize("mechanism, implementation, sizes", KERNELS)
 def test_kernels_lower_under_x64(mechanism, implementation, sizes, call, as_on_a_gpu):
     args, cotangents = inputs(mechanism, sizes, implementation.dtypes[0])

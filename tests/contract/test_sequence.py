@@ -136,7 +136,11 @@ def test_decode_is_forward(mechanism, implementation, sizes):
     assert_close((jnp.moveaxis(o, 0, 1), state), whole, mechanism.tolerances[dtype][0])
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", GRID)
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes",
+    # What kernels write in place is at stake; others have no aliases.
+    slow_if(GRID, lambda *row: not interpreted(*row)),
+)
 def test_step_in_a_scan_over_layers(mechanism, implementation, sizes):
     """The states of two layers in one array, as a scanned model keeps its cache."""
     layers = [inputs(mechanism, sizes, implementation.dtypes[0], seed)[0] for seed in range(2)]

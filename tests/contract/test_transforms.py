@@ -22,7 +22,7 @@ from harness import (
     with_gradients,
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from mechanisms import COMPILED, GRID, MECHANISMS, SMALL, interpreted_path, slow_if
+from mechanisms import COMPILED, GRID, MECHANISMS, SMALL, interpreted_path, short, slow_if
 
 P = PartitionSpec
 
@@ -32,11 +32,16 @@ def not_the_first(mechanism, *_):
     return mechanism is not MECHANISMS[0]
 
 
+COMPILED_SLOW = short(slow_if(COMPILED, not_the_first))
+
+
 def running(mechanism, implementation):
     return functools.partial(mechanism.run, implementation=implementation.name)
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", slow_if(COMPILED, not_the_first))
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes", short(slow_if(COMPILED, not_the_first))
+)
 def test_vmap_and_checkpoint(mechanism, implementation, sizes):
     """Gradients under vmap of a checkpointed run are those of the runs one by one."""
     dtype = implementation.dtypes[0]
@@ -149,7 +154,7 @@ def sharding_case(mechanism, implementation, sizes, dtype, shape, axis_type):
 
 def on_meshes(cpu, gpus):
     """COMPILED on these meshes; what runs on GPUs on those that two or four of them make."""
-    for row in COMPILED:
+    for row in short(COMPILED):
         for shape in gpus if row.values[1].compiled_on == "gpu" else cpu:
             label = f"{row.id}-{shape[0]} by {shape[1]}"
             yield pytest.param(*row.values, shape, id=label, marks=row.marks)
@@ -260,7 +265,7 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", slow_if(COMPILED, not_the_first))
+@pytest.mark.parametrize("mechanism, implementation, sizes", COMPILED_SLOW)
 def test_new_contents_never_compile(mechanism, implementation, sizes):
     """Neither new numbers nor new segment borders; nor a length that was there before."""
     B, T = sizes["B"], sizes["T"]

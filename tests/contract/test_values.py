@@ -31,6 +31,8 @@ def dtype_cases():
         for dtype in implementation.dtypes:
             if (implementation.name, dtype) != ("reference", "float32"):
                 values = (mechanism, implementation, sizes, dtype)
+                if dtype != implementation.dtypes[0] and not row.marks:
+                    values = (mechanism, implementation, dict(sizes) | dict(T=20), dtype)
                 slow = [pytest.mark.slow] if dtype == "float16" and not row.marks else []
                 yield pytest.param(*values, id=f"{row.id}-{dtype}", marks=[*row.marks, *slow])
 
