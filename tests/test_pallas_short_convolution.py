@@ -23,7 +23,7 @@ def arguments(B, T, H, D, W, dtype=bf16):
     keys = jax.random.split(jax.random.key(T), 3)
     x, dy = (jax.random.normal(key, (B, T, H, D)).astype(dtype) for key in keys[:2])
     small = jnp.where(jnp.arange(H) > 0, 2e-3 / (W * D) ** 0.5, 1.0)
-    return x, small[:, None] * jax.random.normal(keys[2], (W, H, D)), dy
+    return x, small[None, :, None] * jax.random.normal(keys[2], (W, H, D)), dy
 
 
 def formula(x, kernel, normalize, silu_twice=False):
