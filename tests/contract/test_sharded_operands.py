@@ -109,10 +109,13 @@ def groupings():
         if name in ("mesa", "layers"):
             yield pytest.param(name, (4, 4), (MIXED,), id=f"{name}-4 of 4")
             continue
-        every = ROWS_AND_HEADS, HEADS, MIXED
-        yield pytest.param(name, (1, 4), every, id=f"{name}-1 of 4")
-        yield pytest.param(name, (2, 4), (HEADS, MIXED), id=f"{name}-2 of 4")
-        yield pytest.param(name, (4, 8), every, id=f"{name}-4 of 8", marks=pytest.mark.slow)
+        every, slow = (ROWS_AND_HEADS, HEADS, MIXED), pytest.mark.slow
+        yield pytest.param(name, (1, 4), (ROWS_AND_HEADS, MIXED), id=f"{name}-1 of 4")
+        # A key head for two devices, which have value heads of their own.
+        yield pytest.param(name, (2, 4), (HEADS,), id=f"{name}-2 of 4")
+        for heads in ((1, 4), (2, 4), (4, 8)):
+            label = f"{name}-{heads[0]} of {heads[1]}, every placement"
+            yield pytest.param(name, heads, every, id=label, marks=slow)
 
 
 @functools.cache
