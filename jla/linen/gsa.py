@@ -10,6 +10,7 @@ from jla.gsa import GSAState, gsa, gsa_step
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm
 from jla.linen._padding import arrange
+from jla.linen._projections import projected
 from jla.linen._short_convolution import convolutions
 
 f32 = jnp.float32
@@ -156,7 +157,7 @@ class GatedSlotAttention(nn.Module):
             implementation=self.implementation,
             name="g_norm",
         )
-        return restore(dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(norm(o)))
+        return restore(projected(norm(o), dense, inputs.shape[-1]))
 
     def _mechanism(self, q, k, v, s, g, segments):
         """Runs `gsa`, or `gsa_step` for one token, from the cached state if there is one."""

@@ -12,6 +12,7 @@ from jla.kda import kda, kda_gate, kda_step
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm
 from jla.linen._padding import arrange
+from jla.linen._projections import projected
 from jla.linen._short_convolution import convolutions
 
 f32 = jnp.float32
@@ -183,8 +184,7 @@ class KimiDeltaAttention(nn.Module):
             implementation=self.implementation,
             name="o_norm",
         )(o, gate, gate_bias)
-        y = dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(o)
-        return restore(y)
+        return restore(projected(o, dense, inputs.shape[-1]))
 
     def _mechanism(self, q, k, v, gate, beta, real, segments):
         """Runs `kda`, or `kda_step` for one token, from the cached state if there is one.

@@ -13,6 +13,7 @@ from jla._state import with_rank
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm, gated_norm
 from jla.linen._padding import arrange
+from jla.linen._projections import projected
 from jla.linen._short_convolution import convolutions
 from jla.linen.kda import _dt_bias_init
 from jla.log_linear import LogLinearState, log_linear_attention, log_linear_step
@@ -244,7 +245,7 @@ class LogLinearMamba2(nn.Module):
         )
         # At a padded token o may be NaN, beyond the last level.
         o = gated_norm(norm, o, z, real)
-        return restore(dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(o))
+        return restore(projected(o, dense, inputs.shape[-1]))
 
     def _mechanism(self, q, k, u, gates, real, lengths, segments):
         """The mechanism's outputs for the values dt u, and skip u.

@@ -10,6 +10,7 @@ from jla import _checks
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm
 from jla.linen._padding import arrange
+from jla.linen._projections import projected
 from jla.linen._short_convolution import convolutions
 from jla.mesa_net import MesaState, mesa_net, mesa_step
 
@@ -154,7 +155,7 @@ class MesaNet(nn.Module):
             implementation=self.implementation,
             name="o_norm",
         )(o, gate)
-        return restore(dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(o))
+        return restore(projected(o, dense, inputs.shape[-1]))
 
     def _mechanism(self, q, k, v, g, beta, lamb, segments):
         """Runs `mesa_net`, or `mesa_step` for one token, from the cached state if there is one."""

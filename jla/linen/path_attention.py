@@ -11,6 +11,7 @@ from jla._cache import PathCache, without_rest
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm, l2norm
 from jla.linen._padding import arrange
+from jla.linen._projections import projected
 from jla.linen._short_convolution import convolutions
 from jla.path_attention import check_room, path_attention, run, step
 
@@ -158,7 +159,7 @@ class PaTHAttention(nn.Module):
             g = None if g is None else jnp.where(real[..., None], g, 0.0)
 
         o = self._mechanism(q, k, v, w, beta, g, segments, real, lengths)
-        return restore(dense(inputs.shape[-1], axis=(-2, -1), name="o_proj")(o))
+        return restore(projected(o, dense, inputs.shape[-1]))
 
     def _mechanism(self, q, k, v, w, beta, g, segments, real, lengths):
         """Runs `path_attention`, or `path_step` for one token, from the cache if there is one."""

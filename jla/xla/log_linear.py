@@ -150,7 +150,7 @@ def _read_in_order(q, states, weights, total):
     def chunk(levels, inputs):
         index, q, state, weights, total = inputs
         read = jnp.sum(jax.vmap(wide)(weights) * (q @ levels), axis=0)
-        levels = wide(total[:, :, None]) * levels
+        levels = wide(total[:, :, None])[None] * levels
         ones = lax.population_count(index & ~(index + 1))  # trailing ones: the levels that merge
         merged = state + jnp.sum(jnp.where(by_level(height < ones), levels, 0.0), axis=0)
         levels = jnp.where(by_level(height > ones), levels, 0.0)

@@ -35,7 +35,8 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
     place = places(cache) - cache.length[:, None]
     before, here = place[..., None] < 0, place[..., None] == 0
     # The values are written in one place; a select would write them all.
-    value = cache.value.at[jnp.arange(B, dtype=i32), cache.length].set(v, mode="drop")
+    write = jax.vmap(lambda row, place, new: row.at[place].set(new, mode="drop"))
+    value = write(cache.value, cache.length, v)
     cache = without_rest(cache)
     overlap = beta[:, None] * jnp.sum(cache.key * w[:, None], axis=-1)
     moved = cache.key - overlap[..., None] * w[:, None]

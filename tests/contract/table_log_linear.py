@@ -52,7 +52,7 @@ def _spike(args):
 
 
 def _unused(state, number):
-    level = jnp.arange(state.levels.shape[2])
+    level = jnp.arange(state.levels.shape[2])[None]
     used = (level > 0) & (state.position[:, None] >> jnp.maximum(level - 1, 0) & 1 == 1)
     return state._replace(levels=jnp.where(used[:, None, :, None, None], state.levels, number))
 
