@@ -81,7 +81,7 @@ def _why_not_pallas(name, arrays, *, asked_for):
     if importlib.util.find_spec(f"jla.pallas.{_MODULES[name]}") is None:
         return "there is no kernel for it yet"
     # The leaves: a cache is a tree of arrays.
-    if any(is_symbolic_dim(size) for x in jax.tree.leaves(arrays) for size in jnp.shape(x)):
+    if any(is_symbolic_dim(size) for x in jax.tree.leaves(arrays) for size in x.shape):
         return "it has a symbolic shape (jax.export), and the kernels are made for known sizes"
     module = _module("pallas", name)
     if not hasattr(module, name):

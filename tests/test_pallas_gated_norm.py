@@ -182,19 +182,18 @@ def test_the_layer_uses_it_where_it_serves(monkeypatch, options, T, masked, used
     def run(layer):
         return jax.jit(jax.value_and_grad(functools.partial(loss, layer), has_aux=True))(params)
 
-    want = run(plain)
+    # Without the kernel it is the layer's own formula: to know that it is not used is enough.
     monkeypatch.setattr("jla.log_linear.choose", xla)
     with jla.pallas.interpret(), monkeypatch.context() as patch:
         patch.setattr("jla._dispatch.kernel", only_the_norm)
-        got = run(LogLinearMamba2(**options))
+        layer = LogLinearMamba2(**options)
+        got = run(layer) if used else jax.eval_shape(functools.partial(run, layer))
     assert made == [1e-4] * used
     assert got[1]["params"]["o_norm"]["scale"].shape == (2, 64)
-    if options.get("implementation") == "pallas" and options["dtype"] == bf16:
+    if used:
         # Together: that of D alone nearly cancels, for it is little but the size of what is normed.
-        got, want = ((y, ravel_pytree(gradients)[0]) for (_, y), gradients in (got, want))
+        got, want = ((y, ravel_pytree(gradients)[0]) for (_, y), gradients in (got, run(plain)))
         jax.tree.map(lambda a, b: close(a, b, 1e-2), got, want)
-    else:
-        jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def xla(name, implementation, *arrays, _choose=jla._dispatch.choose):

@@ -177,7 +177,7 @@ def with_gradients(run, args):
     "sizes, lower_bound, segments",
     [
         # Tokens to be padded: their gates are zero, or the last state would decay.
-        (dict(T=75, H=1, HV=2, K=64, V=64), None, True),
+        (dict(T=75, H=1, HV=1, K=64, V=64), None, True),
         # Features to be padded, values in two parts.
         pytest.param(dict(T=20, H=1, HV=1, K=192, V=256), -5.0, False, marks=pytest.mark.slow),
         pytest.param(dict(T=64, H=1, HV=1, K=128, V=200), None, True, marks=pytest.mark.slow),

@@ -85,8 +85,8 @@ def test_split_is_whole(mechanism, implementation, sizes):
 @pytest.mark.parametrize(
     "mechanism, implementation, sizes",
     # A third of a minute each, a minute with the cache around PaTH's kernels. Decoding shows, too,
-    # that a state goes on.
-    slow_if(GRID, lambda *row: interpreted(*row) and row[0].name != "kda"),
+    # that a state goes on, and the cotangents of states are those of `test_values_and_gradients`.
+    INTERPRETED_SLOW,
 )
 def test_a_split_and_its_gradients_are_the_whole(mechanism, implementation, sizes):
     """The first part's final state is the second's initial one, and so are their cotangents."""
