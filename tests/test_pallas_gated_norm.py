@@ -5,7 +5,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from comparing import close, mamba2_in_steps, run_in
 from flax import linen as nn
