@@ -59,7 +59,18 @@ def zero_state(key, value):
     and never looks at its contents.
     """
     key, value = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (key, value))
-    return jnp.where(False, key[..., :, None] * value[..., None, :], 0.0)
+    return hidden(jnp.where(False, key[..., :, None] * value[..., None, :], 0.0))
+
+
+def hidden(x):
+    """`x`, whose tangents and cotangents too the compiler cannot see through.
+
+    XLA's CPU compiler (jaxlib 0.11.2 and 0.12) reads beyond a buffer where a batched product has a
+    right operand that is the same in all columns, as zeros and ones are, and a reduction follows:
+    the results are arbitrary numbers. See docs/jax.md. What a caller may give as a constant, or its
+    gradient as one (that of a sum is ones), is hidden where it lies in memory anyway.
+    """
+    return jax.tree.map(jax.lax.optimization_barrier, x)
 
 
 def repeated(x, times, axis):

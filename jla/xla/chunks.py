@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._lengths import chunk_size, is_symbolic_dim
+from jla._state import hidden
 
 CHUNK = 32
 SPAN = 256
@@ -44,12 +45,12 @@ def spans(x, length):
     B, T, H, D = x.shape
     count = -(-T // length)
     x = jnp.pad(x, ((0, 0), (0, count * length - T), (0, 0), (0, 0)))
-    return jnp.moveaxis(x.reshape(B, count, length, H, D), 1, 0)
+    return hidden(jnp.moveaxis(x.reshape(B, count, length, H, D), 1, 0))
 
 
 def join(x, T):
     """Undoes `spans`: [spans, B, L, H, D] to [B, T, H, D]."""
-    x = jnp.moveaxis(x, 0, 1)
+    x = jnp.moveaxis(hidden(x), 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
 
 

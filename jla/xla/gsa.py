@@ -8,7 +8,7 @@ from jax import lax
 
 from jla._lengths import is_symbolic_dim
 from jla._segments import segment_starts
-from jla._state import GSAState, repeated, zero_gsa_state
+from jla._state import GSAState, hidden, repeated, zero_gsa_state
 from jla.reference.gsa import gsa_step
 from jla.xla import chunks
 
@@ -38,9 +38,9 @@ def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale):
     q = q.reshape(B, T, H, HQ // H, K).reshape(B, T, H, -1)
     inputs = *(chunks.split(x, length) for x in (q, k, v, s, g)), starts
     span = jax.checkpoint(functools.partial(_span, size, scale), prevent_cse=False)
-    state, o = lax.scan(span, initial_state, inputs)
+    state, o = lax.scan(span, hidden(initial_state), inputs)
     o = chunks.merge(o, T)
-    return o.reshape(B, T, H, HQ // H, -1).reshape(B, T, HQ, -1), state
+    return o.reshape(B, T, H, HQ // H, -1).reshape(B, T, HQ, -1), hidden(state)
 
 
 def _span(size, scale, state, inputs):

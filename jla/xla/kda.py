@@ -8,7 +8,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._segments import segment_starts
-from jla._state import repeated, zero_state
+from jla._state import hidden, repeated, zero_state
 from jla.reference.kda import kda_step
 from jla.xla import chunks
 
@@ -38,8 +38,8 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
     policy = jax.checkpoint_policies.save_only_these_names(*_KEPT)
     span = functools.partial(_span, size, scale)
     span = jax.checkpoint(span, prevent_cse=False, policy=policy)
-    state, o = lax.scan(span, chunks.transposed(initial_state), inputs)
-    return chunks.join(o, T), chunks.transposed(state)
+    state, o = lax.scan(span, chunks.transposed(hidden(initial_state)), inputs)
+    return chunks.join(o, T), hidden(chunks.transposed(state))
 
 
 def _span(size, scale, state, inputs):

@@ -8,7 +8,7 @@ from jax import lax
 
 from jla._lengths import chunk_size
 from jla._segments import segment_starts
-from jla._state import MesaState, zero_mesa_state
+from jla._state import MesaState, hidden, zero_mesa_state
 from jla.xla import chunks
 from jla.xla.conjugate_gradients import SOLUTION, solve
 
@@ -83,7 +83,7 @@ def _run(cg_steps, q, k, v, g, beta, lamb, initial_state):
 
     writes = suffix * beta * k
     states, state = _entering(
-        initial_state,
+        hidden(initial_state),
         MesaState(*(_einsum("bhnck,bhncd->bhnkd", writes, x) for x in (k, v))),
         prefix[..., -1:, :],
     )
@@ -95,7 +95,7 @@ def _run(cg_steps, q, k, v, g, beta, lamb, initial_state):
     o = prefix * _einsum("bhnck,bhnkv->bhncv", x, states.kv)
     o = o + _einsum("bhnij,bhnjv->bhniv", _scores(weights, x, k), v)
     o = o.reshape(*o.shape[:2], -1, o.shape[-1])
-    return chunks.merge(o[None], T).astype(dtype), state
+    return chunks.merge(o[None], T).astype(dtype), hidden(state)
 
 
 def _decays(g):
