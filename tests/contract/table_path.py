@@ -75,7 +75,7 @@ def _cache(**edits):
 
 
 def _unused(cache, number):
-    there = jnp.arange(cache.key.shape[1]) < cache.length[:, None]
+    there = jnp.arange(cache.key.shape[1])[None] < cache.length[:, None]
 
     def fill(x):
         return jnp.where(there.reshape(*there.shape, *[1] * (x.ndim - 2)), x, number)
