@@ -4,16 +4,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jla import _dispatch
-from jla.linen._arguments import check_cache
+from jla.linen._arguments import check_cache, uniform
 from jla.linen._normalize import l2norm
 from jla.linen._padding import take_tokens
 
 f32 = jnp.float32
 
-# U(-W**-0.5, W**-0.5) for W taps: every channel is its own convolution with fan-in W.
-default_kernel_init = nn.initializers.variance_scaling(
-    1 / 3, "fan_in", "uniform", in_axis=0, out_axis=(), batch_axis=(1, 2)
-)
+
+def default_kernel_init(key, shape, dtype=f32):
+    """U(-W**-0.5, W**-0.5) for W taps: every channel is its own convolution with fan-in W."""
+    bound = shape[0] ** -0.5
+    return uniform(key, shape, dtype, -bound, bound)
 
 
 class ShortConvolution(nn.Module):

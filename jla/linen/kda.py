@@ -26,7 +26,7 @@ def _A_log_init(key, shape, dtype):
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _dt_bias_init(key, shape, dtype):
     """softplus of the result is log-uniform in [1e-3, 1e-1]."""
-    log_dt = jax.random.uniform(key, shape, dtype, minval=math.log(1e-3), maxval=math.log(1e-1))
+    log_dt = _arguments.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1))
     dt = jnp.exp(log_dt)
     return dt + jnp.log(-jnp.expm1(-dt))
 

@@ -1,0 +1,25 @@
+"""XLA's compile time goes with the number of operations, which a CPU has a kernel each for."""
+
+import jax
+import pytest
+from equations import operations
+from harness import inputs, with_gradients
+from mechanisms import MECHANISMS
+
+# A tenth above what they have; whoever needs more measures the compile time, too.
+LARGEST = dict(kda=1150, gsa=1220, log_linear=1410, mesa=590, path=1010)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda mechanism: mechanism.name)
+def test_equations_of_values_and_gradients(mechanism):
+    """Those of a forward pass and its transpose in "xla", loops' bodies once."""
+    sizes = next(i.sizes for i in mechanism.implementations if i.name == "xla")
+    args, cotangents = jax.eval_shape(lambda: inputs(mechanism, sizes))
+
+    def both(args, cotangents):
+        return with_gradients(
+            lambda args: mechanism.run(**args, implementation="xla"), args, cotangents
+        )
+
+    found = operations(jax.make_jaxpr(both)(args, cotangents).jaxpr)
+    assert found <= LARGEST[mechanism.name]
