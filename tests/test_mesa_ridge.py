@@ -99,7 +99,7 @@ def test_what_is_nan_is_not_hidden():
     """Beside rows that iterate and alone, when no iteration is made; nor does it reach others."""
 
     def solution(b, diagonal=1.0):
-        diagonal = jnp.full(4, diagonal)
+        diagonal = jnp.full(b.shape, diagonal)
         return solve(lambda matrix, x: matrix * x, 5, 1e-6, 2.0 * diagonal, diagonal, b)
 
     b = jnp.ones((3, 4)).at[1, 2].set(jnp.nan)

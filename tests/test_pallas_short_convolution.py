@@ -139,7 +139,7 @@ def calls(monkeypatch):
 def test_the_layer_uses_it_where_it_serves(calls, options, segments, dtype, used):
     x, kernel, _ = arguments(1, 5, 1, 16, 3, dtype)
     segments = jnp.zeros((1, 5), jnp.int32) if segments else None
-    variables = {"params": {"kernel": kernel}}
+    variables = {"params": {"kernel": kernel}, "cache": {"inputs": jnp.zeros((1, 2, 1, 16), dtype)}}
     with jla.pallas.interpret():
         y = ShortConvolution(3, **options).apply(variables, x, segments, mutable=["cache"])[0]
     options = {name: options.get(name, False) for name in ("normalize", "silu_twice")}
@@ -151,7 +151,8 @@ def test_the_layer_uses_it_where_it_serves(calls, options, segments, dtype, used
 def test_silu_twice_is_silu_of_silu(decode):
     x, kernel, _ = arguments(1, 5, 1, 16, 3, f32)
     layer = ShortConvolution(3, silu_twice=True, decode=decode)
-    y, _ = layer.apply({"params": {"kernel": kernel}}, x, mutable=["cache"])
+    variables = {"params": {"kernel": kernel}, "cache": {"inputs": jnp.zeros((1, 2, 1, 16))}}
+    y, _ = layer.apply(variables, x, mutable=["cache"])
     close(y, nn.silu(formula(x, kernel, False)), 1e-6)
 
 
