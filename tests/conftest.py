@@ -15,10 +15,10 @@ jax.config.update("jax_disable_most_optimizations", True)
 hardware.check_more()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     # Stable: inside a group the order stays. Long groups come first, for one that began last would
     # leave the other process idle.
-    items.sort(key=lambda item: (_rank(item.nodeid), _group(item.nodeid)))
+    items.sort(key=lambda item: (_rank(item.nodeid), _group(item.nodeid, config)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_gpu():
         for item in marked:
@@ -32,23 +32,28 @@ def pytest_xdist_make_scheduler(config, log):
 
     class ByGroup(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return _group(nodeid)
+            return _group(nodeid, config)
 
     return ByGroup(config, log)
 
 
-def _group(nodeid):
-    """What runs together, in one process: the tests that use the same compiled programs."""
-    contract = re.search(r"contract/.*\[(\w+-(?:reference|xla|pallas))\b", nodeid)
+def _group(nodeid, config):
+    """What runs together, in one process: the tests that use the same compiled programs.
+
+    Those of a mechanism, with its definition; on GPUs, where several more processes take part,
+    those of one implementation.
+    """
+    contract = re.search(r"contract/.*\[(\w+)-(reference|xla|pallas)\b", nodeid)
     if contract:
-        return contract[1]
+        on_gpu = config.getoption("markexpr") == "gpu"
+        return "-".join(contract.groups()) if on_gpu else contract[1]
     return nodeid.split("[" if "test_pallas" in nodeid else "::")[0]
 
 
 def _rank(nodeid):
-    if _group(nodeid).endswith("-pallas"):
+    if "contract/" in nodeid and "-pallas" in nodeid:
         return 0
-    return 1 if "test_pallas" in nodeid else 2
+    return 1 if "test_pallas" in nodeid or "contract/" in nodeid else 2
 
 
 def _has_gpu():

@@ -142,7 +142,7 @@ def case(mechanism, implementation, sizes, dtype=None):
         args, cotangents = inputs(mechanism, sizes, dtype)
         got = value_and_vjp(mechanism, implementation, args, cotangents)
         _cases[key] = Case(mechanism, args, cotangents, got)
-        if len(_cases) > 3:  # at full size each takes a gigabyte
+        if len(_cases) > 6:  # at full size each takes a gigabyte
             _cases.popitem(last=False)
     return _cases[key]
 
