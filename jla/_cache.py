@@ -68,10 +68,7 @@ class PathCache(NamedTuple):
         for name, size in sizes.items():
             if not export.is_symbolic_dim(size):
                 _checks.check_count(name, size)
-        if jnp.dtype(dtype) not in map(jnp.dtype, _checks.FLOAT_DTYPES):
-            raise TypeError(
-                f"dtype must be bfloat16, float16 or float32, got {jnp.dtype(dtype).name}"
-            )
+        _checks.check_float_dtype("dtype", dtype)
         decay = None
         if query_heads is not None:
             decay = jnp.zeros((batch, capacity, query_heads), jnp.float32)

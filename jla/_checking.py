@@ -7,7 +7,7 @@ import threading
 import jax
 import jax.numpy as jnp
 
-from jla._cache import PathCache
+from jla._cache import PathCache, places
 from jla._state import LogLinearState, repeated
 
 f32 = jnp.float32
@@ -117,8 +117,7 @@ def _arrays(arguments):
     """Name, array and what of it is in use, bool and broadcastable, of every array of floats."""
     for name, x in arguments.items():
         if isinstance(x, PathCache):
-            place = jnp.arange(x.key.shape[1], dtype=jnp.int32)
-            used = place[None] < x.length[:, None]
+            used = places(x) < x.length[:, None]
             for field in ("key", "value", "decay"):
                 array = getattr(x, field)
                 if array is not None:

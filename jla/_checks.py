@@ -90,6 +90,12 @@ def check_dtype(name, array, accepted):
         raise TypeError(f"{name} must be {names}, got {jnp.dtype(array.dtype).name}")
 
 
+def check_float_dtype(name, dtype):
+    """Raises TypeError unless a dtype, not an array's, is one that q, k and v can have."""
+    if jnp.dtype(dtype) not in map(jnp.dtype, FLOAT_DTYPES):
+        raise TypeError(f"{name} must be bfloat16, float16 or float32, got {jnp.dtype(dtype).name}")
+
+
 def check_same_dtype(**arrays):
     """Raises TypeError unless the arrays share one of the supported floating dtypes."""
     (first, array), *rest = arrays.items()

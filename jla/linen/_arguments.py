@@ -14,10 +14,8 @@ def check_inputs(layer, inputs, mask, segment_ids):
     """Checks a call's arguments and the layer's dtypes; returns D, the inputs' last axis."""
     for name in ("dtype", "param_dtype"):
         dtype = getattr(layer, name)
-        if dtype is not None and jnp.dtype(dtype) not in map(jnp.dtype, _checks.FLOAT_DTYPES):
-            raise TypeError(
-                f"{name} must be bfloat16, float16 or float32, got {jnp.dtype(dtype).name}"
-            )
+        if dtype is not None:
+            _checks.check_float_dtype(name, dtype)
     axes = dict(inputs=(inputs, "B T D"))
     if mask is not None:
         axes |= dict(mask=(mask, "B T"))
@@ -78,8 +76,8 @@ def float32_parameter(layer, name, init, shape):
     parameter = layer.param(name, init, shape, jnp.float32)
     if parameter.dtype != jnp.float32:
         raise TypeError(
-            f"{type(layer).__name__}: the parameter {name} must be float32, whatever param_dtype "
-            f"is, got {parameter.dtype.name}"
+            f"the parameter {name} must be float32, whatever param_dtype is, got "
+            f"{parameter.dtype.name}"
         )
     return parameter
 
