@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+HEAD_DIMS = range(16, 257)
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
 
 
@@ -109,7 +110,7 @@ def check_same_dtype(**arrays):
 
 def check_head_dim(letter, size):
     """Raises ValueError unless a head dimension lies in the contract's 16 to 256."""
-    if not 16 <= size <= 256:
+    if size not in HEAD_DIMS:
         raise ValueError(f"head dimension {letter} must be 16 to 256, got {size}")
 
 

@@ -55,7 +55,7 @@ def head_dims(D, num_heads, **dims):
     dims = {name: first if size is None else size for name, size in dims.items()}
     for name, size in dims.items():
         check_size(name, size, 1)
-        if not 16 <= size <= 256:
+        if size not in _checks.HEAD_DIMS:
             raise ValueError(f"{name} must be 16 to 256, got {size}{hints.get(name, '')}")
     return dims.values()
 
