@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from benchmarks import measure, side_by_side
+from jla._core.shardwise import for_each_row
 from jla.linen import RMSNorm
 from jla.linen._normalize import gated_norm
 from jla.linen._short_convolution import ShortConvolution
 from jla.pallas.kda import gate
-from jla.pallas.shardwise import for_each_row
 
 KEYS = ("case", "implementation")
 B, T, H, D = 16, 4096, 8, 128

@@ -2,7 +2,7 @@
 
 import importlib
 
-from jla._checking import checking
+from jla._core.checking import checking
 from jla.gsa import GSAState, gsa, gsa_step
 from jla.kda import kda, kda_gate, kda_step
 from jla.log_linear import LogLinearState, log_linear_attention, log_linear_step

@@ -5,9 +5,9 @@ import importlib.util
 
 import jax
 
-from jla import _checking
-from jla._checks import check_implementation
-from jla._lengths import is_symbolic_dim
+from jla._core import checking as _checking
+from jla._core.checks import check_implementation
+from jla._core.lengths import is_symbolic_dim
 
 # The module, inside jla.reference, jla.xla and jla.pallas, that holds each function. The layers'
 # convolution and norms, KDA with the making of its gates, and log-linear attention as
@@ -16,7 +16,7 @@ _MODULES = {
     "kda": "kda",
     "kda_gated": "kda",
     "kda_step": "kda",
-    "gated_norm": "gated_norm",
+    "gated_norm": "layers.gated_norm",
     "gsa": "gsa",
     "gsa_step": "gsa",
     "log_linear_attention": "log_linear",
@@ -26,9 +26,9 @@ _MODULES = {
     "mesa_step": "mesa_net",
     "path_attention": "path_attention",
     "path_step": "path_attention",
-    "rms_norm": "rms_norm",
-    "rms_norm_branch": "rms_norm",
-    "short_convolution": "short_convolution",
+    "rms_norm": "layers.rms_norm",
+    "rms_norm_branch": "layers.rms_norm",
+    "short_convolution": "layers.short_convolution",
 }
 
 

@@ -2,9 +2,10 @@
 
 import jax.numpy as jnp
 
-from jla import _checking, _checks
+from jla._core import checking as _checking
+from jla._core import checks as _checks
+from jla._core.states import GSAState
 from jla._dispatch import choose
-from jla._state import GSAState
 
 __all__ = ["GSAState", "gsa", "gsa_step"]
 

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from jla import _checking, _checks
+from jla._core import checking as _checking
+from jla._core import checks as _checks
+from jla._core.states import with_rank
 from jla._dispatch import choose
-from jla._state import with_rank
 
 f32 = jnp.float32
 

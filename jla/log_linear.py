@@ -3,10 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jla import _checking, _checks
+from jla._core import checking as _checking
+from jla._core import checks as _checks
+from jla._core.lengths import is_symbolic_dim
+from jla._core.states import LogLinearState
 from jla._dispatch import choose
-from jla._lengths import is_symbolic_dim
-from jla._state import LogLinearState
 
 __all__ = ["LogLinearState", "log_linear_attention", "log_linear_step"]
 

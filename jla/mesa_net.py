@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jla import _checking, _checks
+from jla._core import checking as _checking
+from jla._core import checks as _checks
+from jla._core.states import MesaState
 from jla._dispatch import choose
-from jla._state import MesaState
 
 __all__ = ["MesaState", "mesa_net", "mesa_step"]
 

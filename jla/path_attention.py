@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jla import _checking, _checks
-from jla._cache import PathCache
+from jla._core import checking as _checking
+from jla._core import checks as _checks
+from jla._core.cache import PathCache
 from jla._dispatch import choose
 
 __all__ = ["PathCache", "path_attention", "path_step"]

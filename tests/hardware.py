@@ -11,7 +11,7 @@ from jax._src.pallas.mosaic.interpret import race_detection_state
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.shared_memory import HostAllocationKey
 
-from jla.pallas.mosaic import OPERAND
+from jla.pallas.common.mosaic import OPERAND
 
 
 def check_more():

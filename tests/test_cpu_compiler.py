@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jla
-from jla._state import zero_state
+from jla._core.states import zero_state
 from jla.xla import chunks
 
 # The suite's own setting, and the one that programs have elsewhere.

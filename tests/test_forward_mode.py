@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 
 import jla.pallas
-from jla.pallas.gated_norm import gated_norm
 from jla.pallas.kda import kda_gated
+from jla.pallas.layers.gated_norm import gated_norm
+from jla.pallas.layers.rms_norm import rms_norm, rms_norm_branch
+from jla.pallas.layers.short_convolution import short_convolution
 from jla.pallas.log_linear import log_linear_mamba2
-from jla.pallas.rms_norm import rms_norm, rms_norm_branch
-from jla.pallas.short_convolution import short_convolution
 
 bf16, f32 = jnp.bfloat16, jnp.float32
 X, SCALE = ((1, 32, 2, 64), bf16), ((64,), f32)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import jla
-from jla import _checks
+from jla._core import checks as _checks
 
 # All but the context, which takes no arguments.
 FUNCTIONS = [n for n in jla.__all__ if inspect.isfunction(getattr(jla, n)) and n != "checking"]

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jla.pallas
 from jla.linen import LogLinearMamba2, RMSNorm
 from jla.linen._normalize import gated_norm
-from jla.pallas import gated_norm as kernels
+from jla.pallas.layers import gated_norm as kernels
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 EPSILON = 1e-3

@@ -15,8 +15,8 @@ from comparing import relative_error
 import jla
 import jla.pallas
 from jla import GSAState
-from jla.pallas import chunks
 from jla.pallas import gsa as kernels
+from jla.pallas.common import chunks
 from jla.pallas.gsa import states
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import jla.pallas
-from jla.pallas import mosaic
+from jla.pallas.common import mosaic
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 

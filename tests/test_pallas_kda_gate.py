@@ -15,11 +15,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jla
 import jla.pallas
-from jla._segments import segment_starts
+from jla._core.segments import segment_starts
+from jla._core.shardwise import for_each_row
 from jla.linen import KimiDeltaAttention
-from jla.pallas import chunks
+from jla.pallas.common import chunks
 from jla.pallas.kda import gate
-from jla.pallas.shardwise import for_each_row
 from jla.reference.kda import kda as reference
 
 kernels = importlib.import_module("jla.pallas.kda")

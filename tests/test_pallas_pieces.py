@@ -9,7 +9,7 @@ import pytest
 
 import jla
 import jla.pallas
-from jla.pallas import pieces
+from jla.pallas.common import pieces
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 

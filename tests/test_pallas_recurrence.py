@@ -8,8 +8,8 @@ import pytest
 from comparing import close
 
 import jla.pallas
-from jla.pallas import recurrence
-from jla.pallas.chunks import CHUNK
+from jla.pallas.common import recurrence
+from jla.pallas.common.chunks import CHUNK
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 CHUNKS = 4  # a ring of two tiles is written again where the third chunk's are stored

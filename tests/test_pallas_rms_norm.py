@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jla.pallas
 from jla.linen import RMSNorm
-from jla.pallas import rms_norm as kernels
+from jla.pallas.layers import rms_norm as kernels
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 EPSILON = 1e-3

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jla.pallas
 from jla.linen._short_convolution import ShortConvolution
-from jla.pallas import short_convolution as kernels
+from jla.pallas.layers import short_convolution as kernels
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 

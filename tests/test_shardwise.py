@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jla.pallas.shardwise import shardwise
+from jla._core.shardwise import shardwise
 
 SPEC = PartitionSpec("x", None, "y")
 KEYS, VALUES = "B T H K", "B T HV K"

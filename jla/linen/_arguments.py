@@ -7,7 +7,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from jla import _checks
+from jla._core import checks as _checks
 
 
 def check_inputs(layer, inputs, mask, segment_ids):

@@ -7,8 +7,9 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jla import _checks, _dispatch
-from jla._state import with_rank
+from jla import _dispatch
+from jla._core import checks as _checks
+from jla._core.states import with_rank
 from jla.linen import _arguments
 
 f32 = jnp.float32

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from jla._segments import segment_index
+from jla._core.segments import segment_index
 
 
 def pack_left(mask):

@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jla import _checks
+from jla._core import checks as _checks
 from jla.gsa import GSAState, gsa, gsa_step
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm

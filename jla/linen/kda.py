@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jla import _checks, _dispatch
+from jla import _dispatch
+from jla._core import checks as _checks
 from jla.kda import kda, kda_gate, kda_step
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm

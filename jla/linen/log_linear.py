@@ -8,9 +8,11 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from jla import _checks, _dispatch, _seats
-from jla._lengths import is_symbolic_dim
-from jla._state import with_rank
+from jla import _dispatch
+from jla._core import alignment as _seats
+from jla._core import checks as _checks
+from jla._core.lengths import is_symbolic_dim
+from jla._core.states import with_rank
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm, gated_norm
 from jla.linen._padding import arrange

@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jla import _checks
+from jla._core import checks as _checks
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm
 from jla.linen._padding import arrange

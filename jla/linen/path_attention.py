@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jla import _checks
-from jla._cache import PathCache, without_rest
+from jla._core import checks as _checks
+from jla._core.cache import PathCache, without_rest
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm, l2norm
 from jla.linen._padding import arrange

@@ -2,7 +2,7 @@
 
 import jax
 
-from jla.pallas.mosaic import interpret, interpreting
+from jla.pallas.common.mosaic import interpret, interpreting
 
 __all__ = ["interpret"]
 

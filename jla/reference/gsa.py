@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._segments import segment_starts
-from jla._state import GSAState, repeated, zero_gsa_state
+from jla._core.segments import segment_starts
+from jla._core.states import GSAState, repeated, zero_gsa_state
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._segments import segment_starts
-from jla._state import repeated, zero_state
+from jla._core.segments import segment_starts
+from jla._core.states import repeated, zero_state
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)

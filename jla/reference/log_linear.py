@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._lengths import is_symbolic_dim
-from jla._segments import segment_starts
-from jla._state import LogLinearState, moved_on, repeated, zero_log_linear_state
+from jla._core.lengths import is_symbolic_dim
+from jla._core.segments import segment_starts
+from jla._core.states import LogLinearState, moved_on, repeated, zero_log_linear_state
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)

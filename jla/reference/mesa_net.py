@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._segments import segment_starts
-from jla._state import MesaState, zero_mesa_state
+from jla._core.segments import segment_starts
+from jla._core.states import MesaState, zero_mesa_state
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)

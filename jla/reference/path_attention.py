@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._cache import PathCache, counted, places, without_rest
-from jla._lengths import is_symbolic_dim
-from jla._segments import segment_starts
-from jla._state import repeated
+from jla._core.cache import PathCache, counted, places, without_rest
+from jla._core.lengths import is_symbolic_dim
+from jla._core.segments import segment_starts
+from jla._core.states import repeated
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)

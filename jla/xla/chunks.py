@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._lengths import chunk_size, is_symbolic_dim
-from jla._state import hidden
+from jla._core.lengths import chunk_size, is_symbolic_dim
+from jla._core.states import hidden
 
 CHUNK = 32
 SPAN = 256

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._lengths import is_symbolic_dim
-from jla._segments import segment_starts
-from jla._state import GSAState, hidden, repeated, zero_gsa_state
+from jla._core.lengths import is_symbolic_dim
+from jla._core.segments import segment_starts
+from jla._core.states import GSAState, hidden, repeated, zero_gsa_state
 from jla.reference.gsa import gsa_step
 from jla.xla import chunks
 

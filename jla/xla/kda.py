@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._segments import segment_starts
-from jla._state import hidden, repeated, zero_state
+from jla._core.segments import segment_starts
+from jla._core.states import hidden, repeated, zero_state
 from jla.reference.kda import kda_step
 from jla.xla import chunks
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jla import _seats
-from jla._lengths import chunk_size, is_symbolic_dim
-from jla._state import repeated
+from jla._core import alignment as _seats
+from jla._core.lengths import chunk_size, is_symbolic_dim
+from jla._core.states import repeated
 from jla.reference.log_linear import log_linear_step
 from jla.xla import chunks
 

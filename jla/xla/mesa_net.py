@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._lengths import chunk_size
-from jla._segments import segment_starts
-from jla._state import MesaState, hidden, zero_mesa_state
+from jla._core.lengths import chunk_size
+from jla._core.segments import segment_starts
+from jla._core.states import MesaState, hidden, zero_mesa_state
 from jla.xla import chunks
 from jla.xla.conjugate_gradients import SOLUTION, solve
 

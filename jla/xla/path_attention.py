@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._cache import PathCache, counted, places, without_rest
-from jla._lengths import chunk_size, is_symbolic_dim
-from jla._segments import segment_starts
-from jla._state import zero_state
+from jla._core.cache import PathCache, counted, places, without_rest
+from jla._core.lengths import chunk_size, is_symbolic_dim
+from jla._core.segments import segment_starts
+from jla._core.states import zero_state
 from jla.xla import chunks
 
 __all__ = ["path_attention", "path_step"]
@@ -127,7 +127,7 @@ def _unit_lower_inverse(matrix):
         new = lax.dynamic_index_in_dim(identity, index, -2) - known
         return lax.dynamic_update_slice_in_dim(inverse, new, index, -2), None
 
-    # A select places the zeros as the matrix is; see jla/_state.py.
+    # A select places the zeros as the matrix is; see jla/_core/states.py.
     return lax.scan(row, jnp.where(False, matrix, 0.0), jnp.arange(C, dtype=i32))[0]
 
 

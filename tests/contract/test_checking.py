@@ -129,7 +129,7 @@ def test_a_jitted_function_is_told_apart(nothing_runs):
 
     @jax.jit
     def run(args):
-        traced.append(jla._checking.on())
+        traced.append(jla._core.checking.on())
         return step(args)
 
     run(args)

@@ -17,8 +17,10 @@ from mechanisms import MECHANISMS
 from test_sharded_kernels import sizes_of
 
 import jla.pallas
-from jla.pallas import gated_norm, log_linear, rms_norm, shardwise, short_convolution
+from jla._core import shardwise
+from jla.pallas import log_linear
 from jla.pallas.kda import gate
+from jla.pallas.layers import gated_norm, rms_norm, short_convolution
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 B = 4

@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._segments import segment_starts
-from jla._state import GSAState
-from jla.pallas.chunks import TILE_WIDTH, gates
-from jla.pallas.derivatives import reverse_only
+from jla._core.derivatives import reverse_only
+from jla._core.segments import segment_starts
+from jla._core.shardwise import defvjp, shardwise
+from jla._core.states import GSAState
+from jla.pallas.common.chunks import TILE_WIDTH, gates
+from jla.pallas.common.mosaic import TILE_ROWS
 from jla.pallas.gsa import step
 from jla.pallas.gsa.gradients import chunk_gradients, logit_gradients
 from jla.pallas.gsa.outputs import outputs
 from jla.pallas.gsa.states import through_chunks
 from jla.pallas.gsa.step import gsa_step
-from jla.pallas.mosaic import TILE_ROWS
-from jla.pallas.shardwise import defvjp, shardwise
 from jla.xla.gsa import abc_gates
 
 __all__ = ["gsa", "gsa_step", "unsupported"]

@@ -11,11 +11,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import chunks, mosaic
-from jla.pallas.chunks import CHUNK, LEVELS, TILE_WIDTH
+from jla.pallas.common import chunks, mosaic
+from jla.pallas.common.chunks import CHUNK, LEVELS, TILE_WIDTH
+from jla.pallas.common.mosaic import TILE, bf16, f16, f32, load, per_row, product
 from jla.pallas.gsa import slots
 from jla.pallas.gsa.slots import columns
-from jla.pallas.mosaic import TILE, bf16, f16, f32, load, per_row, product
 
 SDS = jax.ShapeDtypeStruct
 

@@ -18,13 +18,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import chunks, mosaic
-from jla.pallas.chunks import CHUNK, TILE_WIDTH
+from jla.pallas.common import chunks, mosaic
+from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
+from jla.pallas.common.mosaic import TILE, bf16, f16, f32
+from jla.pallas.common.pieces import join, number_of_pairs
+from jla.pallas.common.recurrence import piece
 from jla.pallas.gsa import slots
 from jla.pallas.gsa.slots import columns
-from jla.pallas.mosaic import TILE, bf16, f16, f32
-from jla.pallas.pieces import join, number_of_pairs
-from jla.pallas.recurrence import piece
 
 SDS = jax.ShapeDtypeStruct
 

@@ -8,10 +8,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla._state import GSAState
-from jla.pallas import mosaic
-from jla.pallas.mosaic import f32, per_column, per_row
-from jla.pallas.shardwise import shardwise
+from jla._core.shardwise import shardwise
+from jla._core.states import GSAState
+from jla.pallas.common import mosaic
+from jla.pallas.common.mosaic import f32, per_column, per_row
 from jla.reference import gsa as reference
 
 MULTIPLE = 16  # of K, V and M

@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._segments import segment_starts
-from jla._state import repeated
-from jla.pallas import pieces
-from jla.pallas.chunks import CHUNK, TILE_WIDTH, gates
-from jla.pallas.derivatives import reverse_only
+from jla._core.derivatives import reverse_only
+from jla._core.segments import segment_starts
+from jla._core.shardwise import defvjp, for_each_row, shardwise
+from jla._core.states import repeated
+from jla.pallas.common import pieces
+from jla.pallas.common.chunks import CHUNK, TILE_WIDTH, gates
+from jla.pallas.common.mosaic import TILE_ROWS
+from jla.pallas.common.recurrence import NARROW
 from jla.pallas.kda import gate, step, wide
 from jla.pallas.kda.backward import chunk_gradients
 from jla.pallas.kda.prepare import prepare
 from jla.pallas.kda.step import kda_step
-from jla.pallas.mosaic import TILE_ROWS
-from jla.pallas.recurrence import NARROW
-from jla.pallas.shardwise import defvjp, for_each_row, shardwise
 
 __all__ = ["kda", "kda_gated", "kda_step", "unsupported"]
 

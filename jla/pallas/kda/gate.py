@@ -35,11 +35,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla._segments import segment_starts
-from jla.pallas import mosaic
-from jla.pallas.chunks import CHUNK, LOG2E, STRONGEST
-from jla.pallas.mosaic import f16, f32, per_column, per_row
-from jla.pallas.shardwise import shardwise
+from jla._core.segments import segment_starts
+from jla._core.shardwise import shardwise
+from jla.pallas.common import mosaic
+from jla.pallas.common.chunks import CHUNK, LOG2E, STRONGEST
+from jla.pallas.common.mosaic import f16, f32, per_column, per_row
 
 SDS = jax.ShapeDtypeStruct
 LN2 = math.log(2)

@@ -6,9 +6,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import chunks, mosaic
-from jla.pallas.chunks import CHUNK, LEVELS, TILE_WIDTH
-from jla.pallas.mosaic import PER_COLUMN, TILE, bf16, f16, f32, load, per_column
+from jla.pallas.common import chunks, mosaic
+from jla.pallas.common.chunks import CHUNK, LEVELS, TILE_WIDTH
+from jla.pallas.common.mosaic import PER_COLUMN, TILE, bf16, f16, f32, load, per_column
 
 SDS = jax.ShapeDtypeStruct
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jla.pallas import mosaic
-from jla.pallas.mosaic import f32, per_column, per_row
-from jla.pallas.shardwise import shardwise
+from jla._core.shardwise import shardwise
+from jla.pallas.common import mosaic
+from jla.pallas.common.mosaic import f32, per_column, per_row
 from jla.reference import kda as reference
 
 HEAD_MULTIPLE = 16

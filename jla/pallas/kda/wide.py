@@ -12,10 +12,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import chunks, mosaic
-from jla.pallas.chunks import CHUNK, TILE_WIDTH
+from jla.pallas.common import chunks, mosaic
+from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
+from jla.pallas.common.mosaic import PER_ROW, bf16, f16, f32, load, per_row
 from jla.pallas.kda.backward import gradients_of_keys, gradients_of_values, meet_at
-from jla.pallas.mosaic import PER_ROW, bf16, f16, f32, load, per_row
 
 SDS = jax.ShapeDtypeStruct
 FEATURES = 128  # of keys, worked on by one CTA: 64 by each of two warpgroups

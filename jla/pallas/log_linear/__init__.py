@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jla import _seats
-from jla.pallas.chunks import TILE_WIDTH
-from jla.pallas.derivatives import reverse_only
+from jla._core import alignment as _seats
+from jla._core.derivatives import reverse_only
+from jla._core.shardwise import defvjp, for_each_row, shardwise
+from jla.pallas.common.chunks import TILE_WIDTH
+from jla.pallas.common.mosaic import TILE_ROWS
 from jla.pallas.log_linear import step, tree, weights
 from jla.pallas.log_linear.gradients import reader_gradients, writer_gradients
 from jla.pallas.log_linear.outputs import outputs
 from jla.pallas.log_linear.step import log_linear_step
 from jla.pallas.log_linear.sums import weighted_sums
 from jla.pallas.log_linear.tree_kernels import tree_gradients, tree_states
-from jla.pallas.mosaic import TILE_ROWS
-from jla.pallas.shardwise import defvjp, for_each_row, shardwise
 
 __all__ = ["log_linear_attention", "log_linear_mamba2", "log_linear_step", "unsupported"]
 

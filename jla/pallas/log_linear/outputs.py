@@ -5,11 +5,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import mosaic
-from jla.pallas.chunks import CHUNK, TILE_WIDTH
+from jla.pallas.common import mosaic
+from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
+from jla.pallas.common.mosaic import (
+    PER_COLUMN,
+    PER_ROW,
+    bf16,
+    f32,
+    load,
+    per_column,
+    per_row,
+    product,
+)
 from jla.pallas.gsa.slots import columns, tiles
 from jla.pallas.log_linear import stream
-from jla.pallas.mosaic import PER_COLUMN, PER_ROW, bf16, f32, load, per_column, per_row, product
 
 SDS = jax.ShapeDtypeStruct
 

@@ -8,12 +8,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla._state import LogLinearState, moved_on
-from jla.pallas import mosaic
+from jla._core.shardwise import shardwise
+from jla._core.states import LogLinearState, moved_on
+from jla.pallas.common import mosaic
+from jla.pallas.common.mosaic import f32, per_column, per_row
 from jla.pallas.gsa.step import _width as tile_width
 from jla.pallas.log_linear.stream import lowest_bit, without_lowest_bit
-from jla.pallas.mosaic import f32, per_column, per_row
-from jla.pallas.shardwise import shardwise
 from jla.reference import log_linear as reference
 
 MULTIPLE = 16  # of K and V

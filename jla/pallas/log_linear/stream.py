@@ -9,10 +9,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import chunks, mosaic
-from jla.pallas.chunks import CHUNK, LEVELS
+from jla.pallas.common import chunks, mosaic
+from jla.pallas.common.chunks import CHUNK, LEVELS
+from jla.pallas.common.mosaic import PER_COLUMN, PER_ROW, f32, per_column, per_row
 from jla.pallas.log_linear import tree
-from jla.pallas.mosaic import PER_COLUMN, PER_ROW, f32, per_column, per_row
 
 STAGES = 2
 

@@ -8,10 +8,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import mosaic
-from jla.pallas.chunks import CHUNK, TILE_WIDTH
+from jla.pallas.common import mosaic
+from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
+from jla.pallas.common.mosaic import PER_COLUMN, TILE, bf16, f32, per_column, product
 from jla.pallas.gsa.slots import columns, tiles
-from jla.pallas.mosaic import PER_COLUMN, TILE, bf16, f32, per_column, product
 
 SDS = jax.ShapeDtypeStruct
 STAGES = 3

@@ -11,9 +11,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import mosaic
+from jla.pallas.common import mosaic
+from jla.pallas.common.mosaic import bf16, f32
 from jla.pallas.log_linear import tree
-from jla.pallas.mosaic import bf16, f32
 
 SDS = jax.ShapeDtypeStruct
 STAGES = 4

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jla.pallas.chunks import CHUNK, LEVELS, LOG2E
+from jla.pallas.common.chunks import CHUNK, LEVELS, LOG2E
 
 f32 = jnp.float32
 

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._segments import segment_starts
-from jla._state import MesaState, zero_mesa_state
-from jla.pallas.chunks import CHUNK, LOG2E, TILE_WIDTH
-from jla.pallas.derivatives import reverse_only
+from jla._core.derivatives import reverse_only
+from jla._core.segments import segment_starts
+from jla._core.shardwise import defvjp, shardwise
+from jla._core.states import MesaState, zero_mesa_state
+from jla.pallas.common.chunks import CHUNK, LOG2E, TILE_WIDTH
+from jla.pallas.common.mosaic import TILE_ROWS
 from jla.pallas.mesa_net import gates, solve, states, step
 from jla.pallas.mesa_net.gradients import chunk_gradients
 from jla.pallas.mesa_net.step import mesa_step
-from jla.pallas.mosaic import TILE_ROWS
-from jla.pallas.shardwise import defvjp, shardwise
 
 __all__ = ["mesa_net", "mesa_step", "unsupported"]
 

@@ -7,7 +7,7 @@ segment before would be in all later sums, and move their rounding.
 import jax.numpy as jnp
 from jax import lax
 
-from jla.pallas.chunks import CHUNK
+from jla.pallas.common.chunks import CHUNK
 
 f32 = jnp.float32
 

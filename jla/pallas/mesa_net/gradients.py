@@ -6,11 +6,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import chunks, mosaic
-from jla.pallas.chunks import CHUNK, TILE_WIDTH
+from jla.pallas.common import chunks, mosaic
+from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
+from jla.pallas.common.mosaic import (
+    PER_COLUMN,
+    PER_ROW,
+    bf16,
+    f32,
+    load,
+    per_column,
+    per_row,
+    product,
+)
 from jla.pallas.mesa_net.solve import put, row_sum
 from jla.pallas.mesa_net.states import columns, tiles
-from jla.pallas.mosaic import PER_COLUMN, PER_ROW, bf16, f32, load, per_column, per_row, product
 
 SDS = jax.ShapeDtypeStruct
 

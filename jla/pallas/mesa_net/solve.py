@@ -18,10 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import chunks, mosaic
-from jla.pallas.chunks import CHUNK, TILE_WIDTH
-from jla.pallas.mesa_net.states import SMALLEST, columns, tiles
-from jla.pallas.mosaic import (
+from jla.pallas.common import chunks, mosaic
+from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
+from jla.pallas.common.mosaic import (
     PER_COLUMN,
     PER_ROW,
     TILE,
@@ -32,6 +31,7 @@ from jla.pallas.mosaic import (
     per_row,
     product,
 )
+from jla.pallas.mesa_net.states import SMALLEST, columns, tiles
 
 SDS = jax.ShapeDtypeStruct
 # A row stops when its residual is this much smaller than its right-hand side: about what float16

@@ -19,11 +19,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import mosaic
-from jla.pallas.chunks import CHUNK, TILE_WIDTH
-from jla.pallas.mosaic import PER_COLUMN, TILE, f16, f32, per_column, product
-from jla.pallas.pieces import join, number_of_pairs
-from jla.pallas.recurrence import piece
+from jla.pallas.common import mosaic
+from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
+from jla.pallas.common.mosaic import PER_COLUMN, TILE, f16, f32, per_column, product
+from jla.pallas.common.pieces import join, number_of_pairs
+from jla.pallas.common.recurrence import piece
 
 SDS = jax.ShapeDtypeStruct
 STAGES = 2

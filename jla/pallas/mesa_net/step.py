@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla._state import MesaState
-from jla.pallas import mosaic
-from jla.pallas.mosaic import f32, per_column, per_row
-from jla.pallas.shardwise import shardwise
+from jla._core.shardwise import shardwise
+from jla._core.states import MesaState
+from jla.pallas.common import mosaic
+from jla.pallas.common.mosaic import f32, per_column, per_row
 from jla.reference import mesa_net as reference
 
 HEAD_DIMENSIONS = (16, 32, 64, 128)

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._segments import segment_starts
-from jla.pallas.chunks import LOG2E, TILE_WIDTH
-from jla.pallas.derivatives import reverse_only
-from jla.pallas.mosaic import TILE_ROWS
+from jla._core.derivatives import reverse_only
+from jla._core.segments import segment_starts
+from jla._core.shardwise import defvjp, shardwise
+from jla.pallas.common.chunks import LOG2E, TILE_WIDTH
+from jla.pallas.common.mosaic import TILE_ROWS
 from jla.pallas.path_attention.cache import carried_on
 from jla.pallas.path_attention.forward import forward
 from jla.pallas.path_attention.key_gradients import key_gradients
@@ -25,7 +26,6 @@ from jla.pallas.path_attention.step import path_step
 from jla.pallas.path_attention.step import unsupported as _unsupported_step
 from jla.pallas.path_attention.transform_gradients import transform_gradients
 from jla.pallas.path_attention.tree import grown, leaf_sums, level_sums, rounded, sixteen_bits
-from jla.pallas.shardwise import defvjp, shardwise
 
 __all__ = ["path_attention", "path_step", "unsupported"]
 

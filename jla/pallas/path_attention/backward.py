@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.mosaic import f16, per_row
+from jla.pallas.common.mosaic import f16, per_row
 
 LEAST = 1e-30  # so that no row is divided by zero
 

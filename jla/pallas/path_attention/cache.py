@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._cache import PathCache, without_rest
-from jla._lengths import chunk_size
-from jla._segments import segment_starts
-from jla._state import repeated, zero_state
-from jla.pallas.shardwise import defvjp, shardwise
+from jla._core.cache import PathCache, without_rest
+from jla._core.lengths import chunk_size
+from jla._core.segments import segment_starts
+from jla._core.shardwise import defvjp, shardwise
+from jla._core.states import repeated, zero_state
 from jla.xla import chunks
 from jla.xla.path_attention import CHUNK, NEVER, appended, at_the_end, exactly, fits, prepare
 

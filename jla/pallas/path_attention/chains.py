@@ -12,9 +12,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import mosaic
-from jla.pallas.chunks import CHUNK
-from jla.pallas.mosaic import f16, product
+from jla.pallas.common import mosaic
+from jla.pallas.common.chunks import CHUNK
+from jla.pallas.common.mosaic import f16, product
 from jla.pallas.path_attention import levels
 
 SDS = jax.ShapeDtypeStruct

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla.pallas import chunks, mosaic
-from jla.pallas.chunks import CHUNK
-from jla.pallas.mosaic import TILE, f32, load
+from jla.pallas.common import chunks, mosaic
+from jla.pallas.common.chunks import CHUNK
+from jla.pallas.common.mosaic import TILE, f32, load
 
 SDS = jax.ShapeDtypeStruct
 

@@ -6,8 +6,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import mosaic
-from jla.pallas.mosaic import PER_COLUMN, PER_ROW, TILE, bf16, f16, f32, load, per_column, per_row
+from jla.pallas.common import mosaic
+from jla.pallas.common.mosaic import (
+    PER_COLUMN,
+    PER_ROW,
+    TILE,
+    bf16,
+    f16,
+    f32,
+    load,
+    per_column,
+    per_row,
+)
 from jla.pallas.path_attention import levels
 from jla.pallas.path_attention.backward import load_rows, normalised
 from jla.pallas.path_attention.forward import COMPUTE_REGISTERS, LOADER_REGISTERS, ROWS

@@ -9,11 +9,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import TiledLayout
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla._cache import PathCache, counted
-from jla.pallas import mosaic
-from jla.pallas.chunks import LOG2E
-from jla.pallas.mosaic import f32, per_column, per_row
-from jla.pallas.shardwise import shardwise
+from jla._core.cache import PathCache, counted
+from jla._core.shardwise import shardwise
+from jla.pallas.common import mosaic
+from jla.pallas.common.chunks import LOG2E
+from jla.pallas.common.mosaic import f32, per_column, per_row
 from jla.reference import path_attention as reference
 
 SDS = jax.ShapeDtypeStruct

@@ -19,9 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import mosaic
-from jla.pallas.chunks import CHUNK
-from jla.pallas.mosaic import PER_ROW, TILE, f16, f32, load, per_row, product
+from jla.pallas.common import mosaic
+from jla.pallas.common.chunks import CHUNK
+from jla.pallas.common.mosaic import PER_ROW, TILE, f16, f32, load, per_row, product
 from jla.pallas.path_attention import levels
 from jla.pallas.path_attention.backward import LEAST
 from jla.pallas.path_attention.levels import LEAF

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._lengths import chunk_size, is_symbolic_dim
-from jla._segments import segment_starts
-from jla._state import LogLinearState, moved_on, with_rank
+from jla._core.lengths import chunk_size, is_symbolic_dim
+from jla._core.segments import segment_starts
+from jla._core.states import LogLinearState, moved_on, with_rank
 
 f32, i32 = jnp.float32, jnp.int32
 

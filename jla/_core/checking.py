@@ -7,8 +7,8 @@ import threading
 import jax
 import jax.numpy as jnp
 
-from jla._cache import PathCache, places
-from jla._state import LogLinearState, repeated
+from jla._core.cache import PathCache, places
+from jla._core.states import LogLinearState, repeated
 
 f32 = jnp.float32
 

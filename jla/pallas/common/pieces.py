@@ -18,10 +18,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import mosaic, recurrence
-from jla.pallas.chunks import CHUNK
-from jla.pallas.mosaic import PER_COLUMN, TILE, bf16, f32, product
-from jla.pallas.recurrence import COLUMNS, features, piece, scalars, square, tokens
+from jla.pallas.common import mosaic, recurrence
+from jla.pallas.common.chunks import CHUNK
+from jla.pallas.common.mosaic import PER_COLUMN, TILE, bf16, f32, product
+from jla.pallas.common.recurrence import COLUMNS, features, piece, scalars, square, tokens
 
 SDS = jax.ShapeDtypeStruct
 PROCESSORS = recurrence.PROCESSORS

@@ -35,10 +35,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jla.pallas import mosaic
-from jla.pallas.derivatives import reverse_only
-from jla.pallas.mosaic import f32, per_row
-from jla.pallas.rows import (
+from jla._core.derivatives import reverse_only
+from jla._core.shardwise import defvjp, for_each_row, shardwise
+from jla.pallas.common import mosaic
+from jla.pallas.common.mosaic import f32, per_row
+from jla.pallas.layers.rows import (
     BACKWARD,
     FORWARD,
     ROWS,
@@ -52,7 +53,6 @@ from jla.pallas.rows import (
     missing_axes,
     unsupported_rows,
 )
-from jla.pallas.shardwise import defvjp, for_each_row, shardwise
 
 SDS = jax.ShapeDtypeStruct
 

@@ -34,10 +34,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import mosaic
-from jla.pallas.derivatives import reverse_only
-from jla.pallas.mosaic import f32, per_column, per_row
-from jla.pallas.shardwise import defvjp, for_each_row, shardwise
+from jla._core.derivatives import reverse_only
+from jla._core.shardwise import defvjp, for_each_row, shardwise
+from jla.pallas.common import mosaic
+from jla.pallas.common.mosaic import f32, per_column, per_row
 
 SDS = jax.ShapeDtypeStruct
 EPSILON = 1e-6  # of the norm, as `jla.linen` has it

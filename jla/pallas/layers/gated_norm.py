@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla.pallas import mosaic
-from jla.pallas.derivatives import reverse_only
-from jla.pallas.mosaic import f32, per_row, sigmoid
-from jla.pallas.rows import (
+from jla._core.derivatives import reverse_only
+from jla._core.shardwise import defvjp, shardwise
+from jla.pallas.common import mosaic
+from jla.pallas.common.mosaic import f32, per_row, sigmoid
+from jla.pallas.layers.rows import (
     BACKWARD,
     FORWARD,
     ROWS,
@@ -35,7 +36,6 @@ from jla.pallas.rows import (
     silu,
     unsupported_rows,
 )
-from jla.pallas.shardwise import defvjp, shardwise
 
 SDS = jax.ShapeDtypeStruct
 

@@ -12,9 +12,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import mosaic
-from jla.pallas.chunks import CHUNK
-from jla.pallas.mosaic import PER_COLUMN, TILE, TRANSFORMS, bf16, f32, product
+from jla.pallas.common import mosaic
+from jla.pallas.common.chunks import CHUNK
+from jla.pallas.common.mosaic import PER_COLUMN, TILE, TRANSFORMS, bf16, f32, product
 
 SDS = jax.ShapeDtypeStruct
 COLUMNS = 64  # value columns of one warpgroup

@@ -19,8 +19,8 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jla.pallas.derivatives import no_derivative
-from jla.pallas.mosaic import interpreting
+from jla._core.derivatives import no_derivative
+from jla.pallas.common.mosaic import interpreting
 
 
 def shardwise(function, operands, results):

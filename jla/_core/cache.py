@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from jla import _checks
+from jla._core import checks as _checks
 
 
 class PathCache(NamedTuple):

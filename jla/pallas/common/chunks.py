@@ -7,14 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas import mosaic
-from jla.pallas.mosaic import (
-    bf16,
-    f16,
-    f32,
-    product,
-    split,
-)
+from jla.pallas.common import mosaic
+from jla.pallas.common.mosaic import bf16, f16, f32, product, split
 
 CHUNK = 64
 LEVELS = 6  # log2(CHUNK)

@@ -17,9 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jla.pallas import mosaic
-from jla.pallas.mosaic import f32, per_column, sigmoid
-from jla.pallas.shardwise import for_each_row
+from jla._core.shardwise import for_each_row
+from jla.pallas.common import mosaic
+from jla.pallas.common.mosaic import f32, per_column, sigmoid
 
 WIDEST = 2048
 # Elements of a tile, all arrays together, at most; tiles in SMEM. So three CTAs share a

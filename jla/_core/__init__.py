@@ -1,0 +1,1 @@
+"""What the parts of jla share. It knows no implementation and imports jax only."""

@@ -1,0 +1,1 @@
+"""Kernels of the layers: norms and the short convolution."""
