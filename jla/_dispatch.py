@@ -5,7 +5,7 @@ import importlib.util
 
 import jax
 
-from jla._core import checking as _checking
+from jla._core import checking
 from jla._core.checks import check_implementation
 from jla._core.lengths import is_symbolic_dim
 
@@ -65,7 +65,7 @@ def kernel(name, implementation, *arrays):
     if implementation not in (None, "pallas"):
         return None
     # What is made inside the kernel could not be checked: the public function gets it instead.
-    if name in ("kda_gated", "log_linear_mamba2") and _checking.on():
+    if name in ("kda_gated", "log_linear_mamba2") and checking.on():
         return None
     if _why_not_pallas(name, arrays, asked_for=asked_for) is not None:
         return None

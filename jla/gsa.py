@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from jla._core import checking as _checking
-from jla._core import checks as _checks
+from jla._core import checking
+from jla._core import checks
 from jla._core.states import GSAState
 from jla._dispatch import choose
 
@@ -12,7 +12,7 @@ __all__ = ["GSAState", "gsa", "gsa_step"]
 f32 = jnp.float32
 
 
-@_checks.named
+@checks.named
 def gsa(
     q,
     k,
@@ -95,18 +95,18 @@ def gsa(
         axes |= _state_axes("initial_state", initial_state)
     if segment_ids is not None:
         axes |= dict(segment_ids=(segment_ids, "B T"))
-    sizes = _checks.check_shapes(**axes)
+    sizes = checks.check_shapes(**axes)
     if initial_state is not None:
         _check_state_dtypes("initial_state", initial_state)
     if segment_ids is not None:
-        _checks.check_segment_ids(segment_ids)
+        checks.check_segment_ids(segment_ids)
     scale = _check_common(q, k, v, s, g, sizes, scale)
-    _checking.values("jla.gsa", q=q, k=k, v=v, s=s, g=g, initial_state=initial_state)
+    checking.values("jla.gsa", q=q, k=k, v=v, s=s, g=g, initial_state=initial_state)
     run = choose("gsa", implementation, q, k, v, s, g)
     return run(q, k, v, s, g, initial_state, segment_ids, scale=scale)
 
 
-@_checks.named
+@checks.named
 def gsa_step(q, k, v, s, g, state, *, scale=None, implementation=None):
     """One token of :func:`jla.gsa`, for decoding: `T` steps are one run over `T` tokens.
 
@@ -132,7 +132,7 @@ def gsa_step(q, k, v, s, g, state, *, scale=None, implementation=None):
             "g must be an array [B, H, M], got None: ABC has no step, for its running normaliser "
             "is not in the state"
         )
-    sizes = _checks.check_shapes(
+    sizes = checks.check_shapes(
         q=(q, "B HQ K"),
         k=(k, "B H K"),
         v=(v, "B H V"),
@@ -142,7 +142,7 @@ def gsa_step(q, k, v, s, g, state, *, scale=None, implementation=None):
     )
     _check_state_dtypes("state", state)
     scale = _check_common(q, k, v, s, g, sizes, scale)
-    _checking.values("jla.gsa_step", q=q, k=k, v=v, s=s, g=g, state=state)
+    checking.values("jla.gsa_step", q=q, k=k, v=v, s=s, g=g, state=state)
     run = choose("gsa_step", implementation, q, k, v, s, g)
     return run(q, k, v, s, g, state, scale=scale)
 
@@ -156,16 +156,16 @@ def _state_axes(name, state):
 
 def _check_state_dtypes(name, state):
     for field, array in state._asdict().items():
-        _checks.check_dtype(f"{name}.{field}", array, [f32])
+        checks.check_dtype(f"{name}.{field}", array, [f32])
 
 
 def _check_common(q, k, v, s, g, sizes, scale):
     """Checks what the run and the step share; returns the scale."""
-    _checks.check_same_dtype(q=q, k=k, v=v)
-    _checks.check_dtype("s", s, [f32, q.dtype])
+    checks.check_same_dtype(q=q, k=k, v=v)
+    checks.check_dtype("s", s, [f32, q.dtype])
     if g is not None:
-        _checks.check_dtype("g", g, [f32])
+        checks.check_dtype("g", g, [f32])
     for letter in "KVM":
-        _checks.check_head_dim(letter, sizes[letter])
-    _checks.check_multiple("HQ", sizes["HQ"], "H", sizes["H"])
-    return _checks.check_scale(scale, sizes["K"] ** -0.5)
+        checks.check_head_dim(letter, sizes[letter])
+    checks.check_multiple("HQ", sizes["HQ"], "H", sizes["H"])
+    return checks.check_scale(scale, sizes["K"] ** -0.5)

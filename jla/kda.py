@@ -3,15 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from jla._core import checking as _checking
-from jla._core import checks as _checks
+from jla._core import checking
+from jla._core import checks
 from jla._core.states import with_rank
 from jla._dispatch import choose
 
 f32 = jnp.float32
 
 
-@_checks.named
+@checks.named
 def kda(
     q,
     k,
@@ -77,18 +77,18 @@ def kda(
         axes |= dict(initial_state=(initial_state, "B HV K V"))
     if segment_ids is not None:
         axes |= dict(segment_ids=(segment_ids, "B T"))
-    sizes = _checks.check_shapes(**axes)
+    sizes = checks.check_shapes(**axes)
     if initial_state is not None:
-        _checks.check_dtype("initial_state", initial_state, [f32])
+        checks.check_dtype("initial_state", initial_state, [f32])
     if segment_ids is not None:
-        _checks.check_segment_ids(segment_ids)
+        checks.check_segment_ids(segment_ids)
     scale = _check_common(q, k, v, g, beta, sizes, scale)
     _check_values("jla.kda", q, k, v, g, beta, initial_state=initial_state)
     run = choose("kda", implementation, q, k, v, g, beta)
     return run(q, k, v, g, beta, initial_state, segment_ids, scale=scale)
 
 
-@_checks.named
+@checks.named
 def kda_step(q, k, v, g, beta, state, *, scale=None, implementation=None):
     """One token of :func:`jla.kda`, for decoding: `T` steps are one run over `T` tokens.
 
@@ -109,7 +109,7 @@ def kda_step(q, k, v, g, beta, state, *, scale=None, implementation=None):
     Raises:
       TypeError, ValueError, NotImplementedError: as `kda`.
     """
-    sizes = _checks.check_shapes(
+    sizes = checks.check_shapes(
         q=(q, "B H K"),
         k=(k, "B H K"),
         v=(v, "B HV V"),
@@ -117,7 +117,7 @@ def kda_step(q, k, v, g, beta, state, *, scale=None, implementation=None):
         beta=(beta, "B HV"),
         state=(state, "B HV K V"),
     )
-    _checks.check_dtype("state", state, [f32])
+    checks.check_dtype("state", state, [f32])
     scale = _check_common(q, k, v, g, beta, sizes, scale)
     _check_values("jla.kda_step", q, k, v, g, beta, state=state)
     run = choose("kda_step", implementation, q, k, v, g, beta)
@@ -126,20 +126,20 @@ def kda_step(q, k, v, g, beta, state, *, scale=None, implementation=None):
 
 def _check_common(q, k, v, g, beta, sizes, scale):
     """Checks what the run and the step share; returns the scale."""
-    _checks.check_same_dtype(q=q, k=k, v=v)
-    _checks.check_dtype("g", g, [f32])
-    _checks.check_dtype("beta", beta, [f32, q.dtype])
-    _checks.check_head_dim("K", sizes["K"])
-    _checks.check_head_dim("V", sizes["V"])
-    _checks.check_multiple("HV", sizes["HV"], "H", sizes["H"])
-    return _checks.check_scale(scale, sizes["K"] ** -0.5)
+    checks.check_same_dtype(q=q, k=k, v=v)
+    checks.check_dtype("g", g, [f32])
+    checks.check_dtype("beta", beta, [f32, q.dtype])
+    checks.check_head_dim("K", sizes["K"])
+    checks.check_head_dim("V", sizes["V"])
+    checks.check_multiple("HV", sizes["HV"], "H", sizes["H"])
+    return checks.check_scale(scale, sizes["K"] ** -0.5)
 
 
 def _check_values(name, q, k, v, g, beta, **state):
-    _checking.values(name, unit="k", most_beta=2, q=q, k=k, v=v, g=g, beta=beta, **state)
+    checking.values(name, unit="k", most_beta=2, q=q, k=k, v=v, g=g, beta=beta, **state)
 
 
-@_checks.named
+@checks.named
 def kda_gate(g, A_log, dt_bias, *, lower_bound=None):
     r"""Makes KDA's natural-log decays from a layer's raw gate projection, in float32.
 
@@ -162,13 +162,13 @@ def kda_gate(g, A_log, dt_bias, *, lower_bound=None):
       ValueError: shapes that disagree, or a `lower_bound` that is not negative.
     """
     leading = " ".join(f"axis{i}" for i in range(jnp.ndim(g) - 2))
-    _checks.check_shapes(g=(g, f"{leading} HV K"), A_log=(A_log, "HV"), dt_bias=(dt_bias, "HV K"))
-    _checks.check_dtype("g", g, _checks.FLOAT_DTYPES)
-    _checks.check_dtype("A_log", A_log, [f32])
-    _checks.check_dtype("dt_bias", dt_bias, [f32])
+    checks.check_shapes(g=(g, f"{leading} HV K"), A_log=(A_log, "HV"), dt_bias=(dt_bias, "HV K"))
+    checks.check_dtype("g", g, checks.FLOAT_DTYPES)
+    checks.check_dtype("A_log", A_log, [f32])
+    checks.check_dtype("dt_bias", dt_bias, [f32])
     shifted = g.astype(f32) + with_rank(dt_bias, g.ndim)
     rate = with_rank(jnp.exp(A_log)[:, None], g.ndim)
     if lower_bound is None:
         return -rate * jax.nn.softplus(shifted)
-    lower_bound = _checks.check_negative("lower_bound", lower_bound)
+    lower_bound = checks.check_negative("lower_bound", lower_bound)
     return lower_bound * jax.nn.sigmoid(rate * shifted)

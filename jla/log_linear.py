@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import checking as _checking
-from jla._core import checks as _checks
+from jla._core import checking
+from jla._core import checks
 from jla._core.lengths import is_symbolic_dim
 from jla._core.states import LogLinearState
 from jla._dispatch import choose
@@ -14,7 +14,7 @@ __all__ = ["LogLinearState", "log_linear_attention", "log_linear_step"]
 f32 = jnp.float32
 
 
-@_checks.named
+@checks.named
 def log_linear_attention(
     q,
     k,
@@ -90,9 +90,9 @@ def log_linear_attention(
         axes |= _state_axes("initial_state", initial_state)
     if segment_ids is not None:
         axes |= dict(segment_ids=(segment_ids, "B T"))
-    sizes = _checks.check_shapes(**axes)
+    sizes = checks.check_shapes(**axes)
     if segment_ids is not None:
-        _checks.check_segment_ids(segment_ids)
+        checks.check_segment_ids(segment_ids)
     _check_common(q, k, v, g, level_scales, sizes)
     T, L = sizes["T"], sizes["L"]
     least = 1 if is_symbolic_dim(T) else (T - 1).bit_length() + 1
@@ -105,12 +105,12 @@ def log_linear_attention(
         fits_alone = segment_ids is not None or is_symbolic_dim(T)
         _check_state("initial_state", initial_state, L, 1 if fits_alone else T)
     arguments = dict(q=q, k=k, v=v, g=g, level_scales=level_scales, initial_state=initial_state)
-    _checking.values("jla.log_linear_attention", **arguments)
+    checking.values("jla.log_linear_attention", **arguments)
     run = choose("log_linear_attention", implementation, q, k, v, g, level_scales)
     return run(q, k, v, g, level_scales, initial_state, segment_ids)
 
 
-@_checks.named
+@checks.named
 def log_linear_step(q, k, v, g, level_scales, state, *, implementation=None):
     """One token of :func:`jla.log_linear_attention`, for decoding: `T` steps are one run.
 
@@ -132,7 +132,7 @@ def log_linear_step(q, k, v, g, level_scales, state, *, implementation=None):
       TypeError, ValueError, NotImplementedError: as `log_linear_attention`. Rows whose position L
         levels do not serve raise, or are NaN where the position is traced.
     """
-    sizes = _checks.check_shapes(
+    sizes = checks.check_shapes(
         q=(q, "B HK K"),
         k=(k, "B HK K"),
         v=(v, "B H V"),
@@ -143,7 +143,7 @@ def log_linear_step(q, k, v, g, level_scales, state, *, implementation=None):
     _check_common(q, k, v, g, level_scales, sizes)
     _check_state("state", state, sizes["L"], 1)
     arguments = dict(q=q, k=k, v=v, g=g, level_scales=level_scales, state=state)
-    _checking.values("jla.log_linear_step", **arguments)
+    checking.values("jla.log_linear_step", **arguments)
     run = choose("log_linear_step", implementation, q, k, v, g, level_scales)
     return run(q, k, v, g, level_scales, state)
 
@@ -160,12 +160,12 @@ def _state_axes(name, state):
 
 def _check_common(q, k, v, g, level_scales, sizes):
     """Checks what the run and the step share."""
-    _checks.check_same_dtype(q=q, k=k, v=v)
-    _checks.check_dtype("g", g, [f32])
-    _checks.check_dtype("level_scales", level_scales, [f32, q.dtype])
-    _checks.check_head_dim("K", sizes["K"])
-    _checks.check_head_dim("V", sizes["V"])
-    _checks.check_multiple("H", sizes["H"], "HK", sizes["HK"])
+    checks.check_same_dtype(q=q, k=k, v=v)
+    checks.check_dtype("g", g, [f32])
+    checks.check_dtype("level_scales", level_scales, [f32, q.dtype])
+    checks.check_head_dim("K", sizes["K"])
+    checks.check_head_dim("V", sizes["V"])
+    checks.check_multiple("H", sizes["H"], "HK", sizes["HK"])
     if sizes["L"] > 32:
         raise ValueError(
             f"level_scales must have at most L = 32 levels (positions are int32), got {sizes['L']}"
@@ -174,10 +174,10 @@ def _check_common(q, k, v, g, level_scales, sizes):
 
 def _check_state(name, state, L, T):
     """Checks a state's dtypes, and, where its positions are known, that T tokens more fit."""
-    _checks.check_dtype(f"{name}.levels", state.levels, [f32])
-    _checks.check_dtype(f"{name}.position", state.position, [jnp.int32])
+    checks.check_dtype(f"{name}.levels", state.levels, [f32])
+    checks.check_dtype(f"{name}.position", state.position, [jnp.int32])
     position = state.position
-    if not _checks.known(position):
+    if not checks.known(position):
         return
     position = np.asarray(position)
     if position.min() < 0:

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import checking as _checking
-from jla._core import checks as _checks
+from jla._core import checking
+from jla._core import checks
 from jla._core.states import MesaState
 from jla._dispatch import choose
 
@@ -14,7 +14,7 @@ __all__ = ["MesaState", "mesa_net", "mesa_step"]
 f32 = jnp.float32
 
 
-@_checks.named
+@checks.named
 def mesa_net(
     q,
     k,
@@ -111,20 +111,20 @@ def mesa_net(
         axes |= _state_axes("initial_state", initial_state)
     if segment_ids is not None:
         axes |= dict(segment_ids=(segment_ids, "B T"))
-    sizes = _checks.check_shapes(**axes)
+    sizes = checks.check_shapes(**axes)
     if initial_state is not None:
         _check_state_dtypes("initial_state", initial_state)
     if segment_ids is not None:
-        _checks.check_segment_ids(segment_ids)
+        checks.check_segment_ids(segment_ids)
     cg_steps = _check_common(q, k, v, g, beta, lamb, sizes, cg_steps)
     arguments = dict(q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, initial_state=initial_state)
-    _checking.values("jla.mesa_net", **arguments)
+    checking.values("jla.mesa_net", **arguments)
     run = choose("mesa_net", implementation, q, k, v, g, beta, lamb)
     lamb = _nan_unless_positive(lamb)
     return run(q, k, v, g, beta, lamb, initial_state, segment_ids, cg_steps=cg_steps)
 
 
-@_checks.named
+@checks.named
 def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps=30, implementation=None):
     """One token of :func:`jla.mesa_net`, for decoding: `T` steps are one run over `T` tokens.
 
@@ -146,7 +146,7 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps=30, implementation=None
     Raises:
       TypeError, ValueError, NotImplementedError: as `mesa_net`.
     """
-    sizes = _checks.check_shapes(
+    sizes = checks.check_shapes(
         q=(q, "B H K"),
         k=(k, "B H K"),
         v=(v, "B H V"),
@@ -157,7 +157,7 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps=30, implementation=None
     )
     _check_state_dtypes("state", state)
     cg_steps = _check_common(q, k, v, g, beta, lamb, sizes, cg_steps)
-    _checking.values("jla.mesa_step", q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, state=state)
+    checking.values("jla.mesa_step", q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, state=state)
     run = choose("mesa_step", implementation, q, k, v, g, beta, lamb)
     lamb = _nan_unless_positive(lamb)
     return run(q, k, v, g, beta, lamb, state, cg_steps=cg_steps)
@@ -172,25 +172,25 @@ def _state_axes(name, state):
 
 def _check_state_dtypes(name, state):
     for field, array in state._asdict().items():
-        _checks.check_dtype(f"{name}.{field}", array, [f32])
+        checks.check_dtype(f"{name}.{field}", array, [f32])
 
 
 def _check_common(q, k, v, g, beta, lamb, sizes, cg_steps):
     """Checks what the run and the step share; returns the number of iterations."""
-    _checks.check_same_dtype(q=q, k=k, v=v)
-    _checks.check_dtype("g", g, [f32])
-    _checks.check_dtype("beta", beta, [f32, q.dtype])
-    _checks.check_dtype("lamb", lamb, [f32])
-    _checks.check_head_dim("K", sizes["K"])
-    _checks.check_head_dim("V", sizes["V"])
-    if _checks.known(lamb) and _checks.known(q):  # not while tracing, which shall wait for nothing
+    checks.check_same_dtype(q=q, k=k, v=v)
+    checks.check_dtype("g", g, [f32])
+    checks.check_dtype("beta", beta, [f32, q.dtype])
+    checks.check_dtype("lamb", lamb, [f32])
+    checks.check_head_dim("K", sizes["K"])
+    checks.check_head_dim("V", sizes["V"])
+    if checks.known(lamb) and checks.known(q):  # not while tracing, which shall wait for nothing
         values = jax.device_get(lamb)
         if not np.all(values > 0):
             raise ValueError(
                 f"lamb must be positive, got elements from {np.min(values)} to {np.max(values)}; "
                 "a layer makes it with softplus and a lower bound"
             )
-    return _checks.check_count("cg_steps", cg_steps)
+    return checks.check_count("cg_steps", cg_steps)
 
 
 # Jitted, so that no NaN stands alone: `jax_debug_nans` would stop at it on good input.

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import checking as _checking
-from jla._core import checks as _checks
+from jla._core import checking
+from jla._core import checks
 from jla._core.cache import PathCache
 from jla._dispatch import choose
 
@@ -13,7 +13,7 @@ __all__ = ["PathCache", "path_attention", "path_step"]
 f32 = jnp.float32
 
 
-@_checks.named
+@checks.named
 def path_attention(
     q,
     k,
@@ -93,7 +93,7 @@ def path_attention(
     return run(*arguments, cache, segment_ids, scale, implementation)
 
 
-@_checks.named
+@checks.named
 def path_step(q, k, v, w, beta, g, cache, *, scale=None, implementation=None):
     """One token of :func:`jla.path_attention`, for decoding: `T` steps are one run over `T` tokens.
 
@@ -138,7 +138,7 @@ def step(q, k, v, w, beta, g, cache, scale, implementation):
 
 def _check_values(name, q, k, v, w, beta, g, cache):
     arguments = dict(q=q, k=k, v=v, w=w, beta=beta, g=g, cache=cache)
-    _checking.values(name, unit="w", most_beta=2, **arguments)
+    checking.values(name, unit="w", most_beta=2, **arguments)
 
 
 def check_room(cache, tokens, segment_ids=None, *, set_by="the capacity of PathCache.empty"):
@@ -151,7 +151,7 @@ def check_room(cache, tokens, segment_ids=None, *, set_by="the capacity of PathC
       set_by: what the caller sets the room by, for the message.
     """
     known = [cache.length, tokens] + ([] if segment_ids is None else [segment_ids])
-    if not all(map(_checks.known, known)):
+    if not all(map(checks.known, known)):
         return
     length, tokens = np.asarray(cache.length, np.int64), np.asarray(tokens)
     needed = length + tokens
@@ -187,9 +187,9 @@ def _check_run(q, k, v, w, beta, g, cache, segment_ids, scale):
         axes |= _cache_axes(cache, g)
     if segment_ids is not None:
         axes |= dict(segment_ids=(segment_ids, "B T"))
-    sizes = _checks.check_shapes(**axes)
+    sizes = checks.check_shapes(**axes)
     if segment_ids is not None:
-        _checks.check_segment_ids(segment_ids)
+        checks.check_segment_ids(segment_ids)
     return _check_common(q, k, v, w, beta, g, cache, sizes, scale)
 
 
@@ -204,7 +204,7 @@ def _check_step(q, k, v, w, beta, g, cache, scale):
     )
     if g is not None:
         axes |= dict(g=(g, "B HQ"))
-    sizes = _checks.check_shapes(**axes, **_cache_axes(cache, g))
+    sizes = checks.check_shapes(**axes, **_cache_axes(cache, g))
     return _check_common(q, k, v, w, beta, g, cache, sizes, scale)
 
 
@@ -228,18 +228,18 @@ def _cache_axes(cache, g):
 
 def _check_common(q, k, v, w, beta, g, cache, sizes, scale):
     """Checks what the run and the step share; returns the scale."""
-    _checks.check_same_dtype(q=q, k=k, v=v)
-    _checks.check_dtype("w", w, [f32, q.dtype])
-    _checks.check_dtype("beta", beta, [f32, q.dtype])
+    checks.check_same_dtype(q=q, k=k, v=v)
+    checks.check_dtype("w", w, [f32, q.dtype])
+    checks.check_dtype("beta", beta, [f32, q.dtype])
     if g is not None:
-        _checks.check_dtype("g", g, [f32])
+        checks.check_dtype("g", g, [f32])
     if cache is not None:
-        _checks.check_dtype("cache.key", cache.key, [f32])
-        _checks.check_dtype("cache.value", cache.value, [v.dtype])
+        checks.check_dtype("cache.key", cache.key, [f32])
+        checks.check_dtype("cache.value", cache.value, [v.dtype])
         if g is not None:
-            _checks.check_dtype("cache.decay", cache.decay, [f32])
-        _checks.check_dtype("cache.length", cache.length, [jnp.int32])
+            checks.check_dtype("cache.decay", cache.decay, [f32])
+        checks.check_dtype("cache.length", cache.length, [jnp.int32])
     for letter in "KV":
-        _checks.check_head_dim(letter, sizes[letter])
-    _checks.check_multiple("HQ", sizes["HQ"], "H", sizes["H"])
-    return _checks.check_scale(scale, sizes["K"] ** -0.5)
+        checks.check_head_dim(letter, sizes[letter])
+    checks.check_multiple("HQ", sizes["HQ"], "H", sizes["H"])
+    return checks.check_scale(scale, sizes["K"] ** -0.5)

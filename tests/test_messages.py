@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import jla
-from jla._core import checks as _checks
+from jla._core import checks
 
 # All but the context, which takes no arguments.
 FUNCTIONS = [n for n in jla.__all__ if inspect.isfunction(getattr(jla, n)) and n != "checking"]
@@ -39,7 +39,7 @@ def test_a_layer_that_calls_a_function():
 
 
 def test_the_exceptions_of_others_are_left_alone():
-    @_checks.named
+    @checks.named
     def branches(x):
         return 1 if x > 0 else 2
 
@@ -48,5 +48,5 @@ def test_the_exceptions_of_others_are_left_alone():
 
 
 def test_known():
-    assert _checks.known(jnp.zeros(2)) and _checks.known(3)
-    jax.eval_shape(lambda x: pytest.fail("known") if _checks.known(x) else x, 1.0)
+    assert checks.known(jnp.zeros(2)) and checks.known(3)
+    jax.eval_shape(lambda x: pytest.fail("known") if checks.known(x) else x, 1.0)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from jla._core import checks as _checks
+from jla._core import checks
 
 
 class PathCache(NamedTuple):
@@ -32,7 +32,7 @@ class PathCache(NamedTuple):
     length: jax.Array
 
     @classmethod
-    @_checks.named
+    @checks.named
     def empty(
         cls,
         batch,
@@ -67,8 +67,8 @@ class PathCache(NamedTuple):
             sizes |= dict(query_heads=query_heads)
         for name, size in sizes.items():
             if not export.is_symbolic_dim(size):
-                _checks.check_count(name, size)
-        _checks.check_float_dtype("dtype", dtype)
+                checks.check_count(name, size)
+        checks.check_float_dtype("dtype", dtype)
         decay = None
         if query_heads is not None:
             decay = jnp.zeros((batch, capacity, query_heads), jnp.float32)

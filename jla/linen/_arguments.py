@@ -7,7 +7,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from jla._core import checks as _checks
+from jla._core import checks
 
 
 def check_inputs(layer, inputs, mask, segment_ids):
@@ -15,18 +15,18 @@ def check_inputs(layer, inputs, mask, segment_ids):
     for name in ("dtype", "param_dtype"):
         dtype = getattr(layer, name)
         if dtype is not None:
-            _checks.check_float_dtype(name, dtype)
+            checks.check_float_dtype(name, dtype)
     axes = dict(inputs=(inputs, "B T D"))
     if mask is not None:
         axes |= dict(mask=(mask, "B T"))
     if segment_ids is not None:
         axes |= dict(segment_ids=(segment_ids, "B T"))
-    sizes = _checks.check_shapes(**axes)
-    _checks.check_dtype("inputs", inputs, _checks.FLOAT_DTYPES)
+    sizes = checks.check_shapes(**axes)
+    checks.check_dtype("inputs", inputs, checks.FLOAT_DTYPES)
     if mask is not None:
-        _checks.check_dtype("mask", mask, [bool])
+        checks.check_dtype("mask", mask, [bool])
     if segment_ids is not None:
-        _checks.check_segment_ids(segment_ids)
+        checks.check_segment_ids(segment_ids)
     return sizes["D"]
 
 
@@ -46,7 +46,7 @@ def head_dims(D, num_heads, **dims):
     leading, first = next(iter(dims.items()))
     hints = {}
     if first is None:
-        _checks.check_multiple("the inputs' last axis", D, "num_heads", num_heads)
+        checks.check_multiple("the inputs' last axis", D, "num_heads", num_heads)
         first = D // num_heads
         hints[leading] = (
             f", its default, the inputs' last axis // num_heads = {D} // {num_heads}; "
@@ -55,7 +55,7 @@ def head_dims(D, num_heads, **dims):
     dims = {name: first if size is None else size for name, size in dims.items()}
     for name, size in dims.items():
         check_size(name, size, 1)
-        if size not in _checks.HEAD_DIMS:
+        if size not in checks.HEAD_DIMS:
             raise ValueError(f"{name} must be 16 to 256, got {size}{hints.get(name, '')}")
     return dims.values()
 

@@ -8,7 +8,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jla import _dispatch
-from jla._core import checks as _checks
+from jla._core import checks
 from jla._core.states import with_rank
 from jla.linen import _arguments
 
@@ -78,7 +78,7 @@ class RMSNorm(nn.Module):
     input_activation: Callable | None = None
     implementation: str | None = None
 
-    @_checks.named
+    @checks.named
     def __call__(self, x, gate=None, gate_bias=None):
         """Normalises `x`.
 
@@ -105,7 +105,7 @@ class RMSNorm(nn.Module):
                 return run(*arrays, epsilon=self.epsilon, **names)
         return _arguments.unless_initializing(self, self._formula)(*arrays)
 
-    @_checks.named
+    @checks.named
     def branch(self, x, update=None):
         """The normalised residual stream, and the stream: x, or x + update.
 

@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jla._core import checks as _checks
+from jla._core import checks
 from jla.gsa import GSAState, gsa, gsa_step
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm
@@ -98,7 +98,7 @@ class GatedSlotAttention(nn.Module):
     decode: bool = False
 
     @nn.compact
-    @_checks.named
+    @checks.named
     def __call__(self, inputs, *, mask=None, segment_ids=None):
         """Applies the layer.
 
@@ -187,7 +187,7 @@ class GatedSlotAttention(nn.Module):
         _arguments.check_size("num_heads", HQ, 1)
         H = HQ if self.num_kv_heads is None else self.num_kv_heads
         _arguments.check_size("num_kv_heads", H, 1)
-        _checks.check_multiple("num_heads", HQ, "num_kv_heads", H)
+        checks.check_multiple("num_heads", HQ, "num_kv_heads", H)
         K, V, M = _arguments.head_dims(
             D,
             HQ,
@@ -200,6 +200,6 @@ class GatedSlotAttention(nn.Module):
                 f"feature_map must be one of {', '.join(map(repr, FEATURE_MAPS))}, "
                 f"got {self.feature_map!r}"
             )
-        normalizer = _checks.check_positive("gate_logit_normalizer", self.gate_logit_normalizer)
+        normalizer = checks.check_positive("gate_logit_normalizer", self.gate_logit_normalizer)
         _arguments.check_conv_size(self.conv_size)
         return HQ, H, K, V, M, normalizer

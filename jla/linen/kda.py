@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jla import _dispatch
-from jla._core import checks as _checks
+from jla._core import checks
 from jla.kda import kda, kda_gate, kda_step
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm
@@ -125,7 +125,7 @@ class KimiDeltaAttention(nn.Module):
     decode: bool = False
 
     @nn.compact
-    @_checks.named
+    @checks.named
     def __call__(self, inputs, *, mask=None, segment_ids=None):
         """Applies the layer.
 
@@ -194,7 +194,7 @@ class KimiDeltaAttention(nn.Module):
         """
         bound = self.gate_lower_bound
         if bound is not None:
-            _checks.check_negative("gate_lower_bound", bound)
+            checks.check_negative("gate_lower_bound", bound)
         gated = None
         if real is None:  # the kernel knows nothing of padding
             gated = _dispatch.kernel("kda_gated", self.implementation, q, k, v, gate[0])
@@ -233,7 +233,7 @@ class KimiDeltaAttention(nn.Module):
         _arguments.check_size("num_heads", H, 1)
         HV = H if self.num_value_heads is None else self.num_value_heads
         _arguments.check_size("num_value_heads", HV, 1)
-        _checks.check_multiple("num_value_heads", HV, "num_heads", H)
+        checks.check_multiple("num_value_heads", HV, "num_heads", H)
         K, V = _arguments.head_dims(
             D, H, head_dim=self.head_dim, value_head_dim=self.value_head_dim
         )

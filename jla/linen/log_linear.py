@@ -9,8 +9,8 @@ from flax import linen as nn
 from jax import lax
 
 from jla import _dispatch
-from jla._core import alignment as _seats
-from jla._core import checks as _checks
+from jla._core import alignment
+from jla._core import checks
 from jla._core.lengths import is_symbolic_dim
 from jla._core.states import with_rank
 from jla.linen import _arguments
@@ -177,7 +177,7 @@ class LogLinearMamba2(nn.Module):
     decode: bool = False
 
     @nn.compact
-    @_checks.named
+    @checks.named
     def __call__(self, inputs, *, mask=None, segment_ids=None):
         """Applies the layer.
 
@@ -287,7 +287,7 @@ class LogLinearMamba2(nn.Module):
         else:
             o, state = run(q, k, v, g, level_scales, initial_state=before)
             if real is not None:
-                state_after = _arguments.unless_initializing(self, _seats.state_after)
+                state_after = _arguments.unless_initializing(self, alignment.state_after)
                 state = state_after(lengths, k, v, g, before, segments)
         if not self.is_initializing():
             levels.value, position.value = state
@@ -299,7 +299,7 @@ class LogLinearMamba2(nn.Module):
         H, HK, L = self.num_heads, self.num_key_heads, self.num_levels
         _arguments.check_size("num_heads", H, 1)
         _arguments.check_size("num_key_heads", HK, 1)
-        _checks.check_multiple("num_heads", H, "num_key_heads", HK)
+        checks.check_multiple("num_heads", H, "num_key_heads", HK)
         K, V = _arguments.head_dims(
             D, H, head_dim=self.head_dim, value_head_dim=self.value_head_dim
         )

@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jla._core import checks as _checks
+from jla._core import checks
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm
 from jla.linen._padding import arrange
@@ -95,7 +95,7 @@ class MesaNet(nn.Module):
     decode: bool = False
 
     @nn.compact
-    @_checks.named
+    @checks.named
     def __call__(self, inputs, *, mask=None, segment_ids=None):
         """Applies the layer.
 
@@ -197,7 +197,7 @@ class MesaNet(nn.Module):
             D, H, head_dim=self.head_dim, value_head_dim=self.value_head_dim
         )
         _arguments.check_conv_size(self.conv_size)
-        _checks.check_count("cg_steps", self.cg_steps)
+        checks.check_count("cg_steps", self.cg_steps)
         if self.cg_steps_decode is not None:
-            _checks.check_count("cg_steps_decode", self.cg_steps_decode)
-        return H, K, V, _checks.check_positive("lambda_lower_bound", self.lambda_lower_bound)
+            checks.check_count("cg_steps_decode", self.cg_steps_decode)
+        return H, K, V, checks.check_positive("lambda_lower_bound", self.lambda_lower_bound)

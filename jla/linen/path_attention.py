@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jla._core import checks as _checks
+from jla._core import checks
 from jla._core.cache import PathCache, without_rest
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm, l2norm
@@ -99,7 +99,7 @@ class PaTHAttention(nn.Module):
     decode: bool = False
 
     @nn.compact
-    @_checks.named
+    @checks.named
     def __call__(self, inputs, *, mask=None, segment_ids=None):
         """Applies the layer.
 
@@ -208,7 +208,7 @@ class PaTHAttention(nn.Module):
         _arguments.check_size("num_heads", HQ, 1)
         H = HQ if self.num_kv_heads is None else self.num_kv_heads
         _arguments.check_size("num_kv_heads", H, 1)
-        _checks.check_multiple("num_heads", HQ, "num_kv_heads", H)
+        checks.check_multiple("num_heads", HQ, "num_kv_heads", H)
         K, V = _arguments.head_dims(
             D, HQ, head_dim=self.head_dim, value_head_dim=self.value_head_dim
         )

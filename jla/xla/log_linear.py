@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jla._core import alignment as _seats
+from jla._core import alignment
 from jla._core.lengths import chunk_size, is_symbolic_dim
 from jla._core.states import repeated
 from jla.reference.log_linear import log_linear_step
@@ -25,12 +25,12 @@ CHUNK = 64
 @jax.jit
 def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
     """Tokens in their seats, all chunks at once. See `jla.log_linear_attention`."""
-    return _seats.seated(_core, q, k, v, g, level_scales, initial_state, segment_ids)
+    return alignment.seated(_core, q, k, v, g, level_scales, initial_state, segment_ids)
 
 
 @jax.checkpoint
 def _core(q, k, v, g, level_scales, taken):
-    """The outputs of aligned sequences, see `_seats.seated`. The backward pass keeps the inputs."""
+    """The outputs of aligned sequences, see `alignment.seated`. The backward pass keeps the inputs."""
     del taken
     (B, N, H, V), HK, dtype = v.shape, q.shape[2], v.dtype
     size = chunk_size(N, CHUNK)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._core import alignment as _seats
+from jla._core import alignment
 from jla._core.derivatives import reverse_only
 from jla._core.shardwise import defvjp, for_each_row, shardwise
 from jla.pallas.common.chunks import TILE_WIDTH
@@ -54,7 +54,7 @@ def unsupported(name, q, k, v, *_):
 @reverse_only("jla.log_linear_attention")
 def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
     """Tokens in their seats, and the kernels over them. See `jla.log_linear_attention`."""
-    return _seats.seated(core, q, k, v, g, level_scales, initial_state, segment_ids)
+    return alignment.seated(core, q, k, v, g, level_scales, initial_state, segment_ids)
 
 
 @jax.jit
@@ -76,13 +76,13 @@ def log_linear_mamba2(q, k, u, g, logits, value_scales, skip, segment_ids):
     skip = for_each_row(skip[None, :, None], u)
     # With no state to go on from, `seated` leaves levels where they are: logits will do.
     run = functools.partial(core, skip=skip, activation=jax.nn.softplus)
-    return _seats.seated(run, q, k, u, g, logits, None, segment_ids, value_scales)[0]
+    return alignment.seated(run, q, k, u, g, logits, None, segment_ids, value_scales)[0]
 
 
 def core(
     q, k, v, g, level_scales, taken=None, value_scales=None, *, skip=None, activation=None
 ):  # fmt: skip
-    """The outputs of aligned sequences, as `_seats.seated` asks for them; plus skip [B, 1, H, 1]
+    """The outputs of aligned sequences, as `alignment.seated` asks for them; plus skip [B, 1, H, 1]
     times v.
 
     All products take bfloat16 operands and add in float32, float16 inputs included.
