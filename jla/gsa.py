@@ -2,8 +2,7 @@
 
 import jax.numpy as jnp
 
-from jla._core import checking
-from jla._core import checks
+from jla._core import checking, checks
 from jla._core.states import GSAState
 from jla._dispatch import choose
 

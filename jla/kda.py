@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jla._core import checking
-from jla._core import checks
+from jla._core import checking, checks
 from jla._core.states import with_rank
 from jla._dispatch import choose
 

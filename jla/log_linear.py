@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import checking
-from jla._core import checks
+from jla._core import checking, checks
 from jla._core.lengths import is_symbolic_dim
 from jla._core.states import LogLinearState
 from jla._dispatch import choose

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import checking
-from jla._core import checks
+from jla._core import checking, checks
 from jla._core.states import MesaState
 from jla._dispatch import choose
 

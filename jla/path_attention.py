@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import checking
-from jla._core import checks
+from jla._core import checking, checks
 from jla._core.cache import PathCache
 from jla._dispatch import choose
 

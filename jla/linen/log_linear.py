@@ -9,8 +9,7 @@ from flax import linen as nn
 from jax import lax
 
 from jla import _dispatch
-from jla._core import alignment
-from jla._core import checks
+from jla._core import alignment, checks
 from jla._core.lengths import is_symbolic_dim
 from jla._core.states import with_rank
 from jla.linen import _arguments

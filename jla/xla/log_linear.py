@@ -30,7 +30,7 @@ def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
 
 @jax.checkpoint
 def _core(q, k, v, g, level_scales, taken):
-    """The outputs of aligned sequences, see `alignment.seated`. The backward pass keeps the inputs."""
+    """The outputs of aligned sequences; see `alignment.seated`. The backward pass keeps inputs."""
     del taken
     (B, N, H, V), HK, dtype = v.shape, q.shape[2], v.dtype
     size = chunk_size(N, CHUNK)
