@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jla
+from jla._core import blockwise
 from jla._core.states import zero_state
-from jla.xla import chunks
 
 # The suite's own setting, and the one that programs have elsewhere.
 SETTINGS = {
@@ -29,13 +29,13 @@ def zeros(x):
 
 def constant_tokens(x):
     tokens = jnp.full((2, 32, 1, 64), 0.5)
-    return chunks.split(tokens, 32)[0, :, 0]
+    return blockwise.split(tokens, 32)[0, :, 0]
 
 
 def constant_cotangent(x):
     """That of a sum of outputs: ones."""
     outputs = jnp.broadcast_to(x[None, :, None, :, :1], (1, 2, 1, 32, 64))
-    _, pull = jax.vjp(lambda x: chunks.merge(x, 32), outputs)
+    _, pull = jax.vjp(lambda x: blockwise.merge(x, 32), outputs)
     return pull(jnp.ones((2, 32, 1, 64)))[0][0, :, 0]
 
 

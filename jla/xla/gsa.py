@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._core.lengths import is_symbolic_dim
+from jla._core import blockwise
+from jla._core.parts import abc_gates
 from jla._core.segments import segment_starts
 from jla._core.states import GSAState, hidden, repeated, zero_gsa_state
 from jla.reference.gsa import gsa_step
@@ -31,15 +32,15 @@ def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale):
     if g is None:
         s, g = abc_gates(s, starts)
     if starts is not None:
-        starts = chunks.split(starts[:, :, None, None], length)
+        starts = blockwise.split(starts[:, :, None, None], length)
     if initial_state is None:
         initial_state = zero_gsa_state(k[:, 0], g[:, 0], v[:, 0])
     # The queries of one key head lie side by side, as if they were one.
     q = q.reshape(B, T, H, HQ // H, K).reshape(B, T, H, -1)
-    inputs = *(chunks.split(x, length) for x in (q, k, v, s, g)), starts
+    inputs = *(blockwise.split(x, length) for x in (q, k, v, s, g)), starts
     span = jax.checkpoint(functools.partial(_span, size, scale), prevent_cse=False)
     state, o = lax.scan(span, hidden(initial_state), inputs)
-    o = chunks.merge(o, T)
+    o = blockwise.merge(o, T)
     return o.reshape(B, T, H, HQ // H, -1).reshape(B, T, HQ, -1), hidden(state)
 
 
@@ -60,21 +61,21 @@ def _span(size, scale, state, inputs):
     levels, prefix, suffix, total = chunks.decay_products(g, size)
     prefix = _rows(prefix, group)
     levels = [
-        (n, _rows(later, group), earlier * chunks.halves(s, n)[0])
+        (n, _rows(later, group), earlier * blockwise.halves(s, n)[0])
         for n, (later, earlier) in zip(chunks.tree_sizes(size), levels, strict=True)
     ]
 
     def by_chunk(x, rows=1):
-        return chunks.blocks(x, size * rows)
+        return blockwise.blocks(x, size * rows)
 
     writes = by_chunk(suffix * s)
-    key_writes = chunks.transposed(by_chunk(k)) @ writes
-    value_writes = chunks.transposed(writes) @ by_chunk(v)
+    key_writes = blockwise.transposed(by_chunk(k)) @ writes
+    value_writes = blockwise.transposed(writes) @ by_chunk(v)
     states, state = _entering(state, key_writes, value_writes, total)
 
     # The slots' logits: the decays are the values', outside of the scores.
     queries = by_chunk(q, group)
-    diagonal, scores = _cut(chunks.pair_products(queries, by_chunk(k)))
+    diagonal, scores = _cut(blockwise.pair_products(queries, by_chunk(k)))
     logits = prefix * (queries @ states.hk).reshape(prefix.shape)
     logits += diagonal.reshape(*prefix.shape[:-1], 1) * _rows(s, group)
     for (n, later, writes), lower in zip(levels, scores, strict=True):
@@ -85,7 +86,7 @@ def _span(size, scale, state, inputs):
     # The outputs: the decays are the keys', inside the scores.
     diagonal = jnp.sum(p * _rows(s, group), axis=-1).reshape(*s.shape[:-1], group, 1)
     scores = [
-        chunks.pair_products(later * chunks.halves(p, n * group)[1], writes)
+        blockwise.pair_products(later * blockwise.halves(p, n * group)[1], writes)
         for n, later, writes in levels
     ]
     o = by_chunk(prefix * p, group) @ states.hv + _assembled(diagonal, scores) @ by_chunk(v)
@@ -134,46 +135,3 @@ def _entering(state, key_writes, value_writes, total):
     chunk_major = tuple(jnp.moveaxis(x, 2, 0) for x in (key_writes, value_writes, total))
     state, states = lax.scan(chunk, state, chunk_major, unroll=True)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), states), state
-
-
-def abc_gates(s, starts=None):
-    """ABC's writes and decays from its logits [B, T, H, M], in float32; see `jla.gsa`.
-
-    With z the running logsumexp and d = s_t - z_{t-1}, the decay z_{t-1} - z_t is -softplus(d) and
-    the write exp(s_t - z_t) is sigmoid(d): no difference of two long sums, and never above 0 or 1.
-
-    Args:
-      s: [B, T, H, M].
-      starts: bool [B, T], the first tokens of segments, or None.
-
-    Returns:
-      s and g as `jla.gsa` takes them.
-    """
-    s = s.astype(f32)
-    first = jnp.zeros(s.shape[:2], bool) if starts is None else starts
-    first = first.at[:, 0].set(True)[:, :, None, None]
-
-    def join(left, right):
-        (first_left, z_left), (first_right, z_right) = left, right
-        z = jnp.where(first_right, z_right, jnp.logaddexp(z_left, z_right))
-        return first_left | first_right, z
-
-    if is_symbolic_dim(s.shape[1]):  # which cannot be halved again and again
-        z = _scanned(join, first, s)
-    else:
-        _, z = lax.associative_scan(join, (first, s), axis=1)
-    d = s - jnp.concatenate([z[:, :1], z[:, :-1]], axis=1)
-    return jnp.where(first, 1.0, jax.nn.sigmoid(d)), jnp.where(first, 0.0, -jax.nn.softplus(d))
-
-
-def _scanned(join, first, s):
-    """`lax.associative_scan` over the tokens, one by one."""
-
-    def token(before, inputs):
-        new = join(before, inputs)
-        return new, new[1]
-
-    time_major = jnp.moveaxis(first, 1, 0), jnp.moveaxis(s, 1, 0)
-    # The first token looks at nothing before it.
-    start = jax.tree.map(lambda x: x[0], time_major)
-    return jnp.moveaxis(lax.scan(token, start, time_major)[1], 0, 1)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jla._core import blockwise
 from jla._core.segments import segment_starts
 from jla._core.states import hidden, repeated, zero_state
 from jla.reference.kda import kda_step
@@ -31,15 +32,15 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
     size, length = chunks.layout(T)
     starts = None
     if segment_ids is not None:
-        starts = chunks.spans(segment_starts(segment_ids)[:, :, None, None], length)
+        starts = blockwise.spans(segment_starts(segment_ids)[:, :, None, None], length)
     if initial_state is None:
         initial_state = zero_state(g[:, 0], v[:, 0])
-    inputs = *(chunks.spans(x, length) for x in (q, k, v, g, beta[..., None])), starts
+    inputs = *(blockwise.spans(x, length) for x in (q, k, v, g, beta[..., None])), starts
     policy = jax.checkpoint_policies.save_only_these_names(*_KEPT)
     span = functools.partial(_span, size, scale)
     span = jax.checkpoint(span, prevent_cse=False, policy=policy)
-    state, o = lax.scan(span, chunks.transposed(hidden(initial_state)), inputs)
-    return chunks.join(o, T), hidden(chunks.transposed(state))
+    state, o = lax.scan(span, blockwise.transposed(hidden(initial_state)), inputs)
+    return blockwise.join(o, T), hidden(blockwise.transposed(state))
 
 
 def _span(size, scale, state, inputs):
@@ -50,7 +51,7 @@ def _span(size, scale, state, inputs):
     errors are transposed, features before tokens: then every product of the recurrence and of its
     transpose contracts last axes, or is a plain matrix product.
     """
-    q, k, v, g, beta, starts = jax.tree.map(chunks.heads_first, inputs)
+    q, k, v, g, beta, starts = jax.tree.map(blockwise.heads_first, inputs)
     dtype = v.dtype
     group = v.shape[1] // q.shape[1]
     q, k, v, beta = (x.astype(f32) for x in (q, k, v, beta))
@@ -63,21 +64,21 @@ def _span(size, scale, state, inputs):
     writes = lax.optimization_barrier(chunks.spread(beta, k) * k)
     key_levels, query_levels = [], []
     for s, (later, earlier) in zip(chunks.tree_sizes(size), levels, strict=True):
-        columns = chunks.halves(writes, s)[0] * earlier
-        rows = jnp.concatenate([later * chunks.halves(x, s)[1] for x in (k, q)], axis=-2)
-        key_level, query_level = jnp.split(chunks.pair_products(rows, columns), 2, axis=-2)
+        columns = blockwise.halves(writes, s)[0] * earlier
+        rows = jnp.concatenate([later * blockwise.halves(x, s)[1] for x in (k, q)], axis=-2)
+        key_level, query_level = jnp.split(blockwise.pair_products(rows, columns), 2, axis=-2)
         key_levels.append(key_level)
         query_levels.append(query_level)
     scores = chunks.lower_triangular(chunks.total(q * writes), query_levels)
 
     def by_chunk(x):
-        return chunks.blocks(x, size)
+        return blockwise.blocks(x, size)
 
-    values = chunks.transposed(by_chunk(v))
+    values = blockwise.transposed(by_chunk(v))
     keys, reads = by_chunk(suffix * writes), by_chunk(prefix * k)
     errors, states, state = _delta_rule(key_levels, values, reads, keys, total[..., None, :], state)
     o = _outputs(by_chunk(prefix * q), scores, states, errors)
-    return state, chunks.heads_first(o.reshape(v.shape).astype(dtype))
+    return state, blockwise.heads_first(o.reshape(v.shape).astype(dtype))
 
 
 @jax.custom_jvp
@@ -101,7 +102,7 @@ def _delta_rule(levels, values, reads, keys, total, state):
 def _solve(levels, values, reads, keys, total, state):
     inverse = checkpoint_name(chunks.unit_lower_inverse(levels), "inverse")
     reads = checkpoint_name(inverse @ reads, "reads")
-    known = chunks.product(values, inverse)
+    known = blockwise.product(values, inverse)
     errors, states, state = _recurrence(reads, keys, total, known, None, state)
     errors, states = checkpoint_name(errors, "errors"), checkpoint_name(states, "states")
     return inverse, reads, errors, states, state
@@ -115,7 +116,7 @@ def _recurrence(reads, keys, total, known, driven, state):
 
     def chunk(state, inputs):
         reads, keys, total, known, driven = inputs
-        errors = known - chunks.product(state, reads)
+        errors = known - blockwise.product(state, reads)
         after = total * state + errors @ keys
         return (after if driven is None else after + driven), (errors, state)
 
@@ -135,22 +136,22 @@ def _delta_rule_jvp(primals, tangents):
     inverse, reads, errors, states, state = _solve(*primals)
     zeros = jnp.zeros_like(d_values[..., 0, :])
     d_lower = chunks.lower_triangular(zeros.reshape(*zeros.shape[:-2], -1), d_levels)
-    d_read = chunks.product(d_reads, states) + chunks.product(d_lower, errors)
-    d_known = chunks.product(d_values - chunks.turned(d_read), inverse)
-    d_writes = chunks.product(chunks.transposed(d_keys), errors)
-    driven = chunks.spread(d_total, states) * states + chunks.transposed(d_writes)
+    d_read = blockwise.product(d_reads, states) + blockwise.product(d_lower, errors)
+    d_known = blockwise.product(d_values - blockwise.turned(d_read), inverse)
+    d_writes = blockwise.product(blockwise.transposed(d_keys), errors)
+    driven = chunks.spread(d_total, states) * states + blockwise.transposed(d_writes)
     return (errors, states, state), _recurrence(reads, keys, total, d_known, driven, d_state)
 
 
 @jax.custom_jvp
 def _outputs(reads, scores, states, errors):
     """O = (P*Q) S + scores E, [B, HV, N, C, V]."""
-    return chunks.product(reads, states) + chunks.product(scores, errors)
+    return blockwise.product(reads, states) + blockwise.product(scores, errors)
 
 
 @_outputs.defjvp
 def _outputs_jvp(primals, tangents):
     reads, scores, states, errors = primals
     d_reads, d_scores, d_states, d_errors = tangents
-    d_o = chunks.product(d_states, reads) + chunks.product(d_errors, scores)
-    return _outputs(*primals), _outputs(d_reads, d_scores, states, errors) + chunks.turned(d_o)
+    d_o = blockwise.product(d_states, reads) + blockwise.product(d_errors, scores)
+    return _outputs(*primals), _outputs(d_reads, d_scores, states, errors) + blockwise.turned(d_o)

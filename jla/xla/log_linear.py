@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jla._core import alignment
+from jla._core import alignment, blockwise
 from jla._core.lengths import chunk_size, is_symbolic_dim
 from jla._core.states import repeated
 from jla.reference.log_linear import log_linear_step
-from jla.xla import chunks
 
 __all__ = ["log_linear_attention", "log_linear_step"]  # the step is the definition's
 
@@ -40,16 +39,16 @@ def _core(q, k, v, g, level_scales, taken):
 
     def tokens(x):
         """[B, N, heads, D] to [B, heads, n C, D]; tokens missing from the last chunk are zeros."""
-        return chunks.split(x.astype(f32), size * -(-N // size))[0]
+        return blockwise.split(x.astype(f32), size * -(-N // size))[0]
 
-    by_chunk = functools.partial(chunks.blocks, s=size)
+    by_chunk = functools.partial(blockwise.blocks, s=size)
     q, k, g, scales = map(tokens, (q, k, g[..., None], level_scales))
     decay, prefix = _decays(by_chunk(g))
     weights = decay * _scale_matrix(by_chunk(scales))
-    scores = chunks.pair_products(by_chunk(q), by_chunk(k))
+    scores = blockwise.pair_products(by_chunk(q), by_chunk(k))
     scores = weights * repeated(scores, H // HK, axis=1)
     o = scores @ by_chunk(tokens(v))
-    o = chunks.merge(o.reshape(1, B, H, -1, V), N)
+    o = blockwise.merge(o.reshape(1, B, H, -1, V), N)
 
     heights, read = L - inside, _read_in_order
     if not is_symbolic_dim(N):
@@ -57,11 +56,11 @@ def _core(q, k, v, g, level_scales, taken):
     if heights > 0:
         # The values of the heads that share a key head lie side by side, as if they were one's.
         v = tokens(v.reshape(B, N, HK, H // HK, V).reshape(B, N, HK, -1))
-        to_end = chunks.transposed(decay[..., -1:, :]).reshape(g.shape)
-        states = chunks.transposed(by_chunk(k)) @ by_chunk(_wide(to_end, HK, V) * v)
+        to_end = blockwise.transposed(decay[..., -1:, :]).reshape(g.shape)
+        states = blockwise.transposed(by_chunk(k)) @ by_chunk(_wide(to_end, HK, V) * v)
         total, prefix = prefix[..., -1, :], prefix.reshape(g.shape)
         weights = [scales[..., inside + m :][..., :1] * prefix for m in range(heights)]
-        before = chunks.merge(read(q, states, weights, total)[None], N)
+        before = blockwise.merge(read(q, states, weights, total)[None], N)
         o = o + before.reshape(B, N, HK, H // HK, V).reshape(B, N, H, V)
     return o.astype(dtype)
 
@@ -119,7 +118,7 @@ def _read_tree(q, states, weights, total):
     for m, weight in enumerate(weights):
         weight = weight * repeated(to_chunk[:, :, :n], size, axis=2)
         o = o + _read_left(q, states, _wide(weight, HK, V), size << m)
-        left, right = (x[..., 0, :] for x in chunks.halves(total, 1))
+        left, right = (x[..., 0, :] for x in blockwise.halves(total, 1))
         pairs = states.shape[2] // 2
         if pairs == 0:
             break
@@ -156,8 +155,8 @@ def _read_in_order(q, states, weights, total):
         levels = jnp.where(by_level(height > ones), levels, 0.0)
         return jnp.where(by_level(height == ones), merged, levels), read
 
-    weights = jnp.stack([chunks.blocks(x, q.shape[2] // n) for x in weights])
-    inputs = jnp.moveaxis(chunks.blocks(q, q.shape[2] // n), 2, 0), jnp.moveaxis(states, 2, 0)
+    weights = jnp.stack([blockwise.blocks(x, q.shape[2] // n) for x in weights])
+    inputs = jnp.moveaxis(blockwise.blocks(q, q.shape[2] // n), 2, 0), jnp.moveaxis(states, 2, 0)
     inputs = *inputs, jnp.moveaxis(weights, 3, 0), jnp.moveaxis(total, 2, 0)
     nothing = jnp.where(False, states[:, :, 0], 0.0)
     nothing = jnp.broadcast_to(nothing, (len(weights), *nothing.shape))
@@ -178,7 +177,7 @@ def _read_left(q, states, weights, rows):
     if whole:
         left, _ = _siblings(states[:, :, : 2 * whole])
         (_, q_right), (_, weights_right) = (
-            chunks.halves(x[:, :, :cut], rows) for x in (q, weights)
+            blockwise.halves(x[:, :, :cut], rows) for x in (q, weights)
         )
         read = weights_right * (q_right @ left)
         read = jnp.concatenate([jnp.zeros_like(read), read], axis=3)

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._core import blockwise
 from jla._core.lengths import chunk_size
 from jla._core.segments import segment_starts
 from jla._core.states import MesaState, hidden, zero_mesa_state
-from jla.xla import chunks
 from jla.xla.conjugate_gradients import SOLUTION, solve
 
 __all__ = ["mesa_net", "mesa_step"]
@@ -73,8 +73,8 @@ def _run(cg_steps, q, k, v, g, beta, lamb, initial_state):
 
     def by_chunk(x):
         """[B, T, H, D] to [B, H, N, C, D]; the tokens that are missing from the last are zeros."""
-        x = chunks.split(x.astype(f32), size * -(-T // size))[0]
-        return chunks.blocks(x, size)
+        x = blockwise.split(x.astype(f32), size * -(-T // size))[0]
+        return blockwise.blocks(x, size)
 
     q, k, v, g, beta = map(by_chunk, (q, k, v, g[..., None], beta[..., None]))
     decay, prefix = _decays(g)
@@ -95,7 +95,7 @@ def _run(cg_steps, q, k, v, g, beta, lamb, initial_state):
     o = prefix * _einsum("bhnck,bhnkv->bhncv", x, states.kv)
     o = o + _einsum("bhnij,bhnjv->bhniv", _scores(weights, x, k), v)
     o = o.reshape(*o.shape[:2], -1, o.shape[-1])
-    return chunks.merge(o[None], T).astype(dtype), hidden(state)
+    return blockwise.merge(o[None], T).astype(dtype), hidden(state)
 
 
 def _decays(g):

@@ -6,23 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._core import blockwise
 from jla._core.cache import PathCache, counted, places, without_rest
 from jla._core.lengths import chunk_size, is_symbolic_dim
+from jla._core.parts import CHUNK, NEVER, appended, at_the_end, exactly, fits, prepare, sums_after
 from jla._core.segments import segment_starts
-from jla._core.states import zero_state
-from jla.xla import chunks
 
 __all__ = ["path_attention", "path_step"]
 
 f32, i32 = jnp.float32, jnp.int32
-# For what moves queries and keys: a product of hundreds of maps keeps every rounding.
-exactly = functools.partial(jax.default_matmul_precision, "highest")
 
-# The gate of a segment's first token. Its exponential is 0, and so is that of all sums with it; but
-# 0 times it is 0 too, and sums can be products with a matrix of ones and zeros.
-NEVER = -1e30
-# Tokens in a chunk: queries are moved past so many keys at once.
-CHUNK = 64
 # Cached tokens that are read at once.
 BLOCK = 256
 
@@ -73,83 +66,26 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     gates = None if g is None else scale * g
     if starts is not None:
         gates = jnp.where(starts[:, :, None, None], NEVER, f32(0.0) if g is None else gates)
-    gates = None if gates is None else chunks.split(gates, size)
+    gates = None if gates is None else blockwise.split(gates, size)
     # The queries of one key head lie side by side, as if they were one.
-    queries = chunks.split(q.reshape(B, T, H, HQ // H, K).reshape(B, T, H, -1), size)
-    values = chunks.split(v, size)
+    queries = blockwise.split(q.reshape(B, T, H, HQ // H, K).reshape(B, T, H, -1), size)
+    values = blockwise.split(v, size)
     k, w, moved, writes, inner = prepare(size, k, w, beta)
 
     index = jnp.arange(w.shape[0], dtype=i32)
-    after, total = (None, None) if gates is None else _sums_after(gates)
+    after, total = (None, None) if gates is None else sums_after(gates)
     past = index, moved, values, w, writes, after, total
     cached = None if cache is None else _cached(cache, scale)
     chunk = functools.partial(_chunk, scale, past, cached)
     chunk = jax.checkpoint(chunk, prevent_cse=False)
     o = lax.map(chunk, (index, queries, k, values, w, writes, inner, gates))
-    o = chunks.merge(o, T)
+    o = blockwise.merge(o, T)
     o = o.reshape(B, T, H, HQ // H, -1).reshape(B, T, HQ, -1)
     if cache is None:
         return o, None
     o = jnp.where(fits(cache, starts, T)[:, :, None, None], o, jnp.nan)
-    g = None if g is None else chunks.split(g, size)
+    g = None if g is None else blockwise.split(g, size)
     return o, appended(cache, v, starts, *at_the_end(moved, w, writes, g))
-
-
-def prepare(size, k, w, beta):
-    """What the chunks' keys and maps are, whatever the queries; float32, [N, B, H, C, ...].
-
-    Returns:
-      k and w, so cut.
-      moved: the keys as the chunk's end sees them.
-      writes: W'; the whole chunk's map is I - W^T W'.
-      inner: [..., C, C], what one key's later maps take from its products inside the chunk.
-    """
-    length = size * -(-k.shape[1] // size)
-    k, w, beta = (chunks.split(x.astype(f32), length)[0] for x in (k, w, beta[..., None]))
-    k, w, beta = (chunks.blocks(x, size) for x in (k, w, beta))
-    with exactly():
-        system = jnp.tril(beta * chunks.pair_products(w, w), -1)
-        triangle = _unit_lower_inverse(system) * chunks.transposed(beta)
-        writes = triangle @ w
-        inner = triangle @ jnp.tril(chunks.pair_products(w, k), -1)
-        moved = k - chunks.transposed(inner) @ w
-    return tuple(jnp.moveaxis(x, 2, 0) for x in (k, w, moved, writes, inner))
-
-
-@jax.custom_jvp
-def _unit_lower_inverse(matrix):
-    """Inverts I + `matrix`, strictly lower triangular, row by row."""
-    C = matrix.shape[-1]
-    identity = jnp.expand_dims(jnp.eye(C, dtype=f32), range(matrix.ndim - 2))
-
-    def row(inverse, index):
-        known = lax.dynamic_index_in_dim(matrix, index, -2) @ inverse
-        new = lax.dynamic_index_in_dim(identity, index, -2) - known
-        return lax.dynamic_update_slice_in_dim(inverse, new, index, -2), None
-
-    # A select places the zeros as the matrix is; see jla/_core/states.py.
-    return lax.scan(row, jnp.where(False, matrix, 0.0), jnp.arange(C, dtype=i32))[0]
-
-
-@_unit_lower_inverse.defjvp
-def _unit_lower_inverse_jvp(primals, tangents):
-    inverse = _unit_lower_inverse(*primals)
-    with exactly():
-        return inverse, -(inverse @ tangents[0] @ inverse)
-
-
-def _sums_after(gates):
-    """Sums of the gates [..., C, G]: after each token to its chunk's end, [..., 1, G, C], and of
-    all the chunk's, [..., 1, G, 1].
-
-    Every sum of gates here is of those alone that it stands for: a difference of two longer sums
-    would keep no digit beside a strong gate.
-    """
-    later = jnp.triu(jnp.ones((gates.shape[-2],) * 2, f32), 1)
-    with exactly():
-        after = jnp.einsum("sr,...rg->...gs", later, gates)
-    total = chunks.transposed(jnp.sum(gates, axis=-2, keepdims=True))
-    return after[..., None, :, :], total[..., None, :, :]
 
 
 def _cached(cache, scale):
@@ -157,15 +93,15 @@ def _cached(cache, scale):
     added to their logits, -inf where there is none."""
     S = cache.key.shape[1]
     size = BLOCK if is_symbolic_dim(S) else min(BLOCK, S)
-    key, value = (chunks.split(x, size) for x in cache[:2])
+    key, value = (blockwise.split(x, size) for x in cache[:2])
     place = jnp.arange(key.shape[0] * size, dtype=i32).reshape(-1, 1, 1, size, 1)
     filled = place < cache.length[None, :, None, None, None]
     added = f32(0.0)
     if cache.decay is not None:
         B, S, HQ = cache.decay.shape
         H = key.shape[2]
-        added = scale * chunks.split(cache.decay.reshape(B, S, H, HQ // H), size)
-    added = chunks.transposed(jnp.where(filled, added, -jnp.inf))[..., None, :, :]
+        added = scale * blockwise.split(cache.decay.reshape(B, S, H, HQ // H), size)
+    added = blockwise.transposed(jnp.where(filled, added, -jnp.inf))[..., None, :, :]
     return jnp.any(cache.length > 0), (key, value, added)
 
 
@@ -199,8 +135,8 @@ def _chunk(scale, past, cached, inputs):
 
     # The chunk's own keys.
     with exactly():
-        passed = jnp.where(earlier, chunks.product(q, w), 0.0)
-        logits = chunks.product(q, k) - passed @ inner
+        passed = jnp.where(earlier, blockwise.product(q, w), 0.0)
+        logits = blockwise.product(q, k) - passed @ inner
         q = scale * (q - passed @ writes)
     logits = jnp.where(earlier, scale * logits, -jnp.inf)
     added = before = None
@@ -218,9 +154,9 @@ def _chunk(scale, past, cached, inputs):
     def read(carry, k, v, w, writes, after, total):
         q, before, softmax = carry
         added = None if before is None else before + after
-        softmax = attend(softmax, chunks.product(q, k), added, v)
+        softmax = attend(softmax, blockwise.product(q, k), added, v)
         with exactly():
-            q = q - chunks.product(q, w) @ writes
+            q = q - blockwise.product(q, w) @ writes
         return q, None if before is None else before + total, softmax
 
     def visit(carry, inputs):
@@ -234,7 +170,7 @@ def _chunk(scale, past, cached, inputs):
         k, v, added = inputs
         if before is not None:
             added = before + added
-        return attend(softmax, chunks.product(q, k), added, v), None
+        return attend(softmax, blockwise.product(q, k), added, v), None
 
     if cached is not None:
         any_there, blocks = cached
@@ -243,64 +179,3 @@ def _chunk(scale, past, cached, inputs):
         )
     _, total, o = softmax
     return (o / total).reshape(*v.shape[:3], -1).astype(v.dtype)
-
-
-def fits(cache, starts, T):
-    """Whether each token finds room, bool [B, T]."""
-    place = jnp.arange(T, dtype=i32)[None]
-    # On the right there is room for any length: the sum with a place could leave int32.
-    begin = -cache.length[:, None]
-    if starts is not None:
-        begin = lax.cummax(jnp.where(starts, place, begin), axis=1)
-    return place < cache.key.shape[1] + begin
-
-
-def at_the_end(moved, w, writes, g):
-    """The keys as the row's last token sees them and the sums of the gates after each, [B, T, H, K]
-    and [B, T, H, G]; and all the row's maps as one, [B, H, K, K], and the sum of all its gates,
-    [B, 1, H, G]; None without gates."""
-    first = (w[0, :, :, 0],) * 2
-    identity = jnp.eye(w.shape[-1], dtype=f32)[None, None]
-    start = zero_state(*first) + identity, None if g is None else 0.0 * g[0, :, :, :1]
-
-    def chunk(carry, inputs):
-        maps, later = carry
-        moved, w, writes, g = inputs
-        with exactly():
-            keys = chunks.product(moved, maps)
-            maps = maps - chunks.product(maps, w) @ writes
-        if g is None:
-            return (maps, None), (keys, None)
-        after, total = (chunks.transposed(x[:, :, 0]) for x in _sums_after(g))
-        return (maps, later + total), (keys, later + after)
-
-    (maps, total), ends = lax.scan(chunk, start, (moved, w, writes, g), reverse=True)
-    return *ends, maps, total
-
-
-def appended(cache, v, starts, keys, after, maps, total):
-    """The cache with the tokens of each row's last segment, from that segment's first place on."""
-    (B, T), S = v.shape[:2], cache.key.shape[1]
-    kept, border = cache.length, 0
-    if starts is not None:
-        kept = jnp.where(jnp.any(starts, axis=1), 0, kept)
-        border = jnp.max(jnp.where(starts, jnp.arange(T, dtype=i32)[None], 0), axis=1)
-    length = counted(kept, T - border)
-    # Places in the old cache, followed by the new tokens.
-    place = places(cache)
-    source = jnp.where(place < kept[:, None], place, S + place + (border - kept)[:, None])
-    source = jnp.where(place < length[:, None], source, S + T)
-
-    def place_tokens(old, new):
-        x = jnp.concatenate([old, new], axis=1)
-        index = source.reshape(B, S, *[1] * (x.ndim - 2))
-        return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
-
-    with exactly():
-        old = jnp.einsum("bshk,bhlk->bshl", cache.key, maps)
-    key, value = place_tokens(old, chunks.merge(keys, T)), place_tokens(cache.value, v)
-    decay = None
-    if after is not None:
-        after = chunks.merge(after, T).reshape(B, T, -1)
-        decay = place_tokens(cache.decay + jnp.swapaxes(total, 1, 2).reshape(B, 1, -1), after)
-    return PathCache(key, value, decay, length)

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jla._core.exchange import join
 from jla.pallas.common import mosaic, recurrence
 from jla.pallas.common.chunks import CHUNK
 from jla.pallas.common.mosaic import PER_COLUMN, TILE, bf16, f32, product
@@ -81,24 +82,6 @@ def backward(q, w, kg, do, decay, aq, beta, last_gradient, *, pieces=None):
 
 
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-
-
-def join(factors, terms, state, *, times=jnp.multiply, reverse=False):
-    """The state before each piece, [P, ...], by S <- M S + N; in reverse, that after it.
-
-    Args:
-      factors, terms: M and N of all pieces but the last (in reverse: the first), [P - 1, ...].
-      state: the state before the whole sequence (in reverse: after it).
-      times: the product of M and S.
-    """
-
-    def step(state, transition):
-        factor, term = transition
-        return times(factor, state) + term, state
-
-    # Unrolled because a loop's turn costs XLA more than these products.
-    state, before = lax.scan(step, state, (factors, terms), reverse=reverse, unroll=8)
-    return jnp.concatenate([state[None], before] if reverse else [before, state[None]])
 
 
 def _transitions(w, u, kg, decay, beta, pieces):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._core.derivatives import reverse_only
+from jla._core.parts import abc_gates
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import GSAState
@@ -22,7 +23,6 @@ from jla.pallas.gsa.gradients import chunk_gradients, logit_gradients
 from jla.pallas.gsa.outputs import outputs
 from jla.pallas.gsa.states import through_chunks
 from jla.pallas.gsa.step import gsa_step
-from jla.xla.gsa import abc_gates
 
 __all__ = ["gsa", "gsa_step", "unsupported"]
 

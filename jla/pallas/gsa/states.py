@@ -18,10 +18,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jla._core.exchange import join
 from jla.pallas.common import chunks, mosaic
 from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
 from jla.pallas.common.mosaic import TILE, bf16, f16, f32
-from jla.pallas.common.pieces import join, number_of_pairs
+from jla.pallas.common.pieces import number_of_pairs
 from jla.pallas.common.recurrence import piece
 from jla.pallas.gsa import slots
 from jla.pallas.gsa.slots import columns

@@ -19,10 +19,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jla._core.exchange import join
 from jla.pallas.common import mosaic
 from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
 from jla.pallas.common.mosaic import PER_COLUMN, TILE, f16, f32, per_column, product
-from jla.pallas.common.pieces import join, number_of_pairs
+from jla.pallas.common.pieces import number_of_pairs
 from jla.pallas.common.recurrence import piece
 
 SDS = jax.ShapeDtypeStruct

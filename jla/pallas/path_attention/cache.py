@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._core import blockwise
 from jla._core.cache import PathCache, without_rest
 from jla._core.lengths import chunk_size
+from jla._core.parts import CHUNK, NEVER, appended, at_the_end, exactly, fits, prepare
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import repeated, zero_state
-from jla.xla import chunks
-from jla.xla.path_attention import CHUNK, NEVER, appended, at_the_end, exactly, fits, prepare
 
 f32 = jnp.float32
 
@@ -110,8 +110,8 @@ def _of_shard(
     _, w, moved, writes, _ = prepare(size, k, w, beta)
 
     def with_cached(o):
-        queries = chunks.split(q.reshape(B, T, H, HQ // H, K).reshape(B, T, H, -1), size)
-        queries = chunks.merge(_at_the_start(queries, w, writes), T)
+        queries = blockwise.split(q.reshape(B, T, H, HQ // H, K).reshape(B, T, H, -1), size)
+        queries = blockwise.merge(_at_the_start(queries, w, writes), T)
         gates = None if g is None else scale * g
         if starts is not None:
             gates = jnp.where(starts[..., None], NEVER, f32(0.0) if g is None else gates)
@@ -123,7 +123,7 @@ def _of_shard(
 
     o = lax.cond(jnp.any(cache.length > 0), with_cached, lambda o: o, o.astype(f32))
     o = jnp.where(fits(cache, starts, T)[:, :, None, None], o, jnp.nan)
-    gates = None if g is None else chunks.split(g.reshape(B, T, H, -1), size)
+    gates = None if g is None else blockwise.split(g.reshape(B, T, H, -1), size)
     cache = appended(cache, v, starts, *at_the_end(moved, w, writes, gates))
     return o, *(x for x in cache if x is not None)
 
@@ -139,7 +139,7 @@ def _at_the_start(q, w, writes):
             passed = jnp.tril(passed)
             inside = by_query - jnp.einsum("bhgtr,bhrk->bhtgk", passed, writes)
             moved = jnp.einsum("bhtgk,bhkl->bhtgl", inside, maps)
-            maps = maps - chunks.transposed(w) @ (writes @ maps)
+            maps = maps - blockwise.transposed(w) @ (writes @ maps)
         return maps, moved.reshape(q.shape)
 
     first = w[0, :, :, 0]
@@ -159,13 +159,13 @@ def _read(q, gates, cache, scale):
     (B, T, H, _), (S, K) = q.shape, (cache.key.shape[1], cache.key.shape[-1])
     group = q.shape[-1] // K
     rows, block = min(QUERIES, T), min(KEYS, S)
-    key, value = (chunks.split(x, block) for x in cache[:2])
+    key, value = (blockwise.split(x, block) for x in cache[:2])
     first = block * jnp.arange(len(key), dtype=jnp.int32)
     place = first[:, None] + jnp.arange(block, dtype=jnp.int32)[None]
     filled = place[:, None] < cache.length[None, :, None]
     added = f32(0.0)
     if cache.decay is not None:
-        added = scale * chunks.split(cache.decay.reshape(B, S, H, group), block)
+        added = scale * blockwise.split(cache.decay.reshape(B, S, H, group), block)
     added = jnp.where(filled[:, :, None, :, None], added, NEVER)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -197,6 +197,6 @@ def _read(q, gates, cache, scale):
         (highest, total, o), _ = lax.scan(visit, start, (first, key, value, added))
         return (o / total[..., None]).reshape(*q.shape[:3], -1), highest + jnp.log(total)
 
-    gates = None if gates is None else chunks.split(gates.reshape(B, T, H, group), rows)
-    o, logsumexp = (chunks.merge(x, T) for x in lax.map(some, (chunks.split(q, rows), gates)))
+    gates = None if gates is None else blockwise.split(gates.reshape(B, T, H, group), rows)
+    o, logsumexp = (blockwise.merge(x, T) for x in lax.map(some, (blockwise.split(q, rows), gates)))
     return o.reshape(B, T, H * group, -1), logsumexp.reshape(B, T, H * group)

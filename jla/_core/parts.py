@@ -1,0 +1,183 @@
+"""Mathematics that two implementations share, in plain jax.numpy: ABC's gates, and PaTH's maps and
+cache. docs/gsa.md and docs/path_attention.md derive the formulas."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jla._core import blockwise
+from jla._core.cache import PathCache, counted, places
+from jla._core.lengths import is_symbolic_dim
+from jla._core.states import zero_state
+
+f32, i32 = jnp.float32, jnp.int32
+# For what moves queries and keys: a product of hundreds of maps keeps every rounding.
+exactly = functools.partial(jax.default_matmul_precision, "highest")
+# The gate of a segment's first token. Its exponential is 0, and so is that of all sums with it; but
+# 0 times it is 0 too, and sums can be products with a matrix of ones and zeros.
+NEVER = -1e30
+# Tokens in a chunk: queries are moved past so many keys at once.
+CHUNK = 64
+
+
+def abc_gates(s, starts=None):
+    """ABC's writes and decays from its logits [B, T, H, M], in float32; see `jla.gsa`.
+
+    With z the running logsumexp and d = s_t - z_{t-1}, the decay z_{t-1} - z_t is -softplus(d) and
+    the write exp(s_t - z_t) is sigmoid(d): no difference of two long sums, and never above 0 or 1.
+
+    Args:
+      s: [B, T, H, M].
+      starts: bool [B, T], the first tokens of segments, or None.
+
+    Returns:
+      s and g as `jla.gsa` takes them.
+    """
+    s = s.astype(f32)
+    first = jnp.zeros(s.shape[:2], bool) if starts is None else starts
+    first = first.at[:, 0].set(True)[:, :, None, None]
+
+    def join(left, right):
+        (first_left, z_left), (first_right, z_right) = left, right
+        z = jnp.where(first_right, z_right, jnp.logaddexp(z_left, z_right))
+        return first_left | first_right, z
+
+    if is_symbolic_dim(s.shape[1]):  # which cannot be halved again and again
+        z = _scanned(join, first, s)
+    else:
+        _, z = lax.associative_scan(join, (first, s), axis=1)
+    d = s - jnp.concatenate([z[:, :1], z[:, :-1]], axis=1)
+    return jnp.where(first, 1.0, jax.nn.sigmoid(d)), jnp.where(first, 0.0, -jax.nn.softplus(d))
+
+
+def _scanned(join, first, s):
+    """`lax.associative_scan` over the tokens, one by one."""
+
+    def token(before, inputs):
+        new = join(before, inputs)
+        return new, new[1]
+
+    time_major = jnp.moveaxis(first, 1, 0), jnp.moveaxis(s, 1, 0)
+    # The first token looks at nothing before it.
+    start = jax.tree.map(lambda x: x[0], time_major)
+    return jnp.moveaxis(lax.scan(token, start, time_major)[1], 0, 1)
+
+
+def prepare(size, k, w, beta):
+    """What the chunks' keys and maps are, whatever the queries; float32, [N, B, H, C, ...].
+
+    Returns:
+      k and w, so cut.
+      moved: the keys as the chunk's end sees them.
+      writes: W'; the whole chunk's map is I - W^T W'.
+      inner: [..., C, C], what one key's later maps take from its products inside the chunk.
+    """
+    length = size * -(-k.shape[1] // size)
+    k, w, beta = (blockwise.split(x.astype(f32), length)[0] for x in (k, w, beta[..., None]))
+    k, w, beta = (blockwise.blocks(x, size) for x in (k, w, beta))
+    with exactly():
+        system = jnp.tril(beta * blockwise.pair_products(w, w), -1)
+        triangle = _unit_lower_inverse(system) * blockwise.transposed(beta)
+        writes = triangle @ w
+        inner = triangle @ jnp.tril(blockwise.pair_products(w, k), -1)
+        moved = k - blockwise.transposed(inner) @ w
+    return tuple(jnp.moveaxis(x, 2, 0) for x in (k, w, moved, writes, inner))
+
+
+@jax.custom_jvp
+def _unit_lower_inverse(matrix):
+    """Inverts I + `matrix`, strictly lower triangular, row by row."""
+    C = matrix.shape[-1]
+    identity = jnp.expand_dims(jnp.eye(C, dtype=f32), range(matrix.ndim - 2))
+
+    def row(inverse, index):
+        known = lax.dynamic_index_in_dim(matrix, index, -2) @ inverse
+        new = lax.dynamic_index_in_dim(identity, index, -2) - known
+        return lax.dynamic_update_slice_in_dim(inverse, new, index, -2), None
+
+    # A select places the zeros as the matrix is; see jla/_core/states.py.
+    return lax.scan(row, jnp.where(False, matrix, 0.0), jnp.arange(C, dtype=i32))[0]
+
+
+@_unit_lower_inverse.defjvp
+def _unit_lower_inverse_jvp(primals, tangents):
+    inverse = _unit_lower_inverse(*primals)
+    with exactly():
+        return inverse, -(inverse @ tangents[0] @ inverse)
+
+
+def sums_after(gates):
+    """Sums of the gates [..., C, G]: after each token to its chunk's end, [..., 1, G, C], and of
+    all the chunk's, [..., 1, G, 1].
+
+    Every sum of gates here is of those alone that it stands for: a difference of two longer sums
+    would keep no digit beside a strong gate.
+    """
+    later = jnp.triu(jnp.ones((gates.shape[-2],) * 2, f32), 1)
+    with exactly():
+        after = jnp.einsum("sr,...rg->...gs", later, gates)
+    total = blockwise.transposed(jnp.sum(gates, axis=-2, keepdims=True))
+    return after[..., None, :, :], total[..., None, :, :]
+
+
+def fits(cache, starts, T):
+    """Whether each token finds room, bool [B, T]."""
+    place = jnp.arange(T, dtype=i32)[None]
+    # On the right there is room for any length: the sum with a place could leave int32.
+    begin = -cache.length[:, None]
+    if starts is not None:
+        begin = lax.cummax(jnp.where(starts, place, begin), axis=1)
+    return place < cache.key.shape[1] + begin
+
+
+def at_the_end(moved, w, writes, g):
+    """The keys as the row's last token sees them and the sums of the gates after each, [B, T, H, K]
+    and [B, T, H, G]; and all the row's maps as one, [B, H, K, K], and the sum of all its gates,
+    [B, 1, H, G]; None without gates."""
+    first = (w[0, :, :, 0],) * 2
+    identity = jnp.eye(w.shape[-1], dtype=f32)[None, None]
+    start = zero_state(*first) + identity, None if g is None else 0.0 * g[0, :, :, :1]
+
+    def chunk(carry, inputs):
+        maps, later = carry
+        moved, w, writes, g = inputs
+        with exactly():
+            keys = blockwise.product(moved, maps)
+            maps = maps - blockwise.product(maps, w) @ writes
+        if g is None:
+            return (maps, None), (keys, None)
+        after, total = (blockwise.transposed(x[:, :, 0]) for x in sums_after(g))
+        return (maps, later + total), (keys, later + after)
+
+    (maps, total), ends = lax.scan(chunk, start, (moved, w, writes, g), reverse=True)
+    return *ends, maps, total
+
+
+def appended(cache, v, starts, keys, after, maps, total):
+    """The cache with the tokens of each row's last segment, from that segment's first place on."""
+    (B, T), S = v.shape[:2], cache.key.shape[1]
+    kept, border = cache.length, 0
+    if starts is not None:
+        kept = jnp.where(jnp.any(starts, axis=1), 0, kept)
+        border = jnp.max(jnp.where(starts, jnp.arange(T, dtype=i32)[None], 0), axis=1)
+    length = counted(kept, T - border)
+    # Places in the old cache, followed by the new tokens.
+    place = places(cache)
+    source = jnp.where(place < kept[:, None], place, S + place + (border - kept)[:, None])
+    source = jnp.where(place < length[:, None], source, S + T)
+
+    def place_tokens(old, new):
+        x = jnp.concatenate([old, new], axis=1)
+        index = source.reshape(B, S, *[1] * (x.ndim - 2))
+        return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
+
+    with exactly():
+        old = jnp.einsum("bshk,bhlk->bshl", cache.key, maps)
+    key, value = place_tokens(old, blockwise.merge(keys, T)), place_tokens(cache.value, v)
+    decay = None
+    if after is not None:
+        after = blockwise.merge(after, T).reshape(B, T, -1)
+        decay = place_tokens(cache.decay + jnp.swapaxes(total, 1, 2).reshape(B, 1, -1), after)
+    return PathCache(key, value, decay, length)
