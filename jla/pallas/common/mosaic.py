@@ -332,3 +332,8 @@ def kernel(
             )(*operands)
 
     return run
+
+
+def where(predicate, x):
+    """x if the scalar predicate holds, else zeros; Mosaic broadcasts no predicate by itself."""
+    return jnp.where(jnp.broadcast_to(predicate, x.shape), x, jnp.zeros_like(x))

@@ -97,7 +97,7 @@ def _transitions(w, u, kg, decay, beta, pieces):
         p, b, h, block, wg = (lax.axis_index(name) for name in ("p", "b", "h", "block", "wg"))
 
         def step(_, w, u, kg, decay, beta, state):
-            u_mine = _where(wg == 0, mosaic.load(u.T))
+            u_mine = mosaic.where(wg == 0, mosaic.load(u.T))
             error = u_mine - product((state.astype(bf16), w.T))
             write = error * mosaic.per_column(mosaic.load(beta, PER_COLUMN), COLUMNS)
             kept = state * mosaic.per_column(mosaic.load(decay, PER_COLUMN), COLUMNS)
@@ -138,7 +138,7 @@ def _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces):
         first, count = piece(p + 1, pieces, N)
 
         def step(_, q, w, kg, do, decay, aq, beta, gradient):
-            do_mine = _where(wg == 0, plgpu.load(do.T, layout=TILE))
+            do_mine = mosaic.where(wg == 0, plgpu.load(do.T, layout=TILE))
             y = product((do_mine, aq), (gradient.astype(bf16), kg.T))
             error = y * mosaic.per_column(mosaic.load(beta, PER_COLUMN), COLUMNS)
             kept = gradient * mosaic.per_column(mosaic.load(decay, PER_COLUMN), COLUMNS)
@@ -197,8 +197,3 @@ def _from_zeros_and_identity(factor_ref, term_ref):
             mosaic.store_transposed(factor_ref.at[:, mine], state)
 
     return run
-
-
-def _where(predicate, x):
-    """x if the scalar predicate holds, else zeros; Mosaic broadcasts no predicate by itself."""
-    return jnp.where(jnp.broadcast_to(predicate, x.shape), x, jnp.zeros_like(x))

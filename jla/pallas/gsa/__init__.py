@@ -17,7 +17,7 @@ from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import GSAState
 from jla.pallas.common.chunks import TILE_WIDTH, gates
-from jla.pallas.common.mosaic import TILE_ROWS
+from jla.pallas.common.padding import missing_features, missing_tokens, pad, with_start
 from jla.pallas.gsa import step
 from jla.pallas.gsa.gradients import chunk_gradients, logit_gradients
 from jla.pallas.gsa.outputs import outputs
@@ -67,21 +67,21 @@ def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale):
     if starts is not None:
         # A first token that lets nothing through is all there is to a border.
         g = jnp.where(starts[:, :, None, None], -jnp.inf, g)
-    tokens, keys, values, slots = -T % TILE_ROWS, _missing(K), _missing(V), -M % TILE_WIDTH
+    keys, values, slots = missing_features(K), missing_features(V), -M % TILE_WIDTH
     # Tokens of zeros neither read, write nor decay; features of zeros stay zero.
-    pad = functools.partial(_pad, tokens=tokens)
+    pad_tokens = functools.partial(pad, tokens=missing_tokens(T))
     q, k, v, s = (x.astype(bf16) for x in (q, k, v, s))
     if initial_state is not None:
         hk, hv = initial_state
-        hk = _pad(_pad(hk, features=slots), features=keys, axis=2)
-        hv = _pad(_pad(hv, features=values), features=slots, axis=2)
+        hk = pad(pad(hk, features=slots), features=keys, axis=2)
+        hv = pad(pad(hv, features=values), features=slots, axis=2)
         initial_state = GSAState(hk, hv)
     o, hk, hv = _gsa(
-        pad(q, features=keys),
-        pad(k, features=keys),
-        pad(v, features=values),
-        pad(s, features=slots),
-        pad(g, features=slots),
+        pad_tokens(q, features=keys),
+        pad_tokens(k, features=keys),
+        pad_tokens(v, features=values),
+        pad_tokens(s, features=slots),
+        pad_tokens(g, features=slots),
         initial_state,
         scale,
         M,
@@ -89,32 +89,17 @@ def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale):
     return o[:, :T, :, :V].astype(dtype), GSAState(hk[:, :, :K, :M], hv[:, :, :M, :V])
 
 
-def _missing(features):
-    """How many features fill up the tiles: of 64, and beyond 128 of 128."""
-    return -features % (TILE_WIDTH if features <= 128 else 128)
-
-
-def _pad(x, *, tokens=0, features=0, axis=-1):
-    if not tokens and not features:
-        return x
-    widths = [(0, 0)] * x.ndim
-    widths[1] = (0, tokens)
-    if features:
-        widths[axis] = (0, features)
-    return jnp.pad(x, widths)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _gsa(q, k, v, s, g, initial_state, scale, used):
     """GSA on whole tiles; `used` slots, the others are padding."""
-    arrays, axes = _with_start((q, k, v, s, gates(g)), _INPUTS, initial_state)
+    arrays, axes = with_start((q, k, v, s, gates(g)), _INPUTS, initial_state, _STATES)
     run = functools.partial(_forward, scale=scale, used=used, keep=False)
     return shardwise(run, axes, _OUTPUTS)(*arrays)
 
 
 def _gsa_forward(q, k, v, s, g, initial_state, scale, used):
     inputs = (q, k, v, s, gates(g))
-    arrays, axes = _with_start(inputs, _INPUTS, initial_state)
+    arrays, axes = with_start(inputs, _INPUTS, initial_state, _STATES)
     run = functools.partial(_forward, scale=scale, used=used, keep=True)
     o, hk, hv, *kept = shardwise(run, axes, (*_OUTPUTS, *_KEPT.values()))(*arrays)
     kept = tuple(map(checkpoint_name, kept, _KEPT))
@@ -130,12 +115,6 @@ def _gsa_backward(scale, used, residuals, cotangents):
 
 
 defvjp(_gsa, _gsa_forward, _gsa_backward)
-
-
-def _with_start(arrays, axes, initial_state):
-    if initial_state is None:
-        return arrays, axes
-    return (*arrays, *initial_state), (*axes, *_STATES)
 
 
 def _forward(q, k, v, s, gates, *start, scale, used, keep):

@@ -14,8 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jla.pallas.common import chunks, mosaic
 from jla.pallas.common.chunks import CHUNK, LEVELS, TILE_WIDTH
 from jla.pallas.common.mosaic import TILE, bf16, f16, f32, load, per_row, product
+from jla.pallas.common.tiles import columns, row_sum, smem_tiles
 from jla.pallas.gsa import slots
-from jla.pallas.gsa.slots import columns
 
 SDS = jax.ShapeDtypeStruct
 
@@ -78,7 +78,7 @@ def logit_gradients(v, s, gates, value_states, p, do, *, scale):
         weighted = [x * y for x, y in zip(p, dp, strict=True)]
         # The rounded p do not sum to 1; without the division dlogits would not sum to 0, which
         # tells where one slot has nearly all.
-        mean = per_row(slots.row_sum(weighted) / slots.row_sum(p), TILE_WIDTH)
+        mean = per_row(row_sum(weighted) / row_sum(p), TILE_WIDTH)
         for m in range(m_tiles):
             sdo[m][...] = (scale * (weighted[m] - p[m] * mean)).astype(bf16)
         plgpu.commit_smem()
@@ -91,12 +91,12 @@ def logit_gradients(v, s, gates, value_states, p, do, *, scale):
         automatic_barriers=False,
         out_type=SDS((B, T, HQ, M), bf16),
         scratch_types=[
-            slots.tiles(max(v_tiles, m_tiles)),
-            slots.tiles(v_tiles),
-            [slots.tiles(m_tiles) for _ in range(v_tiles)],
-            slots.tiles(m_tiles, LEVELS),
-            slots.tiles(m_tiles),
-            slots.tiles(m_tiles, dtype=f16),
+            smem_tiles(max(v_tiles, m_tiles)),
+            smem_tiles(v_tiles),
+            [smem_tiles(m_tiles) for _ in range(v_tiles)],
+            smem_tiles(m_tiles, LEVELS),
+            smem_tiles(m_tiles),
+            smem_tiles(m_tiles, dtype=f16),
             plgpu.Barrier(num_arrivals=2 * m_tiles),
             plgpu.Barrier(num_arrivals=v_tiles * (2 + m_tiles)),
             plgpu.Barrier(num_arrivals=m_tiles),
@@ -189,7 +189,7 @@ def chunk_gradients(x, y, w, s, gates, states, gradients, *, rows_too):
 
             after = chunks.decays(chunks.weights(chunks.from_on(strict=True)), sg[m])
             if group > 1:
-                after = _where(lax.rem(head, group) == 0, after)
+                after = mosaic.where(lax.rem(head, group) == 0, after)
             end = after * product(*((tile, x[m]) for tile, x in zip(sy, gradients, strict=True)))
             ds = (ds + end + load(sw[m]) * per_row(own, TILE_WIDTH)).astype(bf16)
             plgpu.commit_smem()
@@ -200,7 +200,7 @@ def chunk_gradients(x, y, w, s, gates, states, gradients, *, rows_too):
             carried = _carried(states, gradients, m)
             carried *= jnp.exp2(product((chunks.weights(everywhere), sg[m])))
             if group > 1:
-                carried = _where(lax.rem(head, group) == 0, carried)
+                carried = mosaic.where(lax.rem(head, group) == 0, carried)
             work[1][...] = carried.astype(bf16)
             plgpu.commit_smem()
             earlier = chunks.weights(chunks.up_to(strict=True), bf16)
@@ -244,15 +244,15 @@ def chunk_gradients(x, y, w, s, gates, states, gradients, *, rows_too):
             SDS((B, N * CHUNK, HQ * parts, M), f32),
         ],
         scratch_types=[
-            slots.tiles(d_tiles),
-            slots.tiles(d_tiles),
-            slots.tiles(m_tiles),
-            slots.tiles(m_tiles),
-            slots.tiles(m_tiles, dtype=f16),
-            [slots.tiles(m_tiles) for _ in range(d_tiles)],
-            [slots.tiles(m_tiles) for _ in range(d_tiles)],
+            smem_tiles(d_tiles),
+            smem_tiles(d_tiles),
+            smem_tiles(m_tiles),
+            smem_tiles(m_tiles),
+            smem_tiles(m_tiles, dtype=f16),
+            [smem_tiles(m_tiles) for _ in range(d_tiles)],
+            [smem_tiles(m_tiles) for _ in range(d_tiles)],
             mosaic.tile(CHUNK, CHUNK),
-            slots.tiles(2),
+            smem_tiles(2),
             plgpu.Barrier(num_arrivals=2 * d_tiles * (1 + m_tiles) + 3 * m_tiles),
         ],
         grid=(B, N, HQ, parts),
@@ -299,8 +299,3 @@ def _carried(states, gradients, m):
         term = load(x[m]) * load(dx[m])
         total = term if total is None else total + term
     return total
-
-
-def _where(predicate, x):
-    """x if the scalar predicate holds, else zeros; Mosaic broadcasts no predicate by itself."""
-    return jnp.where(jnp.broadcast_to(predicate, x.shape), x, 0.0)

@@ -11,8 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jla.pallas.common import chunks, mosaic
 from jla.pallas.common.chunks import CHUNK, LEVELS, TILE_WIDTH
 from jla.pallas.common.mosaic import TILE, bf16, f16
+from jla.pallas.common.tiles import columns, smem_tiles
 from jla.pallas.gsa import slots
-from jla.pallas.gsa.slots import columns
 
 SDS = jax.ShapeDtypeStruct
 
@@ -130,12 +130,12 @@ def outputs(q, k, v, s, gates, key_states, value_states, *, scale, used, keep):
         automatic_barriers=False,
         out_type=out_type,
         scratch_types=[
-            slots.tiles(max(k_tiles, 2 * m_tiles if keep else m_tiles)),
-            slots.tiles(wide),
-            [slots.tiles(m_tiles) for _ in range(wide)],
-            slots.tiles(m_tiles, LEVELS),
-            slots.tiles(m_tiles),
-            slots.tiles(m_tiles, dtype=f16),
+            smem_tiles(max(k_tiles, 2 * m_tiles if keep else m_tiles)),
+            smem_tiles(wide),
+            [smem_tiles(m_tiles) for _ in range(wide)],
+            smem_tiles(m_tiles, LEVELS),
+            smem_tiles(m_tiles),
+            smem_tiles(m_tiles, dtype=f16),
             plgpu.Barrier(num_arrivals=2 * m_tiles),
             plgpu.Barrier(num_arrivals=k_tiles * (2 + m_tiles)),
             plgpu.Barrier(num_arrivals=v_tiles * (1 + m_tiles)),

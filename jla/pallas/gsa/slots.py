@@ -17,12 +17,12 @@ Tiles are [64, 64]; where a slot axis has more, they come in lists.
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common import chunks, mosaic
-from jla.pallas.common.chunks import CHUNK, LEVELS, TILE_WIDTH
+from jla.pallas.common.chunks import LEVELS, TILE_WIDTH
 from jla.pallas.common.mosaic import TILE, bf16, load, per_row, product
+from jla.pallas.common.tiles import over_tiles, row_sum
 
 PART = 128  # features that SMEM holds at once
 
@@ -31,16 +31,6 @@ def parts(features):
     """How many parts the features are worked on in, and how many tiles a part has."""
     width = min(features, PART)
     return features // width, width // TILE_WIDTH
-
-
-def columns(tile):
-    """The features or slots of a tile."""
-    return pl.ds(tile * TILE_WIDTH, TILE_WIDTH)
-
-
-def tiles(count, *leading, dtype=bf16):
-    """SMEM tiles, each a ref of its own: a product with `init` takes no constant index into one."""
-    return [mosaic.tile(CHUNK, TILE_WIDTH, *leading, dtype=dtype) for _ in range(count)]
 
 
 def put_level_tiles(levels, writes, gates):
@@ -128,19 +118,7 @@ def softmax(logits, slots):
         row = chunks.tokens()
         some = mosaic.in_interval(jnp.zeros_like(row), jnp.full_like(row, rest), TILE_WIDTH)
         logits = [*logits[:-1], jnp.where(some, logits[-1], -jnp.inf)]
-    largest = _over_tiles(jnp.maximum, [jnp.max(x, axis=1) for x in logits])
+    largest = over_tiles(jnp.maximum, [jnp.max(x, axis=1) for x in logits])
     p = [jnp.exp2((x - per_row(largest, TILE_WIDTH)) * chunks.LOG2E) for x in logits]
     total = per_row(1.0 / row_sum(p), TILE_WIDTH)
     return [x * total for x in p]
-
-
-def row_sum(tiles):
-    """The sum over all columns of the tiles."""
-    return _over_tiles(jnp.add, [jnp.sum(x, axis=1) for x in tiles])
-
-
-def _over_tiles(function, vectors):
-    first, *rest = vectors
-    for x in rest:
-        first = function(first, x)
-    return first

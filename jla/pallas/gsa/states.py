@@ -24,8 +24,7 @@ from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
 from jla.pallas.common.mosaic import TILE, bf16, f16, f32
 from jla.pallas.common.pieces import number_of_pairs
 from jla.pallas.common.recurrence import piece
-from jla.pallas.gsa import slots
-from jla.pallas.gsa.slots import columns
+from jla.pallas.common.tiles import columns, smem_tiles
 
 SDS = jax.ShapeDtypeStruct
 
@@ -260,10 +259,10 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
         body,
         out_type=out_type,
         scratch_types=[
-            slots.tiles(tiles, stages),
-            slots.tiles(m_tiles, stages),
-            slots.tiles(m_tiles, stages, dtype=f16),
-            [slots.tiles(tiles) for _ in range(m_tiles)],
+            smem_tiles(tiles, stages),
+            smem_tiles(m_tiles, stages),
+            smem_tiles(m_tiles, stages, dtype=f16),
+            [smem_tiles(tiles) for _ in range(m_tiles)],
             plgpu.Barrier(num_arrivals=tiles + 2 * m_tiles, num_barriers=stages),
         ],
         grid=(P, B, H, _blocks(K, V, M)),

@@ -12,10 +12,10 @@ from jla._core.shardwise import shardwise
 from jla._core.states import GSAState
 from jla.pallas.common import mosaic
 from jla.pallas.common.mosaic import f32, per_column, per_row
+from jla.pallas.common.tiles import step_width
 from jla.reference import gsa as reference
 
 MULTIPLE = 16  # of K, V and M
-LARGEST_TILE = 8192  # elements of a state that are worked on at once: 64 registers a thread
 
 _INPUTS = ("B HQ K", "B H K", "B H V", "B H M", "B H M", "B H K M", "B H M V")
 _OUTPUTS = ("B HQ V", "B H K M", "B H M V")
@@ -79,7 +79,7 @@ def _step(q, k, v, s, g, hk, hv, *, scale):
     (HQ, V) = q.shape[1], v.shape[-1]
     group = HQ // H
     load = functools.partial(mosaic.load, optimized=False)
-    key_width, value_width = _width(K, M), _width(M, V)
+    key_width, value_width = step_width(K, M), step_width(M, V)
     of_keys, of_values = (mosaic.columns_by_warp(x) for x in (key_width, value_width))
 
     def body(q_ref, k_ref, v_ref, s_ref, g_ref, hk_ref, hv_ref, o_ref, *refs):
@@ -128,9 +128,3 @@ def _step(q, k, v, s, g, hk, hv, *, scale):
         grid_names=("b", "h"),
     )
     return step(q, k, v, s, g, hk, hv)
-
-
-def _width(rows, columns):
-    """Columns of a tile: the most that divide them and keep the tile small."""
-    widths = (w for w in (16, 32, 64, 128) if columns % w == 0)
-    return max(w for w in widths if w == 16 or rows * w <= LARGEST_TILE)

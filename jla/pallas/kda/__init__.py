@@ -16,8 +16,8 @@ from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, for_each_row, shardwise
 from jla._core.states import repeated
 from jla.pallas.common import pieces
-from jla.pallas.common.chunks import CHUNK, TILE_WIDTH, gates
-from jla.pallas.common.mosaic import TILE_ROWS
+from jla.pallas.common.chunks import CHUNK, gates
+from jla.pallas.common.padding import missing_features, missing_tokens, pad, with_start
 from jla.pallas.common.recurrence import NARROW
 from jla.pallas.kda import gate, step, wide
 from jla.pallas.kda.backward import chunk_gradients
@@ -29,7 +29,8 @@ __all__ = ["kda", "kda_gated", "kda_step", "unsupported"]
 bf16, f32 = jnp.bfloat16, jnp.float32
 
 _INPUTS = ("B T H K", "B T H K", "B T HV V", "B T HV K", "B HV T")
-_OUTPUTS = ("B T HV V", "B HV K V")
+_STATE = "B HV K V"
+_OUTPUTS = ("B T HV V", _STATE)
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
 # L is T in whole chunks.
 _KEPT = {
@@ -86,17 +87,17 @@ def kda_gated(
 
 def _on_tiles(q, k, v, source, beta, initial_state, scale, bounded):
     (T, K), V, dtype = q.shape[1::2], v.shape[-1], v.dtype
-    tokens, keys, values = -T % TILE_ROWS, _missing(K), _missing(V)
+    keys, values = missing_features(K), missing_features(V)
     # Tokens of zeros neither read, write nor decay; features of zeros stay zero.
-    pad = functools.partial(_pad, tokens=tokens)
-    beta = jnp.swapaxes(pad(beta.astype(f32)), 1, 2)
+    pad_tokens = functools.partial(pad, tokens=missing_tokens(T))
+    beta = jnp.swapaxes(pad_tokens(beta.astype(f32)), 1, 2)
     if initial_state is not None:
-        initial_state = _pad(_pad(initial_state, features=values), features=keys, axis=2)
+        initial_state = pad(pad(initial_state, features=values), features=keys, axis=2)
     q, k, v = (x.astype(bf16) for x in (q, k, v))
     o, state = _by_narrow_values(
-        pad(q, features=keys),
-        pad(k, features=keys),
-        pad(v, features=values),
+        pad_tokens(q, features=keys),
+        pad_tokens(k, features=keys),
+        pad_tokens(v, features=values),
         source,
         beta,
         initial_state,
@@ -104,21 +105,6 @@ def _on_tiles(q, k, v, source, beta, initial_state, scale, bounded):
         bounded,
     )
     return o[:, :T, :, :V].astype(dtype), state[:, :, :K, :V]
-
-
-def _missing(features):
-    """How many features fill up the tiles: of 64, and beyond 128 of 128."""
-    return -features % (TILE_WIDTH if features <= NARROW else NARROW)
-
-
-def _pad(x, *, tokens=0, features=0, axis=-1):
-    if not tokens and not features:
-        return x
-    widths = [(0, 0)] * x.ndim
-    widths[1] = (0, tokens)
-    if features:
-        widths[axis] = (0, features)
-    return jnp.pad(x, widths)
 
 
 def _by_narrow_values(q, k, v, source, beta, initial_state, scale, bounded):
@@ -149,7 +135,8 @@ def _kda(q, k, v, source, beta, initial_state, scale, bounded):
     with `bounded` None log decays, else the arguments of `gate.gates`.
     """
     made = _fit(_gates(source, bounded), q, v)
-    arrays, axes = _with_start((q, k, v, made, beta), _INPUTS, initial_state)
+    start = None if initial_state is None else (initial_state,)
+    arrays, axes = with_start((q, k, v, made, beta), _INPUTS, start, (_STATE,))
     run = functools.partial(_forward, scale=scale, keep=False)
     return shardwise(run, axes, _OUTPUTS)(*arrays)
 
@@ -157,7 +144,8 @@ def _kda(q, k, v, source, beta, initial_state, scale, bounded):
 def _kda_forward(q, k, v, source, beta, initial_state, scale, bounded):
     made = _gates(source, bounded)
     inputs = (q, k, v, _fit(made, q, v), beta)
-    arrays, axes = _with_start(inputs, _INPUTS, initial_state)
+    start = None if initial_state is None else (initial_state,)
+    arrays, axes = with_start(inputs, _INPUTS, start, (_STATE,))
     run = functools.partial(_forward, scale=scale, keep=True)
     o, state, *kept = shardwise(run, axes, (*_OUTPUTS, *_KEPT.values()))(*arrays)
     kept = tuple(map(checkpoint_name, kept, _KEPT))
@@ -198,14 +186,8 @@ def _gates(source, bounded):
 
 def _fit(made, q, v):
     """Pads gates to q's tokens and features, and repeats them for heads that are parts of one."""
-    made = _pad(made, tokens=q.shape[1] - made.shape[1], features=q.shape[3] - made.shape[3])
+    made = pad(made, tokens=q.shape[1] - made.shape[1], features=q.shape[3] - made.shape[3])
     return repeated(made, v.shape[2] // made.shape[2], axis=2)
-
-
-def _with_start(arrays, axes, initial_state):
-    if initial_state is None:
-        return arrays, axes
-    return (*arrays, initial_state), (*axes, "B HV K V")
 
 
 def _forward(q, k, v, gates, beta, *start, scale, keep):

@@ -16,7 +16,7 @@ from jla._core import alignment
 from jla._core.derivatives import reverse_only
 from jla._core.shardwise import defvjp, for_each_row, shardwise
 from jla.pallas.common.chunks import TILE_WIDTH
-from jla.pallas.common.mosaic import TILE_ROWS
+from jla.pallas.common.padding import missing_tokens, pad
 from jla.pallas.log_linear import step, tree, weights
 from jla.pallas.log_linear.gradients import reader_gradients, writer_gradients
 from jla.pallas.log_linear.outputs import outputs
@@ -89,15 +89,13 @@ def core(
     """
     T, V, dtype = v.shape[1], v.shape[-1], v.dtype
     w, decays = weights.weights(g, level_scales, LEAF, value_scales, activation)
-    q, k, v = (_pad(x.astype(bf16)) for x in (q, k, v))
+    q, k, v = (
+        pad(x.astype(bf16), tokens=missing_tokens(T), features=-x.shape[3] % TILE_WIDTH)
+        for x in (q, k, v)
+    )
     per = weights.plan(T, LEAF)[1]
     live = None if taken is None or decays is None else weights.live(taken, per)
     return _core(q, k, v, w, decays, skip, live, per)[:, :T, :, :V].astype(dtype)
-
-
-def _pad(x):
-    """Tokens of zeros to whole tiles of 8, features of zeros to whole tiles of 64."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE_ROWS), (0, 0), (0, -x.shape[3] % TILE_WIDTH)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))

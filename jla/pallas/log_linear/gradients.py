@@ -22,7 +22,7 @@ from jla.pallas.common.mosaic import (
     per_row,
     product,
 )
-from jla.pallas.gsa.slots import columns, row_sum, tiles
+from jla.pallas.common.tiles import columns, row_sum, smem_tiles
 from jla.pallas.log_linear import stream
 
 SDS = jax.ShapeDtypeStruct
@@ -305,9 +305,9 @@ def writer_gradients(q, k, v, do, weights, gradients, skip, live, *, per, inside
 def _scratch(k_tiles, v_tiles, P):
     """The chunk's own tiles, the ring, the weights by rows and by columns, those of the others."""
     return [
-        tiles(k_tiles),
-        tiles(v_tiles),
-        tiles(k_tiles + v_tiles, stream.STAGES),
+        smem_tiles(k_tiles),
+        smem_tiles(v_tiles),
+        smem_tiles(k_tiles + v_tiles, stream.STAGES),
         plgpu.SMEM((P, CHUNK), f32),
         plgpu.SMEM((P, CHUNK), f32),
         stream.vector(stream.STAGES),

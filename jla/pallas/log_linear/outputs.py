@@ -17,7 +17,7 @@ from jla.pallas.common.mosaic import (
     per_row,
     product,
 )
-from jla.pallas.gsa.slots import columns, tiles
+from jla.pallas.common.tiles import columns, smem_tiles
 from jla.pallas.log_linear import stream
 
 SDS = jax.ShapeDtypeStruct
@@ -135,8 +135,8 @@ def outputs(q, k, v, weights, states, skip, live, *, per, inside):
         automatic_barriers=False,
         out_type=SDS((B, T, H, V), bf16),
         scratch_types=[
-            tiles(k_tiles),
-            tiles(k_tiles + v_tiles, stream.STAGES),
+            smem_tiles(k_tiles),
+            smem_tiles(k_tiles + v_tiles, stream.STAGES),
             plgpu.SMEM((P, CHUNK), f32),
             plgpu.SMEM((P, CHUNK), f32),
             stream.vector(stream.STAGES),

@@ -12,7 +12,7 @@ from jla._core.shardwise import shardwise
 from jla._core.states import LogLinearState, moved_on
 from jla.pallas.common import mosaic
 from jla.pallas.common.mosaic import f32, per_column, per_row
-from jla.pallas.gsa.step import _width as tile_width
+from jla.pallas.common.tiles import step_width
 from jla.pallas.log_linear.stream import lowest_bit, without_lowest_bit
 from jla.reference import log_linear as reference
 
@@ -82,7 +82,7 @@ def _(primals, tangents):
 def _run(q, k, v, g, level_scales, levels, position):
     """The kernel call."""
     B, H, L, K, V = levels.shape
-    group, width, top = H // q.shape[1], tile_width(K, V), L - 1
+    group, width, top = H // q.shape[1], step_width(K, V), L - 1
     layout = mosaic.columns_by_warp(width)
     by_row, by_column = layout.reduce(1), layout.reduce(0)
     load = functools.partial(mosaic.load, optimized=False)

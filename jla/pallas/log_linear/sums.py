@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jla.pallas.common import mosaic
 from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
 from jla.pallas.common.mosaic import PER_COLUMN, TILE, bf16, f32, per_column, product
-from jla.pallas.gsa.slots import columns, tiles
+from jla.pallas.common.tiles import columns, smem_tiles
 
 SDS = jax.ShapeDtypeStruct
 STAGES = 3
@@ -84,7 +84,7 @@ def weighted_sums(x, y, weights, counts, jobs, job):
         out_type=SDS((B, H, jobs, V, K), f32),
         scratch_types=[
             mosaic.tile(CHUNK, TILE_WIDTH, STAGES),
-            tiles(k_tiles, STAGES),
+            smem_tiles(k_tiles, STAGES),
             plgpu.SMEM((STAGES, CHUNK), f32),
             plgpu.Barrier(num_arrivals=k_tiles + 2, num_barriers=STAGES),
         ],

@@ -15,7 +15,7 @@ from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import MesaState, zero_mesa_state
 from jla.pallas.common.chunks import CHUNK, LOG2E, TILE_WIDTH
-from jla.pallas.common.mosaic import TILE_ROWS
+from jla.pallas.common.padding import missing_tokens, pad
 from jla.pallas.mesa_net import gates, solve, states, step
 from jla.pallas.mesa_net.gradients import chunk_gradients
 from jla.pallas.mesa_net.step import mesa_step
@@ -73,7 +73,7 @@ def mesa_net(q, k, v, g, beta, lamb, initial_state, segment_ids, *, cg_steps):
     its right-hand side.
     """
     (B, T, H, K), V, dtype = q.shape, v.shape[-1], v.dtype
-    tokens, keys, values = -T % TILE_ROWS, -K % TILE_WIDTH, -V % TILE_WIDTH
+    keys, values = -K % TILE_WIDTH, -V % TILE_WIDTH
     g = jnp.maximum(g * LOG2E, STRONGEST)
     starts = jnp.zeros((B, T), bool) if segment_ids is None else segment_starts(segment_ids)
     first = gates.firsts(jnp.pad(starts, ((0, 0), (0, -T % CHUNK))))
@@ -91,7 +91,7 @@ def mesa_net(q, k, v, g, beta, lamb, initial_state, segment_ids, *, cg_steps):
     kv = jnp.pad(kv, ((0, 0), (0, 0), (0, keys), (0, values)))
     # Tokens of zeros neither read, write nor decay; features of zeros stay zero.
     q, k, v = (
-        jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, features)))
+        pad(x, tokens=missing_tokens(T), features=features)
         for x, features in ((q.astype(bf16), keys), (k, keys), (v, values))
     )
     o, kk, kv = _mesa(q, k, v, g, first, beta, lamb, kk, kv, cg_steps, dtype)

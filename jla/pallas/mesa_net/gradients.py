@@ -12,14 +12,15 @@ from jla.pallas.common.mosaic import (
     PER_COLUMN,
     PER_ROW,
     bf16,
+    f16,
     f32,
     load,
     per_column,
     per_row,
     product,
 )
+from jla.pallas.common.tiles import columns, smem_tiles
 from jla.pallas.mesa_net.solve import put, row_sum
-from jla.pallas.mesa_net.states import columns, tiles
 
 SDS = jax.ShapeDtypeStruct
 
@@ -160,9 +161,9 @@ def chunk_gradients(
         automatic_barriers=False,
         out_type=[SDS((B, T, H, K), bf16), SDS((B, T, H, V), bf16), *[vectors] * 5],
         scratch_types=[
-            tiles(k_tiles),
-            tiles(v_tiles),
-            tiles(max(2 * k_tiles + v_tiles, len(states)), dtype=bf16),
+            smem_tiles(k_tiles, dtype=f16),
+            smem_tiles(v_tiles, dtype=f16),
+            smem_tiles(max(2 * k_tiles + v_tiles, len(states))),
             plgpu.Barrier(num_arrivals=3 * k_tiles + 2 * v_tiles),
             plgpu.Barrier(num_arrivals=len(states)),
             *(plgpu.Barrier(num_arrivals=len(group)) for group in rounds),

@@ -31,7 +31,7 @@ from jla.pallas.common.mosaic import (
     per_row,
     product,
 )
-from jla.pallas.mesa_net.states import SMALLEST, columns, tiles
+from jla.pallas.common.tiles import SMALLEST, columns, smem_tiles
 
 SDS = jax.ShapeDtypeStruct
 # A row stops when its residual is this much smaller than its right-hand side: about what float16
@@ -258,11 +258,11 @@ def output_gradients(
 def _scratch(k_tiles, wide):
     """Tiles for the keys, a state, the solution in float32, M, and what comes and goes in bf16."""
     return [
-        tiles(wide),
-        [tiles(wide) for _ in range(k_tiles)],
+        smem_tiles(wide, dtype=f16),
+        [smem_tiles(wide, dtype=f16) for _ in range(k_tiles)],
         [float_tile() for _ in range(k_tiles)],
         mosaic.tile(CHUNK, CHUNK, dtype=f16),
-        tiles(wide, dtype=bf16),
+        smem_tiles(wide),
     ]
 
 

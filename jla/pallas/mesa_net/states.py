@@ -22,23 +22,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jla._core.exchange import join
 from jla.pallas.common import mosaic
 from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
-from jla.pallas.common.mosaic import PER_COLUMN, TILE, f16, f32, per_column, product
+from jla.pallas.common.mosaic import PER_COLUMN, TILE, f32, per_column, product
 from jla.pallas.common.pieces import number_of_pairs
 from jla.pallas.common.recurrence import piece
+from jla.pallas.common.tiles import SMALLEST, columns, smem_tiles
 
 SDS = jax.ShapeDtypeStruct
 STAGES = 2
-SMALLEST = 1e-30  # a scale, where there is nothing to scale
-
-
-def columns(tile):
-    """The features of a tile."""
-    return pl.ds(tile * TILE_WIDTH, TILE_WIDTH)
-
-
-def tiles(count, *leading, dtype=f16):
-    """SMEM tiles, each a ref of its own: a product with `init` takes no constant index into one."""
-    return [mosaic.tile(CHUNK, TILE_WIDTH, *leading, dtype=dtype) for _ in range(count)]
 
 
 def forward(k, v, decays, weights, starts, *, pieces=None):
@@ -223,12 +213,12 @@ def _run(left, right, decays, weights, starts, pieces, *, reverse):
         automatic_barriers=False,
         out_type=out_type,
         scratch_types=[
-            tiles(separate, STAGES, dtype=dtype),
-            tiles(k_tiles, STAGES, dtype=dtype),
-            tiles(v_tiles, STAGES, dtype=dtype),
+            smem_tiles(separate, STAGES, dtype=dtype),
+            smem_tiles(k_tiles, STAGES, dtype=dtype),
+            smem_tiles(v_tiles, STAGES, dtype=dtype),
             vector,
             [] if reverse else [vector],
-            tiles(k_tiles + v_tiles if keep else 0, dtype=dtype),
+            smem_tiles(k_tiles + v_tiles if keep else 0, dtype=dtype),
             plgpu.Barrier(num_arrivals=loads, num_barriers=STAGES),
         ],
         grid=(P, B, H, k_tiles),

@@ -11,10 +11,10 @@ from jla._core.shardwise import shardwise
 from jla._core.states import MesaState
 from jla.pallas.common import mosaic
 from jla.pallas.common.mosaic import f32, per_column, per_row
+from jla.pallas.common.tiles import SMALLEST
 from jla.reference import mesa_net as reference
 
 HEAD_DIMENSIONS = (16, 32, 64, 128)
-SMALLEST = 1e-30
 
 _INPUTS = ("B H K", "B H K", "B H V", "B H", "B H", "B H K", "B H K J", "B H K V")
 _OUTPUTS = ("B H V", "B H K J", "B H K V")
