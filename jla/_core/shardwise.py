@@ -20,7 +20,7 @@ from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jla._core.derivatives import no_derivative
-from jla.pallas.common.mosaic import interpreting
+from jla._core.interpreter import interpreting
 
 
 def shardwise(function, operands, results):

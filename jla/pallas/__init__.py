@@ -2,7 +2,8 @@
 
 import jax
 
-from jla.pallas.common.mosaic import interpret, interpreting
+from jla._core.interpreter import interpreting
+from jla.pallas.common.mosaic import interpret
 
 __all__ = ["interpret"]
 

@@ -6,7 +6,6 @@ docs/kernels.md lists what was found.
 
 import contextlib
 import functools
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import TiledLayout
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jla._core.interpreter import interpreted, interpreting
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 
@@ -32,8 +33,6 @@ TRANSFORMS = (plgpu.TilingTransform((TILE_ROWS, 64)), plgpu.SwizzleTransform(128
 # The scope in which the interpreter reads a product's operands; tests/hardware.py knows them by it.
 OPERAND = "operand_of_a_product"
 
-_state = threading.local()
-
 
 @contextlib.contextmanager
 def interpret(*, detect_races=True):
@@ -45,18 +44,8 @@ def interpret(*, detect_races=True):
     # As many as the copies a CTA makes between two uses of an SMEM tile: copies of one number take
     # each other's clock, and a wait for the one would pass for a wait for the other.
     params = plgpu.InterpretGPUParams(detect_races=detect_races, num_tma_threads_per_device=256)
-    before = interpreting()
-    _state.interpreting = params
-    try:
-        with plgpu.force_gpu_interpret_mode(params):
-            yield
-    finally:
-        _state.interpreting = before
-
-
-def interpreting():
-    """The interpreter's parameters if the caller is inside `interpret()`, else False."""
-    return getattr(_state, "interpreting", False)
+    with interpreted(params), plgpu.force_gpu_interpret_mode(params):
+        yield
 
 
 def tile(rows, columns, *leading, dtype=bf16):
