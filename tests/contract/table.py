@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 FLOATS = ("float32", "bfloat16", "float16")
+UNDAMPED_LENGTH = 500  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,9 @@ class Mechanism:
     outputs: the axis letters of what `run` returns, a tree.
     make: (sizes, key, dtype) to a dict of the arguments in `axes`.
     stress: name to an edit of that dict; values and gradients must stay right under each.
+    undamped: the stress cases in which nothing decays, so that every token's rounding stays and the
+      error grows with T; they are tried on at most `UNDAMPED_LENGTH` tokens, and the mechanism's
+      document has the growth.
     later: an edit of one argument's tokens: (name, array) to an array that differs everywhere.
     state: the name of the argument that the returned state goes into: for `run`, and for `step`.
     tolerances: dtype to the largest relative error of values and of gradients.
@@ -90,6 +94,7 @@ class Mechanism:
             "float16": (1e-2, 2e-2),
         }
     )
+    undamped: tuple[str, ...] = ()
     unused: Callable | None = None
     optional: tuple[str, ...] = ()
     tight: Callable = lambda args: args

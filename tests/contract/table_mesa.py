@@ -130,6 +130,7 @@ MESA = Mechanism(
         "zeros": _nothing,
         "tiny queries": _small,
     },
+    undamped=("equal keys, weak ridge",),
     later=_later,
     state=("initial_state", "state"),
     tolerances={

@@ -160,6 +160,7 @@ PATH = Mechanism(
         "reflections": _reflections,
         "projections": _projections,
     },
+    undamped=("reflections",),
     later=_later,
     optional=("g",),
     state=("cache", "cache"),
