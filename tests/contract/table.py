@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 FLOATS = ("float32", "bfloat16", "float16")
-UNDAMPED_LENGTH = 500  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +56,8 @@ class Mechanism:
     make: (sizes, key, dtype) to a dict of the arguments in `axes`.
     stress: name to an edit of that dict; values and gradients must stay right under each.
     undamped: the stress cases in which nothing decays, so that every token's rounding stays and the
-      error grows with T; they are tried on at most `UNDAMPED_LENGTH` tokens, and the mechanism's
-      document has the growth.
+      error grows with T: name to the most tokens on which they are tried. docs/<mechanism>.md says
+      how the error grows.
     later: an edit of one argument's tokens: (name, array) to an array that differs everywhere.
     state: the name of the argument that the returned state goes into: for `run`, and for `step`.
     tolerances: dtype to the largest relative error of values and of gradients.
@@ -94,7 +93,7 @@ class Mechanism:
             "float16": (1e-2, 2e-2),
         }
     )
-    undamped: tuple[str, ...] = ()
+    undamped: Mapping[str, int] = dataclasses.field(default_factory=dict)
     unused: Callable | None = None
     optional: tuple[str, ...] = ()
     tight: Callable = lambda args: args

@@ -78,7 +78,7 @@ KDA = Mechanism(
         "one gate of -1e4": _spike,
         "equal keys, beta = 2": _twins,
     },
-    undamped=("equal keys, beta = 2",),
+    undamped={"equal keys, beta = 2": 500},
     later=_later,
     state=("initial_state", "state"),
     implementations=(

@@ -130,7 +130,7 @@ MESA = Mechanism(
         "zeros": _nothing,
         "tiny queries": _small,
     },
-    undamped=("equal keys, weak ridge",),
+    undamped={"equal keys, weak ridge": 100},
     later=_later,
     state=("initial_state", "state"),
     tolerances={

@@ -160,7 +160,7 @@ PATH = Mechanism(
         "reflections": _reflections,
         "projections": _projections,
     },
-    undamped=("reflections",),
+    undamped={"reflections": 500},
     later=_later,
     optional=("g",),
     state=("cache", "cache"),

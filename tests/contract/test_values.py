@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from harness import Case, assert_agrees, case, inputs, value_and_vjp
 from mechanisms import AGAINST_REFERENCE, GRID, MECHANISMS, interpreted_path
-from table import UNDAMPED_LENGTH
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 
@@ -82,7 +81,7 @@ def stress_cases():
             marks = [*row.marks, *slow]
             mechanism, implementation, sizes = row.values
             if stress in mechanism.undamped:
-                sizes = dict(sizes) | dict(T=min(sizes["T"], UNDAMPED_LENGTH))
+                sizes = dict(sizes) | dict(T=min(sizes["T"], mechanism.undamped[stress]))
             values = mechanism, implementation, sizes, stress
             yield pytest.param(*values, id=f"{row.id}-{stress}", marks=marks)
 
