@@ -49,7 +49,8 @@ def code(page):
 
 def paths(page):
     """The files and folders of this repository that a page names in code font."""
-    found = re.findall(r"(?<![\w/.{])(?:jla|tests|benchmarks|examples|docs)/[\w./*-]*", str(code(page)))
+    named = " ".join(text for text in code(page) if "<" not in text)  # <name> stands for any
+    found = re.findall(r"(?<![\w/.{])(?:jla|tests|benchmarks|examples|docs)/[\w./*-]*", named)
     return {path.rstrip(".") for path in found}
 
 
