@@ -1,0 +1,106 @@
+"""The docs keep pace with the files: the map is complete, and what docs name is there."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+# The notebook says what was true on its dates; the files that it names may have moved since.
+TODAY = [page for page in PAGES if DOCS / "notebook" not in page.parents]
+KERNELS = sorted(page for page in (DOCS / "kernels").glob("*.md") if page.stem != "README")
+HEADINGS = ["Formulas", "Kernels", "Design", "Precision", "Known limits"]
+
+# Files that the docs name already, and that are on their way to that place. Delete what is there.
+PLANNED = {
+    "jla/_core/alignment.py",
+    "jla/_core/checks.py",
+    "jla/_core/exchange.py",
+    "jla/_core/parts.py",
+    "jla/_core/segments.py",
+    "jla/_core/shardwise.py",
+    "jla/_core/states.py",
+    "jla/_core/types.py",
+    "jla/_fused.py",
+    "jla/linen/mixer.py",
+    "jla/pallas/common/chunks.py",
+    "jla/pallas/common/mosaic.py",
+    "jla/pallas/common/padding.py",
+    "jla/pallas/common/pieces.py",
+    "jla/pallas/common/recurrence.py",
+    "jla/pallas/common/tiles.py",
+    "jla/pallas/layers/gated_norm.py",
+    "jla/pallas/layers/rms_norm.py",
+    "jla/pallas/layers/rows.py",
+    "jla/pallas/layers/short_convolution.py",
+}
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+pages_of_today = pytest.mark.parametrize("page", TODAY, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def code(page):
+    """What stands in code font on a page, in a line or in a block."""
+    text = page.read_text()
+    return re.findall(r"`([^`\n]+)`", text) + re.findall(r"^```.*?^```", text, re.M | re.S)
+
+
+def paths(page):
+    """The files and folders of this repository that a page names in code font."""
+    named = " ".join(text for text in code(page) if "<" not in text)  # <name> stands for any
+    found = re.findall(r"(?<![\w/.{])(?:jla|tests|benchmarks|examples|docs)/[\w./*-]*", named)
+    return {path.rstrip(".") for path in found}
+
+
+def is_there(path):
+    planned = path in PLANNED or any(name.startswith(path) for name in PLANNED)
+    return planned or (any(ROOT.glob(path)) if "*" in path else (ROOT / path).exists())
+
+
+def test_the_map_has_every_file():
+    mapped = re.findall(r"^- `(jla/[^`]+)`:", (DOCS / "map.md").read_text(), re.M)
+    there = [str(p.relative_to(ROOT)) for p in (ROOT / "jla").rglob("*.py")] + ["jla/py.typed"]
+    assert sorted(set(there) - set(mapped)) == []  # what has no bullet yet
+    assert sorted(set(mapped) - set(there)) == []  # what has moved or gone
+    assert len(mapped) == len(set(mapped))
+
+
+@pages
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pages_of_today
+def test_named_files_are_there(page):
+    assert [path for path in sorted(paths(page)) if not is_there(path)] == []
+
+
+@pages_of_today
+def test_named_tests_are_there(page):
+    for file, function in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text()):
+        assert f"\ndef {function}(" in (ROOT / file).read_text(), f"{file}::{function}"
+
+
+def test_every_promise_of_the_contract_has_a_test():
+    _, *sections = re.split(r"^## ", (DOCS / "contract.md").read_text(), flags=re.M)
+    without = [text.splitlines()[0] for text in sections if "`tests/" not in text]
+    assert without == [
+        "The functions",
+        "The mathematics",
+        "Oldest and newest JAX",
+        "Agreed, not there yet",
+    ]
+
+
+@pytest.mark.parametrize("page", KERNELS, ids=lambda page: page.stem)
+def test_pages_of_kernels_are_short_and_alike(page):
+    text = page.read_text()
+    assert re.findall(r"^## (.*)$", text, re.M) == HEADINGS
+    assert len(text.split()) < 1000
+
+
+def test_what_is_planned_is_not_there_yet():
+    assert [path for path in sorted(PLANNED) if (ROOT / path).exists()] == []
