@@ -25,7 +25,7 @@ CALLS = 5  # of sampling: the first warms up, the last is profiled
 
 def main(argv=None):
     options = parse(argv)
-    # Caches of many sequences fill most of the card; read when the backend starts.
+    # Caches of many sequences fill most of the GPU; read when the backend starts.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     start = time.monotonic()
     report = side_by_side.Report(options.out, KEYS, "generation", argv)

@@ -97,7 +97,7 @@ def generation(folder):
 
 
 def recall(folder):
-    """What examples/recall.py has found on the card; empty without its file in this folder."""
+    """What examples/recall.py has found on a GPU; empty without its file in this folder."""
     path = folder / "recall_full.json"
     if not path.exists():
         return ""

@@ -30,7 +30,7 @@ COLUMNS |= dict(memory_gib="{:.3f}", memory_peak_gib="{:.3f}", first_call_s="{:.
 def main(argv=None):
     options = parse(argv)
     if options.peer:
-        # Leaves fla's allocator its share of the card; read when the backend starts.
+        # Leaves fla's allocator its share of the GPU; read when the backend starts.
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
     start = time.monotonic()
     report = dict(meta=describe(argv), results=[], not_started=[])

@@ -65,7 +65,7 @@ class Report:
     """The rows of a JSON file. A new row replaces the one with the same `keys`, if there is one.
 
     Rows come from several runs (other mixers, other numbers of GPUs), so each has its own `meta`:
-    the card, JAX's version, the date and the command.
+    the GPU, JAX's version, the date and the command.
     """
 
     def __init__(self, path, keys, program, argv):

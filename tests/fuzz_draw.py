@@ -189,7 +189,7 @@ def draw_content(shape, *words):
     stress = [name for name in mechanism.stress if name not in beyond]
     edits = [name for name in EDITS if chance(rng, 0.12)]
     if shape.implementation == "pallas" and "repeated keys" in edits:
-        # docs/kernels.md: with these betas, equal keys are more than 16-bit operands can hold.
+        # docs/kernels/kda.md: with these betas, equal keys are more than 16-bit operands can hold.
         edits = [name for name in edits if name not in ("beta to 2", "beta 0 or 2")]
     return Content(
         int(rng.integers(2**31)),

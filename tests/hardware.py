@@ -64,7 +64,7 @@ def _stays_in_its_row(
 ):  # fmt: skip
     """A store of one piece of memory is cut off where the array ends, and not where its row does.
 
-    Unless the tile in SMEM is swizzled: that is never a plain copy. See docs/kernels.md.
+    Unless the tile in SMEM is swizzled: that is never a plain copy. See docs/mosaic_gpu.md.
     """
     if any(type(transform).__name__ == "UnswizzleRef" for transform in src_transforms):
         return

@@ -27,7 +27,7 @@ def shardwise(function, operands, results):
     """Wraps a function of arrays that works on every batch row and head by itself.
 
     Sharded over batch and heads it runs shard by shard, without communication; any other axis is
-    gathered. `vmap` folds the mapped axis into the batch. docs/kernels.md says what is split if
+    gathered. `vmap` folds the mapped axis into the batch. docs/sharding.md says what is split if
     there are fewer key heads than devices.
 
     Args:

@@ -1,7 +1,7 @@
 """Everything that knows Pallas Mosaic GPU's quirks: layouts, tiles, products, the interpreter.
 
 Kernels are written in terms of these helpers, so that a quirk is worked around in one place.
-docs/kernels.md lists what was found.
+docs/mosaic_gpu.md lists what was found.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ def row_numbers(rows):
     """0, 1, ... as uint32 in layout PER_ROW, opaque to the compiler.
 
     Opaque because a mask that LLVM can fold to a constant gives wrong results as wgmma's register
-    operand (seen on the card; the interpreter is right).
+    operand (observed on an H200; the interpreter gives the correct result).
     """
     return lax.optimization_barrier(plgpu.broadcasted_iota(jnp.uint32, (rows,), 0, layout=PER_ROW))
 

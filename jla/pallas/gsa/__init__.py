@@ -1,4 +1,4 @@
-"""Gated Slot Attention as Pallas kernels; docs/kernels.md explains their design.
+"""Gated Slot Attention as Pallas kernels; docs/kernels/gsa.md explains their design.
 
 Forward: `states` carries both states from chunk to chunk, `outputs` does the rest of every chunk at
 once. Backward: `logit_gradients` goes back through the second pass to the softmax, `states` carries

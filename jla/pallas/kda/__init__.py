@@ -1,4 +1,4 @@
-"""Kimi Delta Attention as Pallas kernels; docs/kernels.md explains their design.
+"""Kimi Delta Attention as Pallas kernels; docs/kernels/kda.md explains their design.
 
 Forward: `prepare` does what a chunk can do without its state, `recurrence.forward` carries the
 state from chunk to chunk. Backward: `recurrence.backward` carries the state's gradient back, and

@@ -1,4 +1,4 @@
-"""Log-linear attention as Pallas kernels; docs/kernels.md explains their design.
+"""Log-linear attention as Pallas kernels; docs/kernels/log_linear.md explains their design.
 
 Forward: `sums` makes the states of the leaf blocks, `tree_states` those above, `outputs` the rest.
 Backward: `sums` makes the gradients of the states that are read, `tree_gradients` brings them down

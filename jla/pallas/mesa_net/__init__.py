@@ -1,4 +1,4 @@
-"""MesaNet as Pallas kernels; docs/kernels.md explains their design.
+"""MesaNet as Pallas kernels; docs/kernels/mesa_net.md explains their design.
 
 Forward: `states.forward` carries both states from chunk to chunk, `solve.outputs` solves and reads
 every chunk at once.

@@ -1,4 +1,4 @@
-"""PaTH attention as Pallas kernels; docs/kernels.md explains their design.
+"""PaTH attention as Pallas kernels; docs/kernels/path_attention.md explains their design.
 
 `tree` makes queries and keys between which plain products are PaTH's logits, level by level of a
 binary tree; `forward`, `query_gradients` and `key_gradients` are flash attention over them.
