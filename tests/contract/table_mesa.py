@@ -130,7 +130,7 @@ MESA = Mechanism(
         "zeros": _nothing,
         "tiny queries": _small,
     },
-    undamped={"equal keys, weak ridge": 100},
+    undamped={"equal keys, weak ridge": 50},
     later=_later,
     state=("initial_state", "state"),
     tolerances={
