@@ -60,14 +60,16 @@ def total(x):
     return jnp.matmul(x, transposed(ones), precision=lax.Precision.HIGHEST)[..., 0]
 
 
-def _tree(x, operation, neutral, C):
+def _tree(x, operation, neutral, C, apart=lambda level: level):
     """What `decay_products` says, for any associative operation and its neutral element.
 
     The operation broadcasts its first argument, where a half of a block has one total, [..., 1, K].
+    What enters a level passes through `apart`.
     """
     prefix, suffix, total = x, jnp.full_like(x, neutral), x
     levels = []
     for s in tree_sizes(C):
+        prefix, suffix, total = apart((prefix, suffix, total))
         prefix_left, prefix_right = halves(prefix, s)
         suffix_left, suffix_right = halves(suffix, s)
         total_left, total_right = halves(total, 1)
@@ -99,8 +101,11 @@ def decay_products(g, C):
       suffix: of the tokens after each, to the chunk's last, [..., L, K].
       total: of all a chunk's tokens, [..., L/C, K].
     """
-    # Without the barrier XLA may fuse the tree into its users and compute it once for each.
-    return lax.optimization_barrier(_tree(jnp.exp(g), jnp.multiply, 1.0, C))
+    # Without the barriers XLA may fuse the tree into its users and compute it once for each. They
+    # are before the levels' halves, which users then cut out themselves: fewer kernels to compile.
+    barrier = lax.optimization_barrier
+    levels, *others = _tree(jnp.exp(g), jnp.multiply, 1.0, C, barrier)
+    return levels, *barrier(others)
 
 
 @decay_products.defjvp
