@@ -1,5 +1,7 @@
 """PaTH attention (arXiv 2505.16381)."""
 
+from typing import overload
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,6 +28,39 @@ f32 = jnp.float32
 
 AXES = axes.PATH
 _AXES_OF_STEP = axes.of_step(AXES)
+
+
+# With a cache comes a cache, without none. The function itself follows.
+@overload
+def path_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    w: Directions,
+    beta: Strengths,
+    g: LogDecays | None = None,
+    *,
+    scale: float | None = None,
+    cache: None = None,
+    segment_ids: SegmentIds | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, None]: ...
+
+
+@overload
+def path_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    w: Directions,
+    beta: Strengths,
+    g: LogDecays | None = None,
+    *,
+    scale: float | None = None,
+    cache: PathCache,
+    segment_ids: SegmentIds | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, PathCache]: ...
 
 
 @checks.named
