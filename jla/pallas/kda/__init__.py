@@ -207,7 +207,7 @@ def _fit(made, q, v):
 def _with_start(arrays, axes, initial_state):
     if initial_state is None:
         return arrays, axes
-    return (*arrays, initial_state), (*axes, _STATE)
+    return (*arrays, initial_state), (*axes, "B HV K V")
 
 
 def _forward(q, k, v, gates, beta, *start, scale, keep):
