@@ -30,7 +30,7 @@ AXES = axes.PATH
 _AXES_OF_STEP = axes.of_step(AXES)
 
 
-# With a cache comes a cache, without none. The function itself follows.
+# The type of the second result is that of `cache`. The function itself is below.
 @overload
 def path_attention(
     q: Queries,

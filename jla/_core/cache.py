@@ -5,9 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import export
+from jax.typing import DTypeLike
 
 from jla._core import checks
-from jla._core.types import CachedDecays, CachedKeys, CachedValues, DType, Lengths
+from jla._core.types import CachedDecays, CachedKeys, CachedValues, Lengths
 
 
 class PathCache(NamedTuple):
@@ -43,7 +44,7 @@ class PathCache(NamedTuple):
         value_dim: int,
         *,
         query_heads: int | None = None,
-        dtype: DType = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ) -> "PathCache":
         """A cache without tokens.
 

@@ -12,9 +12,10 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from jla._core.axes import Axes
-from jla._core.types import Array, DType, Implementation, Sizes
+from jla._core.types import Array, Implementation, Sizes
 
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 HEAD_DIMS = range(16, 257)
@@ -125,7 +126,7 @@ def check_state_dtypes(name: str, state: tuple[Array, ...]) -> None:
         check_dtype(field, array, [jnp.float32])
 
 
-def check_dtype(name: str, array: Array, accepted: Iterable[DType]) -> None:
+def check_dtype(name: str, array: Array, accepted: Iterable[DTypeLike]) -> None:
     """Raises TypeError unless `array.dtype` is one of `accepted`."""
     accepted = tuple(jnp.dtype(d) for d in accepted)
     if jnp.dtype(array.dtype) not in accepted:
@@ -133,7 +134,7 @@ def check_dtype(name: str, array: Array, accepted: Iterable[DType]) -> None:
         raise TypeError(f"{name} must be {names}, got {jnp.dtype(array.dtype).name}")
 
 
-def check_float_dtype(name: str, dtype: DType) -> None:
+def check_float_dtype(name: str, dtype: DTypeLike) -> None:
     """Raises TypeError unless a dtype, not an array's, is one that q, k and v can have."""
     if jnp.dtype(dtype) not in map(jnp.dtype, FLOAT_DTYPES):
         raise TypeError(f"{name} must be bfloat16, float16 or float32, got {jnp.dtype(dtype).name}")

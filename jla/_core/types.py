@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from numpy.typing import NDArray
 
 # The implementations that can be asked for by name; None, the fastest, is no name.
@@ -18,7 +17,6 @@ Implementation = Literal["reference", "xla", "pallas"]
 type NumpyArray = NDArray[Any]
 type Array = jax.Array | NumpyArray  # what a public function takes; it returns jax.Array
 type Sizes = dict[str, int]  # an axis letter's size; under jax.export a symbolic dimension
-type DType = type[np.generic] | np.dtype[Any] | jax.typing.DTypeLike
 
 # Arguments of several mechanisms.
 type Queries = Array  # [B, T, H, K], [B, T, HQ, K] or [B, T, HK, K]
