@@ -26,7 +26,7 @@ help:
 	@echo 'make test-all  also run the sweeps that are marked slow'
 	@echo 'make test-oldest  run a selection with the oldest JAX that is supported, in $(OLDEST)'
 	@echo 'make test-gpu  run the tests that need an H100 or H200, on one or two'
-	@echo 'make lint   check style and formatting'
+	@echo 'make lint   check style, formatting and types'
 	@echo 'make tables write the README'"'"'s table of times from benchmarks/results'
 	@echo 'make clean  remove the virtual environment and the demo'"'"'s output'
 	@echo
@@ -52,6 +52,7 @@ test-gpu: $(if $(filter $(VENV)/%,$(GPU_PYTHON)),$(VENV)/installed-dev-gpu)
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) -m pyright --pythonpath $(VENV)/bin/python
 
 tables: $(VENV)/installed-dev
 	$(RUN) -m benchmarks.tables

@@ -1,6 +1,7 @@
 """jla: linear attention for JAX, at the speed of the card."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from jla._core.checking import checking
 from jla.gsa import GSAState, gsa, gsa_step
@@ -30,9 +31,23 @@ __all__ = [
     "path_step",
 ]
 
+# What a checker sees: a `__getattr__` would let it take any name.
+if TYPE_CHECKING:
+    from jla import linen, pallas
 
-def __getattr__(name):
-    # Imported when first used: plain functions need neither flax nor Pallas.
-    if name in ("linen", "pallas"):
-        return importlib.import_module(f"jla.{name}")
-    raise AttributeError(f"module 'jla' has no attribute {name!r}")
+    __version__: str
+else:
+
+    def __getattr__(name):
+        # Made when first used: plain functions need neither flax nor Pallas, nor a distribution.
+        if name in ("linen", "pallas"):
+            return importlib.import_module(f"jla.{name}")
+        if name == "__version__":
+            from importlib import metadata
+
+            return metadata.version("jla")
+        raise AttributeError(f"module 'jla' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

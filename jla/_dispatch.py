@@ -2,12 +2,16 @@
 
 import importlib
 import importlib.util
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import jax
 
 from jla._core import checking
 from jla._core.checks import check_implementation
 from jla._core.lengths import is_symbolic_dim
+from jla._core.types import Array, Implementation, State
 
 # The module, inside jla.reference, jla.xla and jla.pallas, that holds each function. The layers'
 # convolution and norms, KDA with the making of its gates, and log-linear attention as
@@ -32,7 +36,9 @@ _MODULES = {
 }
 
 
-def choose(name, implementation, *arrays):
+def choose(
+    name: str, implementation: Implementation | None, *arrays: Array | State | None
+) -> Callable[..., Any]:
     """Returns the implementation of the function `name` that serves these arguments.
 
     Implementations are imported when first asked for, so that `import jla` stays light.
@@ -56,7 +62,9 @@ def choose(name, implementation, *arrays):
     return getattr(_module(implementation, name), name)
 
 
-def kernel(name, implementation, *arrays):
+def kernel(
+    name: str, implementation: Implementation | None, *arrays: Array | State | None
+) -> Callable[..., Any] | None:
     """The Pallas form of `name` if `implementation` allows it and it can serve these arguments.
 
     None otherwise, also where "pallas" was asked for: for what a layer has a form of its own.
@@ -72,7 +80,9 @@ def kernel(name, implementation, *arrays):
     return getattr(_module("pallas", name), name)
 
 
-def _why_not_pallas(name, arrays, *, asked_for):
+def _why_not_pallas(
+    name: str, arrays: tuple[Array | State | None, ...], *, asked_for: bool
+) -> str | None:
     """Why the kernels of `name` cannot serve these arrays on this device, or None."""
     if not asked_for and jax.default_backend() != "gpu":
         return "there is no GPU"  # and no need to import Pallas
@@ -89,5 +99,5 @@ def _why_not_pallas(name, arrays, *, asked_for):
     return module.unsupported(name, *arrays) or pallas.unsupported_device()
 
 
-def _module(package, name):
+def _module(package: str, name: str) -> ModuleType:
     return importlib.import_module(f"jla.{package}.{_MODULES[name]}")

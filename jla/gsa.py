@@ -2,28 +2,42 @@
 
 import jax.numpy as jnp
 
-from jla._core import checking, checks
+from jla._core import axes, checking, checks
 from jla._core.states import GSAState
+from jla._core.types import (
+    Implementation,
+    Keys,
+    LogDecays,
+    Outputs,
+    Queries,
+    SegmentIds,
+    Sizes,
+    SlotWrites,
+    Values,
+)
 from jla._dispatch import choose
 
 __all__ = ["GSAState", "gsa", "gsa_step"]
 
 f32 = jnp.float32
 
+AXES = axes.GSA
+_AXES_OF_STEP = axes.of_step(AXES)
+
 
 @checks.named
 def gsa(
-    q,
-    k,
-    v,
-    s,
-    g=None,
+    q: Queries,
+    k: Keys,
+    v: Values,
+    s: SlotWrites,
+    g: LogDecays | None = None,
     *,
-    scale=None,
-    initial_state=None,
-    segment_ids=None,
-    implementation=None,
-):
+    scale: float | None = None,
+    initial_state: GSAState | None = None,
+    segment_ids: SegmentIds | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, GSAState]:
     r"""Gated Slot Attention: softmax attention over M slots that forget and are written to.
 
     Every key/value head keeps the slots' keys :math:`H^k \in R^{K \times M}` and values
@@ -82,21 +96,17 @@ def gsa(
         unknown implementation.
       NotImplementedError: the named implementation cannot do this; the message says what can.
     """
-    axes = dict(q=(q, "B T HQ K"), k=(k, "B T H K"), v=(v, "B T H V"), s=(s, "B T H M"))
-    if g is not None:
-        axes |= dict(g=(g, "B T H M"))
     if initial_state is not None:
         if g is None:
             raise ValueError(
                 "initial_state must be None without g (ABC): its running normaliser starts with "
                 "the row; give g, or no initial_state"
             )
-        axes |= _state_axes("initial_state", initial_state)
-    if segment_ids is not None:
-        axes |= dict(segment_ids=(segment_ids, "B T"))
-    sizes = checks.check_shapes(**axes)
+        checks.check_state("initial_state", initial_state, GSAState)
+    optional = checks.given(g=g, initial_state=initial_state, segment_ids=segment_ids)
+    sizes = checks.check_axes(AXES, q=q, k=k, v=v, s=s, **optional)
     if initial_state is not None:
-        _check_state_dtypes("initial_state", initial_state)
+        checks.check_state_dtypes("initial_state", initial_state)
     if segment_ids is not None:
         checks.check_segment_ids(segment_ids)
     scale = _check_common(q, k, v, s, g, sizes, scale)
@@ -106,7 +116,17 @@ def gsa(
 
 
 @checks.named
-def gsa_step(q, k, v, s, g, state, *, scale=None, implementation=None):
+def gsa_step(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    s: SlotWrites,
+    g: LogDecays,
+    state: GSAState,
+    *,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, GSAState]:
     """One token of :func:`jla.gsa`, for decoding: `T` steps are one run over `T` tokens.
 
     Args:
@@ -126,39 +146,29 @@ def gsa_step(q, k, v, s, g, state, *, scale=None, implementation=None):
     Raises:
       TypeError, ValueError, NotImplementedError: as `gsa`.
     """
-    if g is None:
+    if g is None:  # pyright: ignore[reportUnnecessaryComparison]
         raise TypeError(
             "g must be an array [B, H, M], got None: ABC has no step, for its running normaliser "
             "is not in the state"
         )
-    sizes = checks.check_shapes(
-        q=(q, "B HQ K"),
-        k=(k, "B H K"),
-        v=(v, "B H V"),
-        s=(s, "B H M"),
-        g=(g, "B H M"),
-        **_state_axes("state", state),
-    )
-    _check_state_dtypes("state", state)
+    checks.check_state("state", state, GSAState)
+    sizes = checks.check_axes(_AXES_OF_STEP, q=q, k=k, v=v, s=s, g=g, state=state)
+    checks.check_state_dtypes("state", state)
     scale = _check_common(q, k, v, s, g, sizes, scale)
     checking.values("jla.gsa_step", q=q, k=k, v=v, s=s, g=g, state=state)
     run = choose("gsa_step", implementation, q, k, v, s, g)
     return run(q, k, v, s, g, state, scale=scale)
 
 
-def _state_axes(name, state):
-    """The entries of `check_shapes` for a state."""
-    if not isinstance(state, GSAState):
-        raise TypeError(f"{name} must be a jla.GSAState(hk, hv), got {type(state)}")
-    return {f"{name}.hk": (state.hk, "B H K M"), f"{name}.hv": (state.hv, "B H M V")}
-
-
-def _check_state_dtypes(name, state):
-    for field, array in state._asdict().items():
-        checks.check_dtype(f"{name}.{field}", array, [f32])
-
-
-def _check_common(q, k, v, s, g, sizes, scale):
+def _check_common(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    s: SlotWrites,
+    g: LogDecays | None,
+    sizes: Sizes,
+    scale: float | None,
+) -> float:
     """Checks what the run and the step share; returns the scale."""
     checks.check_same_dtype(q=q, k=k, v=v)
     checks.check_dtype("s", s, [f32, q.dtype])

@@ -3,26 +3,48 @@
 import jax
 import jax.numpy as jnp
 
-from jla._core import checking, checks
+from jla._core import axes, checking, checks
 from jla._core.states import with_rank
+from jla._core.types import (
+    Array,
+    GateBiases,
+    GateRates,
+    Implementation,
+    KDAState,
+    Keys,
+    LogDecays,
+    NumpyArray,
+    Outputs,
+    Queries,
+    RawGates,
+    SegmentIds,
+    Sizes,
+    Strengths,
+    Values,
+)
 from jla._dispatch import choose
 
+__all__ = ["kda", "kda_gate", "kda_step"]
+
 f32 = jnp.float32
+
+AXES = axes.KDA
+_AXES_OF_STEP = axes.of_step(AXES)
 
 
 @checks.named
 def kda(
-    q,
-    k,
-    v,
-    g,
-    beta,
+    q: Queries,
+    k: Keys,
+    v: Values,
+    g: LogDecays,
+    beta: Strengths,
     *,
-    scale=None,
-    initial_state=None,
-    segment_ids=None,
-    implementation=None,
-):
+    scale: float | None = None,
+    initial_state: KDAState | NumpyArray | None = None,
+    segment_ids: SegmentIds | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, KDAState]:
     r"""Kimi Delta Attention: the delta rule with one decay per key channel.
 
     Every value head keeps a state :math:`S \in R^{K \times V}`, zero at first. Token by token
@@ -65,18 +87,8 @@ def kda(
         implementation.
       NotImplementedError: the named implementation cannot do this; the message says what can.
     """
-    axes = dict(
-        q=(q, "B T H K"),
-        k=(k, "B T H K"),
-        v=(v, "B T HV V"),
-        g=(g, "B T HV K"),
-        beta=(beta, "B T HV"),
-    )
-    if initial_state is not None:
-        axes |= dict(initial_state=(initial_state, "B HV K V"))
-    if segment_ids is not None:
-        axes |= dict(segment_ids=(segment_ids, "B T"))
-    sizes = checks.check_shapes(**axes)
+    optional = checks.given(initial_state=initial_state, segment_ids=segment_ids)
+    sizes = checks.check_axes(AXES, q=q, k=k, v=v, g=g, beta=beta, **optional)
     if initial_state is not None:
         checks.check_dtype("initial_state", initial_state, [f32])
     if segment_ids is not None:
@@ -88,7 +100,17 @@ def kda(
 
 
 @checks.named
-def kda_step(q, k, v, g, beta, state, *, scale=None, implementation=None):
+def kda_step(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    g: LogDecays,
+    beta: Strengths,
+    state: KDAState | NumpyArray,
+    *,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, KDAState]:
     """One token of :func:`jla.kda`, for decoding: `T` steps are one run over `T` tokens.
 
     Args:
@@ -108,14 +130,7 @@ def kda_step(q, k, v, g, beta, state, *, scale=None, implementation=None):
     Raises:
       TypeError, ValueError, NotImplementedError: as `kda`.
     """
-    sizes = checks.check_shapes(
-        q=(q, "B H K"),
-        k=(k, "B H K"),
-        v=(v, "B HV V"),
-        g=(g, "B HV K"),
-        beta=(beta, "B HV"),
-        state=(state, "B HV K V"),
-    )
+    sizes = checks.check_axes(_AXES_OF_STEP, q=q, k=k, v=v, g=g, beta=beta, state=state)
     checks.check_dtype("state", state, [f32])
     scale = _check_common(q, k, v, g, beta, sizes, scale)
     _check_values("jla.kda_step", q, k, v, g, beta, state=state)
@@ -123,7 +138,15 @@ def kda_step(q, k, v, g, beta, state, *, scale=None, implementation=None):
     return run(q, k, v, g, beta, state, scale=scale)
 
 
-def _check_common(q, k, v, g, beta, sizes, scale):
+def _check_common(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    g: LogDecays,
+    beta: Strengths,
+    sizes: Sizes,
+    scale: float | None,
+) -> float:
     """Checks what the run and the step share; returns the scale."""
     checks.check_same_dtype(q=q, k=k, v=v)
     checks.check_dtype("g", g, [f32])
@@ -134,12 +157,22 @@ def _check_common(q, k, v, g, beta, sizes, scale):
     return checks.check_scale(scale, sizes["K"] ** -0.5)
 
 
-def _check_values(name, q, k, v, g, beta, **state):
+def _check_values(
+    name: str,
+    q: Queries,
+    k: Keys,
+    v: Values,
+    g: LogDecays,
+    beta: Strengths,
+    **state: Array | None,
+) -> None:
     checking.values(name, unit="k", most_beta=2, q=q, k=k, v=v, g=g, beta=beta, **state)
 
 
 @checks.named
-def kda_gate(g, A_log, dt_bias, *, lower_bound=None):
+def kda_gate(
+    g: RawGates, A_log: GateRates, dt_bias: GateBiases, *, lower_bound: float | None = None
+) -> jax.Array:
     r"""Makes KDA's natural-log decays from a layer's raw gate projection, in float32.
 
     .. math::

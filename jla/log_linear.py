@@ -3,28 +3,42 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import checking, checks
+from jla._core import axes, checking, checks
 from jla._core.lengths import is_symbolic_dim
 from jla._core.states import LogLinearState
+from jla._core.types import (
+    Implementation,
+    Keys,
+    LevelScales,
+    LogDecays,
+    Outputs,
+    Queries,
+    SegmentIds,
+    Sizes,
+    Values,
+)
 from jla._dispatch import choose
 
 __all__ = ["LogLinearState", "log_linear_attention", "log_linear_step"]
 
 f32 = jnp.float32
 
+AXES = axes.LOG_LINEAR
+_AXES_OF_STEP = axes.of_step(AXES)
+
 
 @checks.named
 def log_linear_attention(
-    q,
-    k,
-    v,
-    g,
-    level_scales,
+    q: Queries,
+    k: Keys,
+    v: Values,
+    g: LogDecays,
+    level_scales: LevelScales,
     *,
-    initial_state=None,
-    segment_ids=None,
-    implementation=None,
-):
+    initial_state: LogLinearState | None = None,
+    segment_ids: SegmentIds | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, LogLinearState]:
     r"""Log-linear attention: linear attention that weighs its past by how long ago it was.
 
     Position t, counted from 0, sees its past in the buckets of a Fenwick tree. Level 0 is t itself;
@@ -78,18 +92,10 @@ def log_linear_attention(
         can be raised: the outputs at positions from `2**(L-1)` on are NaN.
       NotImplementedError: the named implementation cannot do this; the message says what can.
     """
-    axes = dict(
-        q=(q, "B T HK K"),
-        k=(k, "B T HK K"),
-        v=(v, "B T H V"),
-        g=(g, "B T H"),
-        level_scales=(level_scales, "B T H L"),
-    )
     if initial_state is not None:
-        axes |= _state_axes("initial_state", initial_state)
-    if segment_ids is not None:
-        axes |= dict(segment_ids=(segment_ids, "B T"))
-    sizes = checks.check_shapes(**axes)
+        checks.check_state("initial_state", initial_state, LogLinearState)
+    optional = checks.given(initial_state=initial_state, segment_ids=segment_ids)
+    sizes = checks.check_axes(AXES, q=q, k=k, v=v, g=g, level_scales=level_scales, **optional)
     if segment_ids is not None:
         checks.check_segment_ids(segment_ids)
     _check_common(q, k, v, g, level_scales, sizes)
@@ -102,15 +108,31 @@ def log_linear_attention(
         )
     if initial_state is not None:
         fits_alone = segment_ids is not None or is_symbolic_dim(T)
-        _check_state("initial_state", initial_state, L, 1 if fits_alone else T)
-    arguments = dict(q=q, k=k, v=v, g=g, level_scales=level_scales, initial_state=initial_state)
-    checking.values("jla.log_linear_attention", **arguments)
+        _check_state("initial_state", initial_state, L, 1 if fits_alone else sizes["T"])
+    checking.values(
+        "jla.log_linear_attention",
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        level_scales=level_scales,
+        initial_state=initial_state,
+    )
     run = choose("log_linear_attention", implementation, q, k, v, g, level_scales)
     return run(q, k, v, g, level_scales, initial_state, segment_ids)
 
 
 @checks.named
-def log_linear_step(q, k, v, g, level_scales, state, *, implementation=None):
+def log_linear_step(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    g: LogDecays,
+    level_scales: LevelScales,
+    state: LogLinearState,
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, LogLinearState]:
     """One token of :func:`jla.log_linear_attention`, for decoding: `T` steps are one run.
 
     Args:
@@ -131,33 +153,22 @@ def log_linear_step(q, k, v, g, level_scales, state, *, implementation=None):
       TypeError, ValueError, NotImplementedError: as `log_linear_attention`. Rows whose position L
         levels do not serve raise, or are NaN where the position is traced.
     """
-    sizes = checks.check_shapes(
-        q=(q, "B HK K"),
-        k=(k, "B HK K"),
-        v=(v, "B H V"),
-        g=(g, "B H"),
-        level_scales=(level_scales, "B H L"),
-        **_state_axes("state", state),
+    checks.check_state("state", state, LogLinearState)
+    sizes = checks.check_axes(
+        _AXES_OF_STEP, q=q, k=k, v=v, g=g, level_scales=level_scales, state=state
     )
     _check_common(q, k, v, g, level_scales, sizes)
     _check_state("state", state, sizes["L"], 1)
-    arguments = dict(q=q, k=k, v=v, g=g, level_scales=level_scales, state=state)
-    checking.values("jla.log_linear_step", **arguments)
+    checking.values(
+        "jla.log_linear_step", q=q, k=k, v=v, g=g, level_scales=level_scales, state=state
+    )
     run = choose("log_linear_step", implementation, q, k, v, g, level_scales)
     return run(q, k, v, g, level_scales, state)
 
 
-def _state_axes(name, state):
-    """The entries of `check_shapes` for a state."""
-    if not isinstance(state, LogLinearState):
-        raise TypeError(f"{name} must be a jla.LogLinearState(levels, position), got {type(state)}")
-    return {
-        f"{name}.levels": (state.levels, "B H L K V"),
-        f"{name}.position": (state.position, "B"),
-    }
-
-
-def _check_common(q, k, v, g, level_scales, sizes):
+def _check_common(
+    q: Queries, k: Keys, v: Values, g: LogDecays, level_scales: LevelScales, sizes: Sizes
+) -> None:
     """Checks what the run and the step share."""
     checks.check_same_dtype(q=q, k=k, v=v)
     checks.check_dtype("g", g, [f32])
@@ -171,7 +182,7 @@ def _check_common(q, k, v, g, level_scales, sizes):
         )
 
 
-def _check_state(name, state, L, T):
+def _check_state(name: str, state: LogLinearState, L: int, T: int) -> None:
     """Checks a state's dtypes, and, where its positions are known, that T tokens more fit."""
     checks.check_dtype(f"{name}.levels", state.levels, [f32])
     checks.check_dtype(f"{name}.position", state.position, [jnp.int32])

@@ -4,29 +4,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import checking, checks
+from jla._core import axes, checking, checks
 from jla._core.states import MesaState
+from jla._core.types import (
+    Implementation,
+    Keys,
+    LogDecays,
+    Outputs,
+    Queries,
+    Ridge,
+    SegmentIds,
+    Sizes,
+    Strengths,
+    Values,
+    jitted,
+)
 from jla._dispatch import choose
 
 __all__ = ["MesaState", "mesa_net", "mesa_step"]
 
 f32 = jnp.float32
 
+AXES = axes.MESA_NET
+_AXES_OF_STEP = axes.of_step(AXES)
+
 
 @checks.named
 def mesa_net(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    lamb,
+    q: Queries,
+    k: Keys,
+    v: Values,
+    g: LogDecays,
+    beta: Strengths,
+    lamb: Ridge,
     *,
-    cg_steps=30,
-    initial_state=None,
-    segment_ids=None,
-    implementation=None,
-):
+    cg_steps: int = 30,
+    initial_state: MesaState | None = None,
+    segment_ids: SegmentIds | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, MesaState]:
     r"""MesaNet: every token reads the ridge regression of the past values on the past keys.
 
     Every head keeps :math:`H^{kk} \in R^{K \times K}` and :math:`H^{kv} \in R^{K \times V}`, zero
@@ -98,33 +114,36 @@ def mesa_net(
         is not positive (outside of jit), an unknown implementation.
       NotImplementedError: the named implementation cannot do this; the message says what can.
     """
-    axes = dict(
-        q=(q, "B T H K"),
-        k=(k, "B T H K"),
-        v=(v, "B T H V"),
-        g=(g, "B T H"),
-        beta=(beta, "B T H"),
-        lamb=(lamb, "H K"),
-    )
     if initial_state is not None:
-        axes |= _state_axes("initial_state", initial_state)
-    if segment_ids is not None:
-        axes |= dict(segment_ids=(segment_ids, "B T"))
-    sizes = checks.check_shapes(**axes)
+        checks.check_state("initial_state", initial_state, MesaState)
+    optional = checks.given(initial_state=initial_state, segment_ids=segment_ids)
+    sizes = checks.check_axes(AXES, q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, **optional)
     if initial_state is not None:
-        _check_state_dtypes("initial_state", initial_state)
+        checks.check_state_dtypes("initial_state", initial_state)
     if segment_ids is not None:
         checks.check_segment_ids(segment_ids)
     cg_steps = _check_common(q, k, v, g, beta, lamb, sizes, cg_steps)
-    arguments = dict(q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, initial_state=initial_state)
-    checking.values("jla.mesa_net", **arguments)
+    checking.values(
+        "jla.mesa_net", q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, initial_state=initial_state
+    )
     run = choose("mesa_net", implementation, q, k, v, g, beta, lamb)
     lamb = _nan_unless_positive(lamb)
     return run(q, k, v, g, beta, lamb, initial_state, segment_ids, cg_steps=cg_steps)
 
 
 @checks.named
-def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps=30, implementation=None):
+def mesa_step(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    g: LogDecays,
+    beta: Strengths,
+    lamb: Ridge,
+    state: MesaState,
+    *,
+    cg_steps: int = 30,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, MesaState]:
     """One token of :func:`jla.mesa_net`, for decoding: `T` steps are one run over `T` tokens.
 
     Args:
@@ -145,16 +164,9 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps=30, implementation=None
     Raises:
       TypeError, ValueError, NotImplementedError: as `mesa_net`.
     """
-    sizes = checks.check_shapes(
-        q=(q, "B H K"),
-        k=(k, "B H K"),
-        v=(v, "B H V"),
-        g=(g, "B H"),
-        beta=(beta, "B H"),
-        lamb=(lamb, "H K"),
-        **_state_axes("state", state),
-    )
-    _check_state_dtypes("state", state)
+    checks.check_state("state", state, MesaState)
+    sizes = checks.check_axes(_AXES_OF_STEP, q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, state=state)
+    checks.check_state_dtypes("state", state)
     cg_steps = _check_common(q, k, v, g, beta, lamb, sizes, cg_steps)
     checking.values("jla.mesa_step", q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, state=state)
     run = choose("mesa_step", implementation, q, k, v, g, beta, lamb)
@@ -162,19 +174,16 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps=30, implementation=None
     return run(q, k, v, g, beta, lamb, state, cg_steps=cg_steps)
 
 
-def _state_axes(name, state):
-    """The entries of `check_shapes` for a state."""
-    if not isinstance(state, MesaState):
-        raise TypeError(f"{name} must be a jla.MesaState(kk, kv), got {type(state)}")
-    return {f"{name}.kk": (state.kk, "B H K K"), f"{name}.kv": (state.kv, "B H K V")}
-
-
-def _check_state_dtypes(name, state):
-    for field, array in state._asdict().items():
-        checks.check_dtype(f"{name}.{field}", array, [f32])
-
-
-def _check_common(q, k, v, g, beta, lamb, sizes, cg_steps):
+def _check_common(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    g: LogDecays,
+    beta: Strengths,
+    lamb: Ridge,
+    sizes: Sizes,
+    cg_steps: int,
+) -> int:
     """Checks what the run and the step share; returns the number of iterations."""
     checks.check_same_dtype(q=q, k=k, v=v)
     checks.check_dtype("g", g, [f32])
@@ -193,12 +202,12 @@ def _check_common(q, k, v, g, beta, lamb, sizes, cg_steps):
 
 
 # Jitted, so that no NaN stands alone: `jax_debug_nans` would stop at it on good input.
-@jax.jit
-def _nan_unless_positive(lamb):
+@jitted
+def _nan_unless_positive(lamb: Ridge) -> jax.Array:
     """`lamb`, NaN in every head where any of it is not positive.
 
     An implementation makes NaN of it in that head's outputs, and in their gradients: a product, not
     a choice, gives `lamb` itself a gradient that is NaN.
     """
     positive = jnp.all(lamb > 0, axis=-1, keepdims=True)
-    return lamb * jnp.where(positive, f32(1.0), f32(jnp.nan))
+    return jnp.multiply(lamb, jnp.where(positive, f32(1.0), f32(jnp.nan)))

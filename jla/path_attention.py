@@ -1,31 +1,82 @@
 """PaTH attention (arXiv 2505.16381)."""
 
+from typing import overload
+
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import checking, checks
+from jla._core import axes, checking, checks
 from jla._core.cache import PathCache
+from jla._core.types import (
+    Array,
+    Directions,
+    Implementation,
+    Keys,
+    LogDecays,
+    Outputs,
+    Queries,
+    SegmentIds,
+    Sizes,
+    Strengths,
+    Values,
+)
 from jla._dispatch import choose
 
 __all__ = ["PathCache", "path_attention", "path_step"]
 
 f32 = jnp.float32
 
+AXES = axes.PATH
+_AXES_OF_STEP = axes.of_step(AXES)
+
+
+# The type of the second result is that of `cache`. The function itself is below.
+@overload
+def path_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    w: Directions,
+    beta: Strengths,
+    g: LogDecays | None = None,
+    *,
+    scale: float | None = None,
+    cache: None = None,
+    segment_ids: SegmentIds | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, None]: ...
+
+
+@overload
+def path_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    w: Directions,
+    beta: Strengths,
+    g: LogDecays | None = None,
+    *,
+    scale: float | None = None,
+    cache: PathCache,
+    segment_ids: SegmentIds | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, PathCache]: ...
+
 
 @checks.named
 def path_attention(
-    q,
-    k,
-    v,
-    w,
-    beta,
-    g=None,
+    q: Queries,
+    k: Keys,
+    v: Values,
+    w: Directions,
+    beta: Strengths,
+    g: LogDecays | None = None,
     *,
-    scale=None,
-    cache=None,
-    segment_ids=None,
-    implementation=None,
-):
+    scale: float | None = None,
+    cache: PathCache | None = None,
+    segment_ids: SegmentIds | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, PathCache | None]:
     r"""PaTH: causal softmax attention whose position encoding is a product of the tokens' own maps.
 
     Every token has :math:`P_t = I - \beta_t w_t w_t^\top`, a Householder-like map, and between a
@@ -85,15 +136,25 @@ def path_attention(
         has gates where there is no g or the reverse, an unknown implementation.
       NotImplementedError: the named implementation cannot do this; the message says what can.
     """
-    arguments = q, k, v, w, beta, g
-    scale = _check_run(*arguments, cache, segment_ids, scale)
+    factor = _check_run(q, k, v, w, beta, g, cache, segment_ids, scale)
     if cache is not None:
         check_room(cache, q.shape[1], segment_ids)
-    return run(*arguments, cache, segment_ids, scale, implementation)
+    return run(q, k, v, w, beta, g, cache, segment_ids, factor, implementation)
 
 
 @checks.named
-def path_step(q, k, v, w, beta, g, cache, *, scale=None, implementation=None):
+def path_step(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    w: Directions,
+    beta: Strengths,
+    g: LogDecays | None,
+    cache: PathCache,
+    *,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, PathCache]:
     """One token of :func:`jla.path_attention`, for decoding: `T` steps are one run over `T` tokens.
 
     Multiplies every cached key by this token's map, appends the token and attends to all.
@@ -116,31 +177,67 @@ def path_step(q, k, v, w, beta, g, cache, *, scale=None, implementation=None):
     Raises:
       TypeError, ValueError, NotImplementedError: as `path_attention`.
     """
-    scale = _check_step(q, k, v, w, beta, g, cache, scale)
+    factor = _check_step(q, k, v, w, beta, g, cache, scale)
     check_room(cache, 1)
-    return step(q, k, v, w, beta, g, cache, scale, implementation)
+    return step(q, k, v, w, beta, g, cache, factor, implementation)
 
 
-def run(q, k, v, w, beta, g, cache, segment_ids, scale, implementation):
+def run(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    w: Directions,
+    beta: Strengths,
+    g: LogDecays | None,
+    cache: PathCache | None,
+    segment_ids: SegmentIds | None,
+    scale: float,
+    implementation: Implementation | None,
+) -> tuple[Outputs, PathCache | None]:
     """`path_attention` on arguments that were checked, with room or not."""
     _check_values("jla.path_attention", q, k, v, w, beta, g, cache)
     chosen = choose("path_attention", implementation, q, k, v, w, beta, g, cache)
     return chosen(q, k, v, w, beta, g, cache, segment_ids, scale=scale)
 
 
-def step(q, k, v, w, beta, g, cache, scale, implementation):
+def step(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    w: Directions,
+    beta: Strengths,
+    g: LogDecays | None,
+    cache: PathCache,
+    scale: float,
+    implementation: Implementation | None,
+) -> tuple[Outputs, PathCache]:
     """`path_step` on arguments that were checked, with room or not."""
     _check_values("jla.path_step", q, k, v, w, beta, g, cache)
     chosen = choose("path_step", implementation, q, k, v, w, beta, g, cache)
     return chosen(q, k, v, w, beta, g, cache, scale=scale)
 
 
-def _check_values(name, q, k, v, w, beta, g, cache):
+def _check_values(
+    name: str,
+    q: Queries,
+    k: Keys,
+    v: Values,
+    w: Directions,
+    beta: Strengths,
+    g: LogDecays | None,
+    cache: PathCache | None,
+) -> None:
     arguments = dict(q=q, k=k, v=v, w=w, beta=beta, g=g, cache=cache)
     checking.values(name, unit="w", most_beta=2, **arguments)
 
 
-def check_room(cache, tokens, segment_ids=None, *, set_by="the capacity of PathCache.empty"):
+def check_room(
+    cache: PathCache,
+    tokens: int | Array,
+    segment_ids: SegmentIds | None = None,
+    *,
+    set_by: str = "the capacity of PathCache.empty",
+) -> None:
     """Raises ValueError if the cache is known to be too small.
 
     Args:
@@ -157,7 +254,8 @@ def check_room(cache, tokens, segment_ids=None, *, set_by="the capacity of PathC
     if segment_ids is not None:
         # How far each row's segments reach, the first of them from the cached tokens on.
         ids = np.asarray(segment_ids)
-        place = np.arange(ids.shape[1])
+        T: int = ids.shape[1]
+        place = np.arange(T)
         starts = np.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
         start = np.maximum.accumulate(np.where(starts, place, -length[:, None]), axis=1)
         there = place < tokens[..., None]
@@ -171,61 +269,68 @@ def check_room(cache, tokens, segment_ids=None, *, set_by="the capacity of PathC
         )
 
 
-def _check_run(q, k, v, w, beta, g, cache, segment_ids, scale):
+def _check_run(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    w: Directions,
+    beta: Strengths,
+    g: LogDecays | None,
+    cache: PathCache | None,
+    segment_ids: SegmentIds | None,
+    scale: float | None,
+) -> float:
     """Checks the arguments of a run; returns the scale."""
-    axes = dict(
-        q=(q, "B T HQ K"),
-        k=(k, "B T H K"),
-        v=(v, "B T H V"),
-        w=(w, "B T H K"),
-        beta=(beta, "B T H"),
-    )
-    if g is not None:
-        axes |= dict(g=(g, "B T HQ"))
+    optional = checks.given(g=g)
     if cache is not None:
-        axes |= _cache_axes(cache, g)
-    if segment_ids is not None:
-        axes |= dict(segment_ids=(segment_ids, "B T"))
-    sizes = checks.check_shapes(**axes)
+        optional |= _cache_fields(cache, g)
+    optional |= checks.given(segment_ids=segment_ids)
+    sizes = checks.check_axes(AXES, q=q, k=k, v=v, w=w, beta=beta, **optional)
     if segment_ids is not None:
         checks.check_segment_ids(segment_ids)
     return _check_common(q, k, v, w, beta, g, cache, sizes, scale)
 
 
-def _check_step(q, k, v, w, beta, g, cache, scale):
+def _check_step(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    w: Directions,
+    beta: Strengths,
+    g: LogDecays | None,
+    cache: PathCache,
+    scale: float | None,
+) -> float:
     """Checks the arguments of a step; returns the scale."""
-    axes = dict(
-        q=(q, "B HQ K"),
-        k=(k, "B H K"),
-        v=(v, "B H V"),
-        w=(w, "B H K"),
-        beta=(beta, "B H"),
-    )
-    if g is not None:
-        axes |= dict(g=(g, "B HQ"))
-    sizes = checks.check_shapes(**axes, **_cache_axes(cache, g))
+    optional = checks.given(g=g) | _cache_fields(cache, g)
+    sizes = checks.check_axes(_AXES_OF_STEP, q=q, k=k, v=v, w=w, beta=beta, **optional)
     return _check_common(q, k, v, w, beta, g, cache, sizes, scale)
 
 
-def _cache_axes(cache, g):
-    """The entries of `check_shapes` for a cache."""
-    if not isinstance(cache, PathCache):
-        raise TypeError(
-            f"cache must be a jla.PathCache(key, value, decay, length), got {type(cache)}"
-        )
+def _cache_fields(cache: PathCache, g: LogDecays | None) -> dict[str, object]:
+    """A cache's arrays by name. Checks that it is one, with gates where there is a g."""
+    checks.check_state("cache", cache, PathCache)
     if (cache.decay is None) != (g is None):
         has, lacks = ("g", "cache.decay") if cache.decay is None else ("cache.decay", "g")
         raise ValueError(
             f"{lacks} is None, but {has} is not: a cache with gates needs a g, and one without "
             "(PathCache.empty without query_heads) none"
         )
-    axes = {"cache.key": (cache.key, "B S H K"), "cache.value": (cache.value, "B S H V")}
-    if g is not None:
-        axes |= {"cache.decay": (cache.decay, "B S HQ")}
-    return axes | {"cache.length": (cache.length, "B")}
+    fields = checks.state_fields("cache", cache)
+    return fields if g is not None else {n: x for n, x in fields.items() if n != "cache.decay"}
 
 
-def _check_common(q, k, v, w, beta, g, cache, sizes, scale):
+def _check_common(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    w: Directions,
+    beta: Strengths,
+    g: LogDecays | None,
+    cache: PathCache | None,
+    sizes: Sizes,
+    scale: float | None,
+) -> float:
     """Checks what the run and the step share; returns the scale."""
     checks.check_same_dtype(q=q, k=k, v=v)
     checks.check_dtype("w", w, [f32, q.dtype])
@@ -235,7 +340,7 @@ def _check_common(q, k, v, w, beta, g, cache, sizes, scale):
     if cache is not None:
         checks.check_dtype("cache.key", cache.key, [f32])
         checks.check_dtype("cache.value", cache.value, [v.dtype])
-        if g is not None:
+        if cache.decay is not None:
             checks.check_dtype("cache.decay", cache.decay, [f32])
         checks.check_dtype("cache.length", cache.length, [jnp.int32])
     for letter in "KV":

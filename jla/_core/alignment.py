@@ -13,6 +13,7 @@ one level's scale is exchanged (`_seated_scales`). What they read from the state
 leaves, are products outside of the core (`read_levels`, `final_levels`, `merged_levels`).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,19 @@ from jax import lax
 from jla._core.lengths import chunk_size, is_symbolic_dim
 from jla._core.segments import segment_starts
 from jla._core.states import LogLinearState, moved_on, with_rank
+from jla._core.types import (
+    Array,
+    Keys,
+    Lengths,
+    Levels,
+    LevelScales,
+    LogDecays,
+    Outputs,
+    Positions,
+    Queries,
+    SegmentIds,
+    Values,
+)
 
 f32, i32 = jnp.float32, jnp.int32
 
@@ -51,7 +65,17 @@ class Seats(NamedTuple):
     crossed: jax.Array
 
 
-def seated(core, q, k, v, g, level_scales, initial_state, segment_ids, value_scales=None):
+def seated(
+    core: Callable[..., jax.Array],
+    q: Queries,
+    k: Keys,
+    v: Values,
+    g: LogDecays,
+    level_scales: LevelScales,
+    initial_state: LogLinearState | None,
+    segment_ids: SegmentIds | None,
+    value_scales: jax.Array | None = None,
+) -> tuple[Outputs, LogLinearState]:
     """Log-linear attention, as `jla.log_linear_attention` says, by a core for aligned sequences.
 
     Args:
@@ -76,7 +100,7 @@ def seated(core, q, k, v, g, level_scales, initial_state, segment_ids, value_sca
     L, dtype = level_scales.shape[-1], v.dtype
     more = () if value_scales is None else (value_scales,)
 
-    def values(v, *scales):
+    def values(v: Values, *scales: jax.Array) -> Values:
         return v.astype(f32) * scales[0][..., None] if scales else v
 
     if initial_state is None and segment_ids is None:
@@ -100,7 +124,14 @@ def seated(core, q, k, v, g, level_scales, initial_state, segment_ids, value_sca
     return o, _state_after(None, seats, k, values(v, *more), cut, decay, initial_state, L)
 
 
-def state_after(length, k, v, g, initial_state, segment_ids):
+def state_after(
+    length: Lengths,
+    k: Keys,
+    v: Values,
+    g: LogDecays,
+    initial_state: LogLinearState,
+    segment_ids: SegmentIds | None,
+) -> LogLinearState:
     """The state after the first tokens of each row, for rows that end in padding.
 
     Elsewhere a token of zeros leaves the state as it is; here it takes a position.
@@ -114,28 +145,39 @@ def state_after(length, k, v, g, initial_state, segment_ids):
     """
     seats, decay = _plan(v.shape[1], g, initial_state, segment_ids)
     cut = jnp.where(seats.begins[..., None], -jnp.inf, g)
-    arrays = [take(x, seats) for x in (k, v, cut)]
+    k, v, cut = (take(x, seats) for x in (k, v, cut))
     L = initial_state.levels.shape[2]
     last = jnp.maximum(length - 1, 0)
-    state = _state_after(last, seats, *arrays, decay, initial_state, L)
+    state = _state_after(last, seats, k, v, cut, decay, initial_state, L)
 
-    def choose(before, after):
+    def choose(before: jax.Array, after: jax.Array) -> jax.Array:
         return jnp.where(length.reshape(-1, *[1] * (after.ndim - 1)) > 0, after, before)
 
     return jax.tree.map(choose, initial_state, state)
 
 
-def _plan(T, g, initial_state, segment_ids):
+def _plan(
+    T: int, g: LogDecays, initial_state: LogLinearState | None, segment_ids: SegmentIds | None
+) -> tuple[Seats, jax.Array]:
     """The seats, and the sum of the gates from the initial state to each token (its own included),
     -inf from where a later segment begins, [B, T, H]."""
     seats = plan(T, segment_ids, None if initial_state is None else initial_state.position)
     return seats, lax.cumsum(jnp.where(seats.first[..., None], g, -jnp.inf), axis=1)
 
 
-def _state_after(last, seats, k, v, g, decay, initial_state, L):
+def _state_after(
+    last: jax.Array | None,
+    seats: Seats,
+    k: Keys,
+    v: Values,
+    g: LogDecays,
+    decay: jax.Array,
+    initial_state: LogLinearState | None,
+    L: int,
+) -> LogLinearState:
     """The state after the token `last` of each row, [B], or after all if it is None."""
 
-    def at_last(x):
+    def at_last(x: jax.Array) -> jax.Array:
         if last is None:
             return x[:, -1]
         last_of_all = last.reshape(-1, *[1] * (x.ndim - 1))
@@ -148,7 +190,7 @@ def _state_after(last, seats, k, v, g, decay, initial_state, L):
     return _state(levels, position)
 
 
-def plan(T, segment_ids, position):
+def plan(T: int, segment_ids: SegmentIds | None, position: Positions | None) -> Seats:
     """Seats rows of T tokens.
 
     Args:
@@ -160,7 +202,9 @@ def plan(T, segment_ids, position):
       `Seats`. N is 2T - 1 without a position, and else, without segments, T - 1 plus T rounded up
       to a power of two (at most 2T - 1, which a symbolic T takes); with both it is 4T.
     """
-    B, symbolic = (position if segment_ids is None else segment_ids).shape[0], is_symbolic_dim(T)
+    by_row = position if segment_ids is None else segment_ids
+    assert by_row is not None
+    B, symbolic = by_row.shape[0], is_symbolic_dim(T)
     time = jnp.arange(T, dtype=i32)
     # `begin`, and `end` of each token's segment.
     if segment_ids is None:
@@ -198,7 +242,7 @@ def plan(T, segment_ids, position):
         N = 4 * T
     nobody = T + jnp.arange(N, dtype=i32)  # all different, so that no index is there twice
 
-    def tokens(seat):
+    def tokens(seat: jax.Array) -> jax.Array:
         return nobody.at[seat].set(time, unique_indices=True, mode="promise_in_bounds")
 
     return Seats(
@@ -212,7 +256,7 @@ def plan(T, segment_ids, position):
     )
 
 
-def take(x, seats):
+def take(x: Array, seats: Seats) -> jax.Array:
     """Moves tokens [B, T, ...] to their seats [B, N, ...]; empty seats are zeros."""
 
     def row(x, token):
@@ -221,7 +265,7 @@ def take(x, seats):
     return jax.vmap(row)(x, seats.token)
 
 
-def give_back(x, seats):
+def give_back(x: jax.Array, seats: Seats) -> jax.Array:
     """Undoes `take`: [B, N, ...] to [B, T, ...]."""
 
     def row(x, seat):
@@ -230,7 +274,13 @@ def give_back(x, seats):
     return jax.vmap(row)(x, seats.seat)
 
 
-def read_levels(q, level_scales, decay, position, state):
+def read_levels(
+    q: Queries,
+    level_scales: LevelScales,
+    decay: jax.Array,
+    position: jax.Array,
+    state: LogLinearState,
+) -> jax.Array:
     """What the tokens read from the levels of the state they go on from.
 
     A token at position t reads the bucket that was level l at position p from the level
@@ -270,7 +320,9 @@ def read_levels(q, level_scales, decay, position, state):
     return lax.scan(jax.checkpoint(read, prevent_cse=False), o, inputs)[0]
 
 
-def final_levels(k, v, g, end, position, L):
+def final_levels(
+    k: Keys, v: Values, g: LogDecays, end: jax.Array, position: Positions, L: int
+) -> Levels:
     """The levels after the last token, of aligned tokens alone.
 
     The tokens of the last segment end just before the seat `end`. A token belongs to the level that
@@ -303,7 +355,7 @@ def final_levels(k, v, g, end, position, L):
     v = v.reshape(B, n * size, HK, -1).reshape(B, n, size, HK, -1)
     k = k.astype(f32).reshape(B, n, size, HK, K)
 
-    def level(index):
+    def level(index: jax.Array) -> jax.Array:
         """The level of the token in a seat, one-hot, [..., L]."""
         ahead = end.reshape(-1, *[1] * (index.ndim - 1)) - index
         after = position.reshape(-1, *[1] * (index.ndim - 1))
@@ -326,7 +378,7 @@ def final_levels(k, v, g, end, position, L):
     return jnp.moveaxis(levels, 4, 2).reshape(B, H, L, K, V)
 
 
-def merged_levels(state, decay, position):
+def merged_levels(state: LogLinearState, decay: jax.Array, position: Positions) -> Levels:
     """The levels of `state` as they are at a later position, decayed by exp(decay), [B, H].
 
     Those below the highest bit in which the positions differ have merged into its level. A decay of
@@ -335,7 +387,7 @@ def merged_levels(state, decay, position):
     level = _levels(state.levels.shape[2], 2)
     highest = bit_length(state.position ^ position)[:, None]
 
-    def by_level(mask):
+    def by_level(mask: jax.Array) -> jax.Array:
         return mask[:, None, :, None, None]
 
     levels = jnp.exp(decay)[..., None, None, None] * _used_levels(state)
@@ -344,26 +396,26 @@ def merged_levels(state, decay, position):
     return jnp.where(by_level(level == highest), merged, levels)
 
 
-def _levels(L, ndim):
+def _levels(L: int, ndim: int) -> jax.Array:
     """0 to L - 1, int32, along the last of `ndim` axes."""
     return with_rank(jnp.arange(L, dtype=i32), ndim)
 
 
-def bit_length(x):
+def bit_length(x: jax.Array) -> jax.Array:
     """As `int.bit_length`, of int32 that are not negative."""
     return 32 - lax.clz(x)
 
 
-def _trailing_ones(x):
+def _trailing_ones(x: jax.Array) -> jax.Array:
     return lax.population_count(x & ~(x + 1))
 
 
-def _outgrown(position, L):
+def _outgrown(position: jax.Array, L: int) -> jax.Array:
     """Whether L levels do not serve a position: from 2**(L-1) on, and below 0."""
     return position >> (L - 1) != 0
 
 
-def _used_levels(state):
+def _used_levels(state: LogLinearState) -> Levels:
     """The levels whose bit of the position is set; the others are zeros."""
     level = _levels(state.levels.shape[2], 2)
     bits = state.position[:, None] >> jnp.maximum(level - 1, 0)
@@ -371,11 +423,11 @@ def _used_levels(state):
     return jnp.where(used[:, None, :, None, None], state.levels, 0.0)
 
 
-def _seated_scales(level_scales, seats):
+def _seated_scales(level_scales: LevelScales, seats: Seats) -> jax.Array:
     """Exchanges the scale of the first segment's level `crossing` for that of `crossed`."""
     level = _levels(level_scales.shape[-1], 4)
 
-    def at(target):
+    def at(target: jax.Array) -> jax.Array:
         return level == target[:, None, None, None]
 
     scale = jnp.sum(jnp.where(at(seats.crossed), level_scales, 0), axis=-1, keepdims=True)
@@ -383,7 +435,7 @@ def _seated_scales(level_scales, seats):
     return jnp.where(here, scale, level_scales)
 
 
-def _state(levels, position):
+def _state(levels: Levels, position: Positions) -> LogLinearState:
     """The state; its levels are NaN where L do not serve the last token's position."""
     outgrown = _outgrown(jnp.where(position > 0, position - 1, position), levels.shape[2])
     return LogLinearState(jnp.where(outgrown[:, None, None, None, None], jnp.nan, levels), position)

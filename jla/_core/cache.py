@@ -5,8 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import export
+from jax.typing import DTypeLike
 
 from jla._core import checks
+from jla._core.types import CachedDecays, CachedKeys, CachedValues, Lengths
 
 
 class PathCache(NamedTuple):
@@ -26,24 +28,24 @@ class PathCache(NamedTuple):
         stops at the largest int32.
     """
 
-    key: jax.Array
-    value: jax.Array
-    decay: jax.Array | None
-    length: jax.Array
+    key: CachedKeys
+    value: CachedValues
+    decay: CachedDecays | None
+    length: Lengths
 
     @classmethod
     @checks.named
     def empty(
         cls,
-        batch,
-        capacity,
-        heads,
-        key_dim,
-        value_dim,
+        batch: int,
+        capacity: int,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
         *,
-        query_heads=None,
-        dtype=jnp.float32,
-    ):
+        query_heads: int | None = None,
+        dtype: DTypeLike = jnp.float32,
+    ) -> "PathCache":
         """A cache without tokens.
 
         Args:
@@ -80,7 +82,7 @@ class PathCache(NamedTuple):
         )
 
 
-def places(cache):
+def places(cache: PathCache) -> jax.Array:
     """The numbers of the cache's places, 0 to S - 1: int32 [1, S]."""
     return jnp.arange(cache.key.shape[1], dtype=jnp.int32)[None]
 
@@ -88,21 +90,24 @@ def places(cache):
 export.register_namedtuple_serialization(PathCache, serialized_name="jla.PathCache")
 
 
-def without_rest(cache):
+def without_rest(cache: PathCache) -> PathCache:
     """The cache with zeros from `length` on, whatever is there.
 
     A weight of 0 does not keep out what is not finite: 0 times NaN is NaN.
     """
     kept = places(cache) < cache.length[:, None]
+
+    def cleared(x: jax.Array) -> jax.Array:
+        return jnp.where(kept.reshape(*kept.shape, *[1] * (x.ndim - 2)), x, 0)
+
     return PathCache(
-        *(
-            None if x is None else jnp.where(kept.reshape(*kept.shape, *[1] * (x.ndim - 2)), x, 0)
-            for x in cache[:3]
-        ),
+        cleared(cache.key),
+        cleared(cache.value),
+        None if cache.decay is None else cleared(cache.decay),
         cache.length,
     )
 
 
-def counted(length, tokens):
+def counted(length: Lengths, tokens: int) -> jax.Array:
     """The length after so many tokens more; beyond int32 it would be negative, and look empty."""
     return jnp.minimum(length, jnp.iinfo(jnp.int32).max - tokens) + tokens

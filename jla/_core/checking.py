@@ -3,19 +3,24 @@
 import contextlib
 import functools
 import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jla._core.cache import PathCache, places
+from jla._core.checks import state_fields
 from jla._core.states import LogLinearState, repeated
+from jla._core.types import Array, State
 
 f32 = jnp.float32
 
 # A part of every jit cache's key, so that programs with checks and without are never mistaken.
 _on = jax.make_user_context(False)
 _lock = threading.Lock()  # the callbacks come from the runtime's threads
-_found = {}  # (function, argument, what it must be) to (elements that are not, lowest, highest)
+# (function, argument, what it must be) to (elements that are not, lowest, highest)
+_found: dict[tuple[str, str, str], tuple[int, float, float]] = {}
 
 # How far from 1 the length of a row may be: rounding to bfloat16 moves it by up to 4e-3.
 UNIT_TOLERANCE = 1e-2
@@ -24,7 +29,7 @@ NOTHING = 1e-3
 
 
 @contextlib.contextmanager
-def checking():
+def checking() -> Iterator[None]:
     """Checks the values that public functions and layers are given, and reports wrong ones by name.
 
     Shapes and dtypes are always checked. Values are not, for a compiled program cannot raise. In
@@ -67,12 +72,18 @@ def checking():
         raise ValueError(message)
 
 
-def on():
+def on() -> bool:
     """Whether the caller is inside `checking()`."""
     return _on.value
 
 
-def values(function, *, unit=None, most_beta=None, **arguments):
+def values(
+    function: str,
+    *,
+    unit: str | None = None,
+    most_beta: float | None = None,
+    **arguments: Array | State | None,
+) -> None:
     """Checks the values of a call's arguments, if the caller is inside `checking()`.
 
     Args:
@@ -83,7 +94,8 @@ def values(function, *, unit=None, most_beta=None, **arguments):
     """
     if not _on.value:
         return
-    checks = {}  # (argument, what it must be) to where it is not, and what to show of it
+    # (argument, what it must be) to where it is not, and what to show of it
+    checks: dict[tuple[str, str], tuple[jax.Array, jax.Array]] = {}
     for name, array, used in _arrays(arguments):
         array = jnp.asarray(array, f32)
         checks[name, "must be finite"] = ~jnp.isfinite(array) & used, array
@@ -98,7 +110,7 @@ def values(function, *, unit=None, most_beta=None, **arguments):
             checks[name, wanted] = wrong, array
         if name == unit:
             length = jnp.sqrt(jnp.sum(array * array, axis=-1))
-            beta = arguments["beta"]  # several value heads may share a key
+            beta: Any = arguments["beta"]  # several value heads may share a key
             length = repeated(length, beta.shape[-1] // length.shape[-1], axis=length.ndim - 1)
             wrong = (jnp.abs(length - 1) > UNIT_TOLERANCE) & (length > NOTHING) & (beta != 0)
             checks[name, "must have rows of length 1 (or 0): normalise them"] = wrong, length
@@ -113,7 +125,9 @@ def values(function, *, unit=None, most_beta=None, **arguments):
     jax.debug.callback(functools.partial(_record, function, list(checks)), results)
 
 
-def _arrays(arguments):
+def _arrays(
+    arguments: Mapping[str, Any],
+) -> Iterator[tuple[str, jax.Array, jax.Array | bool]]:
     """Name, array and what of it is in use, bool and broadcastable, of every array of floats."""
     for name, x in arguments.items():
         if isinstance(x, PathCache):
@@ -129,13 +143,15 @@ def _arrays(arguments):
             used = jnp.pad(used, ((0, 0), (1, 0)))  # level 0 is never read
             yield f"{name}.levels", x.levels, used[:, None, :, None, None]
         elif isinstance(x, tuple):
-            for field, array in x._asdict().items():
-                yield f"{name}.{field}", array, True
+            for field, array in state_fields(name, x).items():
+                yield field, array, True
         elif x is not None:
             yield name, x, True
 
 
-def _record(function, labels, results):
+def _record(
+    function: str, labels: list[tuple[str, str]], results: list[tuple[Any, Any, Any]]
+) -> None:
     """The callback: notes what is wrong."""
     with _lock:
         for label, (count, low, high) in zip(labels, results, strict=True):
@@ -146,7 +162,7 @@ def _record(function, labels, results):
                 _found[function, *label] = before + count, *extremes
 
 
-def _collect():
+def _collect() -> str | None:
     """Waits for the callbacks; returns and forgets what they noted, as text, or None."""
     jax.effects_barrier()
     with _lock:

@@ -6,27 +6,34 @@ Every message names the function, the argument, the value received and the value
 
 import functools
 import numbers
+from collections.abc import Callable, Iterable
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.typing import DTypeLike
+
+from jla._core.axes import Axes
+from jla._core.types import Array, Implementation, Sizes
 
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 HEAD_DIMS = range(16, 257)
-IMPLEMENTATIONS = ("reference", "xla", "pallas")
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 
-def named(function):
+def named[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     """Decorates a public function: its name stands in front of its error messages.
 
     What a layer says about its arguments starts with the layer's name; where the mechanism that the
     layer calls refuses something, both names are there. Only Python's plain exceptions are changed:
     the others belong to JAX or flax, and say themselves where they come from.
     """
-    package = function.__module__.rpartition(".")[0]
-    name = f"{package}.{function.__qualname__.removesuffix('.__call__')}"
+    package = [x for x in function.__module__.split(".")[:-1] if not x.startswith("_")]
+    name = f"{'.'.join(package)}.{function.__qualname__.removesuffix('.__call__')}"
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
         except (TypeError, ValueError, NotImplementedError) as error:
@@ -37,12 +44,12 @@ def named(function):
     return call
 
 
-def known(x):
+def known(x: object) -> bool:
     """Whether x's value can be read: it is no tracer, and all of it is on this host's devices."""
-    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+    return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
 
 
-def check_shapes(**arguments):
+def check_shapes(**arguments: tuple[Any, str]) -> Sizes:
     """Checks every array against its axis letters and returns the sizes the letters stand for.
 
     Each keyword is an argument's name, its value a pair of the array and its axes, for example
@@ -53,7 +60,8 @@ def check_shapes(**arguments):
       ValueError: an argument's rank is wrong, an axis is empty, or two arguments disagree about a
         letter.
     """
-    sizes, origin = {}, {}
+    sizes: Sizes = {}
+    origin: dict[str, str] = {}
     for name, (array, axes) in arguments.items():
         letters = axes.split()
         if not isinstance(array, jax.Array) and not hasattr(array, "__array__"):
@@ -73,7 +81,36 @@ def check_shapes(**arguments):
     return sizes
 
 
-def _order_hint(letters):
+def check_axes(axes: Axes, /, **arguments: object) -> Sizes:
+    """`check_shapes` of arguments whose axes a table of `jla._core.axes` has.
+
+    A state is checked array by array.
+    """
+    pairs: dict[str, tuple[Any, str]] = {}
+    for name, x in arguments.items():
+        fields = {name: x} if name in axes else state_fields(name, x)
+        pairs |= {field: (y, axes[field]) for field, y in fields.items()}
+    return check_shapes(**pairs)
+
+
+def state_fields(name: str, state: Any) -> dict[str, Any]:
+    """The arrays of a NamedTuple, by the argument's name and theirs."""
+    return {f"{name}.{field}": x for field, x in state._asdict().items()}
+
+
+def given(**arguments: object) -> dict[str, object]:
+    """The optional arguments that are not None."""
+    return {name: x for name, x in arguments.items() if x is not None}
+
+
+def check_state(name: str, state: object, kind: type[Any]) -> None:
+    """Raises TypeError unless `state` is a NamedTuple of this kind."""
+    if not isinstance(state, kind):
+        fields = ", ".join(kind._fields)
+        raise TypeError(f"{name} must be a jla.{kind.__name__}({fields}), got {type(state)}")
+
+
+def _order_hint(letters: list[str]) -> str:
     """Ends the message about an array that may have its heads before its time, as elsewhere."""
     if letters[:2] != ["B", "T"] or not "".join(letters[2:3]).startswith("H"):
         return ""
@@ -83,7 +120,13 @@ def _order_hint(letters):
     )
 
 
-def check_dtype(name, array, accepted):
+def check_state_dtypes(name: str, state: tuple[Array, ...]) -> None:
+    """Raises TypeError unless all arrays of a state are float32."""
+    for field, array in state_fields(name, state).items():
+        check_dtype(field, array, [jnp.float32])
+
+
+def check_dtype(name: str, array: Array, accepted: Iterable[DTypeLike]) -> None:
     """Raises TypeError unless `array.dtype` is one of `accepted`."""
     accepted = tuple(jnp.dtype(d) for d in accepted)
     if jnp.dtype(array.dtype) not in accepted:
@@ -91,13 +134,13 @@ def check_dtype(name, array, accepted):
         raise TypeError(f"{name} must be {names}, got {jnp.dtype(array.dtype).name}")
 
 
-def check_float_dtype(name, dtype):
+def check_float_dtype(name: str, dtype: DTypeLike) -> None:
     """Raises TypeError unless a dtype, not an array's, is one that q, k and v can have."""
     if jnp.dtype(dtype) not in map(jnp.dtype, FLOAT_DTYPES):
         raise TypeError(f"{name} must be bfloat16, float16 or float32, got {jnp.dtype(dtype).name}")
 
 
-def check_same_dtype(**arrays):
+def check_same_dtype(**arrays: Array) -> None:
     """Raises TypeError unless the arrays share one of the supported floating dtypes."""
     (first, array), *rest = arrays.items()
     check_dtype(first, array, FLOAT_DTYPES)
@@ -108,19 +151,19 @@ def check_same_dtype(**arrays):
             )
 
 
-def check_head_dim(letter, size):
+def check_head_dim(letter: str, size: int) -> None:
     """Raises ValueError unless a head dimension lies in the contract's 16 to 256."""
     if size not in HEAD_DIMS:
         raise ValueError(f"head dimension {letter} must be 16 to 256, got {size}")
 
 
-def check_multiple(letter, size, of, of_size):
+def check_multiple(letter: str, size: int, of: str, of_size: int) -> None:
     """Raises ValueError unless one head count is a multiple of the other."""
     if size % of_size:
         raise ValueError(f"{letter} = {size} must be a multiple of {of} = {of_size}")
 
 
-def check_scale(scale, default):
+def check_scale(scale: object, default: float) -> float:
     """Returns the score scale as a Python float: it is a constant of the compiled program."""
     if scale is None:
         return float(default)
@@ -129,7 +172,7 @@ def check_scale(scale, default):
     return float(scale)
 
 
-def check_negative(name, value):
+def check_negative(name: str, value: object) -> float:
     """Returns a Python number below zero as a float; raises TypeError or ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a Python number, got {type(value)}")
@@ -138,16 +181,16 @@ def check_negative(name, value):
     return float(value)
 
 
-def check_positive(name, value):
+def check_positive(name: str, value: object) -> float:
     """Returns a Python number above zero as a float; raises TypeError or ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a Python number, got {type(value)}")
-    if not value > 0:
+    if not float(value) > 0:
         raise ValueError(f"{name} must be positive, got {value}")
     return float(value)
 
 
-def check_count(name, value):
+def check_count(name: str, value: object) -> int:
     """Returns a Python integer of at least 1; raises TypeError or ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a Python integer, got {type(value)}")
@@ -156,13 +199,13 @@ def check_count(name, value):
     return int(value)
 
 
-def check_segment_ids(segment_ids):
+def check_segment_ids(segment_ids: Array) -> None:
     """Raises TypeError unless `segment_ids` holds integers."""
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise TypeError(f"segment_ids must be integers, got {segment_ids.dtype.name}")
 
 
-def check_implementation(implementation):
+def check_implementation(implementation: object) -> None:
     """Raises ValueError unless `implementation` is None or one of the three names."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(

@@ -8,7 +8,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jla._core.derivatives import no_derivative
 from jla._core.interpreter import interpreting
+from jla._core.types import Sizes
+
+# The axis letters of some arrays; the names of the mesh's axes over which each dimension is split.
+type Letters = Sequence[str]
+type Split = Sequence[tuple[str, ...]]
+type Arrays = tuple[jax.Array, ...]
 
 
-def shardwise(function, operands, results):
+def shardwise(
+    function: Callable[..., Arrays], operands: Letters, results: Letters
+) -> Callable[..., Arrays]:
     """Wraps a function of arrays that works on every batch row and head by itself.
 
     Sharded over batch and heads it runs shard by shard, without communication; any other axis is
@@ -77,7 +86,9 @@ def shardwise(function, operands, results):
     return run
 
 
-def defvjp(function, forward, backward):
+def defvjp(
+    function: jax.custom_vjp[Any], forward: Callable[..., Any], backward: Callable[..., Any]
+) -> None:
     """`function.defvjp(forward, backward)`, and each gradient lies where its array does.
 
     JAX asks for it where types carry shardings. The arguments that are not differentiated are the
@@ -113,7 +124,7 @@ def defvjp(function, forward, backward):
     function.defvjp(forward_and_types, backward_by_types)
 
 
-def _shardings(arrays):
+def _shardings(arrays: Any) -> tuple[tuple[Any, ...], Any]:
     leaves, tree = jax.tree.flatten(arrays)
     return tuple(jax.typeof(x).sharding for x in leaves), tree
 
@@ -132,12 +143,14 @@ class _Call:
     sizes: the size of each axis letter.
     """
 
-    function: Callable
+    function: Callable[..., Arrays]
     letters: tuple[str, ...]
     results: tuple[str, ...]
-    sizes: dict[str, int]
+    sizes: Sizes
 
-    def by_type(self, mesh, names, run, arrays):
+    def by_type(
+        self, mesh: Any, names: Sequence[str], run: Callable[..., Arrays], arrays: Arrays
+    ) -> Arrays:
         """Calls `run` in a shard_map over the explicit axes of a mesh, which have these names.
 
         Pallas refuses refs whose types carry shardings; shard_map's have none.
@@ -156,7 +169,7 @@ class _Call:
         placed = (NamedSharding(mesh, spec) for spec in in_specs)
         return by_shard(*map(jax.sharding.reshard, arrays, placed))
 
-    def by_partitioner(self, *arrays):
+    def by_partitioner(self, *arrays: jax.Array) -> Arrays:
         """Calls the function, and XLA's partitioner says what each device gets."""
         if interpreting():  # its ordered callbacks cannot be partitioned
             return self._of_shards(self.function, *arrays)
@@ -190,7 +203,9 @@ class _Call:
         )
         return partitioned(*arrays)
 
-    def _specs(self, axes, splits):
+    def _specs(
+        self, axes: Mapping[str, int], splits: Sequence[Split]
+    ) -> tuple[tuple[PartitionSpec, ...], ...]:
         """The PartitionSpecs of operands and of results. See `_placement`."""
         place = _placement(self.letters, splits, axes, self.sizes, self.results)
         return tuple(
@@ -198,24 +213,24 @@ class _Call:
             for arrays in (self.letters, self.results)
         )
 
-    def _of_shards(self, run, *arrays):
+    def _of_shards(self, run: Callable[..., Arrays], *arrays: jax.Array) -> Arrays:
         """Calls `run` with one device's arrays, the key heads those of its value heads."""
         group = self.sizes[_grouped(self.sizes)] // self.sizes["H"]
         if not _shares_key_heads(self.sizes, self.results) or self.sizes["H"] == 1:
             return run(*arrays)
-        *arrays, numbers = arrays
+        *shards, numbers = arrays
         letters = [axes.split() for axes in self.letters[:-1]]
-        if len(numbers) != group * _sizes(self.letters[:-1], arrays)["H"]:
+        if len(numbers) != group * _sizes(self.letters[:-1], shards)["H"]:
             # As many key heads as make equal groups of the device's value heads.
             wanted = numbers[:: math.gcd(group, len(numbers))] // group
-            arrays = [
+            shards = [
                 jnp.take(x, wanted, axis=axes.index("H"), mode="clip") if "H" in axes else x
-                for x, axes in zip(arrays, letters, strict=True)
+                for x, axes in zip(shards, letters, strict=True)
             ]
-        return run(*arrays)
+        return run(*shards)
 
 
-def for_each_row(weights, x):
+def for_each_row(weights: jax.Array, x: jax.Array) -> jax.Array:
     """Weights [W, H, D] that the rows of x [B, T, H, ...] share: a copy for each, [B, W, H, D].
 
     It is placed as x is, so that it is computed shard by shard, as `shardwise` wants it; the
@@ -234,7 +249,7 @@ def for_each_row(weights, x):
     return lax.broadcast_in_dim(weights, shape, (1, 2, 3), out_sharding=placed)
 
 
-def _without_varying_types(function, arrays):
+def _without_varying_types(function: Callable[..., Arrays], arrays: Arrays) -> Arrays:
     """Calls a function that knows nothing of the mesh axes over which shard_map's values vary.
 
     Refs that vary are refused by Pallas, and what a kernel returns would not vary, though all of it
@@ -253,7 +268,9 @@ def _without_varying_types(function, arrays):
     )
 
 
-def _lowered_once(function, arrays, device):
+def _lowered_once(
+    function: Callable[..., Arrays], arrays: Sequence[jax.ShapeDtypeStruct], device: Any
+) -> Callable[..., Any]:
     """The function, lowered but once for all partitioned calls with arrays of the same shapes.
 
     JAX lowers each call by itself, a second or more for each kernel of each layer of a model: what
@@ -271,27 +288,33 @@ def _lowered_once(function, arrays, device):
 
 
 @functools.lru_cache(maxsize=1024)
-def _lowered(function, leading, options, shapes, platform):
+def _lowered(
+    function: Callable[..., Arrays],
+    leading: tuple[Any, ...],
+    options: tuple[tuple[str, Any], ...],
+    shapes: tuple[tuple[Any, Any], ...],
+    platform: str,
+) -> export.Exported:
     arrays = (jax.ShapeDtypeStruct(*x) for x in shapes)
     run = functools.partial(function, *leading, **dict(options))
-    platform = {"gpu": "cuda"}.get(platform, platform)
+    platform = "cuda" if platform == "gpu" else platform
     return export.export(jax.jit(run), platforms=[platform])(*arrays)
 
 
-def _sizes(letters, arrays):
+def _sizes(letters: Letters, arrays: Sequence[jax.Array]) -> Sizes:
     """The size of each axis letter."""
-    sizes = {}
+    sizes: Sizes = {}
     for axes, array in zip(letters, arrays, strict=True):
         sizes |= dict(zip(axes.split(), array.shape, strict=True))
     return sizes
 
 
-def _grouped(sizes):
+def _grouped(sizes: Sizes) -> str:
     """The letter of the heads that come in groups; `H` if none do."""
     return next((x for x in ("HV", "HQ") if x in sizes), "H")
 
 
-def _shares_key_heads(sizes, results):
+def _shares_key_heads(sizes: Sizes, results: Letters) -> bool:
     """Whether several devices may have the same key head.
 
     Only if no result has key heads: it would be a sum over these devices, or the same on all.
@@ -300,7 +323,13 @@ def _shares_key_heads(sizes, results):
     return sizes[grouped] > sizes["H"] and not any("H" in axes.split() for axes in results)
 
 
-def _placement(letters, splits, axes, sizes, results):
+def _placement(
+    letters: Letters,
+    splits: Sequence[Split],
+    axes: Mapping[str, int],
+    sizes: Sizes,
+    results: Letters,
+) -> dict[str, tuple[str, ...]]:
     """The mesh's axes over which each axis letter is split.
 
     They are those of the first array that is split, arrays with all heads first, as far as they
@@ -311,13 +340,14 @@ def _placement(letters, splits, axes, sizes, results):
       axes: the size of each axis of the mesh. sizes: the size of each axis letter.
       results: the results' axis letters.
     """
-    grouped, found = _grouped(sizes), {"B": (), "heads": ()}
+    grouped = _grouped(sizes)
+    found: dict[str, tuple[str, ...]] = {"B": (), "heads": ()}
     most = {"B": sizes["B"], "heads": sizes["H"]}
     if _shares_key_heads(sizes, results):
         most["heads"] = sizes[grouped]
     arrays = [(x.split(), split) for x, split in zip(letters, splits, strict=True)]
-    for letters, split in sorted(arrays, key=lambda array: grouped not in array[0]):
-        for letter, names in zip(letters, split, strict=True):
+    for dimensions, split in sorted(arrays, key=lambda array: grouped not in array[0]):
+        for letter, names in zip(dimensions, split, strict=True):
             part = "heads" if letter in ("H", grouped) else letter
             if found.get(part) == ():
                 taken = (*found["B"], *found["heads"])
@@ -328,13 +358,13 @@ def _placement(letters, splits, axes, sizes, results):
     return {"H": keys, grouped: heads, "B": found["B"]}
 
 
-def _dividing(names, axes, size):
+def _dividing(names: Sequence[str], axes: Mapping[str, int], size: int) -> tuple[str, ...]:
     """As many of these mesh axes, from the first on, as cut `size` into equal parts."""
     parts = np.cumprod([axes[name] for name in names], dtype=int)
     return tuple(name for name, n in zip(names, parts, strict=True) if size % n == 0)
 
 
-def _explicit(arrays):
+def _explicit(arrays: Iterable[jax.Array]) -> tuple[Any, list[str]]:
     """The mesh over which types of the arrays are sharded and the names of its axes that do so."""
     for x in arrays:
         mesh = jax.typeof(x).sharding.mesh
@@ -344,14 +374,14 @@ def _explicit(arrays):
     return None, []
 
 
-def _split_by_type(x, names):
+def _split_by_type(x: jax.Array, names: Sequence[str]) -> list[tuple[str, ...]]:
     """The names of the mesh axes over which each dimension of x is split."""
-    spec = jax.typeof(x).sharding.spec
+    spec: Any = jax.typeof(x).sharding.spec
     spec = [x if isinstance(x, tuple) else (x,) for x in (*spec, *(None,) * (x.ndim - len(spec)))]
     return [tuple(name for name in part if name in names) for part in spec]
 
 
-def _factored(mesh, automatic, shardings):
+def _factored(mesh: Any, automatic: Sequence[int], shardings: Sequence[Any]) -> Mesh:
     """A mesh of axes of prime size, in which parts of the mesh's axes are axes.
 
     Args:
@@ -369,15 +399,15 @@ def _factored(mesh, automatic, shardings):
     return Mesh(devices.reshape(factors), [str(i) for i in range(len(factors))])
 
 
-def _primes(n):
-    primes = []
+def _primes(n: int) -> list[int]:
+    primes: list[int] = []
     while n > 1:
         primes.append(next(p for p in range(2, n + 1) if n % p == 0))
         n //= primes[-1]
     return primes
 
 
-def _split(sharding, ndim, mesh):
+def _split(sharding: Any, ndim: int, mesh: Mesh) -> Split:
     """The names of the factored mesh's axes over which each dimension is split."""
     if sharding is None:
         return [()] * ndim
@@ -398,7 +428,7 @@ def _split(sharding, ndim, mesh):
     return split
 
 
-def _split_in_order(sharding, shape, mesh):
+def _split_in_order(sharding: Any, shape: tuple[int, ...], mesh: Mesh) -> Split:
     """What `_split` returns, guessed where devices are those of a part of the mesh.
 
     JAX says into how many parts each dimension is cut, but not over which axes: they are taken in
@@ -415,15 +445,18 @@ def _split_in_order(sharding, shape, mesh):
     return split
 
 
-def _rule(letters, results, sizes):
+def _rule(letters: Letters, results: Letters, sizes: Sizes) -> dict[str, Any]:
     """Shardy's rule: batch and heads are split everywhere, all else stays whole."""
     grouped = _grouped(sizes)
     # Not `(h group)` for all heads: what divides them need not divide key heads.
     of_groups = "h" if sizes[grouped] == sizes["H"] else "groups"
-    names = {"B": "b", "H": "h", grouped: of_groups}
+    names: dict[str, str] = {"B": "b", "H": "h", grouped: of_groups}
 
-    def side(arrays):
-        return ", ".join(" ".join(names.get(x, x.lower()) for x in axes.split()) for axes in arrays)
+    def name(letter: str) -> str:
+        return names.get(letter, letter.lower())
+
+    def side(arrays: Letters) -> str:
+        return ", ".join(" ".join(map(name, axes.split())) for axes in arrays)
 
     rule = f"{side(letters)} -> {side(results)}"
     # Shardy wants the factors in the order in which they first appear.
@@ -432,5 +465,5 @@ def _rule(letters, results, sizes):
     return dict(sharding_rule=rule, need_replication_factors=whole)
 
 
-def _varying(x):
+def _varying(x: jax.Array) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying

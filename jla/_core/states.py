@@ -6,6 +6,19 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from jla._core.types import (
+    Array,
+    KeyProducts,
+    Keys,
+    Levels,
+    Positions,
+    SlotKeys,
+    SlotValues,
+    SlotWrites,
+    ValueProducts,
+    Values,
+)
+
 
 class GSAState(NamedTuple):
     """The state of Gated Slot Attention, float32: the slots' keys and values.
@@ -15,8 +28,8 @@ class GSAState(NamedTuple):
       hv: [B, H, M, V].
     """
 
-    hk: jax.Array
-    hv: jax.Array
+    hk: SlotKeys
+    hv: SlotValues
 
 
 class LogLinearState(NamedTuple):
@@ -31,8 +44,8 @@ class LogLinearState(NamedTuple):
       position: the number of tokens that went in, [B], int32.
     """
 
-    levels: jax.Array
-    position: jax.Array
+    levels: Levels
+    position: Positions
 
 
 class MesaState(NamedTuple):
@@ -43,15 +56,15 @@ class MesaState(NamedTuple):
       kv: [B, H, K, V].
     """
 
-    kk: jax.Array
-    kv: jax.Array
+    kk: KeyProducts
+    kv: ValueProducts
 
 
 for _state in (GSAState, LogLinearState, MesaState):
     export.register_namedtuple_serialization(_state, serialized_name=f"jla.{_state.__name__}")
 
 
-def zero_state(key, value):
+def zero_state(key: Array, value: Array) -> jax.Array:
     """Zeros [..., K, V], float32, placed as one token's `key` [..., K] and `value` [..., V] are.
 
     `jnp.zeros` would be replicated: with explicit shardings, and inside `shard_map`, a scan refuses
@@ -62,7 +75,7 @@ def zero_state(key, value):
     return hidden(jnp.where(False, key[..., :, None] * value[..., None, :], 0.0))
 
 
-def hidden(x):
+def hidden[Tree](x: Tree) -> Tree:
     """`x`, whose tangents and cotangents too the compiler cannot see through.
 
     XLA's CPU compiler (jaxlib 0.11.2 and 0.12) reads beyond a buffer where a batched product has a
@@ -73,7 +86,7 @@ def hidden(x):
     return jax.tree.map(jax.lax.optimization_barrier, x)
 
 
-def repeated(x, times, axis):
+def repeated(x: jax.Array, times: int, axis: int) -> jax.Array:
     """`jnp.repeat` along a counted axis. That one wants to be told where its result lies if types
     carry shardings; a broadcast and a reshape find it out."""
     if times == 1:
@@ -86,24 +99,24 @@ def repeated(x, times, axis):
     return x.reshape(shape)
 
 
-def moved_on(position, tokens):
+def moved_on(position: Positions, tokens: int | jax.Array) -> jax.Array:
     """The position after so many tokens more. Beyond int32 it is negative, and stays so: levels
     serve no negative position."""
     return jnp.where(position < 0, position, position + tokens)
 
 
-def with_rank(x, ndim):
+def with_rank(x: Array, ndim: int) -> jax.Array:
     """x with axes of 1 before its own, `ndim` in all: `jax_numpy_rank_promotion="raise"` wants to
     see them."""
     return jnp.expand_dims(x, tuple(range(ndim - x.ndim)))
 
 
-def zero_gsa_state(key, slots, value):
+def zero_gsa_state(key: Keys, slots: SlotWrites, value: Values) -> GSAState:
     """An empty `GSAState`, placed as one token's `key`, `slots` [..., M] and `value` are."""
     return GSAState(zero_state(key, slots), zero_state(slots, value))
 
 
-def zero_log_linear_state(key, value, L):
+def zero_log_linear_state(key: jax.Array, value: jax.Array, L: int) -> LogLinearState:
     """An empty `LogLinearState` of L levels, placed as one token's `key` [B, HK, K] and `value`
     [B, H, V] are; the position is replicated."""
     B, H, V = value.shape
@@ -112,6 +125,6 @@ def zero_log_linear_state(key, value, L):
     return LogLinearState(levels, jnp.zeros(B, jnp.int32))
 
 
-def zero_mesa_state(key, value):
+def zero_mesa_state(key: Keys, value: Values) -> MesaState:
     """An empty `MesaState`, placed as one token's `key` and `value` are."""
     return MesaState(zero_state(key, key), zero_state(key, value))

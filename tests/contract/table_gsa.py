@@ -6,6 +6,8 @@ from table import COMMON_MISTAKES, COMMON_RUN_MISTAKES, Implementation, Mechanis
 
 import jla
 from jla import GSAState
+from jla._core.axes import letters
+from jla.gsa import AXES
 
 f32 = jnp.float32
 
@@ -60,19 +62,21 @@ _SHARED_MISTAKES = (
 
 _SMALL = dict(B=2, T=100, H=2, HQ=4, K=16, V=24, M=20)
 
+_STATE = GSAState(*letters(AXES, "initial_state.hk initial_state.hv"))
+
 GSA = Mechanism(
     name="gsa",
     run=jla.gsa,
     step=jla.gsa_step,
     axes=dict(
-        q="B T HQ K",
-        k="B T H K",
-        v="B T H V",
-        s="B T H M",
-        g="B T H M",
-        initial_state=GSAState("B H K M", "B H M V"),
+        q=AXES["q"],
+        k=AXES["k"],
+        v=AXES["v"],
+        s=AXES["s"],
+        g=AXES["g"],
+        initial_state=_STATE,
     ),
-    outputs=("B T HQ V", GSAState("B H K M", "B H M V")),
+    outputs=(AXES["o"], _STATE),
     make=_make,
     stress={
         "no decay": lambda args: args | dict(g=jnp.zeros_like(args["g"])),

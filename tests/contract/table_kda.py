@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from table import COMMON_MISTAKES, COMMON_RUN_MISTAKES, Implementation, Mechanism, edit
 
 import jla
+from jla.kda import AXES
 
 f32 = jnp.float32
 
@@ -63,14 +64,14 @@ KDA = Mechanism(
     run=jla.kda,
     step=jla.kda_step,
     axes=dict(
-        q="B T H K",
-        k="B T H K",
-        v="B T HV V",
-        g="B T HV K",
-        beta="B T HV",
-        initial_state="B HV K V",
+        q=AXES["q"],
+        k=AXES["k"],
+        v=AXES["v"],
+        g=AXES["g"],
+        beta=AXES["beta"],
+        initial_state=AXES["initial_state"],
     ),
-    outputs=("B T HV V", "B HV K V"),
+    outputs=(AXES["o"], AXES["initial_state"]),
     make=_make,
     stress={
         "no decay": lambda args: args | dict(g=jnp.zeros_like(args["g"])),

@@ -14,6 +14,8 @@ from table import (
 
 import jla
 from jla import LogLinearState
+from jla._core.axes import letters
+from jla.log_linear import AXES
 
 f32 = jnp.float32
 
@@ -115,19 +117,21 @@ _SHARED_MISTAKES = (
 
 _SMALL = dict(B=2, T=100, H=2, HK=1, K=16, V=24)
 
+_STATE = LogLinearState(*letters(AXES, "initial_state.levels initial_state.position"))
+
 LOG_LINEAR = Mechanism(
     name="log_linear",
     run=jla.log_linear_attention,
     step=jla.log_linear_step,
     axes=dict(
-        q="B T HK K",
-        k="B T HK K",
-        v="B T H V",
-        g="B T H",
-        level_scales="B T H L",
-        initial_state=LogLinearState("B H L K V", "B"),
+        q=AXES["q"],
+        k=AXES["k"],
+        v=AXES["v"],
+        g=AXES["g"],
+        level_scales=AXES["level_scales"],
+        initial_state=_STATE,
     ),
-    outputs=("B T H V", LogLinearState("B H L K V", "B")),
+    outputs=(AXES["o"], _STATE),
     make=_make,
     stress={
         "no decay": lambda args: args | dict(g=jnp.zeros_like(args["g"])),

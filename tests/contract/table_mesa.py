@@ -13,6 +13,8 @@ from table import (
 
 import jla
 from jla import MesaState
+from jla._core.axes import letters
+from jla.mesa_net import AXES
 
 f32 = jnp.float32
 
@@ -107,20 +109,22 @@ _SHARED_MISTAKES = (
 
 _SMALL = dict(B=2, T=100, H=2, K=16, V=24)
 
+_STATE = MesaState(*letters(AXES, "initial_state.kk initial_state.kv"))
+
 MESA = Mechanism(
     name="mesa",
     run=jla.mesa_net,
     step=jla.mesa_step,
     axes=dict(
-        q="B T H K",
-        k="B T H K",
-        v="B T H V",
-        g="B T H",
-        beta="B T H",
-        lamb="H K",
-        initial_state=MesaState("B H K K", "B H K V"),
+        q=AXES["q"],
+        k=AXES["k"],
+        v=AXES["v"],
+        g=AXES["g"],
+        beta=AXES["beta"],
+        lamb=AXES["lamb"],
+        initial_state=_STATE,
     ),
-    outputs=("B T H V", MesaState("B H K K", "B H K V")),
+    outputs=(AXES["o"], _STATE),
     make=_make,
     stress={
         "no decay": lambda args: args | dict(g=jnp.zeros_like(args["g"])),

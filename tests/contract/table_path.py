@@ -8,6 +8,8 @@ from table import COMMON_MISTAKES, COMMON_RUN_MISTAKES, Implementation, Mechanis
 import jla
 import jla.pallas
 from jla import PathCache
+from jla._core.axes import letters
+from jla.path_attention import AXES
 
 f32 = jnp.float32
 
@@ -138,20 +140,22 @@ _SHARED_MISTAKES = (
 
 _SMALL = dict(B=2, T=100, H=2, HQ=4, K=16, V=24)
 
+_STATE = PathCache(*letters(AXES, "cache.key cache.value cache.decay cache.length"))
+
 PATH = Mechanism(
     name="path",
     run=jla.path_attention,
     step=jla.path_step,
     axes=dict(
-        q="B T HQ K",
-        k="B T H K",
-        v="B T H V",
-        w="B T H K",
-        beta="B T H",
-        g="B T HQ",
-        cache=PathCache("B S H K", "B S H V", "B S HQ", "B"),
+        q=AXES["q"],
+        k=AXES["k"],
+        v=AXES["v"],
+        w=AXES["w"],
+        beta=AXES["beta"],
+        g=AXES["g"],
+        cache=_STATE,
     ),
-    outputs=("B T HQ V", PathCache("B S H K", "B S H V", "B S HQ", "B")),
+    outputs=(AXES["o"], _STATE),
     make=_make,
     stress={
         "no decay": lambda args: args | dict(g=jnp.zeros_like(args["g"])),

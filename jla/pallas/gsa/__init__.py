@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jla._core.axes import GSA, letters
 from jla._core.derivatives import reverse_only
 from jla._core.parts import abc_gates
 from jla._core.segments import segment_starts
@@ -30,9 +31,9 @@ bf16, f32 = jnp.bfloat16, jnp.float32
 
 MOST_SLOTS = 128  # more have no room in SMEM beside a chunk's tokens
 
-_INPUTS = ("B T HQ K", "B T H K", "B T H V", "B T H M", "B T H M")
-_STATES = ("B H K M", "B H M V")
-_OUTPUTS = ("B T HQ V", *_STATES)
+_INPUTS = letters(GSA, "q k v s g")
+_STATES = letters(GSA, "initial_state.hk initial_state.hv")
+_OUTPUTS = (GSA["o"], *_STATES)
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
 _KEPT = {
     "gsa_probabilities": "B T HQ M",

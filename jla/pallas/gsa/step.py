@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jla._core.axes import GSA, letters, of_step
 from jla._core.shardwise import shardwise
 from jla._core.states import GSAState
 from jla.pallas.common import mosaic
@@ -17,8 +18,9 @@ from jla.reference import gsa as reference
 
 MULTIPLE = 16  # of K, V and M
 
-_INPUTS = ("B HQ K", "B H K", "B H V", "B H M", "B H M", "B H K M", "B H M V")
-_OUTPUTS = ("B HQ V", "B H K M", "B H M V")
+_AXES = of_step(GSA)
+_INPUTS = letters(_AXES, "q k v s g state.hk state.hv")
+_OUTPUTS = letters(_AXES, "o state.hk state.hv")
 
 
 def unsupported(q, k, v, s, *_):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jla._core.axes import KDA, letters
 from jla._core.derivatives import reverse_only
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, for_each_row, shardwise
@@ -28,9 +29,9 @@ __all__ = ["kda", "kda_gated", "kda_step", "unsupported"]
 
 bf16, f32 = jnp.bfloat16, jnp.float32
 
-_INPUTS = ("B T H K", "B T H K", "B T HV V", "B T HV K", "B HV T")
-_STATE = "B HV K V"
-_OUTPUTS = ("B T HV V", _STATE)
+_INPUTS = (*letters(KDA, "q k v g"), "B HV T")
+_STATE = KDA["initial_state"]
+_OUTPUTS = (KDA["o"], _STATE)
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
 # L is T in whole chunks.
 _KEPT = {
@@ -160,7 +161,7 @@ def _kda_backward(scale, bounded, residuals, cotangents):
     made = source[0] if bounded is None else _gates(source, bounded)
     run = functools.partial(_backward, scale=scale)
     axes = (*_INPUTS, *_KEPT.values(), *_OUTPUTS)
-    results = ("B T HV K", "B T HV K", "B T HV V", "B L HV K", "B HV T", "B HV K V")
+    results = ("B T HV K", "B T HV K", KDA["v"], "B L HV K", "B HV T", _STATE)
     inputs = (q, k, v, _fit(made, q, v), beta)
     *gradients, dv, dg, dbeta, start = shardwise(run, axes, results)(*inputs, *kept, *cotangents)
     # A key head's gradient is the sum of its value heads'.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jla._core.axes import KDA, letters, of_step
 from jla._core.shardwise import shardwise
 from jla.pallas.common import mosaic
 from jla.pallas.common.mosaic import f32, per_column, per_row
@@ -17,8 +18,9 @@ HEAD_MULTIPLE = 16
 # an SM and one loads while another computes and stores.
 LARGEST_TILE = 8192
 
-_INPUTS = ("B H K", "B H K", "B HV V", "B HV K", "B HV", "B HV K V")
-_OUTPUTS = ("B HV V", "B HV K V")
+_AXES = of_step(KDA)
+_INPUTS = letters(_AXES, "q k v g beta state")
+_OUTPUTS = letters(_AXES, "o state")
 
 
 def unsupported(q, k, v, *_):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._core import alignment
+from jla._core.axes import LOG_LINEAR, with_value_heads
 from jla._core.derivatives import reverse_only
 from jla._core.shardwise import defvjp, for_each_row, shardwise
 from jla.pallas.common.chunks import TILE_WIDTH
@@ -31,8 +32,9 @@ bf16, f32 = jnp.bfloat16, jnp.float32
 LEAF = 256  # tokens of a leaf block: a power of two, 64 to 2048
 WIDEST = 128  # K or V; the registers of one warpgroup hold no wider row
 
+_GIVEN = with_value_heads(LOG_LINEAR)
 _AXES = dict(
-    **dict(q="B T H K", k="B T H K", v="B T HV V", do="B T HV V", of_head="B T HV K"),
+    **dict(q=_GIVEN["q"], k=_GIVEN["k"], v=_GIVEN["v"], do=_GIVEN["o"], of_head="B T HV K"),
     **dict(w="B HV N P C", decays="B HV n", skip="B single HV number"),
     **dict(states="B HV n V K", live="B N"),
 )

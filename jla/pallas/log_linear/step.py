@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jla._core.axes import LOG_LINEAR, letters, of_step, with_value_heads
 from jla._core.shardwise import shardwise
 from jla._core.states import LogLinearState, moved_on
 from jla.pallas.common import mosaic
@@ -19,8 +20,9 @@ from jla.reference import log_linear as reference
 MULTIPLE = 16  # of K and V
 STAGES = 3  # levels that are loaded at once
 
-_OUTPUTS = ("B HV V", "B HV L K V")
-_INPUTS = ("B H K", "B H K", "B HV V", "B HV", "B HV L", _OUTPUTS[1], "B")
+_AXES = with_value_heads(of_step(LOG_LINEAR))
+_INPUTS = letters(_AXES, "q k v g level_scales state.levels state.position")
+_OUTPUTS = letters(_AXES, "o state.levels")
 
 
 def unsupported(q, v):

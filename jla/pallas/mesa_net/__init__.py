@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jla._core.axes import MESA_NET, letters
 from jla._core.derivatives import reverse_only
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
@@ -29,18 +30,9 @@ WIDEST = 128  # K or V; the registers of one warpgroup hold no wider row
 # error below 1e-3.
 STRONGEST = -160.0
 
-_INPUTS = (
-    "B T H K",
-    "B T H K",
-    "B T H V",
-    "B H L",
-    "B H L",
-    "B H L",
-    "B H K",
-    "B H K J",
-    "B H K V",
-)
-_OUTPUTS = ("B T H V", "B H K J", "B H K V")
+_STATES = (step.KK, MESA_NET["initial_state.kv"])
+_INPUTS = (*letters(MESA_NET, "q k v"), "B H L", "B H L", "B H L", "B H K", *_STATES)
+_OUTPUTS = (MESA_NET["o"], *_STATES)
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
 _KEPT = {
     "mesa_solution": "B T H K",
@@ -128,7 +120,7 @@ def _mesa_backward(cg_steps, dtype, residuals, cotangents):
     dq, dk, dv, dg, dbeta, products, dkk, dkv = shardwise(
         run,
         (*_INPUTS[1:6], *_KEPT.values(), *_OUTPUTS),
-        ("B T H K", "B T H K", "B T H V", "B H L", "B H L", "B H K", "B H K J", "B H K V"),
+        (*letters(MESA_NET, "q k v"), "B H L", "B H L", "B H K", *_STATES),
     )(k, v, cumulated, first, beta, *kept, do, *ends)
     dq, dk = (x.astype(f32) * scale[:, None] for x in (dq, dk))
     dkk = -scale[..., None] * jnp.swapaxes(dkk, 2, 3) * scale[:, :, None]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jla._core.axes import MESA_NET, letters, of_step
 from jla._core.shardwise import shardwise
 from jla._core.states import MesaState
 from jla.pallas.common import mosaic
@@ -16,8 +17,11 @@ from jla.reference import mesa_net as reference
 
 HEAD_DIMENSIONS = (16, 32, 64, 128)
 
-_INPUTS = ("B H K", "B H K", "B H V", "B H", "B H", "B H K", "B H K J", "B H K V")
-_OUTPUTS = ("B H V", "B H K J", "B H K V")
+# To `shardwise` each axis of an array has a letter of its own.
+KK = MESA_NET["initial_state.kk"].replace("K K", "K J")
+_AXES = of_step(MESA_NET) | {"state.kk": KK}
+_INPUTS = (*letters(_AXES, "q k v g beta"), "B H K", *letters(_AXES, "state.kk state.kv"))
+_OUTPUTS = letters(_AXES, "o state.kk state.kv")
 
 
 def unsupported(q, k, v, *_):

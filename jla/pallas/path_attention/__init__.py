@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jla._core.axes import PATH, letters
 from jla._core.derivatives import reverse_only
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
@@ -34,8 +35,8 @@ bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
 WIDEST = 128  # K or V; the registers of one warpgroup hold no wider row
 BUSY = 2048  # leaves of query heads, each a CTA or two, that a GPU's multiprocessors share evenly
 
-_INPUTS = ("B T HQ K", "B T H K", "B T H V", "B T H K", "B T H", "B T HQ")
-_OUTPUT = "B T HQ V"
+_INPUTS = letters(PATH, "q k v w beta g")
+_OUTPUT = PATH["o"]
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
 _KEPT = {"path_output": _OUTPUT, "path_logsumexp": "B HQ L", "path_inverse": "B H N C D"}
 

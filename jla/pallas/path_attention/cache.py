@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._core import blockwise
+from jla._core.axes import PATH
 from jla._core.cache import PathCache, without_rest
 from jla._core.lengths import chunk_size
 from jla._core.parts import CHUNK, NEVER, appended, at_the_end, exactly, fits, prepare
@@ -24,11 +25,8 @@ f32 = jnp.float32
 # Queries, and cached tokens that they read at once.
 QUERIES, KEYS = 512, 256
 
-_AXES = dict(
-    **dict(o="B T HQ V", logsumexp="B T HQ", q="B T HQ K", k="B T H K", v="B T H V", w="B T H K"),
-    **dict(beta="B T H", g="B T HQ", key="B S H K", value="B S H V", decay="B S HQ"),
-    **dict(length="B", segment_ids="B T"),
-)
+# Of arguments, outputs and the cache's arrays, by their names.
+_AXES = {name.removeprefix("cache."): axes for name, axes in PATH.items()} | {"logsumexp": "B T HQ"}
 
 
 def carried_on(o, logsumexp, q, k, v, w, beta, g, cache, segment_ids, *, scale):

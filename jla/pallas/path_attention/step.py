@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import TiledLayout
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jla._core.axes import PATH, letters, of_step
 from jla._core.cache import PathCache, counted
 from jla._core.shardwise import shardwise
 from jla.pallas.common import mosaic
@@ -24,9 +25,10 @@ SHORTEST, LONGEST = 256, 2048  # cached tokens of a CTA
 CTAS = 2112  # eight rounds of two on each of the card's 132 multiprocessors
 NEVER = -1e30  # below all logits, and finite
 
-_OUTPUTS = ("B HQ V", "B S H K", "B S H V")
-_DECAY = "B S HQ"
-_INPUTS = ("B HQ K", "B H K", "B H V", "B H K", "B H", *_OUTPUTS[1:], "B", "B HQ", _DECAY)
+_AXES = of_step(PATH)
+_OUTPUTS = letters(_AXES, "o cache.key cache.value")
+_DECAY = _AXES["cache.decay"]
+_INPUTS = letters(_AXES, "q k v w beta cache.key cache.value cache.length g cache.decay")
 
 
 def unsupported(q, v):

@@ -1,0 +1,108 @@
+"""The letters of axes, and the axes of every mechanism's arguments: stated here and nowhere else.
+
+    B   batch rows                              K   key dimension
+    T   time, tokens                            V   value dimension
+    H   heads; where there are several counts,  M   slots (gsa)
+        those of the keys and the values        L   levels (log-linear attention)
+    HQ  query heads, a multiple of H            S   capacity of a cache, in tokens (PaTH)
+    HK  key heads, a divisor of H
+    HV  value heads, a multiple of H (kda, where H are the heads of q and k)
+
+The public functions check their arguments against these tables, the kernels' wrappers tell from
+them what can be split over devices, and the contract's tests make their arguments' shapes of them.
+
+A table has a run's arguments by name, the fields of a state by the argument's name and theirs, and
+the outputs as `o`. `of_step` makes the step's of it.
+"""
+
+from collections.abc import Mapping
+
+type Axes = Mapping[str, str]
+
+KDA: Axes = {
+    "q": "B T H K",
+    "k": "B T H K",
+    "v": "B T HV V",
+    "g": "B T HV K",
+    "beta": "B T HV",
+    "initial_state": "B HV K V",
+    "segment_ids": "B T",
+    "o": "B T HV V",
+}
+
+GSA: Axes = {
+    "q": "B T HQ K",
+    "k": "B T H K",
+    "v": "B T H V",
+    "s": "B T H M",
+    "g": "B T H M",
+    "initial_state.hk": "B H K M",
+    "initial_state.hv": "B H M V",
+    "segment_ids": "B T",
+    "o": "B T HQ V",
+}
+
+LOG_LINEAR: Axes = {
+    "q": "B T HK K",
+    "k": "B T HK K",
+    "v": "B T H V",
+    "g": "B T H",
+    "level_scales": "B T H L",
+    "initial_state.levels": "B H L K V",
+    "initial_state.position": "B",
+    "segment_ids": "B T",
+    "o": "B T H V",
+}
+
+MESA_NET: Axes = {
+    "q": "B T H K",
+    "k": "B T H K",
+    "v": "B T H V",
+    "g": "B T H",
+    "beta": "B T H",
+    "lamb": "H K",
+    "initial_state.kk": "B H K K",
+    "initial_state.kv": "B H K V",
+    "segment_ids": "B T",
+    "o": "B T H V",
+}
+
+PATH: Axes = {
+    "q": "B T HQ K",
+    "k": "B T H K",
+    "v": "B T H V",
+    "w": "B T H K",
+    "beta": "B T H",
+    "g": "B T HQ",
+    "cache.key": "B S H K",
+    "cache.value": "B S H V",
+    "cache.decay": "B S HQ",
+    "cache.length": "B",
+    "segment_ids": "B T",
+    "o": "B T HQ V",
+}
+
+
+def of_step(axes: Axes) -> dict[str, str]:
+    """A step's axes: a run's without T. What a run calls `initial_state`, a step calls `state`."""
+    return {
+        name.removeprefix("initial_"): " ".join(x for x in letters.split() if x != "T")
+        for name, letters in axes.items()
+        if name != "segment_ids"
+    }
+
+
+def letters(axes: Axes, names: str) -> tuple[str, ...]:
+    """The axes of some arguments, in this order; `names` has spaces between them."""
+    return tuple(axes[name] for name in names.split())
+
+
+def with_value_heads(axes: Axes) -> dict[str, str]:
+    """A table with HK and H, in other letters: H for the key heads and HV for all heads.
+
+    These are the letters by which `shardwise` knows heads that come in groups.
+    """
+    names = {"HK": "H", "H": "HV"}
+    return {
+        name: " ".join(names.get(x, x) for x in letters.split()) for name, letters in axes.items()
+    }
