@@ -14,21 +14,13 @@ from flax import linen as nn
 from benchmarks import measure, side_by_side
 from jla._core.shardwise import for_each_row
 from jla.linen import RMSNorm
-from jla.linen._normalize import gated_norm
+from jla.linen._normalize import GatedRMSNorm
 from jla.linen._short_convolution import ShortConvolution
 from jla.pallas.kda import gate
 
 KEYS = ("case", "implementation")
 B, T, H, D = 16, 4096, 8, 128
 ROWS, HEADS = (B, T, H * D), (B, T, H, D)
-
-
-class GatedNorm(nn.Module):
-    implementation: str
-
-    @nn.compact
-    def __call__(self, x, gate):
-        return gated_norm(RMSNorm(axes=2, implementation=self.implementation), x, gate)
 
 
 class Branch(nn.Module):
@@ -65,7 +57,7 @@ CASES = {
     "norm of silu(x)": (norm(input_activation=nn.silu), [HEADS]),
     "branch": (Branch, [ROWS]),
     "branch, update": (Branch, [ROWS, ROWS]),
-    "gated norm": (GatedNorm, [HEADS, HEADS]),
+    "gated norm": (lambda x: GatedRMSNorm(implementation=x), [HEADS, HEADS]),
     "convolution": (convolution(), [HEADS]),
     "convolution, norm": (convolution(normalize=True), [HEADS]),
     "convolution, two SiLUs": (convolution(silu_twice=True), [HEADS]),

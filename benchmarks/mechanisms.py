@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import jla
 from benchmarks import fla
-from jla.linen._normalize import l2norm
+from jla._core.parts import l2norm
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 

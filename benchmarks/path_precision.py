@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jla
-from jla.linen._normalize import l2norm
+from jla._core.parts import l2norm
 
 f32, f64 = jnp.float32, jnp.float64
 TOKENS = 32  # whose outputs are compared, up to the last

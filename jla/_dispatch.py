@@ -2,25 +2,28 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 import jax
 
-from jla._core import checking
 from jla._core.checks import check_implementation
 from jla._core.lengths import is_symbolic_dim
 from jla._core.types import Array, Implementation, State
 
-# The module, inside jla.reference, jla.xla and jla.pallas, that holds each function. The layers'
-# convolution and norms, KDA with the making of its gates, and log-linear attention as
-# Mamba-2 has it are in jla.pallas alone: their other form is the layer's own.
+# The packages with kernels, in order of preference. Each has `unsupported_device()`, and each of
+# its modules `unsupported(name, *arrays)`: why it cannot serve, or None. "xla" and "reference"
+# serve every call.
+BACKENDS = ("pallas",)
+
+# The module, inside the package of each implementation, that holds a function: the public ones, and
+# those of `jla._fused`.
 _MODULES = {
     "kda": "kda",
-    "kda_gated": "kda",
+    "kda_from_projection": "kda",
     "kda_step": "kda",
-    "gated_norm": "layers.gated_norm",
+    "gated_norm": "layers",
     "gsa": "gsa",
     "gsa_step": "gsa",
     "log_linear_attention": "log_linear",
@@ -30,6 +33,13 @@ _MODULES = {
     "mesa_step": "mesa_net",
     "path_attention": "path_attention",
     "path_step": "path_attention",
+    "rms_norm": "layers",
+    "rms_norm_branch": "layers",
+    "short_convolution": "layers",
+}
+# Kernels of the layers have a file each.
+_KERNELS = {
+    "gated_norm": "layers.gated_norm",
     "rms_norm": "layers.rms_norm",
     "rms_norm_branch": "layers.rms_norm",
     "short_convolution": "layers.short_convolution",
@@ -37,67 +47,86 @@ _MODULES = {
 
 
 def choose(
-    name: str, implementation: Implementation | None, *arrays: Array | State | None
+    name: str,
+    implementation: Implementation | None,
+    *arrays: Array | State | None,
+    **options: Any,
 ) -> Callable[..., Any]:
     """Returns the implementation of the function `name` that serves these arguments.
 
     Implementations are imported when first asked for, so that `import jla` stays light.
 
+    Args:
+      name: of a function in `_MODULES`.
+      implementation: "reference", "xla", one of `BACKENDS`, or None for the first of `BACKENDS`
+        that serves, and else "xla".
+      arrays: the function's arrays, caches and None, in its order.
+      options: settings that a backend may not have.
+
     Raises:
       ValueError: an unknown implementation.
-      NotImplementedError: "pallas" was asked for and cannot serve these arguments here.
+      NotImplementedError: a backend was named and cannot serve these arguments here. The message
+        has every backend's reason.
     """
     check_implementation(implementation)
-    if implementation in (None, "pallas"):
-        reason = _why_not_pallas(name, arrays, asked_for=implementation == "pallas")
+    if implementation not in (None, *BACKENDS):
+        return getattr(_module(implementation, name), name)
+    reasons: dict[str, str | None] = {}
+    for backend in BACKENDS if implementation is None else (implementation, *BACKENDS):
+        if backend not in reasons:
+            asked_for = backend == implementation
+            reasons[backend] = _why_not(backend, name, arrays, options, asked_for=asked_for)
+        if reasons[backend] is None and implementation in (None, backend):
+            return getattr(_module(backend, name), name)
+    if implementation is None:
+        return getattr(_module("xla", name), name)
+    raise NotImplementedError(_refusal(implementation, reasons))
+
+
+def _refusal(implementation: str, reasons: Mapping[str, str | None]) -> str:
+    """Why the named implementation does not serve, and which others do."""
+    message = f'implementation="{implementation}" cannot serve this call: {reasons[implementation]}'
+    serving = ["xla"]
+    for backend, reason in reasons.items():
         if reason is None:
-            implementation = "pallas"
-        elif implementation is None:
-            implementation = "xla"
-        else:
-            raise NotImplementedError(
-                f'implementation="pallas" cannot serve this call: {reason}. '
-                'implementation="xla" can.'
-            )
-    return getattr(_module(implementation, name), name)
+            serving.insert(-1, backend)
+        elif backend != implementation:
+            message += f'; nor can "{backend}": {reason}'
+    return f"{message}. " + " or ".join(f'implementation="{x}"' for x in serving) + " can."
 
 
-def kernel(
-    name: str, implementation: Implementation | None, *arrays: Array | State | None
-) -> Callable[..., Any] | None:
-    """The Pallas form of `name` if `implementation` allows it and it can serve these arguments.
-
-    None otherwise, also where "pallas" was asked for: for what a layer has a form of its own.
-    """
-    asked_for = implementation == "pallas"
-    if implementation not in (None, "pallas"):
-        return None
-    # What is made inside the kernel could not be checked: the public function gets it instead.
-    if name in ("kda_gated", "log_linear_mamba2") and checking.on():
-        return None
-    if _why_not_pallas(name, arrays, asked_for=asked_for) is not None:
-        return None
-    return getattr(_module("pallas", name), name)
+def has_gpu() -> bool:
+    """Whether the default device is a GPU: without one, kernels serve only where they are named."""
+    return jax.default_backend() == "gpu"
 
 
-def _why_not_pallas(
-    name: str, arrays: tuple[Array | State | None, ...], *, asked_for: bool
+def _why_not(
+    backend: str,
+    name: str,
+    arrays: tuple[Array | State | None, ...],
+    options: Mapping[str, Any],
+    *,
+    asked_for: bool,
 ) -> str | None:
-    """Why the kernels of `name` cannot serve these arrays on this device, or None."""
-    if not asked_for and jax.default_backend() != "gpu":
-        return "there is no GPU"  # and no need to import Pallas
-    from jla import pallas
-
-    if importlib.util.find_spec(f"jla.pallas.{_MODULES[name]}") is None:
+    """Why the kernels of a backend cannot serve these arguments on this device, or None."""
+    if not asked_for and not has_gpu():
+        return "there is no GPU"  # and no need to import the backend
+    package = importlib.import_module(f"jla.{backend}")
+    if importlib.util.find_spec(_path(backend, name)) is None:
         return "there is no kernel for it yet"
     # The leaves: a cache is a tree of arrays.
     if any(is_symbolic_dim(size) for x in jax.tree.leaves(arrays) for size in x.shape):
         return "it has a symbolic shape (jax.export), and the kernels are made for known sizes"
-    module = _module("pallas", name)
+    module = _module(backend, name)
     if not hasattr(module, name):
         return "there is no kernel for it yet"
-    return module.unsupported(name, *arrays) or pallas.unsupported_device()
+    return module.unsupported(name, *arrays, **options) or package.unsupported_device()
 
 
 def _module(package: str, name: str) -> ModuleType:
-    return importlib.import_module(f"jla.{package}.{_MODULES[name]}")
+    return importlib.import_module(_path(package, name))
+
+
+def _path(package: str, name: str) -> str:
+    module = _KERNELS.get(name) if package in BACKENDS else None
+    return f"jla.{package}.{module or _MODULES[name]}"

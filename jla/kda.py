@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jla._core import axes, checking, checks
-from jla._core.states import with_rank
+from jla._core.parts import kda_decays
 from jla._core.types import (
     Array,
     GateBiases,
@@ -198,9 +198,6 @@ def kda_gate(
     checks.check_dtype("g", g, checks.FLOAT_DTYPES)
     checks.check_dtype("A_log", A_log, [f32])
     checks.check_dtype("dt_bias", dt_bias, [f32])
-    shifted = g.astype(f32) + with_rank(dt_bias, g.ndim)
-    rate = with_rank(jnp.exp(A_log)[:, None], g.ndim)
-    if lower_bound is None:
-        return -rate * jax.nn.softplus(shifted)
-    lower_bound = checks.check_negative("lower_bound", lower_bound)
-    return lower_bound * jax.nn.sigmoid(rate * shifted)
+    if lower_bound is not None:
+        lower_bound = checks.check_negative("lower_bound", lower_bound)
+    return kda_decays(g, A_log, dt_bias, lower_bound)

@@ -7,6 +7,8 @@ import hardware
 import jax
 import pytest
 
+from jla import _dispatch
+
 # Four for the sharding tests; with fewer than eight, interpreted kernels can starve one another.
 jax.config.update("jax_num_cpu_devices", 8)
 # Most of the suite's time is XLA's: on small shapes it compiles for longer than it runs.
@@ -82,3 +84,23 @@ def strict_and_precise(request):
         jax.default_matmul_precision("highest"),
     ):
         yield
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """`implementation=None` takes kernels where they serve, as it does where there is a GPU."""
+    monkeypatch.setattr(_dispatch, "has_gpu", lambda: True)
+
+
+@pytest.fixture
+def only_kernels_of(monkeypatch):
+    """A function of names in `_dispatch`: no others have kernels from then on."""
+    why_not = _dispatch._why_not
+
+    def only(*names):
+        def patched(backend, name, *rest, **options):
+            return why_not(backend, name, *rest, **options) if name in names else "not under test"
+
+        monkeypatch.setattr(_dispatch, "_why_not", patched)
+
+    return only

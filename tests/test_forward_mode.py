@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import jla.pallas
-from jla.pallas.kda import kda_gated
+from jla.pallas.kda import kda_from_projection
 from jla.pallas.layers.gated_norm import gated_norm
 from jla.pallas.layers.rms_norm import rms_norm, rms_norm_branch
 from jla.pallas.layers.short_convolution import short_convolution
@@ -18,7 +18,7 @@ KEYS, HEADS, LEVELS = ((1, 32, 1, 32), bf16), ((1, 32, 2), f32), ((1, 32, 2, 6),
 
 def kda(q, f, A_log, dt_bias, beta):
     options = dict(scale=1.0, lower_bound=None)
-    return kda_gated(q, q, q, f, A_log, dt_bias, beta, None, None, **options)
+    return kda_from_projection(q, q, q, f, A_log, dt_bias, beta, None, None, **options)
 
 
 def mamba2(q, u, g, logits, skip):

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     **{name: ("_core", "_dispatch") for name in MECHANISMS},
     "_fused": ("_core", "_dispatch", *MECHANISMS),
     "linen": ("_core", "_fused", *MECHANISMS),
-    "": ("_core", *MECHANISMS),
+    "": ("_core", "linen", "pallas", *MECHANISMS),
 }
 
 

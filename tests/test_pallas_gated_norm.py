@@ -6,15 +6,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from comparing import close, mamba2_in_steps, run_in
+from comparing import close, run_in
 from flax import linen as nn
 from jax.ad_checkpoint import print_saved_residuals
-from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jla.pallas
-from jla.linen import LogLinearMamba2, RMSNorm
-from jla.linen._normalize import gated_norm
+from jla.linen import LogLinearMamba2
+from jla.linen._normalize import GatedRMSNorm
 from jla.pallas.layers import gated_norm as kernels
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -33,14 +32,7 @@ def arguments(shape, dtype=bf16):
 
 def formula(x, gate, scale):
     """The layer's own form, in x's dtype."""
-
-    class Layer(nn.Module):
-        @nn.compact
-        def __call__(self, x, gate):
-            norm = RMSNorm(EPSILON, axes=2, implementation="xla", name="norm")
-            return gated_norm(norm, x, gate)
-
-    return Layer().apply({"params": {"norm": {"scale": scale}}}, x, gate)
+    return GatedRMSNorm(EPSILON, implementation="xla").apply({"params": {"scale": scale}}, x, gate)
 
 
 kernel = functools.partial(kernels.gated_norm, epsilon=EPSILON)
@@ -141,62 +133,35 @@ def test_says_what_it_does_not_take():
 @pytest.mark.parametrize(
     "options, T, masked, used",
     [
+        (dict(), 9, False, True),
         (dict(implementation="pallas"), 9, False, True),
-        (dict(implementation="pallas"), 9, True, False),
-        (dict(implementation="pallas"), 1, False, False),
-        (dict(implementation="pallas", dtype=f32), 9, False, False),
+        (dict(), 9, True, False),
+        (dict(), 1, False, False),
+        (dict(dtype=f32), 9, False, False),
         (dict(implementation="xla"), 9, False, False),
-        (dict(), 9, False, False),  # there is no GPU
     ],
 )
-def test_the_layer_uses_it_where_it_serves(monkeypatch, options, T, masked, used):
-    """Values and gradients are those of the layer without it; only this kernel runs.
-
-    The mechanism is that of "xla", in 16 bits where its kernels would run, as they return it.
-    """
+def test_the_layer_uses_it_where_it_serves(
+    monkeypatch, on_a_gpu, only_kernels_of, options, T, masked, used
+):
+    """Values are in tests/contract/test_fused.py; here, that the call has the layer's arguments."""
     made = []
 
-    def counted(*arrays, epsilon, _kernel=kernels.gated_norm):
-        made.append(epsilon)
-        return _kernel(*arrays, epsilon=epsilon)
-
-    def only_the_norm(name, *args, _kernel=jla._dispatch.kernel):
-        return _kernel(name, *args) if name in ("gated_norm", "log_linear_mamba2") else None
+    def counted(x, gate, scale, *, epsilon):
+        made.append((x.shape, gate.shape, scale.shape, epsilon))
+        return x
 
     monkeypatch.setattr(kernels, "gated_norm", counted)
-    mamba2 = functools.partial(mamba2_in_steps, implementation="xla")
-    monkeypatch.setattr("jla.pallas.log_linear.log_linear_mamba2", mamba2)
+    only_kernels_of("gated_norm", "log_linear_mamba2")
     sizes = dict(num_heads=2, head_dim=16, value_head_dim=64, num_levels=5, norm_epsilon=1e-4)
-    options = sizes | dict(dtype=bf16, conv_size=None) | options
-    x = jax.random.normal(jax.random.key(0), (2, T, 32))
+    layer = LogLinearMamba2(**sizes | dict(dtype=bf16, conv_size=None) | options)
+    x = jax.ShapeDtypeStruct((2, T, 32), bf16)
     mask = jnp.arange(T)[None] < jnp.array([[T], [5]]) if masked else None
-    plain = LogLinearMamba2(**options | dict(implementation="xla"))
-    params = jax.jit(plain.init)(jax.random.key(1), x)
-    params["params"]["D"] = jnp.array([0.5, 2.0])  # it is one at first
-
-    def loss(layer, params):
-        y = layer.apply(params, x, mask=mask)
-        return jnp.sum(jnp.sin(y.astype(f32))), y
-
-    def run(layer):
-        return jax.jit(jax.value_and_grad(functools.partial(loss, layer), has_aux=True))(params)
-
-    # Without the kernel it is the layer's own formula: to know that it is not used is enough.
-    monkeypatch.setattr("jla.log_linear.choose", xla)
-    with jla.pallas.interpret(), monkeypatch.context() as patch:
-        patch.setattr("jla._dispatch.kernel", only_the_norm)
-        layer = LogLinearMamba2(**options)
-        got = run(layer) if used else jax.eval_shape(functools.partial(run, layer))
-    assert made == [1e-4] * used
-    assert got[1]["params"]["o_norm"]["scale"].shape == (2, 64)
-    if used:
-        # Together: that of D alone nearly cancels, for it is little but the size of what is normed.
-        got, want = ((y, ravel_pytree(gradients)[0]) for (_, y), gradients in (got, run(plain)))
-        jax.tree.map(lambda a, b: close(a, b, 1e-2), got, want)
-
-
-def xla(name, implementation, *arrays, _choose=jla._dispatch.choose):
-    return _choose(name, "xla", *arrays)
+    with jla.pallas.interpret():
+        params = jax.eval_shape(layer.init, jax.random.key(1), x)
+        made.clear()
+        jax.eval_shape(functools.partial(layer.apply, mask=mask), params, x)
+    assert made == [((2, T, 2, 64), (2, T, 2, 64), (2, 64), 1e-4)] * used
 
 
 @pytest.mark.parametrize("mesh_kind", ["auto", "explicit", "shard_map"])

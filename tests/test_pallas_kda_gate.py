@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jla
 import jla.pallas
+from jla import _fused
 from jla._core.segments import segment_starts
 from jla._core.shardwise import for_each_row
 from jla.linen import KimiDeltaAttention
@@ -155,7 +156,7 @@ def mechanism_arguments(T, H, HV, K, V):
 
 
 def gated(q, k, v, f, A_log, dt_bias, beta, state=None, *, ids=None, lower_bound=None):
-    return kernels.kda_gated(
+    return kernels.kda_from_projection(
         q, k, v, f, A_log, dt_bias, beta, state, ids, scale=0.1, lower_bound=lower_bound
     )
 
@@ -220,67 +221,81 @@ def test_lowers_for_the_gpu(T, HV, K, ids):
     assert text.count("@mosaic_gpu") >= 6
 
 
-def test_says_what_it_does_not_take():
-    def reason(T=3, K=64, dtype=bf16, q_dtype=bf16):
-        q, f = (jax.ShapeDtypeStruct((1, T, 2, K), x) for x in (q_dtype, dtype))
-        return kernels.unsupported("kda_gated", q, q, q, f)
+def test_says_of_what_it_makes_no_gates():
+    def reason(T=3, K=64, dtype=bf16):
+        return gate.unsupported(jax.ShapeDtypeStruct((1, T, 2, K), dtype))
 
     assert reason() is None
     assert "f is float32" in reason(dtype=f32)
-    assert "q, k and v are float32" in reason(q_dtype=f32)
     assert "96 features" in reason(K=96)
     assert "one token" in reason(T=1)
 
 
 @pytest.mark.parametrize(
-    "options, arrays, used",
+    "changes, makes_gates",
     [
-        (dict(implementation="pallas"), dict(), True),
-        pytest.param(
-            dict(implementation="pallas", gate_lower_bound=-5.0),
-            dict(ids=True),
-            True,
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(dict(implementation="pallas"), dict(mask=True), False, marks=pytest.mark.slow),
-        pytest.param(dict(implementation="xla"), dict(), False, marks=pytest.mark.slow),
-        pytest.param(dict(), dict(), False, marks=pytest.mark.slow),  # there is no GPU
+        (dict(), True),
+        (dict(f=f32), False),
+        (dict(K=96), False),
+        (dict(T=1), False),
+        (dict(real=True), False),
     ],
+    ids=str,
 )
-def test_the_layer_uses_it_where_it_serves(monkeypatch, options, arrays, used):
-    """The call is answered by "xla", and so has to be the same function of the same arguments."""
+def test_the_mechanisms_kernels_run_whoever_makes_the_gates(monkeypatch, changes, makes_gates):
+    """No cliff: where the kernel of the gates cannot serve the formula makes them, and all other
+    kernels are those of `kda`. Nothing runs."""
+    calls = []
+    for name in ("_gates", "_forward"):
+        wrapped = getattr(gate if name == "_gates" else kernels, name)
+
+        def counted(*args, name=name, wrapped=wrapped, **options):
+            calls.append(name)
+            return wrapped(*args, **options)
+
+        monkeypatch.setattr(gate if name == "_gates" else kernels, name, counted)
+    sizes = dict(T=9, K=64, f=bf16, real=False) | changes
+    T, K = sizes["T"], sizes["K"]
+    q, k, v, f, A_log, dt_bias, beta, _ = jax.eval_shape(lambda: mechanism_arguments(T, 2, 2, K, K))
+    f = jax.ShapeDtypeStruct(f.shape, sizes["f"])
+    real = jax.ShapeDtypeStruct((2, T), bool) if sizes["real"] else None
+
+    def run(*args, real=None):
+        return _fused.kda_from_projection(*args, real=real, implementation="pallas")
+
+    with jla.pallas.interpret():
+        o, state = jax.eval_shape(run, q, k, v, f, A_log, dt_bias, beta, real=real)
+    assert calls == ["_gates"] * makes_gates + ["_forward"]
+    assert (o.shape, o.dtype, state.shape) == (v.shape, v.dtype, (2, 2, K, K))
+
+
+@pytest.mark.parametrize("options", [dict(), dict(gate_lower_bound=-5.0)], ids=str)
+@pytest.mark.parametrize("arrays", [(), ("ids",), ("mask",)], ids=str)
+def test_the_layer_uses_it(monkeypatch, options, arrays):
+    """With its arguments; the values that `_fused` promises for them are tested there."""
     made = []
 
-    def stand_in(q, k, v, f, A_log, dt_bias, beta, state, ids, *, scale, lower_bound):
-        made.append(scale)
-        g = jla.kda_gate(f, A_log, dt_bias, lower_bound=lower_bound)
-        return mechanism(q, k, v, g, beta, state, ids, scale=scale)
+    def stand_in(q, k, v, f, A_log, dt_bias, beta, state, ids, real, *, scale, lower_bound):
+        present = [x is not None for x in (state, ids, real)]
+        made.append((scale, lower_bound, *present))
+        return v, jnp.zeros((2, 2, 64, 64))
 
-    def mechanism(q, k, v, g, beta, state, ids, *, scale):
-        options = dict(initial_state=state, segment_ids=ids, implementation="xla")
-        return jla.kda(q, k, v, g, beta, scale=scale, **options)
-
-    monkeypatch.setattr(kernels, "kda_gated", stand_in)
-    monkeypatch.setattr(kernels, "kda", mechanism)
-    options = dict(num_heads=2, head_dim=64, conv_size=None, dtype=bf16) | options
-    x = jax.random.normal(jax.random.key(0), (2, 9, 32))
+    monkeypatch.setattr(kernels, "kda_from_projection", stand_in)
+    layer = KimiDeltaAttention(
+        num_heads=2, head_dim=64, conv_size=None, dtype=bf16, implementation="pallas", **options
+    )
+    x = jax.ShapeDtypeStruct((2, 9, 32), bf16)
     call = {}
     if "ids" in arrays:
         call["segment_ids"] = packed(2, 9)
     if "mask" in arrays:
         call["mask"] = jnp.arange(9)[None] < jnp.array([[9], [5]])
-    plain = KimiDeltaAttention(**options | dict(implementation="xla"))
-    params = plain.init(jax.random.key(1), x)
-    with jla.pallas.interpret(), monkeypatch.context() as patch:
-        patch.setattr("jla.linen._normalize._dispatch.kernel", only_gated)
-        y = KimiDeltaAttention(**options).apply(params, x, **call)
-    assert made == [64**-0.5] * used
-    close(y, plain.apply(params, x, **call), 1e-6)
-
-
-def only_gated(name, *args, _kernel=jla._dispatch.kernel):
-    """No other kernel: of the layer's, none but one is under test."""
-    return _kernel(name, *args) if name == "kda_gated" else None
+    with jla.pallas.interpret():
+        params = jax.eval_shape(layer.init, jax.random.key(1), x)
+        made.clear()
+        jax.eval_shape(functools.partial(layer.apply, **call), params, x)
+    bound = options.get("gate_lower_bound")
+    assert made == [(64**-0.5, bound, False, "ids" in arrays, "mask" in arrays)]
 
 
 def elementwise(function, arrays, coefficients, dtype, sums=0):

@@ -225,7 +225,8 @@ def calls(monkeypatch):
         options = dict(kind=activation, input_activation=input_activation)
         return formula(x, scale, *gates, **options, epsilon=epsilon)
 
-    def branch(*args, epsilon):
+    def branch(*args, epsilon, input_activation):
+        assert input_activation is None
         made.append(("branch", "update")[: len(args) - 1])
         return formula(*args, kind="branch", epsilon=epsilon)
 
@@ -244,15 +245,15 @@ def calls(monkeypatch):
         (dict(implementation="pallas", axes=2), "branch", False, bf16, ("branch",)),
         (dict(implementation="pallas"), "update", False, bf16, ("branch", "update")),
         (dict(implementation="pallas", input_activation=nn.silu), None, False, bf16, ("silu",)),
-        (dict(implementation="pallas", input_activation=nn.relu), None, False, bf16, None),
-        (dict(implementation="pallas", input_activation=nn.silu), "branch", False, bf16, None),
-        (dict(implementation="pallas", activation=nn.gelu), "gelu", False, bf16, None),
-        (dict(implementation="pallas"), "branch", False, f32, None),
+        (dict(), "branch", False, bf16, ("branch",)),
+        (dict(input_activation=nn.relu), None, False, bf16, None),
+        (dict(input_activation=nn.silu), "branch", False, bf16, None),
+        (dict(activation=nn.gelu), "gelu", False, bf16, None),
+        (dict(), "branch", False, f32, None),
         (dict(implementation="xla"), "sigmoid", True, bf16, None),
-        (dict(), "branch", False, bf16, None),  # there is no GPU
     ],
 )
-def test_the_layer_uses_it_where_it_serves(calls, options, kind, bias, dtype, used):
+def test_the_layer_uses_it_where_it_serves(calls, on_a_gpu, options, kind, bias, dtype, used):
     args, _ = arguments((1, 3, 2, 64), options.get("axes", 1), kind, dtype, bias)
     x, scale, *gates = args
     layer = RMSNorm(**options)
@@ -264,6 +265,27 @@ def test_the_layer_uses_it_where_it_serves(calls, options, kind, bias, dtype, us
     before = None if before is None else before.__name__
     want = formula(*args, kind=kind, input_activation=before, epsilon=1e-6)
     jax.tree.map(lambda ours, theirs: close(ours, theirs, 0.0), y, want)
+
+
+@pytest.mark.parametrize(
+    "options, kind, dtype, word",
+    [
+        (dict(input_activation=nn.relu), None, bf16, "kernels have sigmoid and silu"),
+        (dict(input_activation=nn.silu), "branch", bf16, "residual stream has none"),
+        (dict(activation=nn.gelu), "gelu", bf16, "kernels have sigmoid and silu"),
+        (dict(), None, f32, "x is float32"),
+        (dict(), "branch", f32, "x is float32"),
+    ],
+)
+def test_the_named_kernels_never_fall_back(calls, options, kind, dtype, word):
+    args, _ = arguments((1, 3, 2, 64), 1, kind, dtype)
+    x, scale, *gates = args
+    layer = RMSNorm(**options, implementation="pallas")
+    method = "branch" if kind == "branch" else None
+    with jla.pallas.interpret(), pytest.raises(NotImplementedError, match=word) as caught:
+        layer.apply({"params": {"scale": scale}}, x, *gates, method=method)
+    assert str(caught.value).startswith("jla.linen.RMSNorm")
+    assert 'implementation="xla" can.' in str(caught.value) and not calls
 
 
 def test_the_input_is_activated_before_the_norm():

@@ -114,7 +114,8 @@ def calls(monkeypatch):
     """The kernels' calls, answered by the formula."""
     made = []
 
-    def stand_in(x, kernel, **options):
+    def stand_in(x, kernel, past, segments, **options):
+        assert past is segments is None
         made.append(options)
         return formula(x, kernel, **options)
 
@@ -128,15 +129,15 @@ def calls(monkeypatch):
         (dict(implementation="pallas"), False, bf16, True),
         (dict(implementation="pallas", normalize=True), False, bf16, True),
         (dict(implementation="pallas", silu_twice=True), False, bf16, True),
-        (dict(implementation="pallas"), False, f32, False),
-        (dict(implementation="pallas", silu_twice=True), True, bf16, False),
-        (dict(implementation="pallas", decode=True), False, bf16, False),
+        (dict(), False, bf16, True),
+        (dict(), False, f32, False),
+        (dict(silu_twice=True), True, bf16, False),
+        (dict(decode=True), False, bf16, False),
         (dict(implementation="xla"), False, bf16, False),
-        (dict(), False, bf16, False),  # there is no GPU
     ],
     ids=str,
 )
-def test_the_layer_uses_it_where_it_serves(calls, options, segments, dtype, used):
+def test_the_layer_uses_it_where_it_serves(calls, on_a_gpu, options, segments, dtype, used):
     x, kernel, _ = arguments(1, 5, 1, 16, 3, dtype)
     segments = jnp.zeros((1, 5), jnp.int32) if segments else None
     variables = {"params": {"kernel": kernel}, "cache": {"inputs": jnp.zeros((1, 2, 1, 16), dtype)}}
@@ -145,6 +146,25 @@ def test_the_layer_uses_it_where_it_serves(calls, options, segments, dtype, used
     options = {name: options.get(name, False) for name in ("normalize", "silu_twice")}
     assert calls == [options] * used
     close(y, formula(x, kernel, **options), 0.0)
+
+
+@pytest.mark.parametrize(
+    "options, segments, dtype, word",
+    [
+        (dict(), False, f32, "x is float32"),
+        (dict(), True, bf16, "there are segments"),
+        (dict(decode=True), False, bf16, "tokens before x"),
+    ],
+    ids=str,
+)
+def test_the_named_kernel_never_falls_back(calls, options, segments, dtype, word):
+    x, kernel, _ = arguments(1, 5, 1, 16, 3, dtype)
+    segments = jnp.zeros((1, 5), jnp.int32) if segments else None
+    variables = {"params": {"kernel": kernel}, "cache": {"inputs": jnp.zeros((1, 2, 1, 16), dtype)}}
+    layer = ShortConvolution(3, **options, implementation="pallas")
+    with jla.pallas.interpret(), pytest.raises(NotImplementedError, match=word):
+        layer.apply(variables, x, segments, mutable=["cache"])
+    assert not calls
 
 
 @pytest.mark.parametrize("decode", [False, True])

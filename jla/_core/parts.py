@@ -1,5 +1,6 @@
-"""Mathematics that two implementations share, in plain jax.numpy: ABC's gates, and PaTH's maps and
-cache. docs/gsa.md and docs/path_attention.md derive the formulas."""
+"""Mathematics that several implementations share, in plain jax.numpy: the l2 norm, what Kimi Delta
+Attention and Mamba-2 make of their projections, ABC's gates, and PaTH's maps and cache.
+docs/gsa.md and docs/path_attention.md derive the formulas of the last two."""
 
 import functools
 
@@ -10,7 +11,8 @@ from jax import lax
 from jla._core import blockwise
 from jla._core.cache import PathCache, counted, places
 from jla._core.lengths import is_symbolic_dim
-from jla._core.states import zero_state
+from jla._core.states import with_rank, zero_state
+from jla._core.types import GateBiases, GateRates, RawGates
 
 f32, i32 = jnp.float32, jnp.int32
 # For what moves queries and keys: a product of hundreds of maps keeps every rounding.
@@ -20,6 +22,46 @@ exactly = functools.partial(jax.default_matmul_precision, "highest")
 NEVER = -1e30
 # Tokens in a chunk: queries are moved past so many keys at once.
 CHUNK = 64
+
+
+def l2norm(x, epsilon=1e-6):
+    """`x / sqrt(sum(x**2) + epsilon)` over the last axis, computed in float32, in x's dtype."""
+    x32 = x.astype(f32)
+    squares = jnp.sum(x32 * x32, axis=-1, keepdims=True)
+    return (x32 * lax.rsqrt(squares + epsilon)).astype(x.dtype)
+
+
+def kda_decays(
+    f: RawGates, A_log: GateRates, dt_bias: GateBiases, lower_bound: float | None = None
+) -> jax.Array:
+    """KDA's natural-log decays of the projection f [..., HV, K], float32; see `jla.kda_gate`."""
+    shifted = f.astype(f32) + with_rank(dt_bias, f.ndim)
+    rate = with_rank(jnp.exp(A_log)[:, None], f.ndim)
+    if lower_bound is None:
+        return -rate * jax.nn.softplus(shifted)
+    return lower_bound * jax.nn.sigmoid(rate * shifted)
+
+
+def kda_operands(f, A_log, dt_bias, beta, lower_bound=None, real=None):
+    """KDA's decays and write strengths; where a token is not `real` [...], if given, both are 0."""
+    g = kda_decays(f, A_log, dt_bias, lower_bound)
+    if real is None:
+        return g, beta
+    return jnp.where(real[..., None, None], g, 0.0), jnp.where(real[..., None], beta, 0)
+
+
+def mamba2_operands(u, logits, dt, skip):
+    """What Mamba-2 gives log-linear attention, and what passes it by.
+
+    Args:
+      u: [..., H, V]. logits: [..., H, L]. dt: [..., H], float32. skip: [H], float32.
+
+    Returns:
+      The values dt u, in u's dtype, the level scales softplus(logits), and skip u; float32.
+    """
+    u32 = u.astype(f32)
+    values = (dt[..., None] * u32).astype(u.dtype)
+    return values, jax.nn.softplus(logits.astype(f32)), with_rank(skip[:, None], u.ndim) * u32
 
 
 def abc_gates(s, starts=None):

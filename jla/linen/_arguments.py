@@ -117,6 +117,15 @@ def check_cache(layer, **entries):
             )
 
 
+def own_choice(implementation):
+    """The implementation of a layer's norms and convolutions, of that of its mechanism.
+
+    They choose by themselves if it is None or names kernels, for what the mechanism's kernels serve
+    theirs need not. The formulas they take with it.
+    """
+    return implementation if implementation in ("reference", "xla") else None
+
+
 def unless_initializing(layer, run):
     """`run` itself; in `init`, a function that returns zeros of the shapes that `run` returns.
 

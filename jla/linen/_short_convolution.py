@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jla import _dispatch
-from jla.linen._arguments import check_cache, uniform
-from jla.linen._normalize import l2norm
+from jla import _fused
+from jla._core.parts import l2norm
+from jla.linen._arguments import check_cache, own_choice, uniform
 from jla.linen._padding import take_tokens
 
 f32 = jnp.float32
@@ -34,8 +34,8 @@ class ShortConvolution(nn.Module):
       kernel_init: the kernel's initializer; `U(-W**-0.5, W**-0.5)`, as torch's Conv1d has it.
       normalize: whether a head's vector is divided by its length, as `l2norm` does it.
       silu_twice: whether there is a second SiLU upon the first: that of a feature map.
-      implementation: "reference" or "xla" for the formula, None or "pallas" for the GPU kernel
-        where it can serve, and the formula elsewhere.
+      implementation: "reference" or "xla" for the formula, "pallas" for the GPU kernel (what it
+        cannot serve raises NotImplementedError), None for the fastest that supports the arguments.
       decode: whether to keep the last W - 1 inputs, [B, W - 1, H, D], as "inputs" in the "cache"
         collection.
     """
@@ -63,46 +63,41 @@ class ShortConvolution(nn.Module):
         Returns:
           [B, T, H, D] in x's dtype.
         """
-        B, T, *channels = x.shape
+        B, _, *channels = x.shape
         past = self.size - 1
         kernel = self.param("kernel", self.kernel_init, (self.size, *channels), self.param_dtype)
-        if not (self.decode or self.is_initializing()) and segments is None:
-            run = _dispatch.kernel("short_convolution", self.implementation, x, kernel)
-            if run is not None:
-                return run(x, kernel, normalize=self.normalize, silu_twice=self.silu_twice)
         check_cache(self, inputs=((B, past, *channels), x.dtype))
-        # The first W - 1 entries of `window` are the tokens before this call.
+        before = None
         if self.decode:
             cache = self.variable("cache", "inputs", jnp.zeros, (B, past, *channels), x.dtype)
-            window = jnp.concatenate([cache.value, x], axis=1)
+            before = cache.value
         if self.is_initializing():
             return x  # of the output's shape; see `_arguments.unless_initializing`
-        if not self.decode:
-            window = jnp.pad(x, ((0, 0), (past, 0), (0, 0), (0, 0)))
-        if segments is not None:
-            window_segments = jnp.pad(segments, ((0, 0), (past, 0)))
-
-        y = jnp.zeros(x.shape, f32)
-        for i in range(self.size):
-            tap = window[:, i : i + T].astype(f32)
-            if segments is not None:
-                same = window_segments[:, i : i + T] == segments
-                tap = jnp.where(same[..., None, None], tap, 0.0)
-            y = y + kernel[i].astype(f32)[None, None] * tap
-
         if self.decode:
-            if segments is not None:
-                same = window_segments == segments[:, -1:]
-                window = jnp.where(same[..., None, None], window, 0.0)
-            if lengths is None:
-                cache.value = window[:, T:]
-            else:
-                cache.value = take_tokens(
-                    window, lengths[:, None] + jnp.arange(past, dtype=jnp.int32)[None]
-                )
-        y = nn.silu(y)
-        y = (nn.silu(y) if self.silu_twice else y).astype(x.dtype)
-        return l2norm(y) if self.normalize else y
+            cache.value = _last_inputs(before, x, segments, lengths)
+        return _fused.short_convolution(
+            x,
+            kernel,
+            before,
+            segments,
+            normalize=self.normalize,
+            silu_twice=self.silu_twice,
+            implementation=self.implementation,
+        )
+
+
+def _last_inputs(before, x, segments, lengths):
+    """The next call's past: the last tokens of `before` [B, past, H, D] and x together. Those of
+    another segment than the row's last are zeros, and those behind `lengths` do not count."""
+    past = before.shape[1]
+    window = jnp.concatenate([before, x], axis=1)
+    if segments is not None:
+        same = jnp.pad(segments, ((0, 0), (past, 0))) == segments[:, -1:]
+        window = jnp.where(same[..., None, None], window, 0.0)
+    if lengths is None:
+        return window[:, x.shape[1] :]
+    places = lengths[:, None] + jnp.arange(past, dtype=jnp.int32)[None]
+    return take_tokens(window, places)
 
 
 def convolutions(layer, segments, lengths, without=nn.silu):
@@ -128,7 +123,7 @@ def convolutions(layer, segments, lengths, without=nn.silu):
             param_dtype=layer.param_dtype,
             normalize=normalize,
             silu_twice=silu_twice,
-            implementation=layer.implementation,
+            implementation=own_choice(layer.implementation),
             decode=layer.decode,
             name=name,
         )

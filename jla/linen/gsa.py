@@ -154,7 +154,7 @@ class GatedSlotAttention(nn.Module):
             axes=2,
             param_dtype=self.param_dtype,
             input_activation=nn.silu,
-            implementation=self.implementation,
+            implementation=_arguments.own_choice(self.implementation),
             name="g_norm",
         )
         return restore(projected(norm(o), dense, inputs.shape[-1]))

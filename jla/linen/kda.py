@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jla import _dispatch
+from jla import _fused
 from jla._core import checks
-from jla.kda import kda, kda_gate, kda_step
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm
 from jla.linen._padding import arrange
@@ -172,8 +171,6 @@ class KimiDeltaAttention(nn.Module):
         beta = nn.sigmoid(dense(HV, name="b_proj")(x).astype(f32))
         if self.allow_negative_eigenvalues:
             beta = 2.0 * beta
-        if real is not None:
-            beta = jnp.where(real[..., None], beta, 0.0)
 
         o = self._mechanism(q, k, v, (f, A_log, dt_bias), beta, real, segments)
 
@@ -182,33 +179,25 @@ class KimiDeltaAttention(nn.Module):
         o = RMSNorm(
             self.norm_epsilon,
             param_dtype=self.param_dtype,
-            implementation=self.implementation,
+            implementation=_arguments.own_choice(self.implementation),
             name="o_norm",
         )(o, gate, gate_bias)
         return restore(projected(o, dense, inputs.shape[-1]))
 
     def _mechanism(self, q, k, v, gate, beta, real, segments):
-        """Runs `kda`, or `kda_step` for one token, from the cached state if there is one.
+        """Runs KDA, or one step of it for one token, from the cached state if there is one.
 
-        `gate`: what `kda_gate` takes. Where the kernels serve they make the gates, too.
+        `gate`: the projection, A_log and dt_bias.
         """
         bound = self.gate_lower_bound
         if bound is not None:
             checks.check_negative("gate_lower_bound", bound)
-        gated = None
-        if real is None:  # the kernel knows nothing of padding
-            gated = _dispatch.kernel("kda_gated", self.implementation, q, k, v, gate[0])
-        if gated is None:
-            g = _arguments.unless_initializing(self, kda_gate)(*gate, lower_bound=bound)
-            if real is not None:
-                g = jnp.where(real[..., None, None], g, 0.0)
+        options = dict(lower_bound=bound, implementation=self.implementation)
+        f, *gate = gate
 
         def run(initial_state=None):
-            if gated is None:
-                options = dict(segment_ids=segments, implementation=self.implementation)
-                return kda(q, k, v, g, beta, initial_state=initial_state, **options)
-            options = dict(scale=q.shape[3] ** -0.5, lower_bound=bound)
-            return gated(q, k, v, *gate, beta, initial_state, segments, **options)
+            where = dict(initial_state=initial_state, segment_ids=segments, real=real)
+            return _fused.kda_from_projection(q, k, v, f, *gate, beta, **where, **options)
 
         run = _arguments.unless_initializing(self, run)
         if not self.decode:
@@ -216,9 +205,10 @@ class KimiDeltaAttention(nn.Module):
         shape = (v.shape[0], v.shape[2], k.shape[3], v.shape[3])
         cache = self.variable("cache", "recurrent_state", jnp.zeros, shape, f32)
         if q.shape[1] == 1:
-            token = (x[:, 0] for x in (q, k, v, g, beta))
-            step = _arguments.unless_initializing(self, kda_step)
-            o, state = step(*token, cache.value, implementation=self.implementation)
+            *token, beta = (x[:, 0] for x in (q, k, v, f, beta))
+            step = _arguments.unless_initializing(self, _fused.kda_step_from_projection)
+            options |= dict(real=None if real is None else real[:, 0])
+            o, state = step(*token, *gate, beta, cache.value, **options)
             o = o[:, None]
         else:
             o, state = run(cache.value)

@@ -8,17 +8,18 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from jla import _dispatch
+from jla import _fused
 from jla._core import alignment, checks
 from jla._core.lengths import is_symbolic_dim
+from jla._core.parts import mamba2_operands
 from jla._core.states import with_rank
 from jla.linen import _arguments
-from jla.linen._normalize import RMSNorm, gated_norm
+from jla.linen._normalize import GatedRMSNorm
 from jla.linen._padding import arrange
 from jla.linen._projections import projected
 from jla.linen._short_convolution import convolutions
 from jla.linen.kda import _dt_bias_init
-from jla.log_linear import LogLinearState, log_linear_attention, log_linear_step
+from jla.log_linear import LogLinearState
 
 f32 = jnp.float32
 
@@ -84,13 +85,6 @@ def _decays(d, A_log, dt_bias):
     """The gates, and dt, of the projection d [B, T, H]; float32."""
     dt = nn.softplus(d.astype(f32) + dt_bias[None, None])
     return -jnp.exp(A_log)[None, None] * dt, dt
-
-
-def _made(u, logits, dt, skip):
-    """What is made for the mechanism: the level scales, the values dt u, and what skips it."""
-    u32 = u.astype(f32)
-    v = (dt[..., None] * u32).astype(u.dtype)
-    return nn.softplus(logits.astype(f32)), v, skip[None, None, :, None] * u32
 
 
 class LogLinearMamba2(nn.Module):
@@ -235,48 +229,34 @@ class LogLinearMamba2(nn.Module):
         dt_bias = parameter("dt_bias", _dt_bias_init, (H,))
         skip = parameter("D", nn.initializers.ones, (H,))
         g, dt = _arguments.unless_initializing(self, _decays)(d[..., 0], A_log, dt_bias)
-        gates = g, logits, dt, skip
-        o = self._mechanism(q, k, u, gates, real, lengths, segments)
+        o = self._mechanism(q, k, u, (g, logits, dt), skip, real, lengths, segments)
 
-        norm = RMSNorm(
+        norm = GatedRMSNorm(
             self.norm_epsilon,
-            axes=2,
             param_dtype=self.param_dtype,
-            implementation=self.implementation,
+            implementation=_arguments.own_choice(self.implementation),
             name="o_norm",
         )
         # At a padded token o may be NaN, beyond the last level.
-        o = gated_norm(norm, o, z, real)
+        o = norm(o, z, real)
         return restore(projected(o, dense, inputs.shape[-1]))
 
-    def _mechanism(self, q, k, u, gates, real, lengths, segments):
-        """The mechanism's outputs for the values dt u, and skip u.
-
-        Runs `log_linear_attention`, or `log_linear_step` for one token, from the cached state if
-        there is one. Where kernels serve and there is no state they make the values and the level
-        scales and add the skip, too.
-        """
-        if not self.decode:
-            run = _dispatch.kernel("log_linear_mamba2", self.implementation, q, k, u)
-            if run is not None:
-                run = _arguments.unless_initializing(self, run)
-                return run(q, k, u, *gates, segments)
-        g = gates[0]
-        level_scales, v, skipped = _arguments.unless_initializing(self, _made)(u, *gates[1:])
-        run = functools.partial(
-            log_linear_attention, segment_ids=segments, implementation=self.implementation
-        )
+    def _mechanism(self, q, k, u, gates, skip, real, lengths, segments):
+        """Runs the mechanism, or one step of it for one token, from the cached state if there is
+        one."""
+        options = dict(implementation=self.implementation)
+        run = functools.partial(_fused.log_linear_mamba2, segment_ids=segments, **options)
         run = _arguments.unless_initializing(self, run)
         if not self.decode:
-            return run(q, k, v, g, level_scales)[0].astype(f32) + skipped
-        (B, _, H, V), K, L = v.shape, k.shape[3], level_scales.shape[3]
+            return run(q, k, u, *gates, skip)[0]
+        (B, _, H, V), K, L = u.shape, k.shape[3], gates[1].shape[3]
         levels = self.variable("cache", "levels", jnp.zeros, (B, H, L, K, V), f32)
         position = self.variable("cache", "position", jnp.zeros, (B,), jnp.int32)
         before = LogLinearState(levels.value, position.value)
         if q.shape[1] == 1:
-            token = (x[:, 0] for x in (q, k, v, g, level_scales))
-            step = _arguments.unless_initializing(self, log_linear_step)
-            o, state = step(*token, before, implementation=self.implementation)
+            token = (x[:, 0] for x in (q, k, u, *gates))
+            step = _arguments.unless_initializing(self, _fused.log_linear_mamba2_step)
+            o, state = step(*token, skip, before, **options)
             o = o[:, None]
             if real is not None:
                 state = LogLinearState(
@@ -284,13 +264,14 @@ class LogLinearMamba2(nn.Module):
                     jnp.where(real[:, 0], state.position, before.position),
                 )
         else:
-            o, state = run(q, k, v, g, level_scales, initial_state=before)
+            o, state = run(q, k, u, *gates, skip, initial_state=before)
             if real is not None:
                 state_after = _arguments.unless_initializing(self, alignment.state_after)
-                state = state_after(lengths, k, v, g, before, segments)
+                v = mamba2_operands(u, gates[1], gates[2], skip)[0]
+                state = state_after(lengths, k, v, gates[0], before, segments)
         if not self.is_initializing():
             levels.value, position.value = state
-        return o.astype(f32) + skipped
+        return o
 
     def _sizes(self, inputs, mask, segment_ids):
         """Checks the call's arguments and the attributes; returns H, HK, K, V and L."""

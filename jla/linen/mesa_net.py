@@ -152,7 +152,7 @@ class MesaNet(nn.Module):
             self.norm_epsilon,
             param_dtype=self.param_dtype,
             activation=nn.silu,
-            implementation=self.implementation,
+            implementation=_arguments.own_choice(self.implementation),
             name="o_norm",
         )(o, gate)
         return restore(projected(o, dense, inputs.shape[-1]))

@@ -8,8 +8,9 @@ from flax import linen as nn
 
 from jla._core import checks
 from jla._core.cache import PathCache, without_rest
+from jla._core.parts import l2norm
 from jla.linen import _arguments
-from jla.linen._normalize import RMSNorm, l2norm
+from jla.linen._normalize import RMSNorm
 from jla.linen._padding import arrange
 from jla.linen._projections import projected
 from jla.linen._short_convolution import convolutions
@@ -141,7 +142,7 @@ class PaTHAttention(nn.Module):
                 RMSNorm,
                 self.norm_epsilon,
                 param_dtype=self.param_dtype,
-                implementation=self.implementation,
+                implementation=_arguments.own_choice(self.implementation),
             )
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         if self.w_rank is None:

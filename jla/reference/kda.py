@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._core.parts import kda_operands
 from jla._core.segments import segment_starts
 from jla._core.states import repeated, zero_state
 
@@ -45,3 +46,11 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
     time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta, starts))
     state, o = lax.scan(token, initial_state, time_major)
     return jnp.moveaxis(o, 0, 1), state
+
+
+def kda_from_projection(
+    q, k, v, f, A_log, dt_bias, beta, initial_state, segment_ids, real, *, scale, lower_bound
+):  # fmt: skip
+    """`kda` with the decays of its formula. See `jla._fused.kda_from_projection`."""
+    g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
+    return kda(q, k, v, g, beta, initial_state, segment_ids, scale=scale)

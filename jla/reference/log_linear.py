@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._core.lengths import is_symbolic_dim
+from jla._core.parts import mamba2_operands
 from jla._core.segments import segment_starts
 from jla._core.states import LogLinearState, moved_on, repeated, zero_log_linear_state
 
@@ -86,3 +87,10 @@ def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
         state, o = span(state, [x[whole:] for x in time_major])
         outputs.append(o)
     return jnp.moveaxis(jnp.concatenate(outputs), 0, 1), state
+
+
+def log_linear_mamba2(q, k, u, g, logits, dt, skip, segment_ids):
+    """`log_linear_attention` with Mamba-2's values and skip. See `jla._fused.log_linear_mamba2`."""
+    v, level_scales, skipped = mamba2_operands(u, logits, dt, skip)
+    o, _ = log_linear_attention(q, k, v, g, level_scales, None, segment_ids)
+    return (o.astype(f32) + skipped).astype(u.dtype)

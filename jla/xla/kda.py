@@ -8,12 +8,14 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._core import blockwise
+from jla._core.parts import kda_operands
 from jla._core.segments import segment_starts
 from jla._core.states import hidden, repeated, zero_state
 from jla.reference.kda import kda_step
 from jla.xla import chunks
 
-__all__ = ["kda", "kda_step"]  # one token has no chunks: its step is the definition's
+# One token has no chunks: its step is the definition's.
+__all__ = ["kda", "kda_from_projection", "kda_step"]
 
 f32 = jnp.float32
 
@@ -41,6 +43,14 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
     span = jax.checkpoint(span, prevent_cse=False, policy=policy)
     state, o = lax.scan(span, blockwise.transposed(hidden(initial_state)), inputs)
     return blockwise.join(o, T), hidden(blockwise.transposed(state))
+
+
+def kda_from_projection(
+    q, k, v, f, A_log, dt_bias, beta, initial_state, segment_ids, real, *, scale, lower_bound
+):  # fmt: skip
+    """`kda` with the decays of its formula. See `jla._fused.kda_from_projection`."""
+    g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
+    return kda(q, k, v, g, beta, initial_state, segment_ids, scale=scale)
 
 
 def _span(size, scale, state, inputs):

@@ -9,10 +9,12 @@ from jax import lax
 
 from jla._core import alignment, blockwise
 from jla._core.lengths import chunk_size, is_symbolic_dim
+from jla._core.parts import mamba2_operands
 from jla._core.states import repeated
 from jla.reference.log_linear import log_linear_step
 
-__all__ = ["log_linear_attention", "log_linear_step"]  # the step is the definition's
+# The step is the definition's.
+__all__ = ["log_linear_attention", "log_linear_mamba2", "log_linear_step"]
 
 f32 = jnp.float32
 
@@ -25,6 +27,13 @@ CHUNK = 64
 def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
     """Tokens in their seats, all chunks at once. See `jla.log_linear_attention`."""
     return alignment.seated(_core, q, k, v, g, level_scales, initial_state, segment_ids)
+
+
+def log_linear_mamba2(q, k, u, g, logits, dt, skip, segment_ids):
+    """`log_linear_attention` with Mamba-2's values and skip. See `jla._fused.log_linear_mamba2`."""
+    v, level_scales, skipped = mamba2_operands(u, logits, dt, skip)
+    o, _ = log_linear_attention(q, k, v, g, level_scales, None, segment_ids)
+    return (o.astype(f32) + skipped).astype(u.dtype)
 
 
 @jax.checkpoint

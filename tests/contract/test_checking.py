@@ -12,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from mechanisms import MECHANISMS
 
 import jla
-from jla import _dispatch
+from jla import _fused
 
 # The argument of which a mechanism wants rows of length 1, and the largest beta it takes.
 UNIT = {"kda": "k", "path": "w"}
@@ -189,11 +189,13 @@ def test_kernels():
     args = {n: x.astype(jnp.bfloat16) if n in "qkv" else x for n, x in args.items()}
     args["v"] = jnp.pad(args["v"], ((0, 0), (0, 0), (0, 8)))
     args["state"] = jnp.pad(args["state"], ((0, 0), (0, 0), (0, 0), (0, 8)))
-    q = jnp.zeros((1, 2, 1, 64), jnp.bfloat16)
+    q, beta = jnp.zeros((1, 2, 1, 64), jnp.bfloat16), jnp.zeros((1, 2, 1))
+    gated = functools.partial(_fused.kda_from_projection, implementation="pallas")
+    layer = q, q, q, q, jnp.zeros(1), jnp.zeros((1, 64)), beta
     with jla.pallas.interpret():
-        assert _dispatch.kernel("kda_gated", "pallas", q, q, q, q) is not None
+        assert "debug_callback[" not in str(jax.make_jaxpr(gated)(*layer))
         with jla.checking():
-            assert _dispatch.kernel("kda_gated", "pallas", q, q, q, q) is None
+            assert str(jax.make_jaxpr(gated)(*layer)).count("debug_callback[") == 1
             program = jax.make_jaxpr(lambda args: jla.kda_step(**args, implementation="pallas"))
             assert str(program(args)).count("debug_callback[") == 1
 

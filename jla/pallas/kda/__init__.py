@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jla._core.axes import KDA, letters
 from jla._core.derivatives import reverse_only
+from jla._core.parts import kda_operands
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, for_each_row, shardwise
 from jla._core.states import repeated
@@ -25,7 +26,7 @@ from jla.pallas.kda.backward import chunk_gradients
 from jla.pallas.kda.prepare import prepare
 from jla.pallas.kda.step import kda_step
 
-__all__ = ["kda", "kda_gated", "kda_step", "unsupported"]
+__all__ = ["kda", "kda_from_projection", "kda_step", "unsupported"]
 
 bf16, f32 = jnp.bfloat16, jnp.float32
 
@@ -46,14 +47,12 @@ _KEPT = {
 }
 
 
-def unsupported(name, q, k, v, *others):
+def unsupported(name, q, k, v, *_):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     if name == "kda_step":
         return step.unsupported(q, k, v)
     if q.dtype == f32:
         return "q, k and v are float32, and the kernels take bfloat16 and float16"
-    if name == "kda_gated":
-        return gate.unsupported(*others)
     return None
 
 
@@ -64,6 +63,10 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
 
     All products take bfloat16 operands and add in float32, float16 inputs included.
     """
+    return _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale)
+
+
+def _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale):
     if segment_ids is not None:
         # A first token that lets nothing through is all there is to a border.
         starts = segment_starts(segment_ids)[:, :, None, None]
@@ -73,14 +76,18 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
 
 @functools.partial(jax.jit, static_argnames=("scale", "lower_bound"))
 @reverse_only("jla.kda")
-def kda_gated(
-    q, k, v, f, A_log, dt_bias, beta, initial_state, segment_ids, *, scale, lower_bound
+def kda_from_projection(
+    q, k, v, f, A_log, dt_bias, beta, initial_state, segment_ids, real=None, *, scale, lower_bound
 ):  # fmt: skip
-    """`kda` with the gates that `jla.kda_gate` makes of f [B, T, HV, K], A_log and dt_bias.
+    """`kda` with the decays that `jla.kda_gate` makes of f [B, T, HV, K], A_log and dt_bias.
 
-    They are made as the kernels take them, and for the backward pass once more: float32 gates are
-    never in memory.
+    They are made as the kernels take them, and for the backward pass once more: float32 decays are
+    never in memory. What `gate.unsupported` names, and padding, get them by the formula instead.
+    See `jla._fused.kda_from_projection`.
     """
+    if real is not None or gate.unsupported(f) is not None:
+        g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
+        return _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale)
     coefficients = for_each_row(gate.coefficients(A_log, dt_bias, lower_bound), f)
     source = f, coefficients, gate.borders(segment_ids, *f.shape[:2])
     return _on_tiles(q, k, v, source, beta, initial_state, scale, lower_bound is not None)

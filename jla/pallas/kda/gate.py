@@ -55,7 +55,7 @@ _F, _COEFFICIENTS, _BORDERS = "B T H K", "B C H K", "B L"
 
 
 def unsupported(f):
-    """Why the kernels cannot serve this projection, or None."""
+    """Why the kernels cannot make the gates of this projection, or None: then the formula does."""
     if f.dtype not in (jnp.bfloat16, f16):
         return f"f is {f.dtype}, and the kernels take bfloat16 and float16"
     if f.shape[-1] % 64:

@@ -60,8 +60,15 @@ SDS = jax.ShapeDtypeStruct
 _OPERANDS = ROWS, SCALE, ROWS, SCALE  # x, scale, gate, bias; so are their gradients
 
 
-def unsupported(name, x, scale, other=None, gate_bias=None):
+def unsupported(
+    name, x, scale, other=None, gate_bias=None, *, activation=None, input_activation=None
+):
     """Why the kernels cannot serve these arguments (`other`: a gate or an update), or None."""
+    for function in (activation, input_activation):
+        if function not in (None, "sigmoid", "silu"):
+            return f"an activation is {function}, and the kernels have sigmoid and silu"
+    if name == "rms_norm_branch" and input_activation is not None:
+        return "there is an input_activation, and the kernel of the residual stream has none"
     reason = unsupported_rows(x, scale, *([] if other is None else [other]))
     if reason is None and gate_bias is not None and gate_bias.shape != x.shape[2:]:
         return f"the gate's bias is {gate_bias.shape}, and a token {x.shape[2:]}"
@@ -93,12 +100,13 @@ def rms_norm(
     return from_rows(x, scale, y)
 
 
-@functools.partial(jax.jit, static_argnames="epsilon")
+@functools.partial(jax.jit, static_argnames=("epsilon", "input_activation"))
 @reverse_only("jla.linen.RMSNorm.branch")
-def rms_norm_branch(x, scale, update=None, *, epsilon):
+def rms_norm_branch(x, scale, update=None, *, epsilon, input_activation=None):
     """`rms_norm` of a residual stream, and the stream: the gradients of both become one array.
 
-    The stream is x, or x + update, rounded before it is normalised.
+    The stream is x, or x + update, rounded before it is normalised. `input_activation` is None, see
+    `unsupported`.
     """
     rows = as_rows(x, scale)
     update = None if update is None else as_rows(update, scale)

@@ -50,8 +50,12 @@ UNROLLED = 4  # tokens of a turn of the loop
 _X, _KERNEL = "B T H D", "B W H D"
 
 
-def unsupported(name, x, kernel):
+def unsupported(name, x, kernel, past=None, segments=None):
     """Why the kernels cannot serve these arguments, or None."""
+    if past is not None:
+        return "there are tokens before x, from a cache, which the kernels do not read"
+    if segments is not None:
+        return "there are segments, which the kernels do not know"
     W, D = kernel.shape[0], x.shape[-1]
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x is {x.dtype}, and the kernels take bfloat16 and float16"
@@ -64,13 +68,14 @@ def unsupported(name, x, kernel):
 
 @functools.partial(jax.jit, static_argnames=("normalize", "silu_twice"))
 @reverse_only("the layers' short convolution")
-def short_convolution(x, kernel, *, normalize, silu_twice=False):
+def short_convolution(x, kernel, past=None, segments=None, *, normalize, silu_twice=False):
     """`silu(sum_i kernel[i] * x_{t - (W - 1 - i)})`, with `normalize` its l2 norm over channels.
 
     Args:
       x: [B, T, H, D], 16 bits. kernel: [W, H, D].
       normalize: whether the heads' vectors are divided by `sqrt(sum(y**2) + 1e-6)`.
       silu_twice: whether there is a second SiLU upon the first, before the norm.
+      past, segments: None, see `unsupported`.
 
     Returns:
       [B, T, H, D] in x's dtype. All arithmetic is float32, and is rounded once.

@@ -1,0 +1,205 @@
+"""Operations of the layers that a kernel can do in one: a layer's formula around its mechanism.
+
+Each is an ordinary operation, chosen among implementations as the public functions are
+(`jla._dispatch.choose`), and private: the layers check the arguments. "reference" and "xla" are the
+formula that the docstring gives; a kernel saves the passes over memory that XLA would make.
+
+What is made inside a kernel cannot be looked at, so inside `jla.checking()` the two operations
+around a mechanism are composed of the public function, which checks values.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jla._core import checking
+from jla._core.parts import kda_operands, mamba2_operands
+from jla._dispatch import choose
+from jla.kda import kda, kda_step
+from jla.log_linear import log_linear_attention, log_linear_step
+
+f32 = jnp.float32
+
+# The activations that kernels have; others can be given as functions.
+_NAMES: dict[object, str] = {jax.nn.sigmoid: "sigmoid", jax.nn.silu: "silu"}
+
+
+def kda_from_projection(
+    q,
+    k,
+    v,
+    f,
+    A_log,
+    dt_bias,
+    beta,
+    *,
+    lower_bound=None,
+    initial_state=None,
+    segment_ids=None,
+    real=None,
+    implementation=None,
+):
+    """Kimi Delta Attention with the decays of a layer's projection f:
+
+        o, state = kda(q, k, v, kda_gate(f, A_log, dt_bias, lower_bound), beta)
+
+    The kernels make the decays themselves where f has 16 bits, its features are a multiple of 64
+    and there is neither a single token nor padding. Elsewhere the formula makes them, and the
+    mechanism's kernels run as they do for `jla.kda`.
+
+    Args:
+      f: [B, T, HV, K]. A_log: [HV], float32. dt_bias: [HV, K], float32.
+      lower_bound: None, or a negative number, see `jla.kda_gate`.
+      real: bool [B, T] or None: other tokens neither decay nor write.
+      q, k, v, beta, initial_state, segment_ids, implementation: see `jla.kda`.
+
+    Returns:
+      o and the state, as `jla.kda`.
+    """
+    if checking.on():
+        g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
+        options = dict(initial_state=initial_state, segment_ids=segment_ids)
+        return kda(q, k, v, g, beta, **options, implementation=implementation)
+    arrays = q, k, v, f, A_log, dt_bias, beta
+    run = choose("kda_from_projection", implementation, *arrays)
+    options = dict(scale=q.shape[3] ** -0.5, lower_bound=lower_bound)
+    return run(*arrays, initial_state, segment_ids, real, **options)
+
+
+def kda_step_from_projection(
+    q, k, v, f, A_log, dt_bias, beta, state, *, lower_bound=None, real=None, implementation=None
+):
+    """One token of `kda_from_projection`; arrays without the axis of time, `real` is [B]."""
+    g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
+    return kda_step(q, k, v, g, beta, state, implementation=implementation)
+
+
+def log_linear_mamba2(
+    q, k, u, g, logits, dt, skip, *, initial_state=None, segment_ids=None, implementation=None
+):
+    """Log-linear attention as Mamba-2 has it, with values dt u and a skip:
+
+        o = log_linear_attention(q, k, dt u, g, softplus(logits)) + skip u
+
+    The kernels put dt, the softplus and the skip into the weights with which tokens are read. With
+    an initial state, the public function and the formula make the same.
+
+    Args:
+      u: [B, T, H, V]. logits: [B, T, H, L]. dt: [B, T, H], float32. skip: [H], float32.
+      q, k, g, initial_state, segment_ids, implementation: see `jla.log_linear_attention`.
+
+    Returns:
+      o, [B, T, H, V] in u's dtype; the state after the last token if there is an initial state, and
+      else None.
+    """
+    if initial_state is None and not checking.on():
+        arrays = q, k, u, g, logits, dt, skip
+        run = choose("log_linear_mamba2", implementation, *arrays)
+        return run(*arrays, segment_ids), None
+    v, level_scales, skipped = mamba2_operands(u, logits, dt, skip)
+    options = dict(initial_state=initial_state, segment_ids=segment_ids)
+    o, state = log_linear_attention(
+        q, k, v, g, level_scales, **options, implementation=implementation
+    )
+    o = (o.astype(f32) + skipped).astype(u.dtype)
+    return o, None if initial_state is None else state
+
+
+def log_linear_mamba2_step(q, k, u, g, logits, dt, skip, state, *, implementation=None):
+    """One token of `log_linear_mamba2`; arrays without the axis of time."""
+    v, level_scales, skipped = mamba2_operands(u, logits, dt, skip)
+    o, state = log_linear_step(q, k, v, g, level_scales, state, implementation=implementation)
+    return (o.astype(f32) + skipped).astype(u.dtype), state
+
+
+def rms_norm(
+    x,
+    scale,
+    gate=None,
+    gate_bias=None,
+    *,
+    epsilon,
+    activation="sigmoid",
+    input_activation=None,
+    implementation=None,
+):
+    """RMSNorm over the last axes, as many as the scale has, with a gate behind it:
+
+        y = x / sqrt(mean(x**2) + epsilon) * scale * activation(gate + gate_bias)
+
+    Args:
+      x: [B, T, D] or [B, T, H, D]. scale: [D], or [H, D] for one norm over all heads.
+      gate: as x, or None. gate_bias: as a token of the gate, or None.
+      activation: of the gate; "sigmoid", "silu" or a function.
+      input_activation: the same, of x before it is normalised; None for none.
+      implementation: see `jla._dispatch.choose`.
+
+    Returns:
+      x's shape and dtype, computed in float32 and rounded once.
+    """
+    arrays = tuple(a for a in (x, scale, gate, gate_bias) if a is not None)
+    options = dict(input_activation=_NAMES.get(input_activation, input_activation))
+    if gate is not None:
+        options["activation"] = _NAMES.get(activation, activation)
+    run = choose("rms_norm", implementation, *arrays, **options)
+    return run(*arrays, epsilon=epsilon, **options)
+
+
+def rms_norm_branch(x, scale, update=None, *, epsilon, input_activation=None, implementation=None):
+    """The norm of a residual stream, and the stream: the update is added on the way.
+
+        stream = x + update;  y = rms_norm(stream, scale)
+
+    For checkpoint policies the sum is named "residual_stream".
+
+    Args:
+      x, scale, input_activation: as `rms_norm`. update: as x, or None.
+
+    Returns:
+      y and the stream, of x's shape and dtype.
+    """
+    arrays = (x, scale) if update is None else (x, scale, update)
+    options = dict(input_activation=_NAMES.get(input_activation, input_activation))
+    run = choose("rms_norm_branch", implementation, *arrays, **options)
+    return run(*arrays, epsilon=epsilon, **options)
+
+
+def gated_norm(x, gate, scale, real=None, *, epsilon, implementation=None):
+    """RMSNorm over all heads of a token, behind a gate, as Mamba-2 has it:
+
+        y = rms_norm(x silu(gate), scale)
+
+    Args:
+      x, gate: [B, T, H, D]. scale: [H, D].
+      real: bool [B, T], False where the result is zero whatever x is; or None.
+
+    Returns:
+      The gate's shape and dtype, computed in float32 and rounded once.
+    """
+    arrays = (x, gate, scale) if real is None else (x, gate, scale, real)
+    return choose("gated_norm", implementation, *arrays)(*arrays, epsilon=epsilon)
+
+
+def short_convolution(
+    x, kernel, past=None, segments=None, *, normalize=False, silu_twice=False, implementation=None
+):
+    """A depthwise causal convolution over time of W taps, and SiLU:
+
+        y_t = silu(sum_i kernel[i] x_{t - (W - 1 - i)})
+
+    then, if asked for, another SiLU and the l2 norm of each head's vector.
+
+    Args:
+      x: [B, T, H, D]. kernel: [W, H, D].
+      past: the W - 1 tokens before x, [B, W - 1, H, D]; zeros if None.
+      segments: int32 [B, T], numbered 0, 1, ... in order, or None: no window reaches over a border.
+        The past belongs to segment 0.
+      normalize: whether a head's vector is divided by its length, see `parts.l2norm`.
+      silu_twice: whether there is a second SiLU upon the first.
+
+    Returns:
+      x's shape and dtype, summed in float32.
+    """
+    arrays = x, kernel, past, segments
+    options = dict(normalize=normalize, silu_twice=silu_twice)
+    run = choose("short_convolution", implementation, *arrays)
+    return run(*arrays, **options)

@@ -1,0 +1,74 @@
+"""The layers' norms and short convolution: the definitions, in plain jax.numpy and float32."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jla._core.parts import l2norm
+from jla._core.states import with_rank
+
+f32 = jnp.float32
+
+ACTIVATIONS = {"sigmoid": jax.nn.sigmoid, "silu": jax.nn.silu}
+
+
+def rms_norm(
+    x, scale, gate=None, gate_bias=None, *, epsilon, activation="sigmoid", input_activation=None
+):
+    """See `jla._fused.rms_norm`."""
+    # Not `nn.RMSNorm` and a product, because that does not run with a bfloat16 scale under strict
+    # dtype promotion.
+    x32 = x.astype(f32)
+    if input_activation is not None:
+        x32 = _function(input_activation)(x32)
+    mean_square = jnp.mean(x32 * x32, axis=tuple(range(-scale.ndim, 0)), keepdims=True)
+    scale = with_rank(scale.astype(f32), x.ndim)
+    normed = x32 * lax.rsqrt(mean_square + epsilon) * scale
+    if gate is not None:
+        gate = gate.astype(f32)
+        if gate_bias is not None:
+            gate = gate + with_rank(gate_bias.astype(f32), gate.ndim)
+        normed = normed * _function(activation)(gate)
+    return normed.astype(x.dtype)
+
+
+def rms_norm_branch(x, scale, update=None, *, epsilon, input_activation=None):
+    """See `jla._fused.rms_norm_branch`."""
+    if update is not None:
+        x = checkpoint_name(x + update, "residual_stream")
+    return rms_norm(x, scale, epsilon=epsilon, input_activation=input_activation), x
+
+
+def gated_norm(x, gate, scale, real=None, *, epsilon):
+    """See `jla._fused.gated_norm`."""
+    if real is not None:
+        x = jnp.where(real[..., None, None], x, 0)
+    gated = x.astype(f32) * jax.nn.silu(gate.astype(f32))
+    return rms_norm(gated, scale, epsilon=epsilon).astype(gate.dtype)
+
+
+def short_convolution(x, kernel, past=None, segments=None, *, normalize, silu_twice=False):
+    """See `jla._fused.short_convolution`."""
+    T, W = x.shape[1], kernel.shape[0]
+    # The first W - 1 entries of `window` are the tokens before this call.
+    if past is None:
+        window = jnp.pad(x, ((0, 0), (W - 1, 0), (0, 0), (0, 0)))
+    else:
+        window = jnp.concatenate([past, x], axis=1)
+    if segments is not None:
+        window_segments = jnp.pad(segments, ((0, 0), (W - 1, 0)))
+    y = jnp.zeros(x.shape, f32)
+    for i in range(W):
+        tap = window[:, i : i + T].astype(f32)
+        if segments is not None:
+            same = window_segments[:, i : i + T] == segments
+            tap = jnp.where(same[..., None, None], tap, 0.0)
+        y = y + kernel[i].astype(f32)[None, None] * tap
+    y = jax.nn.silu(y)
+    y = (jax.nn.silu(y) if silu_twice else y).astype(x.dtype)
+    return l2norm(y) if normalize else y
+
+
+def _function(activation):
+    return ACTIVATIONS.get(activation, activation)
