@@ -1,16 +1,24 @@
-"""Seats: what lets a core of log-linear attention see only sequences that start at position 0.
+"""Slots: how log-linear attention handles segments and continued sequences.
 
-The level of two tokens is 1 plus the highest bit in which their positions differ. A segment of n
-tokens that is put at a multiple of `2**ceil(log2 n)` can be told by that rule from where its tokens
-sit, for the low bits of their seats are their positions. Sorted by this size, the largest first,
-all segments of a row fit behind each other, each at a multiple of its own size, and take less than
-twice the row. Borders are data: one compiled program serves all.
+A core of log-linear attention is given only sequences that start at position 0. The level of two
+tokens is 1 plus the highest bit in which their positions differ. If a segment of n tokens starts at
+a multiple of `2**ceil(log2 n)`, the low bits of its tokens' slots are their positions, and the core
+finds the levels from the slots alone. One row of 11 tokens, in segments a (3), b (6) and c (2):
 
-A row's first segment may go on from a state at position p. It is then seated at an offset, p modulo
-its size, so that the low bits are right again; what it may cross is one multiple of its size, where
-the carry can run through higher bits of the position than there are seats: for the tokens after it,
-one level's scale is exchanged (`_seated_scales`). What they read from the state, and the state that
-leaves, are products outside of the core (`read_levels`, `final_levels`, `merged_levels`).
+    tokens   a0 a1 a2 b0 b1 b2 b3 b4 b5 c0 c1
+    slots    b0 b1 b2 b3 b4 b5 .  .  a0 a1 a2 .  c0 c1 .  .  .  .  .  .  .
+             |--- 8 slots, for 6 ---|-- 4, for 3 |- 2 -|
+
+Each segment's size is rounded up to a power of two. The segments lie in the order of these sizes,
+the largest first, so that each starts at a multiple of its own size; together they take less than
+twice the row. The segments are data: one compiled program serves all.
+
+A row's first segment may continue from a state at position p. It then starts at an offset, p modulo
+its size, so that the low bits are right again. It may cross one multiple of its size, where the
+carry can run through higher bits of the position than there are slots: for the tokens after it, one
+level's scale replaces another's (`_scales_by_slot`). What the tokens read from the state, and the
+state after the last token, are products outside of the core (`read_levels`, `final_levels`,
+`merged_levels`).
 """
 
 from collections.abc import Callable
@@ -43,29 +51,29 @@ f32, i32 = jnp.float32, jnp.int32
 CHUNK = 256
 
 
-class Seats(NamedTuple):
+class Slots(NamedTuple):
     """Where the tokens of each row sit.
 
     Attributes:
-      seat: each token's seat, [B, T], int32.
-      token: the token in each seat, [B, N], int32; T or more where there is none.
-      begins: the first tokens of segments, the row's first token included, [B, T], bool.
-      first: the tokens of the row's first segment, [B, T], bool.
+      slot: each token's slot, [B, T], int32.
+      token: the token in each slot, [B, N], int32; T or more where there is none.
+      starts_segment: the first tokens of segments, the row's first token included, [B, T], bool.
+      in_first_segment: the tokens of the row's first segment, [B, T], bool.
       position: each token's position, [B, T], int32.
-      crossing, crossed: the level that tokens of the first segment on both sides of a multiple of
-        its size have by their seats, and by their positions, [B], int32.
+      level_by_slot, level_by_position: the level that two tokens of the first segment have by their
+        slots, and by their positions, where a multiple of its size lies between them, [B], int32.
     """
 
-    seat: jax.Array
+    slot: jax.Array
     token: jax.Array
-    begins: jax.Array
-    first: jax.Array
+    starts_segment: jax.Array
+    in_first_segment: jax.Array
     position: jax.Array
-    crossing: jax.Array
-    crossed: jax.Array
+    level_by_slot: jax.Array
+    level_by_position: jax.Array
 
 
-def seated(
+def run_aligned(
     core: Callable[..., jax.Array],
     q: Queries,
     k: Keys,
@@ -79,17 +87,17 @@ def seated(
     """Log-linear attention, as `jla.log_linear_attention` says, by a core for aligned sequences.
 
     Args:
-      core: `core(q, k, v, g, level_scales, taken)` returns o [B, N, H, V] in v's dtype. Every row
-        is one sequence from position 0: the level of two tokens is that of their indices. It gets
+      core: `core(q, k, v, g, level_scales, *, occupied, value_scales)` returns o [B, N, H, V] in
+        v's dtype. Every row is one sequence from position 0: the level of two tokens is that of their indices. It gets
           q, k: [B, N, HK, K]; v: [B, N, H, V], in their dtype. N is any number.
-          g: [B, N, H], float32. -inf where a segment begins: exp(-inf) = 0 then cuts off all that
+          g: [B, N, H], float32. -inf where a segment starts: exp(-inf) = 0 then cuts off all that
             would pass it, and the gradient there must be 0, not NaN.
           level_scales: [B, N, H, L], in its dtype. No pair whose decay is not 0 has a level from L
             on.
-          taken: None where the tokens are as they came, N = T and no gate is -inf. Otherwise
-            bool, [B, N]: whether a token sits there. Empty seats, about half of them, hold zeros
-            in all arrays (a gate of 0 too); nobody reads their outputs or their gradients.
-          value_scales: [B, N, H], float32; only where there are any.
+          occupied: None where the tokens are as they came, N = T and no gate is -inf. Otherwise
+            bool, [B, N]: whether a token sits there. Empty slots, about half of them, hold zeros
+            in all arrays (a log decay of 0 too); their outputs and gradients are ignored.
+          value_scales: [B, N, H], float32, or None.
       q, k, v, g, level_scales, initial_state, segment_ids: of the public function.
       value_scales: [B, T, H], float32: the values are these times v. None: v.
 
@@ -98,30 +106,31 @@ def seated(
     """
     B, T = v.shape[:2]
     L, dtype = level_scales.shape[-1], v.dtype
-    more = () if value_scales is None else (value_scales,)
 
-    def values(v: Values, *scales: jax.Array) -> Values:
-        return v.astype(f32) * scales[0][..., None] if scales else v
+    def values(v: Values, scales: jax.Array | None) -> Values:
+        return v if scales is None else v.astype(f32) * scales[..., None]
 
     if initial_state is None and segment_ids is None:
         end = jnp.full(B, T, i32)
-        o = core(q, k, v, g, level_scales, None, *more)
+        o = core(q, k, v, g, level_scales, occupied=None, value_scales=value_scales)
         if is_symbolic_dim(T):  # else the caller knows that L levels do
             o = jnp.where(_outgrown(jnp.arange(T, dtype=i32), L)[:, None, None], jnp.nan, o)
-        return o, _state(final_levels(k, values(v, *more), g, end, end, L), end)
-    seats, decay = _plan(T, g, initial_state, segment_ids)
-    cut = jnp.where(seats.begins[..., None], -jnp.inf, g)
-    scales = _seated_scales(level_scales, seats)
-    arrays = [take(x, seats) for x in (q, k, v, cut, scales)]
-    more = [take(x, seats) for x in more]
-    o = give_back(core(*arrays, seats.token < T, *more), seats)
+        return o, _state(final_levels(k, values(v, value_scales), g, end, end, L), end)
+    slots, decay = _slots_and_decay(T, g, initial_state, segment_ids)
+    cut = jnp.where(slots.starts_segment[..., None], -jnp.inf, g)
+    scales = _scales_by_slot(level_scales, slots)
+    arrays = [to_slots(x, slots) for x in (q, k, v, cut, scales)]
+    if value_scales is not None:
+        value_scales = to_slots(value_scales, slots)
+    o = core(*arrays, occupied=slots.token < T, value_scales=value_scales)
+    o = from_slots(o, slots)
     if initial_state is not None:
-        read = read_levels(q, level_scales, decay, seats.position, initial_state)
+        read = read_levels(q, level_scales, decay, slots.position, initial_state)
         o = (o.astype(f32) + read).astype(dtype)
     if initial_state is not None or is_symbolic_dim(T):
-        o = jnp.where(_outgrown(seats.position, L)[..., None, None], jnp.nan, o)
+        o = jnp.where(_outgrown(slots.position, L)[..., None, None], jnp.nan, o)
     _, k, v, cut, _ = arrays
-    return o, _state_after(None, seats, k, values(v, *more), cut, decay, initial_state, L)
+    return o, _state_after(None, slots, k, values(v, value_scales), cut, decay, initial_state, L)
 
 
 def state_after(
@@ -143,31 +152,31 @@ def state_after(
     Returns:
       The `LogLinearState`, of the segment of the last of these tokens.
     """
-    seats, decay = _plan(v.shape[1], g, initial_state, segment_ids)
-    cut = jnp.where(seats.begins[..., None], -jnp.inf, g)
-    k, v, cut = (take(x, seats) for x in (k, v, cut))
+    slots, decay = _slots_and_decay(v.shape[1], g, initial_state, segment_ids)
+    cut = jnp.where(slots.starts_segment[..., None], -jnp.inf, g)
+    k, v, cut = (to_slots(x, slots) for x in (k, v, cut))
     L = initial_state.levels.shape[2]
     last = jnp.maximum(length - 1, 0)
-    state = _state_after(last, seats, k, v, cut, decay, initial_state, L)
+    state = _state_after(last, slots, k, v, cut, decay, initial_state, L)
 
-    def choose(before: jax.Array, after: jax.Array) -> jax.Array:
+    def keep_if_empty(before: jax.Array, after: jax.Array) -> jax.Array:
         return jnp.where(length.reshape(-1, *[1] * (after.ndim - 1)) > 0, after, before)
 
-    return jax.tree.map(choose, initial_state, state)
+    return jax.tree.map(keep_if_empty, initial_state, state)
 
 
-def _plan(
+def _slots_and_decay(
     T: int, g: LogDecays, initial_state: LogLinearState | None, segment_ids: SegmentIds | None
-) -> tuple[Seats, jax.Array]:
-    """The seats, and the sum of the gates from the initial state to each token (its own included),
-    -inf from where a later segment begins, [B, T, H]."""
-    seats = plan(T, segment_ids, None if initial_state is None else initial_state.position)
-    return seats, lax.cumsum(jnp.where(seats.first[..., None], g, -jnp.inf), axis=1)
+) -> tuple[Slots, jax.Array]:
+    """The slots, and the sum of the gates from the initial state to each token (its own included),
+    -inf from where a later segment starts, [B, T, H]."""
+    slots = assign_slots(T, segment_ids, None if initial_state is None else initial_state.position)
+    return slots, lax.cumsum(jnp.where(slots.in_first_segment[..., None], g, -jnp.inf), axis=1)
 
 
 def _state_after(
     last: jax.Array | None,
-    seats: Seats,
+    slots: Slots,
     k: Keys,
     v: Values,
     g: LogDecays,
@@ -183,15 +192,15 @@ def _state_after(
         last_of_all = last.reshape(-1, *[1] * (x.ndim - 1))
         return jnp.take_along_axis(x, last_of_all, axis=1, mode="promise_in_bounds")[:, 0]
 
-    position = moved_on(at_last(seats.position), 1)
-    levels = final_levels(k, v, g, at_last(seats.seat) + 1, position, L)
+    position = moved_on(at_last(slots.position), 1)
+    levels = final_levels(k, v, g, at_last(slots.slot) + 1, position, L)
     if initial_state is not None:
         levels = levels + merged_levels(initial_state, at_last(decay), position)
     return _state(levels, position)
 
 
-def plan(T: int, segment_ids: SegmentIds | None, position: Positions | None) -> Seats:
-    """Seats rows of T tokens.
+def assign_slots(T: int, segment_ids: SegmentIds | None, position: Positions | None) -> Slots:
+    """Assigns slots to rows of T tokens.
 
     Args:
       T: the number of tokens.
@@ -199,7 +208,7 @@ def plan(T: int, segment_ids: SegmentIds | None, position: Positions | None) -> 
       position: of the row's first token, [B], int32, or None: 0. Not both are None.
 
     Returns:
-      `Seats`. N is 2T - 1 without a position, and else, without segments, T - 1 plus T rounded up
+      `Slots`. N is 2T - 1 without a position, and else, without segments, T - 1 plus T rounded up
       to a power of two (at most 2T - 1, which a symbolic T takes); with both it is 4T.
     """
     by_row = position if segment_ids is None else segment_ids
@@ -208,17 +217,19 @@ def plan(T: int, segment_ids: SegmentIds | None, position: Positions | None) -> 
     time = jnp.arange(T, dtype=i32)
     # `begin`, and `end` of each token's segment.
     if segment_ids is None:
-        begins = jnp.broadcast_to(time == 0, (B, T))
+        starts_segment = jnp.broadcast_to(time == 0, (B, T))
         begin, end = jnp.zeros((B, T), i32), jnp.full((B, T), T, i32)
     else:
-        begins = segment_starts(segment_ids) | (time == 0)[None]
-        begin = lax.cummax(jnp.where(begins, time, 0), axis=1)
-        ends = jnp.pad(jnp.where(begins, time, T)[:, 1:], ((0, 0), (0, 1)), constant_values=T)
+        starts_segment = segment_starts(segment_ids) | (time == 0)[None]
+        begin = lax.cummax(jnp.where(starts_segment, time, 0), axis=1)
+        ends = jnp.pad(
+            jnp.where(starts_segment, time, T)[:, 1:], ((0, 0), (0, 1)), constant_values=T
+        )
         end = lax.cummin(ends, axis=1, reverse=True)
-    length, first = end - begin, begin == 0
+    length, in_first_segment = end - begin, begin == 0
     size = bit_length(length - 1)  # as an exponent of 2
     before = jnp.zeros(B, i32) if position is None else position
-    offset = jnp.where(first, before[:, None] & ((1 << size) - 1), 0)
+    offset = jnp.where(in_first_segment, before[:, None] & ((1 << size) - 1), 0)
     block = bit_length(offset + length - 1)  # with the offset; also an exponent
 
     # Blocks lie in the order of their sizes, the largest first, and then of time. A token's rank
@@ -226,13 +237,13 @@ def plan(T: int, segment_ids: SegmentIds | None, position: Positions | None) -> 
     sizes = 32 if symbolic else (T - 1).bit_length() + (1 if position is None else 2)
     exponent = jnp.arange(sizes, dtype=i32)
     of_size = block[..., None] == exponent[None, None]
-    count = jnp.cumsum(begins[..., None] & of_size, axis=1, dtype=i32)
+    count = jnp.cumsum(starts_segment[..., None] & of_size, axis=1, dtype=i32)
     room = count[:, -1] << exponent[None]
     base = lax.cumsum(room, axis=1, reverse=True) - room
     start = base[:, None] + ((count - 1) << exponent[None, None])
-    seat = jnp.sum(jnp.where(of_size, start, 0), axis=2, dtype=i32) + offset + time[None] - begin
-    # XLA would compute the sum anew for every number that is gathered from a seat.
-    seat = lax.optimization_barrier(seat)
+    slot = jnp.sum(jnp.where(of_size, start, 0), axis=2, dtype=i32) + offset + time[None] - begin
+    # XLA would compute the sum anew for every number that is gathered from a slot.
+    slot = lax.optimization_barrier(slot)
 
     if position is None:
         N = 2 * T - 1
@@ -240,38 +251,38 @@ def plan(T: int, segment_ids: SegmentIds | None, position: Positions | None) -> 
         N = T + (2 * T - 1 if symbolic else 1 << (T - 1).bit_length()) - 1
     else:
         N = 4 * T
-    nobody = T + jnp.arange(N, dtype=i32)  # all different, so that no index is there twice
+    empty = T + jnp.arange(N, dtype=i32)  # all different, so that no index is there twice
 
-    def tokens(seat: jax.Array) -> jax.Array:
-        return nobody.at[seat].set(time, unique_indices=True, mode="promise_in_bounds")
+    def tokens(slot: jax.Array) -> jax.Array:
+        return empty.at[slot].set(time, unique_indices=True, mode="promise_in_bounds")
 
-    return Seats(
-        seat=seat,
-        token=jax.vmap(tokens)(seat),
-        begins=begins,
-        first=first,
-        position=moved_on(jnp.where(first, before[:, None], 0), time[None] - begin),
-        crossing=size[:, 0] + 1,
-        crossed=size[:, 0] + 1 + _trailing_ones(before >> size[:, 0]),
+    return Slots(
+        slot=slot,
+        token=jax.vmap(tokens)(slot),
+        starts_segment=starts_segment,
+        in_first_segment=in_first_segment,
+        position=moved_on(jnp.where(in_first_segment, before[:, None], 0), time[None] - begin),
+        level_by_slot=size[:, 0] + 1,
+        level_by_position=size[:, 0] + 1 + _trailing_ones(before >> size[:, 0]),
     )
 
 
-def take(x: Array, seats: Seats) -> jax.Array:
-    """Moves tokens [B, T, ...] to their seats [B, N, ...]; empty seats are zeros."""
+def to_slots(x: Array, slots: Slots) -> jax.Array:
+    """Moves tokens [B, T, ...] to their slots [B, N, ...]; empty slots are zeros."""
 
     def row(x, token):
         return x.at[token].get(mode="fill", fill_value=0, unique_indices=True)
 
-    return jax.vmap(row)(x, seats.token)
+    return jax.vmap(row)(x, slots.token)
 
 
-def give_back(x: jax.Array, seats: Seats) -> jax.Array:
-    """Undoes `take`: [B, N, ...] to [B, T, ...]."""
+def from_slots(x: jax.Array, slots: Slots) -> jax.Array:
+    """Undoes `to_slots`: [B, N, ...] to [B, T, ...]."""
 
-    def row(x, seat):
-        return x.at[seat].get(mode="promise_in_bounds", unique_indices=True)
+    def row(x, slot):
+        return x.at[slot].get(mode="promise_in_bounds", unique_indices=True)
 
-    return jax.vmap(row)(x, seats.seat)
+    return jax.vmap(row)(x, slots.slot)
 
 
 def read_levels(
@@ -325,15 +336,15 @@ def final_levels(
 ) -> Levels:
     """The levels after the last token, of aligned tokens alone.
 
-    The tokens of the last segment end just before the seat `end`. A token belongs to the level that
+    The tokens of the last segment end just before the slot `end`. A token belongs to the level that
     is 1 plus the highest bit in which its position and `position` differ. Chunks that do not hold
     the last token are in one bucket each, as a whole.
 
     Args:
       k: [B, N, HK, K].
       v: [B, N, H, V].
-      g: [B, N, H], float32, -inf where a segment begins.
-      end: the seat after the last token's, [B], int32.
+      g: [B, N, H], float32, -inf where a segment starts.
+      end: the slot after the last token's, [B], int32.
       position: the position after the last token's, [B], int32; equal to `end` in its low bits.
       L: the number of levels.
 
@@ -356,7 +367,7 @@ def final_levels(
     k = k.astype(f32).reshape(B, n, size, HK, K)
 
     def level(index: jax.Array) -> jax.Array:
-        """The level of the token in a seat, one-hot, [..., L]."""
+        """The level of the token in a slot, one-hot, [..., L]."""
         ahead = end.reshape(-1, *[1] * (index.ndim - 1)) - index
         after = position.reshape(-1, *[1] * (index.ndim - 1))
         return bit_length((after - ahead) ^ after)[..., None] == _levels(L, index.ndim + 1)
@@ -423,15 +434,16 @@ def _used_levels(state: LogLinearState) -> Levels:
     return jnp.where(used[:, None, :, None, None], state.levels, 0.0)
 
 
-def _seated_scales(level_scales: LevelScales, seats: Seats) -> jax.Array:
-    """Exchanges the scale of the first segment's level `crossing` for that of `crossed`."""
+def _scales_by_slot(level_scales: LevelScales, slots: Slots) -> jax.Array:
+    """The scales, with that of `level_by_position` in the place of `level_by_slot`, in the first
+    segments."""
     level = _levels(level_scales.shape[-1], 4)
 
     def at(target: jax.Array) -> jax.Array:
         return level == target[:, None, None, None]
 
-    scale = jnp.sum(jnp.where(at(seats.crossed), level_scales, 0), axis=-1, keepdims=True)
-    here = seats.first[..., None, None] & at(seats.crossing)
+    scale = jnp.sum(jnp.where(at(slots.level_by_position), level_scales, 0), axis=-1, keepdims=True)
+    here = slots.in_first_segment[..., None, None] & at(slots.level_by_slot)
     return jnp.where(here, scale, level_scales)
 
 

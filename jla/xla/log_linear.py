@@ -25,8 +25,8 @@ CHUNK = 64
 
 @jax.jit
 def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
-    """Tokens in their seats, all chunks at once. See `jla.log_linear_attention`."""
-    return alignment.seated(_core, q, k, v, g, level_scales, initial_state, segment_ids)
+    """Tokens in aligned slots, all chunks at once. See `jla.log_linear_attention`."""
+    return alignment.run_aligned(_core, q, k, v, g, level_scales, initial_state, segment_ids)
 
 
 def log_linear_mamba2(q, k, u, g, logits, dt, skip, segment_ids):
@@ -37,9 +37,9 @@ def log_linear_mamba2(q, k, u, g, logits, dt, skip, segment_ids):
 
 
 @jax.checkpoint
-def _core(q, k, v, g, level_scales, taken):
-    """The outputs of aligned sequences; see `alignment.seated`. The backward pass keeps inputs."""
-    del taken
+def _core(q, k, v, g, level_scales, *, occupied, value_scales):
+    """The outputs of aligned sequences; see `alignment.run_aligned`. The backward pass keeps inputs."""
+    del occupied, value_scales  # empty slots hold zeros, and the values come scaled
     (B, N, H, V), HK, dtype = v.shape, q.shape[2], v.dtype
     size = chunk_size(N, CHUNK)
     inside = size.bit_length()  # the levels of a chunk's own tokens: 0 to log2(size)

@@ -55,8 +55,8 @@ def unsupported(name, q, k, v, *_):
 @jax.jit
 @reverse_only("jla.log_linear_attention")
 def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
-    """Tokens in their seats, and the kernels over them. See `jla.log_linear_attention`."""
-    return alignment.seated(core, q, k, v, g, level_scales, initial_state, segment_ids)
+    """Tokens in aligned slots, and the kernels over them. See `jla.log_linear_attention`."""
+    return alignment.run_aligned(core, q, k, v, g, level_scales, initial_state, segment_ids)
 
 
 @jax.jit
@@ -76,15 +76,15 @@ def log_linear_mamba2(q, k, u, g, logits, value_scales, skip, segment_ids):
       [B, T, H, V] in u's dtype.
     """
     skip = for_each_row(skip[None, :, None], u)
-    # With no state to go on from, `seated` leaves levels where they are: logits will do.
+    # With no state to go on from, `run_aligned` leaves levels where they are: logits will do.
     run = functools.partial(core, skip=skip, activation=jax.nn.softplus)
-    return alignment.seated(run, q, k, u, g, logits, None, segment_ids, value_scales)[0]
+    return alignment.run_aligned(run, q, k, u, g, logits, None, segment_ids, value_scales)[0]
 
 
 def core(
-    q, k, v, g, level_scales, taken=None, value_scales=None, *, skip=None, activation=None
+    q, k, v, g, level_scales, *, occupied=None, value_scales=None, skip=None, activation=None
 ):  # fmt: skip
-    """The outputs of aligned sequences, as `alignment.seated` asks for them; plus skip [B, 1, H, 1]
+    """The outputs of aligned sequences, as `alignment.run_aligned` asks for them; plus skip [B, 1, H, 1]
     times v.
 
     All products take bfloat16 operands and add in float32, float16 inputs included.
@@ -96,7 +96,7 @@ def core(
         for x in (q, k, v)
     )
     per = weights.plan(T, LEAF)[1]
-    live = None if taken is None or decays is None else weights.live(taken, per)
+    live = None if occupied is None or decays is None else weights.live(occupied, per)
     return _core(q, k, v, w, decays, skip, live, per)[:, :T, :, :V].astype(dtype)
 
 

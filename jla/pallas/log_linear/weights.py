@@ -96,20 +96,20 @@ def reading(chunks, levels):
     return (position >> bit) & 1 == 1
 
 
-def live(taken, per):
+def live(occupied, per):
     """Of each chunk that holds tokens, the number of chunks up to the last such one of its leaf
     block; 0 of the others. [B, N] int32.
 
     Args:
-      taken: whether there is a token in a seat, [B, T] bool. per: chunks of a leaf block.
+      occupied: whether there is a token in a slot, [B, T] bool. per: chunks of a leaf block.
     """
-    B, T = taken.shape
+    B, T = occupied.shape
     chunks, _, blocks = plan(T, per * CHUNK)
-    taken = jnp.pad(taken, ((0, 0), (0, blocks * per * CHUNK - T)))
-    any_taken = taken.reshape(B, blocks, per, CHUNK).any(3)
+    occupied = jnp.pad(occupied, ((0, 0), (0, blocks * per * CHUNK - T)))
+    any_token = occupied.reshape(B, blocks, per, CHUNK).any(3)
     number = jnp.arange(1, blocks * per + 1, dtype=jnp.int32).reshape(blocks, per)
-    last = jnp.max(jnp.where(any_taken, number, 0), axis=2, keepdims=True)
-    return jnp.where(any_taken, last, 0).reshape(B, -1)[:, :chunks]
+    last = jnp.max(jnp.where(any_token, number, 0), axis=2, keepdims=True)
+    return jnp.where(any_token, last, 0).reshape(B, -1)[:, :chunks]
 
 
 def gradient_of_weights(by_reads, by_read, live, inside, above):
