@@ -88,7 +88,8 @@ def run_aligned(
 
     Args:
       core: `core(q, k, v, g, level_scales, *, occupied, value_scales)` returns o [B, N, H, V] in
-        v's dtype. Every row is one sequence from position 0: the level of two tokens is that of their indices. It gets
+        v's dtype. Every row is one sequence from position 0: the level of two tokens is that of
+        their indices. It gets
           q, k: [B, N, HK, K]; v: [B, N, H, V], in their dtype. N is any number.
           g: [B, N, H], float32. -inf where a segment starts: exp(-inf) = 0 then cuts off all that
             would pass it, and the gradient there must be 0, not NaN.

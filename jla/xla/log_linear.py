@@ -38,7 +38,7 @@ def log_linear_mamba2(q, k, u, g, logits, dt, skip, segment_ids):
 
 @jax.checkpoint
 def _core(q, k, v, g, level_scales, *, occupied, value_scales):
-    """The outputs of aligned sequences; see `alignment.run_aligned`. The backward pass keeps inputs."""
+    """The outputs of aligned sequences, see `alignment.run_aligned`; only inputs are kept."""
     del occupied, value_scales  # empty slots hold zeros, and the values come scaled
     (B, N, H, V), HK, dtype = v.shape, q.shape[2], v.dtype
     size = chunk_size(N, CHUNK)

@@ -71,7 +71,7 @@ def parts(mechanism, given, tokens):
 
 @pytest.mark.parametrize(
     "mechanism, implementation, sizes",
-    # Log-linear attention's form has no seats then; the others' start from zeros.
+    # Log-linear attention's form has no slots then; the others' start from zeros.
     slow_if(EXPORTED, lambda m, i, _: (m.name, i.name) != ("log_linear", "xla")),
 )
 def test_any_batch_and_length_alone(mechanism, implementation, sizes):
