@@ -8,36 +8,57 @@ What is made inside a kernel cannot be looked at, so inside `jla.checking()` the
 around a mechanism are composed of the public function, which checks values.
 """
 
+from collections.abc import Callable
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from jla._core import checking
 from jla._core.parts import kda_operands, mamba2_operands
+from jla._core.states import LogLinearState
+from jla._core.types import (
+    Array,
+    GateBiases,
+    GateRates,
+    Implementation,
+    KDAState,
+    Keys,
+    LogDecays,
+    Outputs,
+    Queries,
+    RawGates,
+    SegmentIds,
+    Strengths,
+    Values,
+)
 from jla._dispatch import choose
 from jla.kda import kda, kda_step
 from jla.log_linear import log_linear_attention, log_linear_step
 
 f32 = jnp.float32
 
+type Activation = Literal["sigmoid", "silu"] | Callable[[jax.Array], jax.Array]
+
 # The activations that kernels have; others can be given as functions.
 _NAMES: dict[object, str] = {jax.nn.sigmoid: "sigmoid", jax.nn.silu: "silu"}
 
 
 def kda_from_projection(
-    q,
-    k,
-    v,
-    f,
-    A_log,
-    dt_bias,
-    beta,
+    q: Queries,
+    k: Keys,
+    v: Values,
+    f: RawGates,
+    A_log: GateRates,
+    dt_bias: GateBiases,
+    beta: Strengths,
     *,
-    lower_bound=None,
-    initial_state=None,
-    segment_ids=None,
-    real=None,
-    implementation=None,
-):
+    lower_bound: float | None = None,
+    initial_state: KDAState | None = None,
+    segment_ids: SegmentIds | None = None,
+    real: Array | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, KDAState]:
     """Kimi Delta Attention with the decays of a layer's projection f:
 
         o, state = kda(q, k, v, kda_gate(f, A_log, dt_bias, lower_bound), beta)
@@ -57,8 +78,10 @@ def kda_from_projection(
     """
     if checking.on():
         g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
-        options = dict(initial_state=initial_state, segment_ids=segment_ids)
-        return kda(q, k, v, g, beta, **options, implementation=implementation)
+        return kda(
+            q, k, v, g, beta,
+            initial_state=initial_state, segment_ids=segment_ids, implementation=implementation,
+        )  # fmt: skip
     arrays = q, k, v, f, A_log, dt_bias, beta
     run = choose("kda_from_projection", implementation, *arrays)
     options = dict(scale=q.shape[3] ** -0.5, lower_bound=lower_bound)
@@ -66,16 +89,37 @@ def kda_from_projection(
 
 
 def kda_step_from_projection(
-    q, k, v, f, A_log, dt_bias, beta, state, *, lower_bound=None, real=None, implementation=None
-):
+    q: Queries,
+    k: Keys,
+    v: Values,
+    f: RawGates,
+    A_log: GateRates,
+    dt_bias: GateBiases,
+    beta: Strengths,
+    state: KDAState,
+    *,
+    lower_bound: float | None = None,
+    real: Array | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, KDAState]:
     """One token of `kda_from_projection`; arrays without the axis of time, `real` is [B]."""
     g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
     return kda_step(q, k, v, g, beta, state, implementation=implementation)
 
 
 def log_linear_mamba2(
-    q, k, u, g, logits, dt, skip, *, initial_state=None, segment_ids=None, implementation=None
-):
+    q: Queries,
+    k: Keys,
+    u: Values,
+    g: LogDecays,
+    logits: Array,
+    dt: Array,
+    skip: Array,
+    *,
+    initial_state: LogLinearState | None = None,
+    segment_ids: SegmentIds | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, LogLinearState | None]:
     """Log-linear attention as Mamba-2 has it, with values dt u and a skip:
 
         o = log_linear_attention(q, k, dt u, g, softplus(logits)) + skip u
@@ -96,15 +140,26 @@ def log_linear_mamba2(
         run = choose("log_linear_mamba2", implementation, *arrays)
         return run(*arrays, segment_ids), None
     v, level_scales, skipped = mamba2_operands(u, logits, dt, skip)
-    options = dict(initial_state=initial_state, segment_ids=segment_ids)
     o, state = log_linear_attention(
-        q, k, v, g, level_scales, **options, implementation=implementation
-    )
+        q, k, v, g, level_scales,
+        initial_state=initial_state, segment_ids=segment_ids, implementation=implementation,
+    )  # fmt: skip
     o = (o.astype(f32) + skipped).astype(u.dtype)
     return o, None if initial_state is None else state
 
 
-def log_linear_mamba2_step(q, k, u, g, logits, dt, skip, state, *, implementation=None):
+def log_linear_mamba2_step(
+    q: Queries,
+    k: Keys,
+    u: Values,
+    g: LogDecays,
+    logits: Array,
+    dt: Array,
+    skip: Array,
+    state: LogLinearState,
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[Outputs, LogLinearState]:
     """One token of `log_linear_mamba2`; arrays without the axis of time."""
     v, level_scales, skipped = mamba2_operands(u, logits, dt, skip)
     o, state = log_linear_step(q, k, v, g, level_scales, state, implementation=implementation)
@@ -112,16 +167,16 @@ def log_linear_mamba2_step(q, k, u, g, logits, dt, skip, state, *, implementatio
 
 
 def rms_norm(
-    x,
-    scale,
-    gate=None,
-    gate_bias=None,
+    x: Array,
+    scale: Array,
+    gate: Array | None = None,
+    gate_bias: Array | None = None,
     *,
-    epsilon,
-    activation="sigmoid",
-    input_activation=None,
-    implementation=None,
-):
+    epsilon: float,
+    activation: Activation = "sigmoid",
+    input_activation: Activation | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
     """RMSNorm over the last axes, as many as the scale has, with a gate behind it:
 
         y = x / sqrt(mean(x**2) + epsilon) * scale * activation(gate + gate_bias)
@@ -144,7 +199,15 @@ def rms_norm(
     return run(*arrays, epsilon=epsilon, **options)
 
 
-def rms_norm_branch(x, scale, update=None, *, epsilon, input_activation=None, implementation=None):
+def rms_norm_branch(
+    x: Array,
+    scale: Array,
+    update: Array | None = None,
+    *,
+    epsilon: float,
+    input_activation: Activation | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """The norm of a residual stream, and the stream: the update is added on the way.
 
         stream = x + update;  y = rms_norm(stream, scale)
@@ -163,7 +226,15 @@ def rms_norm_branch(x, scale, update=None, *, epsilon, input_activation=None, im
     return run(*arrays, epsilon=epsilon, **options)
 
 
-def gated_norm(x, gate, scale, real=None, *, epsilon, implementation=None):
+def gated_norm(
+    x: Array,
+    gate: Array,
+    scale: Array,
+    real: Array | None = None,
+    *,
+    epsilon: float,
+    implementation: Implementation | None = None,
+) -> jax.Array:
     """RMSNorm over all heads of a token, behind a gate, as Mamba-2 has it:
 
         y = rms_norm(x silu(gate), scale)
@@ -180,8 +251,15 @@ def gated_norm(x, gate, scale, real=None, *, epsilon, implementation=None):
 
 
 def short_convolution(
-    x, kernel, past=None, segments=None, *, normalize=False, silu_twice=False, implementation=None
-):
+    x: Array,
+    kernel: Array,
+    past: Array | None = None,
+    segments: Array | None = None,
+    *,
+    normalize: bool = False,
+    silu_twice: bool = False,
+    implementation: Implementation | None = None,
+) -> jax.Array:
     """A depthwise causal convolution over time of W taps, and SiLU:
 
         y_t = silu(sum_i kernel[i] x_{t - (W - 1 - i)})

@@ -84,7 +84,7 @@ def log_linear_mamba2(q, k, u, g, logits, value_scales, skip, segment_ids):
 def core(
     q, k, v, g, level_scales, *, occupied=None, value_scales=None, skip=None, activation=None
 ):  # fmt: skip
-    """The outputs of aligned sequences, see `alignment.run_aligned`, plus skip [B, 1, H, 1] times v.
+    """The outputs of aligned sequences, see `alignment.run_aligned`; plus skip [B, 1, H, 1] v.
 
     All products take bfloat16 operands and add in float32, float16 inputs included.
     """
