@@ -175,8 +175,11 @@ def test_step_in_a_scan_over_layers(mechanism, implementation, sizes):
     scan = jax.jit(lambda xs: jax.lax.scan(lambda _, x: (None, step(x)), None, xs)[1])
     with implementation.context():
         got, of_turned = jax.device_get((scan(stacked), scan(turned)))
-    # The first step of a scan has what it was given; the second must not see the first.
+    # A layer's step is the same as the first and as the second; and it is the run's first token.
     assert_close(got, jax.tree.map(lambda x: x[::-1], of_turned), 1e-5)
+    shared = case(mechanism, implementation, sizes)
+    want = shared.got[0][0][:, 0]
+    assert_close(got[0][0], want, mechanism.tolerances[implementation.dtypes[0]][0])
 
 
 # Two rows that share few borders, with segments of one token at the ends and inside. Ids come

@@ -66,7 +66,9 @@ def test_any_length(mechanism, implementation, sizes):
     "mechanism, implementation, sizes", list(edited_sizes(lambda i: i.head_dims))
 )
 def test_head_dimensions(mechanism, implementation, sizes):
-    check(mechanism, implementation, sizes)
+    """The kernels' in float16, which other small cases of theirs do not have."""
+    dtype = "float16" if implementation.name == "pallas" else None
+    check(mechanism, implementation, sizes, dtype)
 
 
 def stress_cases():
