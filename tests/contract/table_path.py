@@ -81,7 +81,8 @@ def _unused(cache, number):
     there = np.arange(cache.key.shape[1])[None] < cache.length[:, None]
 
     def fill(x):
-        return np.where(there.reshape(*there.shape, *[1] * (x.ndim - 2)), x, number)
+        there_too = there.reshape(*there.shape, *[1] * (x.ndim - 2))
+        return np.where(there_too, x, np.asarray(number, x.dtype))
 
     return cache._replace(**{n: fill(getattr(cache, n)) for n in ("key", "value", "decay")})
 
