@@ -14,23 +14,38 @@ from table import Mechanism
 
 
 def inputs(mechanism, sizes, dtype="float32", seed=0):
-    """Random arguments and random cotangents of everything `run` returns."""
+    """Random arguments and random cotangents of everything `run` returns, as NumPy arrays."""
     # crc32, for str's own hash changes from process to process.
-    key = jax.random.key(seed + zlib.crc32(mechanism.name.encode()))
-    key, cotangents = jax.random.split(key)
-    args = mechanism.make(sizes, key, jnp.dtype(dtype))
-    leaves, tree = jax.tree.flatten(_outputs(mechanism, args))
-    keys = jax.random.split(cotangents, len(leaves))
-    leaves = [
-        jax.random.normal(k, x.shape, x.dtype) if is_float(x) else jnp.zeros(x.shape, x.dtype)
-        for k, x in zip(keys, leaves, strict=True)
-    ]
-    return args, tree.unflatten(leaves)
+    random = np.random.default_rng([seed, zlib.crc32(mechanism.name.encode())])
+
+    def normal(*shape):
+        return random.standard_normal(shape, np.float32)
+
+    args = mechanism.make(sizes, normal, jnp.dtype(dtype))
+    outputs = normal(*(sizes[n] for n in mechanism.outputs[0].split())).astype(dtype)
+    # The state that is returned is like the one that is given.
+    state = jax.tree.map(
+        lambda x: normal(*x.shape).astype(x.dtype) if is_float(x) else np.zeros_like(x),
+        args[mechanism.state[0]],
+    )
+    return args, (outputs, state)
 
 
-def _outputs(mechanism, args):
-    """The shapes and dtypes of what `run` returns."""
-    return jax.eval_shape(lambda a: mechanism.run(**a, implementation="reference"), args)
+def shapes(mechanism, sizes, dtype="float32"):
+    """The shapes and dtypes of the arguments."""
+    args, _ = inputs(mechanism, sizes, dtype)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+
+
+def one_segment(implementation, sizes):
+    """Segment ids for rows that are one segment each; None at full size.
+
+    With them the program is that of packed rows, and need not be compiled without. Golden vectors,
+    other sizes and low precision of "xla" and the definition are run without ids.
+    """
+    if sizes is implementation.full:
+        return None
+    return np.zeros((sizes["B"], sizes["T"]), np.int32)
 
 
 def is_float(x):
@@ -96,24 +111,31 @@ def forward(mechanism, implementation, args, segment_ids=None):
     """
     with implementation.context():
         if not implementation.linearizes:
-            return _forward(mechanism.name, implementation.name)(args, segment_ids)
-        shapes = _outputs(mechanism, args)
-        cotangents = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+            run = _forward(mechanism.name, implementation.name)
+            return jax.device_get(run(args, segment_ids))
+        sizes = {}
+        jax.tree.map(
+            lambda axes, x: sizes.update(zip(axes.split(), x.shape, strict=True)),
+            {name: mechanism.axes[name] for name in args},
+            args,
+        )
+        o = np.zeros([sizes[letter] for letter in mechanism.outputs[0].split()], args["q"].dtype)
+        cotangents = o, jax.tree.map(np.zeros_like, args[mechanism.state[0]])
         run = _value_and_vjp(mechanism.name, implementation.name)
-        return run(args, cotangents, segment_ids)[0]
+        return jax.device_get(run(args, cotangents, segment_ids)[0])
 
 
 def value_and_vjp(mechanism, implementation, args, cotangents, segment_ids=None):
     """What `run` returns, and the cotangent of every argument."""
     with implementation.context():
         run = _value_and_vjp(mechanism.name, implementation.name)
-        return run(args, cotangents, segment_ids)
+        return jax.device_get(run(args, cotangents, segment_ids))
 
 
 def definition(mechanism, args, cotangents, segment_ids=None):
     """As `value_and_vjp`, by the reference on the same arguments in float32."""
     run = _value_and_vjp(mechanism.name, "reference")
-    return run(upcast(args), upcast(cotangents), segment_ids)
+    return jax.device_get(run(upcast(args), upcast(cotangents), segment_ids))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +146,12 @@ class Case:
     args: dict
     cotangents: tuple
     got: tuple
+    segment_ids: np.ndarray | None = None
 
     @functools.cached_property
     def want(self):
         """What the definition makes of them."""
-        return definition(self.mechanism, self.args, self.cotangents)
+        return definition(self.mechanism, self.args, self.cotangents, self.segment_ids)
 
 
 _cases = collections.OrderedDict()
@@ -140,8 +163,10 @@ def case(mechanism, implementation, sizes, dtype=None):
     key = mechanism.name, implementation.name, tuple(sizes.items()), dtype
     if key not in _cases:
         args, cotangents = inputs(mechanism, sizes, dtype)
-        got = value_and_vjp(mechanism, implementation, args, cotangents)
-        _cases[key] = Case(mechanism, args, cotangents, got)
+        shared = sizes is implementation.sizes and dtype == implementation.dtypes[0]
+        ids = one_segment(implementation, sizes) if shared else None
+        got = value_and_vjp(mechanism, implementation, args, cotangents, ids)
+        _cases[key] = Case(mechanism, args, cotangents, got, ids)
         if len(_cases) > 6:  # at full size each takes a gigabyte
             _cases.popitem(last=False)
     return _cases[key]

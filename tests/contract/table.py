@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 FLOATS = ("float32", "bfloat16", "float16")
 
@@ -53,7 +54,8 @@ class Mechanism:
       those with a T are the tokens', those without a B all rows share, the other is the initial
       state. All are differentiated.
     outputs: the axis letters of what `run` returns, a tree.
-    make: (sizes, key, dtype) to a dict of the arguments in `axes`.
+    make: (sizes, a function from a shape to normal numbers, dtype) to a dict of the arguments in
+      `axes`. NumPy arrays, as all edits make them: JAX would compile for every shape.
     stress: name to an edit of that dict; values and gradients must stay right under each.
     undamped: the stress cases in which nothing decays, so that every token's rounding stays and the
       error grows with T: name to the most tokens on which they are tried. docs/<mechanism>.md says
@@ -114,6 +116,25 @@ class Mechanism:
             for name, axes in self.axes.items()
             if not any("B" in leaf.split() for leaf in jax.tree.leaves(axes))
         ]
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def softplus(x):
+    return np.logaddexp(x, 0)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def put(x, place, value):
+    """x with the value at that place."""
+    x = x.copy()
+    x[place] = value
+    return x
 
 
 def edit(**edits):

@@ -1,30 +1,33 @@
 """Gated Slot Attention's entry."""
 
-import jax
 import jax.numpy as jnp
-from table import COMMON_MISTAKES, COMMON_RUN_MISTAKES, Implementation, Mechanism, edit
+import numpy as np
+from table import (
+    COMMON_MISTAKES,
+    COMMON_RUN_MISTAKES,
+    Implementation,
+    Mechanism,
+    edit,
+    put,
+    sigmoid,
+    softplus,
+)
 
 import jla
 from jla import GSAState
 from jla._core.axes import letters
 from jla.gsa import AXES
 
-f32 = jnp.float32
 
-
-def _make(sizes, key, dtype):
+def _make(sizes, normal, dtype):
     B, T, H, HQ, K, V, M = (sizes[x] for x in ("B", "T", "H", "HQ", "K", "V", "M"))
-    keys = iter(jax.random.split(key, 7))
-
-    def normal(*shape):
-        return jax.random.normal(next(keys), shape, f32)
 
     return dict(
         q=normal(B, T, HQ, K).astype(dtype),
         k=normal(B, T, H, K).astype(dtype),
         v=normal(B, T, H, V).astype(dtype),
-        s=jax.nn.sigmoid(normal(B, T, H, M) - 1.0).astype(dtype),
-        g=-0.3 * jax.nn.softplus(2 * normal(B, T, H, M)),
+        s=sigmoid(normal(B, T, H, M) - 1.0).astype(dtype),
+        g=-0.3 * softplus(2 * normal(B, T, H, M)),
         initial_state=GSAState(normal(B, H, K, M), normal(B, H, M, V)),
     )
 
@@ -33,7 +36,7 @@ def _spike(args):
     """One gate of -1e4, in every other slot, among weak ones: beside it, cumulated sums keep no
     digit of the others."""
     g = args["g"]
-    return args | dict(g=(0.01 * g).at[:, g.shape[1] // 3, :, ::2].set(-1e4))
+    return args | dict(g=put(0.01 * g, np.s_[:, g.shape[1] // 3, :, ::2], -1e4))
 
 
 def _later(name, x):
@@ -79,8 +82,8 @@ GSA = Mechanism(
     outputs=(AXES["o"], _STATE),
     make=_make,
     stress={
-        "no decay": lambda args: args | dict(g=jnp.zeros_like(args["g"])),
-        "strong everywhere": lambda args: args | dict(g=jnp.full_like(args["g"], -30.0)),
+        "no decay": lambda args: args | dict(g=np.zeros_like(args["g"])),
+        "strong everywhere": lambda args: args | dict(g=np.full_like(args["g"], -30.0)),
         "one gate of -1e4": _spike,
     },
     later=_later,
@@ -159,7 +162,7 @@ GSA = Mechanism(
         ),
         (
             "initial_state transposed",
-            _state(hk=lambda x: jnp.swapaxes(x, 2, 3)),
+            _state(hk=lambda x: np.swapaxes(x, 2, 3)),
             ValueError,
             ("initial_state.hk", "K"),
         ),

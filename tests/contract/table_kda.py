@@ -1,50 +1,51 @@
 """Kimi Delta Attention's entry."""
 
-import jax
 import jax.numpy as jnp
-from table import COMMON_MISTAKES, COMMON_RUN_MISTAKES, Implementation, Mechanism, edit
+import numpy as np
+from table import (
+    COMMON_MISTAKES,
+    COMMON_RUN_MISTAKES,
+    Implementation,
+    Mechanism,
+    edit,
+    put,
+    sigmoid,
+    softplus,
+    unit,
+)
 
 import jla
 from jla.kda import AXES
 
-f32 = jnp.float32
 
-
-def _make(sizes, key, dtype):
+def _make(sizes, normal, dtype):
     B, T, H, HV, K, V = (sizes[letter] for letter in ("B", "T", "H", "HV", "K", "V"))
-    keys = iter(jax.random.split(key, 6))
-
-    def normal(*shape):
-        return jax.random.normal(next(keys), shape, f32)
-
-    def unit(x):
-        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
     return dict(
         q=unit(normal(B, T, H, K)).astype(dtype),
         k=unit(normal(B, T, H, K)).astype(dtype),
         v=normal(B, T, HV, V).astype(dtype),
-        g=-0.3 * jax.nn.softplus(2 * normal(B, T, HV, K)),
-        beta=jax.nn.sigmoid(normal(B, T, HV)),
+        g=-0.3 * softplus(2 * normal(B, T, HV, K)),
+        beta=sigmoid(normal(B, T, HV)),
         initial_state=normal(B, HV, K, V),
     )
 
 
 def _spike(args):
     """One gate of -1e4 among weak ones: beside it, cumulated sums keep no digit of the others."""
-    return args | dict(g=(0.01 * args["g"]).at[:, args["g"].shape[1] // 3].set(-1e4))
+    return args | dict(g=put(0.01 * args["g"], np.s_[:, args["g"].shape[1] // 3], -1e4))
 
 
 def _twins(args):
     """The same key at every token, written with beta = 2 and no decay."""
-    k = jnp.broadcast_to(args["k"][:, :1], args["k"].shape)
-    return args | dict(k=k, beta=jnp.full_like(args["beta"], 2.0), g=jnp.zeros_like(args["g"]))
+    k = np.broadcast_to(args["k"][:, :1], args["k"].shape)
+    return args | dict(k=k, beta=np.full_like(args["beta"], 2.0), g=np.zeros_like(args["g"]))
 
 
 def _later(name, x):
     """Keys keep their norm: with larger ones the recurrence has no finite value."""
     if name in ("q", "k"):
-        return -jnp.flip(x, -1)
+        return -np.flip(x, -1)
     return {"g": 40.0 * x - 1.0, "beta": 1.0 - 0.5 * x}.get(name, 3.0 - x)
 
 
@@ -74,8 +75,8 @@ KDA = Mechanism(
     outputs=(AXES["o"], AXES["initial_state"]),
     make=_make,
     stress={
-        "no decay": lambda args: args | dict(g=jnp.zeros_like(args["g"])),
-        "strong everywhere": lambda args: args | dict(g=jnp.full_like(args["g"], -30.0)),
+        "no decay": lambda args: args | dict(g=np.zeros_like(args["g"])),
+        "strong everywhere": lambda args: args | dict(g=np.full_like(args["g"], -30.0)),
         "one gate of -1e4": _spike,
         "equal keys, beta = 2": _twins,
     },
@@ -140,9 +141,7 @@ KDA = Mechanism(
         (
             "K too large",
             lambda args: (
-                args
-                | {n: jnp.tile(args[n], 17) for n in ("q", "k", "g")}
-                | dict(initial_state=None)
+                args | {n: np.tile(args[n], 17) for n in ("q", "k", "g")} | dict(initial_state=None)
             ),
             ValueError,
             ("dimension K must be 16 to 256", "272"),
@@ -155,7 +154,7 @@ KDA = Mechanism(
         ),
         (
             "initial_state transposed",
-            edit(initial_state=lambda x: jnp.swapaxes(x, 2, 3)),
+            edit(initial_state=lambda x: np.swapaxes(x, 2, 3)),
             ValueError,
             ("initial_state", "K"),
         ),

@@ -1,6 +1,5 @@
 """Log-linear attention's entry."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from table import (
@@ -10,6 +9,8 @@ from table import (
     Implementation,
     Mechanism,
     edit,
+    put,
+    softplus,
 )
 
 import jla
@@ -24,39 +25,35 @@ f32 = jnp.float32
 POSITIONS = (37, 0, 64, 1023)
 
 
-def _make(sizes, key, dtype):
+def _make(sizes, normal, dtype):
     B, T, H, HK, K, V = (sizes[letter] for letter in ("B", "T", "H", "HK", "K", "V"))
-    keys = iter(jax.random.split(key, 7))
     position = np.resize(POSITIONS, B)
     L = int(position.max() + T).bit_length() + 1
     level = np.arange(L)
     used = (level > 0) & (position[:, None] >> np.maximum(level - 1, 0)) % 2 == 1
 
-    def normal(*shape):
-        return jax.random.normal(next(keys), shape, f32)
-
     return dict(
         q=normal(B, T, HK, K).astype(dtype),
         k=normal(B, T, HK, K).astype(dtype),
         v=normal(B, T, H, V).astype(dtype),
-        g=-0.1 * jax.nn.softplus(2 * normal(B, T, H)),
+        g=-0.1 * softplus(2 * normal(B, T, H)),
         level_scales=normal(B, T, H, L).astype(dtype),
         initial_state=LogLinearState(
-            jnp.where(used[:, None, :, None, None], normal(B, H, L, K, V), 0.0),
-            jnp.asarray(position, jnp.int32),
+            np.where(used[:, None, :, None, None], normal(B, H, L, K, V), 0.0),
+            position.astype(np.int32),
         ),
     )
 
 
 def _spike(args):
     """One gate of -1e4 among weak ones: beside it, cumulated sums keep no digit of the others."""
-    return args | dict(g=(0.1 * args["g"]).at[:, args["g"].shape[1] // 3].set(-1e4))
+    return args | dict(g=put(0.1 * args["g"], np.s_[:, args["g"].shape[1] // 3], -1e4))
 
 
 def _unused(state, number):
-    level = jnp.arange(state.levels.shape[2])[None]
-    used = (level > 0) & (state.position[:, None] >> jnp.maximum(level - 1, 0) & 1 == 1)
-    return state._replace(levels=jnp.where(used[:, None, :, None, None], state.levels, number))
+    level = np.arange(state.levels.shape[2])[None]
+    used = (level > 0) & (state.position[:, None] >> np.maximum(level - 1, 0) & 1 == 1)
+    return state._replace(levels=np.where(used[:, None, :, None, None], state.levels, number))
 
 
 def _fill(args):
@@ -64,8 +61,8 @@ def _fill(args):
     T, L = args["level_scales"].shape[1::2]
     state, position, level = args["initial_state"], 2 ** (L - 1) - T, np.arange(L)
     used = (level > 0) & (position >> np.maximum(level - 1, 0)) % 2 == 1
-    levels = jnp.where(used[:, None, None], state.levels + 1.0, 0.0)
-    state = LogLinearState(levels, jnp.full_like(state.position, position))
+    levels = np.where(used[:, None, None], state.levels + 1.0, 0.0)
+    state = LogLinearState(levels, np.full_like(state.position, position))
     return args | dict(initial_state=state)
 
 
@@ -88,7 +85,7 @@ def _state(name="initial_state", **edits):
 
 _SHARED_MISTAKES = (
     *(mistake for mistake in COMMON_MISTAKES if mistake not in SCALE_MISTAKES),
-    ("k of another HK", edit(k=lambda x: jnp.repeat(x, 2, -2)), ValueError, ("k ", "HK")),
+    ("k of another HK", edit(k=lambda x: np.repeat(x, 2, -2)), ValueError, ("k ", "HK")),
     (
         "level_scales in float16",
         edit(level_scales=lambda x: x.astype(jnp.float16)),
@@ -109,7 +106,7 @@ _SHARED_MISTAKES = (
     ),
     (
         "HK does not divide H",
-        lambda args: args | {n: jnp.repeat(args[n], 3, -2) for n in ("q", "k")},
+        lambda args: args | {n: np.repeat(args[n], 3, -2) for n in ("q", "k")},
         ValueError,
         ("H = 2", "multiple", "HK = 3"),
     ),
@@ -134,8 +131,8 @@ LOG_LINEAR = Mechanism(
     outputs=(AXES["o"], _STATE),
     make=_make,
     stress={
-        "no decay": lambda args: args | dict(g=jnp.zeros_like(args["g"])),
-        "strong everywhere": lambda args: args | dict(g=jnp.full_like(args["g"], -30.0)),
+        "no decay": lambda args: args | dict(g=np.zeros_like(args["g"])),
+        "strong everywhere": lambda args: args | dict(g=np.full_like(args["g"], -30.0)),
         "one gate of -1e4": _spike,
         "up to the last position": _fill,
     },
@@ -187,7 +184,7 @@ LOG_LINEAR = Mechanism(
         ),
         (
             "K too large",
-            lambda args: args | {n: jnp.tile(args[n], 17) for n in "qk"} | dict(initial_state=None),
+            lambda args: args | {n: np.tile(args[n], 17) for n in "qk"} | dict(initial_state=None),
             ValueError,
             ("dimension K must be 16 to 256", "272"),
         ),
@@ -199,7 +196,7 @@ LOG_LINEAR = Mechanism(
         ),
         (
             "too many levels",
-            edit(level_scales=lambda x: jnp.tile(x, 4), initial_state=None),
+            edit(level_scales=lambda x: np.tile(x, 4), initial_state=None),
             ValueError,
             ("level_scales", "at most L = 32", "36"),
         ),
@@ -229,7 +226,7 @@ LOG_LINEAR = Mechanism(
         ),
         (
             "initial_state transposed",
-            _state(levels=lambda x: jnp.swapaxes(x, 3, 4)),
+            _state(levels=lambda x: np.swapaxes(x, 3, 4)),
             ValueError,
             ("initial_state.levels", "K"),
         ),

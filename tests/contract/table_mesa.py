@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from table import (
     COMMON_MISTAKES,
     COMMON_RUN_MISTAKES,
@@ -9,6 +10,10 @@ from table import (
     Implementation,
     Mechanism,
     edit,
+    put,
+    sigmoid,
+    softplus,
+    unit,
 )
 
 import jla
@@ -19,24 +24,17 @@ from jla.mesa_net import AXES
 f32 = jnp.float32
 
 
-def _make(sizes, key, dtype):
+def _make(sizes, normal, dtype):
     B, T, H, K, V = (sizes[letter] for letter in ("B", "T", "H", "K", "V"))
-    keys = iter(jax.random.split(key, 8))
-
-    def normal(*shape):
-        return jax.random.normal(next(keys), shape, f32)
-
-    def unit(x):
-        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
     past = normal(B, H, K, K)
     return dict(
         q=unit(normal(B, T, H, K)).astype(dtype),
         k=unit(normal(B, T, H, K)).astype(dtype),
         v=normal(B, T, H, V).astype(dtype),
-        g=-0.1 * jax.nn.softplus(2 * normal(B, T, H)),
-        beta=jax.nn.sigmoid(normal(B, T, H)),
-        lamb=0.25 + jax.nn.softplus(normal(H, K)),
+        g=-0.1 * softplus(2 * normal(B, T, H)),
+        beta=sigmoid(normal(B, T, H)),
+        lamb=0.25 + softplus(normal(H, K)),
         # Symmetric and positive definite, as every state is.
         initial_state=MesaState(past @ past.mT / K, normal(B, H, K, V)),
     )
@@ -44,19 +42,19 @@ def _make(sizes, key, dtype):
 
 def _spike(args):
     """One gate of -1e4 among weak ones: beside it, cumulated sums keep no digit of the others."""
-    return args | dict(g=(0.1 * args["g"]).at[:, args["g"].shape[1] // 3].set(-1e4))
+    return args | dict(g=put(0.1 * args["g"], np.s_[:, args["g"].shape[1] // 3], -1e4))
 
 
 def _twins(args):
     """The same key at every token and no decay, on a weak ridge: the condition is near 1e3."""
-    k = jnp.broadcast_to(args["k"][:, :1], args["k"].shape)
-    return args | dict(k=k, g=jnp.zeros_like(args["g"]), lamb=0.1 * args["lamb"])
+    k = np.broadcast_to(args["k"][:, :1], args["k"].shape)
+    return args | dict(k=k, g=np.zeros_like(args["g"]), lamb=0.1 * args["lamb"])
 
 
 def _nothing(args):
     """A row of zeros in turn for q, k and beta, and at the start no state: Hkk is 0 there."""
-    zero = {n: args[n].at[:, i : i + 3].set(0) for i, n in enumerate(("q", "k", "beta"))}
-    return args | zero | dict(initial_state=jax.tree.map(jnp.zeros_like, args["initial_state"]))
+    zero = {n: put(args[n], np.s_[:, i : i + 3], 0) for i, n in enumerate(("q", "k", "beta"))}
+    return args | zero | dict(initial_state=jax.tree.map(np.zeros_like, args["initial_state"]))
 
 
 def _small(args):
@@ -67,7 +65,7 @@ def _small(args):
 def _later(name, x):
     """Keys keep their norm and betas their sign: the matrix must stay positive definite."""
     if name in ("q", "k"):
-        return -jnp.flip(x, -1)
+        return -np.flip(x, -1)
     return {"g": 40.0 * x - 1.0, "beta": 1.0 - 0.5 * x}.get(name, 3.0 - x)
 
 
@@ -127,8 +125,8 @@ MESA = Mechanism(
     outputs=(AXES["o"], _STATE),
     make=_make,
     stress={
-        "no decay": lambda args: args | dict(g=jnp.zeros_like(args["g"])),
-        "strong everywhere": lambda args: args | dict(g=jnp.full_like(args["g"], -30.0)),
+        "no decay": lambda args: args | dict(g=np.zeros_like(args["g"])),
+        "strong everywhere": lambda args: args | dict(g=np.full_like(args["g"], -30.0)),
         "one gate of -1e4": _spike,
         "equal keys, weak ridge": _twins,
         "zeros": _nothing,
@@ -187,7 +185,7 @@ MESA = Mechanism(
             "K too large",
             lambda args: (
                 args
-                | {n: jnp.tile(args[n], 17) for n in ("q", "k", "lamb")}
+                | {n: np.tile(args[n], 17) for n in ("q", "k", "lamb")}
                 | dict(initial_state=None)
             ),
             ValueError,
@@ -207,7 +205,7 @@ MESA = Mechanism(
         ),
         (
             "initial_state transposed",
-            _state(kv=lambda x: jnp.swapaxes(x, 2, 3)),
+            _state(kv=lambda x: np.swapaxes(x, 2, 3)),
             ValueError,
             ("initial_state.kv", "K"),
         ),

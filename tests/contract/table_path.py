@@ -1,9 +1,18 @@
 """PaTH attention's entry."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from table import COMMON_MISTAKES, COMMON_RUN_MISTAKES, Implementation, Mechanism, edit
+from table import (
+    COMMON_MISTAKES,
+    COMMON_RUN_MISTAKES,
+    Implementation,
+    Mechanism,
+    edit,
+    put,
+    sigmoid,
+    softplus,
+    unit,
+)
 
 import jla
 import jla.pallas
@@ -11,58 +20,52 @@ from jla import PathCache
 from jla._core.axes import letters
 from jla.path_attention import AXES
 
-f32 = jnp.float32
-
 # How many tokens the rows have before the first.
 LENGTHS = (9, 0, 4, 1)
 
 
-def _make(sizes, key, dtype):
+def _make(sizes, normal, dtype):
     B, T, H, HQ, K, V = (sizes[x] for x in ("B", "T", "H", "HQ", "K", "V"))
-    keys = iter(jax.random.split(key, 9))
     length = np.resize(LENGTHS, B)
-    S = T + 12
+    S = T + 112  # room for as many tokens again
     there = np.arange(S) < length[:, None]
 
-    def normal(*shape):
-        return jax.random.normal(next(keys), shape, f32)
-
     def gates(*shape):
-        return -0.2 * jax.nn.softplus(2 * normal(*shape))
+        return -0.2 * softplus(2 * normal(*shape))
 
-    w = normal(B, T, H, K)
     return dict(
         q=normal(B, T, HQ, K).astype(dtype),
         k=normal(B, T, H, K).astype(dtype),
         v=normal(B, T, H, V).astype(dtype),
-        w=w / jnp.linalg.norm(w, axis=-1, keepdims=True),
-        beta=2 * jax.nn.sigmoid(normal(B, T, H) + 1.0),
+        w=unit(normal(B, T, H, K)),
+        beta=2 * sigmoid(normal(B, T, H) + 1.0),
         g=gates(B, T, HQ),
         cache=PathCache(
-            jnp.where(there[..., None, None], normal(B, S, H, K), 0.0),
-            jnp.where(there[..., None, None], normal(B, S, H, V), 0.0).astype(dtype),
-            jnp.where(there[..., None], 10 * gates(B, S, HQ), 0.0),
-            jnp.asarray(length, jnp.int32),
+            np.where(there[..., None, None], normal(B, S, H, K), 0.0),
+            np.where(there[..., None, None], normal(B, S, H, V), 0.0).astype(dtype),
+            np.where(there[..., None], 10 * gates(B, S, HQ), 0.0),
+            length.astype(np.int32),
         ),
     )
 
 
 def _spike(args):
     """One gate of -1e4 among weak ones: beside it, cumulated sums keep no digit of the others."""
-    return args | dict(g=(0.1 * args["g"]).at[:, args["g"].shape[1] // 3, ::2].set(-1e4))
+    return args | dict(g=put(0.1 * args["g"], np.s_[:, args["g"].shape[1] // 3, ::2], -1e4))
 
 
 def _reflections(args):
     """Every map reflects; half the heads at one mirror, the chunk's system then being at its
     worst."""
     w = args["w"]
-    return args | dict(beta=jnp.full_like(args["beta"], 2.0), w=w.at[:, :, ::2].set(w[:, :1, ::2]))
+    w = put(w, np.s_[:, :, ::2], w[:, :1, ::2])
+    return args | dict(beta=np.full_like(args["beta"], 2.0), w=w)
 
 
 def _projections(args):
     """Every map projects, and after the first nothing is left along the heads' one direction."""
     w = args["w"]
-    return args | dict(beta=jnp.ones_like(args["beta"]), w=jnp.broadcast_to(w[:, :1], w.shape))
+    return args | dict(beta=np.ones_like(args["beta"]), w=np.broadcast_to(w[:, :1], w.shape))
 
 
 def _later(name, x):
@@ -77,10 +80,11 @@ def _cache(**edits):
 
 
 def _unused(cache, number):
-    there = jnp.arange(cache.key.shape[1])[None] < cache.length[:, None]
+    there = np.arange(cache.key.shape[1])[None] < cache.length[:, None]
 
     def fill(x):
-        return jnp.where(there.reshape(*there.shape, *[1] * (x.ndim - 2)), x, number)
+        there_too = there.reshape(*there.shape, *[1] * (x.ndim - 2))
+        return np.where(there_too, x, np.asarray(number, x.dtype))
 
     return cache._replace(**{n: fill(getattr(cache, n)) for n in ("key", "value", "decay")})
 
@@ -132,9 +136,9 @@ _SHARED_MISTAKES = (
     ("no gates for a cache with", edit(g=None), ValueError, ("g is None", "cache.decay")),
     (
         "cache full",
-        _cache(length=lambda x: x + x.shape[0] * 56),
+        _cache(length=lambda x: x + x.shape[0] * 106),
         ValueError,
-        ("cache has room for 112 tokens", "row 0", "121"),
+        ("cache has room for 212 tokens", "row 0", "221"),
     ),
 )
 
@@ -158,8 +162,8 @@ PATH = Mechanism(
     outputs=(AXES["o"], _STATE),
     make=_make,
     stress={
-        "no decay": lambda args: args | dict(g=jnp.zeros_like(args["g"])),
-        "strong everywhere": lambda args: args | dict(g=jnp.full_like(args["g"], -30.0)),
+        "no decay": lambda args: args | dict(g=np.zeros_like(args["g"])),
+        "strong everywhere": lambda args: args | dict(g=np.full_like(args["g"], -30.0)),
         "one gate of -1e4": _spike,
         "reflections": _reflections,
         "projections": _projections,
@@ -213,7 +217,7 @@ PATH = Mechanism(
         (
             "K too large",
             lambda args: (
-                args | {n: jnp.tile(args[n], 17) for n in ("q", "k", "w")} | dict(cache=None)
+                args | {n: np.tile(args[n], 17) for n in ("q", "k", "w")} | dict(cache=None)
             ),
             ValueError,
             ("dimension K must be 16 to 256", "272"),

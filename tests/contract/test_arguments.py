@@ -1,10 +1,10 @@
 """Clause 9: wrong arguments raise before anything runs, and say what is wrong."""
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 from harness import assert_close, assert_same_bits, inputs
-from mechanisms import MECHANISMS
+from mechanisms import MECHANISMS, SMALL
 from test_transforms import compilations
 
 from jla._dispatch import choose
@@ -28,7 +28,7 @@ def check(function, good, edit, exception, fragments):
     for fragment in fragments:
         assert fragment in message
     # The same under jit, where only shapes and dtypes are known.
-    arrays = {n: x for n, x in bad.items() if isinstance(x, jax.Array)}
+    arrays = {n: x for n, x in bad.items() if isinstance(x, jax.Array | np.ndarray)}
     others = {n: x for n, x in bad.items() if n not in arrays}
     with pytest.raises(exception, match=f"^{name}"):
         jax.eval_shape(lambda a: function(**a, **others), arrays)
@@ -66,18 +66,20 @@ def test_without_a_gpu_the_default_is_xla(mechanism):
         assert choose(name, None) is choose(name, "xla")
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
-def test_no_initial_state_is_zeros(mechanism):
-    sizes = dict(mechanism.implementations[0].sizes) | dict(T=5)
-    args, _ = inputs(mechanism, sizes)
-    name = mechanism.state[0]
-    state = args.pop(name)
-    for implementation in ("reference", "xla", None):
-        zeros = jax.tree.map(jnp.zeros_like, state)
-        got = mechanism.run(**args, implementation=implementation)
-        want = mechanism.run(**args, **{name: zeros}, implementation=implementation)
-        if mechanism.always_returns_state:
-            assert_same_bits(got, want)
-        else:
-            assert got[1] is None
-            assert_close(got[0], want[0], 1e-6)
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes", [row for row in SMALL if row.values[1].name != "pallas"]
+)
+def test_no_initial_state_is_zeros(mechanism, implementation, sizes):
+    # As long as in `test_good_inputs_make_no_nan`, which runs the same programs. Log-linear
+    # attention has a form of its own without a state, which rounds alike where levels are few.
+    T = 5 if mechanism.name == "log_linear" else 32
+    args, _ = inputs(mechanism, dict(sizes) | dict(T=T))
+    name, options = mechanism.state[0], dict(implementation=implementation.name)
+    zeros = jax.tree.map(np.zeros_like, args.pop(name))
+    got = mechanism.run(**args, **options)
+    want = mechanism.run(**args, **options, **{name: zeros})
+    if mechanism.always_returns_state:
+        assert_same_bits(got, want)
+    else:
+        assert got[1] is None
+        assert_close(got[0], want[0], 1e-6)

@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import assert_close, assert_same_bits, floats, forward, inputs, on_floats
+from harness import (
+    assert_close,
+    assert_same_bits,
+    cut,
+    floats,
+    forward,
+    inputs,
+    on_floats,
+    one_segment,
+    shapes,
+)
 from jax import export
 from mechanisms import MECHANISMS, SMALL, interpreted, slow_if
 from table_gsa import GSA
@@ -17,8 +27,6 @@ from test_sequence import packs
 import jla.pallas
 
 EXPORTED = [row for row in SMALL if not interpreted(*row.values)]
-# Inside a segment of each row that `packs` makes: the rest goes on from the state.
-FIRST = 50
 
 
 def symbolic(args, axes):
@@ -51,22 +59,12 @@ def test_any_batch_and_length_from_a_state_with_segments(mechanism, implementati
     run = functools.partial(mechanism.run, implementation=implementation.name)
     call = exported(lambda a: run(**a), given, axes)
 
-    o, state = call(parts(mechanism, given, slice(0, FIRST)))
-    assert isinstance(state, jax.Array | tuple)
-    rest = parts(mechanism, given, slice(FIRST, None)) | {mechanism.state[0]: state}
-    # Of the rest one row: another batch, and another length.
+    # Another batch, one row; `test_any_batch_and_length_alone` has another length.
     row = {n: x if n in mechanism.shared() else jax.tree.map(lambda x: x[:1], x)
-           for n, x in rest.items()}  # fmt: skip
-    got = o, call(row)
-    want_o, want_state = forward(mechanism, implementation, args, given["segment_ids"])
-    want = want_o[:, :FIRST], (want_o[:1, FIRST:], jax.tree.map(lambda x: x[:1], want_state))
-    assert_close(got, want, mechanism.tolerances["float32"][0])
-
-
-def parts(mechanism, given, tokens):
-    """The tokenwise arguments, segment ids too, cut; the others as they are."""
-    names = (*mechanism.tokenwise(), "segment_ids")
-    return {n: x[:, tokens] if n in names else x for n, x in given.items()}
+           for n, x in given.items()}  # fmt: skip
+    want = forward(mechanism, implementation, args, given["segment_ids"])
+    want = jax.tree.map(lambda x: x[:1], want)
+    assert_close(call(row), want, mechanism.tolerances["float32"][0])
 
 
 @pytest.mark.parametrize(
@@ -81,14 +79,15 @@ def test_any_batch_and_length_alone(mechanism, implementation, sizes):
     alone = {n: x for n, x in args.items() if n != mechanism.state[0]}
     run = functools.partial(mechanism.run, implementation=implementation.name)
     call = exported(lambda a: run(**a)[0], alone, mechanism.axes)
-    zeros = jax.tree.map(jnp.zeros_like, state)
-    want = forward(mechanism, implementation, args | {mechanism.state[0]: zeros})[0]
-    assert_close(call(alone), want, mechanism.tolerances["float32"][0])
+    zeros = args | {mechanism.state[0]: jax.tree.map(np.zeros_like, state)}
+    want = forward(mechanism, implementation, zeros, one_segment(implementation, sizes))[0]
+    got = call(cut(mechanism, alone, 0, 50))
+    assert_close(got, want[:, :50], mechanism.tolerances["float32"][0])
 
 
 @pytest.mark.parametrize("mechanism, implementation, sizes", EXPORTED)
 def test_steps_and_gradients_of_any_batch_and_length(mechanism, implementation, sizes):
-    args = shapes(mechanism, sizes, "float32")
+    args = shapes(mechanism, sizes)
     run = functools.partial(mechanism.run, implementation=implementation.name)
 
     def gradients(a):
@@ -104,11 +103,6 @@ def test_steps_and_gradients_of_any_batch_and_length(mechanism, implementation, 
     axes[step_name] = axes[name]
     step = functools.partial(mechanism.step, implementation=implementation.name)
     exported(lambda a: step(**a), token, axes)
-
-
-def shapes(mechanism, sizes, dtype):
-    dtype = jnp.dtype(dtype)
-    return jax.eval_shape(lambda key: mechanism.make(sizes, key, dtype), jax.random.key(0))
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

@@ -1,11 +1,9 @@
 """Clauses 3, 4 and 5: causality, states that go on, packed segments."""
 
 import functools
-import itertools
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness import (
@@ -17,6 +15,7 @@ from harness import (
     definition,
     forward,
     inputs,
+    one_segment,
     value_and_vjp,
     with_gradients,
 )
@@ -32,21 +31,21 @@ from mechanisms import (
     interpreted_path,
     slow_if,
 )
+from table import put
 
 
 def earlier_outputs_stay(mechanism, implementation, sizes, names, few):
     args, _ = inputs(mechanism, sizes, implementation.dtypes[0])
-    T = sizes["T"]
-    before = np.asarray(forward(mechanism, implementation, args)[0])
-    # The borders of chunks of 16 to 64 tokens, and places inside them.
-    for t in implementation.choice((0, 1, 15, 16, 30, 31, 62, 63, 64, T - 2), few):
+    T, ids = sizes["T"], one_segment(implementation, sizes)
+    before = forward(mechanism, implementation, args, ids)[0]
+    # The borders of chunks of 16 to 64 tokens, and places inside them. The definition has none.
+    places = implementation.choice((0, 1, 15, 16, 30, 31, 62, 63, 64, T - 2), few)
+    for t in (0, 30, T - 2) if implementation.name == "reference" else places:
         changed = dict(args)
         for name in names:
-            # By NumPy, which compiles nothing for all these shapes.
-            x = np.array(args[name])
-            x[:, t + 1 :] = mechanism.later(name, x[:, t + 1 :])
-            changed[name] = jnp.asarray(x)
-        after = np.asarray(forward(mechanism, implementation, changed)[0])
+            x = args[name]
+            changed[name] = put(x, np.s_[:, t + 1 :], mechanism.later(name, x[:, t + 1 :]))
+        after = forward(mechanism, implementation, changed, ids)[0]
         assert_same_bits(after[:, : t + 1], before[:, : t + 1])
         assert not np.array_equal(after[:, t + 1 :], before[:, t + 1 :])
 
@@ -56,7 +55,11 @@ def test_causal_to_the_bit(mechanism, implementation, sizes):
     earlier_outputs_stay(mechanism, implementation, sizes, mechanism.tokenwise(), (30, 63))
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", INTERPRETED_SLOW)
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes",
+    # The definition has no chunks.
+    slow_if(GRID, lambda *row: interpreted(*row) or row[1].name == "reference"),
+)
 def test_a_later_tokens_gate_moves_no_earlier_output(mechanism, implementation, sizes):
     """A chunk's reference point among its later gates would move the rounding of earlier rows.
 
@@ -73,43 +76,56 @@ def test_split_is_whole(mechanism, implementation, sizes):
     """At other places than `test_a_split_and_its_gradients_are_the_whole`, which all take."""
     dtype = implementation.dtypes[0]
     args, _ = inputs(mechanism, sizes, dtype)
-    whole = forward(mechanism, implementation, args)
+    whole = forward(mechanism, implementation, args, one_segment(implementation, sizes))
     # Each place compiles two programs, which takes a GPU a minute at full size.
     for n in (36,) if sizes is implementation.full else (1, 36, 64):
         o, state = forward(mechanism, implementation, cut(mechanism, args, 0, n))
         rest = cut(mechanism, args, n, None) | {mechanism.state[0]: state}
         o_rest, state = forward(mechanism, implementation, rest)
-        got = jnp.concatenate([o, o_rest], axis=1), state
+        got = np.concatenate([o, o_rest], axis=1), state
         assert_close(got, whole, mechanism.tolerances[dtype][0])
+
+
+def of_twice_the_length(mechanism, sizes, dtype):
+    """Arguments and cotangents, the state's as for the usual length."""
+    args, cotangents = inputs(mechanism, dict(sizes) | dict(T=2 * sizes["T"]), dtype)
+    usual = inputs(mechanism, sizes, dtype)
+    name = mechanism.state[0]
+    return args | {name: usual[0][name]}, (cotangents[0], usual[1][1])
 
 
 @pytest.mark.parametrize(
     "mechanism, implementation, sizes",
-    # A third of a minute each, a minute with the cache around PaTH's kernels. Decoding shows, too,
+    # Several seconds each. Decoding shows, too,
     # that a state goes on, and the cotangents of states are those of `test_values_and_gradients`.
     INTERPRETED_SLOW,
 )
 def test_a_split_and_its_gradients_are_the_whole(mechanism, implementation, sizes):
     """The first part's final state is the second's initial one, and so are their cotangents."""
-    # In the middle of a chunk; equal parts, so that their one shape is compiled once.
-    dtype, name, n = implementation.dtypes[0], mechanism.state[0], sizes["T"] // 2
-    shared = case(mechanism, implementation, sizes, dtype)
-    args, whole, (o_cotangent, state_cotangent) = shared.args, shared.got, shared.cotangents
+    dtype, name, n = implementation.dtypes[0], mechanism.state[0], sizes["T"]
+    if sizes is implementation.full:
+        n = n // 2  # in the middle of a chunk
+        shared = case(mechanism, implementation, sizes, dtype)
+        args, whole, cotangents = shared.args, shared.got, shared.cotangents
+        ids = None
+    else:
+        # Two parts of the usual length, whose program is there; the definition is the whole.
+        args, cotangents = of_twice_the_length(mechanism, sizes, dtype)
+        ids = one_segment(implementation, sizes)
+        whole = definition(mechanism, args, cotangents, np.concatenate([ids, ids], axis=1))
+    o_cotangent, state_cotangent = cotangents
     first, second = cut(mechanism, args, 0, n), cut(mechanism, args, n, None)
-    unknown = jax.tree.map(jnp.zeros_like, state_cotangent)
+    run = functools.partial(value_and_vjp, mechanism, implementation, segment_ids=ids)
+    unknown = jax.tree.map(np.zeros_like, state_cotangent)
     # The gradients are not used; running them compiles no other program.
-    state = value_and_vjp(mechanism, implementation, first, (o_cotangent[:, :n], unknown))[0][1]
-    (o_rest, final), later = value_and_vjp(
-        mechanism, implementation, second | {name: state}, (o_cotangent[:, n:], state_cotangent)
-    )
-    (o, _), earlier = value_and_vjp(
-        mechanism, implementation, first, (o_cotangent[:, :n], later[name])
-    )
-    values = jnp.concatenate([o, o_rest], axis=1), final
+    state = run(first, (o_cotangent[:, :n], unknown))[0][1]
+    (o_rest, final), later = run(second | {name: state}, (o_cotangent[:, n:], state_cotangent))
+    (o, _), earlier = run(first, (o_cotangent[:, :n], later[name]))
+    values = np.concatenate([o, o_rest], axis=1), final
     assert_close(values, whole[0], mechanism.tolerances[dtype][0])
     got = dict(earlier)
     for key in mechanism.tokenwise():
-        got[key] = jnp.concatenate([earlier[key], later[key]], axis=1)
+        got[key] = np.concatenate([earlier[key], later[key]], axis=1)
     for key in mechanism.shared():
         got[key] = earlier[key] + later[key]
     assert_close(got, whole[1], mechanism.tolerances[dtype][1])
@@ -122,7 +138,7 @@ def test_decode_is_forward(mechanism, implementation, sizes):
     args, whole = shared.args, shared.got[0]
     # An interpreted step takes long; its state is compared in the tests of the step.
     T = implementation.choice(sizes["T"], 20)
-    tokens = {name: jnp.moveaxis(args[name][:, :T], 1, 0) for name in mechanism.tokenwise()}
+    tokens = {name: np.moveaxis(args[name][:, :T], 1, 0) for name in mechanism.tokenwise()}
     constant = {name: args[name] for name in mechanism.shared()}
     step = functools.partial(mechanism.step, **constant, implementation=implementation.name)
 
@@ -135,8 +151,8 @@ def test_decode_is_forward(mechanism, implementation, sizes):
         return jax.lax.scan(token, state, tokens)
 
     with implementation.context():
-        state, o = decode(args[mechanism.state[0]], tokens)
-    got, want = (jnp.moveaxis(o, 0, 1), state), (whole[0][:, :T], whole[1])
+        state, o = jax.device_get(decode(args[mechanism.state[0]], tokens))
+    got, want = (np.moveaxis(o, 0, 1), state), (whole[0][:, :T], whole[1])
     last = slice(None if T == sizes["T"] else 1)
     assert_close(got[last], want[last], mechanism.tolerances[dtype][0])
 
@@ -158,13 +174,16 @@ def test_step_in_a_scan_over_layers(mechanism, implementation, sizes):
         state = {mechanism.state[1]: arguments[names[-1]]}
         return mechanism.step(**tokens, **state, **shared, implementation=implementation.name)
 
-    stacked = {n: jax.tree.map(lambda *x: jnp.stack(x), *xs) for n, xs in cut_out.items()}
+    stacked = {n: jax.tree.map(lambda *x: np.stack(x), *xs) for n, xs in cut_out.items()}
+    turned = jax.tree.map(lambda x: x[::-1], stacked)
+    scan = jax.jit(lambda xs: jax.lax.scan(lambda _, x: (None, step(x)), None, xs)[1])
     with implementation.context():
-        scan = jax.jit(lambda xs: jax.lax.scan(lambda _, x: (None, step(x)), None, xs)[1])
-        got = scan(stacked)
-        each = [jax.jit(step)({n: xs[i] for n, xs in cut_out.items()}) for i in range(2)]
-    want = jax.tree.map(lambda *x: jnp.stack(x), *each)
-    assert_close(got, want, 1e-5)
+        got, of_turned = jax.device_get((scan(stacked), scan(turned)))
+    # A layer's step is the same as the first and as the second; and it is the run's first token.
+    assert_close(got, jax.tree.map(lambda x: x[::-1], of_turned), 1e-5)
+    shared = case(mechanism, implementation, sizes)
+    want = shared.got[0][0][:, 0]
+    assert_close(got[0][0], want, mechanism.tolerances[implementation.dtypes[0]][0])
 
 
 # Two rows that share few borders, with segments of one token at the ends and inside. Ids come
@@ -177,51 +196,54 @@ PACKS = (
 
 def packs(sizes):
     ids = [np.repeat(*np.transpose(row)) for row in PACKS[: sizes["B"]]]
-    return jnp.asarray(np.stack(ids), jnp.int32)
+    return np.stack(ids).astype(np.int32)
 
 
-@pytest.mark.parametrize(
-    "mechanism, implementation, sizes",
-    # A quarter of a minute each, where the others' take a second.
-    slow_if(DEFINITIONS, lambda mechanism, *_: mechanism.name in ("path", "mesa")),
-)
+# The lengths of two rows' segments. The last ones, which return a state, are as long as a run.
+LENGTHS = np.array([[3, 33, 1, 62, 1, 100], [1, 36, 31, 31, 1, 100]])
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes", DEFINITIONS)
 def test_packed_is_separate(mechanism, implementation, sizes):
-    """The definition of the packed rows is that of their segments one by one."""
-    dtype, state_name = implementation.dtypes[0], mechanism.state[0]
-    assert (sizes["B"], sizes["T"]) == (2, 100)
-    args, (o_cotangent, state_cotangent) = inputs(mechanism, sizes, dtype)
+    """The definition of the packed rows is that of their segments one by one.
+
+    A segment alone has other tokens after it, of no cotangent. They change nothing before them, see
+    `test_causal_to_the_bit`, and all runs are of one length.
+    """
+    dtype, state, T = implementation.dtypes[0], mechanism.state[0], sizes["T"]
+    args, (o_cotangent, state_cotangent) = of_twice_the_length(mechanism, sizes, dtype)
+    numbers = np.arange(LENGTHS.shape[1]) % 2  # an id may come again
+    ids = np.stack([np.repeat(numbers, row) for row in LENGTHS]).astype(np.int32)
     cotangents = o_cotangent, state_cotangent
-    got = value_and_vjp(mechanism, implementation, args, cotangents, packs(sizes))
-    rows = []
-    for row, pack in enumerate(PACKS):
-        borders = np.cumsum([0, *(length for _, length in pack)])
-        one = {
-            name: x
-            if name in mechanism.shared()
-            else jax.tree.map(lambda x, row=row: x[row : row + 1], x)
-            for name, x in args.items()
-        }
-        o_one, state_one = jax.tree.map(lambda x, row=row: x[row : row + 1], cotangents)
-        runs = []
-        for start, stop in itertools.pairwise(borders):
-            alone = cut(mechanism, one, start, stop)
-            # The row's first segment has its initial state, its last one returns the final state.
-            if start > 0:
-                alone[state_name] = jax.tree.map(jnp.zeros_like, alone[state_name])
-            last = stop == borders[-1]
-            final = state_one if last else jax.tree.map(jnp.zeros_like, state_one)
-            runs.append(definition(mechanism, alone, (o_one[:, start:stop], final)))
-        o = jnp.concatenate([values[0] for values, _ in runs], axis=1)
-        gradients = dict(runs[0][1])
+    got = value_and_vjp(mechanism, implementation, args, cotangents, ids)
+
+    nothing = jax.tree.map(np.zeros_like, (args[state], state_cotangent))
+    o, gradients = np.zeros_like(o_cotangent), jax.tree.map(np.zeros_like, args)
+    starts, stops = np.cumsum(LENGTHS, axis=1) - LENGTHS, np.cumsum(LENGTHS, axis=1)
+    for i in range(LENGTHS.shape[1]):
+        # [B, T]: where the runs' tokens are in the rows, and which are the segments'.
+        places = starts[:, i, None] + np.arange(T)
+        rows, there = np.arange(len(places))[:, None], places < stops[:, i, None]
+        one = {n: x[rows, places] if n in mechanism.tokenwise() else x for n, x in args.items()}
+        # The row's first segment has its initial state, its last one returns the final state.
+        one[state] = args[state] if i == 0 else nothing[0]
+        last = i == LENGTHS.shape[1] - 1
+        cotangents = (
+            o_cotangent[rows, places] * there[..., None, None],
+            state_cotangent if last else nothing[1],
+        )
+        (o_one, final), of_one = definition(
+            mechanism, one, cotangents, one_segment(implementation, sizes)
+        )
+        inside = np.nonzero(there)[0], places[there]
+        o[inside] = o_one[there]
         for name in mechanism.tokenwise():
-            gradients[name] = jnp.concatenate([gradient[name] for _, gradient in runs], axis=1)
+            gradients[name][inside] = of_one[name][there]
         for name in mechanism.shared():
-            gradients[name] = sum(gradient[name] for _, gradient in runs)
-        rows.append(((o, runs[-1][0][1]), gradients))
-    values, gradients = jax.tree.map(lambda *x: jnp.concatenate(x, axis=0), *rows)
-    for name in mechanism.shared():
-        gradients[name] = sum(row[1][name] for row in rows)
-    assert_agrees(mechanism, dtype, got, (values, gradients))
+            gradients[name] += of_one[name]
+        if i == 0:
+            gradients[state] = of_one[state]
+    assert_agrees(mechanism, dtype, got, ((o, final), gradients))
 
 
 @pytest.mark.parametrize("mechanism, implementation, sizes", SMALL_AGAINST_REFERENCE)
@@ -238,7 +260,7 @@ def test_packed_is_the_definition(mechanism, implementation, sizes):
 def test_every_token_its_own_segment(mechanism, implementation, sizes):
     dtype = implementation.dtypes[0]
     args, cotangents = inputs(mechanism, sizes, dtype)
-    ids = jnp.broadcast_to(jnp.arange(sizes["T"], dtype=jnp.int32), (sizes["B"], sizes["T"]))
+    ids = np.tile(np.arange(sizes["T"], dtype=np.int32), (sizes["B"], 1))
     got = value_and_vjp(mechanism, implementation, args, cotangents, ids)
     assert_agrees(mechanism, dtype, got, definition(mechanism, args, cotangents, ids))
 
@@ -248,9 +270,9 @@ def test_nothing_crosses_a_border(mechanism, implementation, sizes):
     """To the bit: what a segment holds moves neither the next one's outputs nor its state."""
     args, _ = inputs(mechanism, sizes, implementation.dtypes[0])
     for border in implementation.choice((36, 64), (36,)):
-        ids = jnp.zeros((sizes["B"], sizes["T"]), jnp.int32).at[:, border:].set(1)
+        ids = put(one_segment(implementation, sizes), np.s_[:, border:], 1)
         changed = {
-            name: x.at[:, :border].set(mechanism.later(name, x[:, :border]))
+            name: put(x, np.s_[:, :border], mechanism.later(name, x[:, :border]))
             if name in mechanism.tokenwise()
             else jax.tree.map(lambda s: 2 * s, x)
             for name, x in args.items()
@@ -279,15 +301,17 @@ def test_unused_places_of_a_state_may_hold_nan(mechanism, implementation, sizes)
     def run(number):
         given = args | {name: unused(args[name], number)}
         # Kernels' gradients are those of the same masked arrays, and take the interpreter long.
+        ids = one_segment(implementation, sizes)
         if implementation.choice(False, True):
-            (o, state), gradients = forward(mechanism, implementation, given), None
+            (o, state), gradients = forward(mechanism, implementation, given, ids), None
         else:
-            (o, state), gradients = value_and_vjp(mechanism, implementation, given, cotangents)
+            run = value_and_vjp(mechanism, implementation, given, cotangents, ids)
+            (o, state), gradients = run
         return o, unused(state, 0), gradients
 
     zeros = run(0)
     chex.assert_tree_all_finite(zeros)
-    assert_same_bits(run(jnp.nan), zeros)
+    assert_same_bits(run(np.nan), zeros)
 
 
 @pytest.mark.parametrize("mechanism, implementation, sizes", WITH_UNUSED)
@@ -299,13 +323,14 @@ def test_unused_places_of_a_steps_state_may_hold_nan(mechanism, implementation, 
     cotangents = cotangents[0][:, 0], cotangents[1]
     step = functools.partial(mechanism.step, implementation=implementation.name)
 
-    @jax.jit
+    compiled = jax.jit(lambda given: with_gradients(lambda a: step(**a), given, cotangents))
+
     def run(number):
         given = token | {name: unused(args[mechanism.state[0]], number)}
-        (o, state), gradients = with_gradients(lambda a: step(**a), given, cotangents)
+        (o, state), gradients = jax.device_get(compiled(given))
         return o, unused(state, 0), gradients
 
     with implementation.context():
-        zeros, got = run(0.0), run(jnp.nan)
+        zeros, got = run(0.0), run(np.nan)
     chex.assert_tree_all_finite(zeros)
     assert_same_bits(got, zeros)

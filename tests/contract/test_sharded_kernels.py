@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import assert_close, inputs, with_gradients
+from harness import assert_close, inputs, shapes, with_gradients
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mechanisms import MECHANISMS
 
@@ -55,10 +55,9 @@ def test_trace_where_types_carry_shardings(mechanism, entry, heads, part):
     types = (AxisType.Explicit,) * 2
     mesh = jax.make_mesh((2, 2), ("rows", "heads"), types, devices=jax.devices("cpu")[:4])
     names = dict.fromkeys(HEADS, "heads") | dict(B="rows")
-    sizes, dtype = sizes_of(mechanism, entry.sizes, heads, B=2), jnp.dtype(entry.dtypes[0])
-    shapes = jax.eval_shape(lambda key: mechanism.make(sizes, key, dtype), jax.random.key(0))
+    sizes, dtype = sizes_of(mechanism, entry.sizes, heads, B=2), entry.dtypes[0]
     split = functools.partial(placed, mesh, names=names, place=typed)
-    args = jax.tree.map(split, dict(mechanism.axes), shapes)
+    args = jax.tree.map(split, dict(mechanism.axes), shapes(mechanism, sizes, dtype))
     state, state_of_step = mechanism.state
     run = functools.partial(mechanism.run, implementation="pallas")
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import with_gradients
+from harness import shapes, with_gradients
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mechanisms import MECHANISMS
 from test_sharded_kernels import sizes_of
@@ -31,8 +31,7 @@ def of_mechanism(mechanism):
     """Everything there is, with one key head; a length that no other test has, for what JAX has
     traced before it does not call again."""
     entry = next(x for x in mechanism.implementations if x.name == "pallas")
-    sizes, dtype = sizes_of(mechanism, entry.sizes, 1, B=1, T=19), jnp.dtype(entry.dtypes[0])
-    shapes = jax.eval_shape(lambda key: mechanism.make(sizes, key, dtype), jax.random.key(0))
+    sizes, dtype = sizes_of(mechanism, entry.sizes, 1, B=1, T=19), entry.dtypes[0]
     state, state_of_step = mechanism.state
     run = functools.partial(mechanism.run, implementation="pallas")
 
@@ -46,7 +45,7 @@ def of_mechanism(mechanism):
             args = {name: x for name, x in args.items() if name != state}
             differentiate(lambda args: run(**args)[0], args)
 
-    return trace, (shapes,)
+    return trace, (shapes(mechanism, sizes, dtype),)
 
 
 def differentiate(run, args):
