@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from jla import _dispatch
+from jla._core.checks import IMPLEMENTATIONS
 
 # Four for the sharding tests; with fewer than eight, interpreted kernels can starve one another.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -45,7 +46,8 @@ def _group(nodeid, config):
     Those of a mechanism, with its definition; on GPUs, where several more processes take part,
     those of one implementation.
     """
-    contract = re.search(r"contract/.*\[(\w+)-(reference|xla|pallas)\b", nodeid)
+    names = "|".join(IMPLEMENTATIONS)
+    contract = re.search(rf"contract/.*\[(\w+)-({names})\b", nodeid)
     if contract:
         on_gpu = config.getoption("markexpr") == "gpu"
         return "-".join(contract.groups()) if on_gpu else contract[1]

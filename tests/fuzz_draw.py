@@ -136,7 +136,7 @@ def draw_shape(name, implementation, scope, seed, index):
     """The shape with this number."""
     mechanism, scope_of = TABLE[name], SCOPES[scope]
     rng = generator("shape", name, implementation, scope, seed, index)
-    dtypes = next(i.dtypes for i in mechanism.implementations if i.name == implementation)
+    dtypes = mechanism.form(implementation).dtypes
     dtype = dtypes[0] if chance(rng, 0.6) else one_of(rng, dtypes)
     by_token = implementation == "reference" or (implementation, dtype) == ("xla", "float32")
     sizes = draw_sizes(rng, mechanism, scope_of, by_token)

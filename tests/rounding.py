@@ -45,7 +45,7 @@ def main(argv=None):
 
 def errors(mechanism, stress, T):
     """The largest relative error of values and of gradients, of "xla" and of "reference"."""
-    xla = next(i for i in mechanism.implementations if i.name == "xla")
+    xla = mechanism.form("xla")
     sizes = dict(xla.full) | dict(T=T)
     args, cotangents = inputs(mechanism, sizes, "float32")
     args = mechanism.stress[stress](args)

@@ -4,9 +4,6 @@ A mechanism is one `Mechanism` in `MECHANISMS`, and an implementation one `Imple
 test names either. `GRID` and its kin are the parametrisations the tests use.
 """
 
-import contextlib
-import dataclasses
-
 import pytest
 from table_gsa import GSA
 from table_kda import KDA
@@ -25,8 +22,7 @@ def _grid(full=True):
             label = f"{mechanism.name}-{implementation.name}"
             rows.append(pytest.param(mechanism, implementation, implementation.sizes, id=label))
             if full and implementation.full:
-                bare = dataclasses.replace(implementation, context=contextlib.nullcontext)
-                row = (mechanism, bare, implementation.full)
+                row = (mechanism, implementation.compiled(), implementation.full)
                 rows.append(pytest.param(*row, id=f"{label}-full", marks=pytest.mark.gpu))
     return rows
 
@@ -36,12 +32,18 @@ GRID = _grid()
 SMALL = _grid(full=False)
 
 
-def slow_if(rows, condition):
-    """The rows, those that fulfil the condition marked slow; not those that run on the GPU."""
+def is_slow(test, mechanism, implementation):
+    """Whether the tables say that a test is slow for these."""
+    slow = mechanism.slow, implementation.slow, implementation.backend.slow
+    return any(test in tests for tests in slow)
+
+
+def marked(test, rows):
+    """The rows, those that are slow for the test marked so; not those that run on the GPU."""
 
     def marks(row):
-        slow = [pytest.mark.slow] if not row.marks and condition(*row.values) else []
-        return [*row.marks, *slow]
+        slow = not row.marks and is_slow(test, *row.values[:2])
+        return [*row.marks, *[pytest.mark.slow] * slow]
 
     return [pytest.param(*row.values, id=row.id, marks=marks(row)) for row in rows]
 
@@ -61,33 +63,23 @@ def short(rows):
     return [shortened(row) for row in rows]
 
 
-def interpreted(mechanism, implementation, *_):
-    return implementation.context is not contextlib.nullcontext
-
-
-def interpreted_path(mechanism, implementation, *_):
-    """PaTH's kernels take the interpreter half a minute and more."""
-    return interpreted(mechanism, implementation) and mechanism.name == "path"
-
-
-NOT_INTERPRETED = [row for row in GRID if not interpreted(*row.values)]
-INTERPRETED_SLOW = slow_if(GRID, interpreted)
+NOT_INTERPRETED = [row for row in GRID if not row.values[1].interpreted]
 
 
 def _compiled(row):
     mechanism, implementation, sizes = row.values
     if implementation.compiled_on == "cpu":
         return row
-    bare = dataclasses.replace(implementation, context=contextlib.nullcontext)
-    return pytest.param(mechanism, bare, sizes, id=row.id, marks=pytest.mark.gpu)
+    return pytest.param(
+        mechanism, implementation.compiled(), sizes, id=row.id, marks=pytest.mark.gpu
+    )
 
 
-def _is_definition(mechanism, implementation, *_):
-    return implementation.name == "reference"
+def _is_definition(row):
+    return row.values[1].name == "reference"
 
 
-# The definition is a scan of plain jnp: others would fail with it.
-COMPILED = slow_if(map(_compiled, SMALL), _is_definition)
-DEFINITIONS = [row for row in SMALL if _is_definition(*row.values)]
-AGAINST_REFERENCE = [row for row in GRID if not _is_definition(*row.values)]
+COMPILED = [_compiled(row) for row in SMALL]
+DEFINITIONS = [row for row in SMALL if _is_definition(row)]
+AGAINST_REFERENCE = [row for row in GRID if not _is_definition(row)]
 SMALL_AGAINST_REFERENCE = [row for row in AGAINST_REFERENCE if not row.marks]

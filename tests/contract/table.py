@@ -8,42 +8,133 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jla.pallas
+
 FLOATS = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
-class Implementation:
-    """One implementation and what of the suite it takes.
+class Backend:
+    """What belongs to an implementation as such, whatever the mechanism.
 
     name: as `implementation=` takes it.
-    sizes: the shape letters of the small case that most clauses use.
-    full: those of the case that runs on the GPU, in tests marked `gpu`; None for none.
-    dtypes: of q, k and v; the first serves every clause that needs only one.
-    lengths, head_dims: what clause 2 tries: values of T, and edits of `sizes`.
+    dtypes: of q, k and v; the first serves every test that needs only one.
     context: entered around every small call; an interpreter, for kernels.
-    beyond: the stress cases that its precision does not reach; its documentation says so.
     compiled_on: the platform of what only a compiled program shows: sharding, rematerialization,
       how often is compiled. Interpreted kernels have effects, which stand in the way of all three.
     linearizes: whether it has a forward-mode derivative.
-    ends_together: whether it has a loop that ends when it may for all rows, so that devices tell
-      each other one bit.
+    slow: the tests that show what others do, and cost more here than they are worth every time.
     """
 
     name: str
-    sizes: Mapping[str, int]
-    full: Mapping[str, int] | None = None
     dtypes: tuple[str, ...] = FLOATS
-    lengths: tuple[int, ...] = ()
-    head_dims: tuple[Mapping[str, int], ...] = ()
     context: Callable = contextlib.nullcontext
-    beyond: tuple[str, ...] = ()
     compiled_on: str = "cpu"
     linearizes: bool = True
+    slow: tuple[str, ...] = ()
+
+
+REFERENCE = Backend(
+    "reference",
+    # It is a scan of plain jnp: others would fail with it.
+    slow=(
+        "test_a_later_tokens_gate_moves_no_earlier_output",
+        "test_any_batch_and_length_from_a_state_with_segments",
+        "test_any_batch_and_length_alone",
+        "test_new_contents_never_compile",
+        "test_shardings_in_types",
+        "test_sharded_under_jit",
+        "test_split_is_whole",
+        "test_step_in_a_scan_over_layers",
+        "test_values_under_x64",
+        "test_vmap_and_checkpoint",
+    ),
+)
+XLA = Backend(
+    "xla",
+    slow=("test_head_dimensions", "test_split_is_whole", "test_step_in_a_scan_over_layers"),
+)
+PALLAS = Backend(
+    "pallas",
+    dtypes=("bfloat16", "float16"),
+    context=jla.pallas.interpret,
+    compiled_on="gpu",
+    linearizes=False,  # a custom_vjp
+    # Several seconds each in the interpreter.
+    slow=(
+        "test_a_later_tokens_gate_moves_no_earlier_output",
+        # Decoding shows, too, that a state continues, and the cotangents of states are among those
+        # of `test_values_and_gradients`.
+        "test_a_split_and_its_gradients_are_the_whole",
+        "test_good_inputs_make_no_nan",
+        "test_values_under_x64",
+    ),
+)
+
+# What one mechanism shows for all, because JAX and not its own code makes it so: the `slow` of a
+# mechanism. The first in `MECHANISMS` runs them.
+SHOWN_BY_ANOTHER = (
+    "test_linearize",
+    "test_new_contents_never_compile",
+    "test_shardings_in_types",
+    "test_vmap_and_checkpoint",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """A mechanism's form in one backend, and what of the suite it takes.
+
+    sizes: the shape letters of the small case that most tests use.
+    full: those of the case that runs on the GPU, in tests marked `gpu`; None for none.
+    lengths, head_dims: for "Any length, any head dimension": values of T, and edits of `sizes`.
+    beyond: the stress cases that its precision does not reach; its documentation says so.
+    ends_together: whether it has a loop that ends when it may for all rows, so that devices tell
+      each other one bit.
+    slow: as of the backend, for this mechanism.
+    """
+
+    backend: Backend
+    sizes: Mapping[str, int]
+    full: Mapping[str, int] | None = None
+    lengths: tuple[int, ...] = ()
+    head_dims: tuple[Mapping[str, int], ...] = ()
+    beyond: tuple[str, ...] = ()
     ends_together: bool = False
+    slow: tuple[str, ...] = ()
+
+    @property
+    def name(self):
+        return self.backend.name
+
+    @property
+    def dtypes(self):
+        return self.backend.dtypes
+
+    @property
+    def context(self):
+        return self.backend.context
+
+    @property
+    def compiled_on(self):
+        return self.backend.compiled_on
+
+    @property
+    def linearizes(self):
+        return self.backend.linearizes
+
+    @property
+    def interpreted(self):
+        return self.context is not contextlib.nullcontext
+
+    def compiled(self):
+        """The same without an interpreter."""
+        backend = dataclasses.replace(self.backend, context=contextlib.nullcontext)
+        return dataclasses.replace(self, backend=backend)
 
     def choice(self, cases, few):
         """`cases`, or the `few` that must do where each takes an interpreter seconds."""
-        return cases if self.context is contextlib.nullcontext else few
+        return few if self.interpreted else cases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +157,7 @@ class Mechanism:
     golden, golden_outputs, golden_state: the files in tests/golden, and what they call the leaves
       of the outputs and of the initial state.
     mistakes, step_mistakes: (id, edit of the arguments, exception, fragments of its message).
+    slow: the tests that another mechanism shows; see `Backend`.
     unused: (state, number) to the state with that number in all places that hold nothing; None
       where all hold something.
     optional: the arguments, besides the state, that may be None.
@@ -97,9 +189,14 @@ class Mechanism:
     )
     undamped: Mapping[str, int] = dataclasses.field(default_factory=dict)
     unused: Callable | None = None
+    slow: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     tight: Callable = lambda args: args
     always_returns_state: bool = True
+
+    def form(self, backend):
+        """The implementation of that name, or None."""
+        return next((i for i in self.implementations if i.name == backend), None)
 
     def tokenwise(self):
         """The names of the arguments with a time axis."""

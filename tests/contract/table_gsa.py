@@ -5,6 +5,10 @@ import numpy as np
 from table import (
     COMMON_MISTAKES,
     COMMON_RUN_MISTAKES,
+    PALLAS,
+    REFERENCE,
+    SHOWN_BY_ANOTHER,
+    XLA,
     Implementation,
     Mechanism,
     edit,
@@ -89,10 +93,17 @@ GSA = Mechanism(
     later=_later,
     optional=("g",),
     state=("initial_state", "state"),
+    slow=(
+        *SHOWN_BY_ANOTHER,
+        "test_any_batch_and_length_alone",
+        "test_any_batch_and_length_from_a_state_with_segments",
+        "test_sharded_under_jit",
+        "test_values_under_x64",
+    ),
     implementations=(
-        Implementation("reference", sizes=_SMALL),
+        Implementation(REFERENCE, sizes=_SMALL, slow=("test_good_inputs_make_no_nan",)),
         Implementation(
-            "xla",
+            XLA,
             sizes=_SMALL,
             full=dict(B=2, T=2000, H=4, HQ=8, K=128, V=128, M=64),
             lengths=(1, 63, 65, 1000),
@@ -103,10 +114,9 @@ GSA = Mechanism(
             ),
         ),
         Implementation(
-            "pallas",
+            PALLAS,
             sizes=dict(B=1, T=100, H=1, HQ=1, K=16, V=32, M=16),
             full=dict(B=2, T=2000, H=8, HQ=16, K=128, V=128, M=64),
-            dtypes=("bfloat16", "float16"),
             lengths=(1, 64, 130),
             head_dims=(
                 # Two rows, and two query heads to each of two key heads; two tiles of slots.
@@ -116,9 +126,6 @@ GSA = Mechanism(
                 dict(HQ=1, T=70, K=63, V=256, M=20),
                 dict(HQ=1, T=40, K=256, V=16, M=128),
             ),
-            context=jla.pallas.interpret,
-            compiled_on="gpu",
-            linearizes=False,  # a custom_vjp
         ),
     ),
     golden=("gsa_small", "gsa_d128", "gsa_gqa"),

@@ -5,6 +5,9 @@ import numpy as np
 from table import (
     COMMON_MISTAKES,
     COMMON_RUN_MISTAKES,
+    PALLAS,
+    REFERENCE,
+    XLA,
     Implementation,
     Mechanism,
     edit,
@@ -83,23 +86,24 @@ KDA = Mechanism(
     undamped={"equal keys, beta = 2": 500},
     later=_later,
     state=("initial_state", "state"),
+    slow=("test_any_batch_and_length_alone", "test_values_under_x64"),
     implementations=(
         Implementation(
-            "reference",
+            REFERENCE,
             sizes=dict(B=2, T=100, H=2, HV=4, K=16, V=24),
+            slow=("test_good_inputs_make_no_nan",),
         ),
         Implementation(
-            "xla",
+            XLA,
             sizes=dict(B=2, T=100, H=2, HV=4, K=16, V=24),
             full=dict(B=2, T=2000, H=4, HV=8, K=128, V=128),
             lengths=(1, 2, 62, 63, 64, 65, 1000),
             head_dims=(dict(K=16, V=256), dict(K=256, V=16), dict(K=63, V=81), dict(K=128, V=128)),
         ),
         Implementation(
-            "pallas",
+            PALLAS,
             sizes=dict(B=1, T=100, H=1, HV=1, K=16, V=32),
             full=dict(B=2, T=2000, H=8, HV=16, K=128, V=128),
-            dtypes=("bfloat16", "float16"),
             lengths=(1, 63, 64, 130),
             head_dims=(
                 # Two rows, and two value heads to each of two key heads; two tiles of features.
@@ -109,10 +113,7 @@ KDA = Mechanism(
                 dict(HV=1, K=63, V=128),
                 dict(HV=1, T=70, K=256, V=256),
             ),
-            context=jla.pallas.interpret,
             beyond=("equal keys, beta = 2",),
-            compiled_on="gpu",
-            linearizes=False,  # a custom_vjp
         ),
     ),
     golden=("kda_small", "kda_d128", "kda_gva_strong_decay"),

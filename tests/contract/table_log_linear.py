@@ -5,7 +5,11 @@ import numpy as np
 from table import (
     COMMON_MISTAKES,
     COMMON_RUN_MISTAKES,
+    PALLAS,
+    REFERENCE,
     SCALE_MISTAKES,
+    SHOWN_BY_ANOTHER,
+    XLA,
     Implementation,
     Mechanism,
     edit,
@@ -140,10 +144,11 @@ LOG_LINEAR = Mechanism(
     tight=_tight,
     state=("initial_state", "state"),
     unused=_unused,
+    slow=(*SHOWN_BY_ANOTHER, "test_sharded_under_jit"),
     implementations=(
-        Implementation("reference", sizes=_SMALL),
+        Implementation(REFERENCE, sizes=_SMALL),
         Implementation(
-            "xla",
+            XLA,
             sizes=_SMALL,
             full=dict(B=2, T=2000, H=4, HK=1, K=128, V=128),
             lengths=(1, 130),
@@ -154,19 +159,16 @@ LOG_LINEAR = Mechanism(
             ),
         ),
         Implementation(
-            "pallas",
+            PALLAS,
             sizes=dict(B=1, T=100, H=1, HK=1, K=16, V=32),
+            slow=("test_unused_places_of_a_state_may_hold_nan",),
             full=dict(B=2, T=2000, H=8, HK=1, K=128, V=128),
-            dtypes=("bfloat16", "float16"),
             lengths=(130,),
             head_dims=(
                 # Two rows, and two heads to each of two key heads.
                 dict(B=2, T=20, H=4, HK=2, K=81, V=40),
                 dict(T=20, H=2, HK=1, K=128, V=81),
             ),
-            context=jla.pallas.interpret,
-            compiled_on="gpu",
-            linearizes=False,  # a custom_vjp
         ),
     ),
     golden=("log_linear_small", "log_linear_odd", "log_linear_256"),

@@ -6,7 +6,11 @@ import numpy as np
 from table import (
     COMMON_MISTAKES,
     COMMON_RUN_MISTAKES,
+    PALLAS,
+    REFERENCE,
     SCALE_MISTAKES,
+    SHOWN_BY_ANOTHER,
+    XLA,
     Implementation,
     Mechanism,
     edit,
@@ -140,10 +144,16 @@ MESA = Mechanism(
         "bfloat16": (1e-2, 2e-2),
         "float16": (1e-2, 2e-2),
     },
+    slow=(
+        *SHOWN_BY_ANOTHER,
+        "test_any_batch_and_length_alone",
+        "test_any_batch_and_length_from_a_state_with_segments",
+        "test_values_under_x64",
+    ),
     implementations=(
-        Implementation("reference", sizes=_SMALL),
+        Implementation(REFERENCE, sizes=_SMALL, slow=("test_good_inputs_make_no_nan",)),
         Implementation(
-            "xla",
+            XLA,
             sizes=_SMALL,
             full=dict(B=2, T=2000, H=4, K=128, V=128),
             lengths=(1, 65, 200),
@@ -151,10 +161,9 @@ MESA = Mechanism(
             ends_together=True,
         ),
         Implementation(
-            "pallas",
+            PALLAS,
             sizes=dict(B=1, T=100, H=1, K=16, V=32),
             full=dict(B=2, T=2000, H=8, K=128, V=128),
-            dtypes=("bfloat16", "float16"),
             lengths=(1, 63, 64, 130),
             head_dims=(
                 dict(B=2, T=20, H=2, K=63, V=81),
@@ -162,10 +171,7 @@ MESA = Mechanism(
                 dict(K=128, V=81),
                 dict(T=70, K=63, V=128),
             ),
-            context=jla.pallas.interpret,
             beyond=("equal keys, weak ridge",),
-            compiled_on="gpu",
-            linearizes=False,  # a custom_vjp
         ),
     ),
     golden=("mesa_small", "mesa_d64", "mesa_d128_nodecay"),

@@ -5,6 +5,10 @@ import numpy as np
 from table import (
     COMMON_MISTAKES,
     COMMON_RUN_MISTAKES,
+    PALLAS,
+    REFERENCE,
+    SHOWN_BY_ANOTHER,
+    XLA,
     Implementation,
     Mechanism,
     edit,
@@ -174,10 +178,15 @@ PATH = Mechanism(
     state=("cache", "cache"),
     unused=_unused,
     always_returns_state=False,
+    slow=(
+        *SHOWN_BY_ANOTHER,
+        "test_any_batch_and_length_alone",
+        "test_any_batch_and_length_from_a_state_with_segments",
+    ),
     implementations=(
-        Implementation("reference", sizes=_SMALL),
+        Implementation(REFERENCE, sizes=_SMALL, slow=("test_good_inputs_make_no_nan",)),
         Implementation(
-            "xla",
+            XLA,
             sizes=_SMALL,
             full=dict(B=2, T=1000, H=2, HQ=4, K=128, V=128),
             lengths=(1, 130),
@@ -185,20 +194,24 @@ PATH = Mechanism(
             ends_together=True,
         ),
         Implementation(
-            "pallas",
+            PALLAS,
             sizes=dict(B=1, T=100, H=1, HQ=1, K=16, V=32),
+            slow=(  # half a minute and more each
+                "test_causal_to_the_bit",
+                "test_decode_is_forward",
+                "test_every_token_its_own_segment",
+                "test_extreme_gates_keep_values_and_gradients",
+                "test_head_dimensions",
+                "test_same_inputs_same_bits",
+            ),
             full=dict(B=2, T=1000, H=2, HQ=4, K=128, V=128),
-            dtypes=("bfloat16", "float16"),
             lengths=(130,),
             head_dims=(
                 dict(T=20, HQ=1, K=63, V=81),
                 dict(T=20, H=2, HQ=2, K=63, V=128),
                 dict(T=20, HQ=1, K=128, V=81),
             ),
-            context=jla.pallas.interpret,
             beyond=("strong everywhere",),
-            compiled_on="gpu",
-            linearizes=False,  # a custom_vjp
             ends_together=True,
         ),
     ),

@@ -19,14 +19,14 @@ from harness import (
     shapes,
 )
 from jax import export
-from mechanisms import MECHANISMS, SMALL, interpreted, slow_if
+from mechanisms import MECHANISMS, SMALL, marked
 from table_gsa import GSA
 from table_log_linear import LOG_LINEAR
 from test_sequence import packs
 
 import jla.pallas
 
-EXPORTED = [row for row in SMALL if not interpreted(*row.values)]
+EXPORTED = [row for row in SMALL if not row.values[1].interpreted]
 
 
 def symbolic(args, axes):
@@ -50,7 +50,7 @@ def exported(run, args, axes):
 @pytest.mark.parametrize(
     "mechanism, implementation, sizes",
     # One whose chunks are scanned, and the one that takes another way.
-    slow_if(EXPORTED, lambda m, i, _: i.name != "xla" or m.name not in ("kda", "log_linear")),
+    marked("test_any_batch_and_length_from_a_state_with_segments", EXPORTED),
 )
 def test_any_batch_and_length_from_a_state_with_segments(mechanism, implementation, sizes):
     args, _ = inputs(mechanism, sizes)
@@ -70,7 +70,7 @@ def test_any_batch_and_length_from_a_state_with_segments(mechanism, implementati
 @pytest.mark.parametrize(
     "mechanism, implementation, sizes",
     # Log-linear attention's form has no slots then; the others' start from zeros.
-    slow_if(EXPORTED, lambda m, i, _: (m.name, i.name) != ("log_linear", "xla")),
+    marked("test_any_batch_and_length_alone", EXPORTED),
 )
 def test_any_batch_and_length_alone(mechanism, implementation, sizes):
     """Without a state and segments."""
@@ -133,9 +133,11 @@ def test_abc(implementation):
     assert_close(call(args), jla.gsa(**args, implementation="reference"), 1e-4)
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "mechanism", [m for m in MECHANISMS if m.form("pallas")], ids=lambda m: m.name
+)
 def test_the_kernels_want_known_sizes(mechanism):
-    (kernels,) = (i for i in mechanism.implementations if i.name == "pallas")
+    kernels = mechanism.form("pallas")
     args = shapes(mechanism, kernels.sizes, "bfloat16")
     run = jax.jit(lambda a: mechanism.run(**a, implementation="pallas"))
     with jla.pallas.interpret(), pytest.raises(NotImplementedError, match=r"symbolic.*xla"):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from harness import assert_close, definition, inputs, with_gradients
-from mechanisms import SMALL, slow_if
+from mechanisms import SMALL, marked
 
 import jla.pallas
 
@@ -98,9 +98,7 @@ def test_kernels_lower_under_x64(mechanism, implementation, sizes, call, as_on_a
 @pytest.mark.parametrize(
     "mechanism, implementation, sizes",
     # The dtypes of all are compared above. These have the most integers.
-    slow_if(
-        SMALL, lambda m, i, *_: (m.name, i.name) not in (("log_linear", "xla"), ("path", "xla"))
-    ),
+    marked("test_values_under_x64", SMALL),
 )
 def test_values_under_x64(mechanism, implementation, sizes):
     dtype = implementation.dtypes[0]
@@ -117,9 +115,7 @@ def test_values_under_x64(mechanism, implementation, sizes):
 @pytest.mark.parametrize(
     "mechanism, implementation, sizes",
     # The step is the definition's in most forms.
-    slow_if(
-        SMALL, lambda m, i, *_: i.name != "xla" and (m.name, i.name) != ("log_linear", "reference")
-    ),
+    marked("test_good_inputs_make_no_nan", SMALL),
 )
 def test_good_inputs_make_no_nan(mechanism, implementation, sizes, whole):
     """Not even where what follows would not fit, nor with the strongest gates."""

@@ -13,7 +13,7 @@ LARGEST = dict(kda=1150, gsa=1220, log_linear=1410, mesa=590, path=1010)
 @pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda mechanism: mechanism.name)
 def test_equations_of_values_and_gradients(mechanism):
     """Those of a forward pass and its transpose in "xla", loops' bodies once."""
-    sizes = next(i.sizes for i in mechanism.implementations if i.name == "xla")
+    sizes = mechanism.form("xla").sizes
     args, cotangents = inputs(mechanism, sizes)
 
     def both(args, cotangents):

@@ -23,13 +23,10 @@ from mechanisms import (
     AGAINST_REFERENCE,
     DEFINITIONS,
     GRID,
-    INTERPRETED_SLOW,
     NOT_INTERPRETED,
     SMALL,
     SMALL_AGAINST_REFERENCE,
-    interpreted,
-    interpreted_path,
-    slow_if,
+    marked,
 )
 from table import put
 
@@ -50,7 +47,7 @@ def earlier_outputs_stay(mechanism, implementation, sizes, names, few):
         assert not np.array_equal(after[:, t + 1 :], before[:, t + 1 :])
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", slow_if(GRID, interpreted_path))
+@pytest.mark.parametrize("mechanism, implementation, sizes", marked("test_causal_to_the_bit", GRID))
 def test_causal_to_the_bit(mechanism, implementation, sizes):
     earlier_outputs_stay(mechanism, implementation, sizes, mechanism.tokenwise(), (30, 63))
 
@@ -58,7 +55,7 @@ def test_causal_to_the_bit(mechanism, implementation, sizes):
 @pytest.mark.parametrize(
     "mechanism, implementation, sizes",
     # The definition has no chunks.
-    slow_if(GRID, lambda *row: interpreted(*row) or row[1].name == "reference"),
+    marked("test_a_later_tokens_gate_moves_no_earlier_output", GRID),
 )
 def test_a_later_tokens_gate_moves_no_earlier_output(mechanism, implementation, sizes):
     """A chunk's reference point among its later gates would move the rounding of earlier rows.
@@ -70,7 +67,7 @@ def test_a_later_tokens_gate_moves_no_earlier_output(mechanism, implementation, 
 
 
 @pytest.mark.parametrize(
-    "mechanism, implementation, sizes", slow_if(NOT_INTERPRETED, lambda *_: True)
+    "mechanism, implementation, sizes", marked("test_split_is_whole", NOT_INTERPRETED)
 )
 def test_split_is_whole(mechanism, implementation, sizes):
     """At other places than `test_a_split_and_its_gradients_are_the_whole`, which all take."""
@@ -96,9 +93,7 @@ def of_twice_the_length(mechanism, sizes, dtype):
 
 @pytest.mark.parametrize(
     "mechanism, implementation, sizes",
-    # Several seconds each. Decoding shows, too,
-    # that a state goes on, and the cotangents of states are those of `test_values_and_gradients`.
-    INTERPRETED_SLOW,
+    marked("test_a_split_and_its_gradients_are_the_whole", GRID),
 )
 def test_a_split_and_its_gradients_are_the_whole(mechanism, implementation, sizes):
     """The first part's final state is the second's initial one, and so are their cotangents."""
@@ -131,7 +126,7 @@ def test_a_split_and_its_gradients_are_the_whole(mechanism, implementation, size
     assert_close(got, whole[1], mechanism.tolerances[dtype][1])
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", slow_if(GRID, interpreted_path))
+@pytest.mark.parametrize("mechanism, implementation, sizes", marked("test_decode_is_forward", GRID))
 def test_decode_is_forward(mechanism, implementation, sizes):
     dtype = implementation.dtypes[0]
     shared = case(mechanism, implementation, sizes, dtype)
@@ -160,7 +155,7 @@ def test_decode_is_forward(mechanism, implementation, sizes):
 @pytest.mark.parametrize(
     "mechanism, implementation, sizes",
     # What kernels write in place is at stake; others have no aliases.
-    slow_if(GRID, lambda *row: not interpreted(*row)),
+    marked("test_step_in_a_scan_over_layers", GRID),
 )
 def test_step_in_a_scan_over_layers(mechanism, implementation, sizes):
     """The states of two layers in one array, as a scanned model keeps its cache."""
@@ -255,7 +250,8 @@ def test_packed_is_the_definition(mechanism, implementation, sizes):
 
 
 @pytest.mark.parametrize(
-    "mechanism, implementation, sizes", slow_if(AGAINST_REFERENCE, interpreted_path)
+    "mechanism, implementation, sizes",
+    marked("test_every_token_its_own_segment", AGAINST_REFERENCE),
 )
 def test_every_token_its_own_segment(mechanism, implementation, sizes):
     dtype = implementation.dtypes[0]
@@ -291,7 +287,7 @@ WITH_UNUSED = [row for row in SMALL if row.values[0].unused]
 @pytest.mark.parametrize(
     "mechanism, implementation, sizes",
     # Around the kernels of log-linear attention is the same as around "xla"'s core.
-    slow_if(WITH_UNUSED, lambda *row: interpreted(*row) and row[0].name == "log_linear"),
+    marked("test_unused_places_of_a_state_may_hold_nan", WITH_UNUSED),
 )
 def test_unused_places_of_a_state_may_hold_nan(mechanism, implementation, sizes):
     """They change nothing, to the bit: no output, no used place, and no gradient of either."""

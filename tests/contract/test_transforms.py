@@ -24,17 +24,9 @@ from harness import (
     with_gradients,
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from mechanisms import COMPILED, GRID, MECHANISMS, SMALL, interpreted_path, short, slow_if
+from mechanisms import COMPILED, GRID, MECHANISMS, SMALL, marked, short
 
 P = PartitionSpec
-
-
-def not_the_first(mechanism, *_):
-    """Whether another mechanism comes before it: what is slow and much the same for all."""
-    return mechanism is not MECHANISMS[0]
-
-
-COMPILED_SLOW = short(slow_if(COMPILED, not_the_first))
 
 
 def running(mechanism, implementation):
@@ -42,7 +34,7 @@ def running(mechanism, implementation):
 
 
 @pytest.mark.parametrize(
-    "mechanism, implementation, sizes", short(slow_if(COMPILED, not_the_first))
+    "mechanism, implementation, sizes", marked("test_vmap_and_checkpoint", short(COMPILED))
 )
 def test_vmap_and_checkpoint(mechanism, implementation, sizes):
     """Gradients under vmap of a checkpointed run are the definition's of the runs one by one."""
@@ -67,7 +59,7 @@ LINEARIZE = [row for row in SMALL if row.values[1].linearizes]
 
 
 @pytest.mark.parametrize(
-    "mechanism, implementation, sizes", short(slow_if(LINEARIZE, not_the_first))
+    "mechanism, implementation, sizes", marked("test_linearize", short(LINEARIZE))
 )
 def test_linearize(mechanism, implementation, sizes):
     """The linear map at a point, applied to two tangents, is the definition's jvp."""
@@ -175,7 +167,7 @@ BY_HEADS = list(on_meshes([(1, 2)], [(1, 4), (1, 2)]))
 @pytest.mark.parametrize(
     "mechanism, implementation, sizes, shape",
     # The first, and those with gathers of their own to avoid: conditions, sums over rows.
-    slow_if(BY_ROWS_AND_HEADS, lambda mechanism, *_: mechanism.name in ("gsa", "log_linear")),
+    marked("test_sharded_under_jit", BY_ROWS_AND_HEADS),
 )
 def test_sharded_under_jit(mechanism, implementation, sizes, shape):
     """Each device computes its own rows or heads, and tells the others nothing but whether to end a
@@ -216,7 +208,7 @@ def test_sharded_under_jit(mechanism, implementation, sizes, shape):
     ],
 )
 @pytest.mark.parametrize(
-    "mechanism, implementation, sizes, shape", slow_if(BY_HEADS, not_the_first)
+    "mechanism, implementation, sizes, shape", marked("test_shardings_in_types", BY_HEADS)
 )
 def test_shardings_in_types(mechanism, implementation, sizes, shape, explicit):
     """Inside shard_map, and where types carry shardings; the initial zeros must have them too."""
@@ -255,7 +247,9 @@ def test_shardings_in_types(mechanism, implementation, sizes, shape, explicit):
     assert_close(jax.device_get(got), want, mechanism.tolerances[dtype][1])
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", slow_if(GRID, interpreted_path))
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes", marked("test_same_inputs_same_bits", GRID)
+)
 def test_same_inputs_same_bits(mechanism, implementation, sizes):
     first = case(mechanism, implementation, sizes)
     again = value_and_vjp(
@@ -280,7 +274,9 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", COMPILED_SLOW)
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes", marked("test_new_contents_never_compile", short(COMPILED))
+)
 def test_new_contents_never_compile(mechanism, implementation, sizes):
     """Neither new numbers nor new segment borders; nor a length that was there before."""
     B, T = sizes["B"], sizes["T"]
@@ -308,7 +304,7 @@ def test_new_contents_never_compile(mechanism, implementation, sizes):
 def test_the_program_does_not_grow_with_the_chunks(mechanism):
     """XLA's time is that of the program's operations: no loop over chunks is unrolled. GSA's is,
     for its run time; log-linear attention has a level for each doubling of the chunks."""
-    sizes = next(i.sizes for i in mechanism.implementations if i.name == "xla")
+    sizes = mechanism.form("xla").sizes
 
     def operations(T):
         args = shapes(mechanism, dict(sizes) | dict(B=1, T=T))

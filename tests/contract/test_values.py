@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from harness import Case, assert_agrees, case, inputs, one_segment, value_and_vjp
-from mechanisms import AGAINST_REFERENCE, GRID, MECHANISMS, interpreted_path
+from mechanisms import AGAINST_REFERENCE, GRID, MECHANISMS, is_slow
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 
@@ -49,7 +49,7 @@ def edited_sizes(edits):
                 label = "-".join(f"{letter}{size}" for letter, size in edit.items())
                 values = (mechanism, implementation, dict(sizes) | dict(B=1) | edit)
                 # To XLA all sizes are the same; of kernels the first shows that they are padded.
-                others = i or implementation.name == "xla" or mechanism.name == "path"
+                others = i or is_slow("test_head_dimensions", mechanism, implementation)
                 slow = [pytest.mark.slow] if others else []
                 yield pytest.param(*values, id=f"{row.id}-{label}", marks=slow)
 
@@ -77,7 +77,8 @@ def stress_cases():
             if stress in row.values[1].beyond:
                 continue
             # One of them says most of what half a minute each is worth.
-            others = interpreted_path(*row.values) and stress != "one gate of -1e4"
+            test = "test_extreme_gates_keep_values_and_gradients"
+            others = is_slow(test, *row.values[:2]) and stress != "one gate of -1e4"
             slow = [pytest.mark.slow] if others and not row.marks else []
             marks = [*row.marks, *slow]
             mechanism, implementation, sizes = row.values
