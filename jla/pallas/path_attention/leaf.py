@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import chunks, mosaic
+from jla.pallas.common import chunks, mosaic, scratch
 from jla.pallas.common.chunks import CHUNK, LEVELS, TILE_WIDTH
 from jla.pallas.common.mosaic import (
     PER_COLUMN,
@@ -30,6 +30,7 @@ from jla.pallas.common.mosaic import (
     per_row,
     product,
 )
+from jla.pallas.common.scratch import barrier_for, fetch
 from jla.pallas.path_attention import levels
 from jla.pallas.path_attention.levels import LEAF
 
@@ -58,35 +59,41 @@ def inverses(w, beta):
     (B, _, H, K), N = w.shape, beta.shape[2] // CHUNK
     k_tiles = K // TILE_WIDTH
 
-    def body(w_ref, beta_ref, out, sw, scratch, loaded):
+    tiles = range(k_tiles)
+
+    def body(refs):
         b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
         rows = pl.ds(n * CHUNK, CHUNK)
-        for i in range(k_tiles):
-            plgpu.copy_gmem_to_smem(w_ref.at[b, rows, h, _columns(i)], sw.at[i], loaded)
-        strength = load(beta_ref.at[b, h, rows], PER_ROW, optimized=False)
-        plgpu.barrier_wait(loaded)
-        a = product(*((sw.at[i], sw.at[i].T) for i in range(k_tiles)))
-        x = _unit_triangular_inverse(a * per_row(strength, CHUNK), scratch)
-        scratch.at[0][...] = x.astype(f16)
+        w = [refs.w_tiles.at[i] for i in tiles]
+        of_w = [(refs.w.at[b, rows, h, _columns(i)], w[i]) for i in tiles]
+        fetch(dict(w=of_w), refs.w_loaded)
+        strength = load(refs.beta.at[b, h, rows], PER_ROW, optimized=False)
+        plgpu.barrier_wait(refs.w_loaded)
+        a = product(*((x, x.T) for x in w))
+        x = _unit_triangular_inverse(a * per_row(strength, CHUNK), refs.two_tiles)
+        staging = refs.two_tiles.at[0]
+        staging[...] = x.astype(f16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(scratch.at[0], out.at[b, h, n])
+        plgpu.copy_smem_to_gmem(staging, refs.inverses.at[b, h, n])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    return mosaic.kernel(
+    out = scratch.kernel(
         body,
+        inputs=dict(w=w, beta=beta),
+        outputs=dict(inverses=SDS((B, H, N, CHUNK, CHUNK), f16)),
+        scratch=dict(
+            w_tiles=mosaic.tile(CHUNK, TILE_WIDTH, k_tiles, dtype=w.dtype),
+            two_tiles=mosaic.tile(CHUNK, CHUNK, 2, dtype=f16),
+            w_loaded=barrier_for(dict(w=k_tiles)),
+        ),
         automatic_barriers=False,
-        out_type=SDS((B, H, N, CHUNK, CHUNK), f16),
-        scratch_types=[
-            mosaic.tile(CHUNK, TILE_WIDTH, k_tiles, dtype=w.dtype),
-            mosaic.tile(CHUNK, CHUNK, 2, dtype=f16),
-            plgpu.Barrier(num_arrivals=k_tiles),
-        ],
         grid=(B, N, H),
         grid_names=("b", "n", "h"),
-    )(w, beta)
+    )
+    return out.inverses
 
 
-def _unit_triangular_inverse(a, scratch):
+def _unit_triangular_inverse(a, tiles):
     """`chunks.unit_triangular_inverse` where no partial inverse has large elements.
 
     Each is a chunk's whose other maps are the identity, and those elements are at most beta: so
@@ -98,7 +105,7 @@ def _unit_triangular_inverse(a, scratch):
     def level_step(level, x):
         joined = jnp.where(chunks.level_pairs(level), a, jnp.float16(0.0))
         rounded = x.astype(f16)
-        first, second = scratch.at[0], scratch.at[1]
+        first, second = tiles.at[0], tiles.at[1]
         # A barrier of the warpgroup stands between any product and the next store to its tile.
         first[...] = rounded
         plgpu.commit_smem()
