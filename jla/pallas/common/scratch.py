@@ -34,7 +34,8 @@ def kernel(body, *, inputs, outputs, scratch, in_place=None, **options):
       body: body(refs), where the named tuple `refs` has a ref for each input, output and scratch.
       inputs: {name: array}. outputs: {name: jax.ShapeDtypeStruct}. A value may be a tuple or list
         of them, and `refs` then has one of refs; or None: it is left out, and None in `refs`.
-      scratch: {name: type}, likewise. SMEM is allocated in the order of these entries.
+      scratch: {name: type}, likewise, and allocated in this order. A dict {name: type, ...} as a
+        type is one piece of SMEM that holds one of them at a time; `refs` has a named tuple of all.
       in_place: {input: output}, by name, of those that may lie in the same memory.
       options: as `mosaic.kernel` takes them: grid, threads, automatic_barriers, ...
 
@@ -48,12 +49,12 @@ def kernel(body, *, inputs, outputs, scratch, in_place=None, **options):
     first_output, first_scratch = len(operands), len(operands) + len(out_types)
 
     def named(*refs):
-        scratch_refs = iter(refs[first_scratch:])
+        rest = iter(refs[first_scratch:])
         body(
             Refs(
                 *jax.tree.unflatten(input_tree, refs[:first_output]),
                 *jax.tree.unflatten(output_tree, refs[first_output:first_scratch]),
-                *(None if x is None else next(scratch_refs) for x in scratch.values()),
+                *(None if x is None else _named(x, next(rest)) for x in scratch.values()),
             )
         )
 
@@ -63,11 +64,23 @@ def kernel(body, *, inputs, outputs, scratch, in_place=None, **options):
     results = mosaic.kernel(
         named,
         out_type=out_types,
-        scratch_types=[x for x in scratch.values() if x is not None],
+        scratch_types=[_united(x) for x in scratch.values() if x is not None],
         in_place=in_place,
         **options,
     )(*operands)
     return Results(*jax.tree.unflatten(output_tree, results))
+
+
+def _united(scratch_type):
+    """The type, or the union of a dict's."""
+    is_union = isinstance(scratch_type, dict)
+    return plgpu.RefUnion(*scratch_type.values()) if is_union else scratch_type
+
+
+def _named(scratch_type, ref):
+    """The ref, or those of a union by name."""
+    is_union = isinstance(scratch_type, dict)
+    return collections.namedtuple("Union", scratch_type)(*ref) if is_union else ref
 
 
 def _number(named, name):
