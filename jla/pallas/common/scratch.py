@@ -20,6 +20,7 @@ barrier does not await is an error where the kernel is traced, and no race on th
 """
 
 import collections
+import functools
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -42,8 +43,7 @@ def kernel(body, *, inputs, outputs, scratch, in_place=None, **options):
     Returns:
       A named tuple of the outputs.
     """
-    Refs = collections.namedtuple("Refs", [*inputs, *outputs, *scratch])
-    Results = collections.namedtuple("Results", outputs)
+    Refs, Results = _record("Refs", *inputs, *outputs, *scratch), _record("Results", *outputs)
     operands, input_tree = jax.tree.flatten(list(inputs.values()))
     out_types, output_tree = jax.tree.flatten(list(outputs.values()))
     first_output, first_scratch = len(operands), len(operands) + len(out_types)
@@ -71,6 +71,12 @@ def kernel(body, *, inputs, outputs, scratch, in_place=None, **options):
     return Results(*jax.tree.unflatten(output_tree, results))
 
 
+# The same class for the same names: a loop's body has to return what it is given.
+@functools.cache
+def _record(kind, *names):
+    return collections.namedtuple(kind, names)
+
+
 def _united(scratch_type):
     """The type, or the union of a dict's."""
     is_union = isinstance(scratch_type, dict)
@@ -80,7 +86,7 @@ def _united(scratch_type):
 def _named(scratch_type, ref):
     """The ref, or those of a union by name."""
     is_union = isinstance(scratch_type, dict)
-    return collections.namedtuple("Union", scratch_type)(*ref) if is_union else ref
+    return _record("Union", *scratch_type)(*ref) if is_union else ref
 
 
 def _number(named, name):
