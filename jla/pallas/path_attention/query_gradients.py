@@ -105,7 +105,7 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, after
                 def _():
                     slot = key_slot(n)
                     source = transforms_ref.at[b, head, levels.offset(blocks, m) + 2 * sibling]
-                    load_rows(source, 0, sk.at[slot, pl.ds(0, K)], k_loaded.at[slot], copies)
+                    load_rows(source, 0, sk.at[slot, pl.ds(0, K)], k_loaded.at[slot])
 
                 def tile(i, _):
                     slot = key_slot(n + moved + i)
