@@ -39,8 +39,12 @@ class Ring:
     def free(self, n):
         """The slot of tile n, when what was in it has been handed back: the loader's side."""
         slot = self.slot(n)
-        pl.when(n >= self.first + self.stages)(lambda: plgpu.barrier_wait(self.used.at[slot]))
+        self.reuse(n, slot)
         return slot
+
+    def reuse(self, n, slot):
+        """Waits until the slot of tile n has been handed back, if it has been in use."""
+        pl.when(n >= self.first + self.stages)(lambda: plgpu.barrier_wait(self.used.at[slot]))
 
     def wait(self, slot):
         """Waits for a slot's loads: the computing side."""
