@@ -49,8 +49,8 @@ from jla.pallas.common.mosaic import (
 from jla.pallas.common.scratch import barrier_for, fetch
 from jla.pallas.path_attention import levels, rings
 from jla.pallas.path_attention.backward import load_rows, normalised
-from jla.pallas.path_attention.forward import COMPUTE_REGISTERS, LOADER_REGISTERS, ROWS
 from jla.pallas.path_attention.levels import LEAF
+from jla.pallas.path_attention.query_leaves import COMPUTE_REGISTERS, LOADER_REGISTERS, ROWS
 
 SDS = jax.ShapeDtypeStruct
 STAGES = 2  # tiles of 64 queries and outputs' gradients in SMEM

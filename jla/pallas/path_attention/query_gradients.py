@@ -211,7 +211,7 @@ def load_level(leaf, h, i, done):
     refs, level = leaf.refs, _level(leaf, i, done)
     m = level.m
     rows = functools.partial(leaf.version_rows, m)
-    pl.when(level.right == 1)(lambda: load_queries(leaf, rows, done.queries))
+    pl.when(level.right == 1)(lambda: load_queries(leaf, rows, leaf.queries.free(done.queries)))
     sibling = levels.block(leaf.number, m)
     first = levels.offset(levels.key_counts(leaf.leaves), m) + lax.shift_left(sibling, m)
 

@@ -67,9 +67,9 @@ def key_head(leaf, group):
     return lax.div(leaf.head, jnp.int32(group))
 
 
-def load_queries(leaf, rows, n):
-    """The leaf's queries of a level, rows(half), and their gates, as tile n."""
-    refs, slot = leaf.refs, leaf.queries.free(n)
+def load_queries(leaf, rows, slot):
+    """The leaf's queries of a level, rows(half), and their gates, to a slot that is free."""
+    refs = leaf.refs
     for half in range(2):
         at = leaf.b, leaf.head, rows(half)
         loads = dict(q=(refs.q.at[*at], refs.sq.at[slot, half]))

@@ -22,11 +22,11 @@ def barriers(loads, stages):
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """`loaded` and `used` of `barriers`, for each slot. Tiles are numbered from `first` on."""
+    """`loaded` and `used` of `barriers`, for each slot. The first tile has number `first`."""
 
     loaded: Any
     used: Any
-    first: int = 0
+    first: int = 0  # or 1
 
     @property
     def stages(self):
@@ -44,7 +44,8 @@ class Ring:
 
     def reuse(self, n, slot):
         """Waits until the slot of tile n has been handed back, if it has been in use."""
-        pl.when(n >= self.first + self.stages)(lambda: plgpu.barrier_wait(self.used.at[slot]))
+        again = n > self.stages if self.first else n >= self.stages
+        pl.when(again)(lambda: plgpu.barrier_wait(self.used.at[slot]))
 
     def wait(self, slot):
         """Waits for a slot's loads: the computing side."""
