@@ -10,14 +10,16 @@ the left sibling's keys:
 
 A CTA is a leaf of queries: two warpgroups of 64 that compute, and one that loads. Leaf p has p
 tiles of 128 keys, as in flash attention; heads are the fastest in launch order and long leaves come
-first, so that what runs at one time shares its keys in L2. What is in SMEM:
+first, so that what runs at one time shares its keys in L2.
 
-    phase, loader | phase, computing | ring `queries` | ring `keys` | ring `values`
-    --------------+------------------+----------------+-------------+--------------
-    load_all      | own_softmax      |                |             | v
-    load_level    | compute_level    | q, gates       |             |
-                  | tile             |                | k, gates    | v
-                  | send             |                |             | o, in slot 0
+    phase       | reads, and who loads it (else it is in GMEM)     | writes
+    ------------+--------------------------------------------------+---------------------
+    own_softmax | sv: v: load_all; own, tops                       | acc, top, total
+    tile        | sq: q, squery_gates: load_queries                | acc, top, total
+                | sk: k, skey_gates: load_keys; sv: v: load_values |
+    send        |                                                  | slot 0 of sv: o; lse
+
+sq, sk and sv are rings, see `rings`: a tile is overwritten when it has been read.
 """
 
 import functools

@@ -8,19 +8,19 @@ A CTA is a leaf of keys: two warpgroups of 64 that compute, and one that loads. 
                  ds^T = u p^T (v do^T - delta);   dk += ds^T q
 
 The leaf's own queries pass first; then, level by level from the top, the right sibling's queries,
-those of the head's query heads one after another, in tiles of 64. What is in SMEM:
+those of the head's query heads one after another, in tiles of 64.
 
-    phase, loader  | phase, computing | ring `gradients` | ring `queries` | ring `keys` | sv
-    ---------------+------------------+------------------+----------------+-------------+----
-    load_values    |                  |                  |                |             | v
-    load_own       | own_tile         | do, lse, delta   |                |             |
-    load_level     |                  |                  |                | k           |
-                   | move             |                  | H, 64 rows     |             |
-                   | tile             | do, lse, delta   | q, gates       |             |
-                   | send_keys        |                  |                | dk          |
-                   | send_values      |                  |                |             | dv
+    phase       | reads, and who loads it (else it is in GMEM)      | writes
+    ------------+---------------------------------------------------+----------------
+    own_tile    | sdo, lse_and_delta: load_gradients; own, tops     | dv
+    move        | sq: H, 64 rows at a time: load_level              | dk
+    tile        | sk: k, sq: q, sgates: load_level; sv: v: load_all | dk, dv, sums
+                | sdo, lse_and_delta: load_gradients                |
+    send_keys   |                                                   | sk: dk; factors
+    send_values |                                                   | sv: dv
 
-dv stays in registers to the end, and dk from level to level.
+sq, sdo and sk are rings, see `rings`: a tile is overwritten when it has been read or sent. dv stays
+in registers to the end, and dk from level to level.
 """
 
 import dataclasses

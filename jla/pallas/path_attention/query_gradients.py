@@ -8,18 +8,19 @@ A CTA is a leaf of queries: two warpgroups of 64 that compute, and one that load
                  p = exp2(logits - lse);   ds = u p (do v^T - delta);   dq += ds k
 
 The leaf's own keys come first; then, level by level from the top, the left sibling's keys and
-values in tiles of 128. What is in SMEM:
+values in tiles of 128.
 
-    phase, loader | phase, computing | ring `keys` | ring `values` | ring `queries` | sdo
-    --------------+------------------+-------------+---------------+----------------+----
-    load_all      | own_logits       |             | v             |                | do
-    load_level    |                  |             |               | q, gates       |
-                  | move             | H           |               |                |
-                  | tile             | k, gates    | v             |                |
-                  | send_queries     |             |               | dq             |
+    phase        | reads, and who loads it (else it is in GMEM)         | writes
+    -------------+------------------------------------------------------+----------------------
+    own_logits   | sdo: do, sv: v: load_all; own, tops, lse, delta      | down, in own's place
+    move         | sk: H: load_level                                    | dq
+    tile         | sq: q, squery_gates: load_queries; sdo: do: load_all | dq, sums
+                 | sk: k, skey_gates: load_keys; sv: v: load_values     |
+    send_queries |                                                      | sq: dq; factors, sums
 
-dq stays in registers from level to level. There is no room for 2 KB more of SMEM, so that the sums
-of ds for the queries' gates are made in parts, each in the registers of one thread.
+sq, sk and sv are rings, see `rings`: a tile is overwritten when it has been read or sent. dq stays
+in registers from level to level. There is no room for 2 KB more of SMEM, so that the sums of ds for
+the queries' gates are made in parts, each in the registers of one thread.
 """
 
 import functools

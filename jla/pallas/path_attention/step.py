@@ -1,4 +1,21 @@
-"""One token of PaTH attention as a Pallas kernel: one pass over the cached keys and values."""
+"""One token of PaTH attention as a Pallas kernel: one pass over the cached keys and values.
+
+    keys <- keys (I - beta w w^T), and the new token's own
+    s = scale q keys^T + decays;   top' = max(top, s);   p = exp2(s - top')
+    acc <- exp2(top - top') acc + p values;   total <- exp2(top - top') total + p
+
+A CTA has a piece of one key head's tokens, and goes through it tile by tile:
+
+    phase         | reads                                       | writes
+    --------------+---------------------------------------------+-------------------------------
+    load_tile     |                                             | keys, values, sums: a slot each
+    tile          | keys, values (in their slot)                | keys: the new ones
+      move        | keys                                        |
+      attend      | the new keys and values in registers, sums  | top, total, acc in registers
+      store_tile  | keys                                        | new_key in GMEM
+    store_softmax |                                             | o, top, total in GMEM
+    clear_rest    |                                             | new_key: zeros, by slot 0 of keys
+"""
 
 import dataclasses
 import functools
@@ -24,7 +41,7 @@ HEAD_DIMENSIONS = (16, 32, 64, 128)
 IN_SMEM = 128  # cached tokens, keys and values, that a CTA has in SMEM
 MOST_QUERIES = 8  # query heads of a key head in one pass
 SHORTEST, LONGEST = 256, 2048  # cached tokens of a CTA
-CTAS = 2112  # eight rounds of two on each of the card's 132 multiprocessors
+CTAS = 2112  # eight rounds of two on each of an H200's 132 multiprocessors
 NEVER = -1e30  # below all logits, and finite
 
 _load = functools.partial(mosaic.load, optimized=False)
