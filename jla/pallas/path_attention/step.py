@@ -41,10 +41,8 @@ HEAD_DIMENSIONS = (16, 32, 64, 128)
 IN_SMEM = 128  # cached tokens, keys and values, that a CTA has in SMEM
 MOST_QUERIES = 8  # query heads of a key head in one pass
 SHORTEST, LONGEST = 256, 2048  # cached tokens of a CTA
-CTAS = 2112  # eight rounds of two on each of an H200's 132 multiprocessors
+CTAS = 2112  # eight rounds of two on each of the card's 132 multiprocessors
 NEVER = -1e30  # below all logits, and finite
-
-_load = functools.partial(mosaic.load, optimized=False)
 
 _OUTPUTS = ("B HQ V", "B S H K", "B S H V")
 _DECAY = "B S HQ"
@@ -148,6 +146,9 @@ def _run(q, k, v, w, beta, key, value, length, g=None, decay=None, *, scale):
     o = jnp.concatenate(outputs, axis=2).reshape(B, HQ, V)
     o = jnp.where((length < S)[:, None, None], o, jnp.nan).astype(v.dtype)
     return (o, key, value) if g is None else (o, key, value, decay)
+
+
+_load = functools.partial(mosaic.load, optimized=False)
 
 
 def _pass(q, k, w, beta, key, value, length, added, *, scale, moved):
