@@ -324,13 +324,14 @@ def put_logits(own, head, logits, *, diagonal):
     refs, chunk_of_keys = own.refs, own.number if diagonal else 0
     x = logits * own.scale
     if refs.since_rows is not None:
-        queries = refs.since_rows.at[own.b, head].at[own.tokens]
+        of_head = own.b, head
         keys = pl.ds(own.leaf * LEAF + chunk_of_keys * CHUNK, CHUNK)
-        keys = refs.since_columns.at[own.b, head].at[keys]
-        since = per_row(load(queries, PER_ROW, optimized=False), CHUNK)
-        x += since - per_column(load(keys, PER_COLUMN, optimized=False), CHUNK)
-        earliest = refs.earliest.at[own.b, head].at[own.tokens]
-        earliest = plgpu.load(earliest, layout=PER_ROW, optimized=False)
+        since = load(refs.since_rows.at[*of_head].at[own.tokens], PER_ROW, optimized=False)
+        by_query = per_row(since, CHUNK)
+        before = load(refs.since_columns.at[*of_head].at[keys], PER_COLUMN, optimized=False)
+        x += by_query - per_column(before, CHUNK)
+        seen_from = refs.earliest.at[*of_head].at[own.tokens]
+        earliest = plgpu.load(seen_from, layout=PER_ROW, optimized=False)
         x = jnp.where(_seen(chunk_of_keys, earliest, diagonal=diagonal), x, -jnp.inf)
     elif diagonal:
         x = jnp.where(chunks.up_to(), x, -jnp.inf)

@@ -337,9 +337,9 @@ def store_tile(piece, source, i):
 def tile(piece, token, i, softmax):
     """Moves the keys of tile i, stores them, and adds its tokens to each head's softmax."""
     refs, slot = piece.refs, piece.slot(i)
-    place = piece.start + i * piece.rows
+    first = piece.start + i * piece.rows
     iota = plgpu.broadcasted_iota(jnp.int32, (piece.rows,), 0, layout=piece.layouts.by_row)
-    place = place + iota
+    place = first + iota
     plgpu.barrier_wait(refs.loaded.at[slot])
     keys = _load(refs.keys.at[slot], piece.layouts.keys)
     if refs.new_key is not None:
