@@ -13,19 +13,20 @@ is written as float16 of at most 1 and a float32 factor, the row's largest eleme
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common.mosaic import f16, per_row
+from jla.pallas.common.scratch import fetch
 
 LEAST = 1e-30  # so that no row is divided by zero
 
 
-def load_rows(source, first, target, barrier, copies):
+def load_rows(source, first, target, barrier):
     """Loads rows of a block's H, in as many copies as the barrier of the target's ring awaits."""
+    copies = barrier.dtype.num_arrivals
     part = target.shape[0] // copies
-    for i in range(copies):
-        rows = source.at[pl.ds(first + i * part, part)]
-        plgpu.copy_gmem_to_smem(rows, target.at[pl.ds(i * part, part)], barrier)
+    targets = [target.at[pl.ds(i * part, part)] for i in range(copies)]
+    sources = [source.at[pl.ds(first + i * part, part)] for i in range(copies)]
+    fetch(dict(h=list(zip(sources, targets, strict=True))), barrier)
 
 
 def normalised(x):

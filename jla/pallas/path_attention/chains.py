@@ -4,7 +4,9 @@ A leaf's next query version is the one before it moved over the left sibling of 
 q <- q H; its next key version is moved over the right sibling, k <- H k.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +14,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import mosaic
+from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.chunks import CHUNK
 from jla.pallas.common.mosaic import f16, product
+from jla.pallas.common.scratch import barrier_for, fetch
 from jla.pallas.path_attention import levels
 
 SDS = jax.ShapeDtypeStruct
@@ -42,43 +45,47 @@ def _pairs_joined(transforms, level, leaves):
     """A level's transforms: later @ earlier for each two neighbours of the level below.
 
     One warpgroup a pair, 64 KB of SMEM at K=128. There are CTAs for the lowest level's pairs; at a
-    higher one those that have none come last, and return at once. Bytes at B=8 H=16 P=32, lowest
+    higher one those that have none come last, and return at once. Floor at B=8 H=16 P=32, lowest
     level: 201 MB, 0.05 ms.
     """
     B, H, _, K, _ = transforms.shape
-    parts, counts = K // CHUNK, levels.block_counts(leaves)
+    counts = levels.block_counts(leaves)
 
-    def body(ref, level_ref, out, later, earlier, loaded):
+    def body(refs):
         b, h, n = (lax.axis_index(name) for name in ("b", "h", "pair"))
-        level = level_ref[0]
+        level = refs.level[0]
         below, here = (levels.offset(counts, m) for m in (level - 1, level))
+        pl.when(n < levels.count(counts, level))(lambda: _join(refs, b, h, n, below, here))
 
-        @pl.when(n < levels.count(counts, level))
-        def _():
-            plgpu.copy_gmem_to_smem(ref.at[b, h, below + 2 * n + 1], later, loaded)
-            plgpu.copy_gmem_to_smem(ref.at[b, h, below + 2 * n], earlier, loaded)
-            plgpu.barrier_wait(loaded)
-            for i in range(parts):
-                rows = pl.ds(i * CHUNK, CHUNK)
-                # Each warp overwrites its own rows, which no other reads.
-                later.at[rows][...] = product((later.at[rows], earlier)).astype(f16)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(later.at[rows], out.at[b, h, here + n, rows])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    return mosaic.kernel(
+    out = scratch.kernel(
         body,
+        inputs=dict(transforms=transforms, level=level),
+        outputs=dict(out=SDS(transforms.shape, f16)),
+        scratch=dict(
+            later=mosaic.tile(K, K, dtype=f16),
+            earlier=mosaic.tile(K, K, dtype=f16),
+            loaded=barrier_for(["later", "earlier"]),
+        ),
+        in_place=dict(transforms="out"),
         automatic_barriers=False,
-        in_place={0: 0},
-        out_type=[SDS(transforms.shape, f16)],
-        scratch_types=[
-            mosaic.tile(K, K, dtype=f16),
-            mosaic.tile(K, K, dtype=f16),
-            plgpu.Barrier(num_arrivals=2),
-        ],
         grid=(leaves // 2, B, H),
         grid_names=("pair", "b", "h"),
-    )(transforms, level)[0]
+    )
+    return out.out
+
+
+def _join(refs, b, h, n, below, here):
+    """The n-th pair; `below` and `here` are where the two levels' transforms begin."""
+    later, earlier = (refs.transforms.at[b, h, below + 2 * n + i] for i in (1, 0))
+    fetch(dict(later=(later, refs.later), earlier=(earlier, refs.earlier)), refs.loaded)
+    plgpu.barrier_wait(refs.loaded)
+    for i in range(refs.later.shape[0] // CHUNK):
+        rows = pl.ds(i * CHUNK, CHUNK)
+        # Each warp overwrites its own rows, which no other reads.
+        refs.later.at[rows][...] = product((refs.later.at[rows], refs.earlier)).astype(f16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(refs.later.at[rows], refs.out.at[b, h, here + n, rows])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 @functools.partial(jax.jit, static_argnames="leaves")
@@ -108,89 +115,113 @@ def _chains(versions, transforms, leaves, counts, *, right):
     """Moves each leaf from its first version on, over the sibling of each level that it has.
 
     One warpgroup a leaf; 96 KB of SMEM at K=128: the leaf's rows and two transforms, the next of
-    which is on its way. Traffic at B=8 T=4096 H=HQ=16 K=128, for queries or keys: 109 MB read, 205
-    written, transforms 250 MB of which a half come from L2: 0.11 ms at 4.3 TB/s.
+    which is on its way. Floor at B=8 T=4096 H=HQ=16 K=128, for queries or keys: 0.44 GB, 0.11 ms.
     """
     (B, heads, _, K), H = versions.shape, transforms.shape[1]
-    group, M = heads // H, levels.number(leaves)
-    blocks = levels.block_counts(leaves)
-    if M < 2:
+    if levels.number(leaves) < 2:
         return versions
-
-    def body(source, matrices, out, sx, sh, x_loaded, loaded):
-        b, leaf, h = (lax.axis_index(name) for name in ("b", "leaf", "h"))
-        head = lax.div(h, jnp.int32(group))
-        there = [
-            levels.has_query(leaf, m) if right else levels.has_key(leaf, m, leaves)
-            for m in range(M)
-        ]
-
-        def next_level(level):
-            """The next level above at which the leaf has a version, or M."""
-            found = jnp.int32(M)
-            for m in reversed(range(M)):
-                found = jnp.where(lax.bitwise_and(there[m], m > level), m, found)
-            return found
-
-        def rows(m, half):
-            return levels.rows(counts, leaf, m, half)
-
-        def fetch(step, m, following):
-            """Loads the transform from level m to the next one of the leaf, if there is one."""
-
-            @pl.when(following < M)
-            def _():
-                slot = lax.rem(step, jnp.int32(2))
-                sibling = 2 * levels.block(leaf, m) + (0 if right else 1)
-                matrix = matrices.at[b, head, levels.offset(blocks, m) + sibling]
-                plgpu.copy_gmem_to_smem(matrix, sh.at[slot], loaded.at[slot])
-
-        def move_on(step, ahead):
-            """From this level, the first of four of the leaf, to the second."""
-            _, *ahead = ahead
-            slot = lax.rem(step, jnp.int32(2))
-            matrix = sh.at[slot]
-            plgpu.barrier_wait(loaded.at[slot])
-            for half in range(2):
-                x = sx.at[half]
-                moved = product((x, matrix if right else matrix.T)).astype(f16)
-                if half == 0:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    plgpu.commit_smem()
-                x[...] = moved
-            plgpu.commit_smem()
-            for half in range(2):
-                plgpu.copy_smem_to_gmem(sx.at[half], out.at[b, h, rows(ahead[0], half)])
-            fetch(step + 2, *ahead[1:])
-            return *ahead, next_level(ahead[-1])
-
-        ahead = [next_level(jnp.int32(-1))]
-        for _ in range(3):
-            ahead.append(next_level(ahead[-1]))
-        versions_of_leaf = sum((jnp.where(x, 1, 0) for x in there), jnp.int32(0))
-
-        @pl.when(versions_of_leaf > 1)
-        def _():
-            for half in range(2):
-                at = source.at[b, h, rows(ahead[0], half)]
-                plgpu.copy_gmem_to_smem(at, sx.at[half], x_loaded)
-            for step in range(2):
-                fetch(jnp.int32(step), *ahead[step : step + 2])
-            plgpu.barrier_wait(x_loaded)
-            lax.fori_loop(0, versions_of_leaf - 1, move_on, tuple(ahead))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    return mosaic.kernel(
-        body,
+    out = scratch.kernel(
+        functools.partial(
+            _body, leaves=leaves, group=heads // H, counts=tuple(counts), right=right
+        ),
+        inputs=dict(versions=versions, transforms=transforms),
+        outputs=dict(out=SDS(versions.shape, f16)),
+        scratch=dict(
+            rows=mosaic.tile(CHUNK, K, 2, dtype=f16),
+            matrices=mosaic.tile(K, K, 2, dtype=f16),
+            rows_loaded=barrier_for(dict(rows=2)),
+            loaded=barrier_for(["matrix"], 2),
+        ),
+        in_place=dict(versions="out"),
         automatic_barriers=False,
-        in_place={0: 0},
-        out_type=[SDS(versions.shape, f16)],
-        scratch_types=[
-            mosaic.tile(CHUNK, K, 2, dtype=f16),
-            mosaic.tile(K, K, 2, dtype=f16),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_barriers=2),
-        ],
         grid=(B, leaves, heads),
         grid_names=("b", "leaf", "h"),
-    )(versions, transforms)[0]
+    )
+    return out.out
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A CTA's leaf."""
+
+    refs: Any
+    b: Any
+    number: Any
+    h: Any  # of the versions
+    head: Any  # of the transforms
+    present: Any  # for each level, whether the leaf has a version there
+    counts: tuple  # of versions
+    leaves: int
+    right: bool  # queries, of right halves; or keys, of left ones
+
+    def next_level(self, level):
+        """The next level above at which the leaf has a version, or M."""
+        found = jnp.int32(len(self.present))
+        for m in reversed(range(len(self.present))):
+            found = jnp.where(lax.bitwise_and(self.present[m], m > level), m, found)
+        return found
+
+    def version_rows(self, m, half):
+        return levels.rows(self.counts, self.number, m, half)
+
+
+def _body(refs, *, leaves, group, counts, right):
+    b, number, h = (lax.axis_index(name) for name in ("b", "leaf", "h"))
+    head, M = lax.div(h, jnp.int32(group)), levels.number(leaves)
+    present = [
+        levels.has_query(number, m) if right else levels.has_key(number, m, leaves)
+        for m in range(M)
+    ]
+    leaf = Leaf(refs, b, number, h, head, present, counts, leaves, right)
+    ahead = [leaf.next_level(jnp.int32(-1))]
+    for _ in range(3):
+        ahead.append(leaf.next_level(ahead[-1]))
+    count = sum((jnp.where(x, 1, 0) for x in present), jnp.int32(0))
+
+    @pl.when(count > 1)
+    def _():
+        for half in range(2):
+            source = refs.versions.at[b, h, leaf.version_rows(ahead[0], half)]
+            fetch(dict(rows=(source, refs.rows.at[half])), refs.rows_loaded, partial=True)
+        for step in range(2):
+            load_transform(leaf, jnp.int32(step), *ahead[step : step + 2])
+        plgpu.barrier_wait(refs.rows_loaded)
+        lax.fori_loop(0, count - 1, functools.partial(move_on, leaf), tuple(ahead))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def load_transform(leaf, step, m, following):
+    """Loads the transform from level m to the next one of the leaf, if there is one."""
+    refs = leaf.refs
+
+    @pl.when(following < len(leaf.present))
+    def _():
+        slot = lax.rem(step, jnp.int32(2))
+        sibling = 2 * levels.block(leaf.number, m) + (0 if leaf.right else 1)
+        place = levels.offset(levels.block_counts(leaf.leaves), m) + sibling
+        matrix = refs.transforms.at[leaf.b, leaf.head, place], refs.matrices.at[slot]
+        fetch(dict(matrix=matrix), refs.loaded.at[slot])
+
+
+def move_on(leaf, step, ahead):
+    """The version of this level, the first of four of the leaf, becomes that of the second.
+
+    q <- q H, or k <- k H^T.
+    """
+    refs, (_, target, *rest) = leaf.refs, ahead
+    slot = lax.rem(step, jnp.int32(2))
+    matrix = refs.matrices.at[slot]
+    plgpu.barrier_wait(refs.loaded.at[slot])
+    for half in range(2):
+        x = refs.rows.at[half]
+        moved = product((x, matrix if leaf.right else matrix.T)).astype(f16)
+        if half == 0:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.commit_smem()
+        x[...] = moved
+    plgpu.commit_smem()
+    for half in range(2):
+        at = refs.out.at[leaf.b, leaf.h, leaf.version_rows(target, half)]
+        plgpu.copy_smem_to_gmem(refs.rows.at[half], at)
+    load_transform(leaf, step + 2, *rest)
+    return target, *rest, leaf.next_level(rest[-1])

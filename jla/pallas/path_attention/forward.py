@@ -1,4 +1,28 @@
-"""Softmax attention over the tree's levels: flash attention whose queries and keys change."""
+"""Softmax attention over the tree's levels: flash attention whose queries and keys change.
+
+Each leaf of 128 queries attends to its own tokens, whose logits are given, and, level by level, to
+the left sibling's keys:
+
+    logits = scale q k^T + gates of the query + gates of the key      (base 2)
+    top' = max(top, max(logits));   p = exp2(logits - top');   r = exp2(top - top')
+    acc <- r acc + p v;   total <- r total + sum(p)
+    o = acc / total;   log-sum-exp = top + log2(total)
+
+A CTA is a leaf of queries: two warpgroups of 64 that compute, and one that loads. Leaf p has p
+tiles of 128 keys, as in flash attention; heads are the fastest in launch order and long leaves come
+first, so that what runs at one time shares its keys in L2.
+
+    phase       | reads, and who loads it (else it is in GMEM)     | writes
+    ------------+--------------------------------------------------+---------------------
+    own_softmax | sv: v: load_all; own, tops                       | acc, top, total
+    tile        | sq: q, squery_gates: load_queries                | acc, top, total
+                | sk: k, skey_gates: load_keys; sv: v: load_values |
+    send        |                                                  | slot 0 of sv: o; lse
+
+sq, sk and sv are rings, see `rings`: a tile is overwritten when it has been read.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import mosaic
+from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.mosaic import (
     PER_COLUMN,
     PER_ROW,
@@ -17,21 +41,27 @@ from jla.pallas.common.mosaic import (
     load,
     per_column,
     per_row,
+    product,
 )
-from jla.pallas.path_attention import levels
+from jla.pallas.path_attention import levels, rings
 from jla.pallas.path_attention.levels import LEAF
+from jla.pallas.path_attention.query_leaves import (
+    COMPUTE_REGISTERS,
+    LOADER_REGISTERS,
+    ROWS,
+    key_head,
+    leaf_of,
+    load_keys,
+    load_queries,
+    load_values,
+)
 
 SDS = jax.ShapeDtypeStruct
-ROWS = 64  # queries of one warpgroup; two make a leaf
 STAGES = 2  # tiles of keys and values in SMEM
-COMPUTE_REGISTERS, LOADER_REGISTERS = 232, 40
 
 
 def forward(q, k, v, own, gates, *, scale):
-    """Attention of each leaf of 128 queries to its own tokens, whose logits are given, and, level
-    by level, to the left sibling's keys:
-
-        logits = scale q k^T + gates of the query + gates of the key      (base 2)
+    """Attention over the tree.
 
     Args:
       q: [B, HQ, R, K] float16, all levels' query versions; see `levels`.
@@ -45,176 +75,186 @@ def forward(q, k, v, own, gates, *, scale):
     Returns:
       o [B, T, HQ, V] bf16, and the logits' log-sum-exp in base 2, [B, HQ, 128 P] float32.
 
-    A CTA is a leaf of queries: two warpgroups of 64 rows, and one that loads. Leaf p has p tiles of
-    128 keys, as in flash attention; heads are the fastest in launch order and long leaves come
-    first, so that what runs at one time shares its keys in L2. SMEM at K=V=128: queries 64 KB (this
-    level's and the next's), keys and values 128 KB.
+    SMEM at K=V=128: queries 64 KB (this level's and the next's), keys and values 128 KB.
     """
     (B, T, H, V), (HQ, P), K = v.shape, own[0].shape[1:3], q.shape[-1]
-    group, M = HQ // H, levels.number(P)
-    query_counts, key_counts = levels.query_counts(P), levels.key_counts(P)
+    query_gates, key_gates = (None, None) if gates is None else gates
     gated = gates is not None
-
-    def body(q_ref, k_ref, v_ref, own_ref, tops_ref, *refs):
-        if gated:
-            query_gates, key_gates, *refs = refs
-        o_ref, lse_ref, sq, sk, sv, *refs = refs
-        if gated:
-            query_sums, key_sums, *refs = refs
-        q_loaded, k_loaded, v_loaded, q_used, k_used, v_used, turn, done = refs
-        b, h, wg = (lax.axis_index(name) for name in ("b", "h", "wg"))
-        leaf = P - 1 - lax.axis_index("leaf")
-
-        @pl.when(wg == 2)
-        def _():
-            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-            head = lax.div(h, jnp.int32(group))
-
-            def values(leaf, n):
-                slot, rows = lax.rem(n, jnp.int32(STAGES)), pl.ds(leaf * LEAF, LEAF)
-                pl.when(n >= STAGES)(lambda: plgpu.barrier_wait(v_used.at[slot]))
-                plgpu.copy_gmem_to_smem(v_ref.at[b, rows, head], sv.at[slot], v_loaded.at[slot])
-
-            def level(m, carry):
-                n, versions = carry
-                right = levels.at_bit(leaf, m)
-
-                @pl.when(right == 1)
-                def _():
-                    slot = lax.rem(versions, jnp.int32(2))
-                    pl.when(versions >= 2)(lambda: plgpu.barrier_wait(q_used.at[slot]))
-                    first = levels.place(query_counts, leaf, m) * LEAF
-                    for half in range(2):
-                        rows = pl.ds(first + half * ROWS, ROWS)
-                        barrier = q_loaded.at[slot]
-                        plgpu.copy_gmem_to_smem(q_ref.at[b, h, rows], sq.at[slot, half], barrier)
-                        if gated:
-                            source, target = query_gates.at[b, h, rows], query_sums.at[slot, half]
-                            plgpu.copy_gmem_to_smem(source, target, barrier)
-
-                sibling = levels.block(leaf, m)
-                first = levels.offset(key_counts, m) + lax.shift_left(sibling, m)
-
-                def tile(i, n):
-                    slot = lax.rem(n, jnp.int32(STAGES))
-                    pl.when(n > STAGES)(lambda: plgpu.barrier_wait(k_used.at[slot]))
-                    rows, barrier = pl.ds((first + i) * LEAF, LEAF), k_loaded.at[slot]
-                    plgpu.copy_gmem_to_smem(k_ref.at[b, head, rows], sk.at[slot], barrier)
-                    if gated:
-                        source = key_gates.at[b, h, rows]
-                        plgpu.copy_gmem_to_smem(source, key_sums.at[slot], barrier)
-                    values(lax.shift_left(sibling, m + 1) + i, n)
-                    return n + 1
-
-                return lax.fori_loop(0, lax.shift_left(right, m), tile, n), versions + right
-
-            values(leaf, jnp.int32(0))
-            n, versions = lax.fori_loop(0, M, level, (jnp.int32(1), jnp.int32(0)))
-            mosaic.drain(k_used, STAGES, 1, n)
-            mosaic.drain(v_used, STAGES, 0, n)
-            mosaic.drain(q_used, 2, 0, versions)
-
-        @pl.when(wg < 2)
-        def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-
-            def take_turns():
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(turn)
-
-            rows = pl.ds(leaf * LEAF + wg * ROWS, ROWS)
-            own, tops = own_ref.at[b, h, leaf], tops_ref.at[b, h, leaf]
-            top = own_top(tops, wg)
-            p = own_exp2(own, tops, wg, top)
-            total = p.sum(axis=1)
-            plgpu.barrier_wait(v_loaded.at[0])
-            acc = mosaic.product((p.astype(bf16), sv.at[0]))
-            mosaic.hand_back(v_used.at[0])
-            # The warpgroups alternate: one multiplies while the other takes its softmax.
-            pl.when(leaf > 0)(lambda: plgpu.barrier_wait(k_loaded.at[1]))
-            pl.when(wg == 1)(take_turns)
-
-            def level(m, carry):
-                right = levels.at_bit(leaf, m)
-                version = lax.rem(carry[-1], jnp.int32(2))
-                pl.when(right == 1)(lambda: plgpu.barrier_wait(q_loaded.at[version]))
-
-                def tile(_, carry):
-                    acc, top, total, n = carry
-                    slot = lax.rem(n, jnp.int32(STAGES))
-                    s = mosaic.product((sq.at[version, wg], sk.at[slot].T), meanwhile=take_turns)
-                    if gated:
-                        by_key = load(key_sums.at[slot], PER_COLUMN)
-                        by_query = load(query_sums.at[version, wg], PER_ROW)
-                        s = s * scale + per_column(by_key, ROWS)
-                        highest = jnp.maximum(top, s.max(axis=1) + by_query)
-                        p = jnp.exp2(s + per_row(by_query - highest, LEAF))
-                    else:
-                        highest = jnp.maximum(top, s.max(axis=1) * scale)
-                        p = jnp.exp2(s * scale - per_row(highest, LEAF))
-                    mosaic.hand_back(k_used.at[slot])
-                    shrink = jnp.exp2(top - highest)
-                    acc *= per_row(shrink, V)
-                    total = total * shrink + p.sum(axis=1)
-                    p = p.astype(bf16)
-                    # Keeps the compiler from moving any of this to after the barriers.
-                    acc, total, highest, p = lax.optimization_barrier((acc, total, highest, p))
-                    plgpu.barrier_arrive(turn)
-                    plgpu.barrier_wait(v_loaded.at[slot])
-                    plgpu.barrier_wait(turn)
-
-                    def next_keys():
-                        following = lax.rem(n + 1, jnp.int32(STAGES))
-                        pl.when(n < leaf)(lambda: plgpu.barrier_wait(k_loaded.at[following]))
-
-                    acc = mosaic.product((p, sv.at[slot]), init=acc, meanwhile=next_keys)
-                    mosaic.hand_back(v_used.at[slot])
-                    return acc, highest, total, n + 1
-
-                *carry, versions = carry
-                carry = lax.fori_loop(0, lax.shift_left(right, m), tile, tuple(carry))
-                pl.when(right == 1)(lambda: mosaic.hand_back(q_used.at[version]))
-                return *carry, versions + right
-
-            start = acc, top, total, jnp.int32(1), jnp.int32(0)
-            acc, top, total, *_ = lax.fori_loop(0, M, level, start)
-            pl.when(wg == 0)(take_turns)
-            mosaic.hand_back(done)
-            plgpu.barrier_wait(done)  # nobody reads values any more: there is room for o
-            so = sv.at[0, pl.ds(wg * ROWS, ROWS)]
-            so[...] = (acc / per_row(total, V)).astype(bf16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(so, o_ref.at[b, rows, h])
-            lse_ref.at[b, h, rows][...] = top + jnp.log2(total)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    scratch = [
-        mosaic.tile(ROWS, K, 2, 2, dtype=f16),
-        mosaic.tile(LEAF, K, STAGES, dtype=f16),
-        mosaic.tile(LEAF, V, STAGES),
-    ]
-    if gated:
-        scratch += [plgpu.SMEM((2, 2, ROWS), f32), plgpu.SMEM((STAGES, LEAF), f32)]
-    copies = 2 if gated else 1
-    return mosaic.kernel(
-        body,
-        out_type=[SDS((B, T, HQ, V), bf16), SDS((B, HQ, P * LEAF), f32)],
-        scratch_types=[
-            *scratch,
-            plgpu.Barrier(num_arrivals=2 * copies, num_barriers=2),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
-            plgpu.Barrier(num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=2, num_barriers=2),
-            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
-        ],
+    q_loaded, q_used = rings.barriers(dict(q=2, gates=2 * gated), 2)
+    k_loaded, k_used = rings.barriers(dict(k=1, gates=gated), STAGES)
+    v_loaded, v_used = rings.barriers(["v"], STAGES)
+    both = plgpu.Barrier(num_arrivals=rings.COMPUTING)
+    out = scratch.kernel(
+        functools.partial(_body, group=HQ // H, scale=scale),
+        inputs=dict(
+            q=q, k=k, v=v, own=own[0], tops=own[1], query_gates=query_gates, key_gates=key_gates
+        ),
+        outputs=dict(o=SDS((B, T, HQ, V), bf16), lse=SDS((B, HQ, P * LEAF), f32)),
+        scratch=dict(
+            sq=mosaic.tile(ROWS, K, 2, 2, dtype=f16),
+            sk=mosaic.tile(LEAF, K, STAGES, dtype=f16),
+            sv=mosaic.tile(LEAF, V, STAGES),
+            squery_gates=plgpu.SMEM((2, 2, ROWS), f32) if gated else None,
+            skey_gates=plgpu.SMEM((STAGES, LEAF), f32) if gated else None,
+            q_loaded=q_loaded,
+            k_loaded=k_loaded,
+            v_loaded=v_loaded,
+            q_used=q_used,
+            k_used=k_used,
+            v_used=v_used,
+            turn=both,
+            done=both,
+        ),
         grid=(B, P, HQ),
         grid_names=("b", "leaf", "h"),
         num_threads=3,
         thread_name="wg",
-    )(q, k, v, *own, *(gates or ()))
+    )
+    return tuple(out)
+
+
+def _body(refs, *, group, scale):
+    # Keys have the values' numbers, and there are none beside the leaf's own values, number 0.
+    leaf = leaf_of(refs, scale, first_keys=1)
+    pl.when(leaf.wg == 2)(lambda: load_all(leaf, group))
+    pl.when(leaf.wg < 2)(lambda: compute(leaf))
+
+
+# The loader.
+
+
+def load_all(leaf, group):
+    """All loads, in the order in which the other warpgroups wait for them."""
+    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+    h = key_head(leaf, group)
+    load_values(leaf, h, leaf.number, jnp.int32(0))
+    of_level = functools.partial(load_level, leaf, h)
+    n, versions = lax.fori_loop(0, leaf.levels, of_level, (jnp.int32(1), jnp.int32(0)))
+    leaf.keys.drain(n)
+    leaf.values.drain(n)
+    leaf.queries.drain(versions)
+
+
+def load_level(leaf, h, m, carry):
+    """The leaf's queries of level m, and the left sibling's keys and values."""
+    n, versions = carry
+    right = levels.at_bit(leaf.number, m)
+
+    @pl.when(right == 1)
+    def _():
+        slot = leaf.queries.free(versions)
+        first = levels.place(levels.query_counts(leaf.leaves), leaf.number, m) * LEAF
+        load_queries(leaf, lambda half: pl.ds(first + half * ROWS, ROWS), slot)
+
+    sibling = levels.block(leaf.number, m)
+    first = levels.offset(levels.key_counts(leaf.leaves), m) + lax.shift_left(sibling, m)
+
+    def load_tile(i, n):
+        load_keys(leaf, h, first, i, n)
+        load_values(leaf, h, lax.shift_left(sibling, m + 1) + i, n)
+        return n + 1
+
+    return lax.fori_loop(0, lax.shift_left(right, m), load_tile, n), versions + right
+
+
+# The warpgroups that compute, each on its 64 queries. They alternate: one multiplies while the
+# other takes its softmax.
+
+
+def take_turns(leaf):
+    """Waits for the other warpgroup."""
+    plgpu.barrier_arrive(leaf.refs.turn)
+    plgpu.barrier_wait(leaf.refs.turn)
+
+
+def compute(leaf):
+    """The softmax over the leaf's own tokens and all levels; acc, top, total as above."""
+    plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+    rows = leaf.rows(leaf.wg)
+    acc, top, total = own_softmax(leaf)
+    pl.when(leaf.number > 0)(lambda: leaf.keys.wait(1))
+    pl.when(leaf.wg == 1)(lambda: take_turns(leaf))
+    start = acc, top, total, jnp.int32(1), jnp.int32(0)
+    of_level = functools.partial(compute_level, leaf)
+    acc, top, total, *_ = lax.fori_loop(0, leaf.levels, of_level, start)
+    pl.when(leaf.wg == 0)(lambda: take_turns(leaf))
+    send(leaf, rows, acc, top, total)
+
+
+def own_softmax(leaf):
+    """acc, top and total of the leaf's own logits."""
+    refs, at = leaf.refs, (leaf.b, leaf.head, leaf.number)
+    own, tops = refs.own.at[*at], refs.tops.at[*at]
+    top = own_top(tops, leaf.wg)
+    p = own_exp2(own, tops, leaf.wg, top)
+    total = p.sum(axis=1)
+    leaf.values.wait(0)
+    acc = product((p.astype(bf16), refs.sv.at[0]))
+    leaf.values.hand_back(0)
+    return acc, top, total
+
+
+def compute_level(leaf, m, carry):
+    """The left sibling's keys of level m."""
+    *softmax, n, versions = carry
+    right = levels.at_bit(leaf.number, m)
+    version = leaf.queries.slot(versions)
+    pl.when(right == 1)(lambda: leaf.queries.wait(version))
+    tiles = lax.shift_left(right, m)
+    of_tile = functools.partial(tile, leaf, version)
+    *softmax, n = lax.fori_loop(0, tiles, lambda _, x: of_tile(x), (*softmax, n))
+    pl.when(right == 1)(lambda: leaf.queries.hand_back(version))
+    return *softmax, n, versions + right
+
+
+def tile(leaf, version, carry):
+    """128 keys, number n in their ring; the level's queries are in slot `version` of theirs."""
+    refs = leaf.refs
+    acc, top, total, n = carry
+    slot, width = leaf.keys.slot(n), refs.sv.shape[-1]
+    queries = refs.sq.at[version, leaf.wg]
+    turns = functools.partial(take_turns, leaf)
+    s = product((queries, refs.sk.at[slot].T), meanwhile=turns)
+    if refs.skey_gates is not None:
+        by_key = load(refs.skey_gates.at[slot], PER_COLUMN)
+        by_query = load(refs.squery_gates.at[version, leaf.wg], PER_ROW)
+        s = s * leaf.scale + per_column(by_key, ROWS)
+        highest = jnp.maximum(top, s.max(axis=1) + by_query)
+        p = jnp.exp2(s + per_row(by_query - highest, LEAF))
+    else:
+        highest = jnp.maximum(top, s.max(axis=1) * leaf.scale)
+        p = jnp.exp2(s * leaf.scale - per_row(highest, LEAF))
+    leaf.keys.hand_back(slot)
+    shrink = jnp.exp2(top - highest)
+    acc *= per_row(shrink, width)
+    total = total * shrink + p.sum(axis=1)
+    p = p.astype(bf16)
+    # Keeps the compiler from moving any of this to after the barriers.
+    acc, total, highest, p = lax.optimization_barrier((acc, total, highest, p))
+    plgpu.barrier_arrive(refs.turn)
+    leaf.values.wait(slot)
+    plgpu.barrier_wait(refs.turn)
+
+    def next_keys():
+        following = leaf.keys.slot(n + 1)
+        pl.when(n < leaf.number)(lambda: leaf.keys.wait(following))
+
+    acc = product((p, refs.sv.at[slot]), init=acc, meanwhile=next_keys)
+    leaf.values.hand_back(slot)
+    return acc, highest, total, n + 1
+
+
+def send(leaf, rows, acc, top, total):
+    """o = acc / total, by way of the values' tile, and the log-sum-exp."""
+    refs = leaf.refs
+    mosaic.hand_back(refs.done)
+    plgpu.barrier_wait(refs.done)  # nobody reads values any more: there is room for o
+    so = refs.sv.at[0, pl.ds(leaf.wg * ROWS, ROWS)]
+    so[...] = (acc / per_row(total, refs.sv.shape[-1])).astype(bf16)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(so, refs.o.at[leaf.b, rows, leaf.head])
+    refs.lse.at[leaf.b, leaf.head, rows][...] = top + jnp.log2(total)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def own_top(tops, chunk):

@@ -1,4 +1,30 @@
-"""The backward pass of `forward` by leaves of queries; see `backward`."""
+"""The backward pass of `forward` by leaves of queries; see `backward`.
+
+A CTA is a leaf of queries: two warpgroups of 64 that compute, and one that loads; in the order of
+`forward`'s. With u for `unit`:
+
+    own logits   p = exp2(own - lse);      ds = u p (do v^T - delta), which is stored
+    each level   dq <- dq H^T              from the level above to this one's queries
+                 p = exp2(logits - lse);   ds = u p (do v^T - delta);   dq += ds k
+
+The leaf's own keys come first; then, level by level from the top, the left sibling's keys and
+values in tiles of 128.
+
+    phase        | reads, and who loads it (else it is in GMEM)         | writes
+    -------------+------------------------------------------------------+----------------------
+    own_logits   | sdo: do, sv: v: load_all; own, tops, lse, delta      | down, in own's place
+    move         | sk: H: load_level                                    | dq
+    tile         | sq: q, squery_gates: load_queries; sdo: do: load_all | dq, sums
+                 | sk: k, skey_gates: load_keys; sv: v: load_values     |
+    send_queries |                                                      | sq: dq; factors, sums
+
+sq, sk and sv are rings, see `rings`: a tile is overwritten when it has been read or sent. dq stays
+in registers from level to level. There is no room for 2 KB more of SMEM, so that the sums of ds for
+the queries' gates are made in parts, each in the registers of one thread.
+"""
+
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -6,17 +32,33 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import mosaic
-from jla.pallas.common.mosaic import PER_COLUMN, PER_ROW, TILE, f16, f32, load, per_column, per_row
-from jla.pallas.path_attention import levels
+from jla.pallas.common import mosaic, scratch
+from jla.pallas.common.mosaic import (
+    PER_COLUMN,
+    PER_ROW,
+    TILE,
+    f16,
+    f32,
+    load,
+    per_column,
+    per_row,
+    product,
+)
+from jla.pallas.common.scratch import barrier_for, fetch
+from jla.pallas.path_attention import levels, rings
 from jla.pallas.path_attention.backward import load_rows, normalised
-from jla.pallas.path_attention.forward import (
+from jla.pallas.path_attention.forward import own_exp2
+from jla.pallas.path_attention.levels import LEAF
+from jla.pallas.path_attention.query_leaves import (
     COMPUTE_REGISTERS,
     LOADER_REGISTERS,
     ROWS,
-    own_exp2,
+    key_head,
+    leaf_of,
+    load_keys,
+    load_queries,
+    load_values,
 )
-from jla.pallas.path_attention.levels import LEAF
 
 SDS = jax.ShapeDtypeStruct
 KEY_STAGES = 2  # tiles of 128 keys and values in SMEM
@@ -24,9 +66,7 @@ PARTS = 8  # of a sum along rows, each in the registers of one thread
 
 
 def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, after, *, scale):
-    """The gradients of queries, of their gates, and of the leaves' own logits:
-
-        p = exp2(logits - lse);   ds = p (do v^T - delta);   dq = ds k + dq_above H^T
+    """The gradients of queries, of their gates, and of the leaves' own logits.
 
     Args:
       q, k, v, own, gates: as `forward.forward` takes them.
@@ -43,213 +83,261 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, after
       [B, HQ, 128 P] float32; and, with gates (or None), unit * (the sums of ds over each eighth
       key) [B, HQ, R, 8] float32; ds without scale.
 
-    CTAs as in `forward`; SMEM at K=V=128: queries 64 KB, do 32 KB, keys and values 128 KB: no room
-    for 2 KB more, so that gates are summed in parts. A level's dq takes the place of its queries;
-    H comes as if it were keys.
+    SMEM at K=V=128: queries 64 KB (this level's and the next's), do 32 KB, keys and values 128 KB.
     """
     (B, _, H, V), (HQ, P), K = v.shape, own[0].shape[1:3], q.shape[-1]
-    group, M = HQ // H, levels.number(P)
-    query_counts, key_counts = levels.query_counts(P), levels.key_counts(P)
-    blocks = levels.block_counts(P)
+    query_gates, key_gates = (None, None) if gates is None else gates
     gated = gates is not None
-    copies = 2 if gated else 1  # that a tile of queries or keys takes
-
-    def body(q_ref, k_ref, v_ref, own_ref, tops_ref, do_ref, lse_ref, delta_ref, unit_ref, *refs):
-        if gated:
-            query_gates, key_gates, *refs = refs
-        transforms_ref, _, dq_ref, factors_ref, down_ref, largest_ref, *refs = refs
-        if gated:
-            sums_ref, *refs = refs
-        sq, sk, sv, sdo, *refs = refs
-        if gated:
-            query_sums, key_sums, *refs = refs
-        q_loaded, k_loaded, v_loaded, do_loaded, q_used, k_used, v_used = refs
-        b, h, wg = (lax.axis_index(name) for name in ("b", "h", "wg"))
-        leaf, head = P - 1 - lax.axis_index("leaf"), lax.div(h, jnp.int32(group))
-
-        @pl.when(wg == 2)
-        def _():
-            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-
-            def values(leaf, n):
-                slot, rows = lax.rem(n, jnp.int32(KEY_STAGES)), pl.ds(leaf * LEAF, LEAF)
-                pl.when(n >= KEY_STAGES)(lambda: plgpu.barrier_wait(v_used.at[slot]))
-                plgpu.copy_gmem_to_smem(v_ref.at[b, rows, head], sv.at[slot], v_loaded.at[slot])
-
-            def key_slot(n):
-                slot = lax.rem(n, jnp.int32(KEY_STAGES))
-                pl.when(n >= KEY_STAGES)(lambda: plgpu.barrier_wait(k_used.at[slot]))
-                return slot
-
-            def level(i, carry):
-                n, tiles, versions = carry
-                m = M - 1 - i
-                right = levels.at_bit(leaf, m)
-                moved = right * jnp.minimum(versions, 1)
-
-                @pl.when(right == 1)
-                def _():
-                    slot = lax.rem(versions, jnp.int32(2))
-                    pl.when(versions >= 2)(lambda: plgpu.barrier_wait(q_used.at[slot]))
-                    for half in range(2):
-                        rows, barrier = levels.rows(query_counts, leaf, m, half), q_loaded.at[slot]
-                        plgpu.copy_gmem_to_smem(q_ref.at[b, h, rows], sq.at[slot, half], barrier)
-                        if gated:
-                            source, target = query_gates.at[b, h, rows], query_sums.at[slot, half]
-                            plgpu.copy_gmem_to_smem(source, target, barrier)
-
-                sibling = levels.block(leaf, m)
-                first = levels.offset(key_counts, m) + lax.shift_left(sibling, m)
-
-                @pl.when(moved == 1)
-                def _():
-                    slot = key_slot(n)
-                    source = transforms_ref.at[b, head, levels.offset(blocks, m) + 2 * sibling]
-                    load_rows(source, 0, sk.at[slot, pl.ds(0, K)], k_loaded.at[slot], copies)
-
-                def tile(i, _):
-                    slot = key_slot(n + moved + i)
-                    rows, barrier = pl.ds((first + i) * LEAF, LEAF), k_loaded.at[slot]
-                    plgpu.copy_gmem_to_smem(k_ref.at[b, head, rows], sk.at[slot], barrier)
-                    if gated:
-                        source = key_gates.at[b, h, rows]
-                        plgpu.copy_gmem_to_smem(source, key_sums.at[slot], barrier)
-                    values(lax.shift_left(sibling, m + 1) + i, tiles + i)
-
-                count = lax.shift_left(right, m)
-                lax.fori_loop(0, count, tile, None)
-                return n + moved + count, tiles + count, versions + right
-
-            for half in range(2):
-                rows = pl.ds(leaf * LEAF + half * ROWS, ROWS)
-                plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], sdo.at[half], do_loaded)
-            values(leaf, jnp.int32(0))
-            start = jnp.int32(0), jnp.int32(1), jnp.int32(0)
-            n, tiles, versions = lax.fori_loop(0, M, level, start)
-            mosaic.drain(k_used, KEY_STAGES, 0, n)
-            mosaic.drain(v_used, KEY_STAGES, 0, tiles)
-            mosaic.drain(q_used, 2, 0, versions)
-
-        @pl.when(wg < 2)
-        def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            rows = pl.ds(leaf * LEAF + wg * ROWS, ROWS)
-            unit = unit_ref[b, head]
-            lse = load(lse_ref.at[b, h, rows], PER_ROW, optimized=False)
-            delta = load(delta_ref.at[b, h, rows], PER_ROW, optimized=False) * unit
-
-            p = own_exp2(own_ref.at[b, h, leaf], tops_ref.at[b, h, leaf], wg, lse)
-            plgpu.barrier_wait(do_loaded)
-            plgpu.barrier_wait(v_loaded.at[0])
-            dp = mosaic.product((sdo.at[wg], sv.at[0].T))
-            mosaic.hand_back(v_used.at[0])
-            ds = p * (dp * unit - per_row(delta, LEAF))
-            largest_ref.at[b, h, rows][...] = jnp.abs(ds).max(axis=1)
-            down = ds.astype(f16)
-            mosaic.store(down_ref.at[b, h, leaf, wg], down[:, :ROWS])
-
-            @pl.when(wg == 1)
-            def _():
-                mosaic.store(down_ref.at[b, h, leaf, 2], down[:, ROWS:])
-
-            def level(i, carry):
-                dq, n, tiles, versions = carry
-                m = M - 1 - i
-                right = levels.at_bit(leaf, m)
-                moved = right * jnp.minimum(versions, 1)
-                version = lax.rem(versions, jnp.int32(2))
-
-                def move(_, dq):
-                    slot = lax.rem(n, jnp.int32(KEY_STAGES))
-                    small, factor = normalised(dq)
-                    plgpu.barrier_wait(k_loaded.at[slot])
-                    dq = mosaic.product((small, sk.at[slot, pl.ds(0, K)].T)) * per_row(factor, K)
-                    mosaic.hand_back(k_used.at[slot])
-                    return dq
-
-                def tile(i, carry):
-                    dq, sums = carry
-                    key_slot = lax.rem(n + moved + i, jnp.int32(KEY_STAGES))
-                    slot = lax.rem(tiles + i, jnp.int32(KEY_STAGES))
-                    plgpu.barrier_wait(k_loaded.at[key_slot])
-                    s = mosaic.product((sq.at[version, wg], sk.at[key_slot].T)) * scale
-                    if gated:
-                        s += per_column(load(key_sums.at[key_slot], PER_COLUMN), ROWS)
-                        by_query = load(query_sums.at[version, wg], PER_ROW)
-                        p = jnp.exp2(s + per_row(by_query - lse, LEAF))
-                    else:
-                        p = jnp.exp2(s - per_row(lse, LEAF))
-                    plgpu.barrier_wait(v_loaded.at[slot])
-                    dp = mosaic.product((sdo.at[wg], sv.at[slot].T))
-                    mosaic.hand_back(v_used.at[slot])
-                    ds = p * (dp * unit - per_row(delta, LEAF))
-                    if gated:
-                        sums += _folded(ds)
-                    dq = mosaic.product((ds.astype(f16), sk.at[key_slot]), init=dq)
-                    mosaic.hand_back(k_used.at[key_slot])
-                    return dq, sums
-
-                @pl.when(right == 1)
-                def _():
-                    plgpu.barrier_wait(q_loaded.at[version])
-
-                dq = lax.fori_loop(0, moved, move, dq)
-                sums = plgpu.layout_cast(jnp.zeros((ROWS, PARTS), f32), TILE)
-                count = lax.shift_left(right, m)
-                dq, sums = lax.fori_loop(0, count, tile, (dq, sums))
-
-                @pl.when(right == 1)
-                def _():
-                    rows = levels.rows(query_counts, leaf, m, wg)
-                    small, factor = normalised(dq)
-                    factors_ref.at[b, h, rows][...] = factor
-                    sq.at[version, wg][...] = small
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(sq.at[version, wg], dq_ref.at[b, h, rows])
-                    if gated:
-                        sums_ref.at[b, h, rows][...] = sums
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    mosaic.hand_back(q_used.at[version])
-
-                return dq, n + moved + count, tiles + count, versions + right
-
-            dq = plgpu.layout_cast(jnp.zeros((ROWS, K), f32), TILE)
-            lax.fori_loop(0, M, level, (dq, jnp.int32(0), jnp.int32(1), jnp.int32(0)))
-
-    scratch = [
-        mosaic.tile(ROWS, K, 2, 2, dtype=f16),
-        mosaic.tile(LEAF, K, KEY_STAGES, dtype=f16),
-        mosaic.tile(LEAF, V, KEY_STAGES),
-        mosaic.tile(ROWS, V, 2),
-    ]
-    out_type = [
-        *(SDS(q.shape, f16), SDS(q.shape[:-1], f32)),
-        *(SDS(own[0].shape, f16), SDS((B, HQ, P * LEAF), f32)),
-    ]
-    if gated:
-        scratch += [plgpu.SMEM((2, 2, ROWS), f32), plgpu.SMEM((KEY_STAGES, LEAF), f32)]
-        out_type.append(SDS((*gates[0].shape, PARTS), f32))
-    out = mosaic.kernel(
-        body,
+    q_loaded, q_used = rings.barriers(dict(q=2, gates=2 * gated), 2)
+    k_loaded, k_used = rings.barriers(dict(k=1, gates=gated), KEY_STAGES)
+    v_loaded, v_used = rings.barriers(["v"], KEY_STAGES)
+    out = scratch.kernel(
+        functools.partial(_body, group=HQ // H, scale=scale),
+        inputs=dict(
+            q=q,
+            k=k,
+            v=v,
+            own=own[0],
+            tops=own[1],
+            do=do,
+            lse=lse,
+            delta=delta,
+            unit=unit,
+            query_gates=query_gates,
+            key_gates=key_gates,
+            transforms=transforms,
+            after=after,
+        ),
+        outputs=dict(
+            dq=SDS(q.shape, f16),
+            factors=SDS(q.shape[:-1], f32),
+            down=SDS(own[0].shape, f16),
+            largest=SDS((B, HQ, P * LEAF), f32),
+            sums=SDS((*query_gates.shape, PARTS), f32) if gated else None,
+        ),
+        scratch=dict(
+            sq=mosaic.tile(ROWS, K, 2, 2, dtype=f16),
+            sk=mosaic.tile(LEAF, K, KEY_STAGES, dtype=f16),
+            sv=mosaic.tile(LEAF, V, KEY_STAGES),
+            sdo=mosaic.tile(ROWS, V, 2),
+            squery_gates=plgpu.SMEM((2, 2, ROWS), f32) if gated else None,
+            skey_gates=plgpu.SMEM((KEY_STAGES, LEAF), f32) if gated else None,
+            q_loaded=q_loaded,
+            k_loaded=k_loaded,
+            v_loaded=v_loaded,
+            do_loaded=barrier_for(dict(do=2)),
+            q_used=q_used,
+            k_used=k_used,
+            v_used=v_used,
+        ),
+        in_place=dict(own="down"),
         reductions_cross_warps=False,
-        in_place={3: 2},
-        out_type=out_type,
-        scratch_types=[
-            *scratch,
-            plgpu.Barrier(num_arrivals=2 * copies, num_barriers=2),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=KEY_STAGES),
-            plgpu.Barrier(num_barriers=KEY_STAGES),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2, num_barriers=2),
-            plgpu.Barrier(num_arrivals=2, num_barriers=KEY_STAGES),
-            plgpu.Barrier(num_arrivals=2, num_barriers=KEY_STAGES),
-        ],
         grid=(B, P, HQ),
         grid_names=("b", "leaf", "h"),
         num_threads=3,
         thread_name="wg",
-    )(q, k, v, *own, do, lse, delta, unit, *(gates or ()), transforms, after)
-    return out if gated else (*out, None)
+    )
+    return out.dq, out.factors, out.down, out.largest, out.sums
+
+
+class Done(NamedTuple):
+    """How many tiles have passed through each ring."""
+
+    keys: Any
+    values: Any
+    queries: Any
+
+
+class Level(NamedTuple):
+    """A level: whether the leaf's queries see keys there."""
+
+    m: Any
+    right: Any  # 1 or 0: whether the leaf is in the right half, and sees the left one
+    moved: Any  # 1 or 0: whether, then, dq comes from a level above
+
+
+class Own(NamedTuple):
+    """What a warpgroup keeps of its 64 queries, PER_ROW, and the head's unit."""
+
+    lse: Any
+    delta: Any  # in the unit
+    unit: Any
+
+
+def _start():
+    """Before the first level: the leaf's own values have passed."""
+    return Done(keys=jnp.int32(0), values=jnp.int32(1), queries=jnp.int32(0))
+
+
+def _level(leaf, i, done):
+    """The i-th level from the top."""
+    m = leaf.levels - 1 - i
+    right = levels.at_bit(leaf.number, m)
+    return Level(m, right, right * jnp.minimum(done.queries, 1))
+
+
+def _after(done, level, tiles):
+    """What has passed after a level of so many tiles of keys."""
+    keys = done.keys + level.moved + tiles
+    return Done(keys, done.values + tiles, done.queries + level.right)
+
+
+def _body(refs, *, group, scale):
+    leaf = leaf_of(refs, scale)
+    h = key_head(leaf, group)
+    pl.when(leaf.wg == 2)(lambda: load_all(leaf, h))
+    pl.when(leaf.wg < 2)(lambda: compute(leaf, h))
+
+
+# The loader.
+
+
+def load_all(leaf, h):
+    """All loads, in the order in which the other warpgroups wait for them."""
+    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+    refs = leaf.refs
+    for half in range(2):
+        do = refs.do.at[leaf.b, leaf.rows(half), leaf.head], refs.sdo.at[half]
+        fetch(dict(do=do), refs.do_loaded, partial=True)
+    load_values(leaf, h, leaf.number, jnp.int32(0))
+    of_level = functools.partial(load_level, leaf, h)
+    done = lax.fori_loop(0, leaf.levels, of_level, _start())
+    leaf.keys.drain(done.keys)
+    leaf.values.drain(done.values)
+    leaf.queries.drain(done.queries)
+
+
+def load_level(leaf, h, i, done):
+    """The leaf's queries; H of the left sibling as if it were keys; its keys and values."""
+    refs, level = leaf.refs, _level(leaf, i, done)
+    m = level.m
+    rows = functools.partial(leaf.version_rows, m)
+    pl.when(level.right == 1)(lambda: load_queries(leaf, rows, leaf.queries.free(done.queries)))
+    sibling = levels.block(leaf.number, m)
+    first = levels.offset(levels.key_counts(leaf.leaves), m) + lax.shift_left(sibling, m)
+
+    @pl.when(level.moved == 1)
+    def _():
+        slot = leaf.keys.free(done.keys)
+        block = levels.offset(levels.block_counts(leaf.leaves), m) + 2 * sibling
+        target = refs.sk.at[slot, pl.ds(0, refs.sk.shape[-1])]
+        load_rows(refs.transforms.at[leaf.b, h, block], 0, target, refs.k_loaded.at[slot])
+
+    def load_tile(i, _):
+        load_keys(leaf, h, first, i, done.keys + level.moved + i)
+        load_values(leaf, h, lax.shift_left(sibling, m + 1) + i, done.values + i)
+
+    tiles = lax.shift_left(level.right, m)
+    lax.fori_loop(0, tiles, load_tile, None)
+    return _after(done, level, tiles)
+
+
+# The warpgroups that compute, each on its 64 queries.
+
+
+def compute(leaf, h):
+    """ds of the leaf's own logits, then dq of all levels."""
+    plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+    own = own_logits(leaf, h)
+    dq = plgpu.layout_cast(jnp.zeros((ROWS, leaf.refs.sq.shape[-1]), f32), TILE)
+    of_level = functools.partial(compute_level, leaf, own)
+    lax.fori_loop(0, leaf.levels, of_level, (dq, _start()))
+
+
+def own_logits(leaf, h):
+    """Stores ds of the leaf's own logits and its rows' largest elements; returns `Own`."""
+    refs, rows = leaf.refs, leaf.rows(leaf.wg)
+    at = leaf.b, leaf.head, rows
+    unit = refs.unit[leaf.b, h]
+    lse = load(refs.lse.at[*at], PER_ROW, optimized=False)
+    delta = load(refs.delta.at[*at], PER_ROW, optimized=False) * unit
+    of_leaf = leaf.b, leaf.head, leaf.number
+    p = own_exp2(refs.own.at[*of_leaf], refs.tops.at[*of_leaf], leaf.wg, lse)
+    plgpu.barrier_wait(refs.do_loaded)
+    leaf.values.wait(0)
+    dp = product((refs.sdo.at[leaf.wg], refs.sv.at[0].T))
+    leaf.values.hand_back(0)
+    ds = p * (dp * unit - per_row(delta, LEAF))
+    refs.largest.at[*at][...] = jnp.abs(ds).max(axis=1)
+    down = ds.astype(f16)
+    mosaic.store(refs.down.at[*of_leaf, leaf.wg], down[:, :ROWS])
+
+    @pl.when(leaf.wg == 1)
+    def _():
+        mosaic.store(refs.down.at[*of_leaf, 2], down[:, ROWS:])
+
+    return Own(lse, delta, unit)
+
+
+def compute_level(leaf, own, i, carry):
+    """What the left sibling's keys of the i-th level from the top add to dq."""
+    dq, done = carry
+    level = _level(leaf, i, done)
+    version = leaf.queries.slot(done.queries)
+    pl.when(level.right == 1)(lambda: leaf.queries.wait(version))
+    dq = lax.fori_loop(0, level.moved, lambda _, dq: move(leaf, done.keys, dq), dq)
+    sums = plgpu.layout_cast(jnp.zeros((ROWS, PARTS), f32), TILE)
+    tiles = lax.shift_left(level.right, level.m)
+    of_tile = functools.partial(tile, leaf, own, version, level, done)
+    dq, sums = lax.fori_loop(0, tiles, of_tile, (dq, sums))
+    pl.when(level.right == 1)(lambda: send_queries(leaf, level.m, version, dq, sums))
+    return dq, _after(done, level, tiles)
+
+
+def move(leaf, n, dq):
+    """dq H^T, with H as tile n of the keys."""
+    slot, width = leaf.keys.slot(n), dq.shape[1]
+    small, factor = normalised(dq)
+    leaf.keys.wait(slot)
+    h = leaf.refs.sk.at[slot, pl.ds(0, width)]
+    moved = product((small, h.T)) * per_row(factor, width)
+    leaf.keys.hand_back(slot)
+    return moved
+
+
+def tile(leaf, own, version, level, done, i, carry):
+    """ds = unit p (do v^T - delta) and dq += ds k, for the i-th 128 keys of a level.
+
+    Args:
+      version: the slot of the level's queries.
+      carry: dq and, in parts, the sums of ds.
+    """
+    refs = leaf.refs
+    dq, sums = carry
+    key_slot = leaf.keys.slot(done.keys + level.moved + i)
+    slot = leaf.values.slot(done.values + i)
+    leaf.keys.wait(key_slot)
+    s = product((refs.sq.at[version, leaf.wg], refs.sk.at[key_slot].T)) * leaf.scale
+    if refs.skey_gates is not None:
+        s += per_column(load(refs.skey_gates.at[key_slot], PER_COLUMN), ROWS)
+        by_query = load(refs.squery_gates.at[version, leaf.wg], PER_ROW)
+        p = jnp.exp2(s + per_row(by_query - own.lse, LEAF))
+    else:
+        p = jnp.exp2(s - per_row(own.lse, LEAF))
+    leaf.values.wait(slot)
+    dp = product((refs.sdo.at[leaf.wg], refs.sv.at[slot].T))
+    leaf.values.hand_back(slot)
+    ds = p * (dp * own.unit - per_row(own.delta, LEAF))
+    if refs.skey_gates is not None:
+        sums += _folded(ds)
+    dq = product((ds.astype(f16), refs.sk.at[key_slot]), init=dq)
+    leaf.keys.hand_back(key_slot)
+    return dq, sums
+
+
+def send_queries(leaf, m, version, dq, sums):
+    """dq of level m, in two parts, the first by way of its queries' tile; and the sums of ds."""
+    refs, at = leaf.refs, (leaf.b, leaf.head, leaf.version_rows(m, leaf.wg))
+    small, factor = normalised(dq)
+    refs.factors.at[*at][...] = factor
+    staging = refs.sq.at[version, leaf.wg]
+    staging[...] = small
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staging, refs.dq.at[*at])
+    if refs.sums is not None:
+        refs.sums.at[*at][...] = sums
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    leaf.queries.hand_back(version)
 
 
 def _folded(x):

@@ -1,6 +1,25 @@
-"""One token of PaTH attention as a Pallas kernel: one pass over the cached keys and values."""
+"""One token of PaTH attention as a Pallas kernel: one pass over the cached keys and values.
 
+    keys <- keys (I - beta w w^T), and the new token's own
+    s = scale q keys^T + decays;   top' = max(top, s);   p = exp2(s - top')
+    acc <- exp2(top - top') acc + p values;   total <- exp2(top - top') total + p
+
+A CTA has a piece of one key head's tokens, and goes through it tile by tile:
+
+    phase         | reads                                       | writes
+    --------------+---------------------------------------------+-------------------------------
+    load_tile     |                                             | keys, values, sums: a slot each
+    tile          | keys, values (in their slot)                | keys: the new ones
+      move        | keys                                        |
+      attend      | the new keys and values in registers, sums  | top, total, acc in registers
+      store_tile  | keys                                        | new_key in GMEM
+    store_softmax |                                             | o, top, total in GMEM
+    clear_rest    |                                             | new_key: zeros, by slot 0 of keys
+"""
+
+import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +31,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jla._core.axes import PATH, letters, of_step
 from jla._core.cache import PathCache, counted
 from jla._core.shardwise import shardwise
-from jla.pallas.common import mosaic
+from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.chunks import LOG2E
 from jla.pallas.common.mosaic import f32, per_column, per_row
+from jla.pallas.common.scratch import barrier_for, fetch
 from jla.reference import path_attention as reference
 
 SDS = jax.ShapeDtypeStruct
@@ -61,9 +81,8 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
     The value goes to its place by a scatter before the kernel, the decays are a sum; XLA does both
     in place where it may. The decays' transpose, which the kernel reads, is 1/128 of the keys.
 
-    Bytes at B=64 S=8192 H=HQ=16 K=V=128, all of it used: keys 4.29 GB read, 4.29 GB written, values
-    2.15 GB read: 10.7 GB, 2.50 ms at 4.3 TB/s. SMEM: 96 KB, 2 CTAs a multiprocessor. Prediction:
-    2.75 ms.
+    SMEM: 96 KB, 2 CTAs a multiprocessor. Floor at B=64 S=8192 H=HQ=16 K=V=128, all of it used:
+    10.7 GB, 2.50 ms.
 
     Derivatives are those of the reference's formula, in XLA.
     """
@@ -131,6 +150,9 @@ def _run(q, k, v, w, beta, key, value, length, g=None, decay=None, *, scale):
     return (o, key, value) if g is None else (o, key, value, decay)
 
 
+_load = functools.partial(mosaic.load, optimized=False)
+
+
 def _pass(q, k, w, beta, key, value, length, added, *, scale, moved):
     """The kernel call.
 
@@ -142,158 +164,265 @@ def _pass(q, k, w, beta, key, value, length, added, *, scale, moved):
       sum of exponentials, [B, HQ, pieces], all in base 2; and the keys.
     """
     (B, S, H, K), V, HQ = key.shape, value.shape[-1], q.shape[1]
-    group, gated = HQ // H, added is not None
+    group = HQ // H
     rows = 32 if group <= 2 else 16  # of a tile: a thread has rows * group * V / 128 sums of values
     stages = IN_SMEM // rows
     size = min(LONGEST, max(SHORTEST, S * B * H // CTAS // SHORTEST * SHORTEST))
-    pieces = pl.cdiv(S, size)
-    of_keys, of_values = _rows_by_warp(rows, K), _rows_by_warp(rows, V)
-    by_row, by_column = of_keys.reduce(1), of_keys.reduce(0)
-    load = functools.partial(mosaic.load, optimized=False)
-
-    def body(length_ref, q_ref, k_ref, w_ref, beta_ref, key_ref, value_ref, *refs):
-        if gated:
-            added_ref, *refs = refs
-        o_ref, top_ref, total_ref, *refs = refs
-        if not moved:
-            key_out, *refs = refs
-        keys, values, *refs = refs
-        if gated:
-            sums, *refs = refs
-        (loaded,) = refs
-        b, h, piece = (lax.axis_index(name) for name in ("b", "h", "piece"))
-        length, start = length_ref[b], piece * size
-        end = jnp.minimum(length, S - 1) + 1
-        tiles = jnp.clip(lax.div(end - start + (rows - 1), rows), 0, size // rows)
-
-        def at(ref, i):
-            return ref.at[b, pl.ds(start + i * rows, rows), h]
-
-        def put(source, i):
-            """Stores a tile of keys, but not beyond the cache's end."""
-            if H > 1 or S % rows == 0:
-                plgpu.copy_smem_to_gmem(source, at(key_out, i))
-                return
-            # One head's rows lie one behind the other. Mosaic cuts such a piece off at the array's
-            # end alone: it would overwrite the next row's cache.
-            left = S - (start + i * rows)
-            pl.when(left >= rows)(lambda: plgpu.copy_smem_to_gmem(source, at(key_out, i)))
-
-            @pl.when(left < rows)
-            def _():
-                def put_one(r, carry):
-                    place = pl.ds(start + i * rows + r, 1)
-                    plgpu.copy_smem_to_gmem(source.at[pl.ds(r, 1)], key_out.at[b, place, h])
-                    return carry
-
-                lax.fori_loop(0, left, put_one, None)
-
-        def fetch(i):
-            slot = lax.rem(i, stages)
-            barrier = loaded.at[slot]
-            plgpu.copy_gmem_to_smem(at(key_ref, i), keys.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(at(value_ref, i), values.at[slot], barrier)
-            if gated:
-                source = added_ref.at[b, pl.ds(h * group, group), pl.ds(start + i * rows, rows)]
-                plgpu.copy_gmem_to_smem(source, sums.at[slot], barrier)
-
-        for i in range(stages):
-            pl.when(i < tiles)(functools.partial(fetch, jnp.int32(i)))
-
-        strength = beta_ref[b, h].astype(f32)
-        direction = per_column(load(w_ref.at[b, h], by_column), rows)
-        own = per_column(load(k_ref.at[b, h], by_column), rows)
-
-        def tile(i, carry):
-            slot = lax.rem(i, stages)
-            place = start + i * rows
-            place = place + plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=by_row)
-            plgpu.barrier_wait(loaded.at[slot])
-            x = load(keys.at[slot], of_keys)
-            if not moved:
-                overlap = strength * jnp.sum(x * direction, axis=1)
-                x = x - per_row(overlap, K) * direction
-                at_row = per_row(place, K)
-                x = jnp.where(at_row < length, x, jnp.where(at_row == length, own, 0.0))
-                keys.at[slot][...] = x
-            # Behind the last token may be anything, and 0 times it is not always 0.
-            v = jnp.where(per_row(place, V) < end, load(values.at[slot], of_values), 0.0)
-            softmax = []
-            for j, (top, total, acc) in enumerate(carry):
-                query = per_column(load(q_ref.at[b, h * group + j], by_column), rows)
-                s = scale * LOG2E * jnp.sum(x * query, axis=1)
-                if gated:
-                    s += load(sums.at[slot, j], by_row)
-                s = jnp.where(place < end, s, -jnp.inf)
-                highest = jnp.maximum(top, s)
-                p, shrink = jnp.exp2(s - highest), jnp.exp2(top - highest)
-                acc = acc * per_row(shrink, V) + per_row(p, V) * v
-                softmax.append((highest, total * shrink + p, acc))
-            plgpu.commit_smem()  # and all warps have read the tile
-            if not moved:
-                put(keys.at[slot], i)
-                # The tile before has left SMEM, this one may still be on its way.
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            following = i + (stages - 1)
-            pl.when((i > 0) & (following < tiles))(lambda: fetch(following))
-            return tuple(softmax)
-
-        nothing = (
-            plgpu.layout_cast(jnp.full((rows,), NEVER, f32), by_row),
-            plgpu.layout_cast(jnp.zeros((rows,), f32), by_row),
-            plgpu.layout_cast(jnp.zeros((rows, V), f32), of_values),
-        )
-        softmax = lax.fori_loop(0, tiles, tile, (nothing,) * group)
-
-        for j, (top, total, acc) in enumerate(softmax):
-            highest = jnp.max(top)
-            weight = jnp.exp2(top - highest)
-            at_head = b, h * group + j, piece
-            mosaic.store(o_ref.at[at_head], jnp.sum(acc * per_row(weight, V), axis=0))
-            top_ref[at_head] = highest
-            total_ref[at_head] = jnp.sum(total * weight)
-
-        if not moved:
-            last = jnp.minimum(S, start + size)
-
-            @pl.when(start + tiles * rows < last)
-            def _():
-                place = start + tiles * rows
-                same = _same_memory(key_ref.at[b, place, h], key_out.at[b, place, h], by_column)
-
-                @pl.when(~same)
-                def _():
-                    plgpu.wait_smem_to_gmem(0)
-                    zeros = plgpu.layout_cast(jnp.zeros((rows, K), f32), of_keys)
-                    keys.at[0][...] = zeros
-                    plgpu.commit_smem()
-
-                    def clear(i, carry):
-                        put(keys.at[0], i)
-                        return carry
-
-                    lax.fori_loop(tiles, pl.cdiv(last - start, rows), clear, None)
-
-            plgpu.wait_smem_to_gmem(0)
-
-    scratch = [
-        plgpu.SMEM((stages, rows, K), f32, transforms=(plgpu.TilingTransform((1, K)),)),
-        plgpu.SMEM((stages, rows, V), value.dtype, transforms=(plgpu.TilingTransform((1, V)),)),
-    ]
-    if gated:
-        scratch.append(plgpu.SMEM((stages, group, rows), f32))
-    shape = B, HQ, pieces
-    out = [SDS((*shape, V), f32), SDS(shape, f32), SDS(shape, f32)]
-    call = mosaic.kernel(
-        body,
-        out_type=out if moved else [*out, SDS(key.shape, f32)],
-        in_place={} if moved else {5: 3},
-        scratch_types=[*scratch, plgpu.Barrier(num_arrivals=2 + gated, num_barriers=stages)],
-        grid=(B, pieces, H),
+    shape = B, HQ, pl.cdiv(S, size)
+    layouts = Layouts(_rows_by_warp(rows, K), _rows_by_warp(rows, V))
+    out = scratch.kernel(
+        functools.partial(_body, group=group, size=size, scale=scale, layouts=layouts),
+        inputs=dict(length=length, q=q, k=k, w=w, beta=beta, key=key, value=value, added=added),
+        outputs=dict(
+            o=SDS((*shape, V), f32),
+            top=SDS(shape, f32),
+            total=SDS(shape, f32),
+            new_key=None if moved else SDS(key.shape, f32),
+        ),
+        scratch=dict(
+            keys=_tiles((stages, rows, K), f32),
+            values=_tiles((stages, rows, V), value.dtype),
+            sums=None if added is None else plgpu.SMEM((stages, group, rows), f32),
+            loaded=barrier_for(dict(key=1, value=1, added=added is not None), stages),
+        ),
+        in_place={} if moved else dict(key="new_key"),
+        grid=(B, shape[-1], H),
         grid_names=("b", "piece", "h"),
     )
-    new = call(length, q, k, w, beta, key, value, *((added,) if gated else ()))
-    return (*new, key) if moved else new
+    return out.o, out.top, out.total, key if moved else out.new_key
+
+
+def _tiles(shape, dtype):
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((1, shape[-1])),))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layouts:
+    """How tiles of keys and of values lie in registers."""
+
+    keys: Any
+    values: Any
+
+    @property
+    def by_row(self):
+        return self.keys.reduce(1)
+
+    @property
+    def by_column(self):
+        return self.keys.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A CTA's piece of one key head's cached tokens."""
+
+    refs: Any
+    layouts: Layouts
+    group: int  # query heads
+    size: int  # tokens
+    scale: float
+    b: Any
+    h: Any
+    number: Any
+    length: Any  # tokens that were cached before
+    start: Any  # the first token
+    end: Any  # of the row's tokens, with the new one
+    tiles: Any  # that hold tokens
+
+    @property
+    def stages(self):
+        return self.refs.keys.shape[0]
+
+    @property
+    def rows(self):
+        """Tokens of a tile."""
+        return self.refs.keys.shape[1]
+
+    @property
+    def capacity(self):
+        return self.refs.key.shape[1]
+
+    def at(self, ref, i):
+        """Tile i of an array of the cache."""
+        return ref.at[self.b, pl.ds(self.start + i * self.rows, self.rows), self.h]
+
+    def slot(self, i):
+        """The place of tile i in SMEM."""
+        return lax.rem(i, self.stages)
+
+
+class Token(NamedTuple):
+    """The new token: what moves the keys, and its own key, in all rows of a tile."""
+
+    beta: Any
+    w: Any
+    k: Any
+
+
+def _body(refs, *, group, size, scale, layouts):
+    piece = _piece(refs, group, size, scale, layouts)
+    for i in range(piece.stages):
+        pl.when(i < piece.tiles)(functools.partial(load_tile, piece, jnp.int32(i)))
+    token = _token(piece)
+    softmax = lax.fori_loop(0, piece.tiles, functools.partial(tile, piece, token), _start(piece))
+    store_softmax(piece, softmax)
+    if refs.new_key is not None:
+        clear_rest(piece)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _piece(refs, group, size, scale, layouts):
+    """The CTA's piece."""
+    b, h, number = (lax.axis_index(name) for name in ("b", "h", "piece"))
+    (_, rows, _), S = refs.keys.shape, refs.key.shape[1]
+    length, start = refs.length[b], number * size
+    end = jnp.minimum(length, S - 1) + 1
+    tiles = jnp.clip(lax.div(end - start + (rows - 1), rows), 0, size // rows)
+    return Piece(refs, layouts, group, size, scale, b, h, number, length, start, end, tiles)
+
+
+def _token(piece):
+    """The new token's beta, w and k."""
+    refs, at, by_column = piece.refs, (piece.b, piece.h), piece.layouts.by_column
+    beta = refs.beta[*at].astype(f32)
+    w = per_column(_load(refs.w.at[*at], by_column), piece.rows)
+    return Token(beta, w, per_column(_load(refs.k.at[*at], by_column), piece.rows))
+
+
+def _start(piece):
+    """For each query head the largest logits, sums of exponentials and of values: of no token."""
+    rows, V, layouts = piece.rows, piece.refs.values.shape[2], piece.layouts
+    nothing = (
+        plgpu.layout_cast(jnp.full((rows,), NEVER, f32), layouts.by_row),
+        plgpu.layout_cast(jnp.zeros((rows,), f32), layouts.by_row),
+        plgpu.layout_cast(jnp.zeros((rows, V), f32), layouts.values),
+    )
+    return (nothing,) * piece.group
+
+
+def load_tile(piece, i):
+    """Starts the loads of tile i."""
+    refs, slot = piece.refs, piece.slot(i)
+    loads = dict(
+        key=(piece.at(refs.key, i), refs.keys.at[slot]),
+        value=(piece.at(refs.value, i), refs.values.at[slot]),
+    )
+    if refs.added is not None:
+        heads = pl.ds(piece.h * piece.group, piece.group)
+        tokens = pl.ds(piece.start + i * piece.rows, piece.rows)
+        loads |= dict(added=(refs.added.at[piece.b, heads, tokens], refs.sums.at[slot]))
+    fetch(loads, refs.loaded.at[slot])
+
+
+def store_tile(piece, source, i):
+    """Stores tile i of the new keys, but not beyond the cache's end."""
+    target, (S, H) = piece.refs.new_key, piece.refs.key.shape[1:3]
+    if H > 1 or S % piece.rows == 0:
+        plgpu.copy_smem_to_gmem(source, piece.at(target, i))
+        return
+    # One head's rows lie one behind the other. Mosaic cuts such a piece off at the array's
+    # end alone: it would overwrite the next row's cache.
+    left = S - (piece.start + i * piece.rows)
+    pl.when(left >= piece.rows)(lambda: plgpu.copy_smem_to_gmem(source, piece.at(target, i)))
+
+    @pl.when(left < piece.rows)
+    def _():
+        def put_one(r, carry):
+            place = pl.ds(piece.start + i * piece.rows + r, 1)
+            one = target.at[piece.b, place, piece.h]
+            plgpu.copy_smem_to_gmem(source.at[pl.ds(r, 1)], one)
+            return carry
+
+        lax.fori_loop(0, left, put_one, None)
+
+
+def tile(piece, token, i, softmax):
+    """Moves the keys of tile i, stores them, and adds its tokens to each head's softmax."""
+    refs, slot = piece.refs, piece.slot(i)
+    first = piece.start + i * piece.rows
+    iota = plgpu.broadcasted_iota(jnp.int32, (piece.rows,), 0, layout=piece.layouts.by_row)
+    place = first + iota
+    plgpu.barrier_wait(refs.loaded.at[slot])
+    keys = _load(refs.keys.at[slot], piece.layouts.keys)
+    if refs.new_key is not None:
+        keys = move(piece, token, place, keys)
+        refs.keys.at[slot][...] = keys
+    # Behind the last token may be anything, and 0 times it is not always 0.
+    there = per_row(place, refs.values.shape[2]) < piece.end
+    values = jnp.where(there, _load(refs.values.at[slot], piece.layouts.values), 0.0)
+    softmax = tuple(
+        attend(piece, j, of_head, slot, place, keys, values) for j, of_head in enumerate(softmax)
+    )
+    plgpu.commit_smem()  # and all warps have read the tile
+    if refs.new_key is not None:
+        store_tile(piece, refs.keys.at[slot], i)
+        # The tile before has left SMEM, this one may still be on its way.
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    following = i + (piece.stages - 1)
+    pl.when((i > 0) & (following < piece.tiles))(lambda: load_tile(piece, following))
+    return softmax
+
+
+def move(piece, token, place, keys):
+    """keys (I - beta w w^T); the new token's own; and 0 behind it."""
+    K = keys.shape[1]
+    overlap = token.beta * jnp.sum(keys * token.w, axis=1)
+    keys = keys - per_row(overlap, K) * token.w
+    at_row, length = per_row(place, K), piece.length
+    return jnp.where(at_row < length, keys, jnp.where(at_row == length, token.k, 0.0))
+
+
+def attend(piece, j, softmax, slot, place, keys, values):
+    """One query head's softmax with a tile's tokens, each row of the tile by itself."""
+    refs, layouts, (top, total, acc) = piece.refs, piece.layouts, softmax
+    query = _load(refs.q.at[piece.b, piece.h * piece.group + j], layouts.by_column)
+    s = piece.scale * LOG2E * jnp.sum(keys * per_column(query, piece.rows), axis=1)
+    if refs.sums is not None:
+        s += _load(refs.sums.at[slot, j], layouts.by_row)
+    s = jnp.where(place < piece.end, s, -jnp.inf)
+    highest = jnp.maximum(top, s)
+    p, shrink = jnp.exp2(s - highest), jnp.exp2(top - highest)
+    V = values.shape[1]
+    acc = acc * per_row(shrink, V) + per_row(p, V) * values
+    return highest, total * shrink + p, acc
+
+
+def store_softmax(piece, softmax):
+    """Joins the rows of the tiles: the piece's outputs, for each query head."""
+    refs = piece.refs
+    for j, (top, total, acc) in enumerate(softmax):
+        highest = jnp.max(top)
+        weight = jnp.exp2(top - highest)
+        at_head = piece.b, piece.h * piece.group + j, piece.number
+        mosaic.store(refs.o.at[at_head], jnp.sum(acc * per_row(weight, acc.shape[1]), axis=0))
+        refs.top[at_head] = highest
+        refs.total[at_head] = jnp.sum(total * weight)
+
+
+def clear_rest(piece):
+    """Fills the rest of the piece's new keys with zeros, if they are not the old ones' memory."""
+    refs, layouts = piece.refs, piece.layouts
+    last = jnp.minimum(piece.capacity, piece.start + piece.size)
+
+    @pl.when(piece.start + piece.tiles * piece.rows < last)
+    def _():
+        place = piece.start + piece.tiles * piece.rows
+        at = piece.b, place, piece.h
+        same = _same_memory(refs.key.at[*at], refs.new_key.at[*at], layouts.by_column)
+
+        @pl.when(~same)
+        def _():
+            plgpu.wait_smem_to_gmem(0)
+            zeros = plgpu.layout_cast(jnp.zeros(refs.keys.shape[1:], f32), layouts.keys)
+            refs.keys.at[0][...] = zeros
+            plgpu.commit_smem()
+
+            def clear(i, carry):
+                store_tile(piece, refs.keys.at[0], i)
+                return carry
+
+            tiles = pl.cdiv(last - piece.start, piece.rows)
+            lax.fori_loop(piece.tiles, tiles, clear, None)
 
 
 def _same_memory(source, target, layout):

@@ -9,9 +9,23 @@ siblings make their parent's, H_parent = H_right H_left. So
 
 where the moved versions' gradients are those of everything above: what `query_gradients` and
 `key_gradients` write.
+
+A CTA is a block of a level: one warpgroup. Tiles of 64 rows pass through one ring, `left`, `right`
+and a factor for each row; the sum stays in registers:
+
+    phase      | tile    | left              | right              | the sum
+    -----------+---------+-------------------+--------------------+--------------------------------
+    from_above | 0, ...  | H of the sibling  | dH_parent          | H_right^T dH, or dH H_left^T
+    add_tile   | base... | q, or dk_moved    | dq_moved, or k     | + left^T right
+    send       |         | dH                |                    |
+
+Tiles 0 to base - 1 are the K rows of both matrices, if the block has a parent; the others are the
+sibling's versions, for a left half those of all query heads of the group.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +33,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import mosaic
+from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.chunks import CHUNK
 from jla.pallas.common.mosaic import PER_ROW, TILE, f16, f32, load, per_row, product
+from jla.pallas.common.scratch import barrier_for, fetch
 from jla.pallas.path_attention import levels
 from jla.pallas.path_attention.backward import LEAST
 from jla.pallas.path_attention.levels import LEAF
@@ -62,165 +77,250 @@ def transform_gradients(queries, dqueries, keys, dkeys, transforms, leaves):
 @functools.partial(jax.jit, static_argnames="leaves")
 def _level(
     queries, dqueries, query_factors, keys, dkeys, key_factors, query_unit, key_unit,
-    gradients, factors, level, *, leaves,
+    transforms, factors, level, *, leaves,
 ):  # fmt: skip
     """Writes the gradients of one level's transforms in place of these, after the level above.
 
     One warpgroup a block, two on a multiprocessor: at K=128 97 KB of SMEM. There are CTAs for the
-    leaves; at a higher level those that have no block come last, and return at once. Bytes at B=8
-    T=4096 H=16 K=128, all levels together: versions and gradients 0.8 GB, H and dH 0.75 GB; 0.36
-    ms.
+    leaves; at a higher level those that have no block come last, and return at once. Floor at B=8
+    T=4096 H=16 K=128, all levels together: 1.55 GB, 0.36 ms.
     """
-    (B, H, _, K, _), HQ = gradients.shape, queries.shape[1]
-    group, parts, M = HQ // H, K // CHUNK, levels.number(leaves)
-    query_counts, key_counts = levels.query_counts(leaves), levels.key_counts(leaves)
-    blocks = levels.block_counts(leaves)
-
-    def body(*refs):
-        level = refs[10][0]
-        n = lax.axis_index("n")
-        pl.when(n < levels.count(blocks, level))(lambda: of_block(level, n, *refs))
-
-    def of_block(
-        level, n, q_ref, dq_ref, dq_factors, k_ref, dk_ref, dk_factors, q_unit, k_unit,
-        h_ref, above_factors, _, out_ref, factors_ref, left, right, vectors, loaded,
-    ):  # fmt: skip
-        b, h = (lax.axis_index(name) for name in ("b", "h"))
-        pair, pairs = lax.div(n, jnp.int32(2)), levels.count(blocks, level + 1)
-        # A left half's gradient comes of its sibling's queries, a right half's of its keys.
-        left_half = lax.rem(n, jnp.int32(2)) == 0
-        sibling = jnp.where(left_half, 2 * pair + 1, 2 * pair)
-        first = lax.shift_left(sibling, level)
-
-        def versions(counts, present):
-            """The places of the sibling's first leaf at this level and at its next one, or -1."""
-            next_place = jnp.int32(-1)
-            for m in reversed(range(1, M)):
-                place = levels.place(counts, first, m)
-                later = lax.bitwise_and(present(m), m > level)
-                next_place = jnp.where(later, place, next_place)
-            return levels.place(counts, first, level), next_place
-
-        of_queries = versions(query_counts, lambda m: levels.has_query(first, m))
-        of_keys = versions(key_counts, lambda m: levels.has_key(first, m, leaves))
-        here, there = (jnp.where(left_half, x, y) for x, y in zip(of_queries, of_keys, strict=True))
-        tiles = jnp.clip(leaves - first, 0, lax.shift_left(jnp.int32(1), level)) * (LEAF // CHUNK)
-        tiles = jnp.where(there >= 0, tiles, 0)
-        first_block, first_above = (levels.offset(blocks, m) for m in (level, level + 1))
-        of_sibling, of_parent = first_block + sibling, first_above + levels.beside(pair, pairs)
-        base = jnp.where(pair < pairs, parts, 0)
-        total = base + tiles * jnp.where(left_half, group, 1)
-
-        def copies(t, *sources):
-            slot = lax.rem(t, jnp.int32(STAGES))
-            for source, target in zip(sources, (left, right, vectors), strict=True):
-                plgpu.copy_gmem_to_smem(source, target.at[slot], loaded.at[slot])
-
-        def fetch_above(t):
-            @pl.when(t < base)
-            def _():
-                rows = pl.ds(t * CHUNK, CHUNK)
-                factors = dk_factors.at[b, h, pl.ds(0, CHUNK)]  # not used
-                matrix, parent = (h_ref.at[b, h, i, rows] for i in (of_sibling, of_parent))
-                copies(t, matrix, parent, factors)
-
-        def fetch(t):
-            @pl.when(jnp.logical_and(t >= base, t < total))
-            def _():
-                member, i = lax.div(t - base, tiles), lax.rem(t - base, tiles)
-                before = pl.ds(here * LEAF + i * CHUNK, CHUNK)
-                after = pl.ds(there * LEAF + i * CHUNK, CHUNK)
-
-                @pl.when(left_half)
-                def _():
-                    at, last = (b, h * group + member), dq_factors
-                    copies(t, q_ref.at[*at, before], dq_ref.at[*at, after], last.at[*at, after])
-
-                @pl.when(jnp.logical_not(left_half))
-                def _():
-                    at, last = (b, h), dk_factors
-                    copies(t, dk_ref.at[*at, after], k_ref.at[*at, before], last.at[*at, after])
-
-        def fetch_next(first, count):
-            lax.fori_loop(first, first + count, lambda t, _: fetch(t), None)
-
-        lax.fori_loop(0, parts, lambda t, _: fetch_above(t), None)
-        fetch_next(0, STAGES - 1)
-
-        unit = jnp.where(left_half, q_unit[b, h], k_unit[b, h])
-        nothing = plgpu.layout_cast(jnp.zeros((CHUNK, K), f32), TILE)
-        total_of = (nothing,) * parts
-
-        def of_left():
-            """H_right^T dH."""
-            columns = [pl.ds(i * CHUNK, CHUNK) for i in range(parts)]
-            return [
-                product(*((left.at[j, :, at].T, right.at[j]) for j in range(parts)))
-                for at in columns
-            ]
-
-        def of_right():
-            """dH H_left^T."""
-            return [
-                jnp.concatenate([product((right.at[i], left.at[j].T)) for j in range(parts)], 1)
-                for i in range(parts)
-            ]
-
-        def from_above(_, __):
-            ratio = above_factors[b, h, first_above + pair] / unit
-            for i in range(parts):
-                plgpu.barrier_wait(loaded.at[i])
-            result = lax.cond(left_half, of_left, of_right)
-            plgpu.commit_smem()  # all warps have read what is overwritten
-            fetch_next(STAGES - 1, parts)
-            return tuple(x * ratio for x in result)
-
-        total_of = lax.fori_loop(0, jnp.minimum(base, 1), from_above, total_of)
-
-        def tile(t, carry):
-            slot = lax.rem(t, jnp.int32(STAGES))
-            plgpu.barrier_wait(loaded.at[slot])
-            factor = load(vectors.at[slot], PER_ROW) * (1.0 / unit)
-            scaled = load(right.at[slot]) * per_row(factor, K)
-            right.at[slot][...] = scaled.astype(f16)
-            plgpu.commit_smem()
-            result = []
-            for i in range(parts):
-                columns = pl.ds(i * CHUNK, CHUNK)
-                operands = left.at[slot, :, columns].T, right.at[slot]
-                result.append(product(operands, init=carry[i]))
-            mosaic.release()
-            fetch(t + STAGES - 1)
-            return tuple(result)
-
-        total_of = lax.fori_loop(base, total, tile, total_of)
-        largest = functools.reduce(jnp.maximum, (jnp.abs(x).max(axis=1) for x in total_of)).max(
-            axis=0
-        )
-        largest = jnp.maximum(largest, LEAST)
-        factors_ref[b, h, first_block + n] = largest * unit
-        target = out_ref.at[b, h, first_block + levels.beside(n, levels.count(blocks, level))]
-        for i, x in enumerate(total_of):
-            left.at[i][...] = (x * (1.0 / largest)).astype(f16)
-        plgpu.commit_smem()
-        for i in range(parts):
-            rows = pl.ds(i * CHUNK, CHUNK)
-            plgpu.copy_smem_to_gmem(left.at[i], target.at[rows])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    return mosaic.kernel(
-        body,
-        in_place={8: 0, 9: 1},
-        out_type=[SDS(gradients.shape, f16), SDS(factors.shape, f32)],
-        scratch_types=[
-            mosaic.tile(CHUNK, K, STAGES, dtype=f16),
-            mosaic.tile(CHUNK, K, STAGES, dtype=f16),
-            plgpu.SMEM((STAGES, CHUNK), f32),
-            plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
-        ],
+    (B, H, _, K, _), HQ = transforms.shape, queries.shape[1]
+    out = scratch.kernel(
+        functools.partial(_body, leaves=leaves, group=HQ // H),
+        inputs=dict(
+            q=queries,
+            dq=dqueries,
+            dq_factors=query_factors,
+            k=keys,
+            dk=dkeys,
+            dk_factors=key_factors,
+            q_unit=query_unit,
+            k_unit=key_unit,
+            transforms=transforms,
+            above_factors=factors,
+            level=level,
+        ),
+        outputs=dict(gradients=SDS(transforms.shape, f16), factors=SDS(factors.shape, f32)),
+        scratch=dict(
+            left=mosaic.tile(CHUNK, K, STAGES, dtype=f16),
+            right=mosaic.tile(CHUNK, K, STAGES, dtype=f16),
+            row_factors=plgpu.SMEM((STAGES, CHUNK), f32),
+            loaded=barrier_for(["left", "right", "row_factors"], STAGES),
+        ),
+        in_place=dict(transforms="gradients", above_factors="factors"),
         grid=(leaves, B, H),
         grid_names=("n", "b", "h"),
-    )(
-        queries, dqueries, query_factors, keys, dkeys, key_factors, query_unit, key_unit,
-        gradients, factors, level,
+    )
+    return tuple(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A CTA's block of 2**level leaves, and what its gradient is made of."""
+
+    refs: Any
+    b: Any
+    h: Any  # the head of keys
+    group: int  # query heads of a head of keys
+    level: Any
+    n: Any  # the block's number in its level, and its parent's in the one above
+    pair: Any
+    is_left: Any  # whether it is a left half, which moves queries
+    here: Any  # where the sibling's versions of this level begin, in leaves,
+    there: Any  # and its next ones; -1 if there are none
+    tiles: Any  # of 64 rows of these, for each head
+    first: Any  # where the transforms of the level begin, and of the level above
+    first_above: Any
+    of_sibling: Any  # the number of H of the sibling, and of dH of the parent
+    of_parent: Any
+    base: Any  # the number of the first tile of versions
+    total: Any  # the number of tiles
+
+    @property
+    def parts(self):
+        """Tiles of 64 rows, or of 64 columns, of a transform."""
+        return self.refs.left.shape[-1] // CHUNK
+
+
+def _body(refs, *, leaves, group):
+    level, n = refs.level[0], lax.axis_index("n")
+    count = levels.count(levels.block_counts(leaves), level)
+    pl.when(n < count)(lambda: _of_block(_block(refs, level, n, leaves, group), leaves))
+
+
+def _block(refs, level, n, leaves, group):
+    """The CTA's block."""
+    b, h = (lax.axis_index(name) for name in ("b", "h"))
+    blocks = levels.block_counts(leaves)
+    pair, pairs = lax.div(n, jnp.int32(2)), levels.count(blocks, level + 1)
+    # A left half's gradient comes of its sibling's queries, a right half's of its keys.
+    is_left = lax.rem(n, jnp.int32(2)) == 0
+    sibling = jnp.where(is_left, 2 * pair + 1, 2 * pair)
+    leaf = lax.shift_left(sibling, level)
+    of_queries = _versions(
+        levels.query_counts(leaves), leaf, level, leaves, lambda m: levels.has_query(leaf, m)
+    )
+    of_keys = _versions(
+        levels.key_counts(leaves), leaf, level, leaves, lambda m: levels.has_key(leaf, m, leaves)
+    )
+    here, there = (jnp.where(is_left, x, y) for x, y in zip(of_queries, of_keys, strict=True))
+    tiles = jnp.clip(leaves - leaf, 0, lax.shift_left(jnp.int32(1), level)) * (LEAF // CHUNK)
+    tiles = jnp.where(there >= 0, tiles, 0)
+    first, first_above = (levels.offset(blocks, m) for m in (level, level + 1))
+    of_sibling, of_parent = first + sibling, first_above + levels.beside(pair, pairs)
+    base = jnp.where(pair < pairs, refs.left.shape[-1] // CHUNK, 0)
+    total = base + tiles * jnp.where(is_left, group, 1)
+    return Block(
+        refs, b, h, group, level, n, pair, is_left, here, there, tiles, first, first_above,
+        of_sibling, of_parent, base, total,
     )  # fmt: skip
+
+
+def _versions(counts, leaf, level, leaves, present):
+    """The places of a leaf's version of this level and of its next one, or -1."""
+    next_place = jnp.int32(-1)
+    for m in reversed(range(1, levels.number(leaves))):
+        place = levels.place(counts, leaf, m)
+        later = lax.bitwise_and(present(m), m > level)
+        next_place = jnp.where(later, place, next_place)
+    return levels.place(counts, leaf, level), next_place
+
+
+def _of_block(block, leaves):
+    """All phases."""
+    lax.fori_loop(0, block.parts, lambda t, _: load_above(block, t), None)
+    load_next(block, 0, STAGES - 1)
+    refs = block.refs
+    unit = jnp.where(block.is_left, refs.q_unit[block.b, block.h], refs.k_unit[block.b, block.h])
+    nothing = plgpu.layout_cast(jnp.zeros((CHUNK, refs.left.shape[-1]), f32), TILE)
+    has_parent = jnp.minimum(block.base, 1)
+    sums = (nothing,) * block.parts
+    sums = lax.fori_loop(0, has_parent, lambda *_: from_above(block, unit), sums)
+    of_tile = functools.partial(add_tile, block, unit)
+    sums = lax.fori_loop(block.base, block.total, of_tile, sums)
+    send(block, unit, sums, leaves)
+
+
+# Loads.
+
+
+def _load(block, t, left, right, row_factors):
+    """Starts the loads of tile t."""
+    refs, slot = block.refs, lax.rem(t, jnp.int32(STAGES))
+    loads = dict(
+        left=(left, refs.left.at[slot]),
+        right=(right, refs.right.at[slot]),
+        row_factors=(row_factors, refs.row_factors.at[slot]),
+    )
+    fetch(loads, refs.loaded.at[slot])
+
+
+def load_above(block, t):
+    """Tile t of H of the sibling and dH of the parent, if there is one."""
+    refs = block.refs
+
+    @pl.when(t < block.base)
+    def _():
+        rows = pl.ds(t * CHUNK, CHUNK)
+        not_used = refs.dk_factors.at[block.b, block.h, pl.ds(0, CHUNK)]
+        of_head = refs.transforms.at[block.b, block.h]
+        _load(
+            block,
+            t,
+            of_head.at[block.of_sibling, rows],
+            of_head.at[block.of_parent, rows],
+            not_used,
+        )
+
+
+def load_versions(block, t):
+    """Tile t of versions and of their gradients, if there is one."""
+    refs, b = block.refs, block.b
+
+    @pl.when(jnp.logical_and(t >= block.base, t < block.total))
+    def _():
+        member, i = lax.div(t - block.base, block.tiles), lax.rem(t - block.base, block.tiles)
+        before = pl.ds(block.here * LEAF + i * CHUNK, CHUNK)
+        after = pl.ds(block.there * LEAF + i * CHUNK, CHUNK)
+
+        @pl.when(block.is_left)
+        def _():
+            head = block.h * block.group + member
+            q, dq = refs.q.at[b, head, before], refs.dq.at[b, head, after]
+            _load(block, t, q, dq, refs.dq_factors.at[b, head, after])
+
+        @pl.when(jnp.logical_not(block.is_left))
+        def _():
+            dk, k = refs.dk.at[b, block.h, after], refs.k.at[b, block.h, before]
+            _load(block, t, dk, k, refs.dk_factors.at[b, block.h, after])
+
+
+def load_next(block, first, count):
+    """Tiles of versions from number `first` on."""
+    lax.fori_loop(first, first + count, lambda t, _: load_versions(block, t), None)
+
+
+# The sum, in tiles of 64 rows; relative to the unit of the versions' gradients.
+
+
+def from_above(block, unit):
+    """H_right^T dH_parent, or dH_parent H_left^T."""
+    refs, parts = block.refs, range(block.parts)
+    ratio = refs.above_factors[block.b, block.h, block.first_above + block.pair] / unit
+    for i in parts:
+        plgpu.barrier_wait(refs.loaded.at[i])
+
+    def of_left():
+        columns = [pl.ds(i * CHUNK, CHUNK) for i in parts]
+        return [
+            product(*((refs.left.at[j, :, at].T, refs.right.at[j]) for j in parts))
+            for at in columns
+        ]
+
+    def of_right():
+        return [
+            jnp.concatenate([product((refs.right.at[i], refs.left.at[j].T)) for j in parts], 1)
+            for i in parts
+        ]
+
+    result = lax.cond(block.is_left, of_left, of_right)
+    plgpu.commit_smem()  # all warps have read what is overwritten
+    load_next(block, STAGES - 1, block.parts)
+    return tuple(x * ratio for x in result)
+
+
+def add_tile(block, unit, t, sums):
+    """Adds q^T dq_moved, or dk_moved^T k, of 64 rows."""
+    refs = block.refs
+    slot = lax.rem(t, jnp.int32(STAGES))
+    plgpu.barrier_wait(refs.loaded.at[slot])
+    factor = load(refs.row_factors.at[slot], PER_ROW) * (1.0 / unit)
+    scaled = load(refs.right.at[slot]) * per_row(factor, refs.right.shape[-1])
+    refs.right.at[slot][...] = scaled.astype(f16)
+    plgpu.commit_smem()
+    added = []
+    for i in range(block.parts):
+        columns = pl.ds(i * CHUNK, CHUNK)
+        operands = refs.left.at[slot, :, columns].T, refs.right.at[slot]
+        added.append(product(operands, init=sums[i]))
+    mosaic.release()
+    load_versions(block, t + STAGES - 1)
+    return tuple(added)
+
+
+def send(block, unit, sums, leaves):
+    """dH in two parts, the first by way of the ring's tiles."""
+    refs, blocks = block.refs, levels.block_counts(leaves)
+    largest = functools.reduce(jnp.maximum, (jnp.abs(x).max(axis=1) for x in sums)).max(axis=0)
+    largest = jnp.maximum(largest, LEAST)
+    refs.factors[block.b, block.h, block.first + block.n] = largest * unit
+    place = block.first + levels.beside(block.n, levels.count(blocks, block.level))
+    target = refs.gradients.at[block.b, block.h, place]
+    for i, x in enumerate(sums):
+        refs.left.at[i][...] = (x * (1.0 / largest)).astype(f16)
+    plgpu.commit_smem()
+    for i in range(block.parts):
+        rows = pl.ds(i * CHUNK, CHUNK)
+        plgpu.copy_smem_to_gmem(refs.left.at[i], target.at[rows])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
