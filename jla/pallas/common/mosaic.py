@@ -19,10 +19,11 @@ from jla._core.interpreter import interpreted, interpreting
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 # A wgmma accumulator's layout, and the layouts of a vector along its rows or along its columns.
-TILE = plgpu.Layout.WGMMA
+WGMMA_LAYOUT = plgpu.Layout.WGMMA
+TILE = WGMMA_LAYOUT  # its old name, which path_attention still has
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-TILE_TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
+WGMMA_TRANSPOSED_LAYOUT = plgpu.Layout.WGMMA_TRANSPOSED
 
 # How wgmma and TMA want a 16-bit tile to lie in SMEM: 8x64 tiles, 128-byte swizzle.
 # TMA fills what lies past an array's end with zeros and stores nothing there, but wants the array
@@ -77,7 +78,7 @@ def in_interval(start, length, columns):
 
 
 def product(*pairs, init=None, meanwhile=None):
-    """The float32 sum of `a @ b` over the pairs, plus `init`, in registers (layout TILE).
+    """The float32 sum of `a @ b` over the pairs, plus `init`, in registers (layout WGMMA_LAYOUT).
 
     `a` is a 16-bit SMEM ref or a 16-bit value in registers, `b` a 16-bit SMEM ref; either ref may
     be a `.T`. `meanwhile` is called while the tensor cores work, before the result is awaited.
@@ -161,20 +162,20 @@ def split(x):
     return high.astype(bf16), (x - high).astype(bf16)
 
 
-def load(ref, layout=TILE, *, optimized=True):
+def load(ref, layout=WGMMA_LAYOUT, *, optimized=True):
     """Loads a ref as float32 in the given layout."""
     return plgpu.load(ref, layout=layout, optimized=optimized).astype(f32)
 
 
 def load_transposed(ref):
     """Loads a float32 [columns, rows] ref as a [rows, columns] tile."""
-    return plgpu.layout_cast(load(ref.T, TILE_TRANSPOSED, optimized=False), TILE)
+    return plgpu.layout_cast(load(ref.T, WGMMA_TRANSPOSED_LAYOUT, optimized=False), WGMMA_LAYOUT)
 
 
 def store_transposed(ref, tile):
     """Stores a float32 [rows, columns] tile to a [columns, rows] ref."""
     transposed = ref.T
-    transposed[...] = plgpu.layout_cast(tile, TILE_TRANSPOSED)
+    transposed[...] = plgpu.layout_cast(tile, WGMMA_TRANSPOSED_LAYOUT)
 
 
 def columns_by_warp(width):

@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jla._core.exchange import join
 from jla.pallas.common import mosaic, recurrence
 from jla.pallas.common.chunks import CHUNK
-from jla.pallas.common.mosaic import PER_COLUMN, TILE, bf16, f32, product
+from jla.pallas.common.mosaic import PER_COLUMN, WGMMA_LAYOUT, bf16, f32, product
 from jla.pallas.common.recurrence import COLUMNS, features, piece, scalars, square, tokens
 
 SDS = jax.ShapeDtypeStruct
@@ -138,7 +138,7 @@ def _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces):
         first, count = piece(p + 1, pieces, N)
 
         def step(_, q, w, kg, do, decay, aq, beta, gradient):
-            do_mine = mosaic.where(wg == 0, plgpu.load(do.T, layout=TILE))
+            do_mine = mosaic.where(wg == 0, plgpu.load(do.T, layout=WGMMA_LAYOUT))
             y = product((do_mine, aq), (gradient.astype(bf16), kg.T))
             error = y * mosaic.per_column(mosaic.load(beta, PER_COLUMN), COLUMNS)
             kept = gradient * mosaic.per_column(mosaic.load(decay, PER_COLUMN), COLUMNS)

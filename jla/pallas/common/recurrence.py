@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common import mosaic
 from jla.pallas.common.chunks import CHUNK
-from jla.pallas.common.mosaic import PER_COLUMN, TILE, TRANSFORMS, bf16, f32, product
+from jla.pallas.common.mosaic import PER_COLUMN, TRANSFORMS, WGMMA_LAYOUT, bf16, f32, product
 
 SDS = jax.ShapeDtypeStruct
 COLUMNS = 64  # value columns of one warpgroup
@@ -64,7 +64,7 @@ def forward(q, w, u, kg, decay, aq, beta, starts, *, length, keep_states):
 
         def run(pipeline):
             if start_ref is None:
-                state = plgpu.layout_cast(jnp.zeros((COLUMNS, K), f32), TILE)
+                state = plgpu.layout_cast(jnp.zeros((COLUMNS, K), f32), WGMMA_LAYOUT)
             else:
                 state = mosaic.load_transposed(start_ref.at[p, b, h, :, mine])
             state = pipeline(state)
@@ -180,7 +180,7 @@ def backward(q, w, kg, do, decay, aq, beta, ends):
             if wide:
                 plgpu.commit_smem()
                 rounded = tile
-            do_mine = plgpu.load(do.at[:, pl.ds(wg * COLUMNS, COLUMNS)].T, layout=TILE)
+            do_mine = plgpu.load(do.at[:, pl.ds(wg * COLUMNS, COLUMNS)].T, layout=WGMMA_LAYOUT)
             y = product((do_mine, aq), (rounded, kg.T))
             error = y * mosaic.per_column(mosaic.load(beta, PER_COLUMN), COLUMNS)
             kept = gradient * mosaic.per_column(mosaic.load(decay, PER_COLUMN), COLUMNS)

@@ -128,3 +128,22 @@ def fetch(loads, barrier, *, partial=False):
     for pairs in several.values():
         for source, target in pairs:
             plgpu.copy_gmem_to_smem(source, target, barrier)
+
+
+# Added for the kernels beside PaTH's.
+
+
+def fetch_each(copies, barrier):
+    """As `fetch` of all that the barrier awaits, from a generator of (source, target).
+
+    Each copy is started before the next pair is made, and so is the arithmetic of its indices.
+    """
+    started = 0
+    for source, target in copies:
+        plgpu.copy_gmem_to_smem(source, target, barrier)
+        started += 1
+    if started != barrier.dtype.num_arrivals:
+        raise ValueError(
+            f"fetch_each: `copies` are {started}, and `barrier` awaits "
+            f"{barrier.dtype.num_arrivals}; declare it as barrier_for(...) of the same copies"
+        )

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common import chunks, mosaic
 from jla.pallas.common.chunks import CHUNK, LEVELS, TILE_WIDTH
-from jla.pallas.common.mosaic import TILE, bf16, f16, f32, load, per_row, product
+from jla.pallas.common.mosaic import WGMMA_LAYOUT, bf16, f16, f32, load, per_row, product
 from jla.pallas.common.tiles import columns, row_sum, smem_tiles
 from jla.pallas.gsa import slots
 
@@ -69,7 +69,7 @@ def logit_gradients(v, s, gates, value_states, p, do, *, scale):
         plgpu.commit_smem()
         for m in range(m_tiles):
             plgpu.copy_gmem_to_smem(p_ref.at[b, rows, head, columns(m)], sdo[m], p_loaded)
-        earlier = chunks.weights(chunks.up_to())
+        earlier = chunks.mask_operand(chunks.up_to())
         for m in range(m_tiles):
             reads[m] *= chunks.decays(earlier, sg[m])
         dp = slots.read(scores, reads, levels, ss)
@@ -172,7 +172,7 @@ def chunk_gradients(x, y, w, s, gates, states, gradients, *, rows_too):
 
         a = None
         for m in range(m_tiles):
-            before = chunks.decays(chunks.weights(chunks.up_to()), sg[m])
+            before = chunks.decays(chunks.mask_operand(chunks.up_to()), sg[m])
             dw = before * product(*((tile, x[m]) for tile, x in zip(sx, states, strict=True)))
             a_m, dw, ds = _through_levels(sw[m], ss[m], sg[m], pairs, work[0], dw)
             a = a_m if a is None else a + a_m
@@ -184,10 +184,10 @@ def chunk_gradients(x, y, w, s, gates, states, gradients, *, rows_too):
             plgpu.commit_smem()
             work[0][...], work[1][...] = mosaic.split(signed)
             plgpu.commit_smem()
-            onwards = chunks.weights(chunks.from_on(), bf16)
+            onwards = chunks.mask_operand(chunks.from_on(), bf16)
             dg = product((onwards, work[0]), (onwards, work[1]))
 
-            after = chunks.decays(chunks.weights(chunks.from_on(strict=True)), sg[m])
+            after = chunks.decays(chunks.mask_operand(chunks.from_on(strict=True)), sg[m])
             if group > 1:
                 after = mosaic.where(lax.rem(head, group) == 0, after)
             end = after * product(*((tile, x[m]) for tile, x in zip(sy, gradients, strict=True)))
@@ -198,17 +198,17 @@ def chunk_gradients(x, y, w, s, gates, states, gradients, *, rows_too):
             ss[m][...] = (writes * after).astype(bf16)  # for dy
             everywhere = chunks.everywhere()
             carried = _carried(states, gradients, m)
-            carried *= jnp.exp2(product((chunks.weights(everywhere), sg[m])))
+            carried *= jnp.exp2(product((chunks.mask_operand(everywhere), sg[m])))
             if group > 1:
                 carried = mosaic.where(lax.rem(head, group) == 0, carried)
             work[1][...] = carried.astype(bf16)
             plgpu.commit_smem()
-            earlier = chunks.weights(chunks.up_to(strict=True), bf16)
-            border = (earlier, work[0]), (chunks.weights(everywhere, bf16), work[1])
+            earlier = chunks.mask_operand(chunks.up_to(strict=True), bf16)
+            border = (earlier, work[0]), (chunks.mask_operand(everywhere, bf16), work[1])
             dg_out.at[b, rows, out_head, columns(m)][...] = product(*border, init=dg)
 
             if rows_too:
-                before = chunks.decays(chunks.weights(chunks.up_to()), sg[m])
+                before = chunks.decays(chunks.mask_operand(chunks.up_to()), sg[m])
                 sw[m][...] = (load(sw[m]) * before).astype(bf16)  # for dx
             plgpu.commit_smem()
             work[0][...] = ds
@@ -274,10 +274,10 @@ def _through_levels(sw, ss, sg, pairs, work, dw):
 
     def level_step(level, carry):
         a, dw, ds = carry
-        decay = chunks.decays(chunks.weights(chunks.level_decay_mask(level)), sg)
+        decay = chunks.decays(chunks.mask_operand(chunks.level_decay_mask(level)), sg)
         reads = chunks.level_reads(level, bf16)
-        tokens = plgpu.load(sw, layout=TILE) * per_row(reads, TILE_WIDTH)
-        tokens += plgpu.load(ss, layout=TILE) * per_row(1 - reads, TILE_WIDTH)
+        tokens = plgpu.load(sw, layout=WGMMA_LAYOUT) * per_row(reads, TILE_WIDTH)
+        tokens += plgpu.load(ss, layout=WGMMA_LAYOUT) * per_row(1 - reads, TILE_WIDTH)
         tokens *= decay.astype(bf16)
         plgpu.commit_smem()
         work[...] = tokens

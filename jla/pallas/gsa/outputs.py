@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common import chunks, mosaic
 from jla.pallas.common.chunks import CHUNK, LEVELS, TILE_WIDTH
-from jla.pallas.common.mosaic import TILE, bf16, f16
+from jla.pallas.common.mosaic import WGMMA_LAYOUT, bf16, f16
 from jla.pallas.common.tiles import columns, smem_tiles
 from jla.pallas.gsa import slots
 
@@ -27,7 +27,7 @@ def outputs(q, k, v, s, gates, key_states, value_states, *, scale, used, keep):
     Args:
       q: [B, T, HQ, K] bf16, K a multiple of 64, beyond 128 of 128; T a multiple of 8.
       k, v: [B, T, H, K], [B, T, H, V] bf16.
-      s: [B, T, H, M] bf16, M 64 or 128. gates: [B, T, H, M] float16, from `chunks.gates`.
+      s: [B, T, H, M] bf16, M 64 or 128. gates: [B, T, H, M] float16, from `chunks.decay_operand`.
       key_states, value_states: as `states.through_chunks` returned them.
       used: the number of slots; those beyond are padding.
       keep: whether to return p, for the backward pass.
@@ -85,7 +85,7 @@ def outputs(q, k, v, s, gates, key_states, value_states, *, scale, used, keep):
         )
         plgpu.commit_smem()
         fetch_values(0)
-        earlier = chunks.weights(chunks.up_to())
+        earlier = chunks.mask_operand(chunks.up_to())
         for m in range(m_tiles):
             before = chunks.decays(earlier, sg[m])
             reads[m] *= before
@@ -101,7 +101,7 @@ def outputs(q, k, v, s, gates, key_states, value_states, *, scale, used, keep):
                 plgpu.copy_smem_to_gmem(sq[m_tiles + m], target)
 
         weights = slots.scores(p, levels, ss).astype(bf16)
-        decayed = [x * plgpu.load(sq[m], layout=TILE) for m, x in enumerate(p)]
+        decayed = [x * plgpu.load(sq[m], layout=WGMMA_LAYOUT) for m, x in enumerate(p)]
         for part in range(v_parts):
             if part:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)

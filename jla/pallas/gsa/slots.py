@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common import chunks, mosaic
 from jla.pallas.common.chunks import LEVELS, TILE_WIDTH
-from jla.pallas.common.mosaic import TILE, bf16, load, per_row, product
+from jla.pallas.common.mosaic import WGMMA_LAYOUT, bf16, load, per_row, product
 from jla.pallas.common.tiles import over_tiles, row_sum
 
 PART = 128  # features that SMEM holds at once
@@ -37,13 +37,13 @@ def put_level_tiles(levels, writes, gates):
     """Makes the levels' tiles, [6, 64, 64] of each slot tile, from its writes and gates."""
 
     def level_step(level, carry):
-        mask = chunks.weights(chunks.level_decay_mask(level))
+        mask = chunks.mask_operand(chunks.level_decay_mask(level))
         reads = chunks.level_reads(level, bf16)
         is_read = per_row(1 - reads, TILE_WIDTH)
         reads = per_row(reads, TILE_WIDTH)
         for tiles, s, g in zip(levels, writes, gates, strict=True):
             decay = chunks.decays(mask, g).astype(bf16)
-            tiles.at[level][...] = decay * (plgpu.load(s, layout=TILE) * is_read + reads)
+            tiles.at[level][...] = decay * (plgpu.load(s, layout=WGMMA_LAYOUT) * is_read + reads)
         return carry
 
     lax.fori_loop(0, LEVELS, level_step, None)
@@ -103,7 +103,7 @@ def scores(w, levels, writes):
 
     def level_step(level, scores):
         pairs = (
-            (x * plgpu.load(tiles.at[level], layout=TILE), tiles.at[level].T)
+            (x * plgpu.load(tiles.at[level], layout=WGMMA_LAYOUT), tiles.at[level].T)
             for x, tiles in zip(w, levels, strict=True)
         )
         return jnp.where(chunks.before_half(level), product(*pairs), scores)

@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jla._core.exchange import join
 from jla.pallas.common import chunks, mosaic
 from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
-from jla.pallas.common.mosaic import TILE, bf16, f16, f32
+from jla.pallas.common.mosaic import WGMMA_LAYOUT, bf16, f16, f32
 from jla.pallas.common.pieces import number_of_pairs
 from jla.pallas.common.recurrence import piece
 from jla.pallas.common.tiles import columns, smem_tiles
@@ -36,7 +36,7 @@ def through_chunks(features, weights, gates, starts, *, reverse=False, pieces=No
       features: x of either state, [B, T, HX, K] and [B, T, HX, V] bf16, HX a multiple of H; what
         the heads of a group contribute is added.
       weights: w of either state, [B, T, HX, M] bf16.
-      gates: [B, T, H, M] float16, from `chunks.gates`.
+      gates: [B, T, H, M] float16, from `chunks.decay_operand`.
       starts: the first states, [B, H, K, M] and [B, H, M, V] float32, or None for zeros.
       pieces: for tests; by default their number follows from the shapes.
 
@@ -144,8 +144,8 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
                 source = gates_ref.at[b, rows, h, columns(m)]
                 plgpu.copy_gmem_to_smem(source, sg[m].at[slot], loaded.at[slot])
 
-        mask = chunks.weights(chunks.up_to() if reverse else chunks.from_on(strict=True))
-        everything = chunks.weights(chunks.everywhere())
+        mask = chunks.mask_operand(chunks.up_to() if reverse else chunks.from_on(strict=True))
+        everything = chunks.mask_operand(chunks.everywhere())
 
         def step(index, carry):
             state, sums = carry
@@ -162,7 +162,7 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
             plgpu.barrier_wait(loaded.at[slot])
             for m in range(m_tiles):
                 decay = chunks.decays(mask, sg[m].at[slot]).astype(bf16)
-                weights = plgpu.load(sw[m].at[slot], layout=TILE)
+                weights = plgpu.load(sw[m].at[slot], layout=WGMMA_LAYOUT)
                 sw[m].at[slot][...] = weights * decay
             plgpu.commit_smem()
             new, new_sums = [], []
@@ -204,7 +204,7 @@ def _run(features, weights, gates, starts, pieces, *, reverse):
 
         def zeros(number):
             zero = jnp.zeros((TILE_WIDTH, TILE_WIDTH), f32)
-            return tuple(plgpu.layout_cast(zero, TILE) for _ in range(number))
+            return tuple(plgpu.layout_cast(zero, WGMMA_LAYOUT) for _ in range(number))
 
         def rows_of(ref, feature, m, i):
             return ref.at[p, b, h, pl.ds(feature + i * TILE_WIDTH, TILE_WIDTH), columns(m)]

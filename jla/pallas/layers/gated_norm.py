@@ -27,7 +27,7 @@ from jla.pallas.layers.rows import (
     FORWARD,
     ROWS,
     SCALE,
-    Plan,
+    RowPlan,
     activate,
     as_rows,
     for_batch_rows,
@@ -88,7 +88,7 @@ defvjp(_norm, _norm_forward, _norm_backward)
 def _forward(x, gate, scale, *, epsilon):
     """y, in x's shape and dtype, as a tuple."""
     arrays = x, gate
-    plan = Plan(x, len(arrays), FORWARD)
+    plan = RowPlan(x, len(arrays), FORWARD)
     chunks = range(plan.chunks)
 
     def body(*refs):
@@ -133,7 +133,7 @@ def _backward(x, gate, scale, dy, *, epsilon):
     time. Behind the last row all is zero, and so are its shares.
     """
     arrays = x, gate, dy  # The first two are, tile by tile, replaced by their gradients.
-    plan = Plan(x, len(arrays), BACKWARD)
+    plan = RowPlan(x, len(arrays), BACKWARD)
     chunks = range(plan.chunks)
 
     def body(*refs):

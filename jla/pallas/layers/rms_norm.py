@@ -44,7 +44,7 @@ from jla.pallas.layers.rows import (
     FORWARD,
     ROWS,
     SCALE,
-    Plan,
+    RowPlan,
     activate,
     as_rows,
     for_batch_rows,
@@ -169,7 +169,7 @@ def _forward(x, scale, *others, epsilon, activation=None, input_activation=None,
     `others`: nothing, a gate, or a gate and its bias; with `adds` the update.
     """
     arrays, biases = (x, *others[:1]), others[1:]
-    plan = Plan(x, len(arrays), FORWARD)
+    plan = RowPlan(x, len(arrays), FORWARD)
     gated = len(arrays) == 2 and not adds
 
     def body(*refs):
@@ -231,7 +231,7 @@ def _backward(x, scale, dy, *gates, residual=None, epsilon, activation=None, inp
     # The first of them are, tile by tile, replaced by their gradients.
     arrays = [x, *gates, dy] if residual is None else [x, dy, residual]
     DY = 1 + len(gates)
-    plan = Plan(x, len(arrays), BACKWARD)
+    plan = RowPlan(x, len(arrays), BACKWARD)
     chunks = range(plan.chunks)
     bias_sums = bool(biases) and plan.chunks == 1 and plan.group % plan.heads == 0
 

@@ -24,7 +24,7 @@ from jla.pallas.common.mosaic import f32, per_column, sigmoid
 WIDEST = 2048
 # Elements of a tile, all arrays together, at most; tiles in SMEM. So three CTAs share a
 # multiprocessor.
-TILE, SLOTS = 12288, 3
+TILE_ELEMENTS, SLOTS = 12288, 3
 # Tiles of a CTA. Each CTA of the backward pass writes a row of float32 sums: the more tiles it has,
 # the fewer of these there are.
 FORWARD, BACKWARD = 8, 16
@@ -53,7 +53,7 @@ def unsupported_rows(x, scale, *others):
     return None
 
 
-class Plan:
+class RowPlan:
     """How rows are cut: in `chunks` of `width` elements, as many as a warp's lanes hold at once.
 
     A row of 64 takes half of a warp, and a warp has two rows. `group`: a warpgroup's rows at once;
@@ -73,7 +73,7 @@ class Plan:
         # rows have several chunks.
         more = _power(AT_ONCE // (arrays * 128)) if self.chunks == 1 else 1
         self.group = 4 * (128 // self.width) * more
-        self.rows = self.group * _power(TILE // (arrays * self.group * self.size))
+        self.rows = self.group * _power(TILE_ELEMENTS // (arrays * self.group * self.size))
         self.blocks = pl.cdiv(self.total, self.rows * steps)
         self.shape = B, self.total, self.chunks, self.width
 

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common import mosaic
 from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
-from jla.pallas.common.mosaic import PER_COLUMN, TILE, bf16, f32, per_column, product
+from jla.pallas.common.mosaic import PER_COLUMN, WGMMA_LAYOUT, bf16, f32, per_column, product
 from jla.pallas.common.tiles import columns, smem_tiles
 
 SDS = jax.ShapeDtypeStruct
@@ -62,7 +62,7 @@ def weighted_sums(x, y, weights, counts, jobs, job):
             slot = _modulo(i, STAGES)
             plgpu.barrier_wait(loaded.at[slot])
             weight = per_column(mosaic.load(sw.at[slot], PER_COLUMN), TILE_WIDTH)
-            rows = plgpu.load(sx.at[slot].T, layout=TILE)
+            rows = plgpu.load(sx.at[slot].T, layout=WGMMA_LAYOUT)
             rows = (rows.astype(f32) * weight).astype(bf16)
             sums = tuple(
                 product((rows, tile.at[slot]), init=x) for tile, x in zip(sy, sums, strict=True)
@@ -72,7 +72,7 @@ def weighted_sums(x, y, weights, counts, jobs, job):
 
         for i in range(STAGES - 1):
             pl.when(i < count)(lambda i=i: fetch(i))
-        zeros = tuple(plgpu.layout_cast(jnp.zeros((TILE_WIDTH, TILE_WIDTH), f32), TILE) for _ in sy)
+        zeros = tuple(plgpu.layout_cast(jnp.zeros((TILE_WIDTH, TILE_WIDTH), f32), WGMMA_LAYOUT) for _ in sy)
         sums = lax.fori_loop(0, count, step, zeros)
         for i, x in enumerate(sums):
             out.at[b, h, j, columns(part), columns(i)][...] = x

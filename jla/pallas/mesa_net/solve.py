@@ -23,7 +23,7 @@ from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
 from jla.pallas.common.mosaic import (
     PER_COLUMN,
     PER_ROW,
-    TILE,
+    WGMMA_LAYOUT,
     bf16,
     f16,
     f32,
@@ -328,7 +328,7 @@ def normalised(rows):
 def times(p, p32, sk, ss, sm, factor):
     """A_t p_t for all rows t, from p in float16 and in float32."""
     scores = product(*((x, y.T) for x, y in zip(p, sk, strict=False)))
-    scores = scores.astype(f16) * plgpu.load(sm, layout=TILE)
+    scores = scores.astype(f16) * plgpu.load(sm, layout=WGMMA_LAYOUT)
     scaled = [x * per_row(factor, TILE_WIDTH) for x in p]
     pairs = [
         [(scores, keys), *((x, y.T) for x, y in zip(scaled, row, strict=False))]

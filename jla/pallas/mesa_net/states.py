@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jla._core.exchange import join
 from jla.pallas.common import mosaic
 from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
-from jla.pallas.common.mosaic import PER_COLUMN, TILE, f32, per_column, product
+from jla.pallas.common.mosaic import PER_COLUMN, WGMMA_LAYOUT, f32, per_column, product
 from jla.pallas.common.pieces import number_of_pairs
 from jla.pallas.common.recurrence import piece
 from jla.pallas.common.tiles import SMALLEST, columns, smem_tiles
@@ -193,7 +193,7 @@ def _run(left, right, decays, weights, starts, pieces, *, reverse):
         if keep:
             state = tuple(mosaic.load(ref, optimized=False) for ref in parts(x_start, y_start))
         else:
-            zeros = plgpu.layout_cast(jnp.zeros((TILE_WIDTH, TILE_WIDTH), f32), TILE)
+            zeros = plgpu.layout_cast(jnp.zeros((TILE_WIDTH, TILE_WIDTH), f32), WGMMA_LAYOUT)
             state = (zeros,) * (k_tiles + v_tiles)
         state = lax.fori_loop(0, count, step, state)
         for ref, x in zip(parts(x_end, y_end), state, strict=True):
