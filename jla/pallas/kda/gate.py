@@ -68,8 +68,8 @@ def coefficients(A_log, dt_bias, lower_bound):
 def borders(segment_ids, B, T):
     """[B, L] float32, L whole chunks: -inf at the tokens whose f does not matter, and else 0.
 
-    They are those that begin a segment, whose log decays are -inf, and those behind the last. None if
-    there are none.
+    They are those that begin a segment, whose log decays are -inf, and those behind the last. None
+    if there are none.
     """
     behind = -T % CHUNK
     if segment_ids is None:
@@ -98,7 +98,8 @@ def decay_operand(f, coefficients, borders, *, bounded):
 
 
 def gradients(f, coefficients, borders, dg, *, bounded):
-    """The gradients of f and the coefficients; dg [B, L, HV, K] float32, that of natural-log decays.
+    """The gradients of f and the coefficients; dg [B, L, HV, K] float32, that of
+    natural-log decays.
 
     Of the coefficients' gradients the one of that which is a constant in this form is zero.
     """

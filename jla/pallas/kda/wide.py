@@ -140,8 +140,10 @@ def _keys_body(refs, *, group, scale):
     meet = functools.partial(meet_at, refs.shared, WARPGROUPS)
 
     def loads():
-        yield refs.q.at[b, rows, h // group, features], refs.sq
-        yield refs.k.at[b, rows, h // group, features], refs.sk
+        yield from (
+            (refs.q.at[b, rows, h // group, features], refs.sq),
+            (refs.k.at[b, rows, h // group, features], refs.sk),
+        )
         yield refs.do.at[b, rows, h], refs.sdo
         yield refs.dv.at[b, rows, h], refs.sdv
         yield refs.given_written.at[b, rows, h], refs.written
