@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jla._core.shardwise import for_each_row
 from jla.pallas.common import mosaic
 from jla.pallas.common.mosaic import f32, per_column, sigmoid
+from jla.pallas.common.scratch import barrier_for, fetch
 
 WIDEST = 2048
 # Elements of a tile, all arrays together, at most; tiles in SMEM. So three CTAs share a
@@ -97,12 +98,14 @@ class RowPlan:
         return bias[:, jnp.arange(H - 1 + self.group, dtype=jnp.int32) % H]
 
     def launch(self):
+        """The kernel's scratch and grid."""
         tiles = self.arrays, SLOTS, self.rows, self.chunks, self.width
         return dict(
-            scratch_types=[
-                plgpu.SMEM(tiles, self.dtype),
-                plgpu.Barrier(num_arrivals=self.arrays, num_barriers=SLOTS),
-            ],
+            scratch=dict(
+                tiles=plgpu.SMEM(tiles, self.dtype),
+                loaded=barrier_for(dict(arrays=self.arrays), SLOTS),
+            ),
+            automatic_barriers=False,
             grid=(self.batch, self.blocks),
             grid_names=("b", "n"),
         )
@@ -152,19 +155,20 @@ class RowPlan:
         sums = functools.reduce(lambda a, b: [x + y for x, y in zip(a, b, strict=True)], chunks)
         return [x.sum(axis=1) * (1 / self.size) for x in sums]
 
-    def walk(self, step, carry, inputs, outputs, tiles, loaded):
+    def walk(self, step, carry, inputs, outputs, refs):
         """Calls step(tiles of the inputs, their first row's number, carry) for each of the CTA's;
         stores what it has made.
 
-        The outputs' tiles are where those of the first inputs were.
+        The outputs' tiles are where those of the first inputs were. `refs`: those of `launch`.
         """
+        tiles, loaded = refs.tiles, refs.loaded
         b, first = lax.axis_index("b"), lax.axis_index("n") * self.steps
         count = jnp.minimum(self.steps, pl.cdiv(self.total, self.rows) - first)
 
         def load(i, slot):
             rows = pl.ds((first + i) * self.rows, self.rows)
-            for number, ref in enumerate(inputs):
-                plgpu.copy_gmem_to_smem(ref.at[b, rows], tiles.at[number, slot], loaded.at[slot])
+            copies = [(ref.at[b, rows], tiles.at[k, slot]) for k, ref in enumerate(inputs)]
+            fetch(dict(arrays=copies), loaded.at[slot])
 
         def store(i, slot):
             start = (first + i) * self.rows
