@@ -58,7 +58,7 @@ def row_numbers(rows):
     """0, 1, ... as uint32 in layout PER_ROW, opaque to the compiler.
 
     Opaque because a mask that LLVM can fold to a constant gives wrong results as wgmma's register
-    operand (seen on the card; the interpreter is right).
+    operand (observed on an H200; the interpreter gives the correct result).
     """
     return lax.optimization_barrier(plgpu.broadcasted_iota(jnp.uint32, (rows,), 0, layout=PER_ROW))
 
@@ -139,7 +139,7 @@ def hand_back(barrier):
 
 
 def drain(used, stages, first, count):
-    """Waits for the tiles of a ring that nobody has waited for: the last of `first` to `count` - 1.
+    """Waits for the tiles of a ring that are not awaited yet: the last of `first` to `count` - 1.
 
     A GPU needs no such wait at a loader's end. The interpreter of JAX 0.11 does: whoever waits on a
     barrier once must see all of its completions.
@@ -226,7 +226,7 @@ def walk(step, carry, count, load, store, loaded, slots):
     """Calls step(i, slot, carry) for `count` tiles one by one, with a ring of `slots` in SMEM.
 
     `load(i, slot)` starts the copies of tile i, at which the barriers `loaded[slot]` count;
-    `store(i, slot)` those of what its step has made, wherever that is: nobody overwrites it before
+    `store(i, slot)` those of what its step has made, wherever that is: it is not overwritten before
     the step of tile i + 2.
     """
 
@@ -284,7 +284,7 @@ def kernel(
     `in_place`: {operand: output}, by number, of those that may lie in the same memory. The body
     must read the one, write all of the other, and rely on nothing: XLA makes of slices of stacked
     layers and a custom call one operation that has no aliases (and so `plgpu.kernel`, given a ref,
-    reads what nobody wrote).
+    reads what was never written).
     """
 
     # Under `jax_enable_x64` a body's literals would have 64 bits, and its indices still 32.

@@ -225,7 +225,7 @@ def _tile(D):
 
 
 def _like(x, channels):
-    """x's shape and type; with one more head, which nobody writes, where several heads fill a tile.
+    """x's shape and type; with one more head, never written, where several heads fill a tile.
 
     What is stored in one piece Mosaic cuts off at the array's end alone: past a head's last channel
     it would overwrite the next head.
