@@ -36,7 +36,7 @@ def kda_gates(f, dg, *, bounded):
     A_log, bias = jnp.zeros(H), jnp.zeros((H, D))
     coefficients = for_each_row(gate.coefficients(A_log, bias, -5.0 if bounded else None), f)
     if dg is None:
-        return gate.gates(f, coefficients, None, bounded=bounded)
+        return gate.decay_operand(f, coefficients, None, bounded=bounded)
     return gate.gradients(f, coefficients, None, dg, bounded=bounded)
 
 

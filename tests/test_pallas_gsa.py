@@ -98,7 +98,7 @@ def test_pieces_are_the_whole(reverse):
     B, T, H, HQ, D, M = 1, 264, 1, 2 if reverse else 1, 128, 64
     x = [normal(i, B, T, HQ, D).astype(bf16) for i in range(2)]
     w = [normal(2 + i, B, T, HQ, M).astype(bf16) for i in range(2)]
-    gates = chunks.gates(-0.02 * jnp.abs(normal(4, B, T, H, M)))
+    gates = chunks.decay_operand(-0.02 * jnp.abs(normal(4, B, T, H, M)))
     starts = normal(5, B, H, D, M), normal(6, B, H, M, D)
 
     def run(pieces):

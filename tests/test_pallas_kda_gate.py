@@ -47,7 +47,7 @@ def kernel(f, A_log, dt_bias, dg, ids=None, *, lower_bound):
 
     made, vjp = jax.vjp(coefficients, A_log, dt_bias)
     borders, bounded = gate.borders(ids, *f.shape[:2]), lower_bound is not None
-    gates = gate.gates(f, made, borders, bounded=bounded)
+    gates = gate.decay_operand(f, made, borders, bounded=bounded)
     df, by_coefficient = gate.gradients(f, made, borders, dg, bounded=bounded)
     return gates, df, *vjp(by_coefficient)
 
@@ -60,7 +60,7 @@ def formula(f, A_log, dt_bias, dg, ids=None, *, lower_bound):
         return g
 
     g, vjp = jax.vjp(log_decays, f, A_log, dt_bias)
-    return chunks.gates(g), *vjp(dg[:, : f.shape[1]])
+    return chunks.decay_operand(g), *vjp(dg[:, : f.shape[1]])
 
 
 SIZES = [

@@ -74,7 +74,7 @@ def of_layers():
         ):
             differentiate(lambda args, run=run: (run(*args),), tuple(args))
         for given in (None, borders):
-            gate.gates(x, coefficients, given, bounded=True)
+            gate.decay_operand(x, coefficients, given, bounded=True)
             gate.gradients(x, coefficients, given, dg, bounded=True)
 
     return trace, (x, heads, features, shape(4, 2, 64), coefficients, borders, dg)

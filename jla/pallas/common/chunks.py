@@ -14,7 +14,7 @@ CHUNK = 64
 LEVELS = 6  # log2(CHUNK)
 TILE_WIDTH = 64  # features worked on at a time: a float32 tile is 32 registers a thread
 LOG2E = 1.4426950408889634
-STRONGEST = -3e4  # of gates: finite sums in float16, and an exp2 of zero
+STRONGEST = -3e4  # of `decay_operand`: finite sums in float16, and an exp2 of zero
 
 
 def tokens():
@@ -102,28 +102,31 @@ def _interval(start, length):
     return mosaic.in_interval(start, length, CHUNK)
 
 
-def weights(mask, dtype=f16):
+def mask_operand(mask, dtype=f16):
     """A mask as wgmma's operand: 1.0 or 0.0."""
     return jnp.where(mask, 1.0, 0.0).astype(dtype)
 
 
-def gates(g):
+def decay_operand(g):
     """Log decays as wgmma's operand for `decays`: base 2, float16.
 
     float16 errs by 2**-12 of an exponent x, that is by x exp(-x) 2**-12 < 1e-4 in the decay. The
-    bound keeps the sums of a chunk finite; its exp2 is zero, so a gate of -inf, which starts a
-    segment, lets nothing through.
+    bound keeps the sums of a chunk finite; its exp2 is zero, so that a log decay of -inf, which
+    starts a segment, lets nothing through.
     """
     return jnp.maximum(g * LOG2E, STRONGEST).astype(f16)
 
 
-def decays(mask, gates):
-    """exp2(mask @ gates), [64, 64] float32; `mask` from `weights`, `gates` an SMEM tile of `gates`.
+def decays(mask, log_decays):
+    """exp2(mask @ log_decays), [64, 64] float32.
 
-    Every row's decays are summed directly and none is subtracted, so no exponent is positive and a
-    huge decay elsewhere in the chunk costs no precision here.
+    Every row's log decays are summed directly and none is subtracted, so no exponent is positive
+    and a huge decay elsewhere in the chunk costs no precision here.
+
+    Args:
+      mask: from `mask_operand`. log_decays: an SMEM tile of `decay_operand`.
     """
-    return jnp.exp2(product((mask, gates)))
+    return jnp.exp2(product((mask, log_decays)))
 
 
 def unit_triangular_inverse(a, scratch):

@@ -19,10 +19,11 @@ from jla._core.interpreter import interpreted, interpreting
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 # A wgmma accumulator's layout, and the layouts of a vector along its rows or along its columns.
-TILE = plgpu.Layout.WGMMA
+WGMMA_LAYOUT = plgpu.Layout.WGMMA
+TILE = WGMMA_LAYOUT  # its old name, which path_attention still has
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-TILE_TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
+WGMMA_TRANSPOSED_LAYOUT = plgpu.Layout.WGMMA_TRANSPOSED
 
 # How wgmma and TMA want a 16-bit tile to lie in SMEM: 8x64 tiles, 128-byte swizzle.
 # TMA fills what lies past an array's end with zeros and stores nothing there, but wants the array
@@ -77,7 +78,7 @@ def in_interval(start, length, columns):
 
 
 def product(*pairs, init=None, meanwhile=None):
-    """The float32 sum of `a @ b` over the pairs, plus `init`, in registers (layout TILE).
+    """The float32 sum of `a @ b` over the pairs, plus `init`, in registers (layout WGMMA_LAYOUT).
 
     `a` is a 16-bit SMEM ref or a 16-bit value in registers, `b` a 16-bit SMEM ref; either ref may
     be a `.T`. `meanwhile` is called while the tensor cores work, before the result is awaited.
@@ -138,7 +139,7 @@ def hand_back(barrier):
 
 
 def drain(used, stages, first, count):
-    """Waits for the tiles of a ring that nobody has waited for: the last of `first` to `count` - 1.
+    """Waits for the tiles of a ring that are not awaited yet: the last of `first` to `count` - 1.
 
     A GPU needs no such wait at a loader's end, and is not made to: it cost PaTH 3%. The interpreter
     of JAX 0.11 needs it: whoever waits on a barrier once must see all of its completions.
@@ -163,20 +164,20 @@ def split(x):
     return high.astype(bf16), (x - high).astype(bf16)
 
 
-def load(ref, layout=TILE, *, optimized=True):
+def load(ref, layout=WGMMA_LAYOUT, *, optimized=True):
     """Loads a ref as float32 in the given layout."""
     return plgpu.load(ref, layout=layout, optimized=optimized).astype(f32)
 
 
 def load_transposed(ref):
     """Loads a float32 [columns, rows] ref as a [rows, columns] tile."""
-    return plgpu.layout_cast(load(ref.T, TILE_TRANSPOSED, optimized=False), TILE)
+    return plgpu.layout_cast(load(ref.T, WGMMA_TRANSPOSED_LAYOUT, optimized=False), WGMMA_LAYOUT)
 
 
 def store_transposed(ref, tile):
     """Stores a float32 [rows, columns] tile to a [columns, rows] ref."""
     transposed = ref.T
-    transposed[...] = plgpu.layout_cast(tile, TILE_TRANSPOSED)
+    transposed[...] = plgpu.layout_cast(tile, WGMMA_TRANSPOSED_LAYOUT)
 
 
 def columns_by_warp(width):
@@ -227,7 +228,7 @@ def walk(step, carry, count, load, store, loaded, slots):
     """Calls step(i, slot, carry) for `count` tiles one by one, with a ring of `slots` in SMEM.
 
     `load(i, slot)` starts the copies of tile i, at which the barriers `loaded[slot]` count;
-    `store(i, slot)` those of what its step has made, wherever that is: nobody overwrites it before
+    `store(i, slot)` those of what its step has made, wherever that is: it is not overwritten before
     the step of tile i + 2.
     """
 
@@ -285,7 +286,7 @@ def kernel(
     `in_place`: {operand: output}, by number, of those that may lie in the same memory. The body
     must read the one, write all of the other, and rely on nothing: XLA makes of slices of stacked
     layers and a custom call one operation that has no aliases (and so `plgpu.kernel`, given a ref,
-    reads what nobody wrote).
+    reads what was never written).
     """
 
     # Under `jax_enable_x64` a body's literals would have 64 bits, and its indices still 32.

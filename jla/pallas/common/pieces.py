@@ -21,8 +21,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jla._core.exchange import join
 from jla.pallas.common import mosaic, recurrence
 from jla.pallas.common.chunks import CHUNK
-from jla.pallas.common.mosaic import PER_COLUMN, TILE, bf16, f32, product
-from jla.pallas.common.recurrence import COLUMNS, features, piece, scalars, square, tokens
+from jla.pallas.common.mosaic import PER_COLUMN, WGMMA_LAYOUT, bf16, f32, product
+from jla.pallas.common.recurrence import (
+    COLUMNS,
+    backward_operands,
+    features,
+    gradient_step,
+    piece,
+    scalars,
+    tokens,
+)
 
 SDS = jax.ShapeDtypeStruct
 PROCESSORS = recurrence.PROCESSORS
@@ -87,89 +95,81 @@ _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 def _transitions(w, u, kg, decay, beta, pieces):
     """M [P - 1, B, HV, K, K] and N [P - 1, B, HV, K, V], float32, of all pieces but the last.
 
-    Traffic: w, kg, u and little else, half of the recurrence's.
+    Floor: w, kg, u and little else, half of the recurrence's.
     """
-    B, L, HV, K = w.shape
-    V, N = u.shape[-1], L // CHUNK
-    length = -(-N // pieces)  # only the last piece may be shorter
+    length = -(-(w.shape[1] // CHUNK) // pieces)  # only the last piece may be shorter
 
-    def body(w_ref, u_ref, kg_ref, decay_ref, beta_ref, factor_ref, term_ref):
+    def body(refs):
         p, b, h, block, wg = (lax.axis_index(name) for name in ("p", "b", "h", "block", "wg"))
+        K, V = refs.w.shape[3], refs.u.shape[3]
 
-        def step(_, w, u, kg, decay, beta, state):
-            u_mine = mosaic.where(wg == 0, mosaic.load(u.T))
-            error = u_mine - product((state.astype(bf16), w.T))
-            write = error * mosaic.per_column(mosaic.load(beta, PER_COLUMN), COLUMNS)
-            kept = state * mosaic.per_column(mosaic.load(decay, PER_COLUMN), COLUMNS)
-            state = product((write.astype(bf16), kg), init=kept)
+        def step(_, x, state):
+            u_mine = mosaic.where(wg == 0, mosaic.load(x.u.T))
+            error = u_mine - product((state.astype(bf16), x.w.T))
+            write = error * mosaic.per_column(mosaic.load(x.beta, PER_COLUMN), COLUMNS)
+            kept = state * mosaic.per_column(mosaic.load(x.decay, PER_COLUMN), COLUMNS)
+            state = product((write.astype(bf16), x.kg), init=kept)
             mosaic.release()
             return state
 
         def chunk(i):
             return p * length + i
 
-        recurrence.stream(
-            step, _from_zeros_and_identity(factor_ref.at[p, b, h], term_ref.at[p, b, h]),
-            length, 2, [w_ref, u_ref, kg_ref, decay_ref, beta_ref],
-            [
-                tokens(chunk, b, h, K),
-                tokens(chunk, b, h, COLUMNS, _value_block(block, V)),
-                tokens(chunk, b, h, K),
-                features(chunk, b, h, K),
-                scalars(chunk, b, h),
-            ],
-        )  # fmt: skip
+        run = _from_zeros_and_identity(refs.factor.at[p, b, h], refs.term.at[p, b, h])
+        operands = dict(
+            w=(refs.w, tokens(chunk, b, h, K)),
+            u=(refs.u, tokens(chunk, b, h, COLUMNS, _value_block(block, V))),
+            kg=(refs.kg, tokens(chunk, b, h, K)),
+            decay=(refs.decay, features(chunk, b, h, K)),
+            beta=(refs.beta, scalars(chunk, b, h)),
+        )
+        recurrence.stream(step, run, length, 2, operands)
 
-    return _kernel(body, pieces - 1, B, HV, K, V)(w, u, kg, decay, beta)
+    inputs = dict(w=w, u=u, kg=kg, decay=decay, beta=beta)
+    return _kernel(body, inputs, pieces - 1, u.shape[3])
 
 
 def _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces):
     """M^T and the gradients' N, as `_transitions`, of all pieces but the first.
 
-    M is made again rather than kept: its operands are on the way anyhow.
+    M is made again rather than kept: its operands are loaded anyhow.
     """
-    B, L, HV, K = q.shape
-    V, N = do.shape[-1], L // CHUNK
+    N = q.shape[1] // CHUNK
 
-    def body(
-        q_ref, w_ref, kg_ref, do_ref, decay_ref, aq_ref, beta_ref, factor_ref, term_ref
-    ):  # fmt: skip
+    def body(refs):
         p, b, h, block, wg = (lax.axis_index(name) for name in ("p", "b", "h", "block", "wg"))
         first, count = piece(p + 1, pieces, N)
 
-        def step(_, q, w, kg, do, decay, aq, beta, gradient):
-            do_mine = mosaic.where(wg == 0, plgpu.load(do.T, layout=TILE))
-            y = product((do_mine, aq), (gradient.astype(bf16), kg.T))
-            error = y * mosaic.per_column(mosaic.load(beta, PER_COLUMN), COLUMNS)
-            kept = gradient * mosaic.per_column(mosaic.load(decay, PER_COLUMN), COLUMNS)
-            gradient = product((do_mine, q), ((-error).astype(bf16), w), init=kept)
+        def step(_, x, gradient):
+            do_mine = mosaic.where(wg == 0, plgpu.load(x.do.T, layout=WGMMA_LAYOUT))
+            gradient = gradient_step(x, do_mine, gradient.astype(bf16), gradient)
             mosaic.release()
             return gradient
 
         def chunk(i):
             return first + count - 1 - i
 
-        recurrence.stream(
-            step, _from_zeros_and_identity(factor_ref.at[p, b, h], term_ref.at[p, b, h]),
-            count, 2, [q_ref, w_ref, kg_ref, do_ref, decay_ref, aq_ref, beta_ref],
-            [
-                tokens(chunk, b, h, K),
-                tokens(chunk, b, h, K),
-                tokens(chunk, b, h, K),
-                tokens(chunk, b, h, COLUMNS, _value_block(block, V)),
-                features(chunk, b, h, K),
-                square(chunk, b, h),
-                scalars(chunk, b, h),
-            ],
-        )  # fmt: skip
+        run = _from_zeros_and_identity(refs.factor.at[p, b, h], refs.term.at[p, b, h])
+        values = _value_block(block, refs.do.shape[3])
+        operands = backward_operands(refs, chunk, b, h, COLUMNS, values)
+        recurrence.stream(step, run, count, 2, operands)
 
-    return _kernel(body, pieces - 1, B, HV, K, V)(q, w, kg, do, decay, aq, beta)
+    inputs = dict(q=q, w=w, kg=kg, do=do, decay=decay, aq=aq, beta=beta)
+    return _kernel(body, inputs, pieces - 1, do.shape[3])
 
 
-def _kernel(body, pieces, B, HV, K, V):
+def _kernel(body, inputs, pieces, V):
     """Two warpgroups share what they read: one makes 64 columns of N, the other 64 of M."""
-    out_type = [SDS((pieces, B, HV, K, K), f32), SDS((pieces, B, HV, K, V), f32)]
-    return recurrence.kernel(body, out_type, [], (pieces, B, HV, max(K, V) // COLUMNS), 2)
+    B, _, HV, K = inputs["w"].shape
+    out = recurrence.kernel(
+        body,
+        inputs=inputs,
+        outputs=dict(factor=SDS((pieces, B, HV, K, K), f32), term=SDS((pieces, B, HV, K, V), f32)),
+        scratch={},
+        grid=(pieces, B, HV, max(K, V) // COLUMNS),
+        warpgroups=2,
+    )
+    return out.factor, out.term
 
 
 def _value_block(block, V):

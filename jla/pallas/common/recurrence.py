@@ -6,15 +6,18 @@ follow one another, value columns are independent of one another, and so are pie
 whose first states are known: `pieces.py` makes those, where heads are too few to fill the GPU.
 """
 
+import collections
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import mosaic
+from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.chunks import CHUNK
-from jla.pallas.common.mosaic import PER_COLUMN, TILE, TRANSFORMS, bf16, f32, product
+from jla.pallas.common.mosaic import PER_COLUMN, TRANSFORMS, WGMMA_LAYOUT, bf16, f32, product
 
 SDS = jax.ShapeDtypeStruct
 COLUMNS = 64  # value columns of one warpgroup
@@ -43,92 +46,91 @@ def forward(q, w, u, kg, decay, aq, beta, starts, *, length, keep_states):
       o [B, T, HV, V] bf16, the last state [B, HV, K, V] float32, and with `keep_states` the states
       before each chunk, transposed: [B, HV, N, V, K] bf16.
 
-    Traffic at B=8 T=4096 HV=16 K=V=128: q, w, u, kg, o 134 MB each, Aq 67 MB: 0.74 GB, 0.17 ms at
-    4.3 TB/s; the kept states add 268 MB, 0.06 ms. Operations: 4 products of 64x64x128 a chunk and
-    64 columns, 0.07 TFLOP in all: nothing. P * B * HV * V / 128 CTAs, each a chain of N / P chunks.
+    P * B * HV * V / 128 CTAs, each a chain of N / P chunks. Floor at B=8 T=4096 HV=16 K=V=128: 0.74
+    GB, 0.17 ms at 4.3 TB/s, with the kept states 0.23 ms; 0.07 TFLOP.
     """
     B, L, HV, K = q.shape
     V, N, P = u.shape[-1], L // CHUNK, 1 if starts is None else starts.shape[0]
     warpgroups = _warpgroups(P * B * HV, V)
-    width = warpgroups * COLUMNS
-    wide = K > NARROW
-
-    def body(q_ref, w_ref, u_ref, kg_ref, decay_ref, aq_ref, beta_ref, *refs):
-        start_ref = refs[0] if starts is not None else None
-        o_ref, last_ref, *refs = refs[starts is not None :]
-        states_ref = refs.pop(0) if keep_states else None
-        so, *ss = refs
-        p, b, h, block, wg = (lax.axis_index(name) for name in ("p", "b", "h", "block", "wg"))
-        first, count = piece(p, P, N)
-        mine = pl.ds(block * width + wg * COLUMNS, COLUMNS)
-
-        def run(pipeline):
-            if start_ref is None:
-                state = plgpu.layout_cast(jnp.zeros((COLUMNS, K), f32), TILE)
-            else:
-                state = mosaic.load_transposed(start_ref.at[p, b, h, :, mine])
-            state = pipeline(state)
-
-            @pl.when(p == P - 1)
-            def _():
-                mosaic.store_transposed(last_ref.at[b, h, :, mine], state)
-
-            plgpu.wait_smem_to_gmem(0)
-
-        def step(index, q, w, u, kg, decay, aq, beta, state):
-            n = first + index[0]
-            rounded = state.astype(bf16)
-            if keep_states or wide:
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                ss[0].at[wg][...] = rounded
-            if wide:
-                plgpu.commit_smem()
-                rounded = ss[0].at[wg]
-            u_mine = mosaic.load(u.at[:, pl.ds(wg * COLUMNS, COLUMNS)].T)
-            error = u_mine - product((rounded, w.T))
-            write = error * mosaic.per_column(mosaic.load(beta, PER_COLUMN), COLUMNS)
-            write = write.astype(bf16)
-            o = product((rounded, q.T), (write, aq.T)).astype(bf16)
-            kept = state * mosaic.per_column(mosaic.load(decay, PER_COLUMN), COLUMNS)
-            state = product((write, kg), init=kept)
-            if not (keep_states or wide):
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            tile = so.at[wg, lax.rem(index[0], 2)]
-            o_transposed = tile.T
-            o_transposed[...] = o
-            plgpu.commit_smem()
-            if keep_states:
-                plgpu.copy_smem_to_gmem(ss[0].at[wg], states_ref.at[b, h, n, mine])
-            plgpu.copy_smem_to_gmem(tile, o_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, mine])
-            return state
-
-        def chunk(i):
-            return first + i
-
-        stream(
-            step, run, count, warpgroups,
-            [q_ref, w_ref, u_ref, kg_ref, decay_ref, aq_ref, beta_ref],
-            [
-                tokens(chunk, b, h, K),
-                tokens(chunk, b, h, K),
-                tokens(chunk, b, h, width, block),
-                tokens(chunk, b, h, K),
-                features(chunk, b, h, K),
-                square(chunk, b, h),
-                scalars(chunk, b, h),
-            ],
-        )  # fmt: skip
-
-    out_type = [SDS((B, length, HV, V), bf16), SDS((B, HV, K, V), f32)]
-    scratch = [mosaic.tile(CHUNK, COLUMNS, warpgroups, 2)]
-    if keep_states:
-        out_type.append(SDS((B, HV, N, V, K), bf16))
-    if keep_states or wide:
-        scratch.append(mosaic.tile(COLUMNS, K, warpgroups))
-    start = [] if starts is None else [starts]
-    return kernel(body, out_type, scratch, (P, B, HV, V // width), warpgroups)(
-        q, w, u, kg, decay, aq, beta, *start
+    out = kernel(
+        functools.partial(_forward_body, chunks=N, pieces=P, warpgroups=warpgroups),
+        inputs=dict(q=q, w=w, u=u, kg=kg, decay=decay, aq=aq, beta=beta, starts=starts),
+        outputs=dict(
+            o=SDS((B, length, HV, V), bf16),
+            last=SDS((B, HV, K, V), f32),
+            states=SDS((B, HV, N, V, K), bf16) if keep_states else None,
+        ),
+        scratch=dict(
+            so=mosaic.tile(CHUNK, COLUMNS, warpgroups, 2),
+            ss=mosaic.tile(COLUMNS, K, warpgroups) if keep_states or K > NARROW else None,
+        ),
+        grid=(P, B, HV, V // (warpgroups * COLUMNS)),
+        warpgroups=warpgroups,
     )
+    return [x for x in out if x is not None]
+
+
+def _forward_body(refs, *, chunks, pieces, warpgroups):
+    K, width = refs.q.shape[3], warpgroups * COLUMNS
+    wide, keep_states = K > NARROW, refs.states is not None
+    p, b, h, block, wg = (lax.axis_index(name) for name in ("p", "b", "h", "block", "wg"))
+    first, count = piece(p, pieces, chunks)
+    mine = pl.ds(block * width + wg * COLUMNS, COLUMNS)
+
+    def run(pipeline):
+        if refs.starts is None:
+            state = plgpu.layout_cast(jnp.zeros((COLUMNS, K), f32), WGMMA_LAYOUT)
+        else:
+            state = mosaic.load_transposed(refs.starts.at[p, b, h, :, mine])
+        state = pipeline(state)
+
+        @pl.when(p == pieces - 1)
+        def _():
+            mosaic.store_transposed(refs.last.at[b, h, :, mine], state)
+
+        plgpu.wait_smem_to_gmem(0)
+
+    def step(index, x, state):
+        n = first + index[0]
+        rounded = state.astype(bf16)
+        if keep_states or wide:
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            refs.ss.at[wg][...] = rounded
+        if wide:
+            plgpu.commit_smem()
+            rounded = refs.ss.at[wg]
+        # E = u - w S;   o = q S + Aq (beta E)
+        error = mosaic.load(x.u.at[:, pl.ds(wg * COLUMNS, COLUMNS)].T) - product((rounded, x.w.T))
+        write = error * mosaic.per_column(mosaic.load(x.beta, PER_COLUMN), COLUMNS)
+        write = write.astype(bf16)
+        o = product((rounded, x.q.T), (write, x.aq.T)).astype(bf16)
+        # S <- Diag(decay) S + kg^T (beta E)
+        kept = state * mosaic.per_column(mosaic.load(x.decay, PER_COLUMN), COLUMNS)
+        state = product((write, x.kg), init=kept)
+        if not (keep_states or wide):
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        tile = refs.so.at[wg, lax.rem(index[0], 2)]
+        o_transposed = tile.T
+        o_transposed[...] = o
+        plgpu.commit_smem()
+        if keep_states:
+            plgpu.copy_smem_to_gmem(refs.ss.at[wg], refs.states.at[b, h, n, mine])
+        plgpu.copy_smem_to_gmem(tile, refs.o.at[b, pl.ds(n * CHUNK, CHUNK), h, mine])
+        return state
+
+    def chunk(i):
+        return first + i
+
+    operands = dict(
+        q=(refs.q, tokens(chunk, b, h, K)),
+        w=(refs.w, tokens(chunk, b, h, K)),
+        u=(refs.u, tokens(chunk, b, h, width, block)),
+        kg=(refs.kg, tokens(chunk, b, h, K)),
+        decay=(refs.decay, features(chunk, b, h, K)),
+        aq=(refs.aq, square(chunk, b, h)),
+        beta=(refs.beta, scalars(chunk, b, h)),
+    )
+    stream(step, run, count, warpgroups, operands)
 
 
 def backward(q, w, kg, do, decay, aq, beta, ends):
@@ -144,72 +146,83 @@ def backward(q, w, kg, do, decay, aq, beta, ends):
       The gradient of the state after each chunk, transposed, [B, HV, N, V, K] bf16, and that of the
       initial state, [B, HV, K, V] float32.
 
-    Traffic as `forward`, with `do` in u's place and the state gradients in o's.
+    Floor as `forward`'s, with `do` in u's place and the state gradients in o's.
     """
     B, L, HV, K = q.shape
     V, N, P = do.shape[-1], L // CHUNK, ends.shape[0]
     warpgroups = _warpgroups(P * B * HV, V)
-    width = warpgroups * COLUMNS
-    wide = K > NARROW
-    buffers = 1 if wide else 2
+    out = kernel(
+        functools.partial(_backward_body, chunks=N, pieces=P, warpgroups=warpgroups),
+        inputs=dict(q=q, w=w, kg=kg, do=do, decay=decay, aq=aq, beta=beta, ends=ends),
+        outputs=dict(gradients=SDS((B, HV, N, V, K), bf16), start=SDS((B, HV, K, V), f32)),
+        scratch=dict(ss=mosaic.tile(COLUMNS, K, warpgroups, 1 if K > NARROW else 2)),
+        grid=(P, B, HV, V // (warpgroups * COLUMNS)),
+        warpgroups=warpgroups,
+    )
+    return out.gradients, out.start
 
-    def body(
-        q_ref, w_ref, kg_ref, do_ref, decay_ref, aq_ref, beta_ref, end_ref,
-        states_ref, start_ref, ss,
-    ):  # fmt: skip
-        p, b, h, block, wg = (lax.axis_index(name) for name in ("p", "b", "h", "block", "wg"))
-        first, count = piece(p, P, N)
-        last = first + count - 1
-        mine = pl.ds(block * width + wg * COLUMNS, COLUMNS)
 
-        def run(pipeline):
-            gradient = pipeline(mosaic.load_transposed(end_ref.at[p, b, h, :, mine]))
+def _backward_body(refs, *, chunks, pieces, warpgroups):
+    K, width = refs.q.shape[3], warpgroups * COLUMNS
+    wide, buffers = K > NARROW, refs.ss.shape[1]
+    p, b, h, block, wg = (lax.axis_index(name) for name in ("p", "b", "h", "block", "wg"))
+    first, count = piece(p, pieces, chunks)
+    last = first + count - 1
+    mine = pl.ds(block * width + wg * COLUMNS, COLUMNS)
 
-            @pl.when(p == 0)
-            def _():
-                mosaic.store_transposed(start_ref.at[b, h, :, mine], gradient)
+    def run(pipeline):
+        gradient = pipeline(mosaic.load_transposed(refs.ends.at[p, b, h, :, mine]))
 
-            plgpu.wait_smem_to_gmem(0)
+        @pl.when(p == 0)
+        def _():
+            mosaic.store_transposed(refs.start.at[b, h, :, mine], gradient)
 
-        def step(index, q, w, kg, do, decay, aq, beta, gradient):
-            n = last - index[0]
-            rounded = gradient.astype(bf16)
-            tile = ss.at[wg, lax.rem(index[0], buffers)]
-            plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
-            tile[...] = rounded
-            if wide:
-                plgpu.commit_smem()
-                rounded = tile
-            do_mine = plgpu.load(do.at[:, pl.ds(wg * COLUMNS, COLUMNS)].T, layout=TILE)
-            y = product((do_mine, aq), (rounded, kg.T))
-            error = y * mosaic.per_column(mosaic.load(beta, PER_COLUMN), COLUMNS)
-            kept = gradient * mosaic.per_column(mosaic.load(decay, PER_COLUMN), COLUMNS)
-            gradient = product((do_mine, q), ((-error).astype(bf16), w), init=kept)
+        plgpu.wait_smem_to_gmem(0)
+
+    def step(index, x, gradient):
+        n = last - index[0]
+        rounded = gradient.astype(bf16)
+        tile = refs.ss.at[wg, lax.rem(index[0], buffers)]
+        plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
+        tile[...] = rounded
+        if wide:
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(tile, states_ref.at[b, h, n, mine])
-            return gradient
+            rounded = tile
+        do = plgpu.load(x.do.at[:, pl.ds(wg * COLUMNS, COLUMNS)].T, layout=WGMMA_LAYOUT)
+        gradient = gradient_step(x, do, rounded, gradient)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(tile, refs.gradients.at[b, h, n, mine])
+        return gradient
 
-        def chunk(i):
-            return last - i
+    def chunk(i):
+        return last - i
 
-        stream(
-            step, run, count, warpgroups,
-            [q_ref, w_ref, kg_ref, do_ref, decay_ref, aq_ref, beta_ref],
-            [
-                tokens(chunk, b, h, K),
-                tokens(chunk, b, h, K),
-                tokens(chunk, b, h, K),
-                tokens(chunk, b, h, width, block),
-                features(chunk, b, h, K),
-                square(chunk, b, h),
-                scalars(chunk, b, h),
-            ],
-        )  # fmt: skip
+    stream(step, run, count, warpgroups, backward_operands(refs, chunk, b, h, width, block))
 
-    out_type = [SDS((B, HV, N, V, K), bf16), SDS((B, HV, K, V), f32)]
-    scratch = [mosaic.tile(COLUMNS, K, warpgroups, buffers)]
-    return kernel(body, out_type, scratch, (P, B, HV, V // width), warpgroups)(
-        q, w, kg, do, decay, aq, beta, ends
+
+def gradient_step(x, do, rounded, gradient):
+    """dS before the chunk: dE = beta (Aq^T do + kg dS), dS <- Diag(decay) dS + q^T do - w^T dE.
+
+    Args:
+      x: the chunk's tiles. do: this warpgroup's columns, transposed. rounded: dS in bf16.
+    """
+    y = product((do, x.aq), (rounded, x.kg.T))
+    error = y * mosaic.per_column(mosaic.load(x.beta, PER_COLUMN), COLUMNS)
+    kept = gradient * mosaic.per_column(mosaic.load(x.decay, PER_COLUMN), COLUMNS)
+    return product((do, x.q), ((-error).astype(bf16), x.w), init=kept)
+
+
+def backward_operands(refs, chunk, b, h, width, block):
+    """What `gradient_step` takes of a chunk, with `width` columns of do at `block`."""
+    K = refs.q.shape[3]
+    return dict(
+        q=(refs.q, tokens(chunk, b, h, K)),
+        w=(refs.w, tokens(chunk, b, h, K)),
+        kg=(refs.kg, tokens(chunk, b, h, K)),
+        do=(refs.do, tokens(chunk, b, h, width, block)),
+        decay=(refs.decay, features(chunk, b, h, K)),
+        aq=(refs.aq, square(chunk, b, h)),
+        beta=(refs.beta, scalars(chunk, b, h)),
     )
 
 
@@ -256,13 +269,25 @@ def scalars(chunk, b, h):
     return plgpu.BlockSpec((None, None, CHUNK), lambda i: (b, h, chunk(i)))
 
 
-def stream(step, run, chunks, warpgroups, refs, specs):
-    """Runs `step` for every chunk while a warpgroup of its own loads the chunks to come."""
+def stream(step, run, chunks, warpgroups, operands):
+    """Runs `step` for every chunk while a warpgroup of its own loads the chunks to come.
+
+    Args:
+      step: of the index, the chunk's tiles by name and the carry, to the carry.
+      run: the pipeline's compute context. operands: {name: (ref, spec)}.
+    """
+    Tiles = collections.namedtuple("Tiles", operands)
+    refs, specs = zip(*operands.values(), strict=True)
+
+    def by_name(index, *tiles_and_carry):
+        *tiles, carry = tiles_and_carry
+        return step(index, Tiles(*tiles), carry)
+
     ahead = 1 if max(spec.block_shape[-1] for spec in specs) > NARROW else 2
     plgpu.emit_pipeline_warp_specialized(
-        step,
+        by_name,
         grid=(chunks,),
-        in_specs=specs,
+        in_specs=list(specs),
         compute_context=run,
         num_compute_wgs=warpgroups,
         memory_registers=LOADER_REGISTERS,
@@ -271,14 +296,13 @@ def stream(step, run, chunks, warpgroups, refs, specs):
     )(*refs)
 
 
-def kernel(body, out_type, scratch, grid, warpgroups):
-    """A kernel over pieces, batch, heads and blocks of value columns."""
-    return mosaic.kernel(
+def kernel(body, *, grid, warpgroups, **named):
+    """`scratch.kernel` over pieces, batch, heads and blocks of value columns."""
+    return scratch.kernel(
         body,
-        out_type=out_type,
-        scratch_types=scratch,
         grid=grid,
         grid_names=("p", "b", "h", "block"),
         num_threads=warpgroups + 1,
         thread_name="wg",
+        **named,
     )

@@ -128,3 +128,25 @@ def fetch(loads, barrier, *, partial=False):
     for pairs in several.values():
         for source, target in pairs:
             plgpu.copy_gmem_to_smem(source, target, barrier)
+
+
+# Added for the kernels beside PaTH's.
+
+
+def fetch_each(copies, *barriers, partial=False):
+    """As `fetch` of all that the barriers await, from a generator of (source, target).
+
+    Each copy is started before the next pair is made, and so is the arithmetic of its indices. With
+    several barriers a third entry is the number of the copy's. `partial` as in `fetch`.
+    """
+    started = [0] * len(barriers)
+    for source, target, *number in copies:
+        (number,) = number or (0,)
+        plgpu.copy_gmem_to_smem(source, target, barriers[number])
+        started[number] += 1
+    awaited = [barrier.dtype.num_arrivals for barrier in barriers]
+    if not partial and started != awaited:
+        raise ValueError(
+            f"fetch_each: the numbers of `copies` are {started}, and the barriers await {awaited}; "
+            "declare them as barrier_for(...) of the same copies"
+        )

@@ -17,7 +17,7 @@ from jla._core.parts import abc_gates
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import GSAState
-from jla.pallas.common.chunks import TILE_WIDTH, gates
+from jla.pallas.common.chunks import TILE_WIDTH, decay_operand
 from jla.pallas.common.padding import missing_features, missing_tokens, pad, with_start
 from jla.pallas.gsa import step
 from jla.pallas.gsa.gradients import chunk_gradients, logit_gradients
@@ -93,13 +93,13 @@ def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _gsa(q, k, v, s, g, initial_state, scale, used):
     """GSA on whole tiles; `used` slots, the others are padding."""
-    arrays, axes = with_start((q, k, v, s, gates(g)), _INPUTS, initial_state, _STATES)
+    arrays, axes = with_start((q, k, v, s, decay_operand(g)), _INPUTS, initial_state, _STATES)
     run = functools.partial(_forward, scale=scale, used=used, keep=False)
     return shardwise(run, axes, _OUTPUTS)(*arrays)
 
 
 def _gsa_forward(q, k, v, s, g, initial_state, scale, used):
-    inputs = (q, k, v, s, gates(g))
+    inputs = (q, k, v, s, decay_operand(g))
     arrays, axes = with_start(inputs, _INPUTS, initial_state, _STATES)
     run = functools.partial(_forward, scale=scale, used=used, keep=True)
     o, hk, hv, *kept = shardwise(run, axes, (*_OUTPUTS, *_KEPT.values()))(*arrays)
@@ -118,24 +118,26 @@ def _gsa_backward(scale, used, residuals, cotangents):
 defvjp(_gsa, _gsa_forward, _gsa_backward)
 
 
-def _forward(q, k, v, s, gates, *start, scale, used, keep):
+def _forward(q, k, v, s, log_decays, *start, scale, used, keep):
     """Both forward kernels: o and the last states, with `keep` also what `_KEPT` lists."""
-    *states, hk, hv = through_chunks((k, v), (s, s), gates, start or None)
-    o, *p = outputs(q, k, v, s, gates, *states, scale=scale, used=used, keep=keep)
+    *states, hk, hv = through_chunks((k, v), (s, s), log_decays, start or None)
+    o, *p = outputs(q, k, v, s, log_decays, *states, scale=scale, used=used, keep=keep)
     return (o, hk, hv, *p, *states) if keep else (o, hk, hv)
 
 
-def _backward(q, k, v, s, gates, p, key_states, value_states, do, dhk, dhv, *, scale):
+def _backward(q, k, v, s, log_decays, p, key_states, value_states, do, dhk, dhv, *, scale):
     """All backward kernels: the gradients of q, k, v, s, g and of the first states."""
-    B, T, H, _ = gates.shape
-    dlogits = logit_gradients(v, s, gates, value_states, p, do, scale=scale)
+    B, T, H, _ = log_decays.shape
+    dlogits = logit_gradients(v, s, log_decays, value_states, p, do, scale=scale)
     key_gradients, value_gradients, dhk, dhv = through_chunks(
-        (q, do), (dlogits, p), gates, (dhk, dhv), reverse=True
+        (q, do), (dlogits, p), log_decays, (dhk, dhv), reverse=True
     )
     dq, *of_keys = chunk_gradients(
-        q, k, dlogits, s, gates, key_states, key_gradients, rows_too=True
+        q, k, dlogits, s, log_decays, key_states, key_gradients, rows_too=True
     )
-    of_values = chunk_gradients(do, v, p, s, gates, value_states, value_gradients, rows_too=False)
+    of_values = chunk_gradients(
+        do, v, p, s, log_decays, value_states, value_gradients, rows_too=False
+    )
 
     def per_head(x):
         """The sum over a head's queries (and over the parts of its features)."""

@@ -5,125 +5,133 @@ x and y = do and v, w = p. `logit_gradients` reads do and v to make dlogits; the
 gradients can go from chunk to chunk; then `chunk_gradients`, once for each pass, makes the rest.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import chunks, mosaic
+from jla.pallas.common import chunks, mosaic, scratch
 from jla.pallas.common.chunks import CHUNK, LEVELS, TILE_WIDTH
-from jla.pallas.common.mosaic import TILE, bf16, f16, f32, load, per_row, product
+from jla.pallas.common.mosaic import WGMMA_LAYOUT, bf16, f16, f32, load, per_row, product
+from jla.pallas.common.scratch import barrier_for, fetch, fetch_each
 from jla.pallas.common.tiles import columns, row_sum, smem_tiles
 from jla.pallas.gsa import slots
 
 SDS = jax.ShapeDtypeStruct
 
 
-def logit_gradients(v, s, gates, value_states, p, do, *, scale):
+def logit_gradients(v, s, decay_operand, value_states, p, do, *, scale):
     """The gradient of the logits' products, q . Hk, of all chunks:
 
-        dp_i = exp(G_i) (do_i Hv^T) + sum_j (do_i . v_j) s_j exp(G_i - G_j),   j <= i
-        dlogits_i = scale p_i (dp_i - p_i . dp_i)
+    1.  dp_i = exp(G_i) (do_i Hv^T) + sum_j (do_i . v_j) s_j exp(G_i - G_j),   j <= i
+    2.  dlogits_i = scale p_i (dp_i - p_i . dp_i)
 
     Args:
-      v, s, gates, value_states: as `outputs.outputs` takes them; p as it returned it.
+      v, s, decay_operand, value_states: as `outputs.outputs` takes them; p as it returned it.
       do: [B, T, HQ, V] bf16.
 
     Returns:
       [B, T, HQ, M] bf16.
 
-    SMEM as `outputs`: do, v, Hv 16 KB each, p over do. Traffic at B=8 T=4096 HQ=H=16 V=128 M=64:
-    do, v, Hv 134 MB each, s, gates, p, dlogits 67 MB each: 0.67 GB, 0.16 ms at 4.3 TB/s.
-    Operations: 3800 instructions a warp and chunk, 0.33 ms: that is the prediction.
+    SMEM as `outputs`. Floor at B=8 T=4096 HQ=H=16 V=128 M=64: 0.67 GB, 0.16 ms at 4.3 TB/s; 3800
+    instructions a warp and chunk.
     """
     B, T, HQ, V = do.shape
     H, M = s.shape[2:]
-    N, group = -(-T // CHUNK), HQ // H
-    m_tiles = M // TILE_WIDTH
-    parts, v_tiles = slots.parts(V)
-
-    def body(
-        v_ref, s_ref, gates_ref, states_ref, p_ref, do_ref, out,
-        sdo, sv, sx, levels, ss, sg, near, loaded, p_loaded,
-    ):  # fmt: skip
-        b, n, head = (lax.axis_index(name) for name in ("b", "n", "h"))
-        rows, h = pl.ds(n * CHUNK, CHUNK), lax.div(head, group)
-
-        def fetch(part):
-            for i in range(v_tiles):
-                at = columns(part * v_tiles + i)
-                plgpu.copy_gmem_to_smem(do_ref.at[b, rows, head, at], sdo[i], loaded)
-                plgpu.copy_gmem_to_smem(v_ref.at[b, rows, h, at], sv[i], loaded)
-                for m in range(m_tiles):
-                    source = states_ref.at[b, h, n, at, columns(m)]
-                    plgpu.copy_gmem_to_smem(source, sx[i][m], loaded)
-
-        for m in range(m_tiles):
-            plgpu.copy_gmem_to_smem(gates_ref.at[b, rows, h, columns(m)], sg[m], near)
-            plgpu.copy_gmem_to_smem(s_ref.at[b, rows, h, columns(m)], ss[m], near)
-        fetch(0)
-        plgpu.barrier_wait(near)
-        slots.put_level_tiles(levels, ss, sg)
-        scores, reads = slots.products(fetch, loaded, parts, sdo[:v_tiles], sv, sx)
-        plgpu.commit_smem()
-        for m in range(m_tiles):
-            plgpu.copy_gmem_to_smem(p_ref.at[b, rows, head, columns(m)], sdo[m], p_loaded)
-        earlier = chunks.weights(chunks.up_to())
-        for m in range(m_tiles):
-            reads[m] *= chunks.decays(earlier, sg[m])
-        dp = slots.read(scores, reads, levels, ss)
-        plgpu.barrier_wait(p_loaded)
-        p = [load(sdo[m]) for m in range(m_tiles)]
-        weighted = [x * y for x, y in zip(p, dp, strict=True)]
-        # The rounded p do not sum to 1; without the division dlogits would not sum to 0, which
-        # tells where one slot has nearly all.
-        mean = per_row(row_sum(weighted) / row_sum(p), TILE_WIDTH)
-        for m in range(m_tiles):
-            sdo[m][...] = (scale * (weighted[m] - p[m] * mean)).astype(bf16)
-        plgpu.commit_smem()
-        for m in range(m_tiles):
-            plgpu.copy_smem_to_gmem(sdo[m], out.at[b, rows, head, columns(m)])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    return mosaic.kernel(
-        body,
+    m_tiles, (_, v_tiles) = M // TILE_WIDTH, slots.parts(V)
+    out = scratch.kernel(
+        functools.partial(_logits_body, group=HQ // H, scale=scale),
+        inputs=dict(
+            **dict(v=v, s=s, decay_operand=decay_operand, value_states=value_states, p=p, do=do)
+        ),
+        outputs=dict(dlogits=SDS((B, T, HQ, M), bf16)),
+        scratch=dict(
+            sdo=smem_tiles(max(v_tiles, m_tiles)),  # do, then p, then dlogits
+            sv=smem_tiles(v_tiles),
+            sx=[smem_tiles(m_tiles) for _ in range(v_tiles)],
+            **slots.near_scratch(m_tiles),
+            loaded=barrier_for(dict(do=v_tiles, v=v_tiles, states=v_tiles * m_tiles)),
+            p_loaded=barrier_for(dict(p=m_tiles)),
+        ),
         automatic_barriers=False,
-        out_type=SDS((B, T, HQ, M), bf16),
-        scratch_types=[
-            smem_tiles(max(v_tiles, m_tiles)),
-            smem_tiles(v_tiles),
-            [smem_tiles(m_tiles) for _ in range(v_tiles)],
-            smem_tiles(m_tiles, LEVELS),
-            smem_tiles(m_tiles),
-            smem_tiles(m_tiles, dtype=f16),
-            plgpu.Barrier(num_arrivals=2 * m_tiles),
-            plgpu.Barrier(num_arrivals=v_tiles * (2 + m_tiles)),
-            plgpu.Barrier(num_arrivals=m_tiles),
-        ],
-        grid=(B, N, HQ),
+        grid=(B, -(-T // CHUNK), HQ),
         grid_names=("b", "n", "h"),
-    )(v, s, gates, value_states, p, do)
+    )
+    return out.dlogits
 
 
-def chunk_gradients(x, y, w, s, gates, states, gradients, *, rows_too):
+def _logits_body(refs, *, group, scale):
+    b, n, head = (lax.axis_index(name) for name in ("b", "n", "h"))
+    rows, h = pl.ds(n * CHUNK, CHUNK), lax.div(head, group)
+    m_tiles, (parts, v_tiles) = len(refs.sg), slots.parts(refs.v.shape[3])
+    sdo = refs.sdo
+
+    def values(part):
+        for i in range(v_tiles):
+            at = columns(part * v_tiles + i)
+            yield refs.do.at[b, rows, head, at], sdo[i]
+            yield refs.v.at[b, rows, h, at], refs.sv[i]
+            for m in range(m_tiles):
+                yield refs.value_states.at[b, h, n, at, columns(m)], refs.sx[i][m]
+
+    def fetch_values(part):
+        fetch_each(values(part), refs.loaded)
+
+    slots.fetch_near(refs, (b, rows, h))
+    fetch_values(0)
+    plgpu.barrier_wait(refs.near)
+    slots.put_level_tiles(refs.levels, refs.ss, refs.sg)
+
+    # 1. dp.
+    scores, reads = slots.products(
+        fetch_values, refs.loaded, parts, sdo[:v_tiles], refs.sv, refs.sx
+    )
+    plgpu.commit_smem()
+    p = [(refs.p.at[b, rows, head, columns(m)], sdo[m]) for m in range(m_tiles)]
+    fetch(dict(p=p), refs.p_loaded)
+    earlier = chunks.mask_operand(chunks.up_to())
+    for m in range(m_tiles):
+        reads[m] *= chunks.decays(earlier, refs.sg[m])
+    dp = slots.read(scores, reads, refs.levels, refs.ss)
+
+    # 2. dlogits.
+    plgpu.barrier_wait(refs.p_loaded)
+    p = [load(sdo[m]) for m in range(m_tiles)]
+    weighted = [x * y for x, y in zip(p, dp, strict=True)]
+    # The rounded p do not sum to 1; without the division dlogits would not sum to 0, which
+    # tells where one slot has nearly all.
+    mean = per_row(row_sum(weighted) / row_sum(p), TILE_WIDTH)
+    for m in range(m_tiles):
+        sdo[m][...] = (scale * (weighted[m] - p[m] * mean)).astype(bf16)
+    plgpu.commit_smem()
+    for m in range(m_tiles):
+        plgpu.copy_smem_to_gmem(sdo[m], refs.dlogits.at[b, rows, head, columns(m)])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def chunk_gradients(x, y, w, s, decay_operand, states, gradients, *, rows_too):
     """The gradients of one pass, of the form sum_ij (x_i . y_j) A[i, j] with A from w and s, given
     the state X before each chunk and dX, the gradient of the one after it:
 
-        dx = A y + (w exp(G)) X^T;   dy = A^T x + (s exp(G_end - G)) dX^T
-        dw = exp(G) (x X)       + sum_j (x_i . y_j) s_j exp(G_i - G_j)      for dg alone
+    1.  dx = A y + (w exp(G)) X^T;   dy = A^T x + (s exp(G_end - G)) dX^T
+    2.  dw = exp(G) (x X)       + sum_j (x_i . y_j) s_j exp(G_i - G_j)      for dg alone
         ds = exp(G_end - G) (y dX) + sum_i (x_i . y_j) w_i exp(G_i - G_j)
 
-    and with dw and ds without their terms j = i, dG = w dw - s ds, whose reversed cumsum over the
-    chunk, with the border's terms, is dg: for all tokens what the chunk carries out,
-    exp(G_end) X dX, and for each what its predecessors write into the state after the chunk.
+    3.  dG = w dw - s ds, of dw and ds without their terms j = i
+
+    whose reversed cumsum over the chunk, with the border's terms (4.), is dg: for all tokens what
+    the chunk carries out, exp(G_end) X dX, and for each what its predecessors write into the state
+    after the chunk.
 
     All of it is linear in the features, so that each 128 of them are worked on alone; ds and dg are
     sums over their parts, and over the query heads of a group (what dX gives counts for the first).
 
     Args:
       x: [B, T, HQ, D] bf16. y: [B, T, H, D] bf16. w: [B, T, HQ, M] bf16.
-      s, gates: as `outputs.outputs` takes them.
+      s, decay_operand: as `outputs.outputs` takes them.
       states, gradients: X and dX, [B, H, N, D, M] bf16.
       rows_too: whether dx is wanted.
 
@@ -131,133 +139,168 @@ def chunk_gradients(x, y, w, s, gates, states, gradients, *, rows_too):
       dx (if wanted) and dy [B, T, HQ, D] bf16, ds [B, T, HQ * parts, M] bf16 and dg
       [B, L, HQ * parts, M] float32, L whole chunks.
 
-    One warpgroup for 128 features of a chunk; at M=64 112 KB of SMEM (x, y, X, dX 16 KB each, w, s,
-    gates, the symmetric products and two work tiles 8 KB each). Traffic at B=8 T=4096 HQ=H=16 D=128
-    M=64: x, y, X, dX, dx, dy 134 MB each, w, s, gates, ds 67 MB each, dg 134 MB: 1.2 GB, 0.28 ms at
-    4.3 TB/s. Operations: 6700 instructions a warp and chunk (6400 without dx), at 1.6 a clock of
-    eight warps 0.6 ms: that is the prediction.
+    One warpgroup for 128 features of a chunk; 112 KB of SMEM at M=64. Floor at B=8 T=4096 HQ=H=16
+    D=128 M=64: 1.2 GB, 0.28 ms at 4.3 TB/s; 6700 instructions a warp and chunk (6400 without dx).
     """
     B, T, HQ, D = x.shape
     H, M = s.shape[2:]
-    N, group = -(-T // CHUNK), HQ // H
-    m_tiles = M // TILE_WIDTH
+    N, m_tiles = -(-T // CHUNK), M // TILE_WIDTH
     parts, d_tiles = slots.parts(D)
-
-    def body(x_ref, y_ref, w_ref, s_ref, gates_ref, states_ref, gradients_ref, *refs):
-        outs, (sx, sy, sw, ss, sg, states, gradients, pairs, work, loaded) = refs[:-10], refs[-10:]
-        *dx_out, dy_out, ds_out, dg_out = outs
-        b, n, head, part = (lax.axis_index(name) for name in ("b", "n", "h", "part"))
-        rows, h = pl.ds(n * CHUNK, CHUNK), lax.div(head, group)
-        out_head = head * parts + part
-
-        for i in range(d_tiles):
-            at = columns(part * d_tiles + i)
-            plgpu.copy_gmem_to_smem(x_ref.at[b, rows, head, at], sx[i], loaded)
-            plgpu.copy_gmem_to_smem(y_ref.at[b, rows, h, at], sy[i], loaded)
-            for m in range(m_tiles):
-                for source, target in ((states_ref, states), (gradients_ref, gradients)):
-                    tile = source.at[b, h, n, at, columns(m)]
-                    plgpu.copy_gmem_to_smem(tile, target[i][m], loaded)
-        for m in range(m_tiles):
-            plgpu.copy_gmem_to_smem(w_ref.at[b, rows, head, columns(m)], sw[m], loaded)
-            plgpu.copy_gmem_to_smem(s_ref.at[b, rows, h, columns(m)], ss[m], loaded)
-            plgpu.copy_gmem_to_smem(gates_ref.at[b, rows, h, columns(m)], sg[m], loaded)
-        plgpu.barrier_wait(loaded)
-
-        # For j < i the products x_i . y_j, for j > i x_j . y_i.
-        both = product(*((a, b.T) for a, b in zip(sy, sx, strict=True)))
-        one = product(*((a, b.T) for a, b in zip(sx, sy, strict=True)))
-        own = jnp.where(chunks.diagonal(), one, 0.0).sum(axis=1)
-        pairs[...] = jnp.where(chunks.up_to(strict=True), one, both).astype(bf16)
-
-        a = None
-        for m in range(m_tiles):
-            before = chunks.decays(chunks.weights(chunks.up_to()), sg[m])
-            dw = before * product(*((tile, x[m]) for tile, x in zip(sx, states, strict=True)))
-            a_m, dw, ds = _through_levels(sw[m], ss[m], sg[m], pairs, work[0], dw)
-            a = a_m if a is None else a + a_m
-            if m + 1 == m_tiles:
-                pairs[...] = a.astype(bf16)
-
-            # In this order few tiles live at a time. The cumsum cancels, and so needs 16 bits.
-            signed = load(sw[m]) * dw - load(ss[m]) * ds
-            plgpu.commit_smem()
-            work[0][...], work[1][...] = mosaic.split(signed)
-            plgpu.commit_smem()
-            onwards = chunks.weights(chunks.from_on(), bf16)
-            dg = product((onwards, work[0]), (onwards, work[1]))
-
-            after = chunks.decays(chunks.weights(chunks.from_on(strict=True)), sg[m])
-            if group > 1:
-                after = mosaic.where(lax.rem(head, group) == 0, after)
-            end = after * product(*((tile, x[m]) for tile, x in zip(sy, gradients, strict=True)))
-            ds = (ds + end + load(sw[m]) * per_row(own, TILE_WIDTH)).astype(bf16)
-            plgpu.commit_smem()
-            writes = load(ss[m])
-            work[0][...] = (end * writes).astype(bf16)
-            ss[m][...] = (writes * after).astype(bf16)  # for dy
-            everywhere = chunks.everywhere()
-            carried = _carried(states, gradients, m)
-            carried *= jnp.exp2(product((chunks.weights(everywhere), sg[m])))
-            if group > 1:
-                carried = mosaic.where(lax.rem(head, group) == 0, carried)
-            work[1][...] = carried.astype(bf16)
-            plgpu.commit_smem()
-            earlier = chunks.weights(chunks.up_to(strict=True), bf16)
-            border = (earlier, work[0]), (chunks.weights(everywhere, bf16), work[1])
-            dg_out.at[b, rows, out_head, columns(m)][...] = product(*border, init=dg)
-
-            if rows_too:
-                before = chunks.decays(chunks.weights(chunks.up_to()), sg[m])
-                sw[m][...] = (load(sw[m]) * before).astype(bf16)  # for dx
-            plgpu.commit_smem()
-            work[0][...] = ds
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(work[0], ds_out.at[b, rows, out_head, columns(m)])
-            if m + 1 < m_tiles:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-        dx, dy = [], []
-        for i in range(d_tiles):
-            end = ((ss[m], gradients[i][m].T) for m in range(m_tiles))
-            dy.append(product((pairs.T, sx[i]), *end).astype(bf16))
-            if rows_too:
-                start = ((sw[m], states[i][m].T) for m in range(m_tiles))
-                dx.append(product((pairs, sy[i]), *start).astype(bf16))
-        plgpu.commit_smem()
-        for tiles, results, out in ((sx, dx, dx_out), (sy, dy, [dy_out])):
-            for i, result in enumerate(results):
-                tiles[i][...] = result
-            plgpu.commit_smem()
-            for i in range(len(results)):
-                at = columns(part * d_tiles + i)
-                plgpu.copy_smem_to_gmem(tiles[i], out[0].at[b, rows, head, at])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
     features = SDS((B, T, HQ, D), bf16)
-    return mosaic.kernel(
-        body,
+    states_tiles = d_tiles * m_tiles
+    out = scratch.kernel(
+        functools.partial(_gradients_body, group=HQ // H, parts=parts),
+        inputs=dict(
+            **dict(x=x, y=y, w=w, s=s, decay_operand=decay_operand),
+            **dict(states=states, gradients=gradients),
+        ),
+        outputs=dict(
+            dx=features if rows_too else None,
+            dy=features,
+            ds=SDS((B, T, HQ * parts, M), bf16),
+            dg=SDS((B, N * CHUNK, HQ * parts, M), f32),
+        ),
+        scratch=dict(
+            sx=smem_tiles(d_tiles),  # x, then dx
+            sy=smem_tiles(d_tiles),  # y, then dy
+            sw=smem_tiles(m_tiles),  # w, then w exp(G)
+            ss=smem_tiles(m_tiles),  # s, then s exp(G_end - G)
+            sg=smem_tiles(m_tiles, dtype=f16),  # of `decay_operand`
+            sstates=[smem_tiles(m_tiles) for _ in range(d_tiles)],
+            sgradients=[smem_tiles(m_tiles) for _ in range(d_tiles)],
+            pairs=mosaic.tile(CHUNK, CHUNK),  # the products of x and y, then A
+            work=smem_tiles(2),
+            loaded=barrier_for(
+                dict(x=d_tiles, y=d_tiles, states=states_tiles, gradients=states_tiles)
+                | dict(w=m_tiles, s=m_tiles, decay_operand=m_tiles)
+            ),
+        ),
         automatic_barriers=False,
-        out_type=[
-            *[features] * (2 if rows_too else 1),
-            SDS((B, T, HQ * parts, M), bf16),
-            SDS((B, N * CHUNK, HQ * parts, M), f32),
-        ],
-        scratch_types=[
-            smem_tiles(d_tiles),
-            smem_tiles(d_tiles),
-            smem_tiles(m_tiles),
-            smem_tiles(m_tiles),
-            smem_tiles(m_tiles, dtype=f16),
-            [smem_tiles(m_tiles) for _ in range(d_tiles)],
-            [smem_tiles(m_tiles) for _ in range(d_tiles)],
-            mosaic.tile(CHUNK, CHUNK),
-            smem_tiles(2),
-            plgpu.Barrier(num_arrivals=2 * d_tiles * (1 + m_tiles) + 3 * m_tiles),
-        ],
         grid=(B, N, HQ, parts),
         grid_names=("b", "n", "h", "part"),
-    )(x, y, w, s, gates, states, gradients)
+    )
+    return tuple(x for x in out if x is not None)
+
+
+def _gradients_body(refs, *, group, parts):
+    b, n, head, part = (lax.axis_index(name) for name in ("b", "n", "h", "part"))
+    rows, h = pl.ds(n * CHUNK, CHUNK), lax.div(head, group)
+    out_head = head * parts + part
+    d_tiles, m_tiles = len(refs.sx), len(refs.sg)
+    rows_too = refs.dx is not None
+
+    def loads():
+        for i in range(d_tiles):
+            at = columns(part * d_tiles + i)
+            yield refs.x.at[b, rows, head, at], refs.sx[i]
+            yield refs.y.at[b, rows, h, at], refs.sy[i]
+            for m in range(m_tiles):
+                yield refs.states.at[b, h, n, at, columns(m)], refs.sstates[i][m]
+                yield refs.gradients.at[b, h, n, at, columns(m)], refs.sgradients[i][m]
+        for m in range(m_tiles):
+            yield refs.w.at[b, rows, head, columns(m)], refs.sw[m]
+            yield refs.s.at[b, rows, h, columns(m)], refs.ss[m]
+            yield refs.decay_operand.at[b, rows, h, columns(m)], refs.sg[m]
+
+    fetch_each(loads(), refs.loaded)
+    plgpu.barrier_wait(refs.loaded)
+    own = _put_pairs(refs)
+
+    def of_first_head(x):
+        """What the states give counts for a group's first query head."""
+        return mosaic.where(lax.rem(head, group) == 0, x) if group > 1 else x
+
+    a = None
+    for m in range(m_tiles):
+        # 2. and A, through the chunk's own pairs.
+        before = chunks.decays(chunks.mask_operand(chunks.up_to()), refs.sg[m])
+        states = (x[m] for x in refs.sstates)
+        dw = before * product(*((tile, x) for tile, x in zip(refs.sx, states, strict=True)))
+        a_m, dw, ds = _through_levels(
+            refs.sw[m], refs.ss[m], refs.sg[m], refs.pairs, refs.work[0], dw
+        )
+        a = a_m if a is None else a + a_m
+        if m + 1 == m_tiles:
+            refs.pairs[...] = a.astype(bf16)
+        # In this order few tiles live at a time.
+        dg = _cumulated(refs, m, dw, ds)
+        ds, dg = _from_the_end(refs, m, own, ds, dg, of_first_head)
+        refs.dg.at[b, rows, out_head, columns(m)][...] = dg
+        if rows_too:
+            before = chunks.decays(chunks.mask_operand(chunks.up_to()), refs.sg[m])
+            refs.sw[m][...] = (load(refs.sw[m]) * before).astype(bf16)  # for dx
+        plgpu.commit_smem()
+        refs.work[0][...] = ds
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(refs.work[0], refs.ds.at[b, rows, out_head, columns(m)])
+        if m + 1 < m_tiles:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    dx, dy = _of_features(refs, rows_too)
+    plgpu.commit_smem()
+    for tiles, results, out in ((refs.sx, dx, refs.dx), (refs.sy, dy, refs.dy)):
+        for i, result in enumerate(results):
+            tiles[i][...] = result
+        plgpu.commit_smem()
+        for i in range(len(results)):
+            at = columns(part * d_tiles + i)
+            plgpu.copy_smem_to_gmem(tiles[i], out.at[b, rows, head, at])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _put_pairs(refs):
+    """The products of tokens: for j < i x_i . y_j, for j > i x_j . y_i. Returns those for j = i."""
+    both = product(*((a, b.T) for a, b in zip(refs.sy, refs.sx, strict=True)))
+    one = product(*((a, b.T) for a, b in zip(refs.sx, refs.sy, strict=True)))
+    own = jnp.where(chunks.diagonal(), one, 0.0).sum(axis=1)
+    refs.pairs[...] = jnp.where(chunks.up_to(strict=True), one, both).astype(bf16)
+    return own
+
+
+def _cumulated(refs, m, dw, ds):
+    """3. The reversed cumsum of dG, of slot tile m. It cancels, and so needs 16 bits."""
+    work = refs.work
+    signed = load(refs.sw[m]) * dw - load(refs.ss[m]) * ds
+    plgpu.commit_smem()
+    work[0][...], work[1][...] = mosaic.split(signed)
+    plgpu.commit_smem()
+    onwards = chunks.mask_operand(chunks.from_on(), bf16)
+    return product((onwards, work[0]), (onwards, work[1]))
+
+
+def _from_the_end(refs, m, own, ds, dg, of_first_head):
+    """4. ds and dg of slot tile m with what the state's gradient adds; s exp(G_end - G) for dy."""
+    work, ss, sg = refs.work, refs.ss[m], refs.sg[m]
+    after = chunks.decays(chunks.mask_operand(chunks.from_on(strict=True)), sg)
+    after = of_first_head(after)
+    gradients = (x[m] for x in refs.sgradients)
+    end = after * product(*((tile, x) for tile, x in zip(refs.sy, gradients, strict=True)))
+    ds = (ds + end + load(refs.sw[m]) * per_row(own, TILE_WIDTH)).astype(bf16)
+    plgpu.commit_smem()
+    writes = load(ss)
+    work[0][...] = (end * writes).astype(bf16)
+    ss[...] = (writes * after).astype(bf16)
+    everywhere = chunks.everywhere()
+    carried = _carried(refs.sstates, refs.sgradients, m)
+    carried *= jnp.exp2(product((chunks.mask_operand(everywhere), sg)))
+    work[1][...] = of_first_head(carried).astype(bf16)
+    plgpu.commit_smem()
+    earlier = chunks.mask_operand(chunks.up_to(strict=True), bf16)
+    border = (earlier, work[0]), (chunks.mask_operand(everywhere, bf16), work[1])
+    return ds, product(*border, init=dg)
+
+
+def _of_features(refs, rows_too):
+    """1. dx (or none) and dy, in bf16 tiles."""
+    dx, dy = [], []
+    slot_tiles = range(len(refs.sg))
+    for i in range(len(refs.sx)):
+        end = ((refs.ss[m], refs.sgradients[i][m].T) for m in slot_tiles)
+        dy.append(product((refs.pairs.T, refs.sx[i]), *end).astype(bf16))
+        if rows_too:
+            start = ((refs.sw[m], refs.sstates[i][m].T) for m in slot_tiles)
+            dx.append(product((refs.pairs, refs.sy[i]), *start).astype(bf16))
+    return dx, dy
 
 
 def _through_levels(sw, ss, sg, pairs, work, dw):
@@ -267,17 +310,17 @@ def _through_levels(sw, ss, sg, pairs, work, dw):
     it reads and ds where it is read.
 
     Args:
-      sw, ss, sg: its weights, writes and gates. pairs: the symmetric products. work: overwritten.
+      sw, ss, sg: its w, s and log decays. pairs: the symmetric products. work: overwritten.
       dw: what is to be added to.
     """
     own = jnp.where(chunks.diagonal(), product((sw, ss.T)), 0.0)
 
     def level_step(level, carry):
         a, dw, ds = carry
-        decay = chunks.decays(chunks.weights(chunks.level_decay_mask(level)), sg)
+        decay = chunks.decays(chunks.mask_operand(chunks.level_decay_mask(level)), sg)
         reads = chunks.level_reads(level, bf16)
-        tokens = plgpu.load(sw, layout=TILE) * per_row(reads, TILE_WIDTH)
-        tokens += plgpu.load(ss, layout=TILE) * per_row(1 - reads, TILE_WIDTH)
+        tokens = plgpu.load(sw, layout=WGMMA_LAYOUT) * per_row(reads, TILE_WIDTH)
+        tokens += plgpu.load(ss, layout=WGMMA_LAYOUT) * per_row(1 - reads, TILE_WIDTH)
         tokens *= decay.astype(bf16)
         plgpu.commit_smem()
         work[...] = tokens

@@ -21,8 +21,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common import chunks, mosaic
 from jla.pallas.common.chunks import LEVELS, TILE_WIDTH
-from jla.pallas.common.mosaic import TILE, bf16, load, per_row, product
-from jla.pallas.common.tiles import over_tiles, row_sum
+from jla.pallas.common.mosaic import WGMMA_LAYOUT, bf16, f16, load, per_row, product
+from jla.pallas.common.scratch import barrier_for, fetch_each
+from jla.pallas.common.tiles import columns, over_tiles, row_sum, smem_tiles
 
 PART = 128  # features that SMEM holds at once
 
@@ -33,17 +34,38 @@ def parts(features):
     return features // width, width // TILE_WIDTH
 
 
-def put_level_tiles(levels, writes, gates):
-    """Makes the levels' tiles, [6, 64, 64] of each slot tile, from its writes and gates."""
+def near_scratch(m_tiles):
+    """What both kernels that read slots have in SMEM of the chunk's own tokens."""
+    return dict(
+        levels=smem_tiles(m_tiles, LEVELS),  # see `put_level_tiles`
+        ss=smem_tiles(m_tiles),
+        sg=smem_tiles(m_tiles, dtype=f16),  # of `decay_operand`
+        near=barrier_for(dict(decay_operand=m_tiles, s=m_tiles)),
+    )
+
+
+def fetch_near(refs, place):
+    """Starts to load s and `decay_operand`; place: the batch row, the tokens and the head."""
+
+    def copies():
+        for m, (s, g) in enumerate(zip(refs.ss, refs.sg, strict=True)):
+            yield refs.decay_operand.at[*place, columns(m)], g
+            yield refs.s.at[*place, columns(m)], s
+
+    fetch_each(copies(), refs.near)
+
+
+def put_level_tiles(levels, writes, log_decays):
+    """Makes the levels' tiles, [6, 64, 64] of each slot tile, from its writes and log decays."""
 
     def level_step(level, carry):
-        mask = chunks.weights(chunks.level_decay_mask(level))
+        mask = chunks.mask_operand(chunks.level_decay_mask(level))
         reads = chunks.level_reads(level, bf16)
         is_read = per_row(1 - reads, TILE_WIDTH)
         reads = per_row(reads, TILE_WIDTH)
-        for tiles, s, g in zip(levels, writes, gates, strict=True):
+        for tiles, s, g in zip(levels, writes, log_decays, strict=True):
             decay = chunks.decays(mask, g).astype(bf16)
-            tiles.at[level][...] = decay * (plgpu.load(s, layout=TILE) * is_read + reads)
+            tiles.at[level][...] = decay * (plgpu.load(s, layout=WGMMA_LAYOUT) * is_read + reads)
         return carry
 
     lax.fori_loop(0, LEVELS, level_step, None)
@@ -103,7 +125,7 @@ def scores(w, levels, writes):
 
     def level_step(level, scores):
         pairs = (
-            (x * plgpu.load(tiles.at[level], layout=TILE), tiles.at[level].T)
+            (x * plgpu.load(tiles.at[level], layout=WGMMA_LAYOUT), tiles.at[level].T)
             for x, tiles in zip(w, levels, strict=True)
         )
         return jnp.where(chunks.before_half(level), product(*pairs), scores)

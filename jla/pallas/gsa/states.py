@@ -1,8 +1,8 @@
 """The two states of Gated Slot Attention from chunk to chunk, and their gradients in reverse.
 
 Both states, and both of their gradients, follow one rule. With X [D, M], a row for each feature
-and a column for each slot (X = Hk, or X = Hv^T), a chunk's features x [64, D], its weights w
-[64, M]:
+and a column for each slot (X = Hk, or X = Hv^T), a chunk's features x [64, D], and a number w
+for each slot, [64, M]:
 
     forward:  X <- X Diag(exp G_end) + x^T (w exp(G_end - G))     x = k or v, w = s
     reverse:  X <- X Diag(exp G_end) + x^T (w exp(G))             x = q or do, w = dlogits or p
@@ -12,6 +12,9 @@ heads can be cut into pieces: one pass makes each piece's end from zeros, elemen
 them, and a second pass runs all pieces from their true starts.
 """
 
+import collections
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,24 +22,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla._core.exchange import join
-from jla.pallas.common import chunks, mosaic
+from jla.pallas.common import chunks, mosaic, scratch
 from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
-from jla.pallas.common.mosaic import TILE, bf16, f16, f32
+from jla.pallas.common.mosaic import WGMMA_LAYOUT, bf16, f16, f32
 from jla.pallas.common.pieces import number_of_pairs
 from jla.pallas.common.recurrence import piece
+from jla.pallas.common.scratch import barrier_for, fetch_each
 from jla.pallas.common.tiles import columns, smem_tiles
 
 SDS = jax.ShapeDtypeStruct
 
 
-def through_chunks(features, weights, gates, starts, *, reverse=False, pieces=None):
+def through_chunks(features, by_slot, log_decays, starts, *, reverse=False, pieces=None):
     """Both states before each chunk, and the last; in reverse, the gradients of those after it.
 
     Args:
       features: x of either state, [B, T, HX, K] and [B, T, HX, V] bf16, HX a multiple of H; what
         the heads of a group contribute is added.
-      weights: w of either state, [B, T, HX, M] bf16.
-      gates: [B, T, H, M] float16, from `chunks.gates`.
+      by_slot: w of either state, [B, T, HX, M] bf16.
+      log_decays: [B, T, H, M] float16, from `chunks.decay_operand`.
       starts: the first states, [B, H, K, M] and [B, H, M, V] float32, or None for zeros.
       pieces: for tests; by default their number follows from the shapes.
 
@@ -44,7 +48,7 @@ def through_chunks(features, weights, gates, starts, *, reverse=False, pieces=No
       X at the chunks' borders, [B, H, N, K, M] and [B, H, N, V, M] bf16, and the last states, as
       `starts`.
     """
-    B, T, H, M = gates.shape
+    B, T, H, M = log_decays.shape
     N = _chunks(T)
     K, V = (x.shape[-1] for x in features)
     if pieces is None:
@@ -53,9 +57,9 @@ def through_chunks(features, weights, gates, starts, *, reverse=False, pieces=No
         starts = jnp.zeros((B, H, K, M), f32), jnp.zeros((B, H, M, V), f32)
     starts = tuple(x[None] for x in starts)
     if pieces > 1:
-        *ends, decays = _run(features, weights, gates, None, pieces, reverse=reverse)
+        *ends, decays = _run(features, by_slot, log_decays, None, pieces, reverse=reverse)
         starts = _join(ends, decays, starts, reverse=reverse)
-    *states, hk, hv = _run(features, weights, gates, starts, pieces, reverse=reverse)
+    *states, hk, hv = _run(features, by_slot, log_decays, starts, pieces, reverse=reverse)
     last = 0 if reverse else -1
     return (*states, hk[last], hv[last])
 
@@ -78,196 +82,233 @@ def _blocks(K, V, M):
     return (K + V) // _width(K, V, M)
 
 
-def _run(features, weights, gates, starts, pieces, *, reverse):
+def _run(features, by_slot, log_decays, starts, pieces, *, reverse):
     """The kernel: all pieces from `starts`, [P, B, H, ...], with the states at the chunks' borders
     and the pieces' last states, [P, B, H, ...]; or from zeros (None) all pieces that others follow.
     Then it returns their last states, [P - 1, ...], and sums of log decays, [P - 1, B, H, 64, M]
     in equal rows.
 
     One warpgroup has 128 features of either state (64 if M > 64) in registers for a whole piece.
-    The chunk's operands are loaded two chunks ahead into a ring of three (two if M > 64); the
-    weights are decayed in place.
-
-    Traffic at B=8 T=4096 H=16 K=V=128 M=64, forward: k, v 134 MB each, s, gates 67 MB each (twice
-    into SMEM, the second time from L2), states out 268 MB: 0.67 GB, 0.156 ms at 4.3 TB/s; in
-    reverse 67 MB more. Operations: about 450 instructions a warp and chunk, two CTAs a
-    multiprocessor: 0.06 ms of issue. Prediction: 0.18 ms.
+    The chunk's operands are loaded two chunks ahead into a ring of three (two if M > 64); w is
+    decayed in place. Floor at B=8 T=4096 H=16 K=V=128 M=64: forward 0.67 GB, 0.156 ms at 4.3 TB/s,
+    in reverse 67 MB more; 450 instructions a warp and chunk.
     """
-    B, T, H, M = gates.shape
+    B, T, H, M = log_decays.shape
     K, V = (x.shape[-1] for x in features)
     group = features[0].shape[2] // H
-    N = _chunks(T)
-    width = _width(K, V, M)
+    N, width = _chunks(T), _width(K, V, M)
     tiles, m_tiles = width // TILE_WIDTH, M // TILE_WIDTH
     stages = 3 if M == TILE_WIDTH else 2
-    key_blocks = K // width
     keep = starts is not None
     P = pieces if keep else pieces - 1
     skipped = pieces - P if reverse else 0
-
-    def body(*refs):
-        k_ref, v_ref, kw_ref, vw_ref, gates_ref, *refs = refs
-        if keep:
-            k_start, v_start, k_states, v_states, *refs = refs
-        k_end, v_end, *refs = refs
-        if not keep:
-            sums_out, *refs = refs
-        sx, sw, sg, so, loaded = refs
-        p, b, h, block = (lax.axis_index(name) for name in ("p", "b", "h", "block"))
-        first, count = piece(p + skipped, pieces, N)
-        steps = count * group
-        sides = (
-            (block < key_blocks, k_ref, kw_ref, block * width),
-            (block >= key_blocks, v_ref, vw_ref, (block - key_blocks) * width),
-        )
-
-        def chunk(step):
-            i = _divide(step, group)
-            return first + (count - 1 - i if reverse else i)
-
-        def fetch(step):
-            slot, rows = _modulo(step, stages), pl.ds(chunk(step) * CHUNK, CHUNK)
-            head = h * group + _modulo(step, group)
-            for mine, x_ref, w_ref, feature in sides:
-
-                @pl.when(mine)
-                def _(x_ref=x_ref, w_ref=w_ref, feature=feature):
-                    for i in range(tiles):
-                        part = pl.ds(feature + i * TILE_WIDTH, TILE_WIDTH)
-                        source = x_ref.at[b, rows, head, part]
-                        plgpu.copy_gmem_to_smem(source, sx[i].at[slot], loaded.at[slot])
-                    for m in range(m_tiles):
-                        source = w_ref.at[b, rows, head, columns(m)]
-                        plgpu.copy_gmem_to_smem(source, sw[m].at[slot], loaded.at[slot])
-
-            for m in range(m_tiles):
-                source = gates_ref.at[b, rows, h, columns(m)]
-                plgpu.copy_gmem_to_smem(source, sg[m].at[slot], loaded.at[slot])
-
-        mask = chunks.weights(chunks.up_to() if reverse else chunks.from_on(strict=True))
-        everything = chunks.weights(chunks.everywhere())
-
-        def step(index, carry):
-            state, sums = carry
-            following = index + stages - 1
-            pl.when(following < steps)(lambda: fetch(following))
-            slot = _modulo(index, stages)
-            first_of_chunk = _modulo(index, group) == 0
-            if keep:
-
-                @pl.when(first_of_chunk)
-                def _():
-                    put(index, state)
-
-            plgpu.barrier_wait(loaded.at[slot])
-            for m in range(m_tiles):
-                decay = chunks.decays(mask, sg[m].at[slot]).astype(bf16)
-                weights = plgpu.load(sw[m].at[slot], layout=TILE)
-                sw[m].at[slot][...] = weights * decay
-            plgpu.commit_smem()
-            new, new_sums = [], []
-            for m in range(m_tiles):
-                total = mosaic.product((everything, sg[m].at[slot]))
-                if group > 1:  # the chunk's decay counts once
-                    total = jnp.where(jnp.broadcast_to(first_of_chunk, total.shape), total, 0.0)
-                if not keep:
-                    new_sums.append(sums[m] + total)
-                total = jnp.exp2(total)
-                for i in range(tiles):
-                    kept = state[m * tiles + i] * total
-                    pair = sx[i].at[slot].T, sw[m].at[slot]
-                    new.append(mosaic.product(pair, init=kept))
-            plgpu.commit_smem()  # all warps are done with this slot
-            return tuple(new), tuple(new_sums)
-
-        def put(index, state):
-            """Sends the state to memory, rounded."""
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for m in range(m_tiles):
-                for i in range(tiles):
-                    so[m][i][...] = state[m * tiles + i].astype(bf16)
-            plgpu.commit_smem()
-            n = chunk(index)
-            for (mine, _, _, feature), out in zip(sides, (k_states, v_states), strict=True):
-
-                @pl.when(mine)
-                def _(feature=feature, out=out):
-                    for m in range(m_tiles):
-                        for i in range(tiles):
-                            part = pl.ds(feature + i * TILE_WIDTH, TILE_WIDTH)
-                            target = out.at[b, h, n, part, columns(m)]
-                            plgpu.copy_smem_to_gmem(so[m][i], target)
-
-        for i in range(stages - 1):
-            pl.when(i < steps)(lambda i=i: fetch(i))
-        order = [(m, i) for m in range(m_tiles) for i in range(tiles)]
-
-        def zeros(number):
-            zero = jnp.zeros((TILE_WIDTH, TILE_WIDTH), f32)
-            return tuple(plgpu.layout_cast(zero, TILE) for _ in range(number))
-
-        def rows_of(ref, feature, m, i):
-            return ref.at[p, b, h, pl.ds(feature + i * TILE_WIDTH, TILE_WIDTH), columns(m)]
-
-        def columns_of(ref, feature, m, i):
-            return ref.at[p, b, h, columns(m), pl.ds(feature + i * TILE_WIDTH, TILE_WIDTH)]
-
-        (is_key, _, _, key_feature), (is_value, _, _, value_feature) = sides
-        if keep:
-
-            def of_keys():
-                return tuple(
-                    mosaic.load(rows_of(k_start, key_feature, *at), optimized=False) for at in order
-                )
-
-            def of_values():
-                return tuple(
-                    mosaic.load_transposed(columns_of(v_start, value_feature, *at)) for at in order
-                )
-
-            state = lax.cond(is_key, of_keys, of_values)
-        else:
-            state = zeros(len(order))
-        sums = () if keep else zeros(m_tiles)
-        state, sums = lax.fori_loop(0, steps, step, (state, sums))
-
-        @pl.when(is_key)
-        def _():
-            for at, x in zip(order, state, strict=True):
-                rows_of(k_end, key_feature, *at)[...] = x
-
-        @pl.when(is_value)
-        def _():
-            for at, x in zip(order, state, strict=True):
-                mosaic.store_transposed(columns_of(v_end, value_feature, *at), x)
-
-        if keep:
-            plgpu.wait_smem_to_gmem(0)
-        else:
-
-            @pl.when(block == 0)
-            def _():
-                for m in range(m_tiles):
-                    sums_out[p, b, h, :, columns(m)] = sums[m]
-
-    out_type = [SDS((P, B, H, K, M), f32), SDS((P, B, H, M, V), f32)]
-    if keep:
-        out_type = [SDS((B, H, N, K, M), bf16), SDS((B, H, N, V, M), bf16), *out_type]
-    else:
-        out_type.append(SDS((P, B, H, CHUNK, M), f32))
-    return mosaic.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=[
-            smem_tiles(tiles, stages),
-            smem_tiles(m_tiles, stages),
-            smem_tiles(m_tiles, stages, dtype=f16),
-            [smem_tiles(tiles) for _ in range(m_tiles)],
-            plgpu.Barrier(num_arrivals=tiles + 2 * m_tiles, num_barriers=stages),
-        ],
+    hk_start, hv_start = starts if keep else (None, None)
+    out = scratch.kernel(
+        functools.partial(
+            _body, of_piece=lambda p: piece(p + skipped, pieces, N), group=group, reverse=reverse
+        ),
+        inputs=dict(
+            **dict(keys=features[0], values=features[1], by_key=by_slot[0], by_value=by_slot[1]),
+            **dict(decay_operand=log_decays, hk_start=hk_start, hv_start=hv_start),
+        ),
+        outputs=dict(
+            hk_states=SDS((B, H, N, K, M), bf16) if keep else None,
+            hv_states=SDS((B, H, N, V, M), bf16) if keep else None,
+            **dict(hk_end=SDS((P, B, H, K, M), f32), hv_end=SDS((P, B, H, M, V), f32)),
+            sums=None if keep else SDS((P, B, H, CHUNK, M), f32),
+        ),
+        scratch=dict(
+            sx=smem_tiles(tiles, stages),
+            sw=smem_tiles(m_tiles, stages),  # w, then w with its decays
+            sg=smem_tiles(m_tiles, stages, dtype=f16),  # of `decay_operand`
+            so=[smem_tiles(tiles) for _ in range(m_tiles)],
+            loaded=barrier_for(dict(x=tiles, w=m_tiles, decay_operand=m_tiles), stages),
+        ),
         grid=(P, B, H, _blocks(K, V, M)),
         grid_names=("p", "b", "h", "block"),
-    )(*features, *weights, gates, *(starts or ()))
+    )
+    return tuple(x for x in out if x is not None)
+
+
+# A state's side of the kernel: whether this CTA has a part of this state, the arrays that it is
+# made of and returned as, and the CTA's first feature. The CTAs of Hk come before those of Hv.
+Side = collections.namedtuple("Side", "mine x w start states end feature")
+
+
+def _sides(refs, block):
+    width = len(refs.sx) * TILE_WIDTH
+    key_blocks = refs.keys.shape[3] // width
+    of_keys = refs.keys, refs.by_key, refs.hk_start, refs.hk_states, refs.hk_end
+    of_values = refs.values, refs.by_value, refs.hv_start, refs.hv_states, refs.hv_end
+    return (
+        Side(block < key_blocks, *of_keys, block * width),
+        Side(block >= key_blocks, *of_values, (block - key_blocks) * width),
+    )
+
+
+def _body(refs, *, of_piece, group, reverse):
+    p, b, h, block = (lax.axis_index(name) for name in ("p", "b", "h", "block"))
+    first, count = of_piece(p)
+    tiles, m_tiles, stages = len(refs.sx), len(refs.sg), refs.sg[0].shape[0]
+    keep = refs.hk_states is not None
+    steps = count * group
+    sides = _sides(refs, block)
+
+    def chunk(step):
+        i = _divide(step, group)
+        return first + (count - 1 - i if reverse else i)
+
+    def load(step):
+        slot, rows = _modulo(step, stages), pl.ds(chunk(step) * CHUNK, CHUNK)
+        _fetch(refs, sides, (b, rows, h), h * group + _modulo(step, group), slot)
+
+    mask = chunks.mask_operand(chunks.up_to() if reverse else chunks.from_on(strict=True))
+    everything = chunks.mask_operand(chunks.everywhere())
+
+    def step(index, carry):
+        state, sums = carry
+        following = index + stages - 1
+        pl.when(following < steps)(lambda: load(following))
+        slot = _modulo(index, stages)
+        first_of_chunk = _modulo(index, group) == 0
+        if keep:
+
+            @pl.when(first_of_chunk)
+            def _():
+                _round(refs, state)
+                _send(refs, sides, (b, h, chunk(index)))
+
+        plgpu.barrier_wait(refs.loaded.at[slot])
+        # w exp(G_end - G), or w exp(G).
+        for m in range(m_tiles):
+            decay = chunks.decays(mask, refs.sg[m].at[slot]).astype(bf16)
+            w = plgpu.load(refs.sw[m].at[slot], layout=WGMMA_LAYOUT)
+            refs.sw[m].at[slot][...] = w * decay
+        plgpu.commit_smem()
+        # X <- X Diag(exp G_end) + x^T w
+        new, new_sums = [], []
+        for m in range(m_tiles):
+            total = mosaic.product((everything, refs.sg[m].at[slot]))
+            if group > 1:  # the chunk's decay counts once
+                total = jnp.where(jnp.broadcast_to(first_of_chunk, total.shape), total, 0.0)
+            if not keep:
+                new_sums.append(sums[m] + total)
+            total = jnp.exp2(total)
+            for i in range(tiles):
+                kept = state[m * tiles + i] * total
+                pair = refs.sx[i].at[slot].T, refs.sw[m].at[slot]
+                new.append(mosaic.product(pair, init=kept))
+        plgpu.commit_smem()  # all warps are done with this slot
+        return tuple(new), tuple(new_sums)
+
+    for i in range(stages - 1):
+        pl.when(i < steps)(lambda i=i: load(i))
+    state = _load_state(refs, sides, (p, b, h)) if keep else _zeros(m_tiles * tiles)
+    sums = () if keep else _zeros(m_tiles)
+    state, sums = lax.fori_loop(0, steps, step, (state, sums))
+    _store_state(refs, sides, (p, b, h), state)
+    if keep:
+        plgpu.wait_smem_to_gmem(0)
+    else:
+
+        @pl.when(block == 0)
+        def _():
+            for m in range(m_tiles):
+                refs.sums[p, b, h, :, columns(m)] = sums[m]
+
+
+def _zeros(number):
+    zero = jnp.zeros((TILE_WIDTH, TILE_WIDTH), f32)
+    return tuple(plgpu.layout_cast(zero, WGMMA_LAYOUT) for _ in range(number))
+
+
+def _fetch(refs, sides, place, head, slot):
+    """Starts to load a chunk: x and w of this CTA's state, of one of the group's heads."""
+    b, rows, h = place
+
+    def of_side(side):
+        for i, tile in enumerate(refs.sx):
+            part = pl.ds(side.feature + i * TILE_WIDTH, TILE_WIDTH)
+            yield side.x.at[b, rows, head, part], tile.at[slot]
+        for m, tile in enumerate(refs.sw):
+            yield side.w.at[b, rows, head, columns(m)], tile.at[slot]
+
+    for side in sides:  # of which one is this CTA's
+
+        @pl.when(side.mine)
+        def _(side=side):
+            fetch_each(of_side(side), refs.loaded.at[slot], partial=True)
+
+    log_decays = (
+        (refs.decay_operand.at[b, rows, h, columns(m)], tile.at[slot])
+        for m, tile in enumerate(refs.sg)
+    )
+    fetch_each(log_decays, refs.loaded.at[slot], partial=True)
+
+
+def _round(refs, state):
+    """Rounds the state to SMEM."""
+    tiles = len(refs.sx)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for m, buffers in enumerate(refs.so):
+        for i, buffer in enumerate(buffers):
+            buffer[...] = state[m * tiles + i].astype(bf16)
+    plgpu.commit_smem()
+
+
+def _send(refs, sides, place):
+    """Sends the rounded state to memory; place: batch row, head and chunk."""
+
+    def send(side):
+        for m, buffers in enumerate(refs.so):
+            for i, buffer in enumerate(buffers):
+                part = pl.ds(side.feature + i * TILE_WIDTH, TILE_WIDTH)
+                plgpu.copy_smem_to_gmem(buffer, side.states.at[*place, part, columns(m)])
+
+    for side in sides:
+        pl.when(side.mine)(lambda side=side: send(side))
+
+
+def _order(refs):
+    """The slot tile and the feature tile of each of a state's tiles."""
+    return [(m, i) for m in range(len(refs.sg)) for i in range(len(refs.sx))]
+
+
+def _rows_of(ref, place, feature, m, i):
+    return ref.at[*place, pl.ds(feature + i * TILE_WIDTH, TILE_WIDTH), columns(m)]
+
+
+def _columns_of(ref, place, feature, m, i):
+    return ref.at[*place, columns(m), pl.ds(feature + i * TILE_WIDTH, TILE_WIDTH)]
+
+
+def _load_state(refs, sides, place):
+    """The state's tiles that the piece starts from; Hv is kept transposed."""
+    keys, values = sides
+
+    def of_keys():
+        parts = (_rows_of(keys.start, place, keys.feature, *at) for at in _order(refs))
+        return tuple(mosaic.load(part, optimized=False) for part in parts)
+
+    def of_values():
+        parts = (_columns_of(values.start, place, values.feature, *at) for at in _order(refs))
+        return tuple(mosaic.load_transposed(part) for part in parts)
+
+    return lax.cond(keys.mine, of_keys, of_values)
+
+
+def _store_state(refs, sides, place, state):
+    keys, values = sides
+
+    @pl.when(keys.mine)
+    def _():
+        for at, x in zip(_order(refs), state, strict=True):
+            _rows_of(keys.end, place, keys.feature, *at)[...] = x
+
+    @pl.when(values.mine)
+    def _():
+        for at, x in zip(_order(refs), state, strict=True):
+            mosaic.store_transposed(_columns_of(values.end, place, values.feature, *at), x)
 
 
 def _chunks(T):

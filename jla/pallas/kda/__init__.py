@@ -18,7 +18,7 @@ from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, for_each_row, shardwise
 from jla._core.states import repeated
 from jla.pallas.common import pieces
-from jla.pallas.common.chunks import CHUNK, gates
+from jla.pallas.common.chunks import CHUNK, decay_operand
 from jla.pallas.common.padding import missing_features, missing_tokens, pad, with_start
 from jla.pallas.common.recurrence import NARROW
 from jla.pallas.kda import gate, step, wide
@@ -79,7 +79,7 @@ def _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale):
 def kda_from_projection(
     q, k, v, f, A_log, dt_bias, beta, initial_state, segment_ids, real=None, *, scale, lower_bound
 ):  # fmt: skip
-    """`kda` with the decays that `jla.kda_gate` makes of f [B, T, HV, K], A_log and dt_bias.
+    """`kda` with the log decays that `jla.kda_gate` makes of f [B, T, HV, K], A_log and dt_bias.
 
     They are made as the kernels take them, and for the backward pass once more: float32 decays are
     never in memory. What `gate.unsupported` names, and padding, get them by the formula instead.
@@ -118,8 +118,8 @@ def _on_tiles(q, k, v, source, beta, initial_state, scale, bounded):
 def _by_narrow_values(q, k, v, source, beta, initial_state, scale, bounded):
     """`_kda`, with each 128 of a wide head's value columns as a value head of their own.
 
-    Value columns are independent of one another but for the gradients of q, k, beta and the gates,
-    which are sums over them.
+    Value columns are independent of one another but for the gradients of q, k, beta and the
+    decays, which are sums over them.
     """
     (B, T, HV, V), K = v.shape, q.shape[-1]
     if V <= NARROW:
@@ -139,10 +139,10 @@ def _by_narrow_values(q, k, v, source, beta, initial_state, scale, bounded):
 def _kda(q, k, v, source, beta, initial_state, scale, bounded):
     """KDA on whole tiles; beta [B, HV, T].
 
-    `source` is what the gates are made of, without padding and for the heads that the caller has:
-    with `bounded` None log decays, else the arguments of `gate.gates`.
+    `source` is what the decays are made of, without padding and for the heads that the caller has:
+    with `bounded` None log decays, else the arguments of `gate.decay_operand`.
     """
-    made = _fit(_gates(source, bounded), q, v)
+    made = _fit(_decay_operand(source, bounded), q, v)
     start = None if initial_state is None else (initial_state,)
     arrays, axes = with_start((q, k, v, made, beta), _INPUTS, start, (_STATE,))
     run = functools.partial(_forward, scale=scale, keep=False)
@@ -150,22 +150,22 @@ def _kda(q, k, v, source, beta, initial_state, scale, bounded):
 
 
 def _kda_forward(q, k, v, source, beta, initial_state, scale, bounded):
-    made = _gates(source, bounded)
+    made = _decay_operand(source, bounded)
     inputs = (q, k, v, _fit(made, q, v), beta)
     start = None if initial_state is None else (initial_state,)
     arrays, axes = with_start(inputs, _INPUTS, start, (_STATE,))
     run = functools.partial(_forward, scale=scale, keep=True)
     o, state, *kept = shardwise(run, axes, (*_OUTPUTS, *_KEPT.values()))(*arrays)
     kept = tuple(map(checkpoint_name, kept, _KEPT))
-    # Gates are smaller than log decays, and are kept in their place; what they were made of by our
-    # kernel is as small as they are, and mostly kept anyhow.
+    # The operand is smaller than the log decays, and is kept in their place; the projection that
+    # our kernel made it of is as small, and mostly kept anyhow.
     source = (made,) if bounded is None else source
     return (o, state), (q, k, v, source, beta, kept, initial_state is not None)
 
 
 def _kda_backward(scale, bounded, residuals, cotangents):
     q, k, v, source, beta, kept, has_start = residuals
-    made = source[0] if bounded is None else _gates(source, bounded)
+    made = source[0] if bounded is None else _decay_operand(source, bounded)
     run = functools.partial(_backward, scale=scale)
     axes = (*_INPUTS, *_KEPT.values(), *_OUTPUTS)
     results = ("B T HV K", "B T HV K", KDA["v"], "B L HV K", "B HV T", _STATE)
@@ -175,7 +175,7 @@ def _kda_backward(scale, bounded, residuals, cotangents):
     for i in range(2):
         per_head = gradients[i].reshape(*q.shape[:3], -1, q.shape[3])
         gradients[i] = per_head.astype(f32).sum(3).astype(bf16)
-    # And so is that of a gate, where value heads are parts of one.
+    # And so is that of a log decay, where value heads are parts of one.
     T, heads, features = made.shape[1:]
     dg = dg.reshape(*dg.shape[:2], heads, -1, dg.shape[3]).sum(3)[..., :features]
     if bounded is None:
@@ -188,20 +188,23 @@ def _kda_backward(scale, bounded, residuals, cotangents):
 defvjp(_kda, _kda_forward, _kda_backward)
 
 
-def _gates(source, bounded):
-    return gates(*source) if bounded is None else gate.gates(*source, bounded=bounded)
+def _decay_operand(source, bounded):
+    if bounded is None:
+        return decay_operand(*source)
+    return gate.decay_operand(*source, bounded=bounded)
 
 
 def _fit(made, q, v):
-    """Pads gates to q's tokens and features, and repeats them for heads that are parts of one."""
+    """Pads the operand as q, and repeats its heads where value heads are parts of one."""
     made = pad(made, tokens=q.shape[1] - made.shape[1], features=q.shape[3] - made.shape[3])
     return repeated(made, v.shape[2] // made.shape[2], axis=2)
 
 
-def _forward(q, k, v, gates, beta, *start, scale, keep):
-    """Both forward kernels: o and the last state, with `keep` also what `_KEPT` lists."""
+def _forward(q, k, v, g, beta, *start, scale, keep):
+    """Both forward kernels, g from `_decay_operand`: o and the last state, with `keep` also what
+    `_KEPT` lists."""
     beta = _whole_chunks(beta)
-    query, w, u, kg, decay, scores, *solver = prepare(q, k, v, gates, beta, scale=scale, keep=keep)
+    query, w, u, kg, decay, scores, *solver = prepare(q, k, v, g, beta, scale=scale, keep=keep)
     initial_state = start[0] if start else None
     o, state, *states = pieces.forward(
         query, w, u, kg, decay, scores, beta, initial_state, length=q.shape[1], keep_states=keep
@@ -210,7 +213,7 @@ def _forward(q, k, v, gates, beta, *start, scale, keep):
 
 
 def _backward(
-    q, k, v, gates, beta,
+    q, k, v, g, beta,
     query, w, kg, decay, scores, inverse, key_scores, states,
     do, last_gradient, *, scale,
 ):  # fmt: skip
@@ -220,12 +223,12 @@ def _backward(
     gradients, start = pieces.backward(query, w, kg, do, decay, scores, beta, last_gradient)
     if q.shape[-1] <= NARROW:
         dq, dk, dv, dg, dbeta = chunk_gradients(
-            q, k, v, gates, beta, do, states, gradients, inverse, key_scores, scores, decay,
+            q, k, v, g, beta, do, states, gradients, inverse, key_scores, scores, decay,
             scale=scale,
         )  # fmt: skip
     else:
         dq, dk, dv, dg, dbeta = wide.chunk_gradients(
-            q, k, v, gates, beta, do, w, kg, states, gradients,
+            q, k, v, g, beta, do, w, kg, states, gradients,
             inverse, key_scores, scores, decay,
             scale=scale,
         )  # fmt: skip

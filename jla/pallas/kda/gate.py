@@ -1,9 +1,9 @@
-"""KDA's gates and their gradients, each in one kernel.
+"""KDA's gate, which makes log decays of a projection, and its gradients, each in one kernel.
 
 With f the raw projection, `jla.kda_gate` makes the log decays; the kernels of KDA take them in base
-2, in float16 (`chunks.gates`). Both forms are then
+2, in float16 (`chunks.decay_operand`). Both forms are then
 
-    gates = F phi(z),  z = a f + b;    phi(z) = log2(1 + 2^z)  or, with a bound,  1 / (1 + 2^-z)
+    log decay = F phi(z),  z = a f + b;    phi(z) = log2(1 + 2^z)  or, with a bound,  1 / (1 + 2^-z)
 
 with a, b, F of each head and feature. 2^-|z| is made by the slow unit, and of it a polynomial makes
 the logarithm, with all its digits where z is very negative.
@@ -12,18 +12,8 @@ A CTA has 128 columns of the [T, HV K] matrix of a batch row, and walks along se
 with a ring of SLOTS tiles in SMEM. A thread has the same four columns in all rows, so that their
 factors, and the sums that are gradients of these, stay in registers.
 
-B=16 T=4096 HV=8 K=128, f in bfloat16: 67.1 million elements. Floors at 4.3 TB/s; instructions as
-ptxas makes them, for a warp's 128 elements (with a bound). At 1.75 GHz and two and a half a clock
-there is time for 34 of them for each 134 MB.
-
-================  ==============================  ========  ============  ============  ========
-kernel            reads, writes                   floor ms  instructions  predicted ms  measured
-================  ==============================  ========  ============  ============  ========
-`_gates`          f, gates                        0.062     65 (49)       0.08
-`_gradients`      f, dg (float32), df, 2 MB sums  0.125     104 (71)      0.15
-================  ==============================  ========  ============  ============  ========
-
-Registers: 56 and 71 (56 and 109). No spills.
+Floor at B=16 T=4096 HV=8 K=128, f in bfloat16: f and the result 268 MB, 0.062 ms at 4.3 TB/s; the
+gradients 0.125 ms. 56 and 71 registers (56 and 109 with a bound).
 """
 
 import functools
@@ -37,9 +27,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla._core.segments import segment_starts
 from jla._core.shardwise import shardwise
-from jla.pallas.common import mosaic
+from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.chunks import CHUNK, LOG2E, STRONGEST
 from jla.pallas.common.mosaic import f16, f32, per_column, per_row
+from jla.pallas.common.scratch import barrier_for, fetch_each
 
 SDS = jax.ShapeDtypeStruct
 LN2 = math.log(2)
@@ -61,7 +52,7 @@ def unsupported(f):
     if f.shape[-1] % 64:
         return f"f has {f.shape[-1]} features, and the kernels take multiples of 64"
     if f.shape[1] == 1:
-        return "there is one token, whose gates XLA makes together with what stands around them"
+        return "there is one token, whose decays XLA makes together with what stands around them"
     return None
 
 
@@ -77,8 +68,8 @@ def coefficients(A_log, dt_bias, lower_bound):
 def borders(segment_ids, B, T):
     """[B, L] float32, L whole chunks: -inf at the tokens whose f does not matter, and else 0.
 
-    They are those that begin a segment, whose gates are -inf, and those behind the last. None if
-    there are none.
+    They are those that begin a segment, whose log decays are -inf, and those behind the last. None
+    if there are none.
     """
     behind = -T % CHUNK
     if segment_ids is None:
@@ -91,8 +82,8 @@ def borders(segment_ids, B, T):
     return jnp.where(starts, -jnp.inf, 0.0).astype(f32)
 
 
-def gates(f, coefficients, borders, *, bounded):
-    """The gates as `chunks.gates` makes them of log decays.
+def decay_operand(f, coefficients, borders, *, bounded):
+    """The log decays as `chunks.decay_operand` returns them.
 
     Args:
       f: [B, T, HV, K], 16 bits, K a multiple of 64. coefficients: [B, 3, HV, K] float32.
@@ -101,13 +92,14 @@ def gates(f, coefficients, borders, *, bounded):
     Returns:
       [B, T, HV, K] float16.
     """
-    run = functools.partial(_gates, bounded=bounded)
+    run = functools.partial(_decay_operand, bounded=bounded)
     arrays, axes = _with_borders((f, coefficients), (_F, _COEFFICIENTS), borders)
     return shardwise(run, axes, (_F,))(*arrays)[0]
 
 
 def gradients(f, coefficients, borders, dg, *, bounded):
-    """The gradients of f and the coefficients; dg [B, L, HV, K] float32, that of natural-log gates.
+    """The gradients of f and the coefficients; dg [B, L, HV, K] float32, that of
+    natural-log decays.
 
     Of the coefficients' gradients the one of that which is a constant in this form is zero.
     """
@@ -121,7 +113,7 @@ def _with_borders(arrays, axes, borders):
     return (arrays, axes) if borders is None else ((*arrays, borders), (*axes, _BORDERS))
 
 
-def _gates(f, coefficients, *borders, bounded):
+def _decay_operand(f, coefficients, *borders, bounded):
     def gate(coefficients, f, *border, sums):
         a, b, factor = coefficients
         z = a * f + b
@@ -182,9 +174,7 @@ def _elementwise(function, arrays, coefficients, dtype, sums=0):
     B, T, *heads = arrays[0].shape
     size = math.prod(heads)
     width = 128 if size % 128 == 0 else 64
-    layout = mosaic.rows_by_warp(width, vector=width // 32)
-    tiles = pl.cdiv(T, ROWS)
-    blocks = pl.cdiv(tiles, STEPS)
+    blocks = pl.cdiv(pl.cdiv(T, ROWS), STEPS)
 
     def flat(x):
         return x.reshape(*x.shape[:2], -1) if x.ndim > 2 else x
@@ -193,79 +183,85 @@ def _elementwise(function, arrays, coefficients, dtype, sums=0):
         return plgpu.SMEM((SLOTS, ROWS, *([width] if x.ndim > 2 else [])), x.dtype)
 
     # The result takes the place of the first array's elements if their dtypes agree.
-    own = [] if dtype == arrays[0].dtype else [plgpu.SMEM((SLOTS, ROWS, width), dtype)]
-
-    def body(*refs):
-        inputs, (coefficients_ref, out_ref, *refs) = refs[: len(arrays)], refs[len(arrays) :]
-        shares, (*rings, loaded) = refs[: bool(sums)], refs[bool(sums) :]
-        made, rings = rings[-1] if own else rings[0], rings[: len(arrays)]
-        b, n = lax.axis_index("b"), lax.axis_index("n")
-        columns = pl.ds(lax.axis_index("c") * width, width)
-        first = n * STEPS
-        by_column = layout.reduce(0)
-        factors = [
-            per_column(
-                mosaic.load(coefficients_ref.at[b, i, columns], by_column, optimized=False), GROUP
-            )
-            for i in range(3)
-        ]
-
-        def load(i, slot):
-            rows = pl.ds((first + i) * ROWS, ROWS)
-            for ref, tile in zip(inputs, rings, strict=True):
-                part = (b, rows, columns)[: len(ref.shape)]
-                plgpu.copy_gmem_to_smem(ref.at[part], tile.at[slot], loaded.at[slot])
-
-        def step(_, slot, sums):
-            for start in range(0, ROWS, GROUP * AT_ONCE):
-                groups = [pl.ds(start + i * GROUP, GROUP) for i in range(AT_ONCE)]
-                operands = [[read(tile, slot, rows) for tile in rings] for rows in groups]
-                for rows, values in zip(groups, operands, strict=True):
-                    value, sums = function(factors, *values, sums=sums)
-                    # The thread that writes here was the last to read here.
-                    mosaic.store(made.at[slot, rows], value.astype(dtype))
-            return sums
-
-        def read(tile, slot, rows):
-            if len(tile.shape) > 2:
-                return mosaic.load(tile.at[slot, rows], layout, optimized=False)
-            vector = mosaic.load(tile.at[slot, rows], layout.reduce(1), optimized=False)
-            return per_row(vector, width)
-
-        def store(i, slot):
-            start = (first + i) * ROWS
-
-            def copy(row, rows):
-                plgpu.copy_smem_to_gmem(
-                    made.at[slot, pl.ds(row, rows)],
-                    out_ref.at[b, pl.ds(start + row, rows), columns],
-                )
-
-            mosaic.cut_off(copy, ROWS, T - start)
-
-        zeros = plgpu.layout_cast(jnp.zeros((GROUP, width), f32), layout)
-        count = jnp.minimum(STEPS, tiles - first)
-        totals = mosaic.walk(step, [zeros] * sums, count, load, store, loaded, SLOTS)
-        for i, total in enumerate(totals):
-            mosaic.store(shares[0].at[b, n, i, columns], total.sum(axis=0))
-
-    out, *shares = mosaic.kernel(
-        body,
+    own = None if dtype == arrays[0].dtype else plgpu.SMEM((SLOTS, ROWS, width), dtype)
+    out = scratch.kernel(
+        functools.partial(_walk_along, function, width=width, number_of_sums=sums),
+        inputs=dict(arrays=list(map(flat, arrays)), coefficients=flat(coefficients)),
+        outputs=dict(
+            out=SDS((B, T, size), dtype),
+            shares=SDS((B, blocks, sums, size), f32) if sums else None,
+        ),
+        scratch=dict(
+            rings=list(map(ring, arrays)),
+            own=own,
+            loaded=barrier_for(dict(arrays=len(arrays)), SLOTS),
+        ),
         automatic_barriers=False,
         reductions_cross_warps=bool(sums),
-        out_type=[
-            SDS((B, T, size), dtype),
-            *([SDS((B, blocks, sums, size), f32)] if sums else []),
-        ],
-        scratch_types=[
-            *map(ring, arrays),
-            *own,
-            plgpu.Barrier(num_arrivals=len(arrays), num_barriers=SLOTS),
-        ],
         grid=(B, blocks, size // width),
         grid_names=("b", "n", "c"),
-    )(*map(flat, arrays), flat(coefficients))
-    return (out.reshape(B, T, *heads), *(x.sum(axis=1).reshape(B, sums, *heads) for x in shares))
+    )
+    result = out.out.reshape(B, T, *heads)
+    return (result, out.shares.sum(axis=1).reshape(B, sums, *heads)) if sums else (result,)
+
+
+def _walk_along(function, refs, *, width, number_of_sums):
+    """The body of `_elementwise`: a CTA's `width` columns, tile by tile."""
+    T = refs.out.shape[1]
+    layout = mosaic.rows_by_warp(width, vector=width // 32)
+    made = refs.rings[0] if refs.own is None else refs.own
+    b, n = lax.axis_index("b"), lax.axis_index("n")
+    columns = pl.ds(lax.axis_index("c") * width, width)
+    first = n * STEPS
+    factors = (
+        mosaic.load(refs.coefficients.at[b, i, columns], layout.reduce(0), optimized=False)
+        for i in range(3)
+    )
+    factors = [per_column(x, GROUP) for x in factors]
+
+    def load(i, slot):
+        rows = pl.ds((first + i) * ROWS, ROWS)
+        fetch_each(
+            (
+                (ref.at[(b, rows, columns)[: len(ref.shape)]], tile.at[slot])
+                for ref, tile in zip(refs.arrays, refs.rings, strict=True)
+            ),
+            refs.loaded.at[slot],
+        )
+
+    def step(_, slot, sums):
+        for start in range(0, ROWS, GROUP * AT_ONCE):
+            groups = [pl.ds(start + i * GROUP, GROUP) for i in range(AT_ONCE)]
+            operands = [[read(tile, slot, rows) for tile in refs.rings] for rows in groups]
+            for rows, values in zip(groups, operands, strict=True):
+                value, sums = function(factors, *values, sums=sums)
+                # The thread that writes here was the last to read here.
+                mosaic.store(made.at[slot, rows], value.astype(made.dtype))
+        return sums
+
+    def read(tile, slot, rows):
+        if len(tile.shape) > 2:
+            return mosaic.load(tile.at[slot, rows], layout, optimized=False)
+        vector = mosaic.load(tile.at[slot, rows], layout.reduce(1), optimized=False)
+        return per_row(vector, width)
+
+    def store(i, slot):
+        start = (first + i) * ROWS
+
+        def copy(row, rows):
+            plgpu.copy_smem_to_gmem(
+                made.at[slot, pl.ds(row, rows)],
+                refs.out.at[b, pl.ds(start + row, rows), columns],
+            )
+
+        mosaic.cut_off(copy, ROWS, T - start)
+
+    zeros = plgpu.layout_cast(jnp.zeros((GROUP, width), f32), layout)
+    count = jnp.minimum(STEPS, pl.cdiv(T, ROWS) - first)
+    sums = [zeros] * number_of_sums
+    totals = mosaic.walk(step, sums, count, load, store, refs.loaded, SLOTS)
+    for i, total in enumerate(totals):
+        mosaic.store(refs.shares.at[b, n, i, columns], total.sum(axis=0))
 
 
 def _softplus(z):

@@ -1,32 +1,36 @@
 """KDA's chunk-local preparation: everything of a chunk that needs no state."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import chunks, mosaic
+from jla.pallas.common import chunks, mosaic, scratch
 from jla.pallas.common.chunks import CHUNK, LEVELS, TILE_WIDTH
-from jla.pallas.common.mosaic import PER_COLUMN, TILE, bf16, f16, f32, load, per_column
+from jla.pallas.common.mosaic import PER_COLUMN, WGMMA_LAYOUT, bf16, f16, f32, load, per_column
+from jla.pallas.common.scratch import barrier_for, fetch, fetch_each
+from jla.pallas.common.tiles import columns
 
 SDS = jax.ShapeDtypeStruct
 
 
-def prepare(q, k, v, gates, beta, *, scale, keep):
+def prepare(q, k, v, decay_operand, beta, *, scale, keep):
     """Chunk-local part of KDA's forward pass.
 
     With G the cumulated log decays of the chunk:
 
-        A[i, j] = sum_k k_i k_j exp(G_i - G_j)   (j < i);   M = I + A diag(beta)
-        u  = M^-1 v                                the errors that a zero state would leave
-        w  = M^-1 k~,  k~ = k exp(G)               how the carried state changes them
-        q~ = scale q exp(G);  kg = k exp(G_end - G);  decay = exp(G_end)
-        Aq[i, j] = scale sum_k q_i k_j exp(G_i - G_j)   (j <= i)
+        1.  A[i, j] = sum_k k_i k_j exp(G_i - G_j)   (j < i);   M = I + A diag(beta)
+            Aq[i, j] = scale sum_k q_i k_j exp(G_i - G_j)   (j <= i)
+        2.  q~ = scale q exp(G);  k~ = k exp(G);  kg = k exp(G_end - G);  decay = exp(G_end)
+        3.  u  = M^-1 v                            the errors that a zero state would leave
+            w  = M^-1 k~                           how the carried state changes them
 
     Args:
       q, k: [B, T, H, K] bf16, K a multiple of 64, T a multiple of 8. v: [B, T, HV, V] bf16.
-      gates: [B, T, HV, K] float16, from `chunks.gates`.
+      decay_operand: [B, T, HV, K] float16, as `chunks.decay_operand` makes it.
       beta: [B, HV, L] float32; L is T padded with zeros to whole chunks.
       keep: whether to return M^-1 and A, for the backward pass.
 
@@ -34,107 +38,122 @@ def prepare(q, k, v, gates, beta, *, scale, keep):
       q~, w [B, L, HV, K], u [B, L, HV, V], kg [B, L, HV, K] bf16, decay [B, HV, N, K] float32,
       Aq and, with `keep`, M^-1 and A [B, HV, N, 64, 64] bf16.
 
-    One warpgroup a chunk; 72 KB of SMEM at K=V=128 (q, k, gates, three work tiles), 255 registers,
-    so that two chunks share a multiprocessor. Traffic at B=8 T=4096 HV=16 K=V=128: q, k, v, gates,
-    q~, w, u, kg 134 MB each, Aq 67 MB, M^-1 and A if kept, too: 1.14 GB, 0.27 ms at 4.3 TB/s.
-    Operations: 8000 instructions a warp and chunk, at the 1.6 a clock of eight warps 0.74 ms: that
-    is what it takes.
+    One warpgroup a chunk; 72 KB of SMEM at K=V=128, 255 registers, so that two chunks share a
+    multiprocessor. Floor at B=8 T=4096 HV=16 K=V=128: 1.14 GB, 0.27 ms at 4.3 TB/s; 8000
+    instructions a warp and chunk.
     """
     (B, _, H, K), L = q.shape, beta.shape[2]
     HV, V = v.shape[2:]
-    N, group = L // CHUNK, HV // H
-    k_tiles, v_tiles = K // TILE_WIDTH, V // TILE_WIDTH
-
-    # The kernel awaits by hand (`commit_smem` is a barrier of the warpgroup, too) whatever it
-    # overwrites in SMEM; Mosaic's own barriers, two for each store, would cost it 5%.
-    def body(
-        q_ref, k_ref, v_ref, gates_ref, beta_ref,
-        q_out, w_out, u_out, kg_out, decay_out, aq_out, *refs,
-    ):  # fmt: skip
-        kept, (sk, sq, sg, work, loaded, v_loaded) = refs[:-6], refs[-6:]
-        b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
-        rows = pl.ds(n * CHUNK, CHUNK)
-
-        def columns(tile):
-            return pl.ds(tile * TILE_WIDTH, TILE_WIDTH)
-
-        def put(tile, value, out):
-            """Stores a value through an SMEM tile that nobody reads any more."""
-            tile[...] = value.astype(bf16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(tile, out)
-
-        spare = work.at[max(k_tiles, 2)]
-        for i in range(k_tiles):
-            for source, head, target in (
-                (q_ref, h // group, sq), (k_ref, h // group, sk), (gates_ref, h, sg),
-            ):  # fmt: skip
-                plgpu.copy_gmem_to_smem(source.at[b, rows, head, columns(i)], target.at[i], loaded)
-        plgpu.barrier_wait(loaded)
-
-        a, aq = _scores(sq, sk, work, sg, k_tiles)
-        plgpu.commit_smem()
-        put(spare, aq * scale, aq_out.at[b, h, n])
-        if keep:
-            put(work.at[1], a, kept[1].at[b, h, n])
-
-        earlier, later = (chunks.weights(x) for x in (chunks.up_to(), chunks.from_on(strict=True)))
-        for i in range(k_tiles):
-            before = chunks.decays(earlier, sg.at[i])
-            sq.at[i][...] = (load(sq.at[i]) * before * scale).astype(bf16)
-            after = chunks.decays(later, sg.at[i])
-            key = load(sk.at[i])
-            sk.at[i][...] = (key * before).astype(bf16)
-            if i:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            put(work.at[0], key * after, kg_out.at[b, rows, h, columns(i)])
-            plgpu.copy_smem_to_gmem(sq.at[i], q_out.at[b, rows, h, columns(i)])
-            # The sum over the chunk, as a sum along rows: along columns it would cross warps.
-            decay_out.at[b, h, n, columns(i)][...] = jnp.exp2(load(sg.at[i].T).sum(axis=1))
-        beta = per_column(load(beta_ref.at[b, h, rows], PER_COLUMN, optimized=False), CHUNK)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for i in range(v_tiles):
-            plgpu.copy_gmem_to_smem(v_ref.at[b, rows, h, columns(i)], sq.at[i], v_loaded)
-
-        inverse = chunks.unit_triangular_inverse(a * beta, (work.at[0], work.at[1])).astype(bf16)
-        plgpu.commit_smem()
-        if keep:
-            put(spare, inverse, kept[0].at[b, h, n])
-        for i in range(k_tiles):
-            w = mosaic.product((inverse, sk.at[i]))
-            put(work.at[i], w, w_out.at[b, rows, h, columns(i)])
-        plgpu.barrier_wait(v_loaded)
-        for i in range(v_tiles):
-            u = mosaic.product((inverse, sq.at[i]))
-            put(sk.at[i], u, u_out.at[b, rows, h, columns(i)])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
+    N = L // CHUNK
     keys, values = SDS((B, L, HV, K), bf16), SDS((B, L, HV, V), bf16)
     squares = SDS((B, HV, N, CHUNK, CHUNK), bf16)
-    wide = max(k_tiles, v_tiles)
-    return mosaic.kernel(
-        body,
+    out = scratch.kernel(
+        functools.partial(_body, group=HV // H, v_tiles=V // TILE_WIDTH, scale=scale),
+        inputs=dict(q=q, k=k, v=v, decay_operand=decay_operand, beta=beta),
+        outputs=dict(
+            **dict(query=keys, w=keys, u=values, kg=keys),
+            decay=SDS((B, HV, N, K), f32),
+            aq=squares,
+            inverse=squares if keep else None,
+            a=squares if keep else None,
+        ),
+        scratch=_scratch(K // TILE_WIDTH, V // TILE_WIDTH),
         automatic_barriers=False,
-        out_type=[
-            *(keys, keys, values, keys),
-            SDS((B, HV, N, K), f32),
-            *[squares] * (3 if keep else 1),
-        ],
-        scratch_types=[
-            mosaic.tile(CHUNK, TILE_WIDTH, wide),
-            mosaic.tile(CHUNK, TILE_WIDTH, wide),
-            mosaic.tile(CHUNK, TILE_WIDTH, k_tiles, dtype=f16),
-            mosaic.tile(CHUNK, TILE_WIDTH, max(k_tiles, 2) + 1),
-            plgpu.Barrier(num_arrivals=3 * k_tiles),
-            plgpu.Barrier(num_arrivals=v_tiles),
-        ],
         grid=(B, N, HV),
         grid_names=("b", "n", "h"),
-    )(q, k, v, gates, beta)
+    )
+    return tuple(x for x in out if x is not None)
+
+
+def _scratch(k_tiles, v_tiles):
+    wide = max(k_tiles, v_tiles)
+    return dict(
+        sk=mosaic.tile(CHUNK, TILE_WIDTH, wide),  # k, then k~, then u
+        sq=mosaic.tile(CHUNK, TILE_WIDTH, wide),  # q, then q~, then v
+        sg=mosaic.tile(CHUNK, TILE_WIDTH, k_tiles, dtype=f16),  # of `decay_operand`
+        work=mosaic.tile(CHUNK, TILE_WIDTH, max(k_tiles, 2) + 1),
+        loaded=barrier_for(dict(q=k_tiles, k=k_tiles, decay_operand=k_tiles)),
+        v_loaded=barrier_for(dict(v=v_tiles)),
+    )
+
+
+# The kernel awaits by hand (`commit_smem` is a barrier of the warpgroup, too) whatever it
+# overwrites in SMEM; Mosaic's own barriers, two for each store, would make it slower.
+def _body(refs, *, group, v_tiles, scale):
+    b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
+    rows = pl.ds(n * CHUNK, CHUNK)
+    k_tiles, keep = refs.sg.shape[0], refs.inverse is not None
+    spare = refs.work.at[max(k_tiles, 2)]
+
+    def loads():
+        for i in range(k_tiles):
+            yield from (
+                (refs.q.at[b, rows, h // group, columns(i)], refs.sq.at[i]),
+                (refs.k.at[b, rows, h // group, columns(i)], refs.sk.at[i]),
+                (refs.decay_operand.at[b, rows, h, columns(i)], refs.sg.at[i]),
+            )
+
+    fetch_each(loads(), refs.loaded)
+    plgpu.barrier_wait(refs.loaded)
+
+    # 1. A and Aq.
+    a, aq = _scores(refs.sq, refs.sk, refs.work, refs.sg, k_tiles)
+    plgpu.commit_smem()
+    _put(spare, aq * scale, refs.aq.at[b, h, n])
+    if keep:
+        _put(refs.work.at[1], a, refs.a.at[b, h, n])
+
+    _decay(refs, scale, (b, n, h, rows))
+    beta = per_column(load(refs.beta.at[b, h, rows], PER_COLUMN, optimized=False), CHUNK)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    values = [(refs.v.at[b, rows, h, columns(i)], refs.sq.at[i]) for i in range(v_tiles)]
+    fetch(dict(v=values), refs.v_loaded)
+
+    # 3. M^-1, w and u.
+    inverse = chunks.unit_triangular_inverse(a * beta, (refs.work.at[0], refs.work.at[1]))
+    inverse = inverse.astype(bf16)
+    plgpu.commit_smem()
+    if keep:
+        _put(spare, inverse, refs.inverse.at[b, h, n])
+    for i in range(k_tiles):
+        w = mosaic.product((inverse, refs.sk.at[i]))
+        _put(refs.work.at[i], w, refs.w.at[b, rows, h, columns(i)])
+    plgpu.barrier_wait(refs.v_loaded)
+    for i in range(v_tiles):
+        u = mosaic.product((inverse, refs.sq.at[i]))
+        _put(refs.sk.at[i], u, refs.u.at[b, rows, h, columns(i)])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _put(tile, value, out):
+    """Stores a value through an SMEM tile that is not read any more."""
+    tile[...] = value.astype(bf16)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(tile, out)
+
+
+def _decay(refs, scale, place):
+    """2. q~ and k~ take the places of q and k; q~, kg and the chunk's decay are stored."""
+    b, n, h, rows = place
+    earlier, later = chunks.up_to(), chunks.from_on(strict=True)
+    earlier, later = (chunks.mask_operand(x) for x in (earlier, later))
+    for i in range(refs.sg.shape[0]):
+        sq, sk, sg = refs.sq.at[i], refs.sk.at[i], refs.sg.at[i]
+        before = chunks.decays(earlier, sg)
+        sq[...] = (load(sq) * before * scale).astype(bf16)
+        after = chunks.decays(later, sg)
+        key = load(sk)
+        sk[...] = (key * before).astype(bf16)
+        if i:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        _put(refs.work.at[0], key * after, refs.kg.at[b, rows, h, columns(i)])
+        plgpu.copy_smem_to_gmem(sq, refs.query.at[b, rows, h, columns(i)])
+        # The sum over the chunk, as a sum along rows: along columns it would cross warps.
+        refs.decay.at[b, h, n, columns(i)][...] = jnp.exp2(load(sg.T).sum(axis=1))
 
 
 def _scores(sq, sk, work, sg, k_tiles):
-    """The decayed products of keys with keys (j < i) and of queries with keys (j <= i).
+    """1. The decayed products of keys with keys (j < i) and of queries with keys (j <= i).
 
     Level by level of the tree of references (see `chunks.level_decay_mask`), so that no exponent
     is ever positive. A level also writes the pairs of tokens that are further apart than its
@@ -147,13 +166,13 @@ def _scores(sq, sk, work, sg, k_tiles):
 
     def level_step(level, scores):
         by_key, by_query = scores
-        mask = chunks.weights(chunks.level_decay_mask(level))
+        mask = chunks.mask_operand(chunks.level_decay_mask(level))
         plgpu.commit_smem()
         queries = []
         for i in tiles:
             decay = chunks.decays(mask, sg.at[i]).astype(bf16)
-            work.at[i][...] = plgpu.load(sk.at[i], layout=TILE) * decay
-            queries.append(plgpu.load(sq.at[i], layout=TILE) * decay)
+            work.at[i][...] = plgpu.load(sk.at[i], layout=WGMMA_LAYOUT) * decay
+            queries.append(plgpu.load(sq.at[i], layout=WGMMA_LAYOUT) * decay)
         plgpu.commit_smem()
         keys = [work.at[i] for i in tiles]
         earlier = chunks.before_half(level)

@@ -12,10 +12,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import chunks, mosaic
+from jla.pallas.common import chunks, mosaic, scratch
 from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
 from jla.pallas.common.mosaic import PER_ROW, bf16, f16, f32, load, per_row
-from jla.pallas.kda.backward import gradients_of_keys, gradients_of_values, meet_at
+from jla.pallas.common.scratch import barrier_for, fetch, fetch_each
+from jla.pallas.kda.backward import gradients_of_values, meet_at
+from jla.pallas.kda.key_gradients import gradients_of_keys
 
 SDS = jax.ShapeDtypeStruct
 FEATURES = 128  # of keys, worked on by one CTA: 64 by each of two warpgroups
@@ -23,15 +25,15 @@ WARPGROUPS = 2
 
 
 def chunk_gradients(
-    q, k, v, gates, beta, do, w, kg, states, gradients, inverse, a, aq, decay, *, scale
+    q, k, v, decay_operand, beta, do, w, kg, states, gradients, inverse, a, aq, decay, *, scale
 ):  # fmt: skip
     """As `backward.chunk_gradients`, for K a multiple of 128; w and kg as `prepare` returned them.
 
-    Traffic at B=4 T=4096 HV=16 K=256 V=128: S and dS 268 MB each, read twice, q, k, w, kg, g, dq,
-    dk, dg 1.34 GB, all else 0.3 GB: 2.7 GB, 0.63 ms at 4.3 TB/s.
+    Floor at B=4 T=4096 HV=16 K=256 V=128: 2.7 GB (S and dS, 268 MB each, are read twice), 0.63 ms
+    at 4.3 TB/s.
     """
     written, dv, dbeta = _errors(v, beta, do, w, kg, states, gradients, inverse, a, aq)
-    dq, dk, dg = _keys(q, k, gates, do, dv, written, states, gradients, decay, scale=scale)
+    dq, dk, dg = _keys(q, k, decay_operand, do, dv, written, states, gradients, decay, scale=scale)
     return dq, dk, dv, dg, dbeta
 
 
@@ -48,119 +50,123 @@ def _errors(v, beta, do, w, kg, states, gradients, inverse, a, aq):
     V, N = v.shape[-1], L // CHUNK
     parts = V // TILE_WIDTH
 
-    def body(
-        v_ref, beta_ref, do_ref, w_ref, kg_ref, states_ref, gradients_ref,
-        inverse_ref, a_ref, aq_ref,
-        written_out, dv_out, dbeta_out,
-        sv, sdo, sw, skg, ss, sds, sinverse, sa, saq, written, loaded,
-    ):  # fmt: skip
+    def body(refs):
         b, n, h, part = (lax.axis_index(name) for name in ("b", "n", "h", "part"))
         rows, columns = pl.ds(n * CHUNK, CHUNK), pl.ds(part * TILE_WIDTH, TILE_WIDTH)
-        for source, target in (
-            (v_ref.at[b, rows, h, columns], sv),
-            (do_ref.at[b, rows, h, columns], sdo),
-            (w_ref.at[b, rows, h], sw),
-            (kg_ref.at[b, rows, h], skg),
-            (states_ref.at[b, h, n, columns], ss),
-            (gradients_ref.at[b, h, n, columns], sds),
-            (inverse_ref.at[b, h, n], sinverse),
-            (a_ref.at[b, h, n], sa),
-            (aq_ref.at[b, h, n], saq),
-        ):
-            plgpu.copy_gmem_to_smem(source, target, loaded)
-        beta = per_row(load(beta_ref.at[b, h, rows], PER_ROW, optimized=False), TILE_WIDTH)
-        plgpu.barrier_wait(loaded)
+        loads = dict(
+            v=(refs.v.at[b, rows, h, columns], refs.sdv),
+            do=(refs.do.at[b, rows, h, columns], refs.sdo),
+            w=(refs.w.at[b, rows, h], refs.sw),
+            kg=(refs.kg.at[b, rows, h], refs.skg),
+            states=(refs.states.at[b, h, n, columns], refs.ss),
+            gradients=(refs.gradients.at[b, h, n, columns], refs.sds),
+            inverse=(refs.inverse.at[b, h, n], refs.sinverse),
+            a=(refs.a.at[b, h, n], refs.sa),
+            aq=(refs.aq.at[b, h, n], refs.saq),
+        )
+        fetch(loads, refs.loaded)
+        beta = per_row(load(refs.beta.at[b, h, rows], PER_ROW, optimized=False), TILE_WIDTH)
+        plgpu.barrier_wait(refs.loaded)
 
-        error = mosaic.product((sinverse, sv)) - mosaic.product((sw, ss.T))
-        y = mosaic.product((saq.T, sdo), (skg, sds.T))
-        dbeta = gradients_of_values(error, y, beta, sinverse, sa, sv, written)
-        dbeta_out.at[b, h, part, rows][...] = dbeta
+        error = mosaic.product((refs.sinverse, refs.sdv)) - mosaic.product((refs.sw, refs.ss.T))
+        y = mosaic.product((refs.saq.T, refs.sdo), (refs.skg, refs.sds.T))
+        dbeta = gradients_of_values(error, y, beta, refs.sinverse, refs.sa, refs.sdv, refs.swritten)
+        refs.dbeta.at[b, h, part, rows][...] = dbeta
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(written, written_out.at[b, rows, h, columns])
-        plgpu.copy_smem_to_gmem(sv, dv_out.at[b, rows, h, columns])
+        plgpu.copy_smem_to_gmem(refs.swritten, refs.written.at[b, rows, h, columns])
+        plgpu.copy_smem_to_gmem(refs.sdv, refs.dv.at[b, rows, h, columns])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     values = SDS(v.shape, bf16)
-    return mosaic.kernel(
+    names = ("v", "do", "w", "kg", "states", "gradients", "inverse", "a", "aq")
+    out = scratch.kernel(
         body,
-        out_type=[values, values, SDS((B, HV, parts, L), f32)],
-        scratch_types=[
-            *(mosaic.tile(CHUNK, TILE_WIDTH) for _ in range(2)),
-            *(mosaic.tile(CHUNK, K) for _ in range(4)),
-            *(mosaic.tile(CHUNK, CHUNK) for _ in range(3)),
-            mosaic.tile(CHUNK, TILE_WIDTH),
-            plgpu.Barrier(num_arrivals=9),
-        ],
+        inputs=dict(
+            **dict(v=v, beta=beta, do=do, w=w, kg=kg, states=states, gradients=gradients),
+            **dict(inverse=inverse, a=a, aq=aq),
+        ),
+        outputs=dict(written=values, dv=values, dbeta=SDS((B, HV, parts, L), f32)),
+        scratch=dict(
+            sdv=mosaic.tile(CHUNK, TILE_WIDTH),  # v, then dv
+            sdo=mosaic.tile(CHUNK, TILE_WIDTH),
+            **{name: mosaic.tile(CHUNK, K) for name in ("sw", "skg")},
+            **{name: mosaic.tile(TILE_WIDTH, K) for name in ("ss", "sds")},
+            **{name: mosaic.tile(CHUNK, CHUNK) for name in ("sinverse", "sa", "saq")},
+            swritten=mosaic.tile(CHUNK, TILE_WIDTH),
+            loaded=barrier_for(names),
+        ),
         grid=(B, N, HV, parts),
         grid_names=("b", "n", "h", "part"),
-    )(v, beta, do, w, kg, states, gradients, inverse, a, aq)
+    )
+    return out.written, out.dv, out.dbeta
 
 
-def _keys(q, k, gates, do, dv, written, states, gradients, decay, *, scale):
+def _keys(q, k, decay_operand, do, dv, written, states, gradients, decay, *, scale):
     """The gradients of q, k and g, as in `backward.chunk_gradients`."""
     B, T, H, K = q.shape
     HV, V = dv.shape[2:]
-    N, group = -(-T // CHUNK), HV // H
-
-    def body(
-        q_ref, k_ref, gates_ref, do_ref, dv_ref, written_ref, states_ref, gradients_ref, decay_ref,
-        dq_out, dk_out, dg_out,
-        sq, sk, sdo, sdv, swritten, ss, sds, saq, sx, sg, sy, sz, loaded, shared,
-    ):  # fmt: skip
-        b, n, h, part = (lax.axis_index(name) for name in ("b", "n", "h", "part"))
-        wg = lax.axis_index("wg")
-        rows, features = pl.ds(n * CHUNK, CHUNK), pl.ds(part * FEATURES, FEATURES)
-        meet = functools.partial(meet_at, shared, WARPGROUPS)
-
-        @pl.when(wg == 0)
-        def _():
-            for source, target in (
-                (q_ref.at[b, rows, h // group, features], sq),
-                (k_ref.at[b, rows, h // group, features], sk),
-                (do_ref.at[b, rows, h], sdo),
-                (dv_ref.at[b, rows, h], sdv),
-                (written_ref.at[b, rows, h], swritten),
-                (states_ref.at[b, h, n, :, features], ss),
-                (gradients_ref.at[b, h, n, :, features], sds),
-            ):
-                plgpu.copy_gmem_to_smem(source, target, loaded)
-            for i in range(WARPGROUPS):
-                s = pl.ds(part * FEATURES + i * TILE_WIDTH, TILE_WIDTH)
-                plgpu.copy_gmem_to_smem(gates_ref.at[b, rows, h, s], sg.at[i], loaded)
-
-        plgpu.barrier_wait(loaded)
-        gradients_of_keys(
-            sq, sk, sdo, sdv, swritten, ss, sds, saq, sx, sy, sz,
-            [(pl.ds(wg * TILE_WIDTH, TILE_WIDTH), sg.at[wg])],
-            chunks.weights(chunks.up_to()), chunks.weights(chunks.from_on(strict=True)),
-            decay_ref.at[b, h, n, features], dg_out.at[b, rows, h, features], wg, meet,
-            scale=scale, warpgroups=WARPGROUPS,
-        )  # fmt: skip
-        meet()
-
-        @pl.when(wg == 0)
-        def _():
-            plgpu.copy_smem_to_gmem(sq, dq_out.at[b, rows, h, features])
-            plgpu.copy_smem_to_gmem(sk, dk_out.at[b, rows, h, features])
-
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
+    N = -(-T // CHUNK)
     keys = SDS((B, T, HV, K), bf16)
-    return mosaic.kernel(
-        body,
-        out_type=[keys, keys, SDS((B, N * CHUNK, HV, K), f32)],
-        scratch_types=[
-            *(mosaic.tile(CHUNK, FEATURES) for _ in range(2)),
-            *(mosaic.tile(CHUNK, V) for _ in range(3)),
-            *(mosaic.tile(V, FEATURES) for _ in range(2)),
-            *(mosaic.tile(CHUNK, CHUNK) for _ in range(2)),
-            mosaic.tile(CHUNK, TILE_WIDTH, WARPGROUPS, dtype=f16),
-            *(mosaic.tile(CHUNK, FEATURES) for _ in range(2)),
-            plgpu.Barrier(num_arrivals=7 + WARPGROUPS),
-            plgpu.Barrier(num_arrivals=WARPGROUPS),
-        ],
+    names = ("q", "k", "do", "dv", "written", "states", "gradients")
+    out = scratch.kernel(
+        functools.partial(_keys_body, group=HV // H, scale=scale),
+        inputs=dict(
+            **dict(q=q, k=k, decay_operand=decay_operand, do=do, dv=dv, given_written=written),
+            **dict(states=states, gradients=gradients, decay=decay),
+        ),
+        outputs=dict(dq=keys, dk=keys, dg=SDS((B, N * CHUNK, HV, K), f32)),
+        scratch=dict(  # as `key_gradients` names it
+            **{name: mosaic.tile(CHUNK, FEATURES) for name in ("sq", "sk")},
+            **{name: mosaic.tile(CHUNK, V) for name in ("sdo", "sdv", "written")},
+            **{name: mosaic.tile(V, FEATURES) for name in ("ss", "sds")},
+            **{name: mosaic.tile(CHUNK, CHUNK) for name in ("saq", "sa")},
+            sg=mosaic.tile(CHUNK, TILE_WIDTH, WARPGROUPS, dtype=f16),
+            **{name: mosaic.tile(CHUNK, FEATURES) for name in ("read_keys", "write_keys")},
+            loaded=barrier_for(dict.fromkeys(names, 1) | dict(decay_operand=WARPGROUPS)),
+            shared=plgpu.Barrier(num_arrivals=WARPGROUPS),
+        ),
         grid=(B, N, HV, K // FEATURES),
         grid_names=("b", "n", "h", "part"),
         num_threads=WARPGROUPS,
         thread_name="wg",
-    )(q, k, gates, do, dv, written, states, gradients, decay)
+    )
+    return out.dq, out.dk, out.dg
+
+
+def _keys_body(refs, *, group, scale):
+    b, n, h, part = (lax.axis_index(name) for name in ("b", "n", "h", "part"))
+    wg = lax.axis_index("wg")
+    rows, features = pl.ds(n * CHUNK, CHUNK), pl.ds(part * FEATURES, FEATURES)
+    meet = functools.partial(meet_at, refs.shared, WARPGROUPS)
+
+    def loads():
+        yield from (
+            (refs.q.at[b, rows, h // group, features], refs.sq),
+            (refs.k.at[b, rows, h // group, features], refs.sk),
+        )
+        yield refs.do.at[b, rows, h], refs.sdo
+        yield refs.dv.at[b, rows, h], refs.sdv
+        yield refs.given_written.at[b, rows, h], refs.written
+        yield refs.states.at[b, h, n, :, features], refs.ss
+        yield refs.gradients.at[b, h, n, :, features], refs.sds
+        for i in range(WARPGROUPS):
+            s = pl.ds(part * FEATURES + i * TILE_WIDTH, TILE_WIDTH)
+            yield refs.decay_operand.at[b, rows, h, s], refs.sg.at[i]
+
+    pl.when(wg == 0)(lambda: fetch_each(loads(), refs.loaded))
+    plgpu.barrier_wait(refs.loaded)
+    gradients_of_keys(
+        refs,
+        [(pl.ds(wg * TILE_WIDTH, TILE_WIDTH), refs.sg.at[wg])],
+        chunks.mask_operand(chunks.up_to()), chunks.mask_operand(chunks.from_on(strict=True)),
+        refs.decay.at[b, h, n, features], refs.dg.at[b, rows, h, features], wg, meet,
+        scale=scale, warpgroups=WARPGROUPS,
+    )  # fmt: skip
+    meet()
+
+    @pl.when(wg == 0)
+    def _():
+        plgpu.copy_smem_to_gmem(refs.sq, refs.dq.at[b, rows, h, features])
+        plgpu.copy_smem_to_gmem(refs.sk, refs.dk.at[b, rows, h, features])
+
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)

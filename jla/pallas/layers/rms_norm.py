@@ -2,30 +2,9 @@
 
 Nothing but the inputs is kept for the backward pass; `rows.py` says how CTAs walk along arrays.
 
-B=16 T=4096 in bfloat16: 67.1 million elements, 134 MB a pass, as rows of 1024 (a block's norm) or
-of 128 (8 heads). Floors at 4.3 TB/s; instructions as ptxas makes them, for a warp's 128 elements,
-of rows of 1024 (128). At 1.75 GHz and two and a half a clock there is time for 34 of them an array:
-nothing but memory should matter, and the predictions are 85% of its speed.
-
-========================  ==========================  ========  ============  ============  ========
-kernel                    reads, writes               floor ms  instructions  predicted ms  measured
-========================  ==========================  ========  ============  ============  ========
-`_forward`                x, y                        0.062     30 (43)       0.075         0.080
-`_forward`, gate          x, gate, y                  0.094     (81)          0.11          0.108
-`_forward`, gate, bias    the same                    0.094     (86)          0.11          0.109
-`_forward`, SiLU of x     x, y                        0.062     55            0.08          0.079
-`_forward`, update        x, update, x, y             0.125                   0.15          0.143
-`_backward`               x, dy, dx, 4 MB sums        0.095     77 (86)       0.115         0.116
-`_backward`, residual     x, dy, dres, dx, 4 MB sums  0.126     87            0.15          0.152
-`_backward`, gate         x, gate, dy, dx, dgate      0.156     (146)         0.185         0.187
-`_backward`, gate, bias   and 4 MB sums               0.157     (155)         0.19          0.181
-`_backward`, SiLU of x    x, dy, dx, 4 MB sums        0.095     136           0.14          0.105
-========================  ==========================  ========  ============  ============  ========
-
-By itself, XLA's formula takes 0.074 to 0.085, 0.122, 0.278, 0.104 and 0.171 forward, and 0.192,
-0.239, 0.309, 0.223 and 0.174 backward, in the table's order.
-
-Registers: 61 to 120 forward, 149 to 168 backward; up to 238 for rows of 2048. No spills.
+Floor at B=16 T=4096 in bfloat16, 67.1 million elements, at 4.3 TB/s: 134 MB, 0.031 ms, for each
+array that is read or written: x, y, and a gate, an update, a residual and their gradients where
+there are such.
 """
 
 import functools
@@ -37,14 +16,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jla._core.derivatives import reverse_only
 from jla._core.shardwise import defvjp, for_each_row, shardwise
-from jla.pallas.common import mosaic
+from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.mosaic import f32, per_row
 from jla.pallas.layers.rows import (
     BACKWARD,
     FORWARD,
     ROWS,
     SCALE,
-    Plan,
+    RowPlan,
     activate,
     as_rows,
     for_batch_rows,
@@ -177,47 +156,50 @@ def _forward(x, scale, *others, epsilon, activation=None, input_activation=None,
     `others`: nothing, a gate, or a gate and its bias; with `adds` the update.
     """
     arrays, biases = (x, *others[:1]), others[1:]
-    plan = Plan(x, len(arrays), FORWARD)
-    gated = len(arrays) == 2 and not adds
-
-    def body(*refs):
-        *refs, tiles, loaded = refs
-        inputs, (scale_ref, *refs) = refs[: len(arrays)], refs[len(arrays) :]
-        bias_refs, outputs = refs[: len(biases)], refs[len(biases) :]
-        scale = plan.columns(scale_ref, _longest(input_activation))
-        gate = plan.gates(*bias_refs)
-
-        def operand(tile, rows, c):
-            """What is normalised. The thread that writes here was the last to read here."""
-            x = plan.load(tile.at[0, rows, c])
-            if not adds:
-                return activate(x, input_activation)[0]
-            x = (x + plan.load(tile.at[1, rows, c])).astype(outputs[0].dtype)
-            mosaic.store(tile.at[0, rows, c], x)
-            return x.astype(f32)
-
-        def step(tile, first, carry):
-            for rows in plan.groups():
-                xs = [operand(tile, rows, c) for c in range(plan.chunks)]
-                (mean_square,) = plan.means([x * x] for x in xs)
-                inverse = per_row(inverse_root(mean_square, epsilon), plan.width)
-                for c, x in enumerate(xs):
-                    y = x * inverse * scale(c)
-                    if gated:
-                        y = y * activate(gate(tile, first, rows, c), activation)[0]
-                    mosaic.store(tile.at[int(adds), rows, c], y.astype(outputs[0].dtype))
-            return carry
-
-        plan.walk(step, jnp.int32(0), inputs, outputs, tiles, loaded)
-
-    out = mosaic.kernel(
-        body,
-        automatic_barriers=False,
+    plan = RowPlan(x, len(arrays), FORWARD)
+    options = dict(epsilon=epsilon, activation=activation, input_activation=input_activation)
+    out = scratch.kernel(
+        functools.partial(_forward_body, plan=plan, adds=adds, **options),
+        inputs=dict(
+            arrays=list(map(plan.tiled, arrays)),
+            scale=plan.tiled_scale(scale),
+            biases=list(map(plan.tiled_bias, biases)),
+        ),
+        outputs=dict(outputs=[SDS(plan.shape, x.dtype)] * (1 + adds)),
         reductions_cross_warps=False,
-        out_type=[SDS(plan.shape, x.dtype)] * (1 + adds),
         **plan.launch(),
-    )(*map(plan.tiled, arrays), plan.tiled_scale(scale), *map(plan.tiled_bias, biases))
-    return tuple(a.reshape(x.shape) for a in reversed(out))
+    )
+    return tuple(a.reshape(x.shape) for a in reversed(out.outputs))
+
+
+def _forward_body(refs, *, plan, adds, epsilon, activation, input_activation):
+    scale = plan.columns(refs.scale, _longest(input_activation))
+    gate = plan.gates(*refs.biases)
+    gated = len(refs.arrays) == 2 and not adds
+    dtype = refs.outputs[0].dtype
+
+    def operand(tile, rows, c):
+        """What is normalised. The thread that writes here was the last to read here."""
+        x = plan.load(tile.at[0, rows, c])
+        if not adds:
+            return activate(x, input_activation)[0]
+        x = (x + plan.load(tile.at[1, rows, c])).astype(dtype)
+        mosaic.store(tile.at[0, rows, c], x)
+        return x.astype(f32)
+
+    def step(tile, first, carry):
+        for rows in plan.groups():
+            xs = [operand(tile, rows, c) for c in range(plan.chunks)]
+            (mean_square,) = plan.means([x * x] for x in xs)
+            inverse = per_row(inverse_root(mean_square, epsilon), plan.width)
+            for c, x in enumerate(xs):
+                y = x * inverse * scale(c)
+                if gated:
+                    y = y * activate(gate(tile, first, rows, c), activation)[0]
+                mosaic.store(tile.at[int(adds), rows, c], y.astype(dtype))
+        return carry
+
+    plan.walk(step, jnp.int32(0), refs.arrays, refs.outputs, refs)
 
 
 def _backward(x, scale, dy, *gates, residual=None, epsilon, activation=None, input_activation=None):
@@ -226,8 +208,8 @@ def _backward(x, scale, dy, *gates, residual=None, epsilon, activation=None, inp
     With r = 1 / sqrt(mean(x**2) + epsilon), a = activation(gate + bias) and e = dy a scale, the
     gradient of x r:
 
-        dx = r (e - x r mean(e x r)) + dresidual
-        dgate = dy a' scale x r;  dbias = sum of dgate, dscale = sum of dy a x r over rows
+        1.  dx = r (e - x r mean(e x r)) + dresidual
+        2.  dgate = dy a' scale x r;  dbias = sum of dgate, dscale = sum of dy a x r over rows
 
     With an activation of the input this x is what it made, and its slope stands before dx.
 
@@ -238,93 +220,101 @@ def _backward(x, scale, dy, *gates, residual=None, epsilon, activation=None, inp
     gates, biases = gates[:1], gates[1:]
     # The first of them are, tile by tile, replaced by their gradients.
     arrays = [x, *gates, dy] if residual is None else [x, dy, residual]
-    DY = 1 + len(gates)
-    plan = Plan(x, len(arrays), BACKWARD)
-    chunks = range(plan.chunks)
+    plan = RowPlan(x, len(arrays), BACKWARD)
     bias_sums = bool(biases) and plan.chunks == 1 and plan.group % plan.heads == 0
+    options = dict(epsilon=epsilon, activation=activation, input_activation=input_activation)
 
-    def body(*refs):
-        *refs, tiles, loaded = refs
-        inputs, (scale_ref, *refs) = refs[: len(arrays)], refs[len(arrays) :]
-        bias_refs, refs = refs[: len(biases)], refs[len(biases) :]
-        outputs, (dscale_ref, *dbias_refs) = refs[: 1 + len(gates)], refs[1 + len(gates) :]
-        scale = plan.columns(scale_ref, _longest(input_activation))
-        gate = plan.gates(*bias_refs)
+    def shares(rows):
+        return SDS((plan.batch, plan.blocks, rows, plan.width), f32)
 
-        def gradients(tile, first, rows, sums):
-            """Writes these rows' gradients where x and the gate lay; adds to the vectors'."""
-
-            def operands(c):
-                """x and its slope, dy a and, for dgate, dy a' of the rows' c-th elements."""
-                x, dy = (plan.load(tile.at[i, rows, c]) for i in (0, DY))
-                x = activate(x, input_activation)
-                if not gates:
-                    return *x, dy, None
-                value, slope = activate(gate(tile, first, rows, c), activation)
-                return *x, dy * value, dy * slope
-
-            kept = [operands(c) for c in chunks]
-            mean_square, along = plan.means(
-                (x * x, x * (dy * scale(c))) for c, (x, _, dy, _) in enumerate(kept)
-            )
-            inverse = inverse_root(mean_square, epsilon)
-            along = per_row(along * inverse, plan.width)
-            inverse = per_row(inverse, plan.width)
-            added = []
-            for c in chunks:
-                # What a long row's registers cannot hold is read, and its gates made, once more.
-                x, slope, dy, dy_slope = kept[c] if plan.fits else operands(c)
-                normed = x * inverse
-                added.append(sums[c] + dy * normed)
-                dx = inverse * (dy * scale(c) - normed * along)
-                if input_activation is not None:
-                    dx = dx * slope
-                if residual is not None:
-                    dx = dx + plan.load(tile.at[2, rows, c])
-                # The thread that writes here was the last to read here.
-                mosaic.store(tile.at[0, rows, c], dx.astype(outputs[0].dtype))
-                if gates:
-                    dgate = dy_slope * scale(c) * normed
-                    mosaic.store(tile.at[1, rows, c], dgate.astype(outputs[1].dtype))
-                    if bias_sums:
-                        added.append(sums[-1] + dgate)
-            return added
-
-        def step(tile, first, sums):
-            for rows in plan.groups():
-                sums = gradients(tile, first, rows, sums)
-            return sums
-
-        sums = [plan.zeros()] * (plan.chunks + bias_sums)
-        sums = plan.walk(step, sums, inputs, outputs, tiles, loaded)
-        b, n = lax.axis_index("b"), lax.axis_index("n")
-        for c in chunks:
-            mosaic.store(dscale_ref.at[b, n, c], sums[c].sum(axis=0))
-        for dbias_ref in dbias_refs:
-            mosaic.store(dbias_ref.at[b, n], sums[-1])
-
-    like = SDS(plan.shape, x.dtype)
-    shares = [plan.chunks, plan.group][: 1 + bias_sums]
-    out = mosaic.kernel(
-        body,
-        automatic_barriers=False,
-        out_type=[
-            *(like for _ in (x, *gates)),
-            *(SDS((plan.batch, plan.blocks, n, plan.width), f32) for n in shares),
-        ],
+    out = scratch.kernel(
+        functools.partial(_backward_body, plan=plan, adds=residual is not None, **options),
+        inputs=dict(
+            arrays=list(map(plan.tiled, arrays)),
+            scale=plan.tiled_scale(scale),
+            biases=list(map(plan.tiled_bias, biases)),
+        ),
+        outputs=dict(
+            gradients=[SDS(plan.shape, x.dtype) for _ in (x, *gates)],
+            dscale=shares(plan.chunks),
+            dbias=shares(plan.group) if bias_sums else None,
+        ),
         **plan.launch(),
-    )(*map(plan.tiled, arrays), plan.tiled_scale(scale), *map(plan.tiled_bias, biases))
-    out, sums = out[: 1 + len(gates)], [a.sum(axis=1) for a in out[1 + len(gates) :]]
-    dx, *dgates = (a.reshape(x.shape) for a in out)
-    dscale = plan.untiled_scale(sums[0], x)
+    )
+    dbias = out.dbias.sum(axis=1) if bias_sums else None
+    dscale = out.dscale.sum(axis=1)
+    dx, *dgates = (a.reshape(x.shape) for a in out.gradients)
+    dscale = plan.untiled_scale(dscale, x)
     if biases:
         B, _, H, N, D = x.shape
         if bias_sums:
-            dbias = sums[1].reshape(B, -1, H, N, D).sum(axis=1)
+            dbias = dbias.reshape(B, -1, H, N, D).sum(axis=1)
         else:
             dbias = dgates[0].sum(axis=1, dtype=f32)
         dgates.append(dbias.swapaxes(1, 2))
     return dx, dscale, *dgates
+
+
+def _backward_body(refs, *, plan, adds, epsilon, activation, input_activation):
+    gated = len(refs.gradients) == 2
+    DY, RESIDUAL = 1 + gated, 2
+    scale = plan.columns(refs.scale, _longest(input_activation))
+    gate = plan.gates(*refs.biases)
+    chunks = range(plan.chunks)
+
+    def gradients(tile, first, rows, sums):
+        """Writes these rows' gradients where x and the gate lay; adds to the vectors'."""
+
+        def operands(c):
+            """x and its slope, dy a and, for dgate, dy a' of the rows' c-th elements."""
+            x, dy = (plan.load(tile.at[i, rows, c]) for i in (0, DY))
+            x = activate(x, input_activation)
+            if not gated:
+                return *x, dy, None
+            value, slope = activate(gate(tile, first, rows, c), activation)
+            return *x, dy * value, dy * slope
+
+        kept = [operands(c) for c in chunks]
+        mean_square, along = plan.means(
+            (x * x, x * (dy * scale(c))) for c, (x, _, dy, _) in enumerate(kept)
+        )
+        inverse = inverse_root(mean_square, epsilon)
+        along = per_row(along * inverse, plan.width)
+        inverse = per_row(inverse, plan.width)
+        added = []
+        for c in chunks:
+            # What a long row's registers cannot hold is read, and its gates made, once more.
+            x, slope, dy, dy_slope = kept[c] if plan.fits else operands(c)
+            normed = x * inverse
+            added.append(sums[c] + dy * normed)
+            # 1. dx.
+            dx = inverse * (dy * scale(c) - normed * along)
+            if input_activation is not None:
+                dx = dx * slope
+            if adds:
+                dx = dx + plan.load(tile.at[RESIDUAL, rows, c])
+            # The thread that writes here was the last to read here.
+            mosaic.store(tile.at[0, rows, c], dx.astype(refs.gradients[0].dtype))
+            # 2. dgate.
+            if gated:
+                dgate = dy_slope * scale(c) * normed
+                mosaic.store(tile.at[1, rows, c], dgate.astype(refs.gradients[1].dtype))
+                if refs.dbias is not None:
+                    added.append(sums[-1] + dgate)
+        return added
+
+    def step(tile, first, sums):
+        for rows in plan.groups():
+            sums = gradients(tile, first, rows, sums)
+        return sums
+
+    sums = [plan.zeros()] * (plan.chunks + (refs.dbias is not None))
+    sums = plan.walk(step, sums, refs.arrays, refs.gradients, refs)
+    b, n = lax.axis_index("b"), lax.axis_index("n")
+    for c in chunks:
+        mosaic.store(refs.dscale.at[b, n, c], sums[c].sum(axis=0))
+    if refs.dbias is not None:
+        mosaic.store(refs.dbias.at[b, n], sums[-1])
 
 
 def _longest(input_activation):

@@ -20,11 +20,12 @@ from jax.sharding import PartitionSpec as P
 from jla._core.shardwise import for_each_row
 from jla.pallas.common import mosaic
 from jla.pallas.common.mosaic import f32, per_column, sigmoid
+from jla.pallas.common.scratch import barrier_for, fetch
 
 WIDEST = 2048
 # Elements of a tile, all arrays together, at most; tiles in SMEM. So three CTAs share a
 # multiprocessor.
-TILE, SLOTS = 12288, 3
+TILE_ELEMENTS, SLOTS = 12288, 3
 # Tiles of a CTA. Each CTA of the backward pass writes a row of float32 sums: the more tiles it has,
 # the fewer of these there are.
 FORWARD, BACKWARD = 8, 16
@@ -53,7 +54,7 @@ def unsupported_rows(x, scale, *others):
     return None
 
 
-class Plan:
+class RowPlan:
     """How rows are cut: in `chunks` of `width` elements, as many as a warp's lanes hold at once.
 
     A row of 64 takes half of a warp, and a warp has two rows. `group`: a warpgroup's rows at once;
@@ -73,7 +74,7 @@ class Plan:
         # rows have several chunks.
         more = _power(AT_ONCE // (arrays * 128)) if self.chunks == 1 else 1
         self.group = 4 * (128 // self.width) * more
-        self.rows = self.group * _power(TILE // (arrays * self.group * self.size))
+        self.rows = self.group * _power(TILE_ELEMENTS // (arrays * self.group * self.size))
         self.blocks = pl.cdiv(self.total, self.rows * steps)
         self.shape = B, self.total, self.chunks, self.width
 
@@ -97,12 +98,14 @@ class Plan:
         return bias[:, jnp.arange(H - 1 + self.group, dtype=jnp.int32) % H]
 
     def launch(self):
+        """The kernel's scratch and grid."""
         tiles = self.arrays, SLOTS, self.rows, self.chunks, self.width
         return dict(
-            scratch_types=[
-                plgpu.SMEM(tiles, self.dtype),
-                plgpu.Barrier(num_arrivals=self.arrays, num_barriers=SLOTS),
-            ],
+            scratch=dict(
+                tiles=plgpu.SMEM(tiles, self.dtype),
+                loaded=barrier_for(dict(arrays=self.arrays), SLOTS),
+            ),
+            automatic_barriers=False,
             grid=(self.batch, self.blocks),
             grid_names=("b", "n"),
         )
@@ -152,19 +155,20 @@ class Plan:
         sums = functools.reduce(lambda a, b: [x + y for x, y in zip(a, b, strict=True)], chunks)
         return [x.sum(axis=1) * (1 / self.size) for x in sums]
 
-    def walk(self, step, carry, inputs, outputs, tiles, loaded):
+    def walk(self, step, carry, inputs, outputs, refs):
         """Calls step(tiles of the inputs, their first row's number, carry) for each of the CTA's;
         stores what it has made.
 
-        The outputs' tiles are where those of the first inputs were.
+        The outputs' tiles are where those of the first inputs were. `refs`: those of `launch`.
         """
+        tiles, loaded = refs.tiles, refs.loaded
         b, first = lax.axis_index("b"), lax.axis_index("n") * self.steps
         count = jnp.minimum(self.steps, pl.cdiv(self.total, self.rows) - first)
 
         def load(i, slot):
             rows = pl.ds((first + i) * self.rows, self.rows)
-            for number, ref in enumerate(inputs):
-                plgpu.copy_gmem_to_smem(ref.at[b, rows], tiles.at[number, slot], loaded.at[slot])
+            copies = [(ref.at[b, rows], tiles.at[k, slot]) for k, ref in enumerate(inputs)]
+            fetch(dict(arrays=copies), loaded.at[slot])
 
         def store(i, slot):
             start = (first + i) * self.rows

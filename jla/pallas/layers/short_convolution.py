@@ -2,28 +2,14 @@
 
 A thread has four channels of a head and walks along a stream of tokens, with the last W - 1 of them
 in registers. A warpgroup walks along four streams of 128 channels (or 256) that follow one another;
-TMA loads each of them with the tokens around it that it needs, so that no thread reads or writes
-what another does, and nobody waits.
+TMA loads each of them with the tokens around it that it needs, so that threads
+share no data, and none waits.
 
 Nothing but the inputs is kept for the backward pass, which makes the rest again on its way. Behind
 token t it knows the gradients that token t - (W - 1) is still missing.
 
-B=16 T=4096 H=6 D=128, bfloat16, W=4: 50.3 million elements, 100.7 MB a pass. Floors at 4.3 TB/s;
-instructions as ptxas makes them, a warp's four tokens of 128 channels in the loop; predictions from
-three of them a clock forward and two and a half backward, at 1.75 GHz.
-
-======================  =====================  ========  ===========================  ============
-kernel                  reads, writes          floor ms  instructions (with norm)     measured ms
-======================  =====================  ========  ===========================  ============
-`_forward`              x, y                   0.047     209 (303), 69 registers      0.060 (0.060)
-the same, two SiLUs                                      306 (398), 70 registers
-`_backward`             x, dy, dx, 10 MB sums  0.073     423 (603), 111 registers     0.093 (0.125)
-the same, two SiLUs                                      567 (747), 145 registers
-======================  =====================  ========  ===========================  ============
-
-Predicted were 0.06, 0.10 and 0.13. XLA's form takes 0.14 (0.30) and 0.49 (0.72). For two SiLUs 0.07
-(0.07) and 0.125 (0.16) are predicted, forward because 64 exponentials and square roots a turn, at
-eight clocks each, take 0.055 by themselves.
+Floor at B=16 T=4096 H=6 D=128, bfloat16, W=4, at 4.3 TB/s: forward 0.20 GB, 0.047 ms; backward 0.31
+GB, 0.073 ms.
 """
 
 import functools
@@ -36,8 +22,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla._core.derivatives import reverse_only
 from jla._core.shardwise import defvjp, for_each_row, shardwise
-from jla.pallas.common import mosaic
+from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.mosaic import f32, per_column, per_row
+from jla.pallas.common.scratch import barrier_for, fetch
 
 SDS = jax.ShapeDtypeStruct
 EPSILON = 1e-6  # of the norm, as `jla.linen` has it
@@ -107,43 +94,43 @@ defvjp(_convolution, _convolution_forward, _convolution_backward)
 def _forward(x, kernel, *, normalize, silu_twice):
     """y, [B, T, H, D] in x's dtype, as a tuple; kernel [B, W, H, D] float32."""
     (B, T, H, D), W = x.shape, kernel.shape[1]
-    past = W - 1
     channels, streams = _tile(D)
-    layout = mosaic.rows_by_warp()
-    length = FORWARD
-    load = functools.partial(mosaic.load, layout=layout, optimized=False)
-
-    def body(x_ref, kernel_ref, y_ref, tokens, loaded):
-        _load_with_past(x_ref, tokens, loaded, past, length, 0)
-        taps = _taps(kernel_ref, layout, streams)
-        plgpu.barrier_wait(loaded)
-
-        def step(t, window):
-            window = [*window, load(tokens.at[:, t + past])]
-            _, _, y = _silus(_weighted(taps, window), silu_twice)[-1]
-            if normalize:
-                y = y * per_row(_inverse_norm(y), channels)
-            # The thread that writes here was the last to read here.
-            mosaic.store(tokens.at[:, t + past], y.astype(x.dtype))
-            return window[1:]
-
-        _walk(step, 0, length, _window(tokens, layout, past))
-        plgpu.commit_smem()
-        _store(tokens, past, length, y_ref, T)
-
-    (y,) = mosaic.kernel(
-        body,
+    out = scratch.kernel(
+        functools.partial(_forward_body, T=T, normalize=normalize, silu_twice=silu_twice),
+        inputs=dict(x=x, kernel=_pad(kernel, channels)),
+        outputs=dict(y=_like(x, channels)),
+        scratch=dict(
+            tokens=plgpu.SMEM((streams, FORWARD + W - 1, channels), x.dtype),
+            loaded=barrier_for(dict(x=streams)),
+        ),
         automatic_barriers=False,
         reductions_cross_warps=False,
-        out_type=[_like(x, channels)],
-        scratch_types=[
-            plgpu.SMEM((streams, length + past, channels), x.dtype),
-            plgpu.Barrier(num_arrivals=streams),
-        ],
-        grid=(B, pl.cdiv(T, streams * length), H),
+        grid=(B, pl.cdiv(T, streams * FORWARD), H),
         grid_names=("b", "n", "h"),
-    )(x, _pad(kernel, channels))
-    return (y[:, :, :H],)
+    )
+    return (out.y[:, :, :H],)
+
+
+def _forward_body(refs, *, T, normalize, silu_twice):
+    tokens, past = refs.tokens, refs.kernel.shape[1] - 1
+    streams, _, channels = tokens.shape
+    layout = mosaic.rows_by_warp()
+    _load_with_past(refs, past, FORWARD, 0)
+    taps = _taps(refs.kernel, layout, streams)
+    plgpu.barrier_wait(refs.loaded)
+
+    def step(t, window):
+        window = [*window, mosaic.load(tokens.at[:, t + past], layout, optimized=False)]
+        _, _, y = _silus(_weighted(taps, window), silu_twice)[-1]
+        if normalize:
+            y = y * per_row(_inverse_norm(y), channels)
+        # The thread that writes here was the last to read here.
+        mosaic.store(tokens.at[:, t + past], y.astype(tokens.dtype))
+        return window[1:]
+
+    _walk(step, 0, FORWARD, _window(tokens, layout, past))
+    plgpu.commit_smem()
+    _store(tokens, past, FORWARD, refs.y, T)
 
 
 def _backward(x, kernel, dy, *, normalize, silu_twice):
@@ -151,9 +138,10 @@ def _backward(x, kernel, dy, *, normalize, silu_twice):
 
     With c the convolution, s = sigmoid(c), y = s c and r = 1 / sqrt(sum(y**2) + epsilon):
 
-        without the norm  dc = dy s (1 + c (1 - s)) = dy (s + y (1 - s))
-        with it           dc = (r dy - r**3 y sum(y dy)) (s + y (1 - s))
-        dx_t = sum_i kernel[i] dc_{t + (W - 1 - i)};  dkernel[i] = sum_t dc_t x_{t - (W - 1 - i)}
+        1.  without the norm  dc = dy s (1 + c (1 - s)) = dy (s + y (1 - s))
+            with it           dc = (r dy - r**3 y sum(y dy)) (s + y (1 - s))
+        2.  dx_t = sum_i kernel[i] dc_{t + (W - 1 - i)}
+            dkernel[i] = sum_t dc_t x_{t - (W - 1 - i)}
 
     A second SiLU's slope stands before the first's, and y is then what comes out of the second.
 
@@ -164,72 +152,76 @@ def _backward(x, kernel, dy, *, normalize, silu_twice):
     (B, T, H, D), W = x.shape, kernel.shape[1]
     past = W - 1
     channels, streams = _tile(D)
-    length = BACKWARD
-    blocks = pl.cdiv(T, streams * length)
-    layout = mosaic.rows_by_warp()
-    load = functools.partial(mosaic.load, layout=layout, optimized=False)
-
-    def body(x_ref, kernel_ref, dy_ref, dx_ref, dkernel_ref, tokens, gradients, loaded):
-        b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
-        _load_with_past(x_ref, tokens, loaded, past, length, past)
-        for s in range(streams):
-            rows = pl.ds((n * streams + s) * length, length + past)
-            plgpu.copy_gmem_to_smem(
-                dy_ref.at[b, rows, h, _whole(channels)], gradients.at[s], loaded
-            )
-        taps = _taps(kernel_ref, layout, streams)
-        plgpu.barrier_wait(loaded)
-
-        def step(t, carry, *, own=True, finish=True):
-            """Token t's share of the gradients. `own`: its kernel's are this stream's to count;
-            `finish`: token t - past, which has its last share now, belongs to the stream."""
-            window, pending, sums = carry
-            window = [*window, load(tokens.at[:, t + past])]
-            silus = _silus(_weighted(taps, window), silu_twice)
-            _, _, y = silus[-1]
-            gradient = load(gradients.at[:, t])
-            if normalize:
-                inverse = _inverse_norm(y)
-                along = (gradient * y).sum(axis=1) * (inverse * inverse * inverse)
-                gradient = gradient * per_row(inverse, channels) - y * per_row(along, channels)
-            for gate, complement, y in reversed(silus):
-                gradient = gradient * (gate + y * complement)
-            if own:
-                sums = [s + gradient * x for s, x in zip(sums, window, strict=True)]
-            shares = [tap * gradient for tap in taps]
-            pending = [p + s for p, s in zip([*pending, 0.0], shares, strict=True)]
-            if finish:
-                # Token t - past of the stream lies in row t, which this thread has read.
-                mosaic.store(tokens.at[:, t], pending[0].astype(x.dtype))
-            return window[1:], pending[1:], sums
-
-        zeros = plgpu.layout_cast(jnp.zeros((streams, channels), f32), layout)
-        carry = _window(tokens, layout, past), [zeros] * past, [zeros] * W
-        for t in range(past):
-            carry = step(t, carry, finish=False)
-        carry = _walk(step, past, length, carry)
-        sums = carry[2]
-        for t in range(length, length + past):
-            carry = step(t, carry, own=False)
-        plgpu.commit_smem()
-        _store(tokens, past, length, dx_ref, T, wait=False)
-        for w in range(W):
-            mosaic.store(dkernel_ref.at[b, n, w, h], sums[w].sum(axis=0))
-        plgpu.wait_smem_to_gmem(0)
-
-    dx, dkernel = mosaic.kernel(
-        body,
+    blocks = pl.cdiv(T, streams * BACKWARD)
+    out = scratch.kernel(
+        functools.partial(_backward_body, T=T, normalize=normalize, silu_twice=silu_twice),
+        inputs=dict(x=x, kernel=_pad(kernel, channels), dy=dy),
+        outputs=dict(dx=_like(x, channels), dkernel=SDS((B, blocks, W, H, channels), f32)),
+        scratch=dict(
+            tokens=plgpu.SMEM((streams, BACKWARD + 2 * past, channels), x.dtype),
+            gradients=plgpu.SMEM((streams, BACKWARD + past, channels), x.dtype),
+            loaded=barrier_for(dict(x=streams, dy=streams)),
+        ),
         automatic_barriers=False,
-        out_type=[_like(x, channels), SDS((B, blocks, W, H, channels), f32)],
-        scratch_types=[
-            plgpu.SMEM((streams, length + 2 * past, channels), x.dtype),
-            plgpu.SMEM((streams, length + past, channels), x.dtype),
-            plgpu.Barrier(num_arrivals=2 * streams),
-        ],
         grid=(B, blocks, H),
         grid_names=("b", "n", "h"),
-    )(x, _pad(kernel, channels), dy)
-    return dx[:, :, :H], dkernel.sum(axis=1)[..., :D]
+    )
+    return out.dx[:, :, :H], out.dkernel.sum(axis=1)[..., :D]
+
+
+def _backward_body(refs, *, T, normalize, silu_twice):
+    tokens, W = refs.tokens, refs.kernel.shape[1]
+    past, length = W - 1, BACKWARD
+    streams, _, channels = tokens.shape
+    layout = mosaic.rows_by_warp()
+    load = functools.partial(mosaic.load, layout=layout, optimized=False)
+    b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
+    _load_with_past(refs, past, length, past)
+    for s in range(streams):
+        rows = pl.ds((n * streams + s) * length, length + past)
+        source = refs.dy.at[b, rows, h, _whole(channels)]
+        fetch(dict(dy=(source, refs.gradients.at[s])), refs.loaded, partial=True)
+    taps = _taps(refs.kernel, layout, streams)
+    plgpu.barrier_wait(refs.loaded)
+
+    def step(t, carry, *, own=True, finish=True):
+        """Token t's share of the gradients. `own`: its kernel's are this stream's to count;
+        `finish`: token t - past, which has its last share now, belongs to the stream."""
+        window, pending, sums = carry
+        window = [*window, load(tokens.at[:, t + past])]
+        # 1. dc.
+        silus = _silus(_weighted(taps, window), silu_twice)
+        _, _, y = silus[-1]
+        gradient = load(refs.gradients.at[:, t])
+        if normalize:
+            inverse = _inverse_norm(y)
+            along = (gradient * y).sum(axis=1) * (inverse * inverse * inverse)
+            gradient = gradient * per_row(inverse, channels) - y * per_row(along, channels)
+        for gate, complement, y in reversed(silus):
+            gradient = gradient * (gate + y * complement)
+        # 2. dkernel and dx.
+        if own:
+            sums = [s + gradient * x for s, x in zip(sums, window, strict=True)]
+        shares = [tap * gradient for tap in taps]
+        pending = [p + s for p, s in zip([*pending, 0.0], shares, strict=True)]
+        if finish:
+            # Token t - past of the stream lies in row t, which this thread has read.
+            mosaic.store(tokens.at[:, t], pending[0].astype(tokens.dtype))
+        return window[1:], pending[1:], sums
+
+    zeros = plgpu.layout_cast(jnp.zeros((streams, channels), f32), layout)
+    carry = _window(tokens, layout, past), [zeros] * past, [zeros] * W
+    for t in range(past):
+        carry = step(t, carry, finish=False)
+    carry = _walk(step, past, length, carry)
+    sums = carry[2]
+    for t in range(length, length + past):
+        carry = step(t, carry, own=False)
+    plgpu.commit_smem()
+    _store(tokens, past, length, refs.dx, T, wait=False)
+    for w in range(W):
+        mosaic.store(refs.dkernel.at[b, n, w, h], sums[w].sum(axis=0))
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _tile(D):
@@ -238,7 +230,7 @@ def _tile(D):
 
 
 def _like(x, channels):
-    """x's shape and type; with one more head, which nobody writes, where several heads fill a tile.
+    """x's shape and type; with one more head, never written, where several heads fill a tile.
 
     What is stored in one piece Mosaic cuts off at the array's end alone: past a head's last channel
     it would overwrite the next head.
@@ -258,24 +250,22 @@ def _whole(channels):
     return pl.ds(lax.axis_index("h") * 0, channels)
 
 
-def _load_with_past(x_ref, tokens, loaded, past, length, more):
+def _load_with_past(refs, past, length, more):
     """Loads each stream's tokens, `past` before them and `more` after them."""
     b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
-    streams, _, channels = tokens.shape
+    streams, _, channels = refs.tokens.shape
 
-    def copy(s, before):
+    def load(s, before):
         rows = pl.ds((n * streams + s) * length - before, before + length + more)
-        plgpu.copy_gmem_to_smem(
-            x_ref.at[b, rows, h, _whole(channels)],
-            tokens.at[s, pl.ds(past - before, before + length + more)],
-            loaded,
-        )
+        source = refs.x.at[b, rows, h, _whole(channels)]
+        target = refs.tokens.at[s, pl.ds(past - before, before + length + more)]
+        fetch(dict(x=(source, target)), refs.loaded, partial=True)
 
     # Before the first token there is nothing to load, see `_window`.
-    pl.when(n == 0)(lambda: copy(0, 0))
-    pl.when(n > 0)(lambda: copy(0, past))
+    pl.when(n == 0)(lambda: load(0, 0))
+    pl.when(n > 0)(lambda: load(0, past))
     for s in range(1, streams):
-        copy(s, past)
+        load(s, past)
 
 
 def _window(tokens, layout, past):

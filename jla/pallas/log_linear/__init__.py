@@ -2,8 +2,8 @@
 
 Forward: `sums` makes the states of the leaf blocks, `tree_states` those above, `outputs` the rest.
 Backward: `sums` makes the gradients of the states that are read, `tree_gradients` brings them down
-to the leaf blocks, and `gradients` makes all others, chunk by chunk. What the gates and level
-scales are worth is XLA's (`weights`), and so are their gradients.
+to the leaf blocks, and `gradients` makes all others, chunk by chunk. What the decays and
+level scales are worth is XLA's (`weights`), and so are their gradients.
 """
 
 import functools
@@ -94,7 +94,7 @@ def core(
         pad(x.astype(bf16), tokens=missing_tokens(T), features=-x.shape[3] % TILE_WIDTH)
         for x in (q, k, v)
     )
-    per = weights.plan(T, LEAF)[1]
+    per = weights.division(T, LEAF)[1]
     live = None if occupied is None or decays is None else weights.live(occupied, per)
     return _core(q, k, v, w, decays, skip, live, per)[:, :T, :, :V].astype(dtype)
 

@@ -11,12 +11,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jla._core.axes import LOG_LINEAR, letters, of_step, with_value_heads
 from jla._core.shardwise import shardwise
 from jla._core.states import LogLinearState, moved_on
-from jla.pallas.common import mosaic
+from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.mosaic import f32, per_column, per_row
+from jla.pallas.common.scratch import barrier_for, fetch
 from jla.pallas.common.tiles import step_width
 from jla.pallas.log_linear.stream import lowest_bit, without_lowest_bit
 from jla.reference import log_linear as reference
 
+SDS = jax.ShapeDtypeStruct
 MULTIPLE = 16  # of K and V
 STAGES = 3  # levels that are loaded at once
 
@@ -53,9 +55,8 @@ def log_linear_step(q, k, v, g, level_scales, state):
     temporary of the caller's program, and copied before the kernel otherwise. Where the two are the
     same memory, levels not in use stay as they are; where they are not, they become zeros.
 
-    Bytes at B=128 H=16 K=V=128, position 4095: twelve levels of 134 MB read, twelve (of zeros) and
-    the merged one written: 3.36 GB, 0.78 ms at 4.3 TB/s; one pass over the live levels, read and
-    written, is 0.75 ms. Prediction: 0.85 ms.
+    Floor at B=128 H=16 K=V=128, position 4095: 3.36 GB (twelve levels are read; as many zeros and
+    the merged level are written), 0.78 ms at 4.3 TB/s.
 
     Derivatives are those of the reference's formula, in XLA.
     """
@@ -83,114 +84,121 @@ def _(primals, tangents):
 
 def _run(q, k, v, g, level_scales, levels, position):
     """The kernel call."""
-    B, H, L, K, V = levels.shape
-    group, width, top = H // q.shape[1], step_width(K, V), L - 1
-    layout = mosaic.columns_by_warp(width)
-    by_row, by_column = layout.reduce(1), layout.reduce(0)
-    load = functools.partial(mosaic.load, optimized=False)
-
-    def body(
-        position_ref, q_ref, k_ref, v_ref, g_ref, scales_ref, levels_ref, o_ref, levels_out, ring,
-        loaded,
-    ):  # fmt: skip
-        b, h, part = (lax.axis_index(name) for name in ("b", "h", "part"))
-        key_head, mine = lax.div(h, group), pl.ds(part * width, width)
-        position = position_ref[b]
-        bits = lax.bitwise_and(position, (1 << top) - 1)
-        ones = lowest_bit(bits + 1)
-
-        def tile(ref, level):
-            return ref.at[b, h, level, :, mine]
-
-        def put(level, x):
-            mosaic.store(tile(levels_out, level), plgpu.layout_cast(x, layout))
-
-        def fetch(step, ahead):
-            """Starts to load the lowest level of `ahead`, if there is one; the rest of them."""
-            slot = lax.rem(step, STAGES)
-
-            @pl.when(ahead > 0)
-            def _():
-                source = tile(levels_ref, lowest_bit(ahead) + 1)
-                plgpu.copy_gmem_to_smem(source, ring.at[slot], loaded.at[slot])
-
-            return without_lowest_bit(ahead)
-
-        ahead = bits
-        for i in range(STAGES):
-            ahead = fetch(jnp.int32(i), ahead)
-
-        nothing = jnp.zeros((K, width), f32)
-        same = _same_memory(
-            levels_ref.at[b, h, 0, 0, mine], levels_out.at[b, h, 0, 0, mine], by_column
-        )
-
-        def clear(level, carry):
-            in_use = lax.bitwise_and(lax.shift_right_logical(2 * bits, level), 1) == 1
-            pl.when(~(same | in_use | (level == ones + 1)))(lambda: put(level, nothing))
-            return carry
-
-        lax.fori_loop(0, L, clear, None)
-
-        decay = jnp.exp(g_ref[b, h])
-        query = per_row(load(q_ref.at[b, key_head], by_row), width)
-        key = per_row(load(k_ref.at[b, key_head], by_row), width)
-        own = key * per_column(load(v_ref.at[b, h, mine], by_column), K)
-
-        def take(step, level, ahead, o):
-            """A level, decayed, and what the token reads of it."""
-            slot = lax.rem(step, STAGES)
-            plgpu.barrier_wait(loaded.at[slot])
-            x = decay * load(ring.at[slot], layout)
-            plgpu.commit_smem()  # all warps have read this slot
-            ahead = fetch(step, ahead)
-            o += scales_ref[b, h, level].astype(f32) * jnp.sum(query * x, axis=0)
-            return x, ahead, o
-
-        def merge(step, carry):
-            o, ahead, merged = carry
-            x, ahead, o = take(step, step + 1, ahead, o)
-            put(step + 1, nothing)
-            return o, ahead, merged + x
-
-        def keep(carry):
-            o, ahead, step, rest = carry
-            level = lowest_bit(rest) + 1
-            x, ahead, o = take(step, level, ahead, o)
-            put(level, x)
-            return o, ahead, step + 1, without_lowest_bit(rest)
-
-        o = scales_ref[b, h, 0].astype(f32) * jnp.sum(query * own, axis=0)
-        o, ahead, merged = lax.fori_loop(0, ones, merge, (o, ahead, own))
-        pl.when(ones < top)(lambda: put(ones + 1, merged))
-        rest = lax.bitwise_and(bits, bits + 1)  # without the trailing ones
-        o, *_ = lax.while_loop(lambda carry: carry[3] > 0, keep, (o, ahead, ones, rest))
-
-        # As the definition: what L levels do not serve is no number.
-        beyond = lax.shift_right_logical(position, top) != 0
-        o = jnp.where(jnp.broadcast_to(beyond, o.shape), jnp.nan, o)
-        mosaic.store(o_ref.at[b, h, mine], o.astype(v.dtype))
-
-        @pl.when(beyond | (position + 1 < 0))
-        def _():
-            def fill(level, carry):
-                put(level, jnp.full((K, width), jnp.nan, f32))
-                return carry
-
-            lax.fori_loop(0, L, fill, None)
-
-    step = mosaic.kernel(
-        body,
-        out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (v, levels)),
-        in_place={6: 1},
-        scratch_types=[
-            plgpu.SMEM((STAGES, K, width), f32),
-            plgpu.Barrier(num_barriers=STAGES),
-        ],
+    B, H, _, K, V = levels.shape
+    width = step_width(K, V)
+    out = scratch.kernel(
+        _body,
+        inputs=dict(position=position, q=q, k=k, v=v, g=g, scales=level_scales, levels=levels),
+        outputs=dict(o=SDS(v.shape, v.dtype), new_levels=SDS(levels.shape, levels.dtype)),
+        scratch=dict(
+            ring=plgpu.SMEM((STAGES, K, width), f32),
+            loaded=barrier_for(["level"], STAGES),
+        ),
+        in_place=dict(levels="new_levels"),
         grid=(B, H, V // width),
         grid_names=("b", "h", "part"),
     )
-    return step(position, q, k, v, g, level_scales, levels)
+    return out.o, out.new_levels
+
+
+def _body(refs):
+    _, H, L, K, _ = refs.levels.shape
+    group, width, top = H // refs.q.shape[1], refs.ring.shape[2], L - 1
+    layout = mosaic.columns_by_warp(width)
+    by_row, by_column = layout.reduce(1), layout.reduce(0)
+    load = functools.partial(mosaic.load, optimized=False)
+    b, h, part = (lax.axis_index(name) for name in ("b", "h", "part"))
+    key_head, mine = lax.div(h, group), pl.ds(part * width, width)
+    position = refs.position[b]
+    bits = lax.bitwise_and(position, (1 << top) - 1)
+    ones = lowest_bit(bits + 1)
+    start = functools.partial(_fetch, refs, (b, h), mine)
+    put = functools.partial(_put, refs, (b, h), mine)
+
+    ahead = bits
+    for i in range(STAGES):
+        ahead = start(jnp.int32(i), ahead)
+    nothing = jnp.zeros((K, width), f32)
+    same = _same_memory(
+        refs.levels.at[b, h, 0, 0, mine], refs.new_levels.at[b, h, 0, 0, mine], by_column
+    )
+    _clear(put, bits, ones, same, nothing, L)
+
+    decay = jnp.exp(refs.g[b, h])
+    query = per_row(load(refs.q.at[b, key_head], by_row), width)
+    key = per_row(load(refs.k.at[b, key_head], by_row), width)
+    own = key * per_column(load(refs.v.at[b, h, mine], by_column), K)
+
+    def take(step, level, ahead, o):
+        """A level, decayed, and what the token reads of it."""
+        slot = lax.rem(step, STAGES)
+        plgpu.barrier_wait(refs.loaded.at[slot])
+        x = decay * load(refs.ring.at[slot], layout)
+        plgpu.commit_smem()  # all warps have read this slot
+        ahead = start(step, ahead)
+        o += refs.scales[b, h, level].astype(f32) * jnp.sum(query * x, axis=0)
+        return x, ahead, o
+
+    def merge(step, carry):
+        o, ahead, merged = carry
+        x, ahead, o = take(step, step + 1, ahead, o)
+        put(step + 1, nothing)
+        return o, ahead, merged + x
+
+    def keep(carry):
+        o, ahead, step, rest = carry
+        level = lowest_bit(rest) + 1
+        x, ahead, o = take(step, level, ahead, o)
+        put(level, x)
+        return o, ahead, step + 1, without_lowest_bit(rest)
+
+    o = refs.scales[b, h, 0].astype(f32) * jnp.sum(query * own, axis=0)
+    o, ahead, merged = lax.fori_loop(0, ones, merge, (o, ahead, own))
+    pl.when(ones < top)(lambda: put(ones + 1, merged))
+    rest = lax.bitwise_and(bits, bits + 1)  # without the trailing ones
+    o, *_ = lax.while_loop(lambda carry: carry[3] > 0, keep, (o, ahead, ones, rest))
+
+    # As the definition: what L levels do not serve is no number.
+    beyond = lax.shift_right_logical(position, top) != 0
+    o = jnp.where(jnp.broadcast_to(beyond, o.shape), jnp.nan, o)
+    mosaic.store(refs.o.at[b, h, mine], o.astype(refs.o.dtype))
+    pl.when(beyond | (position + 1 < 0))(lambda: _fill(put, jnp.nan, L, (K, width)))
+
+
+def _fetch(refs, head, mine, step, ahead):
+    """Starts to load the lowest level of `ahead`, if there is one; the rest of them."""
+    slot = lax.rem(step, STAGES)
+
+    @pl.when(ahead > 0)
+    def _():
+        source = refs.levels.at[*head, lowest_bit(ahead) + 1, :, mine]
+        fetch(dict(level=(source, refs.ring.at[slot])), refs.loaded.at[slot])
+
+    return without_lowest_bit(ahead)
+
+
+def _put(refs, head, mine, level, x):
+    layout = mosaic.columns_by_warp(x.shape[1])
+    mosaic.store(refs.new_levels.at[*head, level, :, mine], plgpu.layout_cast(x, layout))
+
+
+def _clear(put, bits, ones, same, nothing, L):
+    """Zeros for the levels that are not in use, unless they are there by being the same memory."""
+
+    def clear(level, carry):
+        in_use = lax.bitwise_and(lax.shift_right_logical(2 * bits, level), 1) == 1
+        pl.when(~(same | in_use | (level == ones + 1)))(lambda: put(level, nothing))
+        return carry
+
+    lax.fori_loop(0, L, clear, None)
+
+
+def _fill(put, value, L, shape):
+    def fill(level, carry):
+        put(level, jnp.full(shape, value, f32))
+        return carry
+
+    lax.fori_loop(0, L, fill, None)
 
 
 def _same_memory(source, target, layout):

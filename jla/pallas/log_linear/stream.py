@@ -4,14 +4,19 @@ A chunk of a leaf block works with itself, then with the other chunks of its blo
 with states. Each of these is loaded to a slot of a ring of two while the one before is worked on.
 """
 
+import collections
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common import chunks, mosaic
-from jla.pallas.common.chunks import CHUNK, LEVELS
+from jla.pallas.common.chunks import CHUNK, LEVELS, TILE_WIDTH
 from jla.pallas.common.mosaic import PER_COLUMN, PER_ROW, f32, per_column, per_row
+from jla.pallas.common.scratch import barrier_for, fetch, fetch_each
+from jla.pallas.common.tiles import columns, smem_tiles
 from jla.pallas.log_linear import tree
 
 STAGES = 2
@@ -124,17 +129,17 @@ def forth(n, per, last, blocks, fetch_chunk, fetch_gradient, on_diagonal, on_chu
     return lax.fori_loop(0, once, lambda _, carry: on_gradient(slot, carry), carry)
 
 
-def diagonal_weights(rows, columns, reverse=False):
+def diagonal_weights(by_row, by_column, reverse=False):
     """The weights of a chunk's own pairs, [64, 64] float32: t by s, or in reverse s by t.
 
     Args:
-      rows, columns: SMEM refs of the chunk's weights, [P, 64].
+      by_row, by_column: SMEM refs of the chunk's weights, [P, 64].
     """
-    own = per_row(mosaic.load(rows.at[0], PER_ROW), CHUNK)
+    own = per_row(mosaic.load(by_row.at[0], PER_ROW), CHUNK)
     own = jnp.where(chunks.diagonal(), own, 0.0)
 
     def level_step(level, weights):
-        return diagonal_level(level, rows, columns, weights, reverse)[0]
+        return diagonal_level(level, by_row, by_column, weights, reverse)[0]
 
     return lax.fori_loop(0, LEVELS, level_step, own)
 
@@ -147,37 +152,99 @@ def plus_skip(weights, skip):
     return weights + jnp.where(chunks.diagonal(), skip, 0.0)
 
 
-def diagonal_level(level, rows, columns, weights, reverse):
+def diagonal_level(level, by_row, by_column, weights, reverse):
     """Adds a level's pairs to the weights; its mask, and the weights of its columns."""
     pairs = chunks.level_pairs(level, reverse=reverse)
-    column = per_column(mosaic.load(columns.at[level + 1], PER_COLUMN), CHUNK)
-    row = per_row(mosaic.load(rows.at[level + 1], PER_ROW), CHUNK)
+    column = per_column(mosaic.load(by_column.at[level + 1], PER_COLUMN), CHUNK)
+    row = per_row(mosaic.load(by_row.at[level + 1], PER_ROW), CHUNK)
     return jnp.where(pairs, row * column, weights), pairs, column
 
 
-def of_live_chunks(live, chunks):
-    """Decorates a kernel's body: it is left out for chunks without tokens.
+def of_live_chunks(body):
+    """The kernel's body from body(until, refs): it is left out for chunks without tokens.
 
-    Args:
-      live: None or, from `weights.live`, the kernel's first operand, which the body does not see.
-      chunks: their number.
-
-    The body gets instead the number of chunks up to its leaf block's last with tokens, or `chunks`.
+    `until` is the number of chunks up to its leaf block's last with tokens, or that of all chunks:
+    `refs.live` is None, or from `weights.live`.
     """
 
-    def decorate(body):
-        def of_all(*refs):
-            body(chunks, *refs)
+    @functools.wraps(body)
+    def of_refs(refs):
+        if refs.live is None:
+            body(refs.weights.shape[2], refs)
+            return
+        until = refs.live[lax.axis_index("b"), lax.axis_index("n")]
+        pl.when(until > 0)(lambda: body(until, refs))
 
-        def of_live(live_ref, *refs):
-            until = live_ref[lax.axis_index("b"), lax.axis_index("n")]
-            pl.when(until > 0)(lambda: body(until, *refs))
-
-        return of_all if live is None else of_live
-
-    return decorate
+    return of_refs
 
 
-def vector(stages=None):
-    """SMEM for a chunk's float32 numbers."""
-    return plgpu.SMEM((CHUNK,) if stages is None else (stages, CHUNK), f32)
+# Where a CTA's chunk is in the arrays: batch row, chunk, head, its key head and the chunk's tokens.
+Place = collections.namedtuple("Place", "b n h key_head rows")
+
+
+def place(group):
+    """The CTA's, of heads in groups with one key head."""
+    b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
+    return Place(b, n, h, lax.div(h, group), pl.ds(n * CHUNK, CHUNK))
+
+
+def scratch(own, k_tiles, v_tiles, planes):
+    """The SMEM of a kernel over chunks; `own`: the names of its chunk's own tiles and their
+    numbers."""
+    return dict(
+        **{name: smem_tiles(number) for name, number in own.items()},
+        ring=smem_tiles(k_tiles + v_tiles, STAGES),  # the other chunks' tiles, or a state
+        srow=plgpu.SMEM((planes, CHUNK), f32),  # the chunk's weights, to be read by rows
+        scolumn=plgpu.SMEM((planes, CHUNK), f32),  # and by columns
+        other=plgpu.SMEM((STAGES, CHUNK), f32),  # those of the other chunks
+        near=barrier_for(own | dict(srow=1, scolumn=1)),
+        loaded=barrier_for(dict(keys=k_tiles, values=v_tiles, weights=1), STAGES),
+        state_loaded=barrier_for(dict(state=k_tiles * v_tiles), STAGES),
+    )
+
+
+def fetch_own(refs, at, by_key_head, by_head):
+    """Starts to load the chunk's own tiles and weights.
+
+    Args:
+      by_key_head: an array and its tiles. by_head: likewise, or None.
+    """
+
+    def copies():
+        for pair, head in ((by_key_head, at.key_head), (by_head, at.h)):
+            if pair is not None:
+                ref, tiles = pair
+                for i, tile in enumerate(tiles):
+                    yield ref.at[at.b, at.rows, head, columns(i)], tile
+        for target in (refs.srow, refs.scolumn):
+            yield refs.weights.at[at.b, at.h, at.n], target
+
+    fetch_each(copies(), refs.near)
+
+
+def fetch_chunk(refs, at, by_key_head, by_head, j, slot):
+    """Starts to load chunk j of two arrays to the ring, and its weights at the level of the two."""
+    rows = pl.ds(j * CHUNK, CHUNK)
+    k_tiles = by_key_head.shape[3] // TILE_WIDTH
+
+    def copies():
+        for i, tile in enumerate(refs.ring[:k_tiles]):
+            yield by_key_head.at[at.b, rows, at.key_head, columns(i)], tile.at[slot]
+        for i, tile in enumerate(refs.ring[k_tiles:]):
+            yield by_head.at[at.b, rows, at.h, columns(i)], tile.at[slot]
+        level = level_between(at.n, j)
+        yield refs.weights.at[at.b, at.h, j, level], refs.other.at[slot]
+
+    fetch_each(copies(), refs.loaded.at[slot])
+
+
+def fetch_state(refs, tile, slot):
+    """Starts to load a state, of which tile(i, j) is the source of 64 by 64 of [V, K], to the ring:
+    to its place i * k_tiles + j."""
+    v_tiles, k_tiles = (ref.shape[3] // TILE_WIDTH for ref in (refs.v, refs.k))
+    copies = [
+        (tile(i, j), refs.ring[i * k_tiles + j].at[slot])
+        for i in range(v_tiles)
+        for j in range(k_tiles)
+    ]
+    fetch(dict(state=copies), refs.state_loaded.at[slot])

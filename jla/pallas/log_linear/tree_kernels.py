@@ -5,14 +5,17 @@ A CTA walks alone through one head's whole tree with 1024 elements of each state
 ring of SMEM. A stack in SMEM has, for each height, the total of the latest left node.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import mosaic
+from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.mosaic import bf16, f32
+from jla.pallas.common.scratch import barrier_for, fetch
 from jla.pallas.log_linear import tree
 
 SDS = jax.ShapeDtypeStruct
@@ -38,74 +41,71 @@ def tree_states(leaves, decays):
     takes up its left sibling's, the sum that of its own left sibling, until it is a left node's
     state. That is written, and kept in float32 for its sibling: no sum is rounded on the way.
 
-    Each byte is read or written once. B=16 T=4096 H=8 K=V=128, leaf blocks of 256, n = 15: leaves
-    126 MB, states 63 MB: 0.189 GB, 0.044 ms at 4.3 TB/s; 0.053 predicted, 85% of that speed. Some
-    115 instructions a warp and step, of which there are 233 a multiprocessor, take 0.025 ms at two
-    and a half a clock. A thread has 8 elements and 62 registers (85 at n = 511, where ptxas unrolls
-    more), no spills. Seven CTAs share a multiprocessor (29 KB of SMEM: a ring of four 16 KB, the
-    stack 4 KB for each height but one), with 84 KB and more on their way, where a latency of a
-    microsecond needs 33.
-
-    At T=131072 B=1 H=16 (n = 511, a stack of 32 KB) 256 CTAs run at once, two a multiprocessor
-    with 32 KB on their way at most: 0.80 GB, 0.187 ms, and under it 511 steps of some 550 clocks,
-    0.16 ms; 0.24 predicted.
+    Floor at B=16 T=4096 H=8 K=V=128, leaf blocks of 256, n = 15: 0.189 GB, each byte once, 0.044 ms
+    at 4.3 TB/s. 29 KB of SMEM (a stack of 4 KB for each height but one), 62 registers.
     """
     B, H, n, V, K = leaves.shape
     slices = V * K // (ROWS * WIDTH)
     highest = n.bit_length() - 1  # no node of this height has a right sibling
-
-    def body(leaves_ref, decays_ref, states_ref, totals, ring, loaded):
-        head, part = lax.axis_index("b") * H + lax.axis_index("h"), lax.axis_index("part")
-        rows = pl.ds(part * ROWS, ROWS)
-
-        def fetch(i):
-            slot = _slot(i)
-            source = leaves_ref.at[head, i, rows]
-            plgpu.copy_gmem_to_smem(source, ring.at[slot], loaded.at[slot])
-
-        def step(i, _):
-            def decay(height):
-                """That of the pair of siblings of this height that block i is part of."""
-                return decays_ref[head, tree.place(n, i, height)]
-
-            def add_left(height, carry):
-                total, own = carry
-                following = decay(height + 1)  # the last one's is not used
-                return own * _load(totals.at[height]) + total, following
-
-            slot = _slot(i)
-            first = decay(0)  # early, as the others: it may come from L2
-            plgpu.barrier_wait(loaded.at[slot])
-            leaf = _load(ring.at[slot])
-            plgpu.commit_smem()  # all warps are done with this slot
-            pl.when(i + STAGES < n)(lambda: fetch(i + STAGES))
-            height = _lowest_bit(i + 1)
-            total, _ = lax.fori_loop(0, height, add_left, (leaf, first))
-            mosaic.store(states_ref.at[head, tree.place(n, i, height), rows], total.astype(bf16))
-
-            @pl.when(height < highest)
-            def _():
-                # No other thread reads or writes this thread's elements.
-                mosaic.store(totals.at[height], total)
-
-        for i in range(min(n, STAGES)):
-            fetch(jnp.int32(i))
-        lax.fori_loop(0, n, step, None)
-
-    states = mosaic.kernel(
-        body,
+    out = scratch.kernel(
+        functools.partial(_up, H=H, highest=highest),
+        inputs=dict(
+            leaves=leaves.reshape(B * H, n, slices * ROWS, WIDTH), decays=decays.reshape(B * H, n)
+        ),
+        outputs=dict(states=SDS((B * H, n, slices * ROWS, WIDTH), bf16)),
+        scratch=dict(
+            totals=plgpu.SMEM((max(1, highest), ROWS, WIDTH), f32),
+            ring=plgpu.SMEM((STAGES, ROWS, WIDTH), f32),
+            loaded=barrier_for(["leaf"], STAGES),
+        ),
         automatic_barriers=False,
         reductions_cross_warps=False,
-        out_type=SDS((B * H, n, slices * ROWS, WIDTH), bf16),
-        scratch_types=[
-            plgpu.SMEM((max(1, highest), ROWS, WIDTH), f32),
-            plgpu.SMEM((STAGES, ROWS, WIDTH), f32),
-            plgpu.Barrier(num_arrivals=1, num_barriers=STAGES),
-        ],
         grid=(B, H, slices),
         grid_names=("b", "h", "part"),
-    )(leaves.reshape(B * H, n, slices * ROWS, WIDTH), decays.reshape(B * H, n))
-    return states.reshape(leaves.shape)
+    )
+    return out.states.reshape(leaves.shape)
+
+
+def _up(refs, *, H, highest):
+    """The body of `tree_states`."""
+    n = refs.leaves.shape[1]
+    head, part = lax.axis_index("b") * H + lax.axis_index("h"), lax.axis_index("part")
+    rows = pl.ds(part * ROWS, ROWS)
+
+    def load(i):
+        slot = _slot(i)
+        leaf = refs.leaves.at[head, i, rows], refs.ring.at[slot]
+        fetch(dict(leaf=leaf), refs.loaded.at[slot])
+
+    def step(i, _):
+        def decay(height):
+            """That of the pair of siblings of this height that block i is part of."""
+            return refs.decays[head, tree.place(n, i, height)]
+
+        def add_left(height, carry):
+            total, own = carry
+            following = decay(height + 1)  # the last one's is not used
+            return own * _load(refs.totals.at[height]) + total, following
+
+        slot = _slot(i)
+        first = decay(0)  # early, as the others: it may come from L2
+        plgpu.barrier_wait(refs.loaded.at[slot])
+        leaf = _load(refs.ring.at[slot])
+        plgpu.commit_smem()  # all warps are done with this slot
+        pl.when(i + STAGES < n)(lambda: load(i + STAGES))
+        height = _lowest_bit(i + 1)
+        total, _ = lax.fori_loop(0, height, add_left, (leaf, first))
+        state = refs.states.at[head, tree.place(n, i, height), rows]
+        mosaic.store(state, total.astype(bf16))
+
+        @pl.when(height < highest)
+        def _():
+            # No other thread reads or writes this thread's elements.
+            mosaic.store(refs.totals.at[height], total)
+
+    for i in range(min(n, STAGES)):
+        load(jnp.int32(i))
+    lax.fori_loop(0, n, step, None)
 
 
 def tree_gradients(sums, states, decays, per):
@@ -135,118 +135,114 @@ def tree_gradients(sums, states, decays, per):
     All arithmetic is float32, and is rounded once. Each warp writes its share of a decay's
     gradient, and XLA adds them up: no atomics, the same bits every time.
 
-    Each byte is read or written once. B=16 T=4096 H=8 K=V=128, leaf blocks of 256, n = 15: the sums
-    126 MB, the states of the 11 nodes that have a parent 46 MB, the results 63 MB: 0.235 GB, 0.055
-    ms at 4.3 TB/s; 0.07 predicted, of which XLA's sums of 0.5 MB take 0.003. Nothing else should
-    matter, though the instructions are not far: 2048 CTAs of 15 steps are 233 steps a
-    multiprocessor, and some 200 instructions a warp and step take 0.04 ms at two and a half a
-    clock. A thread has 8 elements and 44 registers, no spills. A step's latency, some 500 clocks,
-    is hidden by six CTAs a multiprocessor (37 KB of SMEM: a ring of four 24 KB, the stack 4 KB for
-    each height but one). They have three tiles each on their way, 80 KB and more, where a latency
-    of a microsecond needs 33.
-
-    At T=131072 B=1 H=16 (n = 511, a stack of 32 KB, 640 jobs, for high nodes come in parts) 256
-    CTAs run at once: 1.2 GB, 0.28 ms, and under it 640 steps of 500 clocks, 0.18 ms.
+    Floor at B=16 T=4096 H=8 K=V=128, leaf blocks of 256, n = 15: 0.235 GB, each byte once, 0.055 ms
+    at 4.3 TB/s. 37 KB of SMEM (a stack of 4 KB for each height but one), 44 registers.
     """
     B, H, n, V, K = states.shape
     heights = tree.heights(per, n + 1)
     jobs = sum(nodes * parts for nodes, parts in heights)
     slices = V * K // (ROWS * WIDTH)
-
-    def body(
-        sums_ref, states_ref, decays_ref, leaves_ref, ddecays_ref, totals, own, state, *loaded
-    ):
-        own_loaded, state_loaded = loaded
-        head, part = lax.axis_index("b") * H + lax.axis_index("h"), lax.axis_index("part")
-        rows = pl.ds(part * ROWS, ROWS)
-
-        def fetch(i, job):
-            start, height, _ = job
-            slot = _slot(i)
-            source = sums_ref.at[head, _place_of_job(heights, job), rows]
-            plgpu.copy_gmem_to_smem(source, own.at[slot], own_loaded.at[slot])
-
-            @pl.when(_is_last(heights, job) & _has_parent(n, start, height))
-            def _():
-                source = states_ref.at[head, tree.place(n, start, height), rows]
-                plgpu.copy_gmem_to_smem(source, state.at[slot], state_loaded.at[slot])
-
-        def on_node(start, height, slot, decay, gradient):
-            place = tree.place(n, start, height)
-            shares = ddecays_ref.at[head, place, rows]
-
-            def below_parent():
-                total = _load(totals.at[_nearest_left(start, height) - 1])
-                plgpu.barrier_wait(state_loaded.at[slot])
-                mosaic.store(shares, (total * _load(state.at[slot])).sum(axis=1))
-
-                @pl.when(height == 0)
-                def _():
-                    mosaic.store(leaves_ref.at[head, start + 1, rows], total.astype(bf16))
-
-                return gradient + decay * total
-
-            def alone():
-                mosaic.store(shares, plgpu.layout_cast(jnp.zeros((ROWS,), f32), LAYOUT.reduce(1)))
-                return gradient
-
-            total = lax.cond(_has_parent(n, start, height), below_parent, alone)
-
-            @pl.when(height == 0)
-            def _():
-                mosaic.store(leaves_ref.at[head, start, rows], total.astype(bf16))
-
-            @pl.when(height > 0)
-            def _():
-                # No other thread reads or writes this thread's elements.
-                mosaic.store(totals.at[height - 1], total)
-
-        def step(i, carry):
-            ahead, job, gradient = carry
-            following = i + STAGES - 1
-            pl.when(following < jobs)(lambda: fetch(following, ahead))
-            start, height, piece = job
-            slot = _slot(i)
-            decay = decays_ref[head, tree.place(n, start, height)]  # early: it may come from L2
-            plgpu.barrier_wait(own_loaded.at[slot])
-            x = _load(own.at[slot])
-            gradient = jnp.where(jnp.broadcast_to(piece > 0, x.shape), gradient + x, x)
-            pl.when(_is_last(heights, job))(lambda: on_node(start, height, slot, decay, gradient))
-            plgpu.commit_smem()  # all warps are done with this slot
-            return _next(n, heights, *ahead), _next(n, heights, *job), gradient
-
-        first = jnp.int32(0), jnp.int32(n.bit_length() - 1), jnp.int32(0)
-        ahead = first
-        for i in range(STAGES - 1):
-            if i < jobs:
-                fetch(jnp.int32(i), ahead)
-            ahead = _next(n, heights, *ahead)
-        zeros = plgpu.layout_cast(jnp.zeros((ROWS, WIDTH), f32), LAYOUT)
-        lax.fori_loop(0, jobs, step, (ahead, first, zeros))
-
-    of_leaves, of_decays = mosaic.kernel(
-        body,
+    out = scratch.kernel(
+        functools.partial(_down, H=H, heights=heights),
+        inputs=dict(
+            sums=sums.reshape(B * H, jobs, slices * ROWS, WIDTH),
+            states=states.reshape(B * H, n, slices * ROWS, WIDTH),
+            decays=decays.reshape(B * H, n),
+        ),
+        outputs=dict(
+            leaves=SDS((B * H, n, slices * ROWS, WIDTH), bf16),
+            ddecays=SDS((B * H, n, slices * ROWS), f32),
+        ),
+        scratch=dict(
+            totals=plgpu.SMEM((max(1, len(heights) - 1), ROWS, WIDTH), f32),
+            own=plgpu.SMEM((STAGES, ROWS, WIDTH), f32),
+            state=plgpu.SMEM((STAGES, ROWS, WIDTH), bf16),
+            own_loaded=barrier_for(["own"], STAGES),
+            state_loaded=barrier_for(["state"], STAGES),
+        ),
         automatic_barriers=False,
         reductions_cross_warps=False,
-        out_type=[
-            SDS((B * H, n, slices * ROWS, WIDTH), bf16),
-            SDS((B * H, n, slices * ROWS), f32),
-        ],
-        scratch_types=[
-            plgpu.SMEM((max(1, len(heights) - 1), ROWS, WIDTH), f32),
-            plgpu.SMEM((STAGES, ROWS, WIDTH), f32),
-            plgpu.SMEM((STAGES, ROWS, WIDTH), bf16),
-            plgpu.Barrier(num_arrivals=1, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=1, num_barriers=STAGES),
-        ],
         grid=(B, H, slices),
         grid_names=("b", "h", "part"),
-    )(
-        sums.reshape(B * H, jobs, slices * ROWS, WIDTH),
-        states.reshape(B * H, n, slices * ROWS, WIDTH),
-        decays.reshape(B * H, n),
     )
-    return of_leaves.reshape(states.shape), of_decays.sum(axis=2).reshape(B, H, n)
+    return out.leaves.reshape(states.shape), out.ddecays.sum(axis=2).reshape(B, H, n)
+
+
+def _down(refs, *, H, heights):
+    """The body of `tree_gradients`."""
+    jobs, n = refs.sums.shape[1], refs.states.shape[1]
+    head, part = lax.axis_index("b") * H + lax.axis_index("h"), lax.axis_index("part")
+    rows = pl.ds(part * ROWS, ROWS)
+
+    def load(i, job):
+        start, height, _ = job
+        slot = _slot(i)
+        own = refs.sums.at[head, _place_of_job(heights, job), rows], refs.own.at[slot]
+        fetch(dict(own=own), refs.own_loaded.at[slot])
+
+        @pl.when(_is_last(heights, job) & _has_parent(n, start, height))
+        def _():
+            source = refs.states.at[head, tree.place(n, start, height), rows]
+            fetch(dict(state=(source, refs.state.at[slot])), refs.state_loaded.at[slot])
+
+    def step(i, carry):
+        ahead, job, gradient = carry
+        following = i + STAGES - 1
+        pl.when(following < jobs)(lambda: load(following, ahead))
+        start, height, piece = job
+        slot = _slot(i)
+        decay = refs.decays[head, tree.place(n, start, height)]  # early: it may come from L2
+        plgpu.barrier_wait(refs.own_loaded.at[slot])
+        x = _load(refs.own.at[slot])
+        gradient = jnp.where(jnp.broadcast_to(piece > 0, x.shape), gradient + x, x)
+        node = functools.partial(_on_node, refs, (head, rows), job, slot, decay, gradient)
+        pl.when(_is_last(heights, job))(node)
+        plgpu.commit_smem()  # all warps are done with this slot
+        return _next(n, heights, *ahead), _next(n, heights, *job), gradient
+
+    first = jnp.int32(0), jnp.int32(n.bit_length() - 1), jnp.int32(0)
+    ahead = first
+    for i in range(STAGES - 1):
+        if i < jobs:
+            load(jnp.int32(i), ahead)
+        ahead = _next(n, heights, *ahead)
+    zeros = plgpu.layout_cast(jnp.zeros((ROWS, WIDTH), f32), LAYOUT)
+    lax.fori_loop(0, jobs, step, (ahead, first, zeros))
+
+
+def _on_node(refs, part, job, slot, decay, gradient):
+    """total_l, and its share of dD; total_r where the right node is a leaf block."""
+    head, rows = part
+    start, height, _ = job
+    n = refs.states.shape[1]
+    place = tree.place(n, start, height)
+    shares = refs.ddecays.at[head, place, rows]
+
+    def below_parent():
+        total = _load(refs.totals.at[_nearest_left(start, height) - 1])
+        plgpu.barrier_wait(refs.state_loaded.at[slot])
+        mosaic.store(shares, (total * _load(refs.state.at[slot])).sum(axis=1))
+
+        @pl.when(height == 0)
+        def _():
+            mosaic.store(refs.leaves.at[head, start + 1, rows], total.astype(bf16))
+
+        return gradient + decay * total
+
+    def alone():
+        mosaic.store(shares, plgpu.layout_cast(jnp.zeros((ROWS,), f32), LAYOUT.reduce(1)))
+        return gradient
+
+    total = lax.cond(_has_parent(n, start, height), below_parent, alone)
+
+    @pl.when(height == 0)
+    def _():
+        mosaic.store(refs.leaves.at[head, start, rows], total.astype(bf16))
+
+    @pl.when(height > 0)
+    def _():
+        # No other thread reads or writes this thread's elements.
+        mosaic.store(refs.totals.at[height - 1], total)
 
 
 def _load(ref):

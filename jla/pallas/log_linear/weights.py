@@ -1,9 +1,9 @@
-"""What XLA makes of gates and level scales before the kernels: one weight a token and level.
+"""What XLA makes of log decays and level scales before the kernels: one weight a token and level.
 
 At level l >= 1 blocks of 2**l positions have a left and a right half. A token of the right half
-reads the left half, with weight lambda[t, l] exp(the gates from the block's middle to itself); one
-of the left half is read, with weight exp(the gates after itself, to the middle). Every pair of
-tokens meets at one level, and its weight is the product of the two. All sums are of gates of one
+reads the left half, with weight lambda[t, l] exp(the log decays from the block's middle to itself);
+one of the left half is read, with weight exp(those after itself, to the middle). Every pair of
+tokens meets at one level, and its weight is the product of the two. All sums are of numbers of one
 sign and none is a difference of others.
 """
 
@@ -15,11 +15,11 @@ from jla.pallas.common.chunks import CHUNK, LEVELS, LOG2E
 
 f32 = jnp.float32
 
-# exp2 of it is zero in float32, so it is as good as any stronger gate, and no sum is infinite.
+# exp2 of it is zero in float32, so it is as good as any stronger decay, and no sum is infinite.
 STRONGEST = -200.0
 
 
-def plan(tokens, leaf):
+def division(tokens, leaf):
     """How T tokens are divided: chunks, chunks of a leaf block, leaf blocks."""
     chunks = -(-tokens // CHUNK)
     per = min(leaf // CHUNK, _power_of_two_from(chunks))
@@ -52,7 +52,7 @@ def weights(g, level_scales, leaf, value_scales=None, activation=None):
       takes it, or None if there is one block.
     """
     B, T, H = g.shape
-    N, per, blocks = plan(T, leaf)
+    N, per, blocks = division(T, leaf)
     inside, above, _ = planes(per, blocks)
     levels = inside + above
 
@@ -61,10 +61,11 @@ def weights(g, level_scales, leaf, value_scales=None, activation=None):
         x = jnp.pad(x, ((0, 0), (0, N * CHUNK - T), (0, 0), (0, 0)))
         return x.reshape(B, N, CHUNK, H, -1).transpose(0, 3, 1, 4, 2)
 
-    gates = by_chunk(jnp.maximum(g * LOG2E, STRONGEST)[..., None])[..., 0, :]
-    sums = jnp.einsum("bhns,mts->bhnmt", gates, _masks_of_levels(), precision=lax.Precision.HIGHEST)
+    log_decays = by_chunk(jnp.maximum(g * LOG2E, STRONGEST)[..., None])[..., 0, :]
+    masks = _masks_of_levels()
+    sums = jnp.einsum("bhns,mts->bhnmt", log_decays, masks, precision=lax.Precision.HIGHEST)
     up_to, after = sums[..., LEVELS : LEVELS + 1, :], sums[..., LEVELS + 1 :, :]
-    before_chunk, after_chunk = _around(gates.sum(-1), levels - LEVELS + 1)
+    before_chunk, after_chunk = _around(log_decays.sum(-1), levels - LEVELS + 1)
     scales = by_chunk(level_scales).astype(f32)
     if activation is not None:
         scales = activation(scales)
@@ -85,7 +86,7 @@ def weights(g, level_scales, leaf, value_scales=None, activation=None):
         writes * jnp.exp2(to_end),
     ]
     w = jnp.concatenate(planes_of_weights, axis=-2)
-    return w, _between_blocks(gates.reshape(B, H, -1), per * CHUNK, blocks)
+    return w, _between_blocks(log_decays.reshape(B, H, -1), per * CHUNK, blocks)
 
 
 def reading(chunks, levels):
@@ -104,7 +105,7 @@ def live(occupied, per):
       occupied: whether there is a token in a slot, [B, T] bool. per: chunks of a leaf block.
     """
     B, T = occupied.shape
-    chunks, _, blocks = plan(T, per * CHUNK)
+    chunks, _, blocks = division(T, per * CHUNK)
     occupied = jnp.pad(occupied, ((0, 0), (0, blocks * per * CHUNK - T)))
     any_token = occupied.reshape(B, blocks, per, CHUNK).any(3)
     number = jnp.arange(1, blocks * per + 1, dtype=jnp.int32).reshape(blocks, per)
@@ -139,8 +140,8 @@ def gradient_of_skip(by_reads, live):
 
 
 def _masks_of_levels():
-    """[8, t, s]: which gates s are in token t's exponent, at each level of a chunk; which ones are
-    up to t, and which after it.
+    """[8, t, s]: which log decays s are in token t's exponent, at each level of a chunk; which ones
+    are up to t, and which after it.
 
     At a level a token of the right half has those from the block's middle to itself, one of the
     left half those after itself, to the middle.
@@ -179,11 +180,11 @@ def _masks(levels):
     return jnp.asarray(np.stack(masks), f32)
 
 
-def _between_blocks(gates, leaf, blocks):
+def _between_blocks(log_decays, leaf, blocks):
     """The decay over the right sibling of each node that is read; the order is `tree`'s."""
     if blocks == 1:
         return None
-    total = gates[..., : (blocks - 1) * leaf]
+    total = log_decays[..., : (blocks - 1) * leaf]
     total = total.reshape(*total.shape[:-1], blocks - 1, leaf).sum(-1)
     out = []
     while n := total.shape[-1]:

@@ -17,7 +17,7 @@ from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import MesaState, zero_mesa_state
 from jla.pallas.common.chunks import CHUNK, LOG2E, TILE_WIDTH
 from jla.pallas.common.padding import missing_tokens, pad
-from jla.pallas.mesa_net import gates, solve, states, step
+from jla.pallas.mesa_net import log_decays, solve, states, step
 from jla.pallas.mesa_net.gradients import chunk_gradients
 from jla.pallas.mesa_net.step import mesa_step
 
@@ -26,7 +26,7 @@ __all__ = ["mesa_net", "mesa_step", "unsupported"]
 bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
 
 WIDEST = 128  # K or V; the registers of one warpgroup hold no wider row
-# exp2 of it is zero in float32, so it is as good as any stronger gate; and a sum of 64 such has an
+# exp2 of it is zero in float32, so it is as good as any stronger decay; and a sum of 64 such has an
 # error below 1e-3.
 STRONGEST = -160.0
 
@@ -68,7 +68,7 @@ def mesa_net(q, k, v, g, beta, lamb, initial_state, segment_ids, *, cg_steps):
     keys, values = -K % TILE_WIDTH, -V % TILE_WIDTH
     g = jnp.maximum(g * LOG2E, STRONGEST)
     starts = jnp.zeros((B, T), bool) if segment_ids is None else segment_starts(segment_ids)
-    first = gates.firsts(jnp.pad(starts, ((0, 0), (0, -T % CHUNK))))
+    first = log_decays.firsts(jnp.pad(starts, ((0, 0), (0, -T % CHUNK))))
     first = jnp.broadcast_to(first[:, None], (B, H, first.shape[1]))
     g, beta = (
         jnp.pad(jnp.swapaxes(x.astype(f32), 1, 2), ((0, 0), (0, 0), (0, -T % CHUNK)))
@@ -92,8 +92,8 @@ def mesa_net(q, k, v, g, beta, lamb, initial_state, segment_ids, *, cg_steps):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10))
 def _mesa(q, k, v, g, first, beta, lamb, kk, kv, cg_steps, dtype):
-    """MesaNet on whole tiles; g in base 2, `gates.firsts` and beta [B, H, L]; lamb [B, H, K]; k and
-    v of `dtype`."""
+    """MesaNet on whole tiles; g in base 2, `log_decays.firsts` and beta [B, H, L]; lamb [B, H, K];
+    k and v of `dtype`."""
     run = functools.partial(_forward, steps=cg_steps, keep=False)
     scaled = _scaled(k, v, lamb, kk, kv)
     return _unscaled(lamb, shardwise(run, _INPUTS, _OUTPUTS)(q, *_arranged(scaled, g, first, beta)))
@@ -154,7 +154,7 @@ def _or_one(lamb):
 
 def _arranged(scaled, g, first, beta):
     k, v, scale, kk, kv = scaled
-    return k, v, gates.cumulated(g, first), first, beta, scale, kk, kv
+    return k, v, log_decays.cumulated(g, first), first, beta, scale, kk, kv
 
 
 def _unscaled(lamb, results):
@@ -166,8 +166,8 @@ def _unscaled(lamb, results):
 
 def _forward(q, k, v, cumulated, first, beta, scale, kk, kv, *, steps, keep):
     """Both forward kernels: o and the last states, with `keep` also what `_KEPT` lists."""
-    decays = gates.from_start(cumulated, first)
-    results = states.forward(k, v, decays, beta * gates.to_end(cumulated, first), (kk, kv))
+    decays = log_decays.from_start(cumulated, first)
+    results = states.forward(k, v, decays, beta * log_decays.to_end(cumulated, first), (kk, kv))
     kk_states, kv_states, kk, kv, kk_scale, kv_scale = results
     borders = (kk_states, kk_scale, kv_states, kv_scale)
     o, *x = solve.outputs(
@@ -177,7 +177,7 @@ def _forward(q, k, v, cumulated, first, beta, scale, kk, kv, *, steps, keep):
         scale,
         cumulated,
         decays,
-        gates.reach(first)[0],
+        log_decays.reach(first)[0],
         beta,
         *borders,
         steps=steps,
@@ -188,9 +188,9 @@ def _forward(q, k, v, cumulated, first, beta, scale, kk, kv, *, steps, keep):
 
 
 def _backward(k, v, cumulated, first, beta, x, kk, kk_scale, kv, kv_scale, do, *ends, steps):
-    """The three backward kernels, and what is small enough for XLA: the gates' gradient."""
-    decays, later = gates.from_start(cumulated, first), gates.to_end(cumulated, first)
-    since, until = gates.reach(first)
+    """The three backward kernels, and what is small enough for XLA: the log decays' gradient."""
+    decays, later = log_decays.from_start(cumulated, first), log_decays.to_end(cumulated, first)
+    since, until = log_decays.reach(first)
     borders = (kk, kk_scale, kv, kv_scale)
     y, through_states, products = solve.output_gradients(
         k,
@@ -210,13 +210,15 @@ def _backward(k, v, cumulated, first, beta, x, kk, kk_scale, kv, kv_scale, do, *
         k, v, do, x, y, cumulated, until, later, beta, *borders, dkk, dkv
     )
 
-    # A gate decays what is read after it of what was there before it: of the chunk's own pairs
-    # those on either side of it, and for all of the chunk's gates the states.
-    within = gates.by_chunk(reads - read + through_states)
+    # A token's decay counts where something written before it is read after it: in the chunk's own
+    # pairs on either side of it, and in what goes through the states.
+    within = log_decays.by_chunk(reads - read + through_states)
     within = jnp.flip(jnp.cumsum(jnp.flip(within, -1), -1), -1)
-    before = jnp.cumsum(gates.by_chunk(beta * written)[..., :-1], -1)
+    before = jnp.cumsum(log_decays.by_chunk(beta * written)[..., :-1], -1)
     before = jnp.pad(before, ((0, 0), (0, 0), (0, 0), (1, 0)))
-    carried = gates.by_chunk(border).sum(-1, keepdims=True) * gates.by_chunk(decays)[..., -1:]
+    carried = (
+        log_decays.by_chunk(border).sum(-1, keepdims=True) * log_decays.by_chunk(decays)[..., -1:]
+    )
     dg = within + before + carried
     dg = dg.reshape(beta.shape) / LOG2E
     return y, dk, dv, dg, direct + written, products.sum(2), *starts

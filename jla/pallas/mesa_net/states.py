@@ -13,6 +13,8 @@ can be cut into pieces, as `pieces.py` does: one pass makes each piece's end fro
 them, and a second pass runs all pieces from their true starts.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,11 +22,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla._core.exchange import join
-from jla.pallas.common import mosaic
+from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
-from jla.pallas.common.mosaic import PER_COLUMN, TILE, f32, per_column, product
+from jla.pallas.common.mosaic import PER_COLUMN, WGMMA_LAYOUT, f32, per_column, product
 from jla.pallas.common.pieces import number_of_pairs
 from jla.pallas.common.recurrence import piece
+from jla.pallas.common.scratch import barrier_for, fetch
 from jla.pallas.common.tiles import SMALLEST, columns, smem_tiles
 
 SDS = jax.ShapeDtypeStruct
@@ -102,9 +105,8 @@ def _run(left, right, decays, weights, starts, pieces, *, reverse):
     In reverse the states are not scaled, for bf16 needs it not.
 
     One warpgroup has 64 rows of both states in registers for a whole piece; two of them share a
-    multiprocessor (98 KB of SMEM at K=V=128, in reverse 113). Traffic at B=8 T=4096 H=16 K=V=128:
-    k, v 134 MB each (twice into SMEM, the second time from L2), states out 268 MB each: 0.8 GB,
-    0.19 ms at 4.3 TB/s; in reverse 134 MB more.
+    multiprocessor (98 KB of SMEM at K=V=128, in reverse 113). Floor at B=8 T=4096 H=16 K=V=128:
+    0.8 GB, 0.19 ms at 4.3 TB/s; in reverse 134 MB more.
     """
     (B, _, H, K), V, L = right[0].shape, right[1].shape[-1], decays.shape[-1]
     N, k_tiles, v_tiles = L // CHUNK, K // TILE_WIDTH, V // TILE_WIDTH
@@ -114,116 +116,126 @@ def _run(left, right, decays, weights, starts, pieces, *, reverse):
     scaled = keep and not reverse
     P = pieces if keep else pieces - 1
     skipped = pieces - P if reverse else 0
-
-    def body(*refs):
-        left_ref, x_ref, y_ref, decays_ref, weights_ref, *refs = refs
-        if keep:
-            x_start, y_start, x_out, y_out, *refs = refs
-        if scaled:
-            x_scale, y_scale, *refs = refs
-        else:
-            x_scale = y_scale = None
-        x_end, y_end, sl, sx, sy, sd, sw, buffers, loaded = refs
-        p, b, h, block = (lax.axis_index(name) for name in ("p", "b", "h", "block"))
-        first, count = piece(p + skipped, pieces, N)
-        mine = columns(block)
-
-        def fetch(step):
-            slot, rows = lax.rem(step, STAGES), pl.ds(chunk(step) * CHUNK, CHUNK)
-            barrier = loaded.at[slot]
-            if separate:
-                plgpu.copy_gmem_to_smem(left_ref.at[b, rows, h, mine], sl[0].at[slot], barrier)
-            for ref, targets in ((x_ref, sx), (y_ref, sy)):
-                for i, target in enumerate(targets):
-                    source = ref.at[b, rows, h, columns(i)]
-                    plgpu.copy_gmem_to_smem(source, target.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(decays_ref.at[b, h, rows], sd.at[slot], barrier)
-            if not reverse:
-                plgpu.copy_gmem_to_smem(weights_ref.at[b, h, rows], sw[0].at[slot], barrier)
-
-        def chunk(step):
-            return first + (count - 1 - step if reverse else step)
-
-        def put(n, state, out, scale_out, buffers):
-            """Sends a state's tiles to memory."""
-            factor = 1.0
-            if scaled:
-                largest = jnp.maximum(max_of(state), SMALLEST)
-                scale_out[b, h, n, block] = largest
-                factor = 1.0 / largest
-            for x, buffer in zip(state, buffers, strict=True):
-                buffer[...] = (x * factor).astype(dtype)
-            plgpu.commit_smem()
-            for i, buffer in enumerate(buffers):
-                plgpu.copy_smem_to_gmem(buffer, out.at[b, h, n, mine, columns(i)])
-
-        def left_of(slot):
-            """The chunk's l of this block, transposed."""
-            if separate:
-                return mosaic.load(sl[0].at[slot].T)
-            first, *others = (mosaic.load(ref.at[slot].T) for ref in sx)
-            for other in others:
-                first = jnp.where(jnp.broadcast_to(block == 0, first.shape), first, other)
-            return first
-
-        def step(index, state):
-            n, slot = chunk(index), lax.rem(index, STAGES)
-            if keep:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                put(n, state[:k_tiles], x_out, x_scale, buffers[:k_tiles])
-                put(n, state[k_tiles:], y_out, y_scale, buffers[k_tiles:])
-            pl.when(index + 1 < count)(lambda: fetch(index + 1))
-            plgpu.barrier_wait(loaded.at[slot])
-            weight = mosaic.load((sd if reverse else sw[0]).at[slot], PER_COLUMN)
-            weighted = (left_of(slot) * per_column(weight, TILE_WIDTH)).astype(dtype)
-            decay = sd[slot, CHUNK - 1]
-            new = tuple(
-                product((weighted, ref.at[slot]), init=x * decay)
-                for ref, x in zip((*sx, *sy), state, strict=True)
-            )
-            plgpu.commit_smem()  # all warps are done with this slot
-            return new
-
-        def parts(x_ref, y_ref):
-            for ref, count in ((x_ref, k_tiles), (y_ref, v_tiles)):
-                for i in range(count):
-                    yield ref.at[p, b, h, mine, columns(i)]
-
-        fetch(jnp.int32(0))
-        if keep:
-            state = tuple(mosaic.load(ref, optimized=False) for ref in parts(x_start, y_start))
-        else:
-            zeros = plgpu.layout_cast(jnp.zeros((TILE_WIDTH, TILE_WIDTH), f32), TILE)
-            state = (zeros,) * (k_tiles + v_tiles)
-        state = lax.fori_loop(0, count, step, state)
-        for ref, x in zip(parts(x_end, y_end), state, strict=True):
-            ref[...] = x
-        if keep:
-            plgpu.wait_smem_to_gmem(0)
-
-    out_type = [SDS((P, B, H, K, K), f32), SDS((P, B, H, K, V), f32)]
-    if scaled:
-        out_type = [SDS((B, H, N, k_tiles), f32)] * 2 + out_type
-    if keep:
-        out_type = [SDS((B, H, N, K, K), dtype), SDS((B, H, N, K, V), dtype), *out_type]
-    loads = separate + k_tiles + v_tiles + (1 if reverse else 2)
+    x_start, y_start = starts if keep else (None, None)
+    scales = SDS((B, H, N, k_tiles), f32) if scaled else None
     vector = plgpu.SMEM((STAGES, CHUNK), f32)
-    return mosaic.kernel(
-        body,
+    loads = dict(left=int(separate), x=k_tiles, y=v_tiles, decays=1, weights=0 if reverse else 1)
+    out = scratch.kernel(
+        functools.partial(_body, of_piece=lambda p: piece(p + skipped, pieces, N), reverse=reverse),
+        inputs=dict(
+            **dict(left=left, x=right[0], y=right[1], decays=decays, weights=weights),
+            **dict(x_start=x_start, y_start=y_start),
+        ),
+        outputs=dict(
+            x_states=SDS((B, H, N, K, K), dtype) if keep else None,
+            y_states=SDS((B, H, N, K, V), dtype) if keep else None,
+            **dict(x_scale=scales, y_scale=scales),
+            **dict(x_end=SDS((P, B, H, K, K), f32), y_end=SDS((P, B, H, K, V), f32)),
+        ),
+        scratch=dict(
+            sl=mosaic.tile(CHUNK, TILE_WIDTH, STAGES, dtype=dtype) if separate else None,
+            sx=smem_tiles(k_tiles, STAGES, dtype=dtype),
+            sy=smem_tiles(v_tiles, STAGES, dtype=dtype),
+            sd=vector,
+            sw=None if reverse else vector,
+            buffers=smem_tiles(k_tiles + v_tiles if keep else 0, dtype=dtype),
+            loaded=barrier_for(loads, STAGES),
+        ),
         automatic_barriers=False,
-        out_type=out_type,
-        scratch_types=[
-            smem_tiles(separate, STAGES, dtype=dtype),
-            smem_tiles(k_tiles, STAGES, dtype=dtype),
-            smem_tiles(v_tiles, STAGES, dtype=dtype),
-            vector,
-            [] if reverse else [vector],
-            smem_tiles(k_tiles + v_tiles if keep else 0, dtype=dtype),
-            plgpu.Barrier(num_arrivals=loads, num_barriers=STAGES),
-        ],
         grid=(P, B, H, k_tiles),
         grid_names=("p", "b", "h", "block"),
-    )(left, *right, decays, weights, *(starts or ()))
+    )
+    return tuple(x for x in out if x is not None)
+
+
+def _body(refs, *, of_piece, reverse):
+    p, b, h, block = (lax.axis_index(name) for name in ("p", "b", "h", "block"))
+    first, count = of_piece(p)
+    mine, k_tiles = columns(block), len(refs.sx)
+    keep = refs.x_states is not None
+
+    def chunk(step):
+        return first + (count - 1 - step if reverse else step)
+
+    def load(step):
+        slot, rows = lax.rem(step, STAGES), pl.ds(chunk(step) * CHUNK, CHUNK)
+
+        def of_tokens(ref, tiles):
+            sources = (ref.at[b, rows, h, columns(i)] for i in range(len(tiles)))
+            return list(zip(sources, (tile.at[slot] for tile in tiles), strict=True))
+
+        loads = dict(left=None, x=of_tokens(refs.x, refs.sx), y=of_tokens(refs.y, refs.sy))
+        if refs.sl is not None:
+            loads["left"] = refs.left.at[b, rows, h, mine], refs.sl.at[slot]
+        loads["decays"] = refs.decays.at[b, h, rows], refs.sd.at[slot]
+        if not reverse:
+            loads["weights"] = refs.weights.at[b, h, rows], refs.sw.at[slot]
+        fetch(loads, refs.loaded.at[slot])
+
+    def step(index, state):
+        n, slot = chunk(index), lax.rem(index, STAGES)
+        if keep:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            x_buffers, y_buffers = refs.buffers[:k_tiles], refs.buffers[k_tiles:]
+            at = b, h, n, block, mine
+            _put(state[:k_tiles], refs.x_states, refs.x_scale, at, x_buffers)
+            _put(state[k_tiles:], refs.y_states, refs.y_scale, at, y_buffers)
+        pl.when(index + 1 < count)(lambda: load(index + 1))
+        plgpu.barrier_wait(refs.loaded.at[slot])
+        # X <- exp(G_end) X + (w l)^T x
+        weight = mosaic.load((refs.sd if reverse else refs.sw).at[slot], PER_COLUMN)
+        weighted = _left(refs, block, slot) * per_column(weight, TILE_WIDTH)
+        weighted = weighted.astype(refs.sx[0].dtype)
+        decay = refs.sd[slot, CHUNK - 1]
+        new = tuple(
+            product((weighted, ref.at[slot]), init=x * decay)
+            for ref, x in zip((*refs.sx, *refs.sy), state, strict=True)
+        )
+        plgpu.commit_smem()  # all warps are done with this slot
+        return new
+
+    def parts(x_ref, y_ref):
+        for ref, tiles in ((x_ref, refs.sx), (y_ref, refs.sy)):
+            for i in range(len(tiles)):
+                yield ref.at[p, b, h, mine, columns(i)]
+
+    load(jnp.int32(0))
+    if keep:
+        starts = parts(refs.x_start, refs.y_start)
+        state = tuple(mosaic.load(ref, optimized=False) for ref in starts)
+    else:
+        zeros = plgpu.layout_cast(jnp.zeros((TILE_WIDTH, TILE_WIDTH), f32), WGMMA_LAYOUT)
+        state = (zeros,) * (k_tiles + len(refs.sy))
+    state = lax.fori_loop(0, count, step, state)
+    for ref, x in zip(parts(refs.x_end, refs.y_end), state, strict=True):
+        ref[...] = x
+    if keep:
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _left(refs, block, slot):
+    """The chunk's l of this block, transposed."""
+    if refs.sl is not None:
+        return mosaic.load(refs.sl.at[slot].T)
+    first, *others = (mosaic.load(ref.at[slot].T) for ref in refs.sx)
+    for other in others:
+        first = jnp.where(jnp.broadcast_to(block == 0, first.shape), first, other)
+    return first
+
+
+def _put(state, out, scale_out, place, buffers):
+    """Sends a state's tiles to memory, divided by their largest if there is room for it."""
+    b, h, n, block, mine = place
+    factor = 1.0
+    if scale_out is not None:
+        largest = jnp.maximum(max_of(state), SMALLEST)
+        scale_out[b, h, n, block] = largest
+        factor = 1.0 / largest
+    for x, buffer in zip(state, buffers, strict=True):
+        buffer[...] = (x * factor).astype(buffer.dtype)
+    plgpu.commit_smem()
+    for i, buffer in enumerate(buffers):
+        plgpu.copy_smem_to_gmem(buffer, out.at[b, h, n, mine, columns(i)])
 
 
 def max_of(tiles):

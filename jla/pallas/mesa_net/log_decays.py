@@ -1,6 +1,6 @@
-"""What XLA makes of the gates, [B, H, L], before the kernels: chunk by chunk, a head's one gate.
+"""What XLA makes of the log decays, [B, H, L], before the kernels: chunk by chunk.
 
-A segment's start is no gate here: its tokens' sums begin anew. Were it one, strong gates of the
+A segment's start is no decay here: its tokens' sums begin anew. Were it one, strong decays of the
 segment before would be in all later sums, and move their rounding.
 """
 
@@ -25,7 +25,7 @@ def firsts(starts):
 
 
 def cumulated(g, first):
-    """The sums of the gates after `first` up to each token: what lies elsewhere adds zeros."""
+    """The sums of the log decays after `first` up to each token: what lies elsewhere adds zeros."""
     place = jnp.arange(CHUNK, dtype=jnp.int32)[None, None, None]
     counts = (place[..., None] >= place[..., None, :]) & (
         by_chunk(first)[..., None] < place[..., None, :]
