@@ -9,6 +9,25 @@ import numpy as np
 import jla
 
 
+def normal(seed, *shape):
+    """Random numbers of NumPy's: XLA compiles its own for longer than most kernels' tests take.
+
+    A callback, for `eval_shape` to make none.
+    """
+    return _drawn(np.random.Generator.standard_normal, seed, shape)
+
+
+def uniform(seed, *shape):
+    return _drawn(np.random.Generator.random, seed, shape)
+
+
+def _drawn(draw, seed, shape):
+    def numbers():
+        return draw(np.random.default_rng(seed), shape, np.float32)
+
+    return jax.pure_callback(numbers, jax.ShapeDtypeStruct(shape, np.float32))
+
+
 def run_in(context, run, *args):
     """run(*args) in the context; where it is that of a GPU, twice, and bit for bit the same."""
     with context():

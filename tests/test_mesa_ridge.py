@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import normal
 
 import jla
 from jla.xla.conjugate_gradients import solve
@@ -29,12 +30,11 @@ HEADS = dict(q=2, k=2, v=2, g=2, beta=2, lamb=0, kk=1, kv=1)
 
 def arguments(implementation, *bad):
     """Random arguments; the first heads have one `lamb` of these."""
-    keys = iter(jax.random.split(jax.random.key(0), 5))
     dtype = jnp.bfloat16 if implementation == "pallas" else f32
-    q, k, v = (jax.random.normal(next(keys), (B, T, H, K), dtype) for _ in "qkv")
+    q, k, v = (normal(i, B, T, H, K).astype(dtype) for i in range(3))
     g, beta = -jnp.ones((B, T, H)), jnp.ones((B, T, H))
     kk = jnp.broadcast_to(jnp.eye(K), (B, H, K, K))
-    kv = jax.random.normal(next(keys), (B, H, K, K))
+    kv = normal(3, B, H, K, K)
     lamb = jnp.ones((H, K)).at[: len(bad), 3].set(jnp.array(bad))
     return dict(q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, kk=kk, kv=kv)
 

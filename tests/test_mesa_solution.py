@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import normal, uniform
 from jax.sharding import AxisType, PartitionSpec
 
 import jla
@@ -13,19 +14,18 @@ T, K = 200, 32
 
 def inputs(seed, *, spread, ridge):
     """One row and head without decay, whose keys lie near one direction."""
-    keys = jax.random.split(jax.random.key(seed), 4)
 
     def unit(x):
         return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
-    q, k, v = (jax.random.normal(key, (1, T, 1, K)) for key in keys[:3])
+    q, k, v = (normal((seed, i), 1, T, 1, K) for i in range(3))
     return dict(
         q=unit(q),
         k=unit(unit(k[:, :1]) + spread * unit(k)),
         v=v,
         g=jnp.zeros((1, T, 1)),
         beta=jnp.ones((1, T, 1)),
-        lamb=ridge * jax.random.uniform(keys[3], (1, K), minval=0.5, maxval=1.5),
+        lamb=ridge * (0.5 + uniform((seed, 3), 1, K)),
     )
 
 

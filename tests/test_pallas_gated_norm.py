@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from comparing import close, mamba2_in_steps, run_in
+from comparing import close, mamba2_in_steps, normal, run_in
 from flax import linen as nn
 from jax.ad_checkpoint import print_saved_residuals
 from jax.flatten_util import ravel_pytree
@@ -24,11 +24,10 @@ NAMES = "x", "gate", "scale"
 
 def arguments(shape, dtype=bf16):
     """x, gate and scale; the result's gradient."""
-    keys = jax.random.split(jax.random.key(shape[1]), 4)
-    x, gate, dy = (jax.random.normal(key, shape).astype(dtype) for key in keys[:3])
+    x, gate, dy = (normal((shape[1], i), *shape).astype(dtype) for i in range(3))
     # Rows of all sizes: to their gradients that is all that matters.
     sizes = jnp.exp2((jnp.arange(shape[1]) % 8 - 4).astype(dtype))[None, :, None, None]
-    return (x * sizes, gate, 1 + 0.3 * jax.random.normal(keys[3], shape[2:])), dy
+    return (x * sizes, gate, 1 + 0.3 * normal((shape[1], 3), *shape[2:])), dy
 
 
 def formula(x, gate, scale):
@@ -168,7 +167,7 @@ def test_the_layer_uses_it_where_it_serves(monkeypatch, options, T, masked, used
     monkeypatch.setattr("jla.pallas.log_linear.log_linear_mamba2", mamba2)
     sizes = dict(num_heads=2, head_dim=16, value_head_dim=64, num_levels=5, norm_epsilon=1e-4)
     options = sizes | dict(dtype=bf16, conv_size=None) | options
-    x = jax.random.normal(jax.random.key(0), (2, T, 32))
+    x = normal(0, 2, T, 32)
     mask = jnp.arange(T)[None] < jnp.array([[T], [5]]) if masked else None
     plain = LogLinearMamba2(**options | dict(implementation="xla"))
     params = jax.jit(plain.init)(jax.random.key(1), x)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparing import close, run_in
+from comparing import close, normal, run_in
 from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -27,10 +27,9 @@ f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 
 def arguments(B, T, HV, K, dtype=bf16):
-    keys = jax.random.split(jax.random.key(T), 3)
     # Some of these softplus takes to 1e-5 and less.
-    f = (4 * jax.random.normal(keys[0], (B, T, HV, K)) - 2).astype(dtype)
-    return f, jax.random.normal(keys[1], (HV,)), jax.random.normal(keys[2], (HV, K))
+    f = (4 * normal((T, 0), B, T, HV, K) - 2).astype(dtype)
+    return f, normal((T, 1), HV), normal((T, 2), HV, K)
 
 
 def packed(B, T):
@@ -93,7 +92,7 @@ def check(context, sizes, lower_bound, segments):
     args = f, *_ = arguments(**sizes)
     B, T, HV, K = f.shape
     ids = packed(B, T) if segments else None
-    dg = 1 + jax.random.normal(jax.random.key(1), (B, T, HV, K))
+    dg = 1 + normal(1, B, T, HV, K)
     # What follows the last token is anybody's guess.
     dg = jnp.pad(dg, ((0, 0), (0, -T % 64), (0, 0), (0, 0)), constant_values=1e9)
     run = jax.jit(functools.partial(kernel, lower_bound=lower_bound))
@@ -144,13 +143,12 @@ def test_extreme_projections(lower_bound):
 
 
 def mechanism_arguments(T, H, HV, K, V):
-    keys = jax.random.split(jax.random.key(V), 5)
-    q, k = (jax.random.normal(key, (2, T, H, K)) for key in keys[:2])
+    q, k = (normal((V, i), 2, T, H, K) for i in range(2))
     q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-    v = jax.random.normal(keys[2], (2, T, HV, V))
+    v = normal((V, 2), 2, T, HV, V)
     f, A_log, dt_bias = arguments(2, T, HV, K)
-    beta = jax.nn.sigmoid(jax.random.normal(keys[3], (2, T, HV)))
-    state = jax.random.normal(keys[4], (2, HV, K, V))
+    beta = jax.nn.sigmoid(normal((V, 3), 2, T, HV))
+    state = normal((V, 4), 2, HV, K, V)
     return *(x.astype(bf16) for x in (q, k, v)), f - 1, A_log, dt_bias, beta, state
 
 
@@ -263,7 +261,7 @@ def test_the_layer_uses_it_where_it_serves(monkeypatch, options, arrays, used):
     monkeypatch.setattr(kernels, "kda_gated", stand_in)
     monkeypatch.setattr(kernels, "kda", mechanism)
     options = dict(num_heads=2, head_dim=64, conv_size=None, dtype=bf16) | options
-    x = jax.random.normal(jax.random.key(0), (2, 9, 32))
+    x = normal(0, 2, 9, 32)
     call = {}
     if "ids" in arrays:
         call["segment_ids"] = packed(2, 9)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparing import relative_error
+from comparing import normal, relative_error
 
 import jla
 import jla.pallas
@@ -15,10 +15,6 @@ from jla.pallas import mesa_net as kernels
 from jla.pallas.mesa_net import states
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
-
-
-def normal(i, *shape):
-    return jax.random.normal(jax.random.key(i), shape, f32)
 
 
 def arguments(B, T, H, K, V):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparing import close
+from comparing import close, normal
 
 import jla
 import jla.pallas
@@ -24,10 +24,6 @@ from jla.pallas.path_attention import levels, step
 from jla.reference import path_attention as reference
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
-
-
-def normal(i, *shape):
-    return jax.random.normal(jax.random.key(i), shape, f32)
 
 
 def tokens(*shape, H=1, HQ=2, K=16, V=16, gated=True, dtype=bf16):

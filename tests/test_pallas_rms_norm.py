@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from comparing import close, run_in
+from comparing import close, normal, run_in
 from flax import linen as nn
 from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -24,18 +24,17 @@ def arguments(shape, row=1, kind=None, dtype=bf16, bias=False):
 
     For the kind "update" an update, whose sum with x 16 bits hold exactly.
     """
-    keys = jax.random.split(jax.random.key(shape[1]), 5)
-    x, gate, dy = (jax.random.normal(key, shape).astype(dtype) for key in keys[:3])
+    x, gate, dy = (normal((shape[1], i), *shape).astype(dtype) for i in range(3))
     # Rows of all sizes: to their gradients that is all that matters.
     sizes = jnp.exp2((jnp.arange(shape[1]) % 8 - 4).astype(dtype))
     x = x * sizes.reshape(1, -1, *[1] * (x.ndim - 2))
-    scale = 1 + 0.3 * jax.random.normal(keys[3], shape[-row:])
+    scale = 1 + 0.3 * normal((shape[1], 3), *shape[-row:])
     if kind == "branch":
         return (x, scale), (dy, gate)
     if kind == "update":
         update = jnp.where(gate > 0, x, -x / 2)
         return (x, scale, update), (dy, gate)
-    gates = gate, jax.random.normal(keys[4], shape[2:])
+    gates = gate, normal((shape[1], 4), *shape[2:])
     return (x, scale, *gates[: 0 if kind is None else 1 + bias]), dy
 
 

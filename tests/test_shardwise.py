@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import normal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jla.pallas.shardwise import shardwise
@@ -32,8 +33,7 @@ def want(q, v):
 
 @pytest.fixture
 def arrays():
-    q, v = jax.random.split(jax.random.key(0))
-    return jax.random.normal(q, (4, 3, 2, 5)), jax.random.normal(v, (4, 3, 4, 5))
+    return normal(0, 4, 3, 2, 5), normal(1, 4, 3, 4, 5)
 
 
 def mesh():
@@ -134,8 +134,8 @@ def test_values_for_every_placement(kind, heads, shape):
     sharded, plain = map(with_gradients, FUNCTIONS[kind])
     devices = mesh().devices.reshape(shape)
     split = functools.partial(NamedSharding, jax.sharding.Mesh(devices, ("x", "y")))
-    keys = jax.random.normal(jax.random.key(0), (4, 2, heads[0], 4))
-    others = jax.random.normal(jax.random.key(1), (4, 2, heads[0] * heads[1], 4))
+    keys = normal(0, 4, 2, heads[0], 4)
+    others = normal(1, 4, 2, heads[0] * heads[1], 4)
 
     sizes = dict(zip(("x", "y"), shape, strict=True))
 
@@ -178,8 +178,8 @@ def test_values_inside_shard_map_and_by_type(manual, kinds):
     kinds = tuple(getattr(AxisType, kind) for kind in kinds.split())
     whole = jax.make_mesh((2, 2), ("x", "y"), kinds, devices=mesh().devices.ravel())
     spec = P("x", None, "y")
-    keys = jax.random.normal(jax.random.key(0), (4, 2, 2, 4))
-    others = jax.random.normal(jax.random.key(1), (4, 2, 4, 4))
+    keys = normal(0, 4, 2, 2, 4)
+    others = normal(1, 4, 2, 4, 4)
     run = sharded
     if manual:
         inside = P(*(name if name in manual.split() else None for name in spec))
