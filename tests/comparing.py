@@ -37,6 +37,14 @@ def run_in(context, run, *args):
     return got
 
 
+def random_parameters(layer, x, **changes):
+    """The variables of a flax layer for inputs x: `init` by itself takes long to compile."""
+    leaves, tree = jax.tree.flatten(jax.eval_shape(layer.init, jax.random.key(0), x))
+    values = [0.3 * normal((9, i), *leaf.shape).astype(leaf.dtype) for i, leaf in enumerate(leaves)]
+    variables = jax.tree.unflatten(tree, values)
+    return variables | {"params": variables["params"] | changes}
+
+
 def close(ours, theirs, tolerance):
     """Asserts that the relative Frobenius error is at most the tolerance."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)

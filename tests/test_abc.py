@@ -11,6 +11,7 @@ from comparing import normal
 
 import jla
 
+f32 = jnp.float32
 B, T, H, HQ, K, V, M = 2, 70, 1, 2, 16, 24, 20
 STARTS = (0, 1, 32, 47)
 IDS = jnp.broadcast_to(jnp.repeat(jnp.arange(4), np.diff([*STARTS, T])), (B, T))
@@ -32,7 +33,7 @@ def value_and_gradients(args, segment_ids, implementation):
 
     out, vjp = jax.vjp(run, args)
     leaves, tree = jax.tree.flatten(out)
-    weights = [jnp.cos(3.0 * jnp.arange(x.size).reshape(x.shape)) for x in leaves]
+    weights = [jnp.cos(jnp.arange(x.size, dtype=f32)).reshape(x.shape) for x in leaves]
     return *out, vjp(tree.unflatten(weights))[0]
 
 
@@ -137,7 +138,10 @@ def test_extreme_logits(logits):
 
 
 @each_implementation
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)],  # rounded less
+)
 def test_low_precision_inputs(implementation, dtype):
     args = jax.tree.map(lambda x: x.astype(dtype), arguments())
     o, state = jla.gsa(**args, implementation=implementation)

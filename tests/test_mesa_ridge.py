@@ -48,6 +48,11 @@ def call(q, k, v, g, beta, lamb, kk, kv, implementation, step=False):
     return jla.mesa_net(*arrays, lamb, initial_state=state, implementation=implementation)
 
 
+@functools.cache
+def without_bad(step):
+    return call(**arguments("reference"), implementation="reference", step=step)
+
+
 def assert_first_two_heads_are_nan(x, axis):
     missing = np.moveaxis(np.isnan(np.asarray(x, np.float32)), axis, 0).reshape(H, -1)
     assert missing[:2].all() and not missing[2].any()
@@ -68,7 +73,7 @@ def test_outputs_and_gradients_are_nan(implementation, context, step):
 
     with context():
         gradients, (o, state) = both(arguments(implementation, -0.1, 0.0))
-    want, good = call(**arguments(implementation), implementation="reference", step=step)
+    want, good = without_bad(step)
     assert_first_two_heads_are_nan(o, 2)
     for got, wanted in ((o[:, :, 2], want[:, :, 2]), *zip(state, good, strict=True)):
         np.testing.assert_allclose(f32(got), f32(wanted), rtol=3e-2, atol=3e-2)

@@ -1,5 +1,7 @@
 """MesaNet's conjugate gradients: half-precision inputs, and rows that do not know of each other."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,21 +36,23 @@ def near(got, want, tolerance):
     assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
 
 
+@functools.partial(jax.jit, static_argnames="implementation")
+def with_gradients(args, implementation):
+    def loss(args):
+        o, _ = jla.mesa_net(**args, implementation=implementation)
+        return jnp.sum(jnp.sin(o.astype(jnp.float32))), o
+
+    return jax.grad(loss, has_aux=True)(args)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_inputs_converge_where_a_half_state_could_not(dtype):
     args = inputs(0, spread=0.1, ridge=0.03)
     half = {n: x.astype(dtype) if n in "qkv" else x for n, x in args.items()}
 
-    def both(implementation):
-        def loss(args):
-            o, _ = jla.mesa_net(**args, implementation=implementation)
-            return jnp.sum(jnp.sin(o.astype(jnp.float32))), o
-
-        return jax.jit(jax.grad(loss, has_aux=True))
-
-    gradients, o = both("xla")(half)
+    gradients, o = with_gradients(half, "xla")
     exact = {n: x.astype(jnp.float32) for n, x in half.items()}
-    wanted, want = both("reference")(exact)
+    wanted, want = with_gradients(exact, "reference")
     near(o, want, 1e-2)
     for name, gradient in gradients.items():
         near(gradient, wanted[name], 2e-2)

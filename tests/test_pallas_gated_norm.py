@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from comparing import close, mamba2_in_steps, normal, run_in
+from comparing import close, mamba2_in_steps, normal, random_parameters, run_in
 from flax import linen as nn
 from jax.ad_checkpoint import print_saved_residuals
 from jax.flatten_util import ravel_pytree
@@ -170,8 +170,7 @@ def test_the_layer_uses_it_where_it_serves(monkeypatch, options, T, masked, used
     x = normal(0, 2, T, 32)
     mask = jnp.arange(T)[None] < jnp.array([[T], [5]]) if masked else None
     plain = LogLinearMamba2(**options | dict(implementation="xla"))
-    params = jax.jit(plain.init)(jax.random.key(1), x)
-    params["params"]["D"] = jnp.array([0.5, 2.0])  # it is one at first
+    params = random_parameters(plain, x, D=jnp.array([0.5, 2.0]))
 
     def loss(layer, params):
         y = layer.apply(params, x, mask=mask)

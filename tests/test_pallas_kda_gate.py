@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparing import close, normal, run_in
+from comparing import close, normal, random_parameters, run_in
 from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -133,7 +133,8 @@ def test_extreme_projections(lower_bound):
     f = jnp.full_like(f, 3e38).at[:, ::2].set(-3e38)
     dg = jnp.ones(f.shape)
     with jla.pallas.interpret():
-        gates, *gradients = kernel(f, A_log, dt_bias, dg, lower_bound=lower_bound)
+        run = jax.jit(functools.partial(kernel, lower_bound=lower_bound))
+        gates, *gradients = run(f, A_log, dt_bias, dg)
     assert not gates[:, ::2].any()
     np.testing.assert_array_equal(
         gates[:, 1::2], f16(chunks.STRONGEST if lower_bound is None else -5 * chunks.LOG2E)
@@ -142,13 +143,13 @@ def test_extreme_projections(lower_bound):
     assert all(jnp.isfinite(x).all() for x in (gradients[0], gradients[2]))
 
 
-def mechanism_arguments(T, H, HV, K, V):
-    q, k = (normal((V, i), 2, T, H, K) for i in range(2))
+def mechanism_arguments(T, H, HV, K, V, B=2):
+    q, k = (normal((V, i), B, T, H, K) for i in range(2))
     q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-    v = normal((V, 2), 2, T, HV, V)
-    f, A_log, dt_bias = arguments(2, T, HV, K)
-    beta = jax.nn.sigmoid(normal((V, 3), 2, T, HV))
-    state = normal((V, 4), 2, HV, K, V)
+    v = normal((V, 2), B, T, HV, V)
+    f, A_log, dt_bias = arguments(B, T, HV, K)
+    beta = jax.nn.sigmoid(normal((V, 3), B, T, HV))
+    state = normal((V, 4), B, HV, K, V)
     return *(x.astype(bf16) for x in (q, k, v)), f - 1, A_log, dt_bias, beta, state
 
 
@@ -183,8 +184,8 @@ def with_gradients(run, args):
     ids=str,
 )
 def test_with_the_mechanism(sizes, lower_bound, segments):
-    args = mechanism_arguments(**sizes)
-    ids = packed(2, sizes["T"]) // 8 if segments else None
+    args = mechanism_arguments(**sizes, B=1)
+    ids = packed(1, sizes["T"]) // 8 if segments else None
     run = functools.partial(gated, ids=ids, lower_bound=lower_bound)
     with jla.pallas.interpret(detect_races=False):
         got = jax.jit(functools.partial(with_gradients, run))(args)
@@ -246,8 +247,8 @@ def test_says_what_it_does_not_take():
     ],
 )
 def test_the_layer_uses_it_where_it_serves(monkeypatch, options, arrays, used):
-    """The call is answered by "xla", and so has to be the same function of the same arguments."""
-    made = []
+    """The definition answers the call, and so has to be the same function of its arguments."""
+    made, without = [], "reference" if used else "xla"
 
     def stand_in(q, k, v, f, A_log, dt_bias, beta, state, ids, *, scale, lower_bound):
         made.append(scale)
@@ -255,7 +256,7 @@ def test_the_layer_uses_it_where_it_serves(monkeypatch, options, arrays, used):
         return mechanism(q, k, v, g, beta, state, ids, scale=scale)
 
     def mechanism(q, k, v, g, beta, state, ids, *, scale):
-        options = dict(initial_state=state, segment_ids=ids, implementation="xla")
+        options = dict(initial_state=state, segment_ids=ids, implementation=without)
         return jla.kda(q, k, v, g, beta, scale=scale, **options)
 
     monkeypatch.setattr(kernels, "kda_gated", stand_in)
@@ -267,13 +268,13 @@ def test_the_layer_uses_it_where_it_serves(monkeypatch, options, arrays, used):
         call["segment_ids"] = packed(2, 9)
     if "mask" in arrays:
         call["mask"] = jnp.arange(9)[None] < jnp.array([[9], [5]])
-    plain = KimiDeltaAttention(**options | dict(implementation="xla"))
-    params = plain.init(jax.random.key(1), x)
+    plain = KimiDeltaAttention(**options | dict(implementation=without))
+    params = random_parameters(plain, x)
     with jla.pallas.interpret(), monkeypatch.context() as patch:
         patch.setattr("jla.linen._normalize._dispatch.kernel", only_gated)
-        y = KimiDeltaAttention(**options).apply(params, x, **call)
+        y = jax.jit(KimiDeltaAttention(**options).apply)(params, x, **call)
     assert made == [64**-0.5] * used
-    close(y, plain.apply(params, x, **call), 1e-6)
+    close(y, jax.jit(plain.apply)(params, x, **call), 1e-6)
 
 
 def only_gated(name, *args, _kernel=jla._dispatch.kernel):

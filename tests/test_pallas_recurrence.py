@@ -37,7 +37,9 @@ def formula(q, w, kg, u, decay, aq, beta, state):
     return jnp.concatenate(outputs)[:T], state, jnp.stack(states)
 
 
-@pytest.mark.parametrize("K, keep", [(64, False), (64, True), (256, False)])
+@pytest.mark.parametrize(
+    "K, keep", [pytest.param(64, False, marks=pytest.mark.slow), (64, True), (256, False)]
+)
 def test_forward(K, keep):
     q, w, kg, u, *others = arguments(K)
     run = functools.partial(recurrence.forward, starts=None, length=T, keep_states=keep)

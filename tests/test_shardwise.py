@@ -108,6 +108,11 @@ def with_gradients(function):
     return run
 
 
+@functools.cache
+def plain_of(kind):
+    return jax.jit(with_gradients(FUNCTIONS[kind][1]))
+
+
 P = PartitionSpec
 # Of key heads, and of the others: alike; on one side; two axes on one; the same axis for rows and
 # for heads; time and features.
@@ -131,7 +136,7 @@ GROUPINGS = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (3, 4), (4, 2)]
 )
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_values_for_every_placement(kind, heads, shape):
-    sharded, plain = map(with_gradients, FUNCTIONS[kind])
+    sharded, plain = with_gradients(FUNCTIONS[kind][0]), plain_of(kind)
     devices = mesh().devices.reshape(shape)
     split = functools.partial(NamedSharding, jax.sharding.Mesh(devices, ("x", "y")))
     keys = normal(0, 4, 2, heads[0], 4)
@@ -174,7 +179,7 @@ def test_nothing_is_gathered(heads):
 @pytest.mark.parametrize("manual", ["", "x", "y", "x y"])
 def test_values_inside_shard_map_and_by_type(manual, kinds):
     """Inside a shard_map over none, some or all axes of a mesh, the others of either kind."""
-    sharded, plain = map(with_gradients, FUNCTIONS["HV"])
+    sharded, plain = with_gradients(FUNCTIONS["HV"][0]), plain_of("HV")
     kinds = tuple(getattr(AxisType, kind) for kind in kinds.split())
     whole = jax.make_mesh((2, 2), ("x", "y"), kinds, devices=mesh().devices.ravel())
     spec = P("x", None, "y")
