@@ -9,6 +9,25 @@ import numpy as np
 import jla
 
 
+def normal(seed, *shape):
+    """Random numbers of NumPy's: XLA compiles its own for longer than most kernels' tests take.
+
+    A callback, for `eval_shape` to make none.
+    """
+    return _drawn(np.random.Generator.standard_normal, seed, shape)
+
+
+def uniform(seed, *shape):
+    return _drawn(np.random.Generator.random, seed, shape)
+
+
+def _drawn(draw, seed, shape):
+    def numbers():
+        return draw(np.random.default_rng(seed), shape, np.float32)
+
+    return jax.pure_callback(numbers, jax.ShapeDtypeStruct(shape, np.float32))
+
+
 def run_in(context, run, *args):
     """run(*args) in the context; where it is that of a GPU, twice, and bit for bit the same."""
     with context():
@@ -16,6 +35,14 @@ def run_in(context, run, *args):
         if context is contextlib.nullcontext:
             jax.tree.map(np.testing.assert_array_equal, got, run(*args))
     return got
+
+
+def random_parameters(layer, x, **changes):
+    """The variables of a flax layer for inputs x: `init` by itself takes long to compile."""
+    leaves, tree = jax.tree.flatten(jax.eval_shape(layer.init, jax.random.key(0), x))
+    values = [0.3 * normal((9, i), *leaf.shape).astype(leaf.dtype) for i, leaf in enumerate(leaves)]
+    variables = jax.tree.unflatten(tree, values)
+    return variables | {"params": variables["params"] | changes}
 
 
 def close(ours, theirs, tolerance):

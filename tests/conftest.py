@@ -43,14 +43,17 @@ def pytest_xdist_make_scheduler(config, log):
 def _group(nodeid, config):
     """What runs together, in one process: the tests that use the same compiled programs.
 
-    Those of a mechanism, with its definition; on GPUs, where several more processes take part,
-    those of one implementation.
+    Those of a mechanism, with its definition, and those of a layer; on GPUs, where several more
+    processes take part, those of one implementation.
     """
     names = "|".join(IMPLEMENTATIONS)
     contract = re.search(rf"contract/.*\[(\w+)-({names})\b", nodeid)
     if contract:
         on_gpu = config.getoption("markexpr") == "gpu"
         return "-".join(contract.groups()) if on_gpu else contract[1]
+    layer = re.search(r"linen/.*[\[-](kda|gsa|log_linear|mesa|path)\b", nodeid)
+    if layer:
+        return f"linen-{layer[1]}"
     return nodeid.split("[" if "test_pallas" in nodeid else "::")[0]
 
 

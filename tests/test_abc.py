@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import normal
 
 import jla
 
+f32 = jnp.float32
 B, T, H, HQ, K, V, M = 2, 70, 1, 2, 16, 24, 20
 STARTS = (0, 1, 32, 47)
 IDS = jnp.broadcast_to(jnp.repeat(jnp.arange(4), np.diff([*STARTS, T])), (B, T))
@@ -18,26 +20,21 @@ each_implementation = pytest.mark.parametrize("implementation", ["reference", "x
 
 def arguments():
     shapes = dict(q=(HQ, K), k=(H, K), v=(H, V), s=(H, M))
-    keys = jax.random.split(jax.random.key(0), 4)
-    args = {
-        n: jax.random.normal(key, (B, T, *shape))
-        for key, (n, shape) in zip(keys, shapes.items(), strict=True)
-    }
+    args = {n: normal(i, B, T, *shape) for i, (n, shape) in enumerate(shapes.items())}
     return args | dict(s=2.0 * args["s"])
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
 def value_and_gradients(args, segment_ids, implementation):
-    """o, the state, and the gradients of a fixed random sum of them."""
+    """o, the state, and the gradients of a weighted sum of them."""
 
     def run(args):
         return jla.gsa(**args, segment_ids=segment_ids, implementation=implementation)
 
     out, vjp = jax.vjp(run, args)
     leaves, tree = jax.tree.flatten(out)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    normal = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return *out, vjp(tree.unflatten(normal))[0]
+    weights = [jnp.cos(jnp.arange(x.size, dtype=f32)).reshape(x.shape) for x in leaves]
+    return *out, vjp(tree.unflatten(weights))[0]
 
 
 def numpy_abc(q, k, v, s):
@@ -141,7 +138,10 @@ def test_extreme_logits(logits):
 
 
 @each_implementation
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)],  # rounded less
+)
 def test_low_precision_inputs(implementation, dtype):
     args = jax.tree.map(lambda x: x.astype(dtype), arguments())
     o, state = jla.gsa(**args, implementation=implementation)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import normal
 
 import jla
 from jla._core import blockwise
@@ -42,7 +43,7 @@ def constant_cotangent(x):
 @settings
 @pytest.mark.parametrize("right", [zeros, constant_tokens, constant_cotangent])
 def test_a_reduced_product_with_a_constant(right, setting):
-    x = jax.random.normal(jax.random.key(0), (2, 32, 32))
+    x = normal(0, 2, 32, 32)
     value = compiled(lambda x: jnp.max(x @ right(x), axis=-1), x, setting=setting)
     expected = np.max(np.asarray(x) @ np.asarray(right(x)), axis=-1)
     np.testing.assert_allclose(value, expected, atol=1e-4)
@@ -60,8 +61,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
     ],
 )
 def test_gsa_without_a_state(T, M, setting):
-    keys = iter(jax.random.split(jax.random.key(0), 5))
-    q, k, v, s, g = (jax.random.normal(next(keys), (1, T, 2, D)) for D in (32, 32, 16, M, M))
+    q, k, v, s, g = (normal(i, 1, T, 2, D) for i, D in enumerate((32, 32, 16, M, M)))
     args = q, k, v, jnp.abs(s), -0.001 * jnp.abs(g)
     values = compiled(lambda *x: jla.gsa(*x, implementation="xla"), *args, setting=setting)
     expected = jla.gsa(*args, implementation="reference")

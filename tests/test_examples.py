@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
+from comparing import random_parameters
 from programs import assert_fails
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
@@ -88,7 +89,7 @@ def test_training_writes_what_it_promises(trained):
     assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(trained, copy, capsys):
+def test_a_resumed_run_is_the_uninterrupted_one(trained, copy, no_report, capsys):
     shutil.rmtree(copy / "checkpoints" / "4")
     train("--out", copy, "--resume")
     assert "resumed from step 2" in capsys.readouterr().out
@@ -308,7 +309,7 @@ def test_generate_continues_the_prompt(trained, capsys):
 def test_decoding_is_the_forward(mixer, implementation):
     model = LanguageModel(mixer, width=32, depth=2, heads=2, implementation=implementation)
     prompt = jax.random.randint(jax.random.key(0), (2, 5), 0, 256)
-    params = jax.jit(model.init)(jax.random.key(1), prompt)["params"]
+    params = random_parameters(model, prompt)["params"]
     tokens, logits = generate.sample(model, params, prompt, jax.random.key(2), 1.0, length=12)
     distance = train_lm.check_decoding(model, params, prompt, tokens, logits, length=16)
     assert distance < 1e-4

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import normal
 
 import jla
 
@@ -11,9 +12,7 @@ HV, K = 3, 16
 
 
 def arguments(dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 3)
-    g = 3 * jax.random.normal(keys[0], (2, 5, HV, K))
-    return g.astype(dtype), jax.random.normal(keys[1], (HV,)), jax.random.normal(keys[2], (HV, K))
+    return (3 * normal(0, 2, 5, HV, K)).astype(dtype), normal(1, HV), normal(2, HV, K)
 
 
 def formula(g, A_log, dt_bias, lower_bound):
@@ -37,7 +36,7 @@ def test_formula_and_gradients(lower_bound, dtype):
     assert gate.dtype == jnp.float32 and gate.shape == args[0].shape
     assert (gate <= 0).all() and (lower_bound is None or (gate >= lower_bound).all())
     np.testing.assert_allclose(gate, want, rtol=1e-5, atol=1e-6)
-    ct = jax.random.normal(jax.random.key(1), gate.shape)
+    ct = normal(3, *gate.shape)
     gradients = vjp(ct)
     assert gradients[0].dtype == args[0].dtype
     ct = np.asarray(ct, np.float64)

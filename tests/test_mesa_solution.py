@@ -1,9 +1,12 @@
 """MesaNet's conjugate gradients: half-precision inputs, and rows that do not know of each other."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import normal, uniform
 from jax.sharding import AxisType, PartitionSpec
 
 import jla
@@ -13,19 +16,18 @@ T, K = 200, 32
 
 def inputs(seed, *, spread, ridge):
     """One row and head without decay, whose keys lie near one direction."""
-    keys = jax.random.split(jax.random.key(seed), 4)
 
     def unit(x):
         return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
-    q, k, v = (jax.random.normal(key, (1, T, 1, K)) for key in keys[:3])
+    q, k, v = (normal((seed, i), 1, T, 1, K) for i in range(3))
     return dict(
         q=unit(q),
         k=unit(unit(k[:, :1]) + spread * unit(k)),
         v=v,
         g=jnp.zeros((1, T, 1)),
         beta=jnp.ones((1, T, 1)),
-        lamb=ridge * jax.random.uniform(keys[3], (1, K), minval=0.5, maxval=1.5),
+        lamb=ridge * (0.5 + uniform((seed, 3), 1, K)),
     )
 
 
@@ -34,21 +36,23 @@ def near(got, want, tolerance):
     assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
 
 
+@functools.partial(jax.jit, static_argnames="implementation")
+def with_gradients(args, implementation):
+    def loss(args):
+        o, _ = jla.mesa_net(**args, implementation=implementation)
+        return jnp.sum(jnp.sin(o.astype(jnp.float32))), o
+
+    return jax.grad(loss, has_aux=True)(args)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_inputs_converge_where_a_half_state_could_not(dtype):
     args = inputs(0, spread=0.1, ridge=0.03)
     half = {n: x.astype(dtype) if n in "qkv" else x for n, x in args.items()}
 
-    def both(implementation):
-        def loss(args):
-            o, _ = jla.mesa_net(**args, implementation=implementation)
-            return jnp.sum(jnp.sin(o.astype(jnp.float32))), o
-
-        return jax.jit(jax.grad(loss, has_aux=True))
-
-    gradients, o = both("xla")(half)
+    gradients, o = with_gradients(half, "xla")
     exact = {n: x.astype(jnp.float32) for n, x in half.items()}
-    wanted, want = both("reference")(exact)
+    wanted, want = with_gradients(exact, "reference")
     near(o, want, 1e-2)
     for name, gradient in gradients.items():
         near(gradient, wanted[name], 2e-2)

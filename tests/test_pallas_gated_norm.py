@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from comparing import close, run_in
+from comparing import close, normal, run_in
 from flax import linen as nn
 from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -23,11 +23,10 @@ NAMES = "x", "gate", "scale"
 
 def arguments(shape, dtype=bf16):
     """x, gate and scale; the result's gradient."""
-    keys = jax.random.split(jax.random.key(shape[1]), 4)
-    x, gate, dy = (jax.random.normal(key, shape).astype(dtype) for key in keys[:3])
+    x, gate, dy = (normal((shape[1], i), *shape).astype(dtype) for i in range(3))
     # Rows of all sizes: to their gradients that is all that matters.
     sizes = jnp.exp2((jnp.arange(shape[1]) % 8 - 4).astype(dtype))[None, :, None, None]
-    return (x * sizes, gate, 1 + 0.3 * jax.random.normal(keys[3], shape[2:])), dy
+    return (x * sizes, gate, 1 + 0.3 * normal((shape[1], 3), *shape[2:])), dy
 
 
 def formula(x, gate, scale):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparing import relative_error
+from comparing import normal, relative_error
 
 import jla
 import jla.pallas
@@ -20,10 +20,6 @@ from jla.pallas.common import chunks
 from jla.pallas.gsa import states
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
-
-
-def normal(i, *shape):
-    return jax.random.normal(jax.random.key(i), shape, f32)
 
 
 def arguments(leading, H=1, HQ=2, K=32, V=64, M=16, dtype=bf16):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparing import close, run_in
+from comparing import close, normal, run_in
 from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -28,10 +28,9 @@ f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 
 def arguments(B, T, HV, K, dtype=bf16):
-    keys = jax.random.split(jax.random.key(T), 3)
     # Some of these softplus takes to 1e-5 and less.
-    f = (4 * jax.random.normal(keys[0], (B, T, HV, K)) - 2).astype(dtype)
-    return f, jax.random.normal(keys[1], (HV,)), jax.random.normal(keys[2], (HV, K))
+    f = (4 * normal((T, 0), B, T, HV, K) - 2).astype(dtype)
+    return f, normal((T, 1), HV), normal((T, 2), HV, K)
 
 
 def packed(B, T):
@@ -94,7 +93,7 @@ def check(context, sizes, lower_bound, segments):
     args = f, *_ = arguments(**sizes)
     B, T, HV, K = f.shape
     ids = packed(B, T) if segments else None
-    dg = 1 + jax.random.normal(jax.random.key(1), (B, T, HV, K))
+    dg = 1 + normal(1, B, T, HV, K)
     # What follows the last token is anybody's guess.
     dg = jnp.pad(dg, ((0, 0), (0, -T % 64), (0, 0), (0, 0)), constant_values=1e9)
     run = jax.jit(functools.partial(kernel, lower_bound=lower_bound))
@@ -135,7 +134,8 @@ def test_extreme_projections(lower_bound):
     f = jnp.full_like(f, 3e38).at[:, ::2].set(-3e38)
     dg = jnp.ones(f.shape)
     with jla.pallas.interpret():
-        gates, *gradients = kernel(f, A_log, dt_bias, dg, lower_bound=lower_bound)
+        run = jax.jit(functools.partial(kernel, lower_bound=lower_bound))
+        gates, *gradients = run(f, A_log, dt_bias, dg)
     assert not gates[:, ::2].any()
     np.testing.assert_array_equal(
         gates[:, 1::2], f16(chunks.STRONGEST if lower_bound is None else -5 * chunks.LOG2E)
@@ -144,14 +144,13 @@ def test_extreme_projections(lower_bound):
     assert all(jnp.isfinite(x).all() for x in (gradients[0], gradients[2]))
 
 
-def mechanism_arguments(T, H, HV, K, V):
-    keys = jax.random.split(jax.random.key(V), 5)
-    q, k = (jax.random.normal(key, (2, T, H, K)) for key in keys[:2])
+def mechanism_arguments(T, H, HV, K, V, B=2):
+    q, k = (normal((V, i), B, T, H, K) for i in range(2))
     q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-    v = jax.random.normal(keys[2], (2, T, HV, V))
-    f, A_log, dt_bias = arguments(2, T, HV, K)
-    beta = jax.nn.sigmoid(jax.random.normal(keys[3], (2, T, HV)))
-    state = jax.random.normal(keys[4], (2, HV, K, V))
+    v = normal((V, 2), B, T, HV, V)
+    f, A_log, dt_bias = arguments(B, T, HV, K)
+    beta = jax.nn.sigmoid(normal((V, 3), B, T, HV))
+    state = normal((V, 4), B, HV, K, V)
     return *(x.astype(bf16) for x in (q, k, v)), f - 1, A_log, dt_bias, beta, state
 
 
@@ -186,8 +185,8 @@ def with_gradients(run, args):
     ids=str,
 )
 def test_with_the_mechanism(sizes, lower_bound, segments):
-    args = mechanism_arguments(**sizes)
-    ids = packed(2, sizes["T"]) // 8 if segments else None
+    args = mechanism_arguments(**sizes, B=1)
+    ids = packed(1, sizes["T"]) // 8 if segments else None
     run = functools.partial(gated, ids=ids, lower_bound=lower_bound)
     with jla.pallas.interpret(detect_races=False):
         got = jax.jit(functools.partial(with_gradients, run))(args)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparing import close, run_in
+from comparing import close, normal, run_in, uniform
 
 import jla.pallas
 from jla.pallas.log_linear import tree
@@ -17,8 +17,7 @@ f32, bf16 = jnp.float32, jnp.bfloat16
 
 
 def leaves_and_decays(B, H, V, K, n):
-    keys = jax.random.split(jax.random.key(n), 2)
-    return jax.random.normal(keys[0], (B, H, n, V, K)), jax.random.uniform(keys[1], (B, H, n))
+    return normal((n, 0), B, H, n, V, K), uniform((n, 1), B, H, n)
 
 
 def definition_of_states(leaves, decays):
@@ -72,10 +71,9 @@ def test_states_on_the_card(sizes, n):
 def arguments(B, H, V, K, blocks, per):
     """As much is read of each node, in however many parts."""
     jobs, n = sum(nodes * parts for nodes, parts in tree.heights(per, blocks)), blocks - 1
-    keys = jax.random.split(jax.random.key(blocks), 3)
-    sums = jax.random.normal(keys[0], (B, H, jobs, V, K))
-    states = jax.random.normal(keys[1], (B, H, n, V, K)).astype(bf16)
-    return sums, states, jax.random.uniform(keys[2], (B, H, n))
+    sums = normal((blocks, 0), B, H, jobs, V, K)
+    states = normal((blocks, 1), B, H, n, V, K).astype(bf16)
+    return sums, states, uniform((blocks, 2), B, H, n)
 
 
 def definition(sums, states, decays, per):

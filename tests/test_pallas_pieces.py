@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import normal
 
 import jla
 import jla.pallas
@@ -16,17 +17,16 @@ f32, bf16 = jnp.float32, jnp.bfloat16
 
 def arguments(T, H, HV, K, V):
     """Hardly any decay, so that the states, and not only the last tokens, decide the values."""
-    keys = jax.random.split(jax.random.key(T), 6)
 
-    def unit(key):
-        x = jax.random.normal(key, (1, T, H, K))
+    def unit(seed):
+        x = normal(seed, 1, T, H, K)
         return (x / jnp.linalg.norm(x, axis=-1, keepdims=True)).astype(bf16)
 
-    v = jax.random.normal(keys[2], (1, T, HV, V)).astype(bf16)
-    g = -1e-3 * jnp.abs(jax.random.normal(keys[3], (1, T, HV, K)))
-    beta = jax.nn.sigmoid(jax.random.normal(keys[4], (1, T, HV)))
-    state = jax.random.normal(keys[5], (1, HV, K, V))
-    return unit(keys[0]), unit(keys[1]), v, g, beta, state
+    v = normal(2, 1, T, HV, V).astype(bf16)
+    g = -1e-3 * jnp.abs(normal(3, 1, T, HV, K))
+    beta = jax.nn.sigmoid(normal(4, 1, T, HV))
+    state = normal(5, 1, HV, K, V)
+    return unit(0), unit(1), v, g, beta, state
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_is_the_reference(monkeypatch, sizes, number, has_start):
     monkeypatch.setattr(pieces, "number", lambda *shape: asked.append(shape) or number)
     *args, state = arguments(**sizes)
     args += [state] * has_start
-    cotangents = jax.random.normal(jax.random.key(1), args[2].shape), 0.1 * state
+    cotangents = normal(6, *args[2].shape), 0.1 * state
 
     def both(implementation, *args):
         def run(q, k, v, g, beta, initial_state=None):

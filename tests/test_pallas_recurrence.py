@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from comparing import close
+from comparing import close, normal
 
 import jla.pallas
 from jla.pallas.common import recurrence
@@ -18,13 +18,11 @@ T, V = CHUNKS * CHUNK - 8, 64
 
 def arguments(K):
     """q, w, kg and u, the decays, the scores and beta of one head; small, for states to stay so."""
-    keys = jax.random.split(jax.random.key(0), 7)
-    sizes = zip(keys, (K, K, K, V), strict=False)
-    vectors = [jax.random.normal(key, (1, CHUNKS * CHUNK, 1, D)) for key, D in sizes]
+    vectors = [normal(i, 1, CHUNKS * CHUNK, 1, D) for i, D in enumerate((K, K, K, V))]
     q, w, kg, u = ((0.8 * K**-0.5 * x).astype(bf16) for x in vectors)
-    decay = jax.nn.sigmoid(jax.random.normal(keys[4], (1, 1, CHUNKS, K)))
-    aq = (0.1 * jax.random.normal(keys[5], (1, 1, CHUNKS, CHUNK, CHUNK))).astype(bf16)
-    return q, w, kg, u, decay, aq, jax.nn.sigmoid(jax.random.normal(keys[6], (1, 1, len(q[0]))))
+    decay = jax.nn.sigmoid(normal(4, 1, 1, CHUNKS, K))
+    aq = (0.1 * normal(5, 1, 1, CHUNKS, CHUNK, CHUNK)).astype(bf16)
+    return q, w, kg, u, decay, aq, jax.nn.sigmoid(normal(6, 1, 1, len(q[0])))
 
 
 def formula(q, w, kg, u, decay, aq, beta, state):
@@ -39,7 +37,9 @@ def formula(q, w, kg, u, decay, aq, beta, state):
     return jnp.concatenate(outputs)[:T], state, jnp.stack(states)
 
 
-@pytest.mark.parametrize("K, keep", [(64, False), (64, True), (256, False)])
+@pytest.mark.parametrize(
+    "K, keep", [pytest.param(64, False, marks=pytest.mark.slow), (64, True), (256, False)]
+)
 def test_forward(K, keep):
     q, w, kg, u, *others = arguments(K)
     run = functools.partial(recurrence.forward, starts=None, length=T, keep_states=keep)
@@ -56,8 +56,8 @@ def test_forward(K, keep):
 @pytest.mark.parametrize("K", [64, 256])
 def test_backward(K):
     q, w, kg, u, *others = arguments(K)
-    do = jax.random.normal(jax.random.key(1), (T, V)).astype(bf16)
-    end = jax.random.normal(jax.random.key(2), (K, V))
+    do = normal(7, T, V).astype(bf16)
+    end = normal(8, K, V)
     with jla.pallas.interpret():
         run = jax.jit(recurrence.backward)
         got, start = run(q, w, kg, do[None, :, None], *others, end[None, None, None])

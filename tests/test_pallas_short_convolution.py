@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparing import close
+from comparing import close, normal
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -20,10 +20,9 @@ f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 def arguments(B, T, H, D, W, dtype=bf16):
     """All heads but the first have a small convolution, whose squares' sum is near the epsilon."""
-    keys = jax.random.split(jax.random.key(T), 3)
-    x, dy = (jax.random.normal(key, (B, T, H, D)).astype(dtype) for key in keys[:2])
+    x, dy = (normal((T, i), B, T, H, D).astype(dtype) for i in range(2))
     small = jnp.where(jnp.arange(H) > 0, 2e-3 / (W * D) ** 0.5, 1.0)
-    return x, small[None, :, None] * jax.random.normal(keys[2], (W, H, D)), dy
+    return x, small[None, :, None] * normal((T, 2), W, H, D), dy
 
 
 def formula(x, kernel, normalize, silu_twice=False):

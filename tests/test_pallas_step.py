@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparing import relative_error
+from comparing import normal, relative_error
 
 import jla
 import jla.pallas
@@ -18,12 +18,11 @@ f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 
 def arguments(B=2, H=2, HV=2, K=32, V=64, dtype=f32):
-    keys = jax.random.split(jax.random.key(0), 6)
-    q, k = (jax.random.normal(key, (B, H, K)) * K**-0.5 for key in keys[:2])
-    v = jax.random.normal(keys[2], (B, HV, V))
-    g = -jax.nn.softplus(jax.random.normal(keys[3], (B, HV, K)))
-    beta = jax.nn.sigmoid(jax.random.normal(keys[4], (B, HV)))
-    state = jax.random.normal(keys[5], (B, HV, K, V))
+    q, k = (normal(i, B, H, K) * K**-0.5 for i in range(2))
+    v = normal(2, B, HV, V)
+    g = -jax.nn.softplus(normal(3, B, HV, K))
+    beta = jax.nn.sigmoid(normal(4, B, HV))
+    state = normal(5, B, HV, K, V)
     q, k, v, beta = (x.astype(dtype) for x in (q, k, v, beta))
     return q, k, v, g, beta, state
 

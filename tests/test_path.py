@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import normal, uniform
 
 import jla
 
@@ -12,13 +13,12 @@ B, T, H, HQ, K, V = 2, 30, 2, 4, 16, 24
 
 
 def arguments(dtype="float32"):
-    keys = iter(jax.random.split(jax.random.key(0), 5))
     q, k, v, w = (
-        jax.random.normal(next(keys), (B, T, heads, size))
-        for heads, size in ((HQ, K), (H, K), (H, V), (H, K))
+        normal(i, B, T, heads, size)
+        for i, (heads, size) in enumerate(((HQ, K), (H, K), (H, V), (H, K)))
     )
     w = w / jnp.linalg.norm(w, axis=-1, keepdims=True)
-    beta = jax.random.uniform(next(keys), (B, T, H), maxval=2.0)
+    beta = 2 * uniform(4, B, T, H)
     return [x.astype(dtype) for x in (q, k, v, w, beta)]
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import normal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jla._core.shardwise import shardwise
@@ -32,8 +33,7 @@ def want(q, v):
 
 @pytest.fixture
 def arrays():
-    q, v = jax.random.split(jax.random.key(0))
-    return jax.random.normal(q, (4, 3, 2, 5)), jax.random.normal(v, (4, 3, 4, 5))
+    return normal(0, 4, 3, 2, 5), normal(1, 4, 3, 4, 5)
 
 
 def mesh():
@@ -108,6 +108,11 @@ def with_gradients(function):
     return run
 
 
+@functools.cache
+def plain_of(kind):
+    return jax.jit(with_gradients(FUNCTIONS[kind][1]))
+
+
 P = PartitionSpec
 # Of key heads, and of the others: alike; on one side; two axes on one; the same axis for rows and
 # for heads; time and features.
@@ -131,11 +136,11 @@ GROUPINGS = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (3, 4), (4, 2)]
 )
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_values_for_every_placement(kind, heads, shape):
-    sharded, plain = map(with_gradients, FUNCTIONS[kind])
+    sharded, plain = with_gradients(FUNCTIONS[kind][0]), plain_of(kind)
     devices = mesh().devices.reshape(shape)
     split = functools.partial(NamedSharding, jax.sharding.Mesh(devices, ("x", "y")))
-    keys = jax.random.normal(jax.random.key(0), (4, 2, heads[0], 4))
-    others = jax.random.normal(jax.random.key(1), (4, 2, heads[0] * heads[1], 4))
+    keys = normal(0, 4, 2, heads[0], 4)
+    others = normal(1, 4, 2, heads[0] * heads[1], 4)
 
     sizes = dict(zip(("x", "y"), shape, strict=True))
 
@@ -174,12 +179,12 @@ def test_nothing_is_gathered(heads):
 @pytest.mark.parametrize("manual", ["", "x", "y", "x y"])
 def test_values_inside_shard_map_and_by_type(manual, kinds):
     """Inside a shard_map over none, some or all axes of a mesh, the others of either kind."""
-    sharded, plain = map(with_gradients, FUNCTIONS["HV"])
+    sharded, plain = with_gradients(FUNCTIONS["HV"][0]), plain_of("HV")
     kinds = tuple(getattr(AxisType, kind) for kind in kinds.split())
     whole = jax.make_mesh((2, 2), ("x", "y"), kinds, devices=mesh().devices.ravel())
     spec = P("x", None, "y")
-    keys = jax.random.normal(jax.random.key(0), (4, 2, 2, 4))
-    others = jax.random.normal(jax.random.key(1), (4, 2, 4, 4))
+    keys = normal(0, 4, 2, 2, 4)
+    others = normal(1, 4, 2, 4, 4)
     run = sharded
     if manual:
         inside = P(*(name if name in manual.split() else None for name in spec))

@@ -119,10 +119,11 @@ def empty_cache(case, B):
     return zeros(init_shapes(case, B, CAPACITY)["cache"])
 
 
-def numpy_layer(case, x):
+def numpy_layer(case, x, params=None):
     """The layer of one sequence x [T, D], in float64: the output and the cache without its batch
     axis."""
-    params = jax.tree.map(lambda a: np.asarray(a, np.float64), parameters(case))
+    params = parameters(case) if params is None else params
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     return entry(case)["definition"](options(case), params, np.asarray(x, np.float64))
 
 

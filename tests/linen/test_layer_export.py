@@ -1,11 +1,14 @@
 """Layers as programs for any batch and any length, written by jax.export and read again."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import export
 from layers import RICH, D, _each, close, each_rich, empty_cache, forward, layer, normal, parameters
 
 
+@functools.cache
 def exported(case):
     """A decoding call, from the cache, the inputs and the mask to the outputs and the cache."""
     module, cache = layer(case, decode=True, implementation="xla"), empty_cache(case, 2)

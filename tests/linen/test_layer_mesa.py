@@ -1,13 +1,15 @@
 """MesaNet alone: its golden vectors, and its two numbers of iterations."""
 
+import functools
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layers import D, advance, close, empty_cache, layer, normal, parameters
+from layers import D, close, empty_cache, layer, normal, numpy_layer, parameters
 
+import jla
 from jla.linen import MesaNet
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "layers" / "layer_mesa.npz"
@@ -37,7 +39,10 @@ def ported(arrays, heads):
     return jax.tree.map(jnp.asarray, params)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+# tests/linen/test_layer_padding.py has both by the layer's definition.
+@pytest.mark.parametrize(
+    "implementation", [pytest.param("reference", marks=pytest.mark.slow), "xla"]
+)
 def test_golden_vectors(implementation):
     """Outputs and the inputs' gradients that fla's layer gave with the same weights.
 
@@ -58,21 +63,48 @@ def test_golden_vectors(implementation):
     close(dx, arrays["grad_x"], 5e-3)
 
 
-def test_one_token_has_its_own_number_of_iterations():
+def arguments():
+    x = normal(3, 2, 9, D)
+    return dict(params=parameters("mesa-plain"), cache=empty_cache("mesa-plain", 2)), x
+
+
+def run(variables, x, **settings):
+    """Outputs of all tokens but the last, and of the last by itself."""
+    module = layer("mesa-plain", decode=True, implementation="xla", **settings)
+    y, cache = module.apply(variables, x[:, :-1], mutable=["cache"])
+    y_next, _ = module.apply(variables | cache, x[:, -1:], mutable=["cache"])
+    return y, y_next
+
+
+@pytest.mark.parametrize("settings", [dict(cg_steps_decode=1), dict(cg_steps=1, cg_steps_decode=9)])
+def test_one_token_has_its_own_number_of_iterations(settings):
     """One iteration is far from the solution; it is taken where it was asked for, nowhere else."""
-    x, params = normal(3, 2, 9, D), parameters("mesa-plain")
-    cache = empty_cache("mesa-plain", 2)
-    want, cache_after = advance("mesa-plain", params, cache, x[:, :8])
-    want_next, _ = advance("mesa-plain", params, cache_after, x[:, 8:])
+    variables, x = arguments()
+    got = jax.jit(functools.partial(run, **settings))(variables, x)
+    want = jnp.stack([numpy_layer("mesa-plain", row)[0] for row in x])
+    for y, exact, steps in zip(
+        got,
+        (want[:, :-1], want[:, -1:]),
+        (settings.get("cg_steps"), settings["cg_steps_decode"]),
+        strict=True,
+    ):
+        assert (np.linalg.norm(y - exact) > 1e-2) == (steps == 1)
 
-    def run(**settings):
-        module = layer("mesa-plain", decode=True, implementation="xla", **settings)
-        y, variables = module.apply({"params": params, "cache": cache}, x[:, :8], mutable=["cache"])
-        y_next, _ = module.apply({"params": params} | variables, x[:, 8:], mutable=["cache"])
-        errors = (jnp.linalg.norm(a - b) for a, b in ((y, want), (y_next, want_next)))
-        return [float(e) > 1e-2 for e in errors]
 
-    assert run() == [False, False]
-    assert run(cg_steps=1) == [True, True]
-    assert run(cg_steps_decode=1) == [False, True]
-    assert run(cg_steps=1, cg_steps_decode=20) == [True, False]
+@pytest.mark.parametrize(
+    "settings, want",
+    [(dict(), (30, 30)), (dict(cg_steps=1), (1, 1)), (dict(cg_steps=2, cg_steps_decode=5), (2, 5))],
+    ids=str,
+)
+def test_numbers_of_iterations(settings, want, monkeypatch):
+    asked, args = [], arguments()
+    for name in ("mesa_net", "mesa_step"):
+        function = getattr(jla, name)
+
+        def recorded(*args, cg_steps, function=function, **options):
+            asked.append(cg_steps)
+            return function(*args, cg_steps=cg_steps, **options)
+
+        monkeypatch.setattr(f"jla.linen.mesa_net.{name}", functools.wraps(function)(recorded))
+    jax.eval_shape(functools.partial(run, **settings), *args)
+    assert tuple(asked) == want

@@ -13,7 +13,6 @@ from layers import (
     D,
     advance,
     close,
-    each_plain,
     each_rich,
     empty_cache,
     forward,
@@ -55,7 +54,7 @@ def test_padding_is_as_good_as_absent(case, pattern):
         trees_close(row_of(cache, row), expected_cache)
 
 
-@each_plain
+@each_rich
 @pytest.mark.parametrize(
     "first, second",
     [
@@ -66,85 +65,131 @@ def test_padding_is_as_good_as_absent(case, pattern):
 )
 def test_padded_prefill_goes_on_from_each_rows_last_real_token(first, second, case):
     B, params = len(LENGTHS), parameters(case)
-    x = normal(6, B, 22, D)
-    masks = [padding(first, LENGTHS, 11), padding(second, (7, 0, 3, 1, 2, 6), 7)]
+    x = normal(6, B, 26, D)
+    masks = [padding(first, LENGTHS, 11), padding(second, (7, 0, 3, 1, 2, 6), 11)]
     mask = jnp.concatenate([*masks, jnp.ones((B, 4), bool)], axis=1)
 
-    _, cache = advance(case, params, empty_cache(case, B), x[:, :11], mask=masks[0])
-    _, cache = advance(case, params, cache, x[:, 11:18], mask=masks[1])
-    outputs = []
-    for t in range(18, 22):
-        y, cache = advance(case, params, cache, x[:, t : t + 1])
+    cache, outputs = empty_cache(case, B), []
+    for part in (slice(0, 11), slice(11, 22), *(slice(t, t + 1) for t in range(22, 26))):
+        y, cache = advance(case, params, cache, x[:, part], mask=mask[:, part])
         outputs.append(y)
-    y = jnp.concatenate(outputs, axis=1)
 
     for row in range(B):
         expected, expected_cache = numpy_layer(case, x[row][np.asarray(mask[row])])
-        close(y[row], expected[-4:])
+        close(jnp.concatenate(outputs[2:], axis=1)[row], expected[-4:])
         trees_close(row_of(cache, row), expected_cache)
 
 
-@each_plain
+@each_rich
 def test_one_padded_token_leaves_its_row_as_it_was(case):
-    params = parameters(case)
-    _, cache = advance(case, params, empty_cache(case, 2), normal(7, 2, 5, D))
-    mask = jnp.array([[True], [False]])
-    y, after = advance(case, params, cache, normal(8, 2, 1, D), mask=mask)
-    second = functools.partial(jax.tree.map, lambda a: a[1])
-    chex.assert_trees_all_equal(second(after), second(cache))
-    assert not np.any(np.asarray(y[1])) and np.any(np.asarray(y[0]))
+    B, params = len(LENGTHS), parameters(case)
+    mask = padding("right", LENGTHS, 11)
+    _, cache = advance(case, params, empty_cache(case, B), normal(7, B, 11, D), mask=mask)
+    real = np.array([True, False, False, True, True, False])
+    y, after = advance(case, params, cache, normal(8, B, 1, D), mask=jnp.asarray(real[:, None]))
+    padded = functools.partial(jax.tree.map, lambda a: a[~real])
+    chex.assert_trees_all_equal(padded(after), padded(cache))
+    assert not np.any(np.asarray(y[~real])) and np.all(np.any(np.asarray(y[real]), axis=(1, 2)))
 
 
 @each_rich
 def test_gradients_with_padding_are_those_without(case):
+    """Along a random direction in each array, they are the differences of the definition."""
     mask = padding("scattered", (5, 5), 8)
+    real, step = np.asarray(mask), 1e-5
     x = jnp.where(mask[..., None], normal(5, 2, 8, D), jnp.nan)
     target = normal(9, 2, 8, D)
 
-    def loss(params, x, target, mask):
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(params, x):
         return jnp.sum(forward(case, params, x, mask=mask) * target)
 
-    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    total, dx = gradients(parameters(case), x, target, mask)
-    x, target = (a[jnp.nonzero(mask)].reshape(2, 5, D) for a in (x, target))
-    expected, expected_dx = gradients(parameters(case), x, target, None)
-    trees_close(total, expected)
-    close(dx[jnp.nonzero(mask)], expected_dx.reshape(10, D))
-    assert not np.any(np.asarray(dx)[~np.asarray(mask)])
+    def exact(params, x):
+        rows = (numpy_layer(case, x[row][real[row]], params)[0] for row in range(2))
+        return sum(np.sum(y * np.asarray(target[row][real[row]])) for row, y in enumerate(rows))
+
+    arrays = parameters(case), x
+    found = jax.jit(gradients)(*arrays)
+    assert not np.any(np.asarray(found[1])[~real])
+    leaves, tree = jax.tree.flatten(jax.tree.map(lambda a: np.asarray(a, np.float64), arrays))
+    for i, gradient in enumerate(jax.tree.leaves(found)):
+        direction = np.random.default_rng(i).standard_normal(gradient.shape)
+        ends = [
+            exact(*tree.unflatten([*leaves[:i], leaves[i] + move * direction, *leaves[i + 1 :]]))
+            for move in (step, -step)
+        ]
+        slope = np.nansum(np.asarray(gradient, np.float64) * direction)
+        error = abs(slope - (ends[0] - ends[1]) / (2 * step))
+        assert error <= 1e-4 * np.linalg.norm(gradient), (i, error, np.linalg.norm(gradient))
+
+
+def pieces(x):
+    """Each row of x, in its segments."""
+    for row, lengths in enumerate(SEGMENTS):
+        yield row, np.split(np.asarray(x[row]), np.cumsum(lengths)[:-1])
 
 
 @each_kind
 def test_packed_is_separate(case):
     x = normal(5, 2, 13, D)
     y, cache = advance(case, parameters(case), empty_cache(case, 2), x, segment_ids=IDS)
-    close(forward(case, parameters(case), x, segment_ids=IDS), y)
-    for row, lengths in enumerate(SEGMENTS):
-        pieces = np.split(np.asarray(x[row]), np.cumsum(lengths)[:-1])
-        results = [numpy_layer(case, piece) for piece in pieces]
+    for row, parts in pieces(x):
+        results = [numpy_layer(case, part) for part in parts]
         close(y[row], np.concatenate([o for o, _ in results]))
         trees_close(row_of(cache, row), results[-1][1])
 
 
-@each_plain
+@each_rich
+def test_packed_is_separate_without_a_cache(case):
+    x = normal(5, 2, 13, D)
+    y, _ = advance(case, parameters(case), empty_cache(case, 2), x, segment_ids=IDS)
+    close(forward(case, parameters(case), x, segment_ids=IDS), y)
+
+
+@each_rich
 @pytest.mark.parametrize("pattern", ["left", "right", "scattered"])
-def test_packed_and_padded(pattern, case):
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_packed_and_padded(implementation, pattern, case):
     """13 packed tokens among 18; the ids at padded tokens mean nothing."""
     x, params = normal(5, 2, 13, D), parameters(case)
-    expected, whole = advance(case, params, empty_cache(case, 2), x, segment_ids=IDS)
     mask = padding(pattern, (13, 13), 18)
-    wide = jnp.full((2, 18, D), jnp.nan).at[jnp.nonzero(mask)].set(x.reshape(26, D))
-    ids = (100 + jnp.arange(36).reshape(2, 18)).at[jnp.nonzero(mask)].set(IDS.reshape(26))
-    y, cache = advance(case, params, empty_cache(case, 2), wide, mask=mask, segment_ids=ids)
-    close(y[jnp.nonzero(mask)], expected.reshape(26, D))
-    trees_close(cache, whole)
+    real = np.asarray(mask)
+    wide, ids = np.full((2, 18, D), np.nan, np.float32), 100 + np.arange(36).reshape(2, 18)
+    wide[real], ids[real] = np.reshape(x, (26, D)), np.reshape(IDS, 26)
+    arguments = dict(mask=mask, segment_ids=jnp.asarray(ids, jnp.int32))
+    y, cache = advance(
+        case, params, empty_cache(case, 2), wide, **arguments, implementation=implementation
+    )
+    for row, parts in pieces(x):
+        results = [numpy_layer(case, part) for part in parts]
+        close(y[row][real[row]], np.concatenate([o for o, _ in results]))
+        trees_close(row_of(cache, row), results[-1][1])
 
 
-@each_plain
+@each_rich
+def test_one_token_by_xla(case):
+    """Its cache is that of the definition; a padded one leaves it to the bit."""
+    x, params = normal(5, 2, 14, D), parameters(case)
+    _, cache = advance(case, params, empty_cache(case, 2), x[:, :13], segment_ids=IDS)
+    arguments = dict(mask=jnp.array([[True], [False]]), segment_ids=jnp.array([[4], [5]]))
+    y, after = advance(case, params, cache, x[:, 13:], **arguments, implementation="xla")
+    expected, expected_cache = numpy_layer(case, x[0, -1 - SEGMENTS[0][-1] :])
+    close(y[0], expected[-1:])
+    trees_close(row_of(after, 0), expected_cache)
+    chex.assert_trees_all_equal(row_of(after, 1), row_of(cache, 1))
+    assert not np.any(np.asarray(y[1]))
+
+
+@each_rich
 def test_cache_belongs_to_the_first_segment(case):
-    x, params = normal(5, 1, 12, D), parameters(case)
-    _, cache = advance(case, params, empty_cache(case, 1), x[:, :5])
-    ids = jnp.array([[3, 3, 9, 9, 9, 9, 9]])
-    y, cache = advance(case, params, cache, x[:, 5:], segment_ids=ids)
-    (first, _), (second, last) = (numpy_layer(case, piece) for piece in (x[0, :7], x[0, 7:]))
-    close(y[0], np.concatenate([first[5:], second]))
-    trees_close(row_of(cache, 0), last)
+    x, params = normal(5, 2, 26, D), parameters(case)
+    ids = jnp.zeros((2, 13), jnp.int32)
+    _, cache = advance(case, params, empty_cache(case, 2), x[:, :13], segment_ids=ids)
+    borders = 2, 7
+    ids = jnp.array([[3] * border + [9] * (13 - border) for border in borders])
+    y, cache = advance(case, params, cache, x[:, 13:], segment_ids=ids)
+    for row, border in enumerate(borders):
+        parts = x[row, : 13 + border], x[row, 13 + border :]
+        (first, _), (second, last) = (numpy_layer(case, part) for part in parts)
+        close(y[row], np.concatenate([first[13:], second]))
+        trees_close(row_of(cache, row), last)

@@ -1,5 +1,7 @@
 """The layers' parameters and attributes: trees, dtypes, initial values, mistakes."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -50,7 +52,7 @@ def test_no_convolution_has_no_convolution(case):
 @each_rich
 def test_kernel_init_reaches_every_projection(case):
     module = layer(case, kernel_init=nn.initializers.constant(0.25))
-    params = module.init(jax.random.key(0), normal(0, 1, 4, D))["params"]
+    params = jax.jit(module.init)(jax.random.key(0), normal(0, 1, 4, D))["params"]
     kernels = {name: p["kernel"] for name, p in params.items() if "_proj" in name}
     assert set(kernels) == {name for name in entry(case)["parameters"] if "_proj" in name}
     for kernel in kernels.values():
@@ -72,7 +74,7 @@ def test_initial_values_of_kda():
     # The projections' kernels are flax's own matter, and slow to compile.
     wide = dict(num_heads=64, head_dim=16, kernel_init=nn.initializers.zeros)
     module, x = layer("kda-plain", **wide), normal(0, 1, 4, D)
-    params = module.init(jax.random.key(0), x)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
     rate, dt = np.exp(params["A_log"]), np.asarray(nn.softplus(params["dt_bias"]))
     assert rate.min() >= 1 and rate.max() <= 16 and 7 < rate.mean() < 10
     assert dt.min() >= 0.999e-3 and dt.max() <= 1.001e-1
@@ -81,19 +83,21 @@ def test_initial_values_of_kda():
     assert np.abs(kernel).max() <= 0.5 and abs(kernel.std() - 0.5 / np.sqrt(3)) < 0.01
     assert np.all(np.asarray(params["o_norm"]["scale"]) == 1)
     assert not np.any(params["g_proj_up"]["bias"])
-    bounded = layer("kda-plain", **wide, gate_lower_bound=-5.0).init(jax.random.key(0), x)
-    assert not np.any(bounded["params"]["A_log"])
+    bounded = layer("kda-plain", **wide, gate_lower_bound=-5.0)
+    assert not np.any(
+        jax.jit(lambda key: bounded.init(key, x)["params"]["A_log"])(jax.random.key(0))
+    )
 
 
 def test_initial_values_of_gsa():
     module = layer("gsa-rich", kernel_init=nn.initializers.zeros)
-    params = module.init(jax.random.key(0), normal(0, 1, 4, D))["params"]
+    params = jax.jit(module.init)(jax.random.key(0), normal(0, 1, 4, D))["params"]
     assert np.all(np.asarray(params["g_norm"]["scale"]) == 1)
 
 
 def test_initial_values_of_log_linear():
     module = layer("log_linear-plain", num_heads=64, kernel_init=nn.initializers.zeros)
-    params = module.init(jax.random.key(0), normal(0, 1, 4, D))["params"]
+    params = jax.jit(module.init)(jax.random.key(0), normal(0, 1, 4, D))["params"]
     np.testing.assert_allclose(np.exp(params["A_log"]), np.arange(1, 65), rtol=1e-5)
     dt = np.asarray(nn.softplus(params["dt_bias"]))
     assert dt.min() >= 0.999e-3 and dt.max() <= 1.001e-1
@@ -105,7 +109,7 @@ def test_initial_values_of_log_linear():
 def test_initial_values_of_mesa():
     for bound, want in ((0.25, 1.0), (0.01, 1.0), (2.0, 4.0)):
         module = layer("mesa-rich", kernel_init=nn.initializers.zeros, lambda_lower_bound=bound)
-        params = module.init(jax.random.key(0), normal(0, 1, 4, D))["params"]
+        params = jax.jit(module.init)(jax.random.key(0), normal(0, 1, 4, D))["params"]
         np.testing.assert_allclose(nn.softplus(params["lambda_params"]) + bound, want, rtol=1e-5)
     assert np.all(np.asarray(params["o_norm"]["scale"]) == 1)
     assert not np.any(params["a_proj"]["bias"]) and not np.any(params["b_proj"]["bias"])
@@ -157,18 +161,19 @@ def mistakes():
 def test_wrong_arguments_raise(case, options, arguments, error, message):
     module = layer(case, **options)
     with pytest.raises(error, match=message) as caught:
-        module.init(jax.random.key(0), **dict(inputs=X) | arguments)
+        jax.eval_shape(module.init, jax.random.key(0), **dict(inputs=X) | arguments)
     assert str(caught.value).startswith(f"jla.linen.{type(module).__name__}: ")
 
 
 @each_plain
 def test_decoding_without_a_fitting_cache_raises(case):
     params, module = parameters(case), layer(case, decode=True)
+    apply = functools.partial(module.apply, mutable=["cache"])
     with pytest.raises(ValueError, match='decode=True needs the "cache" collection'):
-        module.apply({"params": params}, X, mutable=["cache"])
+        jax.eval_shape(apply, {"params": params}, X)
     variables = {"params": params, "cache": empty_cache(case, 3)}
     with pytest.raises(ValueError, match=r"must have shape \(2, .*got \(3, "):
-        module.apply(variables, X, mutable=["cache"])
+        jax.eval_shape(apply, variables, X)
 
 
 def other_dtype(x):

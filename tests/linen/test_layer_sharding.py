@@ -82,11 +82,14 @@ def traces():
 
 
 @pytest.mark.parametrize("case, implementation, by_heads", list(traces()))
-@pytest.mark.parametrize("part", ["gradients", "packed", "prefill", "step"])
+@pytest.mark.parametrize("part", ["gradients", "prefill", "step"])
 def test_traces_where_types_carry_shardings(
     case, implementation, by_heads, part, mesh, monkeypatch, on_a_gpu
 ):
-    """Parameters are whole or split by heads, the cache with them, and inputs split by rows."""
+    """Parameters are whole or split by heads, the cache with them, and inputs split by rows.
+
+    A prefill has a mask and segments.
+    """
     options = SIZES | (dict(num_slots=64) if case == "gsa-rich" else {})
     decoding = layer(case, decode=True, **options)
     made = jax.eval_shape(decoding.init, jax.random.key(0), jnp.zeros((B, T, D), jnp.bfloat16))
@@ -107,13 +110,11 @@ def test_traces_where_types_carry_shardings(
     def forward(params, x):
         return module.apply({"params": params}, x)
 
-    def packed(params, x, real):
-        ids = real.astype(jnp.int32)
-        return module.apply({"params": params}, x, mask=real, segment_ids=ids)
-
-    def advance(params, cache, x):
-        variables = {"params": params, "cache": cache}
-        y, after = module.clone(decode=True).apply(variables, x, mutable=["cache"])
+    def advance(params, cache, x, real=None):
+        variables, options = {"params": params, "cache": cache}, {}
+        if real is not None:
+            options = dict(mask=real, segment_ids=real.astype(jnp.int32))
+        y, after = module.clone(decode=True).apply(variables, x, **options, mutable=["cache"])
         return y, after["cache"]
 
     with context(implementation):
@@ -121,10 +122,9 @@ def test_traces_where_types_carry_shardings(
             jax.jit(lambda *args: with_gradients(forward, *args)).trace(params, tokens)
             # The layers' own kernels, too.
             assert all(served) and bool(served) == (implementation == "pallas")
-        elif part == "packed":
-            jax.jit(packed).trace(params, tokens, real)
         else:
-            jax.jit(advance).trace(params, cache, tokens)
+            masked = (real,) if part == "prefill" else ()
+            jax.jit(advance).trace(params, cache, tokens, *masked)
 
 
 def test_branch_of_a_stream_traces_where_types_carry_shardings(mesh):
