@@ -21,6 +21,12 @@ from jla.linen import (
 weight_init = nn.initializers.normal(0.02)
 
 
+def norms_implementation(implementation):
+    """That of the norms beside a mixer of this one: they choose by themselves beside kernels, which
+    need not serve the norms too (of one token, for example)."""
+    return None if implementation == "pallas" else implementation
+
+
 class CausalAttention(nn.Module):
     """Softmax attention with rotary positions, the usual yardstick.
 
@@ -161,7 +167,9 @@ class Block(nn.Module):
             **dtypes,
         )
         norm = functools.partial(
-            RMSNorm, param_dtype=dtypes["param_dtype"], implementation=model.implementation
+            RMSNorm,
+            param_dtype=dtypes["param_dtype"],
+            implementation=norms_implementation(model.implementation),
         )
         # `branch`, not nn.RMSNorm: on a GPU one kernel adds and normalises, and one makes the
         # norm's gradient and adds that of the stream, which XLA would do in five passes.
@@ -260,7 +268,9 @@ class LanguageModel(nn.Module):
             )
             stream, _ = blocks(settings, name="blocks")(stream, None)
         norm = RMSNorm(
-            param_dtype=dtypes["param_dtype"], implementation=self.implementation, name="final_norm"
+            param_dtype=dtypes["param_dtype"],
+            implementation=norms_implementation(self.implementation),
+            name="final_norm",
         )
         x, _ = norm.branch(*stream)
         return embed.attend(x).astype(jnp.float32)
