@@ -36,7 +36,7 @@ class CausalAttention(nn.Module):
     """
 
     num_heads: int
-    head_dim: int
+    key_dim: int
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     decode: bool = False
@@ -47,14 +47,14 @@ class CausalAttention(nn.Module):
         dense = functools.partial(
             nn.DenseGeneral, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype
         )
-        heads = (self.num_heads, self.head_dim)
+        heads = (self.num_heads, self.key_dim)
         q, k, v = (dense(heads, name=name)(x) for name in ("query", "key", "value"))
         if not self.decode:
             o = causal_attention(rotate(q, jnp.arange(T)), rotate(k, jnp.arange(T)), v)
         else:
             begun = self.has_variable("cache", "cache_index")
             # Heads before tokens: what one query reads of a head lies in one piece.
-            shape = (B, self.num_heads, T, self.head_dim)
+            shape = (B, self.num_heads, T, self.key_dim)
             keys = self.variable("cache", "cached_key", jnp.zeros, shape, k.dtype)
             values = self.variable("cache", "cached_value", jnp.zeros, shape, v.dtype)
             index = self.variable("cache", "cache_index", jnp.zeros, (), jnp.int32)
@@ -161,7 +161,7 @@ class Block(nn.Module):
         mixer = MIXERS[model.mixer](
             model,
             num_heads=model.heads,
-            head_dim=model.width // model.heads,
+            key_dim=model.width // model.heads,
             decode=model.decode,
             name="mixer",
             **dtypes,

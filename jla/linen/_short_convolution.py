@@ -4,8 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jla import _fused
-from jla._core.parts import l2norm
-from jla.linen._arguments import check_cache, own_choice, uniform
+from jla.linen._arguments import check_cache, uniform
 from jla.linen._padding import take_tokens
 
 f32 = jnp.float32
@@ -98,35 +97,3 @@ def _last_inputs(before, x, segments, lengths):
         return window[:, x.shape[1] :]
     places = lengths[:, None] + jnp.arange(past, dtype=jnp.int32)[None]
     return take_tokens(window, places)
-
-
-def convolutions(layer, segments, lengths, without=nn.silu):
-    """The convolutions of a layer in its call, as its attributes have them.
-
-    Args:
-      layer: has `conv_size`, `param_dtype`, `implementation` and `decode`.
-      segments, lengths: as `ShortConvolution` takes them.
-      without: what takes the place of convolution and SiLU where `conv_size` is None or 0.
-
-    Returns:
-      A function of x [B, T, H, D], a convolution's name, whether to normalize its result, and
-      whether there is another SiLU before that.
-    """
-
-    def convolve(x, name, normalize=False, silu_twice=False):
-        if not layer.conv_size:
-            y = without(x)
-            y = nn.silu(y) if silu_twice else y
-            return l2norm(y) if normalize else y
-        convolution = ShortConvolution(
-            layer.conv_size,
-            param_dtype=layer.param_dtype,
-            normalize=normalize,
-            silu_twice=silu_twice,
-            implementation=own_choice(layer.implementation),
-            decode=layer.decode,
-            name=name,
-        )
-        return convolution(x, segments, lengths)
-
-    return convolve

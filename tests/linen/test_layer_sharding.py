@@ -16,7 +16,7 @@ from jla.linen import RMSNorm
 P = PartitionSpec
 B, T, D = 4, 20, 64
 # Sizes that all kernels take.
-SIZES = dict(head_dim=64, value_head_dim=64, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+SIZES = dict(key_dim=64, value_dim=64, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
 
 
 @pytest.fixture
@@ -73,9 +73,7 @@ def traces():
     """Layers, implementations, and whether parameters are split by heads: quick are those pairs of
     the latter that between them show all there is."""
     for case, implementation, by_heads in itertools.product(RICH, ["xla", "pallas"], [False, True]):
-        if by_heads and case == "log_linear-rich":
-            continue  # one projection makes all its heads
-        quick = by_heads == (implementation == "pallas") or case == "log_linear-rich"
+        quick = by_heads == (implementation == "pallas")
         label = f"{case}-{implementation}-{'heads' if by_heads else 'whole'}"
         marks = [] if quick else [pytest.mark.slow]
         yield pytest.param(case, implementation, by_heads, id=label, marks=marks)
