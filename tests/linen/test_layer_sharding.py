@@ -38,7 +38,8 @@ def heads_axis(path, ndim):
         return 0 if ndim > 1 else None
     if last in ("kernel", "inputs"):
         return None if first.endswith("down") else 1
-    return {"length": None, "scale": None, "key": 1, "value": 1, "decay": 1}.get(last, 0)
+    others = {"length": None, "position": None, "scale": None, "key": 1, "value": 1, "decay": 1}
+    return others.get(last, 0)
 
 
 def placed(mesh, tree, rows, by_heads):
