@@ -1,10 +1,12 @@
 """The short causal convolution in front of linear attention."""
 
+import functools
+
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jla import _fused
-from jla.linen._arguments import check_cache, uniform
+from jla.linen._arguments import check_cache, uniform, unless_initializing
 from jla.linen._padding import take_tokens
 
 f32 = jnp.float32
@@ -70,19 +72,15 @@ class ShortConvolution(nn.Module):
         if self.decode:
             cache = self.variable("cache", "inputs", jnp.zeros, (B, past, *channels), x.dtype)
             before = cache.value
-        if self.is_initializing():
-            return x  # of the output's shape; see `_arguments.unless_initializing`
-        if self.decode:
-            cache.value = _last_inputs(before, x, segments, lengths)
-        return _fused.short_convolution(
-            x,
-            kernel,
-            before,
-            segments,
+            if not self.is_initializing():
+                cache.value = _last_inputs(before, x, segments, lengths)
+        run = functools.partial(
+            _fused.short_convolution,
             normalize=self.normalize,
             silu_twice=self.silu_twice,
             implementation=self.implementation,
         )
+        return unless_initializing(self, run)(x, kernel, before, segments)
 
 
 def _last_inputs(before, x, segments, lengths):
