@@ -21,6 +21,12 @@ from jla.linen import (
 weight_init = nn.initializers.normal(0.02)
 
 
+def norms_implementation(implementation):
+    """That of the norms beside a mixer of this one: they choose by themselves beside kernels, which
+    need not serve the norms too (of one token, for example)."""
+    return None if implementation == "pallas" else implementation
+
+
 class CausalAttention(nn.Module):
     """Softmax attention with rotary positions, the usual yardstick.
 
@@ -30,7 +36,7 @@ class CausalAttention(nn.Module):
     """
 
     num_heads: int
-    head_dim: int
+    key_dim: int
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     decode: bool = False
@@ -41,14 +47,14 @@ class CausalAttention(nn.Module):
         dense = functools.partial(
             nn.DenseGeneral, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype
         )
-        heads = (self.num_heads, self.head_dim)
+        heads = (self.num_heads, self.key_dim)
         q, k, v = (dense(heads, name=name)(x) for name in ("query", "key", "value"))
         if not self.decode:
             o = causal_attention(rotate(q, jnp.arange(T)), rotate(k, jnp.arange(T)), v)
         else:
             begun = self.has_variable("cache", "cache_index")
             # Heads before tokens: what one query reads of a head lies in one piece.
-            shape = (B, self.num_heads, T, self.head_dim)
+            shape = (B, self.num_heads, T, self.key_dim)
             keys = self.variable("cache", "cached_key", jnp.zeros, shape, k.dtype)
             values = self.variable("cache", "cached_value", jnp.zeros, shape, v.dtype)
             index = self.variable("cache", "cache_index", jnp.zeros, (), jnp.int32)
@@ -155,13 +161,15 @@ class Block(nn.Module):
         mixer = MIXERS[model.mixer](
             model,
             num_heads=model.heads,
-            head_dim=model.width // model.heads,
+            key_dim=model.width // model.heads,
             decode=model.decode,
             name="mixer",
             **dtypes,
         )
         norm = functools.partial(
-            RMSNorm, param_dtype=dtypes["param_dtype"], implementation=model.implementation
+            RMSNorm,
+            param_dtype=dtypes["param_dtype"],
+            implementation=norms_implementation(model.implementation),
         )
         # `branch`, not nn.RMSNorm: on a GPU one kernel adds and normalises, and one makes the
         # norm's gradient and adds that of the stream, which XLA would do in five passes.
@@ -260,7 +268,9 @@ class LanguageModel(nn.Module):
             )
             stream, _ = blocks(settings, name="blocks")(stream, None)
         norm = RMSNorm(
-            param_dtype=dtypes["param_dtype"], implementation=self.implementation, name="final_norm"
+            param_dtype=dtypes["param_dtype"],
+            implementation=norms_implementation(self.implementation),
+            name="final_norm",
         )
         x, _ = norm.branch(*stream)
         return embed.attend(x).astype(jnp.float32)

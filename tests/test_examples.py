@@ -366,7 +366,7 @@ def test_bad_texts_are_named(content, words, capsys, tmp_path):
 
 def test_a_model_that_cannot_be_built_is_explained(capsys, tmp_path):
     options = ("--out", tmp_path, "--width", 16, "--heads", 2)
-    assert_fails(capsys, 1, "cannot build head_dim 16 256 8", train_lm.main, *options)
+    assert_fails(capsys, 1, "cannot build key_dim 16 256 8", train_lm.main, *options)
 
 
 def test_an_existing_run_is_not_overwritten(copy, capsys):

@@ -232,6 +232,6 @@ def test_bad_arguments_are_named(arguments, words, capsys):
 
 def test_a_model_that_cannot_be_built_is_explained(capsys, tmp_path):
     run = recall.main, "--out", tmp_path / "recall.json", "--mixers", "kda"
-    assert_fails(capsys, 1, "cannot build kda head_dim 16 256 8", *run, "--width", 16)
+    assert_fails(capsys, 1, "cannot build kda key_dim 16 256 8", *run, "--width", 16)
     # The kernels that the full setting asks for are not there on a CPU.
     assert_fails(capsys, 1, "cannot build kda pallas xla", *run, "--setting", "full")

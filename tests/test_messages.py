@@ -33,7 +33,7 @@ def test_layers(name):
 
 
 def test_a_layer_that_calls_a_function():
-    layer = jla.linen.KimiDeltaAttention(num_heads=1, head_dim=16, implementation="fast")
+    layer = jla.linen.KimiDeltaAttention(num_heads=1, key_dim=16, implementation="fast")
     with pytest.raises(ValueError, match=r"^jla\.linen\.KimiDeltaAttention: .*implementation"):
         jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 2, 16)))
 

@@ -152,7 +152,7 @@ def test_the_layer_uses_it_where_it_serves(
 
     monkeypatch.setattr(kernels, "gated_norm", counted)
     only_kernels_of("gated_norm", "log_linear_mamba2")
-    sizes = dict(num_heads=2, head_dim=16, value_head_dim=64, num_levels=5, norm_epsilon=1e-4)
+    sizes = dict(num_heads=2, key_dim=16, value_dim=64, num_levels=5, norm_epsilon=1e-4)
     layer = LogLinearMamba2(**sizes | dict(dtype=bf16, conv_size=None) | options)
     x = jax.ShapeDtypeStruct((2, T, 32), bf16)
     mask = jnp.arange(T)[None] < jnp.array([[T], [5]]) if masked else None

@@ -281,7 +281,7 @@ def test_the_layer_uses_it(monkeypatch, options, arrays):
 
     monkeypatch.setattr(kernels, "kda_from_projection", stand_in)
     layer = KimiDeltaAttention(
-        num_heads=2, head_dim=64, conv_size=None, dtype=bf16, implementation="pallas", **options
+        num_heads=2, key_dim=64, conv_size=None, dtype=bf16, implementation="pallas", **options
     )
     x = jax.ShapeDtypeStruct((2, 9, 32), bf16)
     call = {}

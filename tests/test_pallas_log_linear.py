@@ -143,7 +143,7 @@ def test_the_layer_uses_mamba2(monkeypatch, call):
         return u
 
     monkeypatch.setattr(kernels, "log_linear_mamba2", stand_in)
-    options = dict(num_heads=2, head_dim=64, conv_size=None, num_levels=5, dtype=bf16)
+    options = dict(num_heads=2, key_dim=64, conv_size=None, num_levels=5, dtype=bf16)
     layer = LogLinearMamba2(**options, implementation="pallas")
     x = jax.ShapeDtypeStruct((2, 9, 32), bf16)
     arrays = dict(segment_ids=jnp.arange(9)[None].repeat(2, 0) // 4) if "ids" in call else {}

@@ -11,7 +11,7 @@ from jla._core import checks
 
 
 def check_inputs(layer, inputs, mask, segment_ids):
-    """Checks a call's arguments and the layer's dtypes; returns D, the inputs' last axis."""
+    """Checks a call's arguments and the layer's dtypes; returns T and D."""
     for name in ("dtype", "param_dtype"):
         dtype = getattr(layer, name)
         if dtype is not None:
@@ -27,7 +27,7 @@ def check_inputs(layer, inputs, mask, segment_ids):
         checks.check_dtype("mask", mask, [bool])
     if segment_ids is not None:
         checks.check_segment_ids(segment_ids)
-    return sizes["D"]
+    return sizes["T"], sizes["D"]
 
 
 def check_size(name, size, least, hint=""):
@@ -38,19 +38,20 @@ def check_size(name, size, least, hint=""):
         raise ValueError(f"{name} must be at least {least}, got {size}{hint}")
 
 
-def head_dims(D, num_heads, **dims):
+def head_dims(D, per, **dims):
     """Checks the head dimensions, and returns them with their defaults put in.
 
-    The first is `D // num_heads` if None, every other one is the first.
+    The first is by default D divided by `per`, an attribute's name and its value; every other one
+    is the first.
     """
-    leading, first = next(iter(dims.items()))
+    (leading, first), (name, count) = next(iter(dims.items())), per
     hints = {}
     if first is None:
-        checks.check_multiple("the inputs' last axis", D, "num_heads", num_heads)
-        first = D // num_heads
+        checks.check_multiple("the inputs' last axis", D, name, count)
+        first = D // count
         hints[leading] = (
-            f", its default, the inputs' last axis // num_heads = {D} // {num_heads}; "
-            f"set {leading}, or another num_heads"
+            f", its default, the inputs' last axis // {name} = {D} // {count}; "
+            f"set {leading}, or another {name}"
         )
     dims = {name: first if size is None else size for name, size in dims.items()}
     for name, size in dims.items():
@@ -89,6 +90,14 @@ def uniform(key, shape, dtype, low, high):
     return jax.random.uniform(key, (math.prod(shape),), dtype, low, high).reshape(shape)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def dt_bias_init(key, shape, dtype):
+    """softplus of the result is log-uniform in [1e-3, 1e-1]."""
+    log_dt = uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1))
+    dt = jnp.exp(log_dt)
+    return dt + jnp.log(-jnp.expm1(-dt))
+
+
 def check_cache(layer, **entries):
     """Raises ValueError or TypeError unless a decoding call of `layer` has a fitting cache.
 
@@ -115,15 +124,6 @@ def check_cache(layer, **entries):
                 f"the cache's {path} must be {jnp.dtype(dtype).name}, got {cached.dtype.name}; "
                 "make the cache with init of this layer, on inputs of this dtype"
             )
-
-
-def own_choice(implementation):
-    """The implementation of a layer's norms and convolutions, of that of its mechanism.
-
-    They choose by themselves if it is None or names kernels, for what the mechanism's kernels serve
-    theirs need not. The formulas they take with it.
-    """
-    return implementation if implementation in ("reference", "xla") else None
 
 
 def unless_initializing(layer, run):

@@ -60,9 +60,8 @@ class RMSNorm(nn.Module):
         """
         if gate is None and gate_bias is not None:
             raise ValueError("there is a gate_bias, and no gate")
-        options = dict(activation=self.activation, **self._options())
-        run = _arguments.unless_initializing(self, functools.partial(_fused.rms_norm, **options))
-        return run(x, self._scale(x), gate, gate_bias)
+        options = dict(activation=self.activation, input_activation=self.input_activation)
+        return self._run(_fused.rms_norm, x, self._scale(x), gate, gate_bias, **options)
 
     @checks.named
     def branch(self, x, update=None):
@@ -77,15 +76,13 @@ class RMSNorm(nn.Module):
         the stream, and no pass over memory is left to XLA. For checkpoint policies the sum is
         named "residual_stream".
         """
-        branch = functools.partial(_fused.rms_norm_branch, **self._options())
-        return _arguments.unless_initializing(self, branch)(x, self._scale(x), update)
+        options = dict(input_activation=self.input_activation)
+        return self._run(_fused.rms_norm_branch, x, self._scale(x), update, **options)
 
-    def _options(self):
-        return dict(
-            epsilon=self.epsilon,
-            input_activation=self.input_activation,
-            implementation=self.implementation,
-        )
+    def _run(self, operation, *arrays, **options):
+        options |= dict(epsilon=self.epsilon, implementation=self.implementation)
+        operation = functools.partial(operation, **options)
+        return _arguments.unless_initializing(self, operation)(*arrays)
 
     @nn.compact
     def _scale(self, x):
@@ -105,6 +102,4 @@ class GatedRMSNorm(RMSNorm):
         Where the token is not `real`, bool [B, T] or None for all, the result is zero whatever x
         is. Returns the gate's shape and dtype.
         """
-        options = dict(epsilon=self.epsilon, implementation=self.implementation)
-        run = _arguments.unless_initializing(self, functools.partial(_fused.gated_norm, **options))
-        return run(x, gate, self._scale(x), real)
+        return self._run(_fused.gated_norm, x, gate, self._scale(x), real)

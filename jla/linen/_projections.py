@@ -1,16 +1,12 @@
-"""The projection of all heads to the layer's output."""
+"""The product of all heads with the output projection."""
 
 import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 
-def projected(o, dense, features):
-    """ "o_proj" of o [B, T, H, V], a `dense` with these features: [B, T, features]."""
-    return dense(features, axis=(-2, -1), dot_general_cls=_sum_over_heads, name="o_proj")(o)
-
-
-def _sum_over_heads():
+def sum_over_heads():
+    """`dot_general_cls` of that projection, a DenseGeneral over heads and features."""
     return _product
 
 

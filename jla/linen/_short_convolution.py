@@ -1,11 +1,12 @@
 """The short causal convolution in front of linear attention."""
 
+import functools
+
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jla import _fused
-from jla._core.parts import l2norm
-from jla.linen._arguments import check_cache, own_choice, uniform
+from jla.linen._arguments import check_cache, uniform, unless_initializing
 from jla.linen._padding import take_tokens
 
 f32 = jnp.float32
@@ -71,19 +72,15 @@ class ShortConvolution(nn.Module):
         if self.decode:
             cache = self.variable("cache", "inputs", jnp.zeros, (B, past, *channels), x.dtype)
             before = cache.value
-        if self.is_initializing():
-            return x  # of the output's shape; see `_arguments.unless_initializing`
-        if self.decode:
-            cache.value = _last_inputs(before, x, segments, lengths)
-        return _fused.short_convolution(
-            x,
-            kernel,
-            before,
-            segments,
+            if not self.is_initializing():
+                cache.value = _last_inputs(before, x, segments, lengths)
+        run = functools.partial(
+            _fused.short_convolution,
             normalize=self.normalize,
             silu_twice=self.silu_twice,
             implementation=self.implementation,
         )
+        return unless_initializing(self, run)(x, kernel, before, segments)
 
 
 def _last_inputs(before, x, segments, lengths):
@@ -98,35 +95,3 @@ def _last_inputs(before, x, segments, lengths):
         return window[:, x.shape[1] :]
     places = lengths[:, None] + jnp.arange(past, dtype=jnp.int32)[None]
     return take_tokens(window, places)
-
-
-def convolutions(layer, segments, lengths, without=nn.silu):
-    """The convolutions of a layer in its call, as its attributes have them.
-
-    Args:
-      layer: has `conv_size`, `param_dtype`, `implementation` and `decode`.
-      segments, lengths: as `ShortConvolution` takes them.
-      without: what takes the place of convolution and SiLU where `conv_size` is None or 0.
-
-    Returns:
-      A function of x [B, T, H, D], a convolution's name, whether to normalize its result, and
-      whether there is another SiLU before that.
-    """
-
-    def convolve(x, name, normalize=False, silu_twice=False):
-        if not layer.conv_size:
-            y = without(x)
-            y = nn.silu(y) if silu_twice else y
-            return l2norm(y) if normalize else y
-        convolution = ShortConvolution(
-            layer.conv_size,
-            param_dtype=layer.param_dtype,
-            normalize=normalize,
-            silu_twice=silu_twice,
-            implementation=own_choice(layer.implementation),
-            decode=layer.decode,
-            name=name,
-        )
-        return convolution(x, segments, lengths)
-
-    return convolve

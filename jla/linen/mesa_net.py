@@ -1,23 +1,20 @@
 """The layer of MesaNet (arXiv 2506.05233)."""
 
-import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jla._core import checks
 from jla.linen import _arguments
-from jla.linen._normalize import RMSNorm
-from jla.linen._padding import arrange
-from jla.linen._projections import projected
-from jla.linen._short_convolution import convolutions
+from jla.linen.mixer import Mixer
 from jla.mesa_net import MesaState, mesa_net, mesa_step
 
 f32 = jnp.float32
 
 
-class MesaNet(nn.Module):
+class MesaNet(Mixer):
     r"""MesaNet with its projections, convolutions, gates and norm.
 
     For inputs :math:`x` [B, T, D] and `H` heads of key dimension `K` and value dimension `V`:
@@ -49,155 +46,78 @@ class MesaNet(nn.Module):
     o_proj               kernel       [H, V, D]
     ===================  ===========  ====================================================
 
-    Kernels are initialised by `kernel_init`, flax's default (lecun_normal, variance 1 / fan-in).
-    This differs from torch's Linear, which a port from fla would have: uniform with variance
-    1 / (3 fan-in), and such biases too.
+    Decoding, masks, segments and initial values are as in all layers, see docs/layers.md. The cache
+    holds the state, `kk` [B, H, K, K] and `kv` [B, H, K, V] (float32).
 
-    Decoding: with `decode=True` the "cache" collection holds the state, `kk` [B, H, K, K] and `kv`
-    [B, H, K, V] (float32), and each convolution's last `conv_size - 1` inputs. `init` makes it,
-    empty, for its input's batch; T does not matter. Every `apply` with `mutable=["cache"]` then
-    continues from the cache and advances it, by any number of tokens: a prefill in one call or
-    several, then one token at a time. A cache is of fixed size, so there is no longest sequence.
+        layer = jla.linen.MesaNet(num_heads=4, key_dim=64)
+        params = layer.init(key, x)["params"]  # x: [B, T, D]
+        y = layer.apply({"params": params}, x)  # [B, T, D]
 
-    Attributes:
-      num_heads: H.
-      head_dim: K, 16 to 256; D // num_heads if None.
-      value_head_dim: V, 16 to 256; K if None.
+    Attributes, beside those of all layers (`Mixer`):
+      key_dim: K, fla's `head_dim`.
       use_output_gate: whether RMSNorm's result is gated.
       lambda_lower_bound: a positive number, below every lambda. The smaller, the more iterations
         the solution can take.
-      cg_steps: the most iterations of conjugate gradients, see :func:`jla.mesa_net`.
+      cg_steps: the most iterations of conjugate gradients, see :func:`jla.mesa_net`; fla's
+        `max_cg_step_training`.
       cg_steps_decode: the same for a call that brings one token, with `decode`; `cg_steps` if None.
-      conv_size: taps of the convolutions, at least 2; with None or 0 there are none, only SiLU.
-      norm_epsilon: RMSNorm's epsilon.
-      dtype: the dtype of the computation; inferred from the inputs and parameters if None.
-      param_dtype: the dtype of the parameters.
-      kernel_init: initializer of the projections' kernels.
-      precision: of the projections' matrix products, see `jax.lax.Precision`.
-      implementation: of the mechanism, see :func:`jla.mesa_net`.
-      decode: whether to keep and use a cache.
     """
 
-    num_heads: int
-    head_dim: int | None = None
-    value_head_dim: int | None = None
     use_output_gate: bool = False
     lambda_lower_bound: float = 0.25
     cg_steps: int = 30
     cg_steps_decode: int | None = None
-    conv_size: int | None = 4
-    norm_epsilon: float = 1e-5
-    dtype: nn.dtypes.Dtype | None = None
-    param_dtype: nn.dtypes.Dtype = f32
-    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
-    precision: nn.linear.PrecisionLike = None
-    implementation: str | None = None
-    decode: bool = False
 
     @nn.compact
     @checks.named
-    def __call__(self, inputs, *, mask=None, segment_ids=None):
-        """Applies the layer.
-
-        Args:
-          inputs: [B, T, D], bfloat16, float16 or float32.
-          mask: bool [B, T], True at real tokens; padding may be anywhere in a row. A padded token
-            is as good as absent: it leaves the state and the convolutions as they are, and its
-            output is zero. With `decode`, every row's cache goes on from its own last real token.
-          segment_ids: integers [B, T]: equal neighbours (with a mask: neighbouring real tokens) are
-            one segment, and nothing crosses a border. With `decode`, the cache continues into each
-            row's first segment, and comes out as that of its last.
-
-        Returns:
-          [B, T, D] in the dtype of the computation.
-
-        Raises:
-          TypeError: `inputs` is not floating, `mask` not bool or `segment_ids` not integers; an
-            attribute of a wrong type.
-          ValueError: shapes that disagree, sizes that `jla.mesa_net` does not accept, a bound that
-            is not positive, a wrong `conv_size` or number of iterations; with `decode`, no cache,
-            or one of another batch size.
-        """
-        H, K, V, bound = self._settings(inputs, mask, segment_ids)
-        dense = functools.partial(
-            nn.DenseGeneral,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=self.kernel_init,
-            precision=self.precision,
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Applies the layer; arguments, result and errors as of all layers, see `Mixer`."""
+        tokens, (H, K, V) = self.begin(inputs, mask, segment_ids)
+        x, B = tokens.x, tokens.x.shape[0]
+        cache = self.cached(MesaState, kk=((B, H, K, K), f32), kv=((B, H, K, V), f32))
+        q, k = (
+            self.convolve(
+                self.dense((H, K), f"{letter}_proj")(x),
+                f"{letter}_conv1d",
+                tokens,
+                normalize=True,
+            )
+            for letter in "qk"
         )
-        x, real, lengths, segments, restore = arrange(inputs, mask, segment_ids)
-
-        convolve = convolutions(self, segments, lengths)
-        B = x.shape[0]
-        _arguments.check_cache(self, kk=((B, H, K, K), f32), kv=((B, H, K, V), f32))
-        q = convolve(dense((H, K), name="q_proj")(x), "q_conv1d", normalize=True)
-        k = convolve(dense((H, K), name="k_proj")(x), "k_conv1d", normalize=True)
-        v = dense((H, V), name="v_proj")(x)
-        g = nn.log_sigmoid(dense(H, use_bias=True, name="a_proj")(x).astype(f32))
-        beta = nn.sigmoid(dense(H, use_bias=True, name="b_proj")(x).astype(f32))
-        if real is not None:
-            g = jnp.where(real[..., None], g, 0.0)
-            beta = jnp.where(real[..., None], beta, 0.0)
+        v = self.dense((H, V), "v_proj")(x)
+        g = nn.log_sigmoid(self.dense(H, "a_proj", use_bias=True)(x).astype(f32))
+        beta = nn.sigmoid(self.dense(H, "b_proj", use_bias=True)(x).astype(f32))
+        g, beta = tokens.zero_padding(g), tokens.zero_padding(beta)
+        bound = float(self.lambda_lower_bound)
         first = math.log(math.expm1(1 - bound if bound < 1 else bound))
         init = nn.initializers.constant(first)
         lambda_params = _arguments.float32_parameter(self, "lambda_params", init, (H, K))
         lamb = nn.softplus(lambda_params) + bound
 
-        o = self._mechanism(q, k, v, g, beta, lamb, segments)
+        def run(q, k, v, g, beta, state=None):
+            options = dict(cg_steps=self.cg_steps, implementation=self.implementation)
+            where = dict(initial_state=state, segment_ids=tokens.segments)
+            return mesa_net(q, k, v, g, beta, lamb, **where, **options)
 
-        gate = dense((H, V), name="g_proj")(x) if self.use_output_gate else None
-        o = RMSNorm(
-            self.norm_epsilon,
-            param_dtype=self.param_dtype,
-            activation=nn.silu,
-            implementation=_arguments.own_choice(self.implementation),
-            name="o_norm",
-        )(o, gate)
-        return restore(projected(o, dense, inputs.shape[-1]))
+        def step(q, k, v, g, beta, state):
+            steps = self.cg_steps if self.cg_steps_decode is None else self.cg_steps_decode
+            options = dict(cg_steps=steps, implementation=self.implementation)
+            return mesa_step(q, k, v, g, beta, lamb, state, **options)
 
-    def _mechanism(self, q, k, v, g, beta, lamb, segments):
-        """Runs `mesa_net`, or `mesa_step` for one token, from the cached state if there is one."""
-        run = functools.partial(
-            mesa_net,
-            cg_steps=self.cg_steps,
-            segment_ids=segments,
-            implementation=self.implementation,
-        )
-        run = _arguments.unless_initializing(self, run)
-        if not self.decode:
-            return run(q, k, v, g, beta, lamb)[0]
-        (B, _, H, K), V = k.shape, v.shape[3]
-        kk = self.variable("cache", "kk", jnp.zeros, (B, H, K, K), f32)
-        kv = self.variable("cache", "kv", jnp.zeros, (B, H, K, V), f32)
-        state = MesaState(kk.value, kv.value)
-        if q.shape[1] == 1:
-            step = _arguments.unless_initializing(self, mesa_step)
-            o, state = step(
-                *(x[:, 0] for x in (q, k, v, g, beta)),
-                lamb,
-                state,
-                cg_steps=self.cg_steps if self.cg_steps_decode is None else self.cg_steps_decode,
-                implementation=self.implementation,
-            )
-            o = o[:, None]
-        else:
-            o, state = run(q, k, v, g, beta, lamb, initial_state=state)
-        if not self.is_initializing():
-            kk.value, kv.value = state
-        return o
+        o = self.mix(run, step, (q, k, v, g, beta), cache)
+        gate = self.dense((H, V), "g_proj")(x) if self.use_output_gate else None
+        return self.finish(self.norm("o_norm", activation=nn.silu)(o, gate), tokens)
 
-    def _settings(self, inputs, mask, segment_ids):
-        """Checks the call's arguments and the attributes; returns H, K, V and lambda's bound."""
-        D = _arguments.check_inputs(self, inputs, mask, segment_ids)
-        H = self.num_heads
-        _arguments.check_size("num_heads", H, 1)
-        K, V = _arguments.head_dims(
-            D, H, head_dim=self.head_dim, value_head_dim=self.value_head_dim
-        )
-        _arguments.check_conv_size(self.conv_size)
+    def sizes(self, T, D):
         checks.check_count("cg_steps", self.cg_steps)
         if self.cg_steps_decode is not None:
             checks.check_count("cg_steps_decode", self.cg_steps_decode)
-        return H, K, V, checks.check_positive("lambda_lower_bound", self.lambda_lower_bound)
+        checks.check_positive("lambda_lower_bound", self.lambda_lower_bound)
+        H, _, K, V = self.heads_and_dims(D)
+        return H, K, V

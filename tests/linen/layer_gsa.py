@@ -7,12 +7,12 @@ from formulas import sigmoid, silu
 from jla.linen import GatedSlotAttention
 
 D = 24
-PLAIN = dict(num_heads=2, head_dim=16)
+PLAIN = dict(num_heads=2, key_dim=16)
 GROUPED = dict(
     num_heads=4,
-    head_dim=16,
-    num_kv_heads=2,
-    value_head_dim=32,
+    key_dim=16,
+    num_key_heads=2,
+    value_dim=32,
     num_slots=20,
     feature_map="relu",
     conv_size=4,
@@ -98,8 +98,12 @@ GSA = dict(
         "v_conv1d": {"inputs": (2, 3, 2, 32)},
     },
     mistakes=(
-        (dict(num_kv_heads=4), ValueError, "num_heads = 2 must be a multiple of num_kv_heads = 4"),
-        (dict(num_kv_heads=0), ValueError, "num_kv_heads must be at least 1, got 0"),
+        (
+            dict(num_key_heads=4),
+            ValueError,
+            "num_heads = 2 must be a multiple of num_key_heads = 4",
+        ),
+        (dict(num_key_heads=0), ValueError, "num_key_heads must be at least 1, got 0"),
         (dict(num_slots=8), ValueError, "num_slots must be 16 to 256, got 8"),
         (
             dict(feature_map="gelu"),

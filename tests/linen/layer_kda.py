@@ -7,12 +7,12 @@ from formulas import sigmoid, silu
 from jla.linen import KimiDeltaAttention
 
 D = 24
-PLAIN = dict(num_heads=2, head_dim=16)
+PLAIN = dict(num_heads=2, key_dim=16)
 GROUPED = dict(
-    num_heads=2,
-    head_dim=16,
-    num_value_heads=4,
-    value_head_dim=32,
+    num_heads=4,
+    key_dim=16,
+    num_key_heads=2,
+    value_dim=32,
     allow_negative_eigenvalues=True,
 )
 
@@ -97,15 +97,11 @@ KDA = dict(
     },
     mistakes=(
         (
-            dict(num_value_heads=3),
+            dict(num_key_heads=3),
             ValueError,
-            "num_value_heads = 3 must be a multiple of num_heads",
+            "num_heads = 2 must be a multiple of num_key_heads = 3",
         ),
-        (
-            dict(num_value_heads=1),
-            ValueError,
-            "num_value_heads = 1 must be a multiple of num_heads",
-        ),
+        (dict(num_key_heads=0), ValueError, "num_key_heads must be at least 1, got 0"),
         (dict(gate_lower_bound=5.0), ValueError, "lower_bound must be negative, got 5.0"),
     ),
 )

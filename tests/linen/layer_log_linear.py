@@ -7,8 +7,8 @@ from formulas import silu
 from jla.linen import LogLinearMamba2
 
 D = 24
-PLAIN = dict(num_heads=2, head_dim=16, num_levels=7)
-GROUPED = dict(num_heads=4, head_dim=16, value_head_dim=32, num_key_heads=2, num_levels=7)
+PLAIN = dict(num_heads=2, key_dim=16, num_levels=7)
+GROUPED = dict(num_heads=4, key_dim=16, value_dim=32, num_key_heads=2, num_levels=7)
 
 
 def definition(options, p, x):
@@ -18,16 +18,16 @@ def definition(options, p, x):
     Returns the output [T, D] and what the cache should hold, without the batch axis.
     """
     conv_size, (H, L) = options.get("conv_size", 4), p["L"].shape
-    T, HK = len(x), options.get("num_key_heads", 1)
-    K = options["head_dim"]
+    T, (HK, K) = len(x), p["q_proj"]["kernel"].shape[1:]
     V = p["o_proj"]["kernel"].shape[1]
 
     def softplus(z):
         return np.log1p(np.exp(z))
 
-    z = formulas.project(p, "in_proj", x) + p["in_proj"].get("bias", 0)
-    z, u, k, q, d, level = np.split(z, np.cumsum([H * V, H * V, HK * K, HK * K, H]), axis=1)
-    z, u, k, q = z.reshape(T, H, V), u.reshape(T, H, V), k.reshape(T, HK, K), q.reshape(T, HK, K)
+    z, u, k, q, d, level = (
+        formulas.project(p, f"{name}_proj", x) + p[f"{name}_proj"].get("bias", 0)
+        for name in ("z", "v", "k", "q", "dt", "level")
+    )
     cache = {}
     if conv_size:
         for letter, y in (("q", q), ("k", k), ("v", u)):
@@ -38,7 +38,7 @@ def definition(options, p, x):
     q, k, u = silu(q), silu(k), silu(u)
     dt = softplus(d + p["dt_bias"])
     v, g = dt[..., None] * u, -np.exp(p["A_log"]) * dt
-    scales = softplus(p["L"] * level.reshape(T, H, L))
+    scales = softplus(p["L"] * level)
 
     def bucket(t, level):
         """The positions of a level's bucket at position t, and whether there is one."""
@@ -81,7 +81,12 @@ LOG_LINEAR = dict(
     # Decays of about exp(-0.05), so that the state reaches far; a token still counts.
     centre={"scale": 1.0, "A_log": -2.0, "dt_bias": -0.5, "D": 1.0, "L": 1.0},
     parameters={
-        "in_proj": {"kernel": (D, 128 + 128 + 32 + 32 + 4 + 28), "bias": (352,)},
+        "q_proj": {"kernel": (D, 2, 16), "bias": (2, 16)},
+        "k_proj": {"kernel": (D, 2, 16), "bias": (2, 16)},
+        "v_proj": {"kernel": (D, 4, 32), "bias": (4, 32)},
+        "z_proj": {"kernel": (D, 4, 32), "bias": (4, 32)},
+        "dt_proj": {"kernel": (D, 4), "bias": (4,)},
+        "level_proj": {"kernel": (D, 4, 7), "bias": (4, 7)},
         "q_conv1d": {"kernel": (4, 2, 16)},
         "k_conv1d": {"kernel": (4, 2, 16)},
         "v_conv1d": {"kernel": (4, 4, 32)},
@@ -101,7 +106,7 @@ LOG_LINEAR = dict(
         "v_conv1d": {"inputs": (2, 3, 4, 32)},
     },
     cache_dtypes={"position": "int32"},
-    defaults={"in_proj": (64, 64 + 64 + 32 + 32 + 2 + 30), "o_proj": (2, 32, 64)},
+    defaults={"q_proj": (64, 1, 32), "v_proj": (64, 2, 32), "level_proj": (64, 2, 15)},
     mistakes=(
         (
             dict(num_key_heads=3),

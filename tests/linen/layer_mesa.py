@@ -7,8 +7,8 @@ from formulas import sigmoid, silu
 from jla.linen import MesaNet
 
 D = 24
-PLAIN = dict(num_heads=2, head_dim=16)
-GATED = dict(num_heads=2, head_dim=16, value_head_dim=32, use_output_gate=True)
+PLAIN = dict(num_heads=2, key_dim=16)
+GATED = dict(num_heads=2, key_dim=16, value_dim=32, use_output_gate=True)
 
 
 def definition(options, p, x):

@@ -8,12 +8,12 @@ from jla.linen import PaTHAttention
 
 D = 24
 CAPACITY = 40  # of layers.empty_cache
-PLAIN = dict(num_heads=2, head_dim=16)
+PLAIN = dict(num_heads=2, key_dim=16)
 GATED = dict(
     num_heads=4,
-    head_dim=16,
-    num_kv_heads=2,
-    value_head_dim=32,
+    key_dim=16,
+    num_key_heads=2,
+    value_dim=32,
     use_forget_gate=True,
     use_qk_norm=True,
     w_rank=5,
@@ -111,8 +111,12 @@ PATH = dict(
     },
     cache_dtypes={"value": "bfloat16", "length": "int32"},
     mistakes=(
-        (dict(num_kv_heads=4), ValueError, "num_heads = 2 must be a multiple of num_kv_heads = 4"),
-        (dict(num_kv_heads=0), ValueError, "num_kv_heads must be at least 1, got 0"),
+        (
+            dict(num_key_heads=4),
+            ValueError,
+            "num_heads = 2 must be a multiple of num_key_heads = 4",
+        ),
+        (dict(num_key_heads=0), ValueError, "num_key_heads must be at least 1, got 0"),
         (dict(w_rank=0), ValueError, "w_rank must be at least 1, got 0; None is for full rank"),
         (dict(w_rank=1.5), TypeError, "w_rank must be an integer, got 1.5"),
     ),

@@ -17,7 +17,14 @@ def ported(arrays, heads, state_size):
     """The parameters of fla's layer, as docs/layers.md says to port them."""
     arrays = {name.removeprefix("param_"): x for name, x in arrays.items()}
     params = {name: arrays[name] for name in ("A_log", "dt_bias", "D", "L")}
-    params["in_proj"] = {"kernel": arrays["in_proj.weight"].T, "bias": arrays["in_proj.bias"]}
+    inner, L = arrays["norm.weight"].size, arrays["L"].shape[1]
+    shapes = dict(z=(heads, inner // heads), v=(heads, inner // heads))
+    shapes |= dict(k=(1, state_size), q=(1, state_size), dt=(heads,), level=(heads, L))
+    sizes = np.cumsum([np.prod(shape) for shape in shapes.values()])[:-1]
+    kernels, biases = (np.split(arrays[f"in_proj.{kind}"], sizes) for kind in ("weight", "bias"))
+    for (name, shape), kernel, bias in zip(shapes.items(), kernels, biases, strict=True):
+        kernel = kernel.T.reshape(-1, *shape)
+        params[f"{name}_proj"] = {"kernel": kernel, "bias": bias.reshape(shape)}
     convolution = arrays["conv1d.weight"][:, 0].T
     splits = [-2 * state_size, -state_size]
     for letter, kernel in zip("vkq", np.split(convolution, splits, axis=1), strict=True):
@@ -39,8 +46,8 @@ def test_golden_vectors(implementation):
     params = ported({n: arrays[n] for n in arrays if n.startswith("param_")}, 4, 64)
     module = LogLinearMamba2(
         num_heads=4,
-        head_dim=64,
-        value_head_dim=64,
+        key_dim=64,
+        value_dim=64,
         precision="highest",
         implementation=implementation,
     )

@@ -72,7 +72,7 @@ def test_param_dtype_is_that_of_all_parameters_but_the_gates_own(case):
 
 def test_initial_values_of_kda():
     # The projections' kernels are flax's own matter, and slow to compile.
-    wide = dict(num_heads=64, head_dim=16, kernel_init=nn.initializers.zeros)
+    wide = dict(num_heads=64, key_dim=16, kernel_init=nn.initializers.zeros)
     module, x = layer("kda-plain", **wide), normal(0, 1, 4, D)
     params = jax.jit(module.init)(jax.random.key(0), x)["params"]
     rate, dt = np.exp(params["A_log"]), np.asarray(nn.softplus(params["dt_bias"]))
@@ -103,7 +103,8 @@ def test_initial_values_of_log_linear():
     assert dt.min() >= 0.999e-3 and dt.max() <= 1.001e-1
     assert np.all(np.asarray(params["D"]) == 1) and np.all(np.asarray(params["L"]) == 1)
     assert np.all(np.asarray(params["o_norm"]["scale"]) == 1)
-    assert not np.any(params["in_proj"]["bias"]) and not np.any(params["o_proj"]["bias"])
+    for name in ("q_proj", "k_proj", "v_proj", "z_proj", "dt_proj", "level_proj", "o_proj"):
+        assert not np.any(params[name]["bias"])
 
 
 def test_initial_values_of_mesa():
@@ -127,23 +128,23 @@ MISTAKES = (
     ({}, dict(segment_ids=np.ones((2, 5))), TypeError, "segment_ids must be integers, got float"),
     (dict(num_heads=0), {}, ValueError, "num_heads must be at least 1, got 0"),
     (dict(num_heads=2.0), {}, TypeError, "num_heads must be an integer, got 2.0"),
-    (dict(head_dim=8), {}, ValueError, "head_dim must be 16 to 256, got 8(?!,)"),
+    (dict(key_dim=8), {}, ValueError, "key_dim must be 16 to 256, got 8(?!,)"),
     (
-        dict(head_dim=None, num_heads=3),
+        dict(key_dim=None, num_heads=3),
         {},
         ValueError,
-        "head_dim must be 16 to 256, got 8, .*last axis // num_heads = 24 // 3; set head_dim",
+        "key_dim must be 16 to 256, got 8, .*last axis // num_heads = 24 // 3; set key_dim",
     ),
     (dict(dtype=jnp.float64), {}, TypeError, "dtype must be .*float32, got float64"),
     (dict(param_dtype=jnp.int32), {}, TypeError, "param_dtype must be .*float32, got int32"),
     (dict(num_heads=True), {}, TypeError, "num_heads must be an integer, got True"),
     (
-        dict(head_dim=None, num_heads=5),
+        dict(key_dim=None, num_heads=5),
         {},
         ValueError,
         "= 24 must be a multiple of num_heads = 5",
     ),
-    (dict(value_head_dim=512), {}, ValueError, "value_head_dim must be 16 to 256, got 512"),
+    (dict(value_dim=512), {}, ValueError, "value_dim must be 16 to 256, got 512"),
     (dict(conv_size=1), {}, ValueError, "conv_size must be at least 2, got 1; None or 0"),
     (dict(conv_size=-4), {}, ValueError, "conv_size must be at least 2, got -4"),
     (dict(implementation="fast"), {}, ValueError, "implementation must be None or one of"),

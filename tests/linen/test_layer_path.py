@@ -13,7 +13,7 @@ from jla.linen import PaTHAttention
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "layers" / "layer_path_fox.npz"
 
 
-def ported(arrays, head_dim):
+def ported(arrays, key_dim):
     """The parameters of fla's layer, as docs/layers.md says to port them."""
     names = {
         "w_proj.0": "w_proj_down",
@@ -32,9 +32,9 @@ def ported(arrays, head_dim):
             kind = "kernel"
             array = array[:, 0].T if module == "w_conv1d" else array.T
             if module == "o_proj":
-                array = array.reshape(-1, head_dim, array.shape[1])
+                array = array.reshape(-1, key_dim, array.shape[1])
             elif module in ("q_proj", "k_proj", "v_proj", "w_proj_up", "w_conv1d"):
-                array = array.reshape(len(array), -1, head_dim)
+                array = array.reshape(len(array), -1, key_dim)
         params.setdefault(module, {})[kind] = jnp.asarray(array)
     return params
 
@@ -46,10 +46,10 @@ def ported(arrays, head_dim):
 def test_golden_vectors(implementation):
     """Outputs and the inputs' gradients that fla's layer gave with the same weights."""
     arrays = np.load(GOLDEN)
-    params = ported({n: arrays[n] for n in arrays if n.startswith("param_")}, head_dim=32)
+    params = ported({n: arrays[n] for n in arrays if n.startswith("param_")}, key_dim=32)
     module = PaTHAttention(
         num_heads=4,
-        num_kv_heads=2,
+        num_key_heads=2,
         use_forget_gate=True,
         use_qk_norm=True,
         precision="highest",

@@ -16,7 +16,7 @@ from jla.linen import RMSNorm
 P = PartitionSpec
 B, T, D = 4, 20, 64
 # Sizes that all kernels take.
-SIZES = dict(head_dim=64, value_head_dim=64, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+SIZES = dict(key_dim=64, value_dim=64, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
 
 
 @pytest.fixture
@@ -38,7 +38,8 @@ def heads_axis(path, ndim):
         return 0 if ndim > 1 else None
     if last in ("kernel", "inputs"):
         return None if first.endswith("down") else 1
-    return {"length": None, "scale": None, "key": 1, "value": 1, "decay": 1}.get(last, 0)
+    others = {"length": None, "position": None, "scale": None, "key": 1, "value": 1, "decay": 1}
+    return others.get(last, 0)
 
 
 def placed(mesh, tree, rows, by_heads):
@@ -73,9 +74,7 @@ def traces():
     """Layers, implementations, and whether parameters are split by heads: quick are those pairs of
     the latter that between them show all there is."""
     for case, implementation, by_heads in itertools.product(RICH, ["xla", "pallas"], [False, True]):
-        if by_heads and case == "log_linear-rich":
-            continue  # one projection makes all its heads
-        quick = by_heads == (implementation == "pallas") or case == "log_linear-rich"
+        quick = by_heads == (implementation == "pallas")
         label = f"{case}-{implementation}-{'heads' if by_heads else 'whole'}"
         marks = [] if quick else [pytest.mark.slow]
         yield pytest.param(case, implementation, by_heads, id=label, marks=marks)

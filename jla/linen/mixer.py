@@ -1,0 +1,250 @@
+"""What the layers share: attributes, projections, convolutions, masks, segments and the cache."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jla._core import checks
+from jla._core.parts import l2norm
+from jla.linen import _arguments
+from jla.linen._normalize import RMSNorm
+from jla.linen._padding import arrange
+from jla.linen._projections import sum_over_heads
+from jla.linen._short_convolution import ShortConvolution
+
+f32 = jnp.float32
+
+
+class Tokens(NamedTuple):
+    """A call's tokens, the real ones of each row first.
+
+    Attributes:
+      x: [B, T, D]; padding is zeros.
+      real: bool [B, T], True at the real tokens of x; None without a mask.
+      lengths: int32 [B], the number of real tokens in each row; None without a mask.
+      segments: int32 [B, T], numbered 0, 1, ... in each row; None without `segment_ids`.
+      restore: moves outputs [B, T, D] back; they are zero at padding.
+    """
+
+    x: jax.Array
+    real: jax.Array | None
+    lengths: jax.Array | None
+    segments: jax.Array | None
+    restore: Callable
+
+    def zero_padding(self, x, at_padding=0.0):
+        """x [B, T, ...] with `at_padding` where the token is not real."""
+        if self.real is None:
+            return x
+        return jnp.where(self.real.reshape(*x.shape[:2], *[1] * (x.ndim - 2)), x, at_padding)
+
+
+class Cache(NamedTuple):
+    """The variables of the "cache" collection that hold a mechanism's state.
+
+    Attributes:
+      make: makes the state of the variables' values, given by name.
+      variables: by name, in the order of the state's leaves.
+    """
+
+    make: Callable
+    variables: dict
+
+    @property
+    def state(self):
+        return self.make(**{name: x.value for name, x in self.variables.items()})
+
+    def update(self, state):
+        for variable, x in zip(self.variables.values(), jax.tree.leaves(state), strict=True):
+            variable.value = x
+
+
+class Mixer(nn.Module):
+    """The base of the layers, each a function of inputs [B, T, D] to [B, T, D], token by token.
+
+        layer = jla.linen.MesaNet(num_heads=4, key_dim=64)
+        params = layer.init(key, x)["params"]  # x: [B, T, D]
+        y = layer.apply({"params": params}, x)  # [B, T, D]
+
+    Arguments of a call, of all layers:
+      inputs: [B, T, D], bfloat16, float16 or float32.
+      mask: bool [B, T], True at real tokens; padding may be anywhere in a row. Padding tokens are
+        ignored: the state, the convolutions and positions are as without them, and their output is
+        zero. With `decode`, each row's cache continues from its last real token.
+      segment_ids: integers [B, T]: equal neighbours (with a mask: neighbouring real tokens) are one
+        segment, and nothing crosses a border. With `decode`, the cache continues into each row's
+        first segment, and is that of its last segment afterwards.
+
+    It returns [B, T, D] in the dtype of the computation, and raises TypeError or ValueError, with
+    the layer's name and the argument's, for wrong dtypes, shapes that disagree, attributes that the
+    mechanism does not accept, and with `decode` for a cache that is missing or does not fit.
+
+    Initial values: kernels are initialised by `kernel_init`, flax's default (lecun_normal, variance
+    1 / fan-in), and biases are zero. fla's layers use torch's Linear initialisation instead:
+    uniform with variance 1 / (3 fan-in), biases too.
+
+    Decoding: with `decode=True` the "cache" collection holds the mechanism's state and each
+    convolution's last `conv_size - 1` inputs. `init` makes it, empty, for its input's batch; T does
+    not matter (but for PaTHAttention). Every `apply` with `mutable=["cache"]` continues from the
+    cache and advances it, by any number of tokens: a prefill in one call or several, then one token
+    at a time.
+
+    A layer adds what it has of its own, `sizes` and `__call__`, which is its projections and its
+    formula:
+
+        tokens, sizes = self.begin(inputs, mask, segment_ids)
+        ...
+        o = self.mix(run, step, arrays, cache)
+        return self.finish(o, tokens)
+
+    Attributes, of all layers:
+      num_heads: the heads of the output, each of `value_dim` features.
+      key_dim: K, the features of a head's query and key, 16 to 256; D // num_heads if None.
+      value_dim: V, the features of a head's value and output, 16 to 256; key_dim if None.
+      conv_size: taps of the convolutions, at least 2; with None or 0 there are none.
+      norm_epsilon: RMSNorm's epsilon.
+      dtype: the dtype of the computation; inferred from the inputs and parameters if None.
+      param_dtype: the dtype of the parameters, but for those that are always float32.
+      kernel_init: initializer of the projections' kernels.
+      precision: of the projections' matrix products, see `jax.lax.Precision`.
+      implementation: of the mechanism: "reference", "xla", "pallas", or None for the fastest that
+        supports the arguments. The layer's norms and convolutions choose by themselves where it is
+        None or "pallas", for what the mechanism's kernels serve theirs need not, and follow it
+        where it is "reference" or "xla".
+      decode: whether to keep and use a cache.
+    """
+
+    num_heads: int
+    key_dim: int | None = None
+    value_dim: int | None = None
+    conv_size: int | None = 4
+    norm_epsilon: float = 1e-5
+    dtype: nn.dtypes.Dtype | None = None
+    param_dtype: nn.dtypes.Dtype = f32
+    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
+    precision: nn.linear.PrecisionLike = None
+    implementation: str | None = None
+    decode: bool = False
+
+    def sizes(self, T, D):
+        """Checks the layer's own attributes; returns what `begin` hands to `__call__`."""
+        raise NotImplementedError
+
+    def heads_and_dims(self, D, num_key_heads=None, dims_per="num_heads", **more):
+        """Checks counts of heads and dimensions; returns H, the key heads, K, V and `more`, which
+        are sizes like `key_dim` that default to it.
+
+        Args:
+          num_key_heads: `num_heads` if None.
+          dims_per: the attribute by whose value D is divided for the default of `key_dim`.
+        """
+        H = self.num_heads
+        _arguments.check_size("num_heads", H, 1)
+        HK = H if num_key_heads is None else num_key_heads
+        _arguments.check_size("num_key_heads", HK, 1)
+        checks.check_multiple("num_heads", H, "num_key_heads", HK)
+        per = dims_per, getattr(self, dims_per)
+        dims = dict(key_dim=self.key_dim, value_dim=self.value_dim, **more)
+        return H, HK, *_arguments.head_dims(D, per, **dims)
+
+    def begin(self, inputs, mask, segment_ids):
+        """Checks the call's arguments and the attributes; returns the tokens and the sizes."""
+        T, D = _arguments.check_inputs(self, inputs, mask, segment_ids)
+        _arguments.check_conv_size(self.conv_size)
+        sizes = self.sizes(T, D)
+        return Tokens(*arrange(inputs, mask, segment_ids)), sizes
+
+    def finish(self, o, tokens, **options):
+        """The output projection of o [B, T, H, V], at the tokens' own places."""
+        dense = self.dense(
+            tokens.x.shape[-1], "o_proj", axis=(-2, -1), dot_general_cls=sum_over_heads, **options
+        )
+        return tokens.restore(dense(o))
+
+    def dense(self, features, name, *, kind=nn.DenseGeneral, use_bias=False, **options):
+        """A projection to these features, a number or several axes."""
+        return kind(
+            features,
+            use_bias=use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=self.kernel_init,
+            precision=self.precision,
+            name=name,
+            **options,
+        )
+
+    def convolve(self, x, name, tokens, *, normalize=False, silu_twice=False, otherwise=nn.silu):
+        """The short convolution of x [B, T, H, D] and SiLU, as `ShortConvolution` has them;
+        `otherwise` of x where there are no convolutions."""
+        if not self.conv_size:
+            y = otherwise(x)
+            y = nn.silu(y) if silu_twice else y
+            return l2norm(y) if normalize else y
+        convolution = ShortConvolution(
+            self.conv_size,
+            param_dtype=self.param_dtype,
+            normalize=normalize,
+            silu_twice=silu_twice,
+            implementation=self.own_choice(),
+            decode=self.decode,
+            name=name,
+        )
+        return convolution(x, tokens.segments, tokens.lengths)
+
+    def norm(self, name, kind=RMSNorm, **options):
+        """One of the layer's norms."""
+        return kind(
+            self.norm_epsilon,
+            param_dtype=self.param_dtype,
+            implementation=self.own_choice(),
+            name=name,
+            **options,
+        )
+
+    def own_choice(self):
+        """The implementation of the layer's norms and convolutions; see the class."""
+        return self.implementation if self.implementation in ("reference", "xla") else None
+
+    def cached(self, make, **entries):
+        """The cache of the mechanism's state, checked; None without `decode`.
+
+        Args:
+          make: as `Cache` has it.
+          entries: shape and dtype of each variable, in the order of the state's leaves.
+        """
+        if not self.decode:
+            return None
+        _arguments.check_cache(self, **entries)
+        variables = {
+            name: self.variable("cache", name, jnp.zeros, *entry) for name, entry in entries.items()
+        }
+        return Cache(make, variables)
+
+    def mix(self, run, step, arrays, cache):
+        """The mechanism's outputs [B, T, H, V]; without a cache, or from it, which then advances.
+
+        In `init` nothing runs, see `_arguments.unless_initializing`.
+
+        Args:
+          run: `run(*arrays, state)` returns outputs and the new state, `run(*arrays)` with no state
+            outputs and anything.
+          step: the same of one token, whose arrays have no axis of time; None if `run` does it.
+          arrays: [B, T, ...].
+          cache: from `cached`.
+        """
+        run = _arguments.unless_initializing(self, run)
+        if cache is None:
+            return run(*arrays)[0]
+        if step is not None and arrays[0].shape[1] == 1:
+            step = _arguments.unless_initializing(self, step)
+            o, state = step(*(x[:, 0] for x in arrays), cache.state)
+            o = o[:, None]
+        else:
+            o, state = run(*arrays, cache.state)
+        if not self.is_initializing():
+            cache.update(state)
+        return o
