@@ -1,5 +1,6 @@
 """The examples in the layers' docstrings run; traced, with inputs x [B, T, D] and a key."""
 
+import inspect
 import textwrap
 
 import jax
@@ -14,8 +15,8 @@ LAYERS = [x for x in vars(jla.linen).values() if isinstance(x, type) and issubcl
 
 @pytest.mark.parametrize("layer", [*LAYERS, Mixer], ids=lambda x: x.__name__)
 def test_examples(layer):
-    lines = layer.__doc__.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("        layer = "))
+    lines = inspect.getdoc(layer).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("    layer = "))
     code = textwrap.dedent("\n".join(lines[start : lines.index("", start)]))
 
     def run(key, x):
@@ -31,6 +32,6 @@ def test_examples(layer):
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda x: x.__name__)
 def test_every_attribute_is_described(layer):
     """Those of all layers by the base, or by the layer where it means something else by them."""
-    described = layer.__doc__ + Mixer.__doc__
+    described = inspect.getdoc(layer) + inspect.getdoc(Mixer)
     own = set(layer.__dataclass_fields__) - {"parent", "name"}
-    assert [name for name in own if f"\n      {name}: " not in described] == []
+    assert [name for name in own if f"\n  {name}: " not in described] == []
