@@ -199,7 +199,6 @@ PATH = Mechanism(
             slow=(  # half a minute and more each
                 "test_causal_to_the_bit",
                 "test_decode_is_forward",
-                "test_every_token_its_own_segment",
                 "test_extreme_gates_keep_values_and_gradients",
                 "test_head_dimensions",
                 "test_same_inputs_same_bits",

@@ -181,10 +181,11 @@ def test_step_in_a_scan_over_layers(mechanism, implementation, sizes):
     assert_close(got[0][0], want, mechanism.tolerances[implementation.dtypes[0]][0])
 
 
-# Two rows that share few borders, with segments of one token at the ends and inside. Ids come
-# again later, and only neighbours make a segment: [0, 0, 1, 1, 0] are three.
+# Two rows that share few borders, with segments of one token at the ends and inside, alone and
+# several together. Ids come again later, and only neighbours make a segment: [0, 0, 1, 1, 0] are
+# three.
 PACKS = (
-    ((3, 1), (7, 33), (3, 1), (0, 33), (7, 31), (0, 1)),
+    ((3, 1), (7, 33), (3, 1), (0, 33), (7, 27), (3, 1), (0, 1), (3, 1), (7, 1), (0, 1)),
     ((0, 33), (1, 67)),
 )
 
