@@ -245,14 +245,14 @@ def test_the_mechanisms_kernels_run_whoever_makes_the_gates(monkeypatch, changes
     """No cliff: where the kernel of the gates cannot serve the formula makes them, and all other
     kernels are those of `kda`. Nothing runs."""
     calls = []
-    for name in ("_gates", "_forward"):
-        wrapped = getattr(gate if name == "_gates" else kernels, name)
+    for name in ("_decay_operand", "_forward"):
+        wrapped = getattr(gate if name == "_decay_operand" else kernels, name)
 
         def counted(*args, name=name, wrapped=wrapped, **options):
             calls.append(name)
             return wrapped(*args, **options)
 
-        monkeypatch.setattr(gate if name == "_gates" else kernels, name, counted)
+        monkeypatch.setattr(gate if name == "_decay_operand" else kernels, name, counted)
     sizes = dict(T=9, K=64, f=bf16, real=False) | changes
     T, K = sizes["T"], sizes["K"]
     q, k, v, f, A_log, dt_bias, beta, _ = jax.eval_shape(lambda: mechanism_arguments(T, 2, 2, K, K))
@@ -264,7 +264,7 @@ def test_the_mechanisms_kernels_run_whoever_makes_the_gates(monkeypatch, changes
 
     with jla.pallas.interpret():
         o, state = jax.eval_shape(run, q, k, v, f, A_log, dt_bias, beta, real=real)
-    assert calls == ["_gates"] * makes_gates + ["_forward"]
+    assert calls == ["_decay_operand"] * makes_gates + ["_forward"]
     assert (o.shape, o.dtype, state.shape) == (v.shape, v.dtype, (2, 2, K, K))
 
 
