@@ -25,7 +25,7 @@ def newest(folder=RESULTS):
     found = {}
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
-        for row in report["results"] if isinstance(report, dict) else ():
+        for row in report.get("results", ()) if isinstance(report, dict) else ():
             if "mechanism" not in row or "error" in row:
                 continue
             key = tuple(row[k] for k in ("mechanism", "shape", "measure", "implementation"))

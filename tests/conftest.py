@@ -44,13 +44,13 @@ def _group(nodeid, config):
     """What runs together, in one process: the tests that use the same compiled programs.
 
     Those of a mechanism, with its definition, and those of a layer; on GPUs, where several more
-    processes take part, those of one implementation.
+    processes take part, those of one implementation in one file.
     """
     names = "|".join(IMPLEMENTATIONS)
-    contract = re.search(rf"contract/.*\[(\w+)-({names})\b", nodeid)
+    contract = re.search(rf"contract/(\w+).*\[(\w+)-({names})\b", nodeid)
     if contract:
         on_gpu = config.getoption("markexpr") == "gpu"
-        return "-".join(contract.groups()) if on_gpu else contract[1]
+        return "-".join(contract.groups()) if on_gpu else contract[2]
     layer = re.search(r"linen/.*[\[-](kda|gsa|log_linear|mesa|path)\b", nodeid)
     if layer:
         return f"linen-{layer[1]}"

@@ -63,7 +63,7 @@ def short(rows):
     return [shortened(row) for row in rows]
 
 
-NOT_INTERPRETED = [row for row in GRID if not row.values[1].interpreted]
+COMPILED_ON_CPU = [row for row in SMALL if not row.values[1].interpreted]
 
 
 def _compiled(row):
