@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import jla.pallas
 
@@ -66,7 +65,8 @@ PALLAS = Backend(
         # Decoding shows, too, that a state continues, and the cotangents of states are among those
         # of `test_values_and_gradients`.
         "test_a_split_and_its_gradients_are_the_whole",
-        # `test_packed_is_the_definition` has segments of one token, too, alone and several together.
+        # `test_packed_is_the_definition` has segments of one token, too, alone and several
+        # together.
         "test_every_token_its_own_segment",
         "test_good_inputs_make_no_nan",
         "test_values_under_x64",
@@ -147,8 +147,8 @@ class Mechanism:
       those with a T are the tokens', those without a B all rows share, the other is the initial
       state. All are differentiated.
     outputs: the axis letters of what `run` returns, a tree.
-    make: (sizes, a function from a shape to normal numbers, dtype) to a dict of the arguments in
-      `axes`. NumPy arrays, as all edits make them: JAX would compile for every shape.
+    make: `arguments` of the mechanism's module in `cases`: (sizes, normal, dtype) to a dict of the
+      arguments in `axes`. NumPy arrays, as all edits make them.
     stress: name to an edit of that dict; values and gradients must stay right under each.
     undamped: the stress cases in which nothing decays, so that every token's rounding stays and the
       error grows with T: name to the most tokens on which they are tried. docs/<mechanism>.md says
@@ -215,18 +215,6 @@ class Mechanism:
             for name, axes in self.axes.items()
             if not any("B" in leaf.split() for leaf in jax.tree.leaves(axes))
         ]
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def softplus(x):
-    return np.logaddexp(x, 0)
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
 
 
 def put(x, place, value):
