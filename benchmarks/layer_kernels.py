@@ -9,59 +9,69 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
+import jla
 from benchmarks import measure, side_by_side
-from jla._core.shardwise import for_each_row
-from jla.linen import RMSNorm
-from jla.linen._normalize import GatedRMSNorm
-from jla.linen._short_convolution import ShortConvolution
-from jla.pallas.kda import gate
+from benchmarks.mechanisms import MECHANISMS
+
+# Private, for only layers call these operations, and what is timed is their share of a layer.
+# Other benchmarks use public names; tests/test_layout.py has the exceptions.
+from jla import _fused
 
 KEYS = ("case", "implementation")
 B, T, H, D = 16, 4096, 8, 128
-ROWS, HEADS = (B, T, H * D), (B, T, H, D)
 
 
-class Branch(nn.Module):
-    implementation: str
-
-    @nn.compact
-    def __call__(self, *arrays):
-        return RMSNorm(implementation=self.implementation).branch(*arrays)
+def array(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
-def kda_gates(f, dg, *, bounded):
-    """The gates, and the gradient of f for the float32 gradient dg: what KDA's kernels call."""
-    A_log, bias = jnp.zeros(H), jnp.zeros((H, D))
-    coefficients = for_each_row(gate.coefficients(A_log, bias, -5.0 if bounded else None), f)
-    if dg is None:
-        return gate.decay_operand(f, coefficients, None, bounded=bounded)
-    return gate.gradients(f, coefficients, None, dg, bounded=bounded)
+def parameter(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def norm(**options):
-    return lambda implementation: RMSNorm(implementation=implementation, **options)
+ROWS, HEADS, BIAS = array(B, T, H * D), array(B, T, H, D), array(H, D)
+SCALE, SCALE_OF_HEAD, SCALE_OF_ALL = parameter(H * D), parameter(D), parameter(H, D)
+TAPS = parameter(4, H, D)
 
+norm = functools.partial(_fused.rms_norm, epsilon=1e-6)
+branch = functools.partial(_fused.rms_norm_branch, epsilon=1e-6)
+gated_norm = functools.partial(_fused.gated_norm, epsilon=1e-6)
+convolution = _fused.short_convolution
+silu_gate = dict(activation=jax.nn.silu)
 
-def convolution(**options):
-    return lambda implementation: ShortConvolution(4, implementation=implementation, **options)
-
-
-# Each layer, and the shapes of its inputs.
+# Each operation, its arrays and its settings.
 CASES = {
-    "norm": (norm(), [ROWS]),
-    "norm of heads": (norm(), [HEADS]),
-    "norm, gate": (norm(activation=nn.silu), [HEADS, HEADS]),
-    "norm, gate, bias": (norm(activation=nn.silu), [HEADS, HEADS, (H, D)]),
-    "norm of silu(x)": (norm(input_activation=nn.silu), [HEADS]),
-    "branch": (Branch, [ROWS]),
-    "branch, update": (Branch, [ROWS, ROWS]),
-    "gated norm": (lambda x: GatedRMSNorm(implementation=x), [HEADS, HEADS]),
-    "convolution": (convolution(), [HEADS]),
-    "convolution, norm": (convolution(normalize=True), [HEADS]),
-    "convolution, two SiLUs": (convolution(silu_twice=True), [HEADS]),
-    "convolution, two SiLUs, norm": (convolution(silu_twice=True, normalize=True), [HEADS]),
+    "norm": (norm, [ROWS, SCALE], {}),
+    "norm of heads": (norm, [HEADS, SCALE_OF_HEAD], {}),
+    "norm, gate": (norm, [HEADS, SCALE_OF_HEAD, HEADS], silu_gate),
+    "norm, gate, bias": (norm, [HEADS, SCALE_OF_HEAD, HEADS, BIAS], silu_gate),
+    "norm of silu(x)": (norm, [HEADS, SCALE_OF_HEAD], dict(input_activation=jax.nn.silu)),
+    "branch": (branch, [ROWS, SCALE], {}),
+    "branch, update": (branch, [ROWS, SCALE, ROWS], {}),
+    "gated norm": (gated_norm, [HEADS, HEADS, SCALE_OF_ALL], {}),
+    "convolution": (convolution, [HEADS, TAPS], {}),
+    "convolution, norm": (convolution, [HEADS, TAPS], dict(normalize=True)),
+    "convolution, two SiLUs": (convolution, [HEADS, TAPS], dict(silu_twice=True)),
+    "convolution, two SiLUs, norm": (
+        *(convolution, [HEADS, TAPS]),
+        dict(silu_twice=True, normalize=True),
+    ),
+}
+
+
+def kda_from_decays(q, k, v, f, A_log, dt_bias, beta, *, lower_bound, implementation):
+    """`kda_from_projection` with its decays by XLA."""
+    g = jla.kda_gate(f, A_log, dt_bias, lower_bound)
+    return jla.kda(q, k, v, g, beta, implementation=implementation)
+
+
+# KDA with its gates, by its kernels: made in them, or by XLA before them.
+GATES = {
+    "kda, gates in kernels": (_fused.kda_from_projection, None),
+    "kda, gates by XLA": (kda_from_decays, None),
+    "kda, bounded gates in kernels": (_fused.kda_from_projection, -5.0),
+    "kda, bounded gates by XLA": (kda_from_decays, -5.0),
 }
 
 
@@ -71,31 +81,38 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, default=0.1, help="of one repeat")
     options = parser.parse_args(argv)
     report = side_by_side.Report(options.out, KEYS, "layer_kernels", argv)
-    for case, (make, shapes) in CASES.items():
+    for case, (operation, shapes, settings) in CASES.items():
         for implementation in ("pallas", "xla"):
             row = dict(case=case, implementation=implementation)
-            show(report.measure(row, times(make(implementation), shapes, options.seconds)))
-    for case, bounded in (("gates", False), ("gates, bound", True)):
+            run = functools.partial(operation, **settings, implementation=implementation)
+            sets = (draw(measure.key(i), shapes) for i in range(2))
+            show(report.measure(row, forward_and_both(run, sets, options.seconds)))
+    for case, (operation, lower_bound) in GATES.items():
         row = dict(case=case, implementation="pallas")
-        show(report.measure(row, gate_times(bounded, options.seconds)))
+        run = functools.partial(operation, lower_bound=lower_bound, implementation="pallas")
+        sets = (draw_kda(measure.key(i)) for i in range(2))
+        show(report.measure(row, forward_and_both(run, sets, options.seconds)))
     return 1 if report.failed else 0
 
 
-def times(layer, shapes, seconds):
-    """Yields the time of the forward pass, and with that of the gradients of all inputs."""
-    draws = [jax.random.split(measure.key(i), len(shapes)) for i in range(2)]
-    sets = [
-        [
-            jax.random.normal(key, shape, jnp.bfloat16)
-            for key, shape in zip(draw, shapes, strict=True)
-        ]
-        for draw in draws
-    ]
-    params = layer.init(jax.random.key(0), *(x[:1, :2] if x.ndim > 2 else x for x in sets[0]))
-    yield from forward_and_both(layer.apply, [(params, *x) for x in sets], seconds)
+def draw(key, shapes):
+    keys = jax.random.split(key, len(shapes))
+    return [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, shapes, strict=True)]
+
+
+def draw_kda(key):
+    """The arrays that `kda_from_projection` takes."""
+    kda = MECHANISMS["kda"]
+    raw = kda.raw(key, dict(B=B, T=T, H=H, HV=H, K=D, V=D))
+    ready = kda.prepare(raw)
+    projected = raw["g"], raw["A_log"], raw["dt_bias"]
+    return [ready["q"], ready["k"], ready["v"], *projected, ready["beta"]]
 
 
 def forward_and_both(run, sets, seconds):
+    """Yields the time of the forward pass, and with that of the gradients of all arrays."""
+    sets = list(sets)
+
     def both(cotangent, *arguments):
         y, pull = jax.vjp(run, *arguments)
         return y, pull(cotangent)
@@ -106,14 +123,6 @@ def forward_and_both(run, sets, seconds):
     )
     yield dict(forward_ms=milliseconds(run, sets, seconds))
     yield dict(both_ms=milliseconds(both, [(cotangent, *x) for x in sets], seconds))
-
-
-def gate_times(bounded, seconds):
-    f = [jax.random.normal(measure.key(i), HEADS, jnp.bfloat16) for i in range(2)]
-    dg = jax.random.normal(measure.key(9), HEADS)
-    run = functools.partial(kda_gates, bounded=bounded)
-    yield dict(forward_ms=milliseconds(run, [(x, None) for x in f], seconds))
-    yield dict(backward_ms=milliseconds(run, [(x, dg) for x in f], seconds))
 
 
 def milliseconds(run, sets, seconds):

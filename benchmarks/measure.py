@@ -1,6 +1,5 @@
 """How a case is measured: device time, first call, memory, errors. A case returns a dict."""
 
-import contextlib
 import functools
 import math
 import statistics
@@ -29,15 +28,14 @@ def measure(name, shape, measure, implementation, seconds):
         count = 16 if measure.startswith("step16") else 1
         return step(name, shape, implementation, count, measure.endswith("_bare"), seconds)
     sets = input_sets(name, shape, measure.startswith("bare_"))
+    function = mechanism.forced if measure.startswith("forced_") else mechanism.function
 
     def forward(arguments, segments):
         if not measure.startswith("bare_"):
             arguments = mechanism.prepare(arguments)
-        return mechanism.function(**arguments, **segments, implementation=implementation)[0]
+        return function(**arguments, **segments, implementation=implementation)[0]
 
-    forced = mechanism.forced() if measure.startswith("forced_") else contextlib.nullcontext()
-    with forced:
-        return timed(forward, sets, measure.endswith("backward"), seconds)
+    return timed(forward, sets, measure.endswith("backward"), seconds)
 
 
 def attention(name, shape, measure, seconds):
@@ -62,13 +60,13 @@ def input_sets(name, shape, bare):
 
     @jax.jit
     def make(draw):
-        leading = (shape.B,) if shape.group == "step" else (shape.B, shape.T)
-        inputs = mechanism.raw(draw, leading, shape)
+        inputs = mechanism.raw(draw, shape.sizes)
         if bare:
             inputs = mechanism.prepare(inputs)
         segments = {}
         if shape.packed:
-            segments = dict(segment_ids=segment_borders(jax.random.fold_in(draw, 1), *leading))
+            borders = segment_borders(jax.random.fold_in(draw, 1), shape.B, shape.T)
+            segments = dict(segment_ids=borders)
         return inputs, segments
 
     first = make(key(0))
@@ -160,7 +158,7 @@ def step(name, shape, implementation, count, bare, seconds):
             outputs.append(o)
         return state, outputs
 
-    state = mechanism.state(key(7), shape)
+    state = jax.jit(lambda draw: mechanism.state(draw, shape.sizes))(key(7))
     # A copy for the first call, which consumes its state.
     run, numbers = first_call(steps, (jax.tree.map(jnp.copy, state), groups[0]))
 

@@ -1,18 +1,23 @@
 """What is timed: one entry of MECHANISMS for each mechanism, and nothing else to write."""
 
-import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+import cases.gsa
+import cases.kda
+import cases.log_linear
+import cases.mesa
+import cases.path
 import jla
 from benchmarks import fla
-from jla._core.parts import l2norm
 
 f32, bf16 = jnp.float32, jnp.bfloat16
+CG_STEPS = 30  # of MesaNet
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,13 @@ class Shape:
     packed: bool = False
     measures: tuple = ("forward", "backward")
 
+    @property
+    def sizes(self):
+        """The letters of the mechanisms' axes, for `cases`. A step's arguments have no T."""
+        time = {} if self.group == "step" else dict(T=self.T)
+        heads = dict(H=self.H, HV=self.H, HQ=self.HQ or self.H, HK=self.HK)
+        return time | heads | dict(B=self.B, K=self.D, V=self.D, M=self.M, S=self.S)
+
 
 @dataclass(frozen=True)
 class Mechanism:
@@ -43,15 +55,15 @@ class Mechanism:
 
     Attributes:
       function: the public function; the first thing it returns is `o`.
-      raw: `raw(key, leading, shape)` makes what the layer's projections give, a dict of arrays, for
-        leading axes (B, T), or (B,) for a step, and the other sizes of the shape.
+      raw: `raw(key, sizes)` makes what the layer's projections give, a dict of arrays.
       prepare: turns such a dict into the public function's arguments, also a dict.
       shapes: the lists of cases, by the words of --shapes.
       targets: the goal for (shape, measure, column), on one H200, for the "pallas" implementation.
-      step, state: `step(arguments, state, implementation) -> (o, state)` and `state(key, shape)`.
+      step, state: `step(arguments, state, implementation) -> (o, state)` and `state(key, sizes)`.
       fla, fla_step: make fla's `(forward, inputs)` for a shape; None if it has no such function.
       unbatched: the arguments of the public function that have no batch axis.
-      forced: a context in which nothing stops early, for the measures whose names start with it.
+      forced: the function with nothing stopping early, for the measures whose names start with it;
+        None if nothing does.
     """
 
     function: Callable
@@ -64,7 +76,7 @@ class Mechanism:
     fla: Callable | None = None
     fla_step: Callable | None = None
     unbatched: tuple = ()
-    forced: Callable = contextlib.nullcontext
+    forced: Callable | None = None
 
 
 def segment_borders(key, B, T, documents=8):
@@ -72,20 +84,31 @@ def segment_borders(key, B, T, documents=8):
     return jnp.cumsum(jax.random.bernoulli(key, documents / T, (B, T)), axis=1, dtype=jnp.int32)
 
 
-def _kda_raw(key, leading, shape):
-    H, D = shape.H, shape.D
+def _l2norm(x):
+    """x with last axes of length 1, computed in float32, as the layers make them."""
+    x32 = x.astype(f32)
+    squares = jnp.sum(x32 * x32, axis=-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(squares + 1e-6)).astype(x.dtype)
+
+
+def _normals(keys, mechanism, names, sizes):
+    """Normal numbers in bfloat16 for arguments of a mechanism, a key for each."""
+    shapes = {name: cases.shape_of(mechanism.AXES[name], sizes) for name in names.split()}
+    return {name: jax.random.normal(next(keys), shape, bf16) for name, shape in shapes.items()}
+
+
+def _kda_raw(key, sizes):
     keys = iter(jax.random.split(key, 7))
-    raw = {name: jax.random.normal(next(keys), (*leading, H, D), bf16) for name in "qkvg"}
-    raw["beta"] = jax.random.normal(next(keys), (*leading, H), bf16)
-    raw["A_log"] = jnp.log(jax.random.uniform(next(keys), (H,), f32, 1.0, 16.0))
-    raw["dt_bias"] = jax.random.normal(next(keys), (H, D), f32) - 4.0
+    raw = _normals(keys, cases.kda, "q k v g beta", sizes)
+    raw["A_log"] = jnp.log(jax.random.uniform(next(keys), raw["g"].shape[-2:-1], f32, 1.0, 16.0))
+    raw["dt_bias"] = jax.random.normal(next(keys), raw["g"].shape[-2:], f32) - 4.0
     return raw
 
 
 def _kda_prepare(raw):
     return dict(
-        q=l2norm(raw["q"]),
-        k=l2norm(raw["k"]),
+        q=_l2norm(raw["q"]),
+        k=_l2norm(raw["k"]),
         v=raw["v"],
         g=jla.kda_gate(raw["g"], raw["A_log"], raw["dt_bias"]),
         beta=jax.nn.sigmoid(raw["beta"].astype(f32)),
@@ -96,17 +119,14 @@ def _kda_step(arguments, state, implementation):
     return jla.kda_step(**arguments, state=state, implementation=implementation)
 
 
-def _kda_state(key, shape):
-    return jax.random.normal(key, (shape.B, shape.H, shape.D, shape.D), f32)
+def _kda_state(key, sizes):
+    return cases.kda.state(sizes, cases.jax_normal(key))
 
 
-def _gsa_raw(key, leading, shape):
-    keys = iter(jax.random.split(key, 4))
-    sizes = dict(q=shape.D, k=shape.D, v=shape.D, f=shape.M)
-    return {
-        name: jax.random.normal(next(keys), (*leading, shape.H, size), bf16)
-        for name, size in sizes.items()
-    }
+def _gsa_raw(key, sizes):
+    raw = _normals(iter(jax.random.split(key, 4)), cases.gsa, "q k v g", sizes)
+    raw["f"] = raw.pop("g")  # of the gates' shape
+    return raw
 
 
 def _gsa_prepare(raw):
@@ -118,25 +138,30 @@ def _gsa_step(arguments, state, implementation):
     return jla.gsa_step(**arguments, state=state, scale=1.0, implementation=implementation)
 
 
-def _gsa_state(key, shape):
-    B, H, D, M = shape.B, shape.H, shape.D, shape.M
-    keys = jax.random.split(key)
-    hk = jax.random.normal(keys[0], (B, H, D, M), f32)
-    return jla.GSAState(hk, jax.random.normal(keys[1], (B, H, M, D), f32))
+def _gsa_state(key, sizes):
+    return cases.gsa.state(sizes, cases.jax_normal(key))
 
 
-def _log_linear_raw(key, leading, shape):
+# A step of log-linear attention is one at position 4095: the state after it has a level more.
+_POSITION = 4095
+
+
+def _log_linear_levels(sizes):
+    T = sizes.get("T")
+    return sizes | dict(L=14 if T is None else (T - 1).bit_length() + 1)
+
+
+def _log_linear_raw(key, sizes):
     """Gates and level scales are given, as fla's function takes them; v has its step size in it."""
-    H, HK, D = shape.H, shape.HK, shape.D
-    # A step is one at position 4095: the state after it has a level more.
-    L = 14 if shape.group == "step" else (shape.T - 1).bit_length() + 1
+    sizes = _log_linear_levels(sizes)
     keys = iter(jax.random.split(key, 6))
-    dt = jax.nn.softplus(jax.random.normal(next(keys), (*leading, H), f32) - 4)
-    rate = jnp.exp(jax.random.uniform(next(keys), (H,), f32))
-    raw = {name: jax.random.normal(next(keys), (*leading, HK, D), bf16) for name in "qk"}
-    v = jax.random.normal(next(keys), (*leading, H, D), f32)
-    scales = jax.random.normal(next(keys), (*leading, H, L), bf16)
-    return raw | dict(v=(dt[..., None] * v).astype(bf16), g=-rate * dt, level_scales=scales)
+    gates = cases.shape_of(cases.log_linear.AXES["g"], sizes)
+    dt = jax.nn.softplus(jax.random.normal(next(keys), gates, f32) - 4)
+    rate = jnp.exp(jax.random.uniform(next(keys), gates[-1:], f32))
+    raw = _normals(keys, cases.log_linear, "q k", sizes)
+    v = jax.random.normal(next(keys), cases.shape_of(cases.log_linear.AXES["v"], sizes), f32)
+    raw |= dict(v=(dt[..., None] * v).astype(bf16), g=-rate * dt)
+    return raw | _normals(keys, cases.log_linear, "level_scales", sizes)
 
 
 def _log_linear(**arguments):
@@ -150,62 +175,56 @@ def _log_linear_step(arguments, state, implementation):
     return o, after._replace(position=state.position)
 
 
-def _log_linear_state(key, shape):
-    levels = jax.random.normal(key, (shape.B, shape.H, 14, shape.D, shape.D), f32)
-    used = (jnp.arange(14) > 0) & (jnp.arange(14) < 13)
-    levels = jnp.where(used[:, None, None], levels, 0.0)
-    return jla.LogLinearState(levels, jnp.full(shape.B, 4095, jnp.int32))
+def _log_linear_state(key, sizes):
+    position = np.full(sizes["B"], _POSITION)
+    return cases.log_linear.state(_log_linear_levels(sizes), cases.jax_normal(key), position)
 
 
-def _mesa_raw(key, leading, shape):
+def _mesa_raw(key, sizes):
     """Gates, betas and ridges are given, as fla's function takes them."""
-    H, D = shape.H, shape.D
     keys = iter(jax.random.split(key, 6))
-    raw = {name: jax.random.normal(next(keys), (*leading, H, D), bf16) for name in "qkv"}
-    raw["g"] = jax.nn.log_sigmoid(jax.random.normal(next(keys), (*leading, H), f32) + 4)
-    raw["beta"] = jax.random.uniform(next(keys), (*leading, H), f32)
-    raw["lamb"] = jax.random.uniform(next(keys), (H, D), f32, 0.25, 1.25)
+    raw = _normals(keys, cases.mesa, "q k v", sizes)
+    gates, ridges = (cases.shape_of(cases.mesa.AXES[name], sizes) for name in ("g", "lamb"))
+    raw["g"] = jax.nn.log_sigmoid(jax.random.normal(next(keys), gates, f32) + 4)
+    raw["beta"] = jax.random.uniform(next(keys), gates, f32)
+    raw["lamb"] = jax.random.uniform(next(keys), ridges, f32, 0.25, 1.25)
     return raw
 
 
 def _mesa_prepare(raw):
-    return raw | dict(q=l2norm(raw["q"]), k=l2norm(raw["k"]))
+    return raw | dict(q=_l2norm(raw["q"]), k=_l2norm(raw["k"]))
 
 
 def _mesa_step(arguments, state, implementation):
     return jla.mesa_step(**arguments, state=state, implementation=implementation)
 
 
-def _mesa_state(key, shape):
-    """Hkk is symmetric and positive definite."""
-    past, kv = jax.random.normal(key, (2, shape.B, shape.H, shape.D, shape.D), f32)
-    return jla.MesaState(past @ past.mT / shape.D, kv)
+def _mesa_state(key, sizes):
+    return cases.mesa.state(sizes, cases.jax_normal(key))
 
 
-@contextlib.contextmanager
-def _mesa_forced():
-    """All iterations of the kernels' conjugate gradients, though no row needs them."""
-    from jla.pallas.mesa_net import solve
+def _mesa_forced(q, k, v, g, beta, lamb, *, implementation):
+    """All iterations of the kernels' conjugate gradients, though no row needs them.
 
-    tolerance, solve.TOLERANCE = solve.TOLERANCE, 0.0
-    jax.clear_caches()
-    try:
-        yield
-    finally:
-        solve.TOLERANCE = tolerance
-        jax.clear_caches()
+    Only a benchmark wants that, so `jla.mesa_net` has no setting for it, and this calls the
+    kernels' wrapper. Other benchmarks use public names; tests/test_layout.py has the exceptions.
+    """
+    from jla.pallas.mesa_net import mesa_net
+
+    if implementation != "pallas":
+        raise ValueError(f'only "pallas" makes all iterations on demand, not {implementation!r}')
+    return mesa_net(q, k, v, g, beta, lamb, None, None, cg_steps=CG_STEPS, tolerance=0.0)
 
 
-def _path_raw(key, leading, shape, gates=False):
+def _path_raw(key, sizes, gates=False):
     """Unit directions, strengths and gates are given, as fla's function takes them."""
-    H, D, HQ = shape.H, shape.D, shape.HQ or shape.H
     keys = iter(jax.random.split(key, 6))
-    heads = dict(q=HQ, k=H, v=H)
-    raw = {n: jax.random.normal(next(keys), (*leading, heads[n], D), bf16) for n in heads}
-    raw["w"] = l2norm(jax.random.normal(next(keys), (*leading, H, D), f32))
-    raw["beta"] = jax.random.uniform(next(keys), (*leading, H), f32, 0.0, 2.0)
+    raw = _normals(keys, cases.path, "q k v", sizes)
+    shapes = {name: cases.shape_of(cases.path.AXES[name], sizes) for name in ("w", "beta", "g")}
+    raw["w"] = _l2norm(jax.random.normal(next(keys), shapes["w"], f32))
+    raw["beta"] = jax.random.uniform(next(keys), shapes["beta"], f32, 0.0, 2.0)
     if gates:
-        raw["g"] = jax.nn.log_sigmoid(jax.random.normal(next(keys), (*leading, HQ), f32) + 4)
+        raw["g"] = jax.nn.log_sigmoid(jax.random.normal(next(keys), shapes["g"], f32) + 4)
     return raw
 
 
@@ -216,17 +235,16 @@ def _path_step(arguments, state, implementation):
     return o, cache._replace(length=cache.length - 1)
 
 
-def _path_state(key, shape, gates=False):
+def _path_state(key, sizes, gates=False):
     """A cache with room for one more token, the last of S."""
-    B, S, H, D, HQ = shape.B, shape.S, shape.H, shape.D, shape.HQ or shape.H
-    keys = jax.random.split(key, 3)
-    there = jnp.arange(S)[:, None, None] < S - 1
-    return jla.PathCache(
-        jnp.where(there, jax.random.normal(keys[0], (B, S, H, D), f32), 0.0),
-        jnp.where(there, jax.random.normal(keys[1], (B, S, H, D), bf16), 0.0),
-        -jax.random.uniform(keys[2], (B, S, HQ), f32) if gates else None,
-        jnp.full(B, S - 1, jnp.int32),
-    )
+    keys = jax.random.split(key)
+    length = np.full(sizes["B"], sizes["S"] - 1)
+
+    def decays(*shape):
+        return -jax.random.uniform(keys[1], shape, f32)
+
+    normal = cases.jax_normal(keys[0])
+    return cases.path.cache(sizes, normal, bf16, length, decays if gates else None)
 
 
 # The sweep has main's number of tokens; main and long belong to its curve.
@@ -335,7 +353,7 @@ MECHANISMS = {
         fla=fla.log_linear,
     ),
     "mesa": Mechanism(
-        function=functools.partial(jla.mesa_net, cg_steps=30),
+        function=functools.partial(jla.mesa_net, cg_steps=CG_STEPS),
         raw=_mesa_raw,
         prepare=_mesa_prepare,
         shapes=dict(full=_with_forced(_FULL), small=_SMALL),

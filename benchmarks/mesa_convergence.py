@@ -17,14 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jla
+from cases import unit
 
 T, H, K = 512, 2, 64
 STEPS = (5, 10, 20, 30, 60)
 f32 = jnp.float32
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def keys(random, kind):

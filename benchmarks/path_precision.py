@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jla
-from jla._core.parts import l2norm
+from cases import unit
 
 f32, f64 = jnp.float32, jnp.float64
 TOKENS = 32  # whose outputs are compared, up to the last
@@ -33,7 +33,7 @@ def make(case, T, H, D, dtype):
     noise = jax.random.normal(keys[3], (1, T, H, D))
     w = noise if spread == 1.0 else jax.random.normal(keys[4], (D,)) + spread * noise
     beta = jnp.linspace(least, 2.0, T * H).reshape(1, T, H)
-    return dict(q=q, k=k, v=v, w=l2norm(w), beta=beta)
+    return dict(q=q, k=k, v=v, w=unit(w), beta=beta)
 
 
 CASES = (

@@ -23,6 +23,7 @@ from benchmarks.plot import plot
 
 GROUPS = ("main", "step", "long", "ragged", "packed", "sweep", "slots", "grouped")
 MEASURES = ("forward", "backward", "bare", "forced", "errors")
+IMPLEMENTATIONS = ("reference", "xla", "pallas")  # all of jla's
 COLUMNS = dict(ms="{:.4g}", spread="{:.1%}", per_token_of_main="{:.2f}")
 COLUMNS |= dict(memory_gib="{:.3f}", memory_peak_gib="{:.3f}", first_call_s="{:.1f}")
 
@@ -68,8 +69,7 @@ def parse(argv):
     parser.add_argument("--out", help="write JSON to this file, after every case")
     parser.add_argument("--plot", help="write a plot of time against T to this PNG file")
     options = parser.parse_args(argv)
-    implementations = ("reference", "xla", "pallas")
-    known = dict(mechanism=MECHANISMS, what=MEASURES + GROUPS, implementations=implementations)
+    known = dict(mechanism=MECHANISMS, what=MEASURES + GROUPS, implementations=IMPLEMENTATIONS)
     for option, words in known.items():
         given = [word for word in getattr(options, option).split(",") if word]
         if unknown := [word for word in given if word not in words]:

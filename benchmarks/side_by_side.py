@@ -8,10 +8,10 @@ import traceback
 
 import jax
 
-from benchmarks.run import describe
+from benchmarks.run import IMPLEMENTATIONS, describe
 
-# The models, the training step and the sampling are the examples', which are programs and import
-# one another by bare names.
+# The models, the training step and the sampling are the examples'. These are programs that import
+# one another by bare names, as `python examples/train_lm.py` finds them, and so are no package.
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
 
 from model import MIXERS, LanguageModel
@@ -23,7 +23,7 @@ def parser(program, description):
     made = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=description)
     add = made.add_argument
     add("--mixers", default=",".join(MIXERS), help="names, by commas (default: %(default)s)")
-    add("--implementation", choices=("reference", "xla", "pallas"), help="default: a GPU's kernels")
+    add("--implementation", choices=IMPLEMENTATIONS, help="default: a GPU's kernels")
     add("--width", type=int, default=1024)
     add("--depth", type=int, default=9)
     add("--heads", type=int, default=8)

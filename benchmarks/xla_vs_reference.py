@@ -3,7 +3,7 @@
 The two take turns, so that other work on the machine slows both. Of each, several medians are taken
 and the fastest is printed.
 
-    python benchmarks/xla_vs_reference.py
+    python -m benchmarks.xla_vs_reference
 """
 
 import statistics
@@ -11,28 +11,29 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+import cases.kda
 import jla
+from cases import numpy_normal
 
 B, T, H, K, V = 1, 2048, 4, 64, 64
 ROUNDS, REPEATS = 15, 5
 
 
 def make_inputs():
-    keys = jax.random.split(jax.random.key(0), 6)
-    q, k = (jax.random.normal(key, (B, T, H, K)) for key in keys[:2])
-    q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-    v = jax.random.normal(keys[2], (B, T, H, V))
-    g = -jax.nn.softplus(jax.random.normal(keys[3], (B, T, H, K)))
-    beta = jax.nn.sigmoid(jax.random.normal(keys[4], (B, T, H)))
-    return (q, k, v, g, beta), jax.random.normal(keys[5], (B, T, H, V))
+    normal = numpy_normal(np.random.default_rng(0))
+    sizes = dict(B=B, T=T, H=H, HV=H, K=K, V=V)
+    inputs = cases.kda.arguments(sizes, normal, np.float32)
+    del inputs["initial_state"]
+    return jax.tree.map(jnp.asarray, (inputs, normal(B, T, H, V)))
 
 
 def compiled(implementation, inputs, cotangent):
     """The gradient of sum(output * cotangent) in all inputs, compiled."""
 
     def loss(inputs):
-        o, _ = jla.kda(*inputs, implementation=implementation)
+        o, _ = jla.kda(**inputs, implementation=implementation)
         return jnp.sum(o * cotangent)
 
     return jax.jit(jax.value_and_grad(loss)).lower(inputs).compile()

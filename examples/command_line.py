@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 
+IMPLEMENTATIONS = ("reference", "xla", "pallas")  # all of jla's
+
 
 class InputError(Exception):
     """What the user gave cannot be used; the message says what and why."""

@@ -9,7 +9,7 @@ import checkpoint
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command_line import Parser, errors_in_one_line, number
+from command_line import IMPLEMENTATIONS, Parser, errors_in_one_line, number
 from jax import lax
 from model import LanguageModel
 
@@ -116,9 +116,7 @@ def parse(arguments):
         "--temperature", type=number(float, 0), default=0.7, help="0 takes the likeliest byte"
     )
     parser.add_argument("--seed", type=number(int, 0), default=0)
-    parser.add_argument(
-        "--implementation", choices=("reference", "xla", "pallas"), help="default: the fastest"
-    )
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="default: the fastest")
     options = parser.parse_args(arguments)
     if not options.prompt:
         parser.error("argument --prompt: must not be empty")

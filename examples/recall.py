@@ -29,7 +29,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from command_line import InputError, Parser, errors_in_one_line, number, writing
+from command_line import IMPLEMENTATIONS, InputError, Parser, errors_in_one_line, number, writing
 from jax import lax
 from model import MIXERS, LanguageModel
 from plot import plot_recall
@@ -325,7 +325,7 @@ def parse(arguments):
     add("--depth", type=whole)
     add("--heads", type=whole)
     add("--dtype", choices=("float32", "bfloat16"), help="of the computation")
-    add("--implementation", choices=("reference", "xla", "pallas"), help="of jla's mixers")
+    add("--implementation", choices=IMPLEMENTATIONS, help="of jla's mixers")
     add("--batch", type=whole, help="sequences in a step")
     add("--steps", type=whole)
     add(

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from command_line import (
+    IMPLEMENTATIONS,
     InputError,
     Parser,
     errors_in_one_line,
@@ -180,7 +181,7 @@ def parse(arguments):
     add = parser.add_argument
     add("--text", nargs="+", metavar="FILE", help="default: the documentation of Python itself")
     add("--mixer", choices=sorted(MIXERS), default="kda")
-    add("--implementation", choices=("reference", "xla", "pallas"), help="default: the fastest")
+    add("--implementation", choices=IMPLEMENTATIONS, help="default: the fastest")
     add("--width", type=whole, default=128)
     add("--depth", type=whole, default=3)
     add("--heads", type=whole, default=2)

@@ -18,6 +18,13 @@ jax.config.update("jax_disable_most_optimizations", True)
 hardware.check_more()
 
 
+# Each has a file with its table.
+LAYERS = [
+    path.stem.removeprefix("layer_")
+    for path in (pathlib.Path(__file__).parent / "linen").glob("layer_*.py")
+]
+
+
 def pytest_collection_modifyitems(config, items):
     # Stable: inside a group the order stays. Long groups come first, for one that began last would
     # leave the other process idle.
@@ -51,7 +58,7 @@ def _group(nodeid, config):
     if contract:
         on_gpu = config.getoption("markexpr") == "gpu"
         return "-".join(contract.groups()) if on_gpu else contract[2]
-    layer = re.search(r"linen/.*[\[-](kda|gsa|log_linear|mesa|path)\b", nodeid)
+    layer = re.search(rf"linen/.*[\[-]({'|'.join(LAYERS)})\b", nodeid)
     if layer:
         return f"linen-{layer[1]}"
     return nodeid.split("[" if "test_pallas" in nodeid else "::")[0]

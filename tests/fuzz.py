@@ -51,6 +51,8 @@ import fuzz_layers  # noqa: E402
 from fuzz_compare import beyond, compare, programs, same_bits, tolerances_of  # noqa: E402
 from fuzz_draw import TABLE, Content, Shape, draw_content, draw_shape  # noqa: E402
 
+from jla._core.checks import IMPLEMENTATIONS  # noqa: E402
+
 __all__ = ["Content", "Shape", "compare", "same_bits"]
 
 # Contents for each shape: compiling takes most of the time, and so many more cost little.
@@ -270,7 +272,6 @@ def parse_arguments(argv):
 
         return parse
 
-    implementations = ["pallas", "xla", "reference"]
     parser.add_argument("--seconds", type=float, default=60, help="how long to run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="at once, on one device")
@@ -279,7 +280,7 @@ def parse_arguments(argv):
     parser.add_argument("--mechanisms", type=names(known), default=known)
     parser.add_argument(
         "--implementations",
-        type=names(implementations),
+        type=names(IMPLEMENTATIONS),
         help="pallas,xla on a GPU and xla,reference elsewhere, where pallas is interpreted",
     )
     parser.add_argument("--case", help="run one case, by its name")

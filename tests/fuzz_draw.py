@@ -8,6 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from mechanisms import MECHANISMS
 
+import cases.log_linear
+import cases.path
+from cases import numpy_normal
+
 TABLE = {mechanism.name: mechanism for mechanism in MECHANISMS}
 
 
@@ -278,44 +282,30 @@ def draw_ids(rng, B, T, dtype, same):
 
 def place_state(rng, shape, state):
     """The state at other positions than the table's: any that the capacity and T admit."""
-    sizes = shape.sizes
-    B, T, H, K, V = (sizes[x] for x in "BTHKV")
+    sizes, normal = shape.sizes, numpy_normal(rng)
+    B, T = sizes["B"], sizes["T"]
     if shape.mechanism == "log_linear":
-        L = sizes["L"]
-        position = rng.integers(0, max(1, 2 ** (L - 1) - T), B).astype(np.int32)
-        level = np.arange(L)
-        used = (level > 0) & ((position[:, None] >> np.maximum(level - 1, 0)) % 2 == 1)
-        levels = rng.standard_normal((B, H, L, K, V), np.float32)
-        return state._replace(
-            levels=np.where(used[:, None, :, None, None], levels, 0), position=position
-        )
+        position = rng.integers(0, max(1, 2 ** (sizes["L"] - 1) - T), B)
+        return cases.log_linear.state(sizes, normal, position)
     if shape.mechanism == "path":
-        S = sizes["S"]
-        length = rng.integers(0, S - T + 1, B).astype(np.int32)
-        there = (np.arange(S) < length[:, None])[..., None]
-        decay = -np.cumsum(rng.exponential(size=(B, S, sizes["HQ"])), 1)[:, ::-1]
-        draw = rng.standard_normal
-        return state._replace(
-            key=np.where(there[..., None], draw((B, S, H, K)), 0).astype(np.float32),
-            value=np.where(there[..., None], draw((B, S, H, V)), 0).astype(state.value.dtype),
-            decay=None if state.decay is None else np.where(there, decay, 0).astype(np.float32),
-            length=length,
-        )
+
+        def decays(*shape):
+            return -np.cumsum(rng.exponential(size=shape), 1)[:, ::-1].astype(np.float32)
+
+        length = rng.integers(0, sizes["S"] - T + 1, B)
+        dtype, decays = state.value.dtype, None if state.decay is None else decays
+        return cases.path.cache(sizes, normal, dtype, length, decays)
     return state
 
 
 def build(shape, content):
     """The arguments of a call, and its segment_ids or None."""
     mechanism, rng = TABLE[shape.mechanism], generator("numbers", content.seed)
-
-    def normal(*size):
-        return rng.standard_normal(size, np.float32)
-
-    args = mechanism.make(shape.sizes, normal, jnp.dtype(shape.dtype))
+    args = mechanism.make(shape.sizes, numpy_normal(rng), jnp.dtype(shape.dtype))
     if content.stress:
         args = mechanism.stress[content.stress](args)
-    dtypes = {n: x.dtype for n, x in args.items() if hasattr(x, "dtype")}
-    args, state = jax.device_get(args), mechanism.state[0]
+    dtypes = {n: x.dtype for n, x in args.items() if isinstance(x, np.ndarray)}
+    state = mechanism.state[0]
     if "L" in shape.sizes:
         levels = np.arange(shape.sizes["L"]) % args["level_scales"].shape[-1]
         args["level_scales"] = args["level_scales"][..., levels]

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from fuzz_draw import TABLE, Content, Shape, chance, draw_ids, draw_length, generator, one_of
-from layers import CAPACITY, LAYERS, D, empty_cache, layer, numpy_layer, padding, parameters
+from layers import LAYERS, D, empty_cache, layer, numpy_layer, padding, parameters
+from layers_table import CAPACITY
 
 # In the mechanisms' place, for the layers.
 NAMES = {f"{name}_layer": name for name in LAYERS}
-# The most tokens, where the cases' own cache or levels hold no more.
-LONGEST = {"path": 40, "log_linear": 63}
 # The layers' tests allow this in 16 bits, for projections and norms round too.
 TOLERANCE = 3e-2
 
@@ -26,11 +25,11 @@ def tolerances(shape):
 def draw_layer(name, implementation, seed, index):
     """A shape; its check is "whole", with segments, or "decode", a prefill and single tokens."""
     rng = generator("layer", name, implementation, seed, index)
-    layer_name = NAMES[name]
-    T = draw_length(rng, LONGEST.get(layer_name, 150))
+    entry = LAYERS[NAMES[name]]
+    T = draw_length(rng, entry.longest or 150)
     check = "whole" if T == 1 else one_of(rng, ("whole", "decode"))
     at = max(1, T - int(rng.integers(1, 6))) if check == "decode" else 0
-    options = dict(case=one_of(rng, LAYERS[layer_name]["cases"]))
+    options = dict(case=one_of(rng, entry.cases))
     segments = "int32" if check == "whole" and chance(rng, 0.7) else None
     low = implementation == "pallas" or (implementation == "xla" and chance(rng, 0.4))
     dtype = "bfloat16" if low else "float32"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 HERE = pathlib.Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "contract")]
+sys.path[:0] = [str(HERE), str(HERE / "contract"), str(HERE.parent)]
 
 from harness import definition, error, inputs, value_and_vjp, with_gradients  # noqa: E402
 from mechanisms import MECHANISMS  # noqa: E402

@@ -1,6 +1,7 @@
 """The benchmark harness runs on a CPU, reports failures as failures, and notices wrong results."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import subprocess
@@ -8,6 +9,9 @@ import sys
 
 import jax
 import pytest
+
+from benchmarks import layer_kernels, measure, mechanisms, tables
+from jla.pallas.mesa_net import solve
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -42,8 +46,8 @@ def test_a_run_measures_and_reports(tmp_path, mechanism):
     )
     assert process.returncode == 1, process.stderr
     rows = {(row["implementation"], row["measure"]): row for row in report["results"]}
-    for measure in ("forward", "backward", "step", "step16", "step16_bare"):
-        refused, row = rows.pop(("pallas", measure)), rows.pop(("reference", measure))
+    for what in ("forward", "backward", "step", "step16", "step16_bare"):
+        refused, row = rows.pop(("pallas", what)), rows.pop(("reference", what))
         assert "NotImplementedError" in refused["error"] and "ms" not in refused
         assert "error" not in row
         assert row["ms"] > 0 and row["first_call_s"] > 0 and row["memory_gib"] > 0
@@ -62,9 +66,6 @@ def test_no_case_starts_past_the_limit(tmp_path):
 
 @pytest.mark.parametrize("wrong", [None, "value", "gradient"])
 def test_errors_are_noticed(monkeypatch, wrong):
-    monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import measure, mechanisms
-
     entry = mechanisms.MECHANISMS["kda"]
     (shape,) = (s for s in entry.shapes["small"] if s.group == "main")
 
@@ -84,11 +85,63 @@ def test_errors_are_noticed(monkeypatch, wrong):
         assert found["error"].split(" is over")[0] == dict(value="o", gradient="dv")[wrong]
 
 
-def test_readme_has_the_results(monkeypatch):
-    """`make tables` was run after the last change of benchmarks/results."""
-    monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import tables
+@pytest.mark.parametrize("name", mechanisms.MECHANISMS)
+def test_inputs_fit_the_functions(name):
+    """Traced: a run and a step take what is made for them; the state keeps its shape."""
+    entry = mechanisms.MECHANISMS[name]
+    shapes = {shape.group: shape.sizes for shape in entry.shapes["small"]}
 
+    def made(group):
+        return entry.prepare(entry.raw(jax.random.key(0), shapes[group]))
+
+    def run():
+        return entry.function(**made("main"), implementation="reference")[0]
+
+    def step():
+        state = entry.state(jax.random.key(1), shapes["step"])
+        return state, entry.step(made("step"), state, "reference")[1]
+
+    with jax.numpy_rank_promotion("allow"):  # as in the benchmark's own process
+        assert jax.eval_shape(run).shape == (2, 64, 2, 16)
+        before, after = jax.eval_shape(step)
+    assert before == after
+
+
+def test_forced_makes_all_iterations(monkeypatch):
+    """No row stops early in what is timed as such; all other kernels stop as they do for users."""
+    tolerances = set()
+    for name in ("outputs", "output_gradients"):
+        function = getattr(solve, name)
+
+        def recorded(*args, tolerance, function=function, **options):
+            tolerances.add((function.__name__, tolerance))
+            return function(*args, tolerance=tolerance, **options)
+
+        monkeypatch.setattr(solve, name, recorded)
+    entry = mechanisms.MECHANISMS["mesa"]
+    sizes = dict(B=1, T=64, H=1, K=64, V=64)
+    arguments = jax.eval_shape(lambda: entry.prepare(entry.raw(jax.random.key(0), sizes)))
+
+    def gradients(arguments):
+        o, pull = jax.vjp(lambda x: entry.forced(**x, implementation="pallas")[0], arguments)
+        return pull(o)[0]
+
+    assert jax.eval_shape(gradients, arguments) == arguments
+    assert tolerances == {("outputs", 0.0), ("output_gradients", 0.0)}
+    with pytest.raises(ValueError, match='"pallas"'):
+        entry.forced(**arguments, implementation="xla")
+
+
+@pytest.mark.parametrize("case", layer_kernels.CASES)
+def test_layers_operations_take_their_arrays(case):
+    operation, arrays, settings = layer_kernels.CASES[case]
+    run = functools.partial(operation, **settings, implementation="xla")
+    made = jax.tree.leaves(jax.eval_shape(run, *arrays))
+    assert {x.shape for x in made} == {arrays[0].shape}
+
+
+def test_readme_has_the_results():
+    """`make tables` was run after the last change of benchmarks/results."""
     readme = (tables.ROOT / "README.md").read_text()
     assert tables.filled(readme) == readme
     assert "| `kda` |" in readme

@@ -29,7 +29,7 @@ def code(page):
 def paths(page):
     """The files and folders of this repository that a page names in code font."""
     named = " ".join(text for text in code(page) if "<" not in text)  # <name> stands for any
-    found = re.findall(r"(?<![\w/.{])(?:jla|tests|benchmarks|examples|docs)/[\w./*-]*", named)
+    found = re.findall(r"(?<![\w/.{])(?:jla|cases|tests|benchmarks|examples|docs)/[\w./*-]*", named)
     return {path.rstrip(".") for path in found}
 
 

@@ -1,9 +1,11 @@
-"""The table of STYLE: which part of jla may import which. CONTRIBUTING.md shows it."""
+"""Who may import what: the parts of jla, and the programs around it. CONTRIBUTING.md shows it."""
 
 import ast
 import pathlib
 
 import pytest
+
+from jla._core.checks import IMPLEMENTATIONS
 
 JLA = pathlib.Path(__file__).parent.parent / "jla"
 MECHANISMS = ("kda", "gsa", "log_linear", "mesa_net", "path_attention")
@@ -23,6 +25,14 @@ MAY_IMPORT = {
     "_fused": ("_core", "_dispatch", *MECHANISMS),
     "linen": ("_core", "_fused", *MECHANISMS),
     "": ("_core", "linen", "pallas", *MECHANISMS),
+}
+
+# What programs, and the arguments that tests share with them, may import of jla.
+PUBLIC = {"jla", "jla.linen", "jla.pallas", *(f"jla.{name}" for name in MECHANISMS)}
+# And what else one may; beside the import stands why.
+EXCEPTIONS = {
+    "benchmarks/layer_kernels.py": {"jla._fused"},
+    "benchmarks/mechanisms.py": {"jla.pallas.mesa_net"},
 }
 
 
@@ -55,3 +65,26 @@ def test_imports_follow_the_table(path):
     allowed = {ours, *MAY_IMPORT[ours]}
     wrong = [module for module in imported(path) if part(module) not in allowed]
     assert not wrong, f"{ours or 'jla'} may not import {wrong}; it may import {sorted(allowed)}"
+
+
+ROOT = JLA.parent
+FOLDERS = ("benchmarks", "cases", "examples")
+PROGRAMS = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_programs_import_public_names(path):
+    more = EXCEPTIONS.get(str(path.relative_to(ROOT)), set())
+    assert set(imported(path)) - PUBLIC == more
+
+
+@pytest.mark.parametrize("path", ["benchmarks/run.py", "examples/command_line.py"])
+def test_command_lines_offer_every_implementation(path):
+    """The list is not public: each of the two has it once."""
+    lines = ast.parse((ROOT / path).read_text()).body
+    (offered,) = (
+        ast.literal_eval(line.value)
+        for line in lines
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "IMPLEMENTATIONS"
+    )
+    assert offered == IMPLEMENTATIONS

@@ -1,16 +1,11 @@
 """The comparisons of whole models run at toy sizes on a CPU; their tables say what they found."""
 
 import json
-import pathlib
-import sys
 
 import jax
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     device_profile,
     generation,
     language_model,

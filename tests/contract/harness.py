@@ -12,15 +12,14 @@ import numpy as np
 from mechanisms import MECHANISMS
 from table import Mechanism
 
+from cases import numpy_normal
+
 
 def inputs(mechanism, sizes, dtype="float32", seed=0):
     """Random arguments and random cotangents of everything `run` returns, as NumPy arrays."""
     # crc32, for str's own hash changes from process to process.
     random = np.random.default_rng([seed, zlib.crc32(mechanism.name.encode())])
-
-    def normal(*shape):
-        return random.standard_normal(shape, np.float32)
-
+    normal = numpy_normal(random)
     args = mechanism.make(sizes, normal, jnp.dtype(dtype))
     outputs = normal(*(sizes[n] for n in mechanism.outputs[0].split())).astype(dtype)
     # The state that is returned is like the one that is given.

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import jla.pallas
 
@@ -147,8 +146,8 @@ class Mechanism:
       those with a T are the tokens', those without a B all rows share, the other is the initial
       state. All are differentiated.
     outputs: the axis letters of what `run` returns, a tree.
-    make: (sizes, a function from a shape to normal numbers, dtype) to a dict of the arguments in
-      `axes`. NumPy arrays, as all edits make them: JAX would compile for every shape.
+    make: `arguments` of the mechanism's module in `cases`: (sizes, normal, dtype) to a dict of the
+      arguments in `axes`. NumPy arrays, as all edits make them.
     stress: name to an edit of that dict; values and gradients must stay right under each.
     undamped: the stress cases in which nothing decays, so that every token's rounding stays and the
       error grows with T: name to the most tokens on which they are tried. docs/<mechanism>.md says
@@ -215,18 +214,6 @@ class Mechanism:
             for name, axes in self.axes.items()
             if not any("B" in leaf.split() for leaf in jax.tree.leaves(axes))
         ]
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def softplus(x):
-    return np.logaddexp(x, 0)
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
 
 
 def put(x, place, value):

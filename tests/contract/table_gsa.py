@@ -13,27 +13,13 @@ from table import (
     Mechanism,
     edit,
     put,
-    sigmoid,
-    softplus,
 )
 
 import jla
+from cases.gsa import arguments
 from jla import GSAState
 from jla._core.axes import letters
 from jla.gsa import AXES
-
-
-def _make(sizes, normal, dtype):
-    B, T, H, HQ, K, V, M = (sizes[x] for x in ("B", "T", "H", "HQ", "K", "V", "M"))
-
-    return dict(
-        q=normal(B, T, HQ, K).astype(dtype),
-        k=normal(B, T, H, K).astype(dtype),
-        v=normal(B, T, H, V).astype(dtype),
-        s=sigmoid(normal(B, T, H, M) - 1.0).astype(dtype),
-        g=-0.3 * softplus(2 * normal(B, T, H, M)),
-        initial_state=GSAState(normal(B, H, K, M), normal(B, H, M, V)),
-    )
 
 
 def _spike(args):
@@ -84,7 +70,7 @@ GSA = Mechanism(
         initial_state=_STATE,
     ),
     outputs=(AXES["o"], _STATE),
-    make=_make,
+    make=arguments,
     stress={
         "no decay": lambda args: args | dict(g=np.zeros_like(args["g"])),
         "strong everywhere": lambda args: args | dict(g=np.full_like(args["g"], -30.0)),

@@ -12,26 +12,11 @@ from table import (
     Mechanism,
     edit,
     put,
-    sigmoid,
-    softplus,
-    unit,
 )
 
 import jla
+from cases.kda import arguments
 from jla.kda import AXES
-
-
-def _make(sizes, normal, dtype):
-    B, T, H, HV, K, V = (sizes[letter] for letter in ("B", "T", "H", "HV", "K", "V"))
-
-    return dict(
-        q=unit(normal(B, T, H, K)).astype(dtype),
-        k=unit(normal(B, T, H, K)).astype(dtype),
-        v=normal(B, T, HV, V).astype(dtype),
-        g=-0.3 * softplus(2 * normal(B, T, HV, K)),
-        beta=sigmoid(normal(B, T, HV)),
-        initial_state=normal(B, HV, K, V),
-    )
 
 
 def _spike(args):
@@ -76,7 +61,7 @@ KDA = Mechanism(
         initial_state=AXES["initial_state"],
     ),
     outputs=(AXES["o"], AXES["initial_state"]),
-    make=_make,
+    make=arguments,
     stress={
         "no decay": lambda args: args | dict(g=np.zeros_like(args["g"])),
         "strong everywhere": lambda args: args | dict(g=np.full_like(args["g"], -30.0)),

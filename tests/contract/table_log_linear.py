@@ -14,39 +14,15 @@ from table import (
     Mechanism,
     edit,
     put,
-    softplus,
 )
 
 import jla
+from cases.log_linear import arguments, in_use
 from jla import LogLinearState
 from jla._core.axes import letters
 from jla.log_linear import AXES
 
 f32 = jnp.float32
-
-# Where the rows go on from: in turn an odd place with bits above and below those of T, the start, a
-# power of two, and just before one.
-POSITIONS = (37, 0, 64, 1023)
-
-
-def _make(sizes, normal, dtype):
-    B, T, H, HK, K, V = (sizes[letter] for letter in ("B", "T", "H", "HK", "K", "V"))
-    position = np.resize(POSITIONS, B)
-    L = int(position.max() + T).bit_length() + 1
-    level = np.arange(L)
-    used = (level > 0) & (position[:, None] >> np.maximum(level - 1, 0)) % 2 == 1
-
-    return dict(
-        q=normal(B, T, HK, K).astype(dtype),
-        k=normal(B, T, HK, K).astype(dtype),
-        v=normal(B, T, H, V).astype(dtype),
-        g=-0.1 * softplus(2 * normal(B, T, H)),
-        level_scales=normal(B, T, H, L).astype(dtype),
-        initial_state=LogLinearState(
-            np.where(used[:, None, :, None, None], normal(B, H, L, K, V), 0.0),
-            position.astype(np.int32),
-        ),
-    )
 
 
 def _spike(args):
@@ -55,17 +31,15 @@ def _spike(args):
 
 
 def _unused(state, number):
-    level = np.arange(state.levels.shape[2])[None]
-    used = (level > 0) & (state.position[:, None] >> np.maximum(level - 1, 0) & 1 == 1)
-    return state._replace(levels=np.where(used[:, None, :, None, None], state.levels, number))
+    used = in_use(state.position, state.levels.shape[2])[:, None, :, None, None]
+    return state._replace(levels=np.where(used, state.levels, number))
 
 
 def _fill(args):
     """Every row goes on from where its tokens are the last that the levels serve."""
     T, L = args["level_scales"].shape[1::2]
-    state, position, level = args["initial_state"], 2 ** (L - 1) - T, np.arange(L)
-    used = (level > 0) & (position >> np.maximum(level - 1, 0)) % 2 == 1
-    levels = np.where(used[:, None, None], state.levels + 1.0, 0.0)
+    state, position = args["initial_state"], 2 ** (L - 1) - T
+    levels = np.where(in_use(position, L)[:, None, None], state.levels + 1.0, 0.0)
     state = LogLinearState(levels, np.full_like(state.position, position))
     return args | dict(initial_state=state)
 
@@ -133,7 +107,7 @@ LOG_LINEAR = Mechanism(
         initial_state=_STATE,
     ),
     outputs=(AXES["o"], _STATE),
-    make=_make,
+    make=arguments,
     stress={
         "no decay": lambda args: args | dict(g=np.zeros_like(args["g"])),
         "strong everywhere": lambda args: args | dict(g=np.full_like(args["g"], -30.0)),

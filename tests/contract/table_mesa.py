@@ -15,33 +15,15 @@ from table import (
     Mechanism,
     edit,
     put,
-    sigmoid,
-    softplus,
-    unit,
 )
 
 import jla
+from cases.mesa import arguments
 from jla import MesaState
 from jla._core.axes import letters
 from jla.mesa_net import AXES
 
 f32 = jnp.float32
-
-
-def _make(sizes, normal, dtype):
-    B, T, H, K, V = (sizes[letter] for letter in ("B", "T", "H", "K", "V"))
-
-    past = normal(B, H, K, K)
-    return dict(
-        q=unit(normal(B, T, H, K)).astype(dtype),
-        k=unit(normal(B, T, H, K)).astype(dtype),
-        v=normal(B, T, H, V).astype(dtype),
-        g=-0.1 * softplus(2 * normal(B, T, H)),
-        beta=sigmoid(normal(B, T, H)),
-        lamb=0.25 + softplus(normal(H, K)),
-        # Symmetric and positive definite, as every state is.
-        initial_state=MesaState(past @ past.mT / K, normal(B, H, K, V)),
-    )
 
 
 def _spike(args):
@@ -127,7 +109,7 @@ MESA = Mechanism(
         initial_state=_STATE,
     ),
     outputs=(AXES["o"], _STATE),
-    make=_make,
+    make=arguments,
     stress={
         "no decay": lambda args: args | dict(g=np.zeros_like(args["g"])),
         "strong everywhere": lambda args: args | dict(g=np.full_like(args["g"], -30.0)),

@@ -13,44 +13,14 @@ from table import (
     Mechanism,
     edit,
     put,
-    sigmoid,
-    softplus,
-    unit,
 )
 
 import jla
 import jla.pallas
+from cases.path import arguments
 from jla import PathCache
 from jla._core.axes import letters
 from jla.path_attention import AXES
-
-# How many tokens the rows have before the first.
-LENGTHS = (9, 0, 4, 1)
-
-
-def _make(sizes, normal, dtype):
-    B, T, H, HQ, K, V = (sizes[x] for x in ("B", "T", "H", "HQ", "K", "V"))
-    length = np.resize(LENGTHS, B)
-    S = T + 112  # room for as many tokens again
-    there = np.arange(S) < length[:, None]
-
-    def gates(*shape):
-        return -0.2 * softplus(2 * normal(*shape))
-
-    return dict(
-        q=normal(B, T, HQ, K).astype(dtype),
-        k=normal(B, T, H, K).astype(dtype),
-        v=normal(B, T, H, V).astype(dtype),
-        w=unit(normal(B, T, H, K)),
-        beta=2 * sigmoid(normal(B, T, H) + 1.0),
-        g=gates(B, T, HQ),
-        cache=PathCache(
-            np.where(there[..., None, None], normal(B, S, H, K), 0.0),
-            np.where(there[..., None, None], normal(B, S, H, V), 0.0).astype(dtype),
-            np.where(there[..., None], 10 * gates(B, S, HQ), 0.0),
-            length.astype(np.int32),
-        ),
-    )
 
 
 def _spike(args):
@@ -164,7 +134,7 @@ PATH = Mechanism(
         cache=_STATE,
     ),
     outputs=(AXES["o"], _STATE),
-    make=_make,
+    make=arguments,
     stress={
         "no decay": lambda args: args | dict(g=np.zeros_like(args["g"])),
         "strong everywhere": lambda args: args | dict(g=np.full_like(args["g"], -30.0)),

@@ -3,10 +3,10 @@
 import formulas
 import numpy as np
 from formulas import sigmoid, silu
+from layers_table import D, Layer
 
 from jla.linen import GatedSlotAttention
 
-D = 24
 PLAIN = dict(num_heads=2, key_dim=16)
 GROUPED = dict(
     num_heads=4,
@@ -60,7 +60,7 @@ def definition(options, p, x):
     return np.reshape(outputs, x.shape), cache
 
 
-GSA = dict(
+GSA = Layer(
     name="gsa",
     module=GatedSlotAttention,
     cases={
@@ -89,7 +89,6 @@ GSA = dict(
         "g_norm": {"scale": (4, 32)},
         "o_proj": {"kernel": (4, 32, D)},
     },
-    float32_parameters=(),
     cache={
         "hk": (2, 2, 16, 20),
         "hv": (2, 2, 20, 32),
@@ -97,6 +96,10 @@ GSA = dict(
         "k_conv1d": {"inputs": (2, 3, 2, 16)},
         "v_conv1d": {"inputs": (2, 3, 2, 32)},
     },
+    differentiated=("plain", "bare"),
+    padded=("rich", "plain"),
+    size_for_kernels=dict(num_slots=64),
+    slow=("test_a_prefill_and_another_are_one_forward_pass",),
     mistakes=(
         (
             dict(num_key_heads=4),

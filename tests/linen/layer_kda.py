@@ -3,10 +3,10 @@
 import formulas
 import numpy as np
 from formulas import sigmoid, silu
+from layers_table import D, Layer
 
 from jla.linen import KimiDeltaAttention
 
-D = 24
 PLAIN = dict(num_heads=2, key_dim=16)
 GROUPED = dict(
     num_heads=4,
@@ -59,7 +59,7 @@ def definition(options, p, x):
     return np.reshape(outputs, x.shape), cache
 
 
-KDA = dict(
+KDA = Layer(
     name="kda",
     module=KimiDeltaAttention,
     cases={
@@ -95,6 +95,9 @@ KDA = dict(
         "k_conv1d": {"inputs": (2, 3, 2, 16)},
         "v_conv1d": {"inputs": (2, 3, 4, 32)},
     },
+    differentiated=("bounded", "no_convolution"),
+    padded=("rich", "no_convolution"),
+    slow=("test_a_prefill_and_another_are_one_forward_pass",),
     mistakes=(
         (
             dict(num_key_heads=3),

@@ -3,10 +3,10 @@
 import formulas
 import numpy as np
 from formulas import silu
+from layers_table import D, Layer
 
 from jla.linen import LogLinearMamba2
 
-D = 24
 PLAIN = dict(num_heads=2, key_dim=16, num_levels=7)
 GROUPED = dict(num_heads=4, key_dim=16, value_dim=32, num_key_heads=2, num_levels=7)
 
@@ -69,7 +69,7 @@ def definition(options, p, x):
     return y, cache | {"levels": levels, "position": T}
 
 
-LOG_LINEAR = dict(
+LOG_LINEAR = Layer(
     name="log_linear",
     module=LogLinearMamba2,
     cases={
@@ -107,6 +107,9 @@ LOG_LINEAR = dict(
     },
     cache_dtypes={"position": "int32"},
     defaults={"q_proj": (64, 1, 32), "v_proj": (64, 2, 32), "level_proj": (64, 2, 15)},
+    differentiated=("bare",),
+    longest=63,  # seven levels hold 2**6 - 1
+    slow=("test_a_prefill_and_another_are_one_forward_pass",),
     mistakes=(
         (
             dict(num_key_heads=3),

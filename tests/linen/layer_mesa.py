@@ -3,10 +3,10 @@
 import formulas
 import numpy as np
 from formulas import sigmoid, silu
+from layers_table import D, Layer
 
 from jla.linen import MesaNet
 
-D = 24
 PLAIN = dict(num_heads=2, key_dim=16)
 GATED = dict(num_heads=2, key_dim=16, value_dim=32, use_output_gate=True)
 
@@ -50,7 +50,7 @@ def definition(options, p, x):
     return np.reshape(outputs, x.shape), cache
 
 
-MESA = dict(
+MESA = Layer(
     name="mesa",
     module=MesaNet,
     cases={
@@ -80,6 +80,7 @@ MESA = dict(
         "q_conv1d": {"inputs": (2, 3, 2, 16)},
         "k_conv1d": {"inputs": (2, 3, 2, 16)},
     },
+    differentiated=("bare",),
     mistakes=(
         (dict(cg_steps=0), ValueError, "cg_steps must be at least 1, got 0"),
         (dict(cg_steps=1.5), TypeError, "cg_steps must be a Python integer"),

@@ -3,11 +3,10 @@
 import formulas
 import numpy as np
 from formulas import sigmoid
+from layers_table import CAPACITY, D, Layer
 
 from jla.linen import PaTHAttention
 
-D = 24
-CAPACITY = 40  # of layers.empty_cache
 PLAIN = dict(num_heads=2, key_dim=16)
 GATED = dict(
     num_heads=4,
@@ -78,7 +77,7 @@ def definition(options, p, x):
     return np.reshape(outputs, x.shape), cache
 
 
-PATH = dict(
+PATH = Layer(
     name="path",
     module=PaTHAttention,
     cases={
@@ -101,7 +100,6 @@ PATH = dict(
         "k_norm": {"scale": (16,)},
         "o_proj": {"kernel": (4, 32, D)},
     },
-    float32_parameters=(),
     cache={
         "key": (2, 3, 2, 16),
         "value": (2, 3, 2, 32),
@@ -110,6 +108,9 @@ PATH = dict(
         "w_conv1d": {"inputs": (2, 3, 2, 16)},
     },
     cache_dtypes={"value": "bfloat16", "length": "int32"},
+    differentiated=("bare",),
+    longest=CAPACITY,
+    slow=("test_a_prefill_and_another_are_one_forward_pass",),
     mistakes=(
         (
             dict(num_key_heads=4),

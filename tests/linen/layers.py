@@ -1,21 +1,7 @@
 """The layers under test, and how to run them.
 
-A layer joins through one dict in `LAYERS`; no test names one. Its fields:
-
-  name, module: of the layer.
-  cases: name to the module's attributes; "plain" is the simplest, "rich" has grouped heads of
-    unequal sizes and convolutions of 4 taps.
-  definition: (attributes, float64 parameters, x [T, D]) to the output and the cache of one row.
-  centre: the mean of random parameters of a name, where it is not 0.
-  parameters, cache: the shapes that "rich" has; the cache's for two rows, and three tokens.
-  cache_dtypes: of what in the cache is not float32 when the layer computes in bfloat16, the
-    convolutions' inputs aside; there may be none.
-  defaults: the shapes of kernels from 64 inputs and two heads, where nothing else is set, if they
-    are not those that most layers have.
-  float32_parameters: those that `param_dtype` does not touch.
-  mistakes: (attributes beside plain's, exception, pattern of its message).
-
-A case is named "layer-case", for example "kda-plain".
+A layer joins through one `Layer` in `LAYERS`; tests of all layers name none. A case is named
+"layer-case", for example "kda-plain".
 """
 
 import functools
@@ -28,11 +14,11 @@ from layer_gsa import GSA
 from layer_kda import KDA
 from layer_log_linear import LOG_LINEAR
 from layer_mesa import MESA
-from layer_path import CAPACITY, PATH
+from layer_path import PATH
+from layers_table import CAPACITY, D
 
-D = 24
-LAYERS = {entry["name"]: entry for entry in (KDA, GSA, LOG_LINEAR, MESA, PATH)}
-CASES = [f"{name}-{case}" for name, entry in LAYERS.items() for case in entry["cases"]]
+LAYERS = {entry.name: entry for entry in (KDA, GSA, LOG_LINEAR, MESA, PATH)}
+CASES = [f"{name}-{case}" for name, entry in LAYERS.items() for case in entry.cases]
 PLAIN, RICH = ([f"{name}-{case}" for name in LAYERS] for case in ("plain", "rich"))
 each_layer = pytest.mark.parametrize("name", LAYERS)
 
@@ -48,18 +34,29 @@ each_case, each_plain, each_rich = (_each(cases, cases) for cases in (CASES, PLA
 first_plain, rich_first = _each(PLAIN, PLAIN[:1]), _each(CASES, RICH)
 
 
+def each(field):
+    """The cases that a field of the table lists, all quick."""
+    cases = [f"{name}-{case}" for name, entry in LAYERS.items() for case in getattr(entry, field)]
+    return _each(cases, cases)
+
+
+def each_rich_of(test):
+    """The rich cases, those slow that the table says are slow for this test."""
+    return _each(RICH, [case for case in RICH if test not in entry(case).slow])
+
+
 def entry(case):
     return LAYERS[case.split("-")[0]]
 
 
 def options(case):
-    return entry(case)["cases"][case.split("-")[1]]
+    return entry(case).cases[case.split("-")[1]]
 
 
 def layer(case, **more):
     """The layer on "reference", the definition, which also compiles fastest."""
     defaults = dict(implementation="reference", precision="highest")
-    return entry(case)["module"](**defaults | options(case) | more)
+    return entry(case).module(**defaults | options(case) | more)
 
 
 def normal(seed, *shape):
@@ -77,7 +74,7 @@ def parameters(case):
     """Random parameters of a case."""
     leaves, tree = jax.tree.flatten_with_path(init_shapes(case, 1)["params"])
     values = [
-        entry(case)["centre"].get(path[-1].key, 0.0) + 0.2 * normal(10 + i, *leaf.shape)
+        entry(case).centre.get(path[-1].key, 0.0) + 0.2 * normal(10 + i, *leaf.shape)
         for i, (path, leaf) in enumerate(leaves)
     ]
     return jax.tree.unflatten(tree, values)
@@ -124,7 +121,7 @@ def numpy_layer(case, x, params=None):
     axis."""
     params = parameters(case) if params is None else params
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-    return entry(case)["definition"](options(case), params, np.asarray(x, np.float64))
+    return entry(case).definition(options(case), params, np.asarray(x, np.float64))
 
 
 def row_of(tree, row):

@@ -31,7 +31,7 @@ def test_init_makes_an_empty_cache(case):
     module = layer(case, decode=True, kernel_init=nn.initializers.constant(0.1))
     x = normal(0, 2, 3, D)
     cache = jax.jit(lambda key: module.init(key, x)["cache"])(jax.random.key(0))
-    assert jax.tree.map(jnp.shape, cache) == entry(case)["cache"]
+    assert jax.tree.map(jnp.shape, cache) == entry(case).cache
     chex.assert_trees_all_equal(cache, jax.tree.map(jnp.zeros_like, cache))
 
 

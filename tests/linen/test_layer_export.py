@@ -5,7 +5,17 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import export
-from layers import RICH, D, _each, close, each_rich, empty_cache, forward, layer, normal, parameters
+from layers import (
+    D,
+    close,
+    each_rich,
+    each_rich_of,
+    empty_cache,
+    forward,
+    layer,
+    normal,
+    parameters,
+)
 
 
 @functools.cache
@@ -33,7 +43,7 @@ def test_exports(case):
 
 
 # tests/contract compares the values of every mechanism.
-@_each(RICH, ["mesa-rich"])
+@each_rich_of("test_a_prefill_and_another_are_one_forward_pass")
 def test_a_prefill_and_another_are_one_forward_pass(case):
     cache, call = exported(case)
     x = normal(2, 2, 37, D)

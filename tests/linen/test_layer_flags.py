@@ -60,7 +60,7 @@ def test_x64_changes_no_dtype(case, implementation):
     "name",
     [
         # The others have no longest sequence.
-        pytest.param(name, marks=[] if "position" in entry["cache"] else pytest.mark.slow)
+        pytest.param(name, marks=[] if "position" in entry.cache else pytest.mark.slow)
         for name, entry in LAYERS.items()
     ],
 )

@@ -13,6 +13,7 @@ from layers import (
     D,
     advance,
     close,
+    each,
     each_rich,
     empty_cache,
     forward,
@@ -25,23 +26,10 @@ from layers import (
 )
 
 LENGTHS = (0, 1, 2, 5, 9, 11)
-# With convolutions, and without.
-each_kind = pytest.mark.parametrize(
-    "case",
-    [
-        "kda-rich",
-        "kda-no_convolution",
-        "gsa-rich",
-        "gsa-plain",
-        "log_linear-rich",
-        "mesa-rich",
-        "path-rich",
-    ],
-)
 
 
 @pytest.mark.parametrize("pattern", ["left", "right", "scattered"])
-@each_kind
+@each("padded")
 def test_padding_is_as_good_as_absent(case, pattern):
     mask = padding(pattern, LENGTHS, 11)
     real = np.asarray(mask)
@@ -129,7 +117,7 @@ def pieces(x):
         yield row, np.split(np.asarray(x[row]), np.cumsum(lengths)[:-1])
 
 
-@each_kind
+@each("padded")
 def test_packed_is_separate(case):
     x = normal(5, 2, 13, D)
     y, cache = advance(case, parameters(case), empty_cache(case, 2), x, segment_ids=IDS)

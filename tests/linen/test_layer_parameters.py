@@ -26,16 +26,15 @@ from layers import (
 @each_rich
 def test_parameter_tree(case):
     params = init_shapes(case, 1)["params"]
-    assert jax.tree.map(jnp.shape, params) == entry(case)["parameters"]
+    assert jax.tree.map(jnp.shape, params) == entry(case).parameters
     chex.assert_type(jax.tree.leaves(params), jnp.float32)
 
 
 @each_layer
 def test_defaults_come_from_the_input(name):
-    module = LAYERS[name]["module"](num_heads=2)
+    module = LAYERS[name].module(num_heads=2)
     params = jax.eval_shape(module.init, jax.random.key(0), normal(0, 1, 4, 64))["params"]
-    usual = {"q_proj": (64, 2, 32), "v_proj": (64, 2, 32), "o_proj": (2, 32, 64)}
-    for projection, shape in LAYERS[name].get("defaults", usual).items():
+    for projection, shape in LAYERS[name].defaults.items():
         chex.assert_shape(params[projection]["kernel"], shape)
 
 
@@ -44,7 +43,7 @@ def test_no_convolution_has_no_convolution(case):
     for conv_size in (None, 0):
         module = layer(case, conv_size=conv_size, decode=True)
         variables = jax.eval_shape(module.init, jax.random.key(0), normal(0, 1, 4, D))
-        without = {n: x for n, x in entry(case)["cache"].items() if "conv" not in n}
+        without = {n: x for n, x in entry(case).cache.items() if "conv" not in n}
         assert not [n for n in variables["params"] if "conv" in n]
         assert set(variables["cache"]) == set(without)
 
@@ -54,7 +53,7 @@ def test_kernel_init_reaches_every_projection(case):
     module = layer(case, kernel_init=nn.initializers.constant(0.25))
     params = jax.jit(module.init)(jax.random.key(0), normal(0, 1, 4, D))["params"]
     kernels = {name: p["kernel"] for name, p in params.items() if "_proj" in name}
-    assert set(kernels) == {name for name in entry(case)["parameters"] if "_proj" in name}
+    assert set(kernels) == {name for name in entry(case).parameters if "_proj" in name}
     for kernel in kernels.values():
         assert np.all(np.asarray(kernel) == 0.25)
 
@@ -64,7 +63,7 @@ def test_param_dtype_is_that_of_all_parameters_but_the_gates_own(case):
     module, x = layer(case, param_dtype=jnp.bfloat16), normal(0, 1, 4, D).astype(jnp.bfloat16)
     variables = jax.eval_shape(module.init, jax.random.key(0), x)
     params = dict(variables["params"])
-    gates = [params.pop(name) for name in entry(case)["float32_parameters"]]
+    gates = [params.pop(name) for name in entry(case).float32_parameters]
     chex.assert_type(gates, jnp.float32)
     chex.assert_type(jax.tree.leaves(params), jnp.bfloat16)
     chex.assert_type(jax.eval_shape(module.apply, variables, x), jnp.bfloat16)
@@ -152,8 +151,8 @@ MISTAKES = (
 
 
 def mistakes():
-    for name, fields in LAYERS.items():
-        own = [(options, {}, *rest) for options, *rest in fields["mistakes"]]
+    for name, row in LAYERS.items():
+        own = [(options, {}, *rest) for options, *rest in row.mistakes]
         for values in (*MISTAKES, *own):
             yield pytest.param(f"{name}-plain", *values)
 
@@ -191,7 +190,7 @@ def test_a_cache_of_another_dtype_is_refused_by_name(case):
         return module.apply(variables | {"cache": cache}, x, mutable=["cache"])
 
     leaves, tree = jax.tree.flatten_with_path(variables["cache"])
-    assert len(leaves) == len(jax.tree.leaves(entry(case)["cache"], is_leaf=is_shape))
+    assert len(leaves) == len(jax.tree.leaves(entry(case).cache, is_leaf=is_shape))
     for i, (path, _) in enumerate(leaves):
         cache = tree.unflatten([other_dtype(x) if i == j else x for j, (_, x) in enumerate(leaves)])
         name = "/".join(key.key for key in path)
@@ -206,7 +205,7 @@ def is_shape(x):
 @each_rich
 def test_gate_parameters_of_another_dtype_are_refused_by_name(case):
     module, params = layer(case), parameters(case)
-    for name in entry(case)["float32_parameters"]:
+    for name in entry(case).float32_parameters:
         changed = params | {name: other_dtype(params[name])}
         with pytest.raises(TypeError, match=f"the parameter {name} must be float32.*got bfloat16"):
             jax.eval_shape(lambda p: module.apply({"params": p}, X), changed)

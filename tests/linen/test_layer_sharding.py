@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from layers import RICH, layer
+from layers import RICH, entry, layer
 
 import jla.pallas
 from jla import _dispatch
@@ -89,7 +89,7 @@ def test_traces_where_types_carry_shardings(
 
     A prefill has a mask and segments.
     """
-    options = SIZES | (dict(num_slots=64) if case == "gsa-rich" else {})
+    options = SIZES | entry(case).size_for_kernels
     decoding = layer(case, decode=True, **options)
     made = jax.eval_shape(decoding.init, jax.random.key(0), jnp.zeros((B, T, D), jnp.bfloat16))
     params = placed(mesh, made["params"], (), by_heads)

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from layers import (
     D,
     close,
+    each,
     each_case,
     each_rich,
     entry,
@@ -45,7 +45,7 @@ def test_bfloat16(case):
     convolutions = [cache.pop(name)["inputs"] for name in list(cache) if "conv1d" in name]
     assert convolutions
     chex.assert_type(convolutions, jnp.bfloat16)
-    for name, dtype in entry(case).get("cache_dtypes", {}).items():
+    for name, dtype in entry(case).cache_dtypes.items():
         chex.assert_type(cache.pop(name), jnp.dtype(dtype))
     chex.assert_type(jax.tree.leaves(cache), jnp.float32)  # the state
     cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables["cache"])
@@ -56,18 +56,7 @@ def test_bfloat16(case):
     close(y, exact, 3e-2)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "kda-bounded",
-        "kda-no_convolution",
-        "gsa-plain",
-        "gsa-bare",
-        "log_linear-bare",
-        "mesa-bare",
-        "path-bare",
-    ],
-)
+@each("differentiated")
 def test_gradients_are_finite_and_reach_every_parameter(case):
     x, target = normal(2, 2, 21, D), normal(3, 2, 21, D)
     # A token of zeros has a query and a key of zeros without the convolution.
