@@ -57,7 +57,7 @@ def test_is_the_formula(sizes, options):
 @pytest.mark.parametrize("silu_twice", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("H, D", [(6, 128), (1, 128), (2, 64), (1, 256), (2, 96)])
-def test_is_the_formula_on_the_card(H, D, normalize, silu_twice):
+def test_is_the_formula_on_a_gpu(H, D, normalize, silu_twice):
     """Also where one token's channels lie right behind another's, and the last tile is not full."""
     options = dict(normalize=normalize, silu_twice=silu_twice)
     check(contextlib.nullcontext, dict(B=3, T=300, H=H, D=D, W=4), options)
