@@ -1,7 +1,7 @@
 """Argument checks shared by the public functions: one message form for every mechanism.
 
 Every message names the function, the argument, the value received and the values accepted
-(API.md, clause 9).
+("Wrong arguments raise" in docs/contract.md).
 """
 
 import functools

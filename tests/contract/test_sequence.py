@@ -1,4 +1,5 @@
-"""Clauses 3, 4 and 5: causality, states that go on, packed segments."""
+"""Along a sequence, from docs/contract.md: causal to the bit, NaN stays where it is, split is
+whole, decode is forward, packed is separate."""
 
 import functools
 
