@@ -20,7 +20,6 @@ f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 # A wgmma accumulator's layout, and the layouts of a vector along its rows or along its columns.
 WGMMA_LAYOUT = plgpu.Layout.WGMMA
-TILE = WGMMA_LAYOUT  # its old name, which path_attention still has
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 WGMMA_TRANSPOSED_LAYOUT = plgpu.Layout.WGMMA_TRANSPOSED

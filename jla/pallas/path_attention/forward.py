@@ -34,7 +34,7 @@ from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.mosaic import (
     PER_COLUMN,
     PER_ROW,
-    TILE,
+    WGMMA_LAYOUT,
     bf16,
     f16,
     f32,
@@ -273,6 +273,6 @@ def own_exp2(own, tops, chunk, minus):
         return jnp.exp2(load(own.at[i], optimized=False) + per_row(top - minus, ROWS))
 
     def nothing():
-        return plgpu.layout_cast(jnp.zeros((ROWS, ROWS), f32), TILE)
+        return plgpu.layout_cast(jnp.zeros((ROWS, ROWS), f32), WGMMA_LAYOUT)
 
     return jnp.concatenate([block(chunk), lax.cond(chunk == 1, lambda: block(2), nothing)], 1)

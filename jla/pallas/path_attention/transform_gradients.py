@@ -35,7 +35,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.chunks import CHUNK
-from jla.pallas.common.mosaic import PER_ROW, TILE, f16, f32, load, per_row, product
+from jla.pallas.common.mosaic import PER_ROW, WGMMA_LAYOUT, f16, f32, load, per_row, product
 from jla.pallas.common.scratch import barrier_for, fetch
 from jla.pallas.path_attention import levels
 from jla.pallas.path_attention.backward import LEAST
@@ -193,7 +193,7 @@ def _of_block(block, leaves):
     load_next(block, 0, STAGES - 1)
     refs = block.refs
     unit = jnp.where(block.is_left, refs.q_unit[block.b, block.h], refs.k_unit[block.b, block.h])
-    nothing = plgpu.layout_cast(jnp.zeros((CHUNK, refs.left.shape[-1]), f32), TILE)
+    nothing = plgpu.layout_cast(jnp.zeros((CHUNK, refs.left.shape[-1]), f32), WGMMA_LAYOUT)
     has_parent = jnp.minimum(block.base, 1)
     sums = (nothing,) * block.parts
     sums = lax.fori_loop(0, has_parent, lambda *_: from_above(block, unit), sums)
