@@ -61,7 +61,7 @@ def _unused(state, number):
 
 
 def _fill(args):
-    """Every row goes on from where its tokens are the last that the levels serve."""
+    """Every row continues from where its tokens are the last that the levels serve."""
     T, L = args["level_scales"].shape[1::2]
     state, position, level = args["initial_state"], 2 ** (L - 1) - T, np.arange(L)
     used = (level > 0) & (position >> np.maximum(level - 1, 0)) % 2 == 1

@@ -2,8 +2,8 @@
 
 A thread has four channels of a head and walks along a stream of tokens, with the last W - 1 of them
 in registers. A warpgroup walks along four streams of 128 channels (or 256) that follow one another;
-TMA loads each of them with the tokens around it that it needs, so that threads
-share no data, and none waits.
+TMA loads each of them with the tokens around it that it needs. Threads share no data, so no
+synchronisation is needed.
 
 Nothing but the inputs is kept for the backward pass, which makes the rest again on its way. Behind
 token t it knows the gradients that token t - (W - 1) is still missing.
@@ -246,7 +246,7 @@ def _pad(taps, channels):
 
 def _whole(channels):
     """All channels of a head, and those that it lacks: TMA loads zeros there and stores nothing."""
-    # A start that JAX does not know, for it refuses a slice that is seen to be out of bounds.
+    # A start that JAX does not know: it refuses a slice that it knows to be out of bounds.
     return pl.ds(lax.axis_index("h") * 0, channels)
 
 
@@ -310,7 +310,7 @@ def _weighted(taps, window):
 
 
 def _silus(x, silu_twice):
-    """Of each SiLU in turn, of what it is given: sigmoid(x), 1 - sigmoid(x) and silu(x)."""
+    """For each SiLU in turn, with x its input: sigmoid(x), 1 - sigmoid(x) and silu(x)."""
     silus = []
     for _ in range(1 + silu_twice):
         gate = mosaic.sigmoid(x)

@@ -248,7 +248,7 @@ def send(leaf, rows, acc, top, total):
     """o = acc / total, by way of the values' tile, and the log-sum-exp."""
     refs = leaf.refs
     mosaic.hand_back(refs.done)
-    plgpu.barrier_wait(refs.done)  # nobody reads values any more: there is room for o
+    plgpu.barrier_wait(refs.done)  # all values are read: o can take their place
     so = refs.sv.at[0, pl.ds(leaf.wg * ROWS, ROWS)]
     so[...] = (acc / per_row(total, refs.sv.shape[-1])).astype(bf16)
     plgpu.commit_smem()

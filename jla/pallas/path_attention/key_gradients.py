@@ -159,7 +159,7 @@ class Done(NamedTuple):
 
 
 class Level(NamedTuple):
-    """A level: who has queries for the leaf's keys."""
+    """A level: which leaves have queries for the leaf's keys."""
 
     m: Any
     first: Any  # leaf of the right sibling

@@ -180,7 +180,7 @@ def meet(leaf):
 
 
 def load_inputs(leaf):
-    """W, beta W, K, Q in registers, for they are converted; -N of the chunks, dO in SMEM."""
+    """W, beta W, K, Q in registers, because they are converted; -N of the chunks, dO in SMEM."""
     refs = leaf.refs
     refs.zeros[leaf.wg] = jnp.int32(0)
     plgpu.commit_smem()
@@ -336,7 +336,7 @@ def make_xyz(leaf, of_z, of_x):
 
 
 def keep_xyz(leaf, minus_x, y, minus_z):
-    """-X, Y and -Z to SMEM; nobody reads dQ there any more."""
+    """-X, Y and -Z to SMEM, over dQ, which has been read."""
     at = meet(leaf)
     put_block(at, leaf.lower, minus_z)
     put(at, leaf.first, minus_x)

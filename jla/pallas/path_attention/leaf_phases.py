@@ -123,7 +123,7 @@ def of_keys(own):
     m = make_mc(own, w, strength)
     make_mw(own, m)
     make_keys(own)
-    # After this nobody needs the inverses, and the first chunk writes by their tiles.
+    # After this the inverses are no longer needed, and the first chunk writes over their tiles.
     plgpu.barrier_wait(refs.mw_made.at[1 - own.number])
     version = levels.first_key(own.leaf, own.leaves)
 

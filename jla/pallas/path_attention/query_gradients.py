@@ -74,8 +74,8 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, after
       lse, delta: the log-sum-exp and the sum of do o, [B, HQ, 128 P] float32.
       unit: [B, H] float32, with which no ds leaves float16's range.
       transforms: H of all blocks [B, H, blocks, K, K] float16, see `levels.block_counts`.
-      after: an array that is not read. It comes of the last other kernel that reads own: so XLA
-        knows that own may be overwritten.
+      after: an array that is not read: a result of the last other kernel that reads own, so that
+        XLA knows that own may be overwritten.
 
     Returns:
       unit * dq in two parts, [B, HQ, R, K] float16 and [B, HQ, R] float32; unit * (ds of the own

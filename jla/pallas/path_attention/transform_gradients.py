@@ -58,7 +58,7 @@ def transform_gradients(queries, dqueries, keys, dkeys, transforms, leaves):
     Returns:
       In two parts, [B, H, blocks, K, K] float16 of at most 1, in the memory of the transforms, and
       a float32 factor for each, [B, H, blocks]. The first part of a block's is where its sibling's
-      H was, see `levels.beside`, for nobody else reads that H.
+      H was, see `levels.beside`: nothing else reads that H.
     """
     B, H, blocks = transforms.shape[:3]
     if leaves == 1:  # no version is written
@@ -154,7 +154,7 @@ def _block(refs, level, n, leaves, group):
     b, h = (lax.axis_index(name) for name in ("b", "h"))
     blocks = levels.block_counts(leaves)
     pair, pairs = lax.div(n, jnp.int32(2)), levels.count(blocks, level + 1)
-    # A left half's gradient comes of its sibling's queries, a right half's of its keys.
+    # A left half's gradient depends on its sibling's queries, a right half's on its keys.
     is_left = lax.rem(n, jnp.int32(2)) == 0
     sibling = jnp.where(is_left, 2 * pair + 1, 2 * pair)
     leaf = lax.shift_left(sibling, level)
