@@ -69,6 +69,8 @@ PALLAS = Backend(
         # `test_packed_is_the_definition` has segments of one token, alone and several together.
         "test_every_token_its_own_segment",
         "test_good_inputs_make_no_nan",
+        # The small cases have one row, and this wants two.
+        "test_nan_in_one_row_stays_there",
         "test_values_under_x64",
     ),
 )
