@@ -13,7 +13,8 @@ from benchmarks.mechanisms import MECHANISMS, segment_borders
 f32 = jnp.float32
 # The hardware's generator: it compiles in a moment.
 key = functools.partial(jax.random.key, impl="unsafe_rbg")
-# The contract's limits for bfloat16 inputs (API.md, clause 1): values, gradients.
+# The limits for bfloat16 inputs, of values and of gradients: "Equal to the definition" in
+# docs/contract.md.
 VALUE_LIMIT, GRADIENT_LIMIT = 1e-2, 2e-2
 # Inputs of one timed loop are at least this large together; an H200's L2 holds 60 MB.
 LARGER_THAN_L2 = 200e6

@@ -1,4 +1,4 @@
-"""jla: linear attention for JAX, at the speed of the card."""
+"""Fast linear attention for JAX: pure functions, flax layers, GPU kernels."""
 
 import importlib
 from typing import TYPE_CHECKING

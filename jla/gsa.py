@@ -38,28 +38,23 @@ def gsa(
     segment_ids: SegmentIds | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, GSAState]:
-    r"""Gated Slot Attention: softmax attention over M slots that forget and are written to.
+    """Gated Slot Attention: softmax attention over M slots that forget and are written to.
 
-    Every key/value head keeps the slots' keys :math:`H^k \in R^{K \times M}` and values
-    :math:`H^v \in R^{M \times V}`, zero at first. Token by token
+    Every key/value head keeps the slots' keys Hk [K, M] and values Hv [M, V], zero at first. Token
+    by token
 
-    .. math::
-      H^k &\leftarrow H^k\, \mathrm{Diag}(\exp g_t) + k_t s_t^\top, \quad
-      H^v \leftarrow \mathrm{Diag}(\exp g_t)\, H^v + s_t v_t^\top \\
-      p_t &= \mathrm{softmax}_M(\mathrm{scale} \cdot {H^k}^\top q_t), \quad
-      o_t = {H^v}^\top p_t
+        Hk <- Hk Diag(exp g_t) + k_t s_t^T;   p_t = softmax_M(scale Hk^T q_t)
+        Hv <- Diag(exp g_t) Hv + s_t v_t^T;   o_t = Hv^T p_t
 
-    With `s = 1 - exp(g)`, as the paper has it and the layer makes it, a slot holds a weighted mean
-    of what was written to it; the function takes any s.
+    With `s = 1 - exp(g)`, as in the paper and in the layer, a slot holds a weighted mean of what
+    was written to it; the function takes any s.
 
-    Without `g` it is ABC (Attention with Bounded-memory Control, arXiv 2110.02488): `s` then holds
-    the logits of the writes, each slot's writes are normalised over its past,
+    Without `g` it is ABC (Attention with Bounded-memory Control, arXiv 2110.02488). Then `s` holds
+    the logits of the writes, and each slot's writes are normalised over its past:
 
-    .. math::
-      z_t = \log \sum_{i \le t} \exp s_i, \quad g_t = z_{t-1} - z_t, \quad
-      s_t \leftarrow \exp(s_t - z_t),
+        z_t = log(sum_{i <= t} exp s_i);   g_t = z_{t-1} - z_t;   s_t <- exp(s_t - z_t)
 
-    and a row's or segment's first token has `g = 0`. The state does not hold `z`, so ABC neither
+    The first token of a row or segment has `g = 0`. The state does not hold `z`, so ABC neither
     takes an initial state nor decodes token by token.
 
     Shape letters: `B` batch, `T` time, `HQ` query heads, `H` key/value heads, `K` key dimension,
@@ -67,6 +62,11 @@ def gsa(
 
     Time is axis 1 and heads are axis 2. Transpose arrays [B, H, T, ...] with `x.swapaxes(1, 2)`: if
     no size disagrees, the two orders cannot be told apart, and nothing is raised.
+
+    Example:
+      q = k = v = jnp.ones((2, 8, 4, 16))  # [B, T, H, K]
+      g = jnp.full((2, 8, 4, 16), -0.1)  # [B, T, H, M]
+      o, state = jla.gsa(q, k, v, 1 - jnp.exp(g), g)  # [2, 8, 4, 16]
 
     Args:
       q: queries, [B, T, HQ, K], bfloat16, float16 or float32; HQ is a multiple of H, K is 16 to
@@ -127,7 +127,13 @@ def gsa_step(
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, GSAState]:
-    """One token of :func:`jla.gsa`, for decoding: `T` steps are one run over `T` tokens.
+    """One token of `jla.gsa`, for decoding: `T` steps are one run over `T` tokens.
+
+    Example:
+      q = k = v = jnp.ones((2, 4, 16))
+      g = jnp.full((2, 4, 32), -0.1)  # 32 slots
+      state = jla.GSAState(jnp.zeros((2, 4, 16, 32)), jnp.zeros((2, 4, 32, 16)))
+      o, state = jla.gsa_step(q, k, v, 1 - jnp.exp(g), g, state)  # [2, 4, 16]
 
     Args:
       q: query, [B, HQ, K], bfloat16, float16 or float32.

@@ -45,24 +45,28 @@ def kda(
     segment_ids: SegmentIds | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, KDAState]:
-    r"""Kimi Delta Attention: the delta rule with one decay per key channel.
+    """Kimi Delta Attention: the delta rule with one decay per key channel.
 
-    Every value head keeps a state :math:`S \in R^{K \times V}`, zero at first. Token by token
+    Every value head keeps a state S [K, V], zero at first. Token by token
 
-    .. math::
-      S &\leftarrow \mathrm{Diag}(\exp g_t)\, S \\
-      S &\leftarrow S + \beta_t\, k_t\, (v_t - S^\top k_t)^\top \\
-      o_t &= \mathrm{scale} \cdot S^\top q_t
+        S <- Diag(exp g_t) S
+        S <- S + beta_t k_t (v_t - S^T k_t)^T
+        o_t = scale S^T q_t
 
-    `q` and `k` are used as they come: normalise them first (the layer does, with the l2 norm), and
-    make the gates with :func:`jla.kda_gate`. With `|k| = 1` and `0 <= beta <= 1` the state cannot
-    grow; `beta` up to 2 allows negative eigenvalues.
+    Normalise `q` and `k` first (the layer does, with the l2 norm), and make `g` with
+    `jla.kda_gate`. With `|k| = 1` and `0 <= beta <= 1` the state cannot grow; `beta` up to 2 allows
+    negative eigenvalues.
 
     Shape letters: `B` batch, `T` time, `H` key heads, `HV` value heads, `K` key dimension, `V`
     value dimension. Value head `j` uses key head `j // (HV // H)`.
 
     Time is axis 1 and heads are axis 2. Transpose arrays [B, H, T, ...] with `x.swapaxes(1, 2)`: if
     no size disagrees, the two orders cannot be told apart, and nothing is raised.
+
+    Example:
+      q = k = jnp.full((2, 8, 4, 16), 0.25)  # [B, T, H, K], rows of length 1
+      v, g = jnp.ones((2, 8, 4, 16)), jnp.full((2, 8, 4, 16), -0.1)
+      o, state = jla.kda(q, k, v, g, beta=jnp.ones((2, 8, 4)))  # [2, 8, 4, 16], [2, 4, 16, 16]
 
     Args:
       q: queries, [B, T, H, K], bfloat16, float16 or float32. K is 16 to 256.
@@ -111,7 +115,13 @@ def kda_step(
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, KDAState]:
-    """One token of :func:`jla.kda`, for decoding: `T` steps are one run over `T` tokens.
+    """One token of `jla.kda`, for decoding: `T` steps are one run over `T` tokens.
+
+    Example:
+      q = k = jnp.full((2, 4, 16), 0.25)
+      v, g, beta = jnp.ones((2, 4, 16)), jnp.full((2, 4, 16), -0.1), jnp.ones((2, 4))
+      state = jnp.zeros((2, 4, 16, 16))
+      o, state = jla.kda_step(q, k, v, g, beta, state)  # [2, 4, 16], [2, 4, 16, 16]
 
     Args:
       q: query, [B, H, K], bfloat16, float16 or float32.
@@ -173,15 +183,19 @@ def _check_values(
 def kda_gate(
     g: RawGates, A_log: GateRates, dt_bias: GateBiases, *, lower_bound: float | None = None
 ) -> jax.Array:
-    r"""Makes KDA's natural-log decays from a layer's raw gate projection, in float32.
+    """Makes KDA's natural-log decays from a layer's decay projection, in float32:
 
-    .. math::
-      -\exp(A) \cdot \mathrm{softplus}(g + \mathrm{dt\_bias})
-      \quad\text{or, with a bound,}\quad
-      \mathrm{lower\_bound} \cdot \mathrm{sigmoid}(\exp(A) \cdot (g + \mathrm{dt\_bias}))
+        -exp(A_log) softplus(g + dt_bias)
+        lower_bound sigmoid(exp(A_log) (g + dt_bias))      with a lower bound
+
+    Example:
+      f = jnp.ones((2, 8, 4, 16))  # [B, T, HV, K], a layer's projection
+      A_log, dt_bias = jnp.zeros(4), jnp.zeros((4, 16))
+      g = jla.kda_gate(f, A_log, dt_bias)  # [2, 8, 4, 16]
+      g = jla.kda_gate(f, A_log, dt_bias, lower_bound=-5.0)  # -5 to 0
 
     Args:
-      g: raw gates, [..., HV, K], any supported float dtype.
+      g: the projection, [..., HV, K], any supported float dtype.
       A_log: [HV], float32.
       dt_bias: [HV, K], float32.
       lower_bound: None, or a negative Python number: the strongest log decay a token can have.

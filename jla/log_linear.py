@@ -39,27 +39,35 @@ def log_linear_attention(
     segment_ids: SegmentIds | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, LogLinearState]:
-    r"""Log-linear attention: linear attention that weighs its past by how long ago it was.
+    """Log-linear attention: linear attention that weighs its past by how long ago it was.
 
     Position t, counted from 0, sees its past in the buckets of a Fenwick tree. Level 0 is t itself;
-    level :math:`l \ge 1` exists where bit l - 1 of t is set, and is the :math:`2^{l-1}` positions
-    that end just before t with its l - 1 lowest bits cleared. So the level of an earlier position s
-    is 1 plus the highest bit in which s and t differ. With :math:`\lambda` the level scales
+    level l >= 1 exists where bit l - 1 of t is set, and holds the `2**(l-1)` positions that end
+    just before t with its l - 1 lowest bits cleared. So the level of an earlier position s is 1
+    plus the highest bit in which s and t differ.
 
-    .. math::
-      o_t = \sum_l \lambda_{t,l} \sum_{s \in \mathrm{bucket}_l(t)}
-            \exp(G_t - G_s)\, (q_t \cdot k_s)\, v_s, \qquad G_t = \sum_{i \le t} g_i
+        o_t = sum_l level_scales[t, l] sum_{s in bucket_l(t)} exp(G_t - G_s) (q_t . k_s) v_s
+        G_t = sum_{i <= t} g_i
 
-    Token by token that is a state :math:`S_l \in R^{K \times V}` for each level: they decay by
-    :math:`\exp g_t`, :math:`S_0 = k_t v_t^\top`, the output is
-    :math:`\sum_l \lambda_{t,l}\, S_l^\top q_t`, and then, with n the number of trailing ones in t,
-    levels 0 to n merge (add) into level n + 1.
+    Token by token, each level has a state S_l [K, V]:
+
+        S_l <- exp(g_t) S_l, l >= 1;   S_0 = k_t v_t^T
+        o_t = sum_l level_scales[t, l] S_l^T q_t
+        S_{n+1} <- S_0 + ... + S_n;    S_0, ..., S_n <- 0
+
+    where n is the number of trailing ones in t (level n + 1 was empty).
 
     Shape letters: `B` batch, `T` time, `H` heads, `HK` key heads, `K` key dimension, `V` value
     dimension, `L` levels. Head `j` uses key head `j // (H // HK)`; `HK = 1` is Mamba-2's layout.
 
     Time is axis 1 and heads are axis 2. Transpose arrays [B, H, T, ...] with `x.swapaxes(1, 2)`: if
     no size disagrees, the two orders cannot be told apart, and nothing is raised.
+
+    Example:
+      q = k = jnp.ones((2, 8, 1, 16))  # [B, T, HK, K]
+      v, g = jnp.ones((2, 8, 4, 16)), jnp.full((2, 8, 4), -0.1)
+      scales = jnp.ones((2, 8, 4, 15))  # 15 levels serve 16384 tokens
+      o, state = jla.log_linear_attention(q, k, v, g, scales)  # [2, 8, 4, 16]
 
     Args:
       q: queries, [B, T, HK, K], bfloat16, float16 or float32; H is a multiple of HK, K is 16 to
@@ -133,7 +141,13 @@ def log_linear_step(
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, LogLinearState]:
-    """One token of :func:`jla.log_linear_attention`, for decoding: `T` steps are one run.
+    """One token of `jla.log_linear_attention`, for decoding: `T` steps are one run.
+
+    Example:
+      q = k = jnp.ones((2, 1, 16))
+      v, g = jnp.ones((2, 4, 16)), jnp.full((2, 4), -0.1)
+      state = jla.LogLinearState(jnp.zeros((2, 4, 15, 16, 16)), jnp.zeros(2, jnp.int32))
+      o, state = jla.log_linear_step(q, k, v, g, jnp.ones((2, 4, 15)), state)  # [2, 4, 16]
 
     Args:
       q: query, [B, HK, K], bfloat16, float16 or float32.

@@ -43,48 +43,47 @@ def mesa_net(
     segment_ids: SegmentIds | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, MesaState]:
-    r"""MesaNet: every token reads the ridge regression of the past values on the past keys.
+    """MesaNet: every token reads the ridge regression of the past values on the past keys.
 
-    Every head keeps :math:`H^{kk} \in R^{K \times K}` and :math:`H^{kv} \in R^{K \times V}`, zero
-    at first. Token by token
+    Every head keeps Hkk [K, K] and Hkv [K, V], zero at first. Token by token
 
-    .. math::
-      H^{kk} &\leftarrow \exp(g_t)\, H^{kk} + \beta_t\, k_t k_t^\top, \quad
-      H^{kv} \leftarrow \exp(g_t)\, H^{kv} + \beta_t\, k_t v_t^\top \\
-      x_t &= (H^{kk} + \mathrm{Diag}(\lambda))^{-1} q_t, \quad
-      o_t = {H^{kv}}^\top x_t
+        Hkk <- exp(g_t) Hkk + beta_t k_t k_t^T;   Hkv <- exp(g_t) Hkv + beta_t k_t v_t^T
+        x_t = (Hkk + Diag(lamb))^-1 q_t;          o_t = Hkv^T x_t
 
-    `q` and `k` are used as they come: normalise them first (the layer does, with the l2 norm).
+    Normalise `q` and `k` first (the layer does, with the l2 norm).
 
     "reference" solves exactly. The others run conjugate gradients in float32, from zero, with
-    :math:`\Lambda = \mathrm{Diag}(\lambda)` as preconditioner. A token stops when its own residual
-    r is small,
+    Diag(lamb) as preconditioner. A token stops when its own residual r is small,
 
-    .. math::
-      \sqrt{r^\top \Lambda^{-1} r} \le \mathrm{tol} \cdot \sqrt{q_t^\top \Lambda^{-1} q_t},
+        sqrt(sum(r**2 / lamb)) <= tol sqrt(sum(q_t**2 / lamb)),
 
     or after `cg_steps` iterations; tol is 1e-6 for float32 inputs, and for bfloat16 and float16 it
-    is 1e-4 in "xla", 5e-4 in "pallas". No token's result depends on its neighbours' stopping.
+    is 1e-4 in "xla", 5e-4 in "pallas". No token's result depends on where its neighbours stop.
     Gradients are those of the solution (by the implicit function theorem), not of the iterations:
     they take one more solve with the same matrix and the same `cg_steps`. docs/mesa_net.md measures
-    what error remains.
+    the error that remains.
 
-    "pallas" holds :math:`k_t / \sqrt\lambda` and :math:`v_t` in float16, whatever the inputs are:
-    elements beyond 65504 in magnitude are taken as 65504 there, and elements below 6e-5 keep fewer
-    digits, below 3e-8 none. "xla" has float32's range. docs/mesa_net.md says more.
+    "pallas" holds `k_t / sqrt(lamb)` and `v_t` in float16, whatever the inputs' dtype: elements
+    beyond 65504 in magnitude become 65504 there, and elements below 6e-5 keep fewer digits, below
+    3e-8 none. "xla" has float32's range. docs/mesa_net.md says more.
 
-    The matrix must be positive definite for this: every `lamb` above zero, every `beta` at least
-    zero, and `initial_state.kk` symmetric without negative eigenvalues. A head with any `lamb` that
-    is not above zero raises outside of jit and other transformations. Inside, all outputs of that
-    head are NaN, and all gradients through them, in every implementation; its state does not depend
+    The matrix must be positive definite: every `lamb` above zero, every `beta` at least zero, and
+    `initial_state.kk` symmetric without negative eigenvalues. Outside of jit and other
+    transformations, a `lamb` that is not above zero raises. Inside, all outputs of its head are
+    NaN, and all gradients through them, in every implementation; the head's state does not depend
     on `lamb` and is right, and so are the other heads. A negative `beta` or eigenvalue is not
-    looked for (:func:`jla.checking` finds a negative `beta`): the outputs are then numbers without
-    meaning.
+    detected (`jla.checking` finds a negative `beta`): the outputs then have no meaning.
 
     Shape letters: `B` batch, `T` time, `H` heads, `K` key dimension, `V` value dimension.
 
     Time is axis 1 and heads are axis 2. Transpose arrays [B, H, T, ...] with `x.swapaxes(1, 2)`: if
     no size disagrees, the two orders cannot be told apart, and nothing is raised.
+
+    Example:
+      q = k = jnp.full((2, 8, 4, 16), 0.25)  # [B, T, H, K], rows of length 1
+      v, g = jnp.ones((2, 8, 4, 16)), jnp.full((2, 8, 4), -0.1)
+      beta, lamb = jnp.ones((2, 8, 4)), jnp.ones((4, 16))
+      o, state = jla.mesa_net(q, k, v, g, beta, lamb)  # [2, 8, 4, 16]
 
     Args:
       q: queries, [B, T, H, K], bfloat16, float16 or float32. K is 16 to 256.
@@ -95,7 +94,7 @@ def mesa_net(
       lamb: the regression's ridge, [H, K], float32, `lamb > 0`. The smaller it is beside the
         eigenvalues of Hkk, the more iterations it takes.
       cg_steps: the most iterations of conjugate gradients, a Python integer of at least 1;
-        "reference" has no use for it.
+        "reference" ignores it.
       initial_state: the state before the first token, `MesaState(kk, kv)`, [B, H, K, K] and
         [B, H, K, V], float32; zeros if None. With `segment_ids` it belongs to each row's first
         segment.
@@ -144,7 +143,13 @@ def mesa_step(
     cg_steps: int = 30,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, MesaState]:
-    """One token of :func:`jla.mesa_net`, for decoding: `T` steps are one run over `T` tokens.
+    """One token of `jla.mesa_net`, for decoding: `T` steps are one run over `T` tokens.
+
+    Example:
+      q = k = jnp.full((2, 4, 16), 0.25)
+      v, g, beta = jnp.ones((2, 4, 16)), jnp.full((2, 4), -0.1), jnp.ones((2, 4))
+      state = jla.MesaState(jnp.zeros((2, 4, 16, 16)), jnp.zeros((2, 4, 16, 16)))
+      o, state = jla.mesa_step(q, k, v, g, beta, jnp.ones((4, 16)), state)  # [2, 4, 16]
 
     Args:
       q: query, [B, H, K], bfloat16, float16 or float32.

@@ -77,38 +77,42 @@ def path_attention(
     segment_ids: SegmentIds | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, PathCache | None]:
-    r"""PaTH: causal softmax attention whose position encoding is a product of the tokens' own maps.
+    """PaTH: causal softmax attention whose position encoding is a product of the tokens' own maps.
 
-    Every token has :math:`P_t = I - \beta_t w_t w_t^\top`, a Householder-like map, and between a
-    query and a key lie the maps of all tokens after the key:
+    Every token has a Householder-like map P_t, and between a query and a key lie the maps of all
+    tokens after the key:
 
-    .. math::
-      \mathrm{logit}_{ts} &= \mathrm{scale} \cdot \left(
-        q_t^\top P_t P_{t-1} \cdots P_{s+1}\, k_s + G_t - G_s \right),
-        \quad s \le t, \quad G_t = \sum_{i \le t} g_i \\
-      o_t &= \sum_s \mathrm{softmax}_s(\mathrm{logit}_{ts})\, v_s
+        P_t = I - beta_t w_t w_t^T
+        logit_ts = scale (q_t . (P_t P_{t-1} ... P_{s+1} k_s) + G_t - G_s),   s <= t
+        G_t = sum_{i <= t} g_i
+        o_t = sum_s softmax_s(logit_ts) v_s
 
-    With `g` this is PaTH-FoX, whose gates forget; without, the G are 0. A recurrence says the same:
-    at each token multiply every key so far by :math:`P_t`, append :math:`k_t` and :math:`v_t`, and
-    attend. That is what `cache` holds, and what decoding does (:func:`jla.path_step`).
+    With `g` this is PaTH-FoX, which forgets; without, the G are 0. A recurrence computes the same:
+    at each token multiply every key so far by P_t, append k_t and v_t, and attend. `cache` holds
+    these keys and values, and decoding is this recurrence (`jla.path_step`).
 
-    `w` is used as it comes: its rows must have length 1 (the layer sees to it). With `beta` near 2
-    a map is a reflection, and if w is longer by 1e-3, as rounding to bfloat16 can make it, the keys
-    along it grow by twice as much at each such token: normalise w in float32 and leave it there.
+    The rows of `w` must have length 1 (the layer normalises them). With `beta` near 2 a map is a
+    reflection, and if w is longer by 1e-3, as rounding to bfloat16 can make it, the keys along it
+    grow by twice as much at each such token: normalise w in float32 and leave it there.
 
     Shape letters: `B` batch, `T` time, `HQ` query heads, `H` key/value heads, `K` key dimension,
     `V` value dimension, `S` the cache's capacity. Query head `j` uses key/value head
     `j // (HQ // H)`.
 
-    With `cache` the new tokens follow those in it, row by row, and the cache that comes back has
-    them appended. `segment_ids` cut it as they cut the rest: a border empties the cache, so the one
-    given belongs to a row's first segment, and the one returned holds the last segment alone. A
-    token that finds the cache full is not appended, and no other is overwritten: its output, and
-    those after it, are NaN, and `length` goes on counting. Where the lengths are known, outside of
-    jit, a cache too small raises ValueError instead.
+    With `cache` the new tokens follow those in it, row by row, and the returned cache has them
+    appended. A border of `segment_ids` empties the cache: the given one belongs to a row's first
+    segment, and the returned one holds the last segment alone. A token that finds the cache full is
+    not appended, and no other is overwritten: its output and those after it are NaN, and `length`
+    continues to count. Where the lengths are known, outside of jit, a cache that is too small
+    raises ValueError instead.
 
     Time is axis 1 and heads are axis 2. Transpose arrays [B, H, T, ...] with `x.swapaxes(1, 2)`: if
     no size disagrees, the two orders cannot be told apart, and nothing is raised.
+
+    Example:
+      q = k = v = jnp.ones((2, 8, 4, 16))  # [B, T, H, K]
+      w, beta = jnp.full((2, 8, 4, 16), 0.25), jnp.ones((2, 8, 4))
+      o, _ = jla.path_attention(q, k, v, w, beta)  # [2, 8, 4, 16]
 
     Args:
       q: queries, [B, T, HQ, K], bfloat16, float16 or float32; HQ is a multiple of H, K is 16 to
@@ -118,10 +122,10 @@ def path_attention(
       w: the maps' directions, [B, T, H, K], rows of length 1, float32 or q's dtype; used in
         float32.
       beta: the maps' strengths, [B, T, H], 0 to 2, float32 or q's dtype; used in float32.
-      g: natural-log decays, [B, T, HQ], float32, `g <= 0`; None for none.
-      scale: factor of the logits, gates included, a Python number; `K**-0.5` if None.
+      g: natural-log decays, [B, T, HQ], float32, `g <= 0`; or None.
+      scale: factor of the logits, decays included, a Python number; `K**-0.5` if None.
       cache: the tokens before the first, a `PathCache` (empty for a prefill), with `decay` if and
-        only if there is a g; None for none, and then none is returned.
+        only if there is a g; or None. The returned cache is then None too.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
       implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
         "pallas" (GPU kernels), or None for the fastest that supports these arguments here.
@@ -132,8 +136,8 @@ def path_attention(
     Raises:
       TypeError: an argument is no array or has a dtype that is not listed here, or `cache` is no
         `PathCache`.
-      ValueError: shapes that disagree, K or V outside 16 to 256, a cache that is too small, or that
-        has gates where there is no g or the reverse, an unknown implementation.
+      ValueError: shapes that disagree, K or V outside 16 to 256, a cache that is too small, or with
+        `decay` where there is no g or the reverse, an unknown implementation.
       NotImplementedError: the named implementation cannot do this; the message says what can.
     """
     factor = _check_run(q, k, v, w, beta, g, cache, segment_ids, scale)
@@ -155,9 +159,15 @@ def path_step(
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, PathCache]:
-    """One token of :func:`jla.path_attention`, for decoding: `T` steps are one run over `T` tokens.
+    """One token of `jla.path_attention`, for decoding: `T` steps are one run over `T` tokens.
 
     Multiplies every cached key by this token's map, appends the token and attends to all.
+
+    Example:
+      q = k = v = jnp.ones((2, 4, 16))
+      w, beta = jnp.full((2, 4, 16), 0.25), jnp.ones((2, 4))
+      cache = jla.PathCache.empty(2, capacity=8, heads=4, key_dim=16, value_dim=16)
+      o, cache = jla.path_step(q, k, v, w, beta, None, cache)  # [2, 4, 16]
 
     Args:
       q: query, [B, HQ, K], bfloat16, float16 or float32.
@@ -165,7 +175,7 @@ def path_step(
       v: value, [B, H, V], of q's dtype.
       w: the map's direction, [B, H, K], rows of length 1, float32 or q's dtype.
       beta: the map's strength, [B, H], 0 to 2, float32 or q's dtype.
-      g: natural-log decays, [B, HQ], float32, `g <= 0`; None for none.
+      g: natural-log decays, [B, HQ], float32, `g <= 0`; or None.
       cache: the `PathCache` that `path_attention` or the last step returned, or an empty one.
         Donate it to jit, and it is updated in place. A full one is treated as in `path_attention`.
       scale: as in `path_attention`.

@@ -79,7 +79,7 @@ def test_is_the_formula(sizes):
     ],
     ids=str,
 )
-def test_on_the_card(shape):
+def test_on_a_gpu(shape):
     """Also where the last tile of a batch row is not full, and the next batch row follows."""
     check(contextlib.nullcontext, shape)
 

@@ -85,7 +85,7 @@ def test_is_the_formula(sizes, lower_bound, segments):
     "B, T, HV, K",
     [(16, 4096, 8, 128), (3, 1001, 1, 128), (3, 1001, 3, 64), (3, 1001, 1, 64), (3, 992, 5, 256)],
 )
-def test_is_the_formula_on_the_card(B, T, HV, K, segments, lower_bound):
+def test_is_the_formula_on_a_gpu(B, T, HV, K, segments, lower_bound):
     """Also where the last tile of a batch row is not full, and the next batch row follows."""
     check(contextlib.nullcontext, dict(B=B, T=T, HV=HV, K=K), lower_bound, segments)
 
@@ -201,7 +201,7 @@ def test_with_the_mechanism(sizes, lower_bound, segments):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", [dict(T=4096, H=8, HV=8, K=128, V=128)], ids=str)
-def test_with_the_mechanism_on_the_card(sizes):
+def test_with_the_mechanism_on_a_gpu(sizes):
     args = mechanism_arguments(**sizes)
     got, want = (jax.jit(functools.partial(with_gradients, x))(args) for x in (gated, in_two_steps))
     for ours, theirs in zip(got, want, strict=True):

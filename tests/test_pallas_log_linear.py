@@ -122,7 +122,7 @@ def test_mamba2_lowers_for_cuda():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True])
-def test_mamba2_on_the_card(packed):
+def test_mamba2_on_a_gpu(packed):
     args = mamba2_arguments(2, 4096, H=8, K=128, V=128)
     ids = jnp.cumsum(jax.random.bernoulli(jax.random.key(8), 1e-2, (2, 4096)), axis=1)
     ids = ids if packed else None

@@ -64,7 +64,7 @@ def test_wide_states_up(V, K):
 @pytest.mark.parametrize(
     "sizes, n", [((16, 8, 128, 128), 15), ((1, 3, 128, 64), 511), ((2, 3, 64, 64), 390)]
 )
-def test_states_on_the_card(sizes, n):
+def test_states_on_a_gpu(sizes, n):
     check_states(contextlib.nullcontext, sizes, n)
 
 
@@ -131,7 +131,7 @@ def test_wide_states(V, K):
 @pytest.mark.parametrize(
     "sizes, blocks", [((16, 8, 128, 128), 16), ((1, 3, 128, 64), 512), ((2, 3, 64, 64), 391)]
 )
-def test_on_the_card(sizes, blocks):
+def test_on_a_gpu(sizes, blocks):
     check(contextlib.nullcontext, sizes, blocks, 4)
 
 

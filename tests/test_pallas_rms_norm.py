@@ -114,7 +114,7 @@ def test_is_the_formula(sizes):
 @pytest.mark.parametrize("kind", [None, "sigmoid", "silu"])
 @pytest.mark.parametrize("T", [1024, 1001])
 @pytest.mark.parametrize("D", [64, 128, 256, 384])
-def test_heads_on_the_card(D, T, kind):
+def test_heads_on_a_gpu(D, T, kind):
     """Also where the last tile of a batch row is not full, and the next batch row follows."""
     check(contextlib.nullcontext, (3, T, 5, D), kind=kind)
 
@@ -122,7 +122,7 @@ def test_heads_on_the_card(D, T, kind):
 @pytest.mark.gpu
 @pytest.mark.parametrize("T", [1024, 1001])
 @pytest.mark.parametrize("H, D", [(8, 128), (6, 128), (16, 64), (2, 256)])
-def test_biases_on_the_card(H, D, T):
+def test_biases_on_a_gpu(H, D, T):
     check(contextlib.nullcontext, (3, T, H, D), kind="sigmoid", bias=True)
 
 
@@ -130,7 +130,7 @@ def test_biases_on_the_card(H, D, T):
 @pytest.mark.parametrize("kind", [None, "silu"])
 @pytest.mark.parametrize("T", [1024, 1001])
 @pytest.mark.parametrize("H, row", [(8, 2), (4, 2), (8, 1)])
-def test_activated_inputs_on_the_card(H, row, T, kind):
+def test_activated_inputs_on_a_gpu(H, row, T, kind):
     check(contextlib.nullcontext, (3, T, H, 128), row, kind, input_activation="silu")
 
 
@@ -138,7 +138,7 @@ def test_activated_inputs_on_the_card(H, row, T, kind):
 @pytest.mark.parametrize("kind", [None, "branch", "update"])
 @pytest.mark.parametrize("T", [4096, 1001])
 @pytest.mark.parametrize("D", [768, 1024, 2048])
-def test_tokens_on_the_card(D, T, kind):
+def test_tokens_on_a_gpu(D, T, kind):
     check(contextlib.nullcontext, (4, T, D), kind=kind)
 
 

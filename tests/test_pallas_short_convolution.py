@@ -25,15 +25,15 @@ def arguments(B, T, H, D, W, dtype=bf16):
     return x, small[None, :, None] * normal((T, 2), W, H, D), dy
 
 
-def formula(x, kernel, normalize, silu_twice=False):
+def formula(x, taps, normalize, silu_twice=False):
     """The layer's own form, in x's dtype."""
     options = dict(normalize=normalize, silu_twice=silu_twice, implementation="xla")
-    layer = ShortConvolution(kernel.shape[0], **options)
-    return layer.apply({"params": {"kernel": kernel}}, x)
+    layer = ShortConvolution(taps.shape[0], **options)
+    return layer.apply({"params": {"kernel": taps}}, x)
 
 
-def with_gradients(run, x, kernel, dy):
-    y, vjp = jax.vjp(run, x, kernel)
+def with_gradients(run, x, taps, dy):
+    y, vjp = jax.vjp(run, x, taps)
     return y, *vjp(dy)
 
 
@@ -57,19 +57,19 @@ def test_is_the_formula(sizes, options):
 @pytest.mark.parametrize("silu_twice", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("H, D", [(6, 128), (1, 128), (2, 64), (1, 256), (2, 96)])
-def test_is_the_formula_on_the_card(H, D, normalize, silu_twice):
+def test_is_the_formula_on_a_gpu(H, D, normalize, silu_twice):
     """Also where one token's channels lie right behind another's, and the last tile is not full."""
     options = dict(normalize=normalize, silu_twice=silu_twice)
     check(contextlib.nullcontext, dict(B=3, T=300, H=H, D=D, W=4), options)
 
 
 def check(context, sizes, options):
-    x, kernel, dy = arguments(**sizes)
+    x, taps, dy = arguments(**sizes)
     run = functools.partial(kernels.short_convolution, **options)
     with context():
-        got = jax.jit(functools.partial(with_gradients, run))(x, kernel, dy)
+        got = jax.jit(functools.partial(with_gradients, run))(x, taps, dy)
     run = functools.partial(formula, **options)
-    want = jax.jit(functools.partial(with_gradients, run))(x.astype(f32), kernel, dy.astype(f32))
+    want = jax.jit(functools.partial(with_gradients, run))(x.astype(f32), taps, dy.astype(f32))
     assert [a.dtype for a in got] == [x.dtype, x.dtype, f32]
     for ours, theirs, tolerance in zip(got, want, (3e-3, 3e-3, 1e-5), strict=True):
         for h in range(x.shape[2]):
@@ -78,18 +78,18 @@ def check(context, sizes, options):
 
 def test_the_norms_epsilon():
     """A vector whose squares' sum is 1e-6 is divided by the square root of 2e-6."""
-    x, kernel, _ = arguments(1, 5, 2, 64, 3, f32)
-    y = np.asarray(formula(x, kernel, False), np.float64)
+    x, taps, _ = arguments(1, 5, 2, 64, 3, f32)
+    y = np.asarray(formula(x, taps, False), np.float64)
     squares = np.sum(y**2, axis=-1, keepdims=True)
     assert 1e-7 < np.median(squares[..., 1, :]) < 1e-5
-    close(formula(x, kernel, True), y / np.sqrt(squares + 1e-6), 1e-6)
+    close(formula(x, taps, True), y / np.sqrt(squares + 1e-6), 1e-6)
 
 
 @pytest.mark.parametrize("silu_twice", [False, True])
 def test_wide_heads_lower_for_the_gpu(silu_twice):
-    x, kernel, dy = jax.eval_shape(lambda: arguments(2, 1001, 3, 256, 2))
+    x, taps, dy = jax.eval_shape(lambda: arguments(2, 1001, 3, 256, 2))
     run = functools.partial(kernels.short_convolution, normalize=True, silu_twice=silu_twice)
-    traced = jax.jit(functools.partial(with_gradients, run)).trace(x, kernel, dy)
+    traced = jax.jit(functools.partial(with_gradients, run)).trace(x, taps, dy)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -104,8 +104,8 @@ def test_wide_heads_lower_for_the_gpu(silu_twice):
     ids=str,
 )
 def test_says_what_it_does_not_take(changes, word):
-    x, kernel, _ = jax.eval_shape(lambda: arguments(**dict(B=1, T=3, H=1, D=16, W=4) | changes))
-    assert word in kernels.unsupported("short_convolution", x, kernel)
+    x, taps, _ = jax.eval_shape(lambda: arguments(**dict(B=1, T=3, H=1, D=16, W=4) | changes))
+    assert word in kernels.unsupported("short_convolution", x, taps)
 
 
 @pytest.fixture
@@ -113,10 +113,10 @@ def calls(monkeypatch):
     """The kernels' calls, answered by the formula."""
     made = []
 
-    def stand_in(x, kernel, past, segments, **options):
+    def stand_in(x, taps, past, segments, **options):
         assert past is segments is None
         made.append(options)
-        return formula(x, kernel, **options)
+        return formula(x, taps, **options)
 
     monkeypatch.setattr(kernels, "short_convolution", stand_in)
     return made
@@ -137,14 +137,14 @@ def calls(monkeypatch):
     ids=str,
 )
 def test_the_layer_uses_it_where_it_serves(calls, on_a_gpu, options, segments, dtype, used):
-    x, kernel, _ = arguments(1, 5, 1, 16, 3, dtype)
+    x, taps, _ = arguments(1, 5, 1, 16, 3, dtype)
     segments = jnp.zeros((1, 5), jnp.int32) if segments else None
-    variables = {"params": {"kernel": kernel}, "cache": {"inputs": jnp.zeros((1, 2, 1, 16), dtype)}}
+    variables = {"params": {"kernel": taps}, "cache": {"inputs": jnp.zeros((1, 2, 1, 16), dtype)}}
     with jla.pallas.interpret():
         y = ShortConvolution(3, **options).apply(variables, x, segments, mutable=["cache"])[0]
     options = {name: options.get(name, False) for name in ("normalize", "silu_twice")}
     assert calls == [options] * used
-    close(y, formula(x, kernel, **options), 0.0)
+    close(y, formula(x, taps, **options), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -157,9 +157,9 @@ def test_the_layer_uses_it_where_it_serves(calls, on_a_gpu, options, segments, d
     ids=str,
 )
 def test_the_named_kernel_never_falls_back(calls, options, segments, dtype, word):
-    x, kernel, _ = arguments(1, 5, 1, 16, 3, dtype)
+    x, taps, _ = arguments(1, 5, 1, 16, 3, dtype)
     segments = jnp.zeros((1, 5), jnp.int32) if segments else None
-    variables = {"params": {"kernel": kernel}, "cache": {"inputs": jnp.zeros((1, 2, 1, 16), dtype)}}
+    variables = {"params": {"kernel": taps}, "cache": {"inputs": jnp.zeros((1, 2, 1, 16), dtype)}}
     layer = ShortConvolution(3, **options, implementation="pallas")
     with jla.pallas.interpret(), pytest.raises(NotImplementedError, match=word):
         layer.apply(variables, x, segments, mutable=["cache"])
@@ -168,23 +168,23 @@ def test_the_named_kernel_never_falls_back(calls, options, segments, dtype, word
 
 @pytest.mark.parametrize("decode", [False, True])
 def test_silu_twice_is_silu_of_silu(decode):
-    x, kernel, _ = arguments(1, 5, 1, 16, 3, f32)
+    x, taps, _ = arguments(1, 5, 1, 16, 3, f32)
     layer = ShortConvolution(3, silu_twice=True, decode=decode)
-    variables = {"params": {"kernel": kernel}, "cache": {"inputs": jnp.zeros((1, 2, 1, 16))}}
+    variables = {"params": {"kernel": taps}, "cache": {"inputs": jnp.zeros((1, 2, 1, 16))}}
     y, _ = layer.apply(variables, x, mutable=["cache"])
-    close(y, nn.silu(formula(x, kernel, False)), 1e-6)
+    close(y, nn.silu(formula(x, taps, False)), 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["auto", "explicit", "shard_map"])
 def test_sharded_over_batch_and_heads(monkeypatch, kind):
-    """The kernel's gradient is summed over the batch's shards. Around plain functions, for no
+    """The taps' gradient is summed over the batch's shards. Around plain functions, for no
     Pallas kernel runs on several CPU devices."""
 
-    def forward(x, kernel, **options):
-        return (jax.vmap(lambda x, kernel: formula(x[None], kernel, **options)[0])(x, kernel),)
+    def forward(x, taps, **options):
+        return (jax.vmap(lambda x, taps: formula(x[None], taps, **options)[0])(x, taps),)
 
-    def backward(x, kernel, dy, **options):
-        return jax.vjp(lambda x, kernel: forward(x, kernel, **options)[0], x, kernel)[1](dy)
+    def backward(x, taps, dy, **options):
+        return jax.vjp(lambda x, taps: forward(x, taps, **options)[0], x, taps)[1](dy)
 
     monkeypatch.setattr(kernels, "_forward", forward)
     monkeypatch.setattr(kernels, "_backward", backward)

@@ -1,6 +1,6 @@
 """Slots: how log-linear attention handles segments and continued sequences.
 
-A core of log-linear attention is given only sequences that start at position 0. The level of two
+A core of log-linear attention receives only sequences that start at position 0. The level of two
 tokens is 1 plus the highest bit in which their positions differ. If a segment of n tokens starts at
 a multiple of `2**ceil(log2 n)`, the low bits of its tokens' slots are their positions, and the core
 finds the levels from the slots alone. One row of 11 tokens, in segments a (3), b (6) and c (2):
@@ -293,7 +293,7 @@ def read_levels(
     position: jax.Array,
     state: LogLinearState,
 ) -> jax.Array:
-    """What the tokens read from the levels of the state they go on from.
+    """What the tokens read from the levels of the initial state.
 
     A token at position t reads the bucket that was level l at position p from the level
     `max(l, h)`, where h is 1 plus the highest bit in which p and t differ (0 if t = p).

@@ -12,18 +12,22 @@ from jla._core.types import CachedDecays, CachedKeys, CachedValues, Lengths
 
 
 class PathCache(NamedTuple):
-    """What PaTH attention keeps of the tokens before, in buffers of a fixed capacity `S`.
+    """The earlier tokens of PaTH attention, in buffers of a fixed capacity `S`.
 
     A row's tokens are in the first `length` places, in their order; from there on everything is
     zero. Rows may have different lengths.
+
+    Example:
+      cache = jla.PathCache.empty(2, capacity=8, heads=4, key_dim=16, value_dim=16)
+      key = cache.key  # [2, 8, 4, 16]
 
     Attributes:
       key: [B, S, H, K], float32: each key as the row's last token sees it, P_last ... P_{s+1} k_s.
         Every later token multiplies it once more, so it is float32 whatever the dtype of k: in
         bfloat16 thousands of roundings would add up.
       value: [B, S, H, V], of v's dtype.
-      decay: [B, S, HQ], float32: the sum of the gates after each token, up to the row's last; never
-        positive. None without gates.
+      decay: [B, S, HQ], float32: the sum of the log decays after each token, up to the row's last;
+        never positive. None without log decays.
       length: [B], int32: how many tokens each row has seen. Above `S`, that many did not fit. It
         stops at the largest int32.
     """
@@ -54,7 +58,7 @@ class PathCache(NamedTuple):
           heads: H, the key/value heads.
           key_dim: K.
           value_dim: V.
-          query_heads: HQ, for gates; None for no gates.
+          query_heads: HQ, for a cache with `decay`; or None.
           dtype: of v.
 
         Raises:
@@ -91,9 +95,9 @@ export.register_namedtuple_serialization(PathCache, serialized_name="jla.PathCac
 
 
 def without_rest(cache: PathCache) -> PathCache:
-    """The cache with zeros from `length` on, whatever is there.
+    """The cache with zeros from `length` on, whatever those places hold.
 
-    A weight of 0 does not keep out what is not finite: 0 times NaN is NaN.
+    A weight of 0 is not enough where they hold NaN: 0 times NaN is NaN.
     """
     kept = places(cache) < cache.length[:, None]
 
@@ -109,5 +113,6 @@ def without_rest(cache: PathCache) -> PathCache:
 
 
 def counted(length: Lengths, tokens: int) -> jax.Array:
-    """The length after so many tokens more; beyond int32 it would be negative, and look empty."""
+    """The length after so many more tokens, at most the largest int32: a negative one would look
+    like an empty cache's."""
     return jnp.minimum(length, jnp.iinfo(jnp.int32).max - tokens) + tokens

@@ -24,33 +24,38 @@ _found: dict[tuple[str, str, str], tuple[int, float, float]] = {}
 
 # How far from 1 the length of a row may be: rounding to bfloat16 moves it by up to 4e-3.
 UNIT_TOLERANCE = 1e-2
-# Shorter rows count as zeros: they come of the l2 norm of nothing, and do nothing.
+# Shorter rows count as zeros: the l2 norm of zeros makes such rows, and they have no effect.
 NOTHING = 1e-3
 
 
 @contextlib.contextmanager
 def checking() -> Iterator[None]:
-    """Checks the values that public functions and layers are given, and reports wrong ones by name.
+    """Checks the values that public functions and layers receive, and reports wrong ones by name.
 
-    Shapes and dtypes are always checked. Values are not, for a compiled program cannot raise. In
-    this context every call of a mechanism or a step also looks for
+    Shapes and dtypes are always checked. Values are not, because a compiled program cannot raise.
+    In this context every call of a mechanism or a step also looks for
 
       - elements of any argument that are NaN or infinite, those of a state or cache included
         (unused places of a `PathCache` and unused levels of a `LogLinearState` excepted),
-      - gates `g` above 0,
+      - log decays `g` above 0,
       - `beta` below 0, and of `kda` and `path_attention` above 2; `lamb` that is not above 0,
       - rows of `kda`'s `k` and of `path_attention`'s `w` whose length is neither 1 (up to 1e-2) nor
         0, where `beta` is not 0.
 
     Leaving the context waits for the programs that were started in it, and raises one ValueError
-    that lists, by function and argument, all that was found.
-
-        with jla.checking():
-            loss, gradients = train_step(params, batch)
+    that lists everything found, by function and argument.
 
     It works inside `jit`, `grad`, `vmap`, `scan`, `checkpoint` and `shard_map`, in every
-    implementation. A jitted function compiles once more for it, and goes slower; outside, programs
-    are what they were. Threads share what is found: open one context at a time.
+    implementation. A jitted function compiles once more for it and runs slower; outside, programs
+    are unchanged. Threads share the findings: open one context at a time.
+
+    Example:
+      x, zeros = jnp.ones((2, 4, 16)), jnp.zeros((2, 4, 16, 16))
+      try:
+          with jla.checking():
+              jla.gsa_step(x, x, x, x, x, jla.GSAState(zeros, zeros))
+      except ValueError as error:
+          print(error)  # jla.gsa_step: g must be at most 0 (natural-log decays), got 1 (count: 128)
 
     Raises:
       ValueError: on leaving, if values were found wrong. If another exception leaves the context,

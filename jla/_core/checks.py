@@ -1,7 +1,7 @@
 """Argument checks shared by the public functions: one message form for every mechanism.
 
 Every message names the function, the argument, the value received and the values accepted
-(API.md, clause 9).
+("Wrong arguments raise" in docs/contract.md).
 """
 
 import functools
@@ -25,9 +25,9 @@ IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 def named[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     """Decorates a public function: its name stands in front of its error messages.
 
-    What a layer says about its arguments starts with the layer's name; where the mechanism that the
-    layer calls refuses something, both names are there. Only Python's plain exceptions are changed:
-    the others belong to JAX or flax, and say themselves where they come from.
+    A layer's message starts with the layer's name; if the mechanism that it calls refuses an
+    argument, the message has both names. Only Python's plain exceptions are changed: the others
+    belong to JAX or flax, and name their own origin.
     """
     package = [x for x in function.__module__.split(".")[:-1] if not x.startswith("_")]
     name = f"{'.'.join(package)}.{function.__qualname__.removesuffix('.__call__')}"
@@ -111,7 +111,7 @@ def check_state(name: str, state: object, kind: type[Any]) -> None:
 
 
 def _order_hint(letters: list[str]) -> str:
-    """Ends the message about an array that may have its heads before its time, as elsewhere."""
+    """The end of the message about an array that may have its heads before its time."""
     if letters[:2] != ["B", "T"] or not "".join(letters[2:3]).startswith("H"):
         return ""
     return (

@@ -1,4 +1,4 @@
-"""Kernels are differentiated once and in reverse: what says so where more is asked of them."""
+"""Kernels are differentiated once and in reverse; these functions refuse the rest by name."""
 
 import functools
 
@@ -10,10 +10,11 @@ from jax.interpreters import ad, batching, mlir
 
 
 def reverse_only(name):
-    """For a function of arrays that runs kernels: forward mode raises, and names the function.
+    """Decorates a function of arrays that runs kernels: forward mode raises, with its name.
 
-    JAX's own message, of the `custom_vjp` inside, names nothing. The tangents pass through a linear
-    operation that has a transpose, which is all that reverse mode asks for, and no value.
+    JAX's own message, from the `custom_vjp` inside, names no function. Here the tangents pass
+    through a linear operation that has a transpose, which reverse mode needs, but no value, which
+    forward mode would need.
 
     Args:
       name: the function's public name.
@@ -61,14 +62,14 @@ _tangent_p.def_impl(_raise)
 _tangent_p.def_abstract_eval(lambda x, *, function: x)
 mlir.register_lowering(_tangent_p, lambda context, x, *, function: _raise(function=function))
 ad.deflinear2(_tangent_p, lambda cotangent, x, *, function: [cotangent])
-batching.primitive_batchers[_tangent_p] = _raise  # reverse mode only ever transposes it
+batching.primitive_batchers[_tangent_p] = _raise  # reverse mode only transposes it
 
 
 def no_derivative(function, name):
-    """`function`, of arrays and to a tuple of arrays, which raises where it is differentiated.
+    """`function`, from arrays to a tuple of arrays, which raises where it is differentiated.
 
-    Second derivatives come to the kernels themselves, and so do derivatives in forward mode of
-    those in reverse, as `jax.hessian` takes them.
+    Second derivatives would differentiate the kernels themselves. So would `jax.hessian`, which
+    takes forward-mode derivatives of reverse-mode ones.
     """
     run = jax.custom_jvp(lambda *arrays: function(*arrays))
 

@@ -17,8 +17,8 @@ from jla._core.types import GateBiases, GateRates, RawGates
 f32, i32 = jnp.float32, jnp.int32
 # For what moves queries and keys: a product of hundreds of maps keeps every rounding.
 exactly = functools.partial(jax.default_matmul_precision, "highest")
-# The gate of a segment's first token. Its exponential is 0, and so is that of all sums with it; but
-# 0 times it is 0 too, and sums can be products with a matrix of ones and zeros.
+# The log decay of a segment's first token. Its exponential is 0, as is that of every sum that
+# contains it. It is finite, so 0 times it is 0, and sums can be products with a matrix of 0 and 1.
 NEVER = -1e30
 # Tokens in a chunk: queries are moved past so many keys at once.
 CHUNK = 64
@@ -102,7 +102,7 @@ def _scanned(join, first, s):
         return new, new[1]
 
     time_major = jnp.moveaxis(first, 1, 0), jnp.moveaxis(s, 1, 0)
-    # The first token looks at nothing before it.
+    # The first token has no earlier ones.
     start = jax.tree.map(lambda x: x[0], time_major)
     return jnp.moveaxis(lax.scan(token, start, time_major)[1], 0, 1)
 
@@ -139,7 +139,7 @@ def _unit_lower_inverse(matrix):
         new = lax.dynamic_index_in_dim(identity, index, -2) - known
         return lax.dynamic_update_slice_in_dim(inverse, new, index, -2), None
 
-    # A select places the zeros as the matrix is; see jla/_core/states.py.
+    # A select gives the zeros the matrix's sharding; see jla/_core/states.py.
     return lax.scan(row, jnp.where(False, matrix, 0.0), jnp.arange(C, dtype=i32))[0]
 
 

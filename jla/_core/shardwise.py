@@ -259,7 +259,8 @@ def _without_varying_types(function: Callable[..., Arrays], arrays: Arrays) -> A
     if not axes:
         return function(*arrays)
     shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
-    # Under jit it is one operation, in which nobody asks whether an iota varies as its users do.
+    # Under jit it is one operation, inside of which JAX does not compare how an iota and its users
+    # vary.
     out = jaxpr_as_fun(jax.make_jaxpr(jax.jit(lambda *x: function(*x)))(*shapes))(*arrays)
     missing = (tuple(axes - _varying(x)) for x in out)
     return tuple(

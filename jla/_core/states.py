@@ -23,6 +23,9 @@ from jla._core.types import (
 class GSAState(NamedTuple):
     """The state of Gated Slot Attention, float32: the slots' keys and values.
 
+    Example:
+      empty = jla.GSAState(hk=jnp.zeros((2, 4, 16, 32)), hv=jnp.zeros((2, 4, 32, 16)))
+
     Attributes:
       hk: [B, H, K, M].
       hv: [B, H, M, V].
@@ -39,9 +42,13 @@ class LogLinearState(NamedTuple):
     tokens of its bucket. The others, level 0 among them, are zeros, and nothing reads them. At
     position `2**(L-1)` all are zeros: L levels are full, and no token can follow.
 
+    Example:
+      levels = jnp.zeros((2, 4, 15, 16, 16))  # for 16384 tokens
+      empty = jla.LogLinearState(levels, position=jnp.zeros(2, jnp.int32))
+
     Attributes:
       levels: [B, H, L, K, V], float32.
-      position: the number of tokens that went in, [B], int32.
+      position: the number of tokens so far, [B], int32.
     """
 
     levels: Levels
@@ -50,6 +57,9 @@ class LogLinearState(NamedTuple):
 
 class MesaState(NamedTuple):
     """The state of MesaNet, float32: decayed sums of `k k^T` and of `k v^T`.
+
+    Example:
+      empty = jla.MesaState(kk=jnp.zeros((2, 4, 16, 16)), kv=jnp.zeros((2, 4, 16, 16)))
 
     Attributes:
       kk: [B, H, K, K], symmetric and without negative eigenvalues.
@@ -76,19 +86,20 @@ def zero_state(key: Array, value: Array) -> jax.Array:
 
 
 def hidden[Tree](x: Tree) -> Tree:
-    """`x`, whose tangents and cotangents too the compiler cannot see through.
+    """`x`, hidden from the compiler's constant folding, and its tangents and cotangents too.
 
-    XLA's CPU compiler (jaxlib 0.11.2 and 0.12) reads beyond a buffer where a batched product has a
-    right operand that is the same in all columns, as zeros and ones are, and a reduction follows:
-    the results are arbitrary numbers. See docs/jax.md. What a caller may give as a constant, or its
-    gradient as one (that of a sum is ones), is hidden where it lies in memory anyway.
+    Without this, XLA's CPU compiler (jaxlib 0.11.2 and 0.12) reads beyond a buffer where a batched
+    product has a right operand that is the same in all columns, as zeros and ones are, and a
+    reduction follows: the results are arbitrary numbers. See docs/jax.md. Arrays that may be
+    constants, or have constant gradients (that of a sum is ones), are hidden where they are in
+    memory anyway.
     """
     return jax.tree.map(jax.lax.optimization_barrier, x)
 
 
 def repeated(x: jax.Array, times: int, axis: int) -> jax.Array:
-    """`jnp.repeat` along a counted axis. That one wants to be told where its result lies if types
-    carry shardings; a broadcast and a reshape find it out."""
+    """`jnp.repeat` along a counted axis. Where types carry shardings, `jnp.repeat` needs its
+    result's sharding as an argument; a broadcast and a reshape infer it."""
     if times == 1:
         return x
     shape = list(x.shape)
@@ -100,14 +111,14 @@ def repeated(x: jax.Array, times: int, axis: int) -> jax.Array:
 
 
 def moved_on(position: Positions, tokens: int | jax.Array) -> jax.Array:
-    """The position after so many tokens more. Beyond int32 it is negative, and stays so: levels
+    """The position after so many more tokens. Beyond int32 it is negative and stays so; levels
     serve no negative position."""
     return jnp.where(position < 0, position, position + tokens)
 
 
 def with_rank(x: Array, ndim: int) -> jax.Array:
-    """x with axes of 1 before its own, `ndim` in all: `jax_numpy_rank_promotion="raise"` wants to
-    see them."""
+    """x with axes of size 1 before its own, `ndim` in all; `jax_numpy_rank_promotion="raise"` asks
+    for them."""
     return jnp.expand_dims(x, tuple(range(ndim - x.ndim)))
 
 

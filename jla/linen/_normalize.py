@@ -16,17 +16,20 @@ f32 = jnp.float32
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x**2) + epsilon) * scale`, with a gate times `activation(gate + gate_bias)`.
 
-    Computed in float32 and rounded once, to x's dtype. A drop-in for `nn.RMSNorm` whose input has
-    the dtype that the output shall have: the parameter is the same, `scale`.
+    Computed in float32 and rounded once, to x's dtype. It replaces `nn.RMSNorm` where the output
+    has the input's dtype: the parameter is the same, `scale`.
 
-    16-bit inputs of more than one token go, on a GPU that has them, through kernels that read and
-    write every array once, in the backward pass too, where XLA makes several passes. The kernels
-    take rows of 64 elements or a multiple of 128 up to 2048, and sigmoid and SiLU.
+    On a GPU that has the kernels, they serve 16-bit inputs of more than one token: they read and
+    write every array once, in the backward pass too, where XLA makes several passes. They support
+    rows of 64 elements or a multiple of 128 up to 2048, and sigmoid and SiLU.
 
-        norm = RMSNorm()
-        y = norm(x)              # [B, T, D], or [B, T, H, D] head by head
-        y = norm(x, gate)        # or norm(x, gate, gate_bias)
-        y, x = norm.branch(x, update)  # of a residual stream
+    Example:
+      x = jnp.ones((2, 8, 64))  # [B, T, D], or [B, T, H, D] head by head
+      norm = jla.linen.RMSNorm()
+      variables = norm.init(jax.random.key(0), x)
+      y = norm.apply(variables, x)  # [2, 8, 64]
+      y = norm.apply(variables, x, gate=x)
+      y, stream = norm.apply(variables, x, update=x, method="branch")
 
     Attributes:
       epsilon: added to the mean square.
@@ -59,7 +62,7 @@ class RMSNorm(nn.Module):
           NotImplementedError: the named implementation cannot do this; the message says what can.
         """
         if gate is None and gate_bias is not None:
-            raise ValueError("there is a gate_bias, and no gate")
+            raise ValueError("gate_bias is given, but no gate: give both or neither")
         options = dict(activation=self.activation, input_activation=self.input_activation)
         return self._run(_fused.rms_norm, x, self._scale(x), gate, gate_bias, **options)
 
@@ -67,13 +70,13 @@ class RMSNorm(nn.Module):
     def branch(self, x, update=None):
         """The normalised residual stream, and the stream: x, or x + update.
 
-        Take the stream from here, and leave the addition of what a branch makes to the next norm:
+        Take the stream from here, and leave the addition of a branch's result to the next norm:
 
             y, x = norm_1.branch(x, update); update = mixer(y)
             y, x = norm_2.branch(x, update); update = mlp(y)
 
         Then the kernels add, normalise, and in the backward pass add up the gradients of y and of
-        the stream, and no pass over memory is left to XLA. For checkpoint policies the sum is
+        the stream. XLA then needs no extra pass over memory. For checkpoint policies the sum is
         named "residual_stream".
         """
         options = dict(input_activation=self.input_activation)

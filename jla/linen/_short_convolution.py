@@ -19,23 +19,23 @@ def default_kernel_init(key, shape, dtype=f32):
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise causal convolution over time, then SiLU, then, if asked for, another and the l2
-    norm.
+    """Depthwise causal convolution over time, then SiLU, then optionally another and the l2 norm.
 
-    `y_t = silu(sum_i kernel[i] * x_{t - (W - 1 - i)})`, one kernel for every channel of every head,
-    accumulated in float32. `nn.Conv` has no place for the three things that linear attention needs:
-    segments, rows of unequal length, and a cache of the last inputs.
+    `y_t = silu(sum_i taps[i] * x_{t - (W - 1 - i)})`, with W taps for every channel of every head,
+    accumulated in float32. The taps are the parameter `kernel`, as in `nn.Conv`, which lacks three
+    things that linear attention needs: segments, rows of unequal length, and a cache of the last
+    inputs.
 
-    Without segments and a cache, 16-bit inputs on a GPU that has the kernel go through it: XLA
-    sums the kernel's gradient at a fifth of the speed of memory.
+    On a GPU that has the kernels, they serve 16-bit inputs without segments and a cache: XLA sums
+    the taps' gradient at a fifth of the speed of memory.
 
     Attributes:
       size: W, the number of taps.
-      param_dtype: dtype of the kernel [W, H, D].
-      kernel_init: the kernel's initializer; `U(-W**-0.5, W**-0.5)`, as torch's Conv1d has it.
+      param_dtype: dtype of the parameter, `kernel` [W, H, D].
+      kernel_init: its initializer; `U(-W**-0.5, W**-0.5)`, as torch's Conv1d has it.
       normalize: whether a head's vector is divided by its length, as `l2norm` does it.
       silu_twice: whether there is a second SiLU upon the first: that of a feature map.
-      implementation: "reference" or "xla" for the formula, "pallas" for the GPU kernel (what it
+      implementation: "reference" or "xla" for the formula, "pallas" for the GPU kernels (what they
         cannot serve raises NotImplementedError), None for the fastest that supports the arguments.
       decode: whether to keep the last W - 1 inputs, [B, W - 1, H, D], as "inputs" in the "cache"
         collection.
@@ -66,7 +66,7 @@ class ShortConvolution(nn.Module):
         """
         B, _, *channels = x.shape
         past = self.size - 1
-        kernel = self.param("kernel", self.kernel_init, (self.size, *channels), self.param_dtype)
+        taps = self.param("kernel", self.kernel_init, (self.size, *channels), self.param_dtype)
         check_cache(self, inputs=((B, past, *channels), x.dtype))
         before = None
         if self.decode:
@@ -80,7 +80,7 @@ class ShortConvolution(nn.Module):
             silu_twice=self.silu_twice,
             implementation=self.implementation,
         )
-        return unless_initializing(self, run)(x, kernel, before, segments)
+        return unless_initializing(self, run)(x, taps, before, segments)
 
 
 def _last_inputs(before, x, segments, lengths):

@@ -16,19 +16,18 @@ FEATURE_MAPS = {"swish": nn.silu, "relu": nn.relu, None: lambda x: x}
 
 
 class GatedSlotAttention(Mixer):
-    r"""Gated Slot Attention with its projections, gates and norm.
+    """Gated Slot Attention with its projections, log decays and norm.
 
-    For inputs :math:`x` [B, T, D], `H` query heads and `HK` key/value heads (query head `j` uses
-    key/value head `j // (H // HK)`) of key dimension `K` and value dimension `V`, and `M` slots:
+    For inputs x [B, T, D], `HQ` query heads and `HK` key/value heads (query head `j` uses key/value
+    head `j // (HQ // HK)`) of key dimension `K` and value dimension `V`, and `M` slots, with W for
+    the projections:
 
-    .. math::
-      q &= \phi(W_q x), \quad k = \phi(W_k x), \quad v = \mathrm{silu}(W_v x) \\
-      g &= \mathrm{logsigmoid}(W_f x) / \mathrm{gate\_logit\_normalizer}, \quad s = 1 - \exp g \\
-      y &= W_o\, \mathrm{RMSNorm}(\mathrm{silu}(\mathrm{gsa}(q, k, v, s, g)))
+        q = phi(W_q x);   k = phi(W_k x);   v = silu(W_v x)
+        g = logsigmoid(W_f x) / gate_logit_normalizer;   s = 1 - exp(g)
+        y = W_o RMSNorm(silu(gsa(q, k, v, s, g)))
 
-    with the feature map :math:`\phi`, and RMSNorm over all heads of a token together. With
-    `conv_size` each of :math:`W_q x, W_k x, W_v x` first goes through a causal convolution of its
-    own and SiLU.
+    with phi the feature map, and RMSNorm over all heads of a token together. With `conv_size`, each
+    of W_q x, W_k x and W_v x first passes through a causal convolution of its own and SiLU.
 
     The projections run in `dtype`; g, s, the convolutions' sums and RMSNorm are computed in
     float32, and the recurrent state is float32.
@@ -50,18 +49,19 @@ class GatedSlotAttention(Mixer):
     Decoding, masks, segments and initial values are as in all layers, see docs/layers.md. The cache
     holds the state, `hk` [B, HK, K, M] and `hv` [B, HK, M, V] (float32).
 
-        layer = jla.linen.GatedSlotAttention(num_heads=4, key_dim=64)
-        params = layer.init(key, x)["params"]  # x: [B, T, D]
-        y = layer.apply({"params": params}, x)  # [B, T, D]
+    Example:
+      x = jnp.ones((2, 8, 64))  # [B, T, D]
+      layer = jla.linen.GatedSlotAttention(num_heads=4)
+      variables = layer.init(jax.random.key(0), x)
+      y = layer.apply(variables, x)  # [2, 8, 64]
 
     Attributes, beside those of all layers (`Mixer`):
       num_key_heads: HK, of which num_heads is a multiple; num_heads if None. fla's `num_kv_heads`.
       num_slots: M, 16 to 256; key_dim if None.
       feature_map: "swish", "relu", or None for none.
       gate_logit_normalizer: a positive number; the larger, the slower a slot forgets.
-      scale: of the slots' logits, see :func:`jla.gsa`; 1 as in the paper's layer, not `K**-0.5`,
-        which None gives.
-      conv_size: of the convolutions, of which there are none unless it is set.
+      scale: of the slots' logits, see `jla.gsa`; 1 as in the paper's layer. None is `K**-0.5`.
+      conv_size: taps of the convolutions; there are none unless it is set.
     """
 
     num_key_heads: int | None = None

@@ -29,23 +29,18 @@ class _DenseAndBias(nn.DenseGeneral):
 
 
 class KimiDeltaAttention(Mixer):
-    r"""Kimi Delta Attention with its projections, convolutions, gates and norms.
+    """Kimi Delta Attention with its projections, convolutions, gates and norms.
 
-    For inputs :math:`x` [B, T, D], `H` heads of value dimension `V` and `HK` key heads of dimension
-    `K` (head `j` uses key head `j // (H // HK)`):
+    For inputs x [B, T, D], `H` heads of value dimension `V` and `HK` key heads of dimension `K`
+    (head `j` uses key head `j // (H // HK)`), with W for the projections:
 
-    .. math::
-      q &= \mathrm{l2norm}(\mathrm{silu}(\mathrm{conv}(W_q x))), \quad
-      k = \mathrm{l2norm}(\mathrm{silu}(\mathrm{conv}(W_k x))), \quad
-      v = \mathrm{silu}(\mathrm{conv}(W_v x)) \\
-      g &= -\exp(A) \cdot \mathrm{softplus}(W_f^\uparrow W_f^\downarrow x + \mathrm{dt\_bias}),
-      \quad \beta = \mathrm{sigmoid}(W_b x) \\
-      y &= W_o\,(\mathrm{RMSNorm}(\mathrm{kda}(q, k, v, g, \beta)) \cdot
-      \mathrm{sigmoid}(W_g^\uparrow W_g^\downarrow x + b_g))
+        q = l2norm(silu(conv(W_q x)));   k = l2norm(silu(conv(W_k x)));   v = silu(conv(W_v x))
+        g = -exp(A_log) softplus(W_f_up W_f_down x + dt_bias);   beta = sigmoid(W_b x)
+        y = W_o (RMSNorm(kda(q, k, v, g, beta)) sigmoid(W_g_up W_g_down x + b_g))
 
     The projections run in `dtype`; g, beta, the l2 norm, the convolutions' sums, RMSNorm and its
-    gate are computed in float32, and the recurrent state is float32. On a GPU that has the kernels
-    one of them makes g (16 bits, T > 1, no mask, K a multiple of 64), where XLA makes several
+    gate are computed in float32, and the recurrent state is float32. On a GPU that has the kernels,
+    one kernel computes g (16 bits, T > 1, no mask, K a multiple of 64), for which XLA needs several
     passes.
 
     Parameters, their shapes and initial values (all `param_dtype`, except `A_log` and `dt_bias`,
@@ -70,9 +65,11 @@ class KimiDeltaAttention(Mixer):
     Decoding, masks, segments and initial values are as in all layers, see docs/layers.md. The cache
     holds `recurrent_state` [B, H, K, V] (float32).
 
-        layer = jla.linen.KimiDeltaAttention(num_heads=4, key_dim=64)
-        params = layer.init(key, x)["params"]  # x: [B, T, D]
-        y = layer.apply({"params": params}, x)  # [B, T, D]
+    Example:
+      x = jnp.ones((2, 8, 64))  # [B, T, D]
+      layer = jla.linen.KimiDeltaAttention(num_heads=4)
+      variables = layer.init(jax.random.key(0), x)
+      y = layer.apply(variables, x)  # [2, 8, 64]
 
     Attributes, beside those of all layers (`Mixer`):
       num_key_heads: HK, of which num_heads (the paper's and fla's value heads, `num_v_heads`) is a
@@ -80,8 +77,8 @@ class KimiDeltaAttention(Mixer):
       key_dim: K, fla's `head_dim`; D // num_key_heads if None.
       allow_negative_eigenvalues: beta is `2 sigmoid(W_b x)`, so that `I - beta k k^T` has
         eigenvalues in [-1, 1] (arXiv 2411.12537).
-      gate_lower_bound: None, or a negative number, for the gate
-        `g = gate_lower_bound * sigmoid(exp(A) * (W_f x + dt_bias))`.
+      gate_lower_bound: None, or a negative number, for log decays
+        `g = gate_lower_bound * sigmoid(exp(A_log) * (W_f_up W_f_down x + dt_bias))`.
     """
 
     num_key_heads: int | None = None

@@ -46,23 +46,21 @@ class _Weights(nn.Module):
 
 
 class LogLinearMamba2(Mixer):
-    r"""Log-linear Mamba-2: log-linear attention with Mamba-2's projections, gates and norm.
+    """Log-linear Mamba-2: log-linear attention with Mamba-2's projections, gates and norm.
 
-    For inputs :math:`x` [B, T, D], `H` heads of value dimension `V`, `HK` key heads of dimension
-    `K`, shared as in :func:`jla.log_linear_attention`, and `L` levels:
+    For inputs x [B, T, D], `H` heads of value dimension `V`, `HK` key heads of dimension `K`,
+    shared as in `jla.log_linear_attention`, and `L` levels, with W for the projections:
 
-    .. math::
-      z, u, k, q, d, \ell &= W_z x, W_v x, W_k x, W_q x, W_{dt} x, W_\ell x, \qquad
-      q, k, u \leftarrow \mathrm{silu}(\mathrm{conv}(q, k, u)) \\
-      \Delta &= \mathrm{softplus}(d + \mathrm{dt\_bias}), \quad
-      v = \Delta u, \quad g = -\exp(A_{\log})\, \Delta, \quad
-      \lambda = \mathrm{softplus}(L\, \ell) \\
-      o &= \mathrm{log\_linear\_attention}(q, k, v, g, \lambda) + D u \\
-      y &= W_o\, \mathrm{RMSNorm}(o\, \mathrm{silu}(z)) + b_o
+        z = W_z x;   d = W_dt x;   logits = W_level x
+        q = silu(conv(W_q x));   k = silu(conv(W_k x));   u = silu(conv(W_v x))
+        dt = softplus(d + dt_bias);   v = dt u;   g = -exp(A_log) dt
+        level_scales = softplus(L logits)
+        o = log_linear_attention(q, k, v, g, level_scales) + D u
+        y = W_o RMSNorm(o silu(z)) + b_o
 
-    with :math:`d, \Delta, A_{\log}, D` one number for each head, :math:`\ell, L, \lambda` one for
-    each head and level, and RMSNorm over all heads of a token together; each projection has a bias
-    unless `use_bias` is False. In Mamba's letters q, k, u are C, B, x.
+    d, dt and the parameters A_log and D are one number for each head; logits, level_scales and the
+    parameter L are one for each head and level; RMSNorm is over all heads of a token together. Each
+    projection has a bias unless `use_bias` is False. In Mamba's letters q, k, u are C, B, x.
 
     The projections run in `dtype`; the rest, but for the sequence mechanism, is computed in
     float32, and the recurrent state is float32.
@@ -91,9 +89,11 @@ class LogLinearMamba2(Mixer):
     `2**(L-1)` tokens; beyond, the outputs are NaN (or a ValueError, where the position is not
     traced). Padding takes no position.
 
-        layer = jla.linen.LogLinearMamba2(num_heads=4, key_dim=64)
-        params = layer.init(key, x)["params"]  # x: [B, T, D]
-        y = layer.apply({"params": params}, x)  # [B, T, D]
+    Example:
+      x = jnp.ones((2, 8, 64))  # [B, T, D]
+      layer = jla.linen.LogLinearMamba2(num_heads=4)
+      variables = layer.init(jax.random.key(0), x)
+      y = layer.apply(variables, x)  # [2, 8, 64]
 
     Attributes, beside those of all layers (`Mixer`):
       num_key_heads: HK, of which num_heads is a multiple; 1 as in Mamba-2, where they are groups

@@ -15,21 +15,19 @@ f32 = jnp.float32
 
 
 class MesaNet(Mixer):
-    r"""MesaNet with its projections, convolutions, gates and norm.
+    """MesaNet with its projections, convolutions, log decays and norm.
 
-    For inputs :math:`x` [B, T, D] and `H` heads of key dimension `K` and value dimension `V`:
+    For inputs x [B, T, D] and `H` heads of key dimension `K` and value dimension `V`, with W for
+    the projections:
 
-    .. math::
-      q &= \mathrm{l2norm}(\mathrm{silu}(\mathrm{conv}(W_q x))), \quad
-      k = \mathrm{l2norm}(\mathrm{silu}(\mathrm{conv}(W_k x))), \quad
-      v = W_v x \\
-      g &= \mathrm{logsigmoid}(W_a x + b_a), \quad \beta = \mathrm{sigmoid}(W_b x + b_b), \quad
-      \lambda = \mathrm{softplus}(\mathrm{lambda\_params}) + \mathrm{lambda\_lower\_bound} \\
-      y &= W_o\, \mathrm{RMSNorm}(\mathrm{mesa\_net}(q, k, v, g, \beta, \lambda))
+        q = l2norm(silu(conv(W_q x)));   k = l2norm(silu(conv(W_k x)));   v = W_v x
+        g = logsigmoid(W_a x + b_a);   beta = sigmoid(W_b x + b_b)
+        lamb = softplus(lambda_params) + lambda_lower_bound
+        y = W_o RMSNorm(mesa_net(q, k, v, g, beta, lamb))
 
-    With `use_output_gate`, RMSNorm's result is multiplied by :math:`\mathrm{silu}(W_g x)`.
+    With `use_output_gate`, RMSNorm's result is multiplied by `silu(W_g x)`.
 
-    The projections run in `dtype`; g, beta, lambda, the l2 norm, the convolutions' sums, RMSNorm
+    The projections run in `dtype`; g, beta, lamb, the l2 norm, the convolutions' sums, RMSNorm
     and its gate are computed in float32, and the recurrent state is float32.
 
     Parameters, their shapes and initial values (all `param_dtype`, except `lambda_params`, which is
@@ -40,7 +38,7 @@ class MesaNet(Mixer):
     v_proj               kernel       [D, H, V]
     q_conv1d, k_conv1d   kernel       [conv_size, H, K], U(-conv_size**-0.5, conv_size**-0.5)
     a_proj, b_proj       kernel,bias  [D, H], [H]; the biases are zero at first
-    lambda_params                     [H, K], such that lambda = 1, or twice a bound from 1 on
+    lambda_params                     [H, K], such that lamb = 1, or twice a bound from 1 on
     g_proj               kernel       [D, H, V], with `use_output_gate`
     o_norm               scale        [V], ones
     o_proj               kernel       [H, V, D]
@@ -49,18 +47,20 @@ class MesaNet(Mixer):
     Decoding, masks, segments and initial values are as in all layers, see docs/layers.md. The cache
     holds the state, `kk` [B, H, K, K] and `kv` [B, H, K, V] (float32).
 
-        layer = jla.linen.MesaNet(num_heads=4, key_dim=64)
-        params = layer.init(key, x)["params"]  # x: [B, T, D]
-        y = layer.apply({"params": params}, x)  # [B, T, D]
+    Example:
+      x = jnp.ones((2, 8, 64))  # [B, T, D]
+      layer = jla.linen.MesaNet(num_heads=4)
+      variables = layer.init(jax.random.key(0), x)
+      y = layer.apply(variables, x)  # [2, 8, 64]
 
     Attributes, beside those of all layers (`Mixer`):
       key_dim: K, fla's `head_dim`.
       use_output_gate: whether RMSNorm's result is gated.
-      lambda_lower_bound: a positive number, below every lambda. The smaller, the more iterations
-        the solution can take.
-      cg_steps: the most iterations of conjugate gradients, see :func:`jla.mesa_net`; fla's
+      lambda_lower_bound: a positive number, below every lamb. The smaller, the more iterations the
+        solution can take.
+      cg_steps: the most iterations of conjugate gradients, see `jla.mesa_net`; fla's
         `max_cg_step_training`.
-      cg_steps_decode: the same for a call that brings one token, with `decode`; `cg_steps` if None.
+      cg_steps_decode: the same for a call of one token, with `decode`; `cg_steps` if None.
     """
 
     use_output_gate: bool = False

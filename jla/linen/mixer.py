@@ -65,9 +65,11 @@ class Cache(NamedTuple):
 class Mixer(nn.Module):
     """The base of the layers, each a function of inputs [B, T, D] to [B, T, D], token by token.
 
-        layer = jla.linen.MesaNet(num_heads=4, key_dim=64)
-        params = layer.init(key, x)["params"]  # x: [B, T, D]
-        y = layer.apply({"params": params}, x)  # [B, T, D]
+    Example:
+      x = jnp.ones((2, 8, 64))  # [B, T, D]
+      layer = jla.linen.MesaNet(num_heads=4)
+      variables = layer.init(jax.random.key(0), x)
+      y = layer.apply(variables, x)  # [2, 8, 64]
 
     Arguments of a call, of all layers:
       inputs: [B, T, D], bfloat16, float16 or float32.
@@ -92,7 +94,7 @@ class Mixer(nn.Module):
     cache and advances it, by any number of tokens: a prefill in one call or several, then one token
     at a time.
 
-    A layer adds what it has of its own, `sizes` and `__call__`, which is its projections and its
+    A layer adds its own attributes, `sizes` and `__call__`, which holds its projections and its
     formula:
 
         tokens, sizes = self.begin(inputs, mask, segment_ids)
@@ -111,9 +113,9 @@ class Mixer(nn.Module):
       kernel_init: initializer of the projections' kernels.
       precision: of the projections' matrix products, see `jax.lax.Precision`.
       implementation: of the mechanism: "reference", "xla", "pallas", or None for the fastest that
-        supports the arguments. The layer's norms and convolutions choose by themselves where it is
-        None or "pallas", for what the mechanism's kernels serve theirs need not, and follow it
-        where it is "reference" or "xla".
+        supports the arguments. The layer's norms and convolutions follow it where it is "reference"
+        or "xla". Where it is None or "pallas" they choose for themselves, because their kernels
+        may not support what the mechanism's support.
       decode: whether to keep and use a cache.
     """
 

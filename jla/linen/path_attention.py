@@ -17,19 +17,17 @@ f32 = jnp.float32
 
 
 class PaTHAttention(Mixer):
-    r"""PaTH attention with its projections, the short convolution of `w`, gates and norms.
+    """PaTH attention with its projections, the short convolution of `w`, log decays and norms.
 
-    For inputs :math:`x` [B, T, D], `H` query heads and `HK` key/value heads (query head `j` uses
-    key/value head `j // (H // HK)`) of key dimension `K` and value dimension `V`:
+    For inputs x [B, T, D], `H` query heads and `HK` key/value heads (query head `j` uses key/value
+    head `j // (H // HK)`) of key dimension `K` and value dimension `V`, with W for the projections:
 
-    .. math::
-      q &= W_q x, \quad k = W_k x, \quad v = W_v x \\
-      w &= \mathrm{l2norm}(\mathrm{silu}(\mathrm{conv}(W_w^{up} W_w^{down} x))), \quad
-      \beta = 2\, \mathrm{sigmoid}(W_b x + b_b) \\
-      y &= W_o\, \mathrm{path\_attention}(q, k, v, w, \beta)
+        q = W_q x;   k = W_k x;   v = W_v x
+        w = l2norm(silu(conv(W_w_up W_w_down x)));   beta = 2 sigmoid(W_b x + b_b)
+        y = W_o path_attention(q, k, v, w, beta)
 
-    With `use_forget_gate`, :math:`g = \mathrm{logsigmoid}(W_g x + b_g)` too (PaTH-FoX); with
-    `use_qk_norm`, q and k first go through RMSNorm, head by head.
+    With `use_forget_gate`, `g = logsigmoid(W_g x + b_g)` is its last argument (PaTH-FoX); with
+    `use_qk_norm`, q and k first pass through RMSNorm, head by head.
 
     The projections run in `dtype`; w, beta, g, the convolution's sums and the norms are computed in
     float32, and w stays float32.
@@ -52,16 +50,18 @@ class PaTHAttention(Mixer):
     Masks, segments and initial values are as in all layers, see docs/layers.md. The cache holds
     `key` [B, S, HK, K] (float32), `value` [B, S, HK, V], `decay` [B, S, H] (float32, with
     `use_forget_gate`) and `length` [B] (int32), see `jla.PathCache`. Its capacity S is the T of
-    `init`'s inputs, as of flax's own attention. Rows have their own lengths, and padding takes no
-    place. What does not fit raises ValueError outside of jit; inside, its outputs are NaN.
+    `init`'s inputs, as in flax's own attention. Rows have their own lengths, and padding takes no
+    place. Tokens that do not fit raise ValueError outside of jit; inside, their outputs are NaN.
 
-        layer = jla.linen.PaTHAttention(num_heads=4, key_dim=64)
-        params = layer.init(key, x)["params"]  # x: [B, T, D]
-        y = layer.apply({"params": params}, x)  # [B, T, D]
+    Example:
+      x = jnp.ones((2, 8, 64))  # [B, T, D]
+      layer = jla.linen.PaTHAttention(num_heads=4)
+      variables = layer.init(jax.random.key(0), x)
+      y = layer.apply(variables, x)  # [2, 8, 64]
 
     Attributes, beside those of all layers (`Mixer`):
       num_key_heads: HK, of which num_heads is a multiple; num_heads if None. fla's `num_kv_heads`.
-      use_forget_gate: whether there are gates.
+      use_forget_gate: whether there are log decays g.
       use_qk_norm: whether q and k are normalised.
       w_rank: the inner dimension of w's projection; None for a projection of full rank.
       conv_size: taps of w's convolution, at least 2; with None or 0 there is none, nor SiLU.

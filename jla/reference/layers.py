@@ -48,9 +48,9 @@ def gated_norm(x, gate, scale, real=None, *, epsilon):
     return rms_norm(gated, scale, epsilon=epsilon).astype(gate.dtype)
 
 
-def short_convolution(x, kernel, past=None, segments=None, *, normalize, silu_twice=False):
+def short_convolution(x, taps, past=None, segments=None, *, normalize, silu_twice=False):
     """See `jla._fused.short_convolution`."""
-    T, W = x.shape[1], kernel.shape[0]
+    T, W = x.shape[1], taps.shape[0]
     # The first W - 1 entries of `window` are the tokens before this call.
     if past is None:
         window = jnp.pad(x, ((0, 0), (W - 1, 0), (0, 0), (0, 0)))
@@ -60,11 +60,11 @@ def short_convolution(x, kernel, past=None, segments=None, *, normalize, silu_tw
         window_segments = jnp.pad(segments, ((0, 0), (W - 1, 0)))
     y = jnp.zeros(x.shape, f32)
     for i in range(W):
-        tap = window[:, i : i + T].astype(f32)
+        tokens = window[:, i : i + T].astype(f32)
         if segments is not None:
             same = window_segments[:, i : i + T] == segments
-            tap = jnp.where(same[..., None, None], tap, 0.0)
-        y = y + kernel[i].astype(f32)[None, None] * tap
+            tokens = jnp.where(same[..., None, None], tokens, 0.0)
+        y = y + taps[i].astype(f32)[None, None] * tokens
     y = jax.nn.silu(y)
     y = (jax.nn.silu(y) if silu_twice else y).astype(x.dtype)
     return l2norm(y) if normalize else y

@@ -46,9 +46,9 @@ def log_linear_step(q, k, v, g, level_scales, state):
     levels = jnp.where(by_level(level <= ones), 0.0, levels)
     levels = jnp.where(by_level(level == ones + 1), merged, levels)
 
-    # L levels serve the positions below 2**(L-1). Beyond, a wrong number would look like a right
-    # one, nor a negative one, see `moved_on`. Right after the last of them no level holds anything,
-    # and the position says so.
+    # L levels serve the positions 0 to 2**(L-1) - 1. At others, those beyond int32 included (they
+    # are negative, see `moved_on`), outputs are NaN, because a wrong number would look like a right
+    # one. Right after the last of these positions all levels are empty, and the position says so.
     beyond = position >> (level_scales.shape[-1] - 1) != 0
     o = jnp.where(beyond[:, None, None], jnp.nan, o)
     position = moved_on(position, 1)
@@ -76,7 +76,7 @@ def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
 
     span = functools.partial(lax.scan, token)
     time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, level_scales, starts))
-    # Of a symbolic T nobody knows that it has a span.
+    # A symbolic T may be shorter than a span.
     whole = 0 if is_symbolic_dim(T) else T // SPAN * SPAN
     state, outputs = initial_state, []
     if whole:

@@ -1,4 +1,4 @@
-"""The layers' norms and short convolution: of the definitions XLA makes what there is to make."""
+"""The layers' norms and short convolution: the definitions, compiled by XLA."""
 
 from jla.reference.layers import gated_norm, rms_norm, rms_norm_branch, short_convolution
 

@@ -43,7 +43,7 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
             logits += decay
         p = jax.nn.softmax(jnp.where(before | here, scale * logits, -jnp.inf), axis=1)
         p = p.reshape(B, -1, H, HQ // H)
-        # What stands behind the last token is nobody's; see `without_rest`.
+        # Places behind the last token hold no data, and perhaps NaN; see `without_rest`.
         values = jnp.where((before | here)[..., None], value, 0).astype(f32)
         o = jnp.einsum("bshg,bshv->bhgv", p, values).reshape(B, HQ, -1)
     fits = cache.length < cache.key.shape[1]
@@ -109,8 +109,8 @@ def _chunk(scale, past, cached, inputs):
     """The outputs of one chunk of queries, [B, H, C, G V].
 
     The rows of a product with the queries are their tokens', G to each. The online softmax keeps
-    the largest logit, the sum and the sum of values, all relative to the largest: a constant to the
-    derivative, for the outcome does not depend on it.
+    the largest logit, the sum and the sum of values, all relative to the largest. That one is a
+    constant to the derivative, because the result does not depend on it.
     """
     index, q, k, v, w, writes, inner, gates = inputs
     C, K = k.shape[2:]

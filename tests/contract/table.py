@@ -65,9 +65,11 @@ PALLAS = Backend(
         # Decoding shows, too, that a state continues, and the cotangents of states are among those
         # of `test_values_and_gradients`.
         "test_a_split_and_its_gradients_are_the_whole",
-        # `test_packed_is_the_definition` has segments of one token, too, alone and in a row.
+        # `test_packed_is_the_definition` has segments of one token, alone and several together.
         "test_every_token_its_own_segment",
         "test_good_inputs_make_no_nan",
+        # The small cases have one row, and this wants two.
+        "test_nan_in_one_row_stays_there",
         "test_values_under_x64",
     ),
 )

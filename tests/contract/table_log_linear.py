@@ -36,7 +36,7 @@ def _unused(state, number):
 
 
 def _fill(args):
-    """Every row goes on from where its tokens are the last that the levels serve."""
+    """Every row continues from where its tokens are the last that the levels serve."""
     T, L = args["level_scales"].shape[1::2]
     state, position = args["initial_state"], 2 ** (L - 1) - T
     levels = np.where(in_use(position, L)[:, None, None], state.levels + 1.0, 0.0)

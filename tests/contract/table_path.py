@@ -69,7 +69,7 @@ def _cut_cache(args, capacity):
     return args | dict(cache=cut)
 
 
-# Of the first row's two segments the first goes on from the cache. On the host, so that they are
+# Of the first row's two segments the first continues from the cache. On the host, so that they are
 # known under jit.
 _IDS = np.array([[0] * 50 + [1] * 50, [1] * 49 + [2] * 51])
 

@@ -1,4 +1,4 @@
-"""Clause 9: wrong arguments raise before anything runs, and say what is wrong."""
+"""Wrong arguments raise (docs/contract.md): before anything runs, and with a clear message."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Clause 11: programs for any batch and any length, written by jax.export and read again."""
+"""Exported for any size (docs/contract.md): programs written by jax.export and read again."""
 
 import functools
 

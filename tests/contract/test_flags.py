@@ -1,4 +1,4 @@
-"""Clause 11: JAX's flags. Strict promotion of dtypes and ranks is a fixture of the whole suite."""
+"""Under JAX's flags (docs/contract.md). Strict promotion of dtypes and ranks is always on here."""
 
 import functools
 import re

@@ -1,4 +1,5 @@
-"""Clauses 3, 4 and 5: causality, states that go on, packed segments."""
+"""Along a sequence, from docs/contract.md: causal to the bit, NaN stays where it is, split is
+whole, decode is forward, packed is separate."""
 
 import functools
 
@@ -15,6 +16,7 @@ from harness import (
     definition,
     forward,
     inputs,
+    is_float,
     one_segment,
     value_and_vjp,
     with_gradients,
@@ -280,6 +282,37 @@ def test_nothing_crosses_a_border(mechanism, implementation, sizes):
         after = forward(mechanism, implementation, changed, ids)
         assert_same_bits((after[0][:, border:], after[1]), (before[0][:, border:], before[1]))
         assert not np.array_equal(after[0][:, :border], before[0][:, :border])
+
+
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes", marked("test_nan_in_one_row_stays_there", GRID)
+)
+def test_nan_in_one_row_stays_there(mechanism, implementation, sizes):
+    """To the bit: the other rows' outputs, states and gradients are as without it."""
+    if implementation.interpreted:  # its cases have one row; a chunk's forward pass is enough
+        sizes = dict(sizes) | dict(B=2, T=20)
+        args, _ = inputs(mechanism, sizes, implementation.dtypes[0])
+        want = forward(mechanism, implementation, args)
+    else:
+        shared = case(mechanism, implementation, sizes)
+        args, want = shared.args, shared.got
+    of_rows = [name for name in args if name not in mechanism.shared()]
+
+    def with_nan(x):
+        return put(x, 0, np.nan) if is_float(x) else x
+
+    def others(got):
+        if not implementation.interpreted:
+            got = got[0], {name: got[1][name] for name in of_rows}
+        return jax.tree.map(lambda x: x[1:], got)
+
+    nan = args | {name: jax.tree.map(with_nan, args[name]) for name in of_rows}
+    if implementation.interpreted:
+        got = forward(mechanism, implementation, nan)
+    else:
+        got = value_and_vjp(mechanism, implementation, nan, shared.cotangents, shared.segment_ids)
+    chex.assert_tree_all_finite(others(want))
+    assert_same_bits(others(got), others(want))
 
 
 WITH_UNUSED = [row for row in SMALL if row.values[0].unused]

@@ -1,4 +1,5 @@
-"""Clause 7: the kernels, where heads are grouped and devices have parts of them."""
+"""Sharded without gathers (docs/contract.md): kernels, where heads are grouped and each device has
+a part of them."""
 
 import functools
 

@@ -1,7 +1,8 @@
-"""Clause 7: what each kernel says of its operands' axes, with a plain function in its place.
+"""Sharded without gathers (docs/contract.md): the axes that each kernel states for its operands.
 
-Kernels run on no mesh of CPU devices. Their strings of axis letters do: the stand-in works row by
-row and head by head as they say, and any wrong cut changes its values.
+Kernels run on no mesh of CPU devices, but their strings of axis letters do: in the place of each
+kernel a plain function works row by row and head by head as they say, and any wrong cut changes its
+values.
 """
 
 import functools

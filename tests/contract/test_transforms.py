@@ -1,4 +1,5 @@
-"""Clauses 7 and 8: JAX's transformations, sharding, determinism, compilation."""
+"""Programs, from docs/contract.md: under JAX's transformations, sharded without gathers, same
+inputs, same bits, contents never compile."""
 
 import contextlib
 import functools

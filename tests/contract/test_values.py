@@ -1,4 +1,5 @@
-"""Clauses 1, 2 and 6: values and gradients are the definition's, at every shape and gate."""
+"""Values and gradients, from docs/contract.md: equal to the definition, any length, any head
+dimension, finite with any decay."""
 
 import itertools
 import pathlib

@@ -1,4 +1,4 @@
-"""Every layer's masks and segments: padding is as good as absent, packed is separate."""
+"""Every layer's masks and segments: padding tokens are ignored, packed is separate."""
 
 import functools
 

@@ -111,8 +111,8 @@ def decay_operand(g):
     """Log decays as wgmma's operand for `decays`: base 2, float16.
 
     float16 errs by 2**-12 of an exponent x, that is by x exp(-x) 2**-12 < 1e-4 in the decay. The
-    bound keeps the sums of a chunk finite; its exp2 is zero, so that a log decay of -inf, which
-    starts a segment, lets nothing through.
+    bound keeps the sums of a chunk finite; its exp2 is zero, so that a log decay of -inf still
+    starts a segment: nothing before it remains.
     """
     return jnp.maximum(g * LOG2E, STRONGEST).astype(f16)
 

@@ -20,7 +20,6 @@ f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 # A wgmma accumulator's layout, and the layouts of a vector along its rows or along its columns.
 WGMMA_LAYOUT = plgpu.Layout.WGMMA
-TILE = WGMMA_LAYOUT  # its old name, which path_attention still has
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 WGMMA_TRANSPOSED_LAYOUT = plgpu.Layout.WGMMA_TRANSPOSED
@@ -41,6 +40,12 @@ def interpret(*, detect_races=True):
 
     Meant for tests: about a second for two heads of four chunks. JAX traces a function anew inside
     this context, so a jitted function may be used inside and outside.
+
+    Example:
+      q = k = v = jnp.ones((1, 1, 16))
+      g, beta, state = -v, v[..., 0], jnp.zeros((1, 1, 16, 16))
+      with jla.pallas.interpret():
+          o, state = jla.kda_step(q, k, v, g, beta, state, implementation="pallas")
     """
     # As many as the copies a CTA makes between two uses of an SMEM tile: copies of one number take
     # each other's clock, and a wait for the one would pass for a wait for the other.

@@ -66,7 +66,7 @@ def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale):
     if g is None:
         s, g = abc_gates(s, starts)
     if starts is not None:
-        # A first token that lets nothing through is all there is to a border.
+        # To start a new segment, set its first token's decay to 0.
         g = jnp.where(starts[:, :, None, None], -jnp.inf, g)
     keys, values, slots = missing_features(K), missing_features(V), -M % TILE_WIDTH
     # Tokens of zeros neither read, write nor decay; features of zeros stay zero.

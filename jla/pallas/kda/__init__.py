@@ -68,7 +68,7 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
 
 def _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale):
     if segment_ids is not None:
-        # A first token that lets nothing through is all there is to a border.
+        # To start a new segment, set its first token's decay to 0.
         starts = segment_starts(segment_ids)[:, :, None, None]
         g = jnp.where(starts, -jnp.inf, g)
     return _on_tiles(q, k, v, (g,), beta, initial_state, scale, None)

@@ -69,7 +69,7 @@ def _norm(x, gate, scale, epsilon):
 
 
 def _norm_forward(*inputs_and_epsilon):
-    # `_norm`, not the kernel, for what a checkpoint policy sees: as in rms_norm.py.
+    # `_norm`, not the kernel, because of what a checkpoint policy sees: as in rms_norm.py.
     return _norm(*inputs_and_epsilon), inputs_and_epsilon[:-1]
 
 

@@ -82,12 +82,12 @@ class RowPlan:
         return x.reshape(self.shape)
 
     def tiled_scale(self, scale):
-        """That of the first head, for all have the same."""
+        """The first head's scale; all heads have the same."""
         return scale[:, :, 0].reshape(self.batch, self.chunks, self.width)
 
     def untiled_scale(self, sums, x):
-        """Undoes `tiled_scale`, for a gradient, with all in the first head: what the heads share is
-        summed over them anyhow."""
+        """Undoes `tiled_scale` for a gradient. All of it is put in the first head: it is summed
+        over the heads later, because they share the scale."""
         B, _, H, N, D = x.shape
         return jnp.pad(sums.reshape(B, N, 1, D), ((0, 0), (0, 0), (0, H - 1), (0, 0)))
 
@@ -223,7 +223,7 @@ def as_rows(x, scale):
     """x as [B, T, H, N, D], with no row split between devices."""
     sharding = jax.typeof(x).sharding
     if any(sharding.spec[-scale.ndim :]):
-        # Outside of the custom_vjp, for a gradient's type has to be that of its array.
+        # Outside of the custom_vjp, because a gradient must have its array's type.
         x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, P(*sharding.spec[: -scale.ndim])))
     return jnp.expand_dims(x, missing_axes(x, scale))
 

@@ -2,8 +2,8 @@
 
 A thread has four channels of a head and walks along a stream of tokens, with the last W - 1 of them
 in registers. A warpgroup walks along four streams of 128 channels (or 256) that follow one another;
-TMA loads each of them with the tokens around it that it needs, so that threads
-share no data, and none waits.
+TMA loads each of them with the tokens around it that it needs. Threads share no data, so no
+synchronisation is needed.
 
 Nothing but the inputs is kept for the backward pass, which makes the rest again on its way. Behind
 token t it knows the gradients that token t - (W - 1) is still missing.
@@ -28,38 +28,38 @@ from jla.pallas.common.scratch import barrier_for, fetch
 
 SDS = jax.ShapeDtypeStruct
 EPSILON = 1e-6  # of the norm, as `jla.linen` has it
-WIDEST, TAPS = 256, 8
+WIDEST, MOST_TAPS = 256, 8
 # How many tokens a thread walks along. The more, the less is read and made twice; the fewer, the
 # more CTAs share a multiprocessor. The best of 16, 24, 32, 48 and of 12, 16, 20, 24, 30, 44.
 FORWARD, BACKWARD = 16, 20
 UNROLLED = 4  # tokens of a turn of the loop
 
-_X, _KERNEL = "B T H D", "B W H D"
+_X, _TAPS = "B T H D", "B W H D"
 
 
-def unsupported(name, x, kernel, past=None, segments=None):
+def unsupported(name, x, taps, past=None, segments=None):
     """Why the kernels cannot serve these arguments, or None."""
     if past is not None:
         return "there are tokens before x, from a cache, which the kernels do not read"
     if segments is not None:
         return "there are segments, which the kernels do not know"
-    W, D = kernel.shape[0], x.shape[-1]
+    W, D = taps.shape[0], x.shape[-1]
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x is {x.dtype}, and the kernels take bfloat16 and float16"
     if D % 8 or D > WIDEST:
         return f"heads have {D} channels, and the kernels take multiples of 8 up to {WIDEST}"
-    if not 2 <= W <= TAPS:
-        return f"there are {W} taps, and the kernels take 2 to {TAPS}"
+    if not 2 <= W <= MOST_TAPS:
+        return f"there are {W} taps, and the kernels take 2 to {MOST_TAPS}"
     return None
 
 
 @functools.partial(jax.jit, static_argnames=("normalize", "silu_twice"))
 @reverse_only("the layers' short convolution")
-def short_convolution(x, kernel, past=None, segments=None, *, normalize, silu_twice=False):
-    """`silu(sum_i kernel[i] * x_{t - (W - 1 - i)})`, with `normalize` its l2 norm over channels.
+def short_convolution(x, taps, past=None, segments=None, *, normalize, silu_twice=False):
+    """`silu(sum_i taps[i] * x_{t - (W - 1 - i)})`, with `normalize` its l2 norm over channels.
 
     Args:
-      x: [B, T, H, D], 16 bits. kernel: [W, H, D].
+      x: [B, T, H, D], 16 bits. taps: [W, H, D].
       normalize: whether the heads' vectors are divided by `sqrt(sum(y**2) + 1e-6)`.
       silu_twice: whether there is a second SiLU upon the first, before the norm.
       past, segments: None, see `unsupported`.
@@ -67,37 +67,37 @@ def short_convolution(x, kernel, past=None, segments=None, *, normalize, silu_tw
     Returns:
       [B, T, H, D] in x's dtype. All arithmetic is float32, and is rounded once.
     """
-    # Each row of the batch has its own kernel, so that a shard knows nothing of the others.
-    return _convolution(x, for_each_row(kernel.astype(f32), x), normalize, silu_twice)
+    # Each row of the batch has its own taps, so that a shard knows nothing of the others.
+    return _convolution(x, for_each_row(taps.astype(f32), x), normalize, silu_twice)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolution(x, kernel, normalize, silu_twice):
+def _convolution(x, taps, normalize, silu_twice):
     run = functools.partial(_forward, normalize=normalize, silu_twice=silu_twice)
-    return shardwise(run, (_X, _KERNEL), (_X,))(x, kernel)[0]
+    return shardwise(run, (_X, _TAPS), (_X,))(x, taps)[0]
 
 
-def _convolution_forward(x, kernel, normalize, silu_twice):
+def _convolution_forward(x, taps, normalize, silu_twice):
     # `_convolution`, not the kernel: a checkpoint policy that keeps kernels' results (as that of
     # examples/model.py does) sees a custom_vjp, and so y is made again rather than kept.
-    return _convolution(x, kernel, normalize, silu_twice), (x, kernel)
+    return _convolution(x, taps, normalize, silu_twice), (x, taps)
 
 
 def _convolution_backward(normalize, silu_twice, inputs, dy):
     run = functools.partial(_backward, normalize=normalize, silu_twice=silu_twice)
-    return shardwise(run, (_X, _KERNEL, _X), (_X, _KERNEL))(*inputs, dy)
+    return shardwise(run, (_X, _TAPS, _X), (_X, _TAPS))(*inputs, dy)
 
 
 defvjp(_convolution, _convolution_forward, _convolution_backward)
 
 
-def _forward(x, kernel, *, normalize, silu_twice):
-    """y, [B, T, H, D] in x's dtype, as a tuple; kernel [B, W, H, D] float32."""
-    (B, T, H, D), W = x.shape, kernel.shape[1]
+def _forward(x, taps, *, normalize, silu_twice):
+    """y, [B, T, H, D] in x's dtype, as a tuple; taps [B, W, H, D] float32."""
+    (B, T, H, D), W = x.shape, taps.shape[1]
     channels, streams = _tile(D)
     out = scratch.kernel(
         functools.partial(_forward_body, T=T, normalize=normalize, silu_twice=silu_twice),
-        inputs=dict(x=x, kernel=_pad(kernel, channels)),
+        inputs=dict(x=x, taps=_pad(taps, channels)),
         outputs=dict(y=_like(x, channels)),
         scratch=dict(
             tokens=plgpu.SMEM((streams, FORWARD + W - 1, channels), x.dtype),
@@ -112,11 +112,11 @@ def _forward(x, kernel, *, normalize, silu_twice):
 
 
 def _forward_body(refs, *, T, normalize, silu_twice):
-    tokens, past = refs.tokens, refs.kernel.shape[1] - 1
+    tokens, past = refs.tokens, refs.taps.shape[1] - 1
     streams, _, channels = tokens.shape
     layout = mosaic.rows_by_warp()
     _load_with_past(refs, past, FORWARD, 0)
-    taps = _taps(refs.kernel, layout, streams)
+    taps = _spread_taps(refs.taps, layout, streams)
     plgpu.barrier_wait(refs.loaded)
 
     def step(t, window):
@@ -133,30 +133,30 @@ def _forward_body(refs, *, T, normalize, silu_twice):
     _store(tokens, past, FORWARD, refs.y, T)
 
 
-def _backward(x, kernel, dy, *, normalize, silu_twice):
-    """dx, and the kernel's gradient for each row of the batch, [B, W, H, D] float32.
+def _backward(x, taps, dy, *, normalize, silu_twice):
+    """dx, and the gradient of the taps for each row of the batch, [B, W, H, D] float32.
 
     With c the convolution, s = sigmoid(c), y = s c and r = 1 / sqrt(sum(y**2) + epsilon):
 
         1.  without the norm  dc = dy s (1 + c (1 - s)) = dy (s + y (1 - s))
             with it           dc = (r dy - r**3 y sum(y dy)) (s + y (1 - s))
-        2.  dx_t = sum_i kernel[i] dc_{t + (W - 1 - i)}
-            dkernel[i] = sum_t dc_t x_{t - (W - 1 - i)}
+        2.  dx_t = sum_i taps[i] dc_{t + (W - 1 - i)}
+            dtaps[i] = sum_t dc_t x_{t - (W - 1 - i)}
 
     A second SiLU's slope stands before the first's, and y is then what comes out of the second.
 
-    A stream makes dc of its own tokens and of the W - 1 behind them; their share of dkernel is
+    A stream makes dc of its own tokens and of the W - 1 behind them; their share of dtaps is
     counted where they are at home. Each CTA writes its sums, and XLA adds them up: no atomics, the
     same bits every time. Past the last token dy is zero, and so is dc.
     """
-    (B, T, H, D), W = x.shape, kernel.shape[1]
+    (B, T, H, D), W = x.shape, taps.shape[1]
     past = W - 1
     channels, streams = _tile(D)
     blocks = pl.cdiv(T, streams * BACKWARD)
     out = scratch.kernel(
         functools.partial(_backward_body, T=T, normalize=normalize, silu_twice=silu_twice),
-        inputs=dict(x=x, kernel=_pad(kernel, channels), dy=dy),
-        outputs=dict(dx=_like(x, channels), dkernel=SDS((B, blocks, W, H, channels), f32)),
+        inputs=dict(x=x, taps=_pad(taps, channels), dy=dy),
+        outputs=dict(dx=_like(x, channels), dtaps=SDS((B, blocks, W, H, channels), f32)),
         scratch=dict(
             tokens=plgpu.SMEM((streams, BACKWARD + 2 * past, channels), x.dtype),
             gradients=plgpu.SMEM((streams, BACKWARD + past, channels), x.dtype),
@@ -166,11 +166,11 @@ def _backward(x, kernel, dy, *, normalize, silu_twice):
         grid=(B, blocks, H),
         grid_names=("b", "n", "h"),
     )
-    return out.dx[:, :, :H], out.dkernel.sum(axis=1)[..., :D]
+    return out.dx[:, :, :H], out.dtaps.sum(axis=1)[..., :D]
 
 
 def _backward_body(refs, *, T, normalize, silu_twice):
-    tokens, W = refs.tokens, refs.kernel.shape[1]
+    tokens, W = refs.tokens, refs.taps.shape[1]
     past, length = W - 1, BACKWARD
     streams, _, channels = tokens.shape
     layout = mosaic.rows_by_warp()
@@ -181,11 +181,11 @@ def _backward_body(refs, *, T, normalize, silu_twice):
         rows = pl.ds((n * streams + s) * length, length + past)
         source = refs.dy.at[b, rows, h, _whole(channels)]
         fetch(dict(dy=(source, refs.gradients.at[s])), refs.loaded, partial=True)
-    taps = _taps(refs.kernel, layout, streams)
+    taps = _spread_taps(refs.taps, layout, streams)
     plgpu.barrier_wait(refs.loaded)
 
     def step(t, carry, *, own=True, finish=True):
-        """Token t's share of the gradients. `own`: its kernel's are this stream's to count;
+        """Token t's share of the gradients. `own`: those of the taps are this stream's to count;
         `finish`: token t - past, which has its last share now, belongs to the stream."""
         window, pending, sums = carry
         window = [*window, load(tokens.at[:, t + past])]
@@ -199,7 +199,7 @@ def _backward_body(refs, *, T, normalize, silu_twice):
             gradient = gradient * per_row(inverse, channels) - y * per_row(along, channels)
         for gate, complement, y in reversed(silus):
             gradient = gradient * (gate + y * complement)
-        # 2. dkernel and dx.
+        # 2. dtaps and dx.
         if own:
             sums = [s + gradient * x for s, x in zip(sums, window, strict=True)]
         shares = [tap * gradient for tap in taps]
@@ -220,7 +220,7 @@ def _backward_body(refs, *, T, normalize, silu_twice):
     plgpu.commit_smem()
     _store(tokens, past, length, refs.dx, T, wait=False)
     for w in range(W):
-        mosaic.store(refs.dkernel.at[b, n, w, h], sums[w].sum(axis=0))
+        mosaic.store(refs.dtaps.at[b, n, w, h], sums[w].sum(axis=0))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -239,14 +239,14 @@ def _like(x, channels):
     return SDS((B, T, H + 1 if D < channels == H * D else H, D), x.dtype)
 
 
-def _pad(kernel, channels):
+def _pad(taps, channels):
     """Zeros for channels that no head has; of x and dy TMA makes them."""
-    return jnp.pad(kernel, ((0, 0), (0, 0), (0, 0), (0, channels - kernel.shape[-1])))
+    return jnp.pad(taps, ((0, 0), (0, 0), (0, 0), (0, channels - taps.shape[-1])))
 
 
 def _whole(channels):
     """All channels of a head, and those that it lacks: TMA loads zeros there and stores nothing."""
-    # A start that JAX does not know, for it refuses a slice that is seen to be out of bounds.
+    # A start that JAX does not know: it refuses a slice that it knows to be out of bounds.
     return pl.ds(lax.axis_index("h") * 0, channels)
 
 
@@ -279,13 +279,13 @@ def _window(tokens, layout, past):
     ]
 
 
-def _taps(kernel_ref, layout, streams):
+def _spread_taps(taps_ref, layout, streams):
     """Each tap of this CTA's head, for all streams."""
     b, h = lax.axis_index("b"), lax.axis_index("h")
     by_channel = layout.reduce(0)
     taps = (
-        mosaic.load(kernel_ref.at[b, w, h], by_channel, optimized=False)
-        for w in range(kernel_ref.shape[1])
+        mosaic.load(taps_ref.at[b, w, h], by_channel, optimized=False)
+        for w in range(taps_ref.shape[1])
     )
     return [per_column(tap, streams) for tap in taps]
 
@@ -310,7 +310,7 @@ def _weighted(taps, window):
 
 
 def _silus(x, silu_twice):
-    """Of each SiLU in turn, of what it is given: sigmoid(x), 1 - sigmoid(x) and silu(x)."""
+    """For each SiLU in turn, with x its input: sigmoid(x), 1 - sigmoid(x) and silu(x)."""
     silus = []
     for _ in range(1 + silu_twice):
         gate = mosaic.sigmoid(x)

@@ -76,7 +76,7 @@ def log_linear_mamba2(q, k, u, g, logits, value_scales, skip, segment_ids):
       [B, T, H, V] in u's dtype.
     """
     skip = for_each_row(skip[None, :, None], u)
-    # With no state to go on from, `run_aligned` leaves levels where they are: logits will do.
+    # Without an initial state `run_aligned` does not move levels, so it can take logits.
     run = functools.partial(core, skip=skip, activation=jax.nn.softplus)
     return alignment.run_aligned(run, q, k, u, g, logits, None, segment_ids, value_scales)[0]
 

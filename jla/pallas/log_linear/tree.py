@@ -1,4 +1,4 @@
-"""The binary tree of leaf blocks' states: what is where, and who sums it.
+"""The binary tree of leaf blocks' states: what is where, and which CTA sums it.
 
 A node of height m is 2**m leaf blocks, its state the decayed sum of its halves'. Only left halves
 are read, by the blocks of their right siblings: block i reads, for each set bit m of i, the node

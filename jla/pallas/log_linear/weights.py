@@ -40,7 +40,7 @@ def weights(g, level_scales, leaf, value_scales=None, activation=None):
     """All weights of a core's tokens, and the decays between leaf blocks; differentiable.
 
     Args:
-      g: [B, T, H] float32 log decays; -inf lets nothing through.
+      g: [B, T, H] float32 log decays; -inf starts a segment.
       level_scales: [B, T, H, L].
       value_scales: what each token's value is multiplied by, [B, T, H] float32, in all the weights
         with which it is read; None: ones.

@@ -66,7 +66,7 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     if g is not None:
         g = scale * LOG2E * g
     if segment_ids is not None:
-        # A first token that lets nothing through is all there is to a border.
+        # To start a new segment, set its first token's decay to 0.
         starts = segment_starts(segment_ids)[:, :, None]
         g = jnp.where(starts, -jnp.inf, jnp.zeros(q.shape[:3], f32) if g is None else g)
     if scale < 0:

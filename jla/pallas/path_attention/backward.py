@@ -5,10 +5,10 @@ gradients of logits are rounded to float16 as wgmma's operands, as queries and k
 power of two for each key head, brings them into float16's range, and all gradients are in that
 unit.
 
-The levels are gone through from the top down. A version is the one of the level below times a
-matrix, so the gradient of the one below begins with that of the one above times the transposed
-matrix: what is written for a level is the gradient of all that comes of that version. Of a row it
-is written as float16 of at most 1 and a float32 factor, the row's largest element.
+Levels are processed from the top down. A version is the version of the level below times a matrix,
+so the lower one's gradient starts with the upper one's times the transposed matrix: the gradient
+written for a level includes everything that depends on that version. Each row is written as float16
+of at most 1 and a float32 factor, the row's largest element.
 """
 
 import jax.numpy as jnp

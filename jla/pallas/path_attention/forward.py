@@ -34,7 +34,7 @@ from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.mosaic import (
     PER_COLUMN,
     PER_ROW,
-    TILE,
+    WGMMA_LAYOUT,
     bf16,
     f16,
     f32,
@@ -248,7 +248,7 @@ def send(leaf, rows, acc, top, total):
     """o = acc / total, by way of the values' tile, and the log-sum-exp."""
     refs = leaf.refs
     mosaic.hand_back(refs.done)
-    plgpu.barrier_wait(refs.done)  # nobody reads values any more: there is room for o
+    plgpu.barrier_wait(refs.done)  # all values are read: o can take their place
     so = refs.sv.at[0, pl.ds(leaf.wg * ROWS, ROWS)]
     so[...] = (acc / per_row(total, refs.sv.shape[-1])).astype(bf16)
     plgpu.commit_smem()
@@ -273,6 +273,6 @@ def own_exp2(own, tops, chunk, minus):
         return jnp.exp2(load(own.at[i], optimized=False) + per_row(top - minus, ROWS))
 
     def nothing():
-        return plgpu.layout_cast(jnp.zeros((ROWS, ROWS), f32), TILE)
+        return plgpu.layout_cast(jnp.zeros((ROWS, ROWS), f32), WGMMA_LAYOUT)
 
     return jnp.concatenate([block(chunk), lax.cond(chunk == 1, lambda: block(2), nothing)], 1)

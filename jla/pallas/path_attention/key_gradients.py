@@ -37,7 +37,7 @@ from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.mosaic import (
     PER_COLUMN,
     PER_ROW,
-    TILE,
+    WGMMA_LAYOUT,
     bf16,
     f16,
     f32,
@@ -159,7 +159,7 @@ class Done(NamedTuple):
 
 
 class Level(NamedTuple):
-    """A level: who has queries for the leaf's keys."""
+    """A level: which leaves have queries for the leaf's keys."""
 
     m: Any
     first: Any  # leaf of the right sibling
@@ -299,9 +299,9 @@ def compute(leaf):
     refs = leaf.refs
     unit = refs.unit[leaf.b, leaf.h]
     plgpu.barrier_wait(refs.v_loaded)
-    dv = plgpu.layout_cast(jnp.zeros((ROWS, refs.sv.shape[-1]), f32), TILE)
+    dv = plgpu.layout_cast(jnp.zeros((ROWS, refs.sv.shape[-1]), f32), WGMMA_LAYOUT)
     dv = lax.fori_loop(0, 2 * leaf.group, functools.partial(own_tile, leaf), dv)
-    dk = plgpu.layout_cast(jnp.zeros((ROWS, refs.sk.shape[-1]), f32), TILE)
+    dk = plgpu.layout_cast(jnp.zeros((ROWS, refs.sk.shape[-1]), f32), WGMMA_LAYOUT)
     of_level = functools.partial(compute_level, leaf, unit)
     start = dk, dv, _start(leaf)
     _, dv, _ = lax.fori_loop(0, levels.number(leaf.leaves), of_level, start)

@@ -63,7 +63,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common.chunks import CHUNK
-from jla.pallas.common.mosaic import PER_ROW, TILE, f16, f32, load, per_row, product
+from jla.pallas.common.mosaic import PER_ROW, WGMMA_LAYOUT, f16, f32, load, per_row, product
 from jla.pallas.path_attention import levels
 from jla.pallas.path_attention.leaf_tiles import (
     ROWS,
@@ -180,7 +180,7 @@ def meet(leaf):
 
 
 def load_inputs(leaf):
-    """W, beta W, K, Q in registers, for they are converted; -N of the chunks, dO in SMEM."""
+    """W, beta W, K, Q in registers, because they are converted; -N of the chunks, dO in SMEM."""
     refs = leaf.refs
     refs.zeros[leaf.wg] = jnp.int32(0)
     plgpu.commit_smem()
@@ -336,7 +336,7 @@ def make_xyz(leaf, of_z, of_x):
 
 
 def keep_xyz(leaf, minus_x, y, minus_z):
-    """-X, Y and -Z to SMEM; nobody reads dQ there any more."""
+    """-X, Y and -Z to SMEM, over dQ, which has been read."""
     at = meet(leaf)
     put_block(at, leaf.lower, minus_z)
     put(at, leaf.first, minus_x)
@@ -445,7 +445,7 @@ def _rescaled(leaf, at, place, factors, head, more, added):
     rows = _version_rows(place, at.row)
     factor = load(factors.at[leaf.b, head, rows], PER_ROW, optimized=False)
     # No read of a tile that another warpgroup changes.
-    x = in_tile(at, lambda: plgpu.load(own_tile(at, leaf.first), layout=TILE)).astype(f32)
+    x = in_tile(at, lambda: plgpu.load(own_tile(at, leaf.first), layout=WGMMA_LAYOUT)).astype(f32)
     x *= per_row(factor * more, CHUNK)
     present = jnp.broadcast_to(place >= 0, x.shape)
     x = lax.optimization_barrier(jnp.where(present, x, 0.0))

@@ -46,7 +46,7 @@ from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
 from jla.pallas.common.mosaic import (
     PER_COLUMN,
     PER_ROW,
-    TILE,
+    WGMMA_LAYOUT,
     f16,
     f32,
     load,
@@ -123,7 +123,7 @@ def of_keys(own):
     m = make_mc(own, w, strength)
     make_mw(own, m)
     make_keys(own)
-    # After this nobody needs the inverses, and the first chunk writes by their tiles.
+    # After this the inverses are no longer needed, and the first chunk writes over their tiles.
     plgpu.barrier_wait(refs.mw_made.at[1 - own.number])
     version = levels.first_key(own.leaf, own.leaves)
 
@@ -156,7 +156,7 @@ def load_chunk(own):
     fetch(dict(inverse=inverse), refs.inverse_loaded.at[own.number])
     strength = load(refs.beta.at[own.b, own.h, own.tokens], PER_COLUMN, optimized=False)
     plgpu.barrier_wait(refs.w_loaded.at[own.number])
-    given = [plgpu.load(x, layout=TILE) for x in given_w]
+    given = [plgpu.load(x, layout=WGMMA_LAYOUT) for x in given_w]
     if converts_w:
         for x, y in zip(given, w, strict=True):
             y[...] = x.astype(f16)
@@ -164,7 +164,7 @@ def load_chunk(own):
     plgpu.barrier_wait(refs.k_loaded.at[own.number])
     if converts_keys:
         for x, y in zip(given_key, key, strict=True):
-            y[...] = plgpu.load(x, layout=TILE).astype(f16)
+            y[...] = plgpu.load(x, layout=WGMMA_LAYOUT).astype(f16)
         plgpu.commit_smem()
     own.fetch("q", own.h * own.group, query, refs.q_loaded)
     return given, strength
@@ -280,7 +280,7 @@ def of_query_head(own, member):
     head, is_first = own.h * own.group + member, member == 0
     query, mw = own.of(refs.sq), own.of(refs.smw)
     plgpu.barrier_wait(refs.q_loaded.at[own.number])
-    rounded = [plgpu.load(x, layout=TILE).astype(f16) for x in query]
+    rounded = [plgpu.load(x, layout=WGMMA_LAYOUT).astype(f16) for x in query]
 
     @pl.when(is_first)
     def _():

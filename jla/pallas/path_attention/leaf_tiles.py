@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common import chunks, mosaic
 from jla.pallas.common.chunks import CHUNK
-from jla.pallas.common.mosaic import TILE, f16, f32, product
+from jla.pallas.common.mosaic import WGMMA_LAYOUT, f16, f32, product
 
 ROWS = 2  # of chunks in a leaf
 BLOCKS = 3  # of a triangle
@@ -80,7 +80,7 @@ def in_tile(at, f):
 
 def nothing():
     """A tile of zeros."""
-    return plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), f16), TILE)
+    return plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), f16), WGMMA_LAYOUT)
 
 
 # Access: tiles and blocks.
@@ -177,7 +177,7 @@ def total(terms, init=None):
     """The sum of the terms' products, plus `init`."""
     start, stop, pair = terms
     if init is None:
-        init = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), f32), TILE)
+        init = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), f32), WGMMA_LAYOUT)
     return lax.fori_loop(start, stop, lambda i, total: product(pair(i), init=total), init)
 
 

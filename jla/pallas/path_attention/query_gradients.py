@@ -36,7 +36,7 @@ from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.mosaic import (
     PER_COLUMN,
     PER_ROW,
-    TILE,
+    WGMMA_LAYOUT,
     f16,
     f32,
     load,
@@ -74,8 +74,8 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, after
       lse, delta: the log-sum-exp and the sum of do o, [B, HQ, 128 P] float32.
       unit: [B, H] float32, with which no ds leaves float16's range.
       transforms: H of all blocks [B, H, blocks, K, K] float16, see `levels.block_counts`.
-      after: an array that is not read. It comes of the last other kernel that reads own: so XLA
-        knows that own may be overwritten.
+      after: an array that is not read: a result of the last other kernel that reads own, so that
+        XLA knows that own may be overwritten.
 
     Returns:
       unit * dq in two parts, [B, HQ, R, K] float16 and [B, HQ, R] float32; unit * (ds of the own
@@ -239,7 +239,7 @@ def compute(leaf, h):
     """ds of the leaf's own logits, then dq of all levels."""
     plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
     own = own_logits(leaf, h)
-    dq = plgpu.layout_cast(jnp.zeros((ROWS, leaf.refs.sq.shape[-1]), f32), TILE)
+    dq = plgpu.layout_cast(jnp.zeros((ROWS, leaf.refs.sq.shape[-1]), f32), WGMMA_LAYOUT)
     of_level = functools.partial(compute_level, leaf, own)
     lax.fori_loop(0, leaf.levels, of_level, (dq, _start()))
 
@@ -276,7 +276,7 @@ def compute_level(leaf, own, i, carry):
     version = leaf.queries.slot(done.queries)
     pl.when(level.right == 1)(lambda: leaf.queries.wait(version))
     dq = lax.fori_loop(0, level.moved, lambda _, dq: move(leaf, done.keys, dq), dq)
-    sums = plgpu.layout_cast(jnp.zeros((ROWS, PARTS), f32), TILE)
+    sums = plgpu.layout_cast(jnp.zeros((ROWS, PARTS), f32), WGMMA_LAYOUT)
     tiles = lax.shift_left(level.right, level.m)
     of_tile = functools.partial(tile, leaf, own, version, level, done)
     dq, sums = lax.fori_loop(0, tiles, of_tile, (dq, sums))

@@ -42,7 +42,7 @@ HEAD_DIMENSIONS = (16, 32, 64, 128)
 IN_SMEM = 128  # cached tokens, keys and values, that a CTA has in SMEM
 MOST_QUERIES = 8  # query heads of a key head in one pass
 SHORTEST, LONGEST = 256, 2048  # cached tokens of a CTA
-CTAS = 2112  # eight rounds of two on each of the card's 132 multiprocessors
+CTAS = 2112  # eight rounds of two on each of an H200's 132 multiprocessors
 NEVER = -1e30  # below all logits, and finite
 
 _AXES = of_step(PATH)

@@ -35,7 +35,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.chunks import CHUNK
-from jla.pallas.common.mosaic import PER_ROW, TILE, f16, f32, load, per_row, product
+from jla.pallas.common.mosaic import PER_ROW, WGMMA_LAYOUT, f16, f32, load, per_row, product
 from jla.pallas.common.scratch import barrier_for, fetch
 from jla.pallas.path_attention import levels
 from jla.pallas.path_attention.backward import LEAST
@@ -58,7 +58,7 @@ def transform_gradients(queries, dqueries, keys, dkeys, transforms, leaves):
     Returns:
       In two parts, [B, H, blocks, K, K] float16 of at most 1, in the memory of the transforms, and
       a float32 factor for each, [B, H, blocks]. The first part of a block's is where its sibling's
-      H was, see `levels.beside`, for nobody else reads that H.
+      H was, see `levels.beside`: nothing else reads that H.
     """
     B, H, blocks = transforms.shape[:3]
     if leaves == 1:  # no version is written
@@ -154,7 +154,7 @@ def _block(refs, level, n, leaves, group):
     b, h = (lax.axis_index(name) for name in ("b", "h"))
     blocks = levels.block_counts(leaves)
     pair, pairs = lax.div(n, jnp.int32(2)), levels.count(blocks, level + 1)
-    # A left half's gradient comes of its sibling's queries, a right half's of its keys.
+    # A left half's gradient depends on its sibling's queries, a right half's on its keys.
     is_left = lax.rem(n, jnp.int32(2)) == 0
     sibling = jnp.where(is_left, 2 * pair + 1, 2 * pair)
     leaf = lax.shift_left(sibling, level)
@@ -193,7 +193,7 @@ def _of_block(block, leaves):
     load_next(block, 0, STAGES - 1)
     refs = block.refs
     unit = jnp.where(block.is_left, refs.q_unit[block.b, block.h], refs.k_unit[block.b, block.h])
-    nothing = plgpu.layout_cast(jnp.zeros((CHUNK, refs.left.shape[-1]), f32), TILE)
+    nothing = plgpu.layout_cast(jnp.zeros((CHUNK, refs.left.shape[-1]), f32), WGMMA_LAYOUT)
     has_parent = jnp.minimum(block.base, 1)
     sums = (nothing,) * block.parts
     sums = lax.fori_loop(0, has_parent, lambda *_: from_above(block, unit), sums)

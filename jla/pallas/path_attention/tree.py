@@ -68,7 +68,7 @@ def rounded(w):
 
 
 def leaf_sums(g):
-    """Each token's sum of gates since its leaf's start or the last border, and whom it sees.
+    """Each token's sum of gates since its leaf's start or the last border, and where that is.
 
     Args:
       g: gates of the logits, [B, T, HQ] float32; -inf at a segment's first token.
@@ -83,9 +83,9 @@ def leaf_sums(g):
 
 
 def _since(g):
-    """The sums of the last axis, which begin anew, with nothing, where it is -inf.
+    """The sums along the last axis, which start again from 0 where it is -inf.
 
-    What came before a border is not in them, not even in their last bit.
+    Numbers before a border do not affect them, not even in their last bit.
     """
 
     def joined(earlier, later):
