@@ -107,9 +107,7 @@ def draw_dim(rng, scope):
 
 def draw_sizes(rng, mechanism, scope, by_token):
     letters = {x for axes in jax.tree.leaves(dict(mechanism.axes)) for x in axes.split()}
-    few, many = {"kda": ("H", "HV"), "log_linear": ("HK", "H"), "mesa": ("H", "H")}.get(
-        mechanism.name, ("H", "HQ")
-    )
+    few, many = mechanism.heads
     heads, group = (int(rng.integers(1, scope.heads + 1)) for _ in range(2))
     if few == many:
         group = 1

@@ -151,6 +151,10 @@ class Mechanism:
     make: `arguments` of the mechanism's module in `cases`: (sizes, normal, dtype) to a dict of the
       arguments in `axes`. NumPy arrays, as all edits make them.
     stress: name to an edit of that dict; values and gradients must stay right under each.
+    operations: the most that values and gradients in "xla" may have, loops' bodies once: a tenth
+      above what they have. Whoever needs more measures the compile time, too.
+    heads: the letters of key heads, and of the heads that come in groups; the same if none do.
+    unrolls: whether the program of "xla" grows with the number of chunks, on purpose.
     undamped: the stress cases in which nothing decays, so that every token's rounding stays and the
       error grows with T: name to the most tokens on which they are tried. docs/<mechanism>.md says
       how the error grows.
@@ -175,6 +179,7 @@ class Mechanism:
     outputs: tuple
     make: Callable
     stress: Mapping[str, Callable]
+    operations: int
     later: Callable
     state: tuple[str, str]
     implementations: tuple[Implementation, ...]
@@ -191,6 +196,8 @@ class Mechanism:
         }
     )
     undamped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    heads: tuple[str, str] = ("H", "H")
+    unrolls: bool = False
     unused: Callable | None = None
     slow: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
@@ -236,6 +243,10 @@ SCALE_MISTAKES = (
     ("scale a string", edit(scale="big"), TypeError, ("scale", "str")),
     ("scale a bool", edit(scale=True), TypeError, ("scale", "bool")),
 )
+GATE_MISTAKES = (
+    ("g in bfloat16", edit(g=lambda x: x.astype(jnp.bfloat16)), TypeError, ("g ", "bfloat16")),
+    ("g per head", edit(g=lambda x: x[..., 0]), ValueError, ("g ", "shape")),
+)
 COMMON_MISTAKES = (
     *SCALE_MISTAKES,
     ("q is a list", edit(q=[1.0, 2.0]), TypeError, ("q ", "array", "list")),
@@ -248,8 +259,6 @@ COMMON_MISTAKES = (
     ),
     ("k of another K", edit(k=lambda x: x[..., :-1]), ValueError, ("k ", "K")),
     ("v of another B", edit(v=lambda x: x[:1]), ValueError, ("v ", "B")),
-    ("g in bfloat16", edit(g=lambda x: x.astype(jnp.bfloat16)), TypeError, ("g ", "bfloat16")),
-    ("g per head", edit(g=lambda x: x[..., 0]), ValueError, ("g ", "shape")),
     (
         "no such implementation",
         edit(implementation="cuda"),

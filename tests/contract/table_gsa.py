@@ -5,6 +5,7 @@ import numpy as np
 from table import (
     COMMON_MISTAKES,
     COMMON_RUN_MISTAKES,
+    GATE_MISTAKES,
     PALLAS,
     REFERENCE,
     SHOWN_BY_ANOTHER,
@@ -47,6 +48,7 @@ def _state(**edits):
 
 _SHARED_MISTAKES = (
     *COMMON_MISTAKES,
+    *GATE_MISTAKES,
     ("s of integers", edit(s=lambda x: x.astype(jnp.int32)), TypeError, ("s ", "int32")),
     ("s without slots", edit(s=lambda x: x[..., 0]), ValueError, ("s ", "shape")),
     ("s of another H", edit(s=lambda x: x[..., :1, :]), ValueError, ("s ", "H")),
@@ -77,6 +79,9 @@ GSA = Mechanism(
         "one gate of -1e4": _spike,
     },
     later=_later,
+    operations=1220,
+    heads=("H", "HQ"),
+    unrolls=True,  # for its run time
     optional=("g",),
     state=("initial_state", "state"),
     slow=(

@@ -5,6 +5,7 @@ import numpy as np
 from table import (
     COMMON_MISTAKES,
     COMMON_RUN_MISTAKES,
+    GATE_MISTAKES,
     PALLAS,
     REFERENCE,
     XLA,
@@ -39,6 +40,7 @@ def _later(name, x):
 
 _SHARED_MISTAKES = (
     *COMMON_MISTAKES,
+    *GATE_MISTAKES,
     (
         "beta of integers",
         edit(beta=lambda x: x.astype(jnp.int32)),
@@ -70,6 +72,8 @@ KDA = Mechanism(
     },
     undamped={"equal keys, beta = 2": 500},
     later=_later,
+    operations=1150,
+    heads=("H", "HV"),
     state=("initial_state", "state"),
     slow=("test_any_batch_and_length_alone", "test_values_under_x64"),
     implementations=(

@@ -5,6 +5,7 @@ import numpy as np
 from table import (
     COMMON_MISTAKES,
     COMMON_RUN_MISTAKES,
+    GATE_MISTAKES,
     PALLAS,
     REFERENCE,
     SCALE_MISTAKES,
@@ -63,6 +64,7 @@ def _state(name="initial_state", **edits):
 
 _SHARED_MISTAKES = (
     *(mistake for mistake in COMMON_MISTAKES if mistake not in SCALE_MISTAKES),
+    *GATE_MISTAKES,
     ("k of another HK", edit(k=lambda x: np.repeat(x, 2, -2)), ValueError, ("k ", "HK")),
     (
         "level_scales in float16",
@@ -115,6 +117,9 @@ LOG_LINEAR = Mechanism(
         "up to the last position": _fill,
     },
     later=_later,
+    operations=1410,
+    heads=("HK", "H"),
+    unrolls=True,  # a level for each doubling of the chunks
     tight=_tight,
     state=("initial_state", "state"),
     unused=_unused,

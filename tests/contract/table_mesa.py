@@ -6,6 +6,7 @@ import numpy as np
 from table import (
     COMMON_MISTAKES,
     COMMON_RUN_MISTAKES,
+    GATE_MISTAKES,
     PALLAS,
     REFERENCE,
     SCALE_MISTAKES,
@@ -69,6 +70,7 @@ def _state(**edits):
 
 _SHARED_MISTAKES = (
     *(mistake for mistake in COMMON_MISTAKES if mistake not in SCALE_MISTAKES),
+    *GATE_MISTAKES,
     ("beta of integers", edit(beta=lambda x: x.astype(jnp.int32)), TypeError, ("beta", "int32")),
     ("beta per channel", edit(beta=lambda x: x[..., None]), ValueError, ("beta", "shape")),
     ("lamb per head", edit(lamb=lambda x: x[:, 0]), ValueError, ("lamb", "[H, K]")),
@@ -120,6 +122,7 @@ MESA = Mechanism(
     },
     undamped={"equal keys, weak ridge": 50},
     later=_later,
+    operations=590,
     state=("initial_state", "state"),
     tolerances={
         "float32": (1e-3, 1e-3),

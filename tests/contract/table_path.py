@@ -5,6 +5,7 @@ import numpy as np
 from table import (
     COMMON_MISTAKES,
     COMMON_RUN_MISTAKES,
+    GATE_MISTAKES,
     PALLAS,
     REFERENCE,
     SHOWN_BY_ANOTHER,
@@ -75,6 +76,7 @@ _IDS = np.array([[0] * 50 + [1] * 50, [1] * 49 + [2] * 51])
 
 _SHARED_MISTAKES = (
     *COMMON_MISTAKES,
+    *GATE_MISTAKES,
     ("w of integers", edit(w=lambda x: x.astype(jnp.int32)), TypeError, ("w ", "int32")),
     ("w of another K", edit(w=lambda x: x[..., :-1]), ValueError, ("w ", "K")),
     ("beta in float16", edit(beta=lambda x: x.astype(jnp.float16)), TypeError, ("beta ", "16")),
@@ -144,6 +146,8 @@ PATH = Mechanism(
     },
     undamped={"reflections": 500},
     later=_later,
+    operations=1010,
+    heads=("H", "HQ"),
     optional=("g",),
     state=("cache", "cache"),
     unused=_unused,

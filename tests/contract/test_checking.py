@@ -59,8 +59,9 @@ def spoil(mechanism, args, form):
         bad[name] = x.copy()
         bad[name][last] = np.nan
         wanted.append(f"{name} must be finite, got nan")
-    bad["g"][first] = 0.25
-    wanted.append("g must be at most 0 (natural-log decays), got 0.25")
+    if "g" in args:
+        bad["g"][first] = 0.25
+        wanted.append("g must be at most 0 (natural-log decays), got 0.25")
     if "beta" in args:
         most = MOST_BETA.get(mechanism.name)
         bad["beta"][first], bad["beta"][0, 1] = -0.5, 7.0

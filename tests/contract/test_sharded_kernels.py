@@ -13,8 +13,6 @@ from mechanisms import MECHANISMS
 
 P = PartitionSpec
 
-# The letters of key heads and of the heads that come in groups.
-GROUPED = dict(kda=("H", "HV"), gsa=("H", "HQ"), log_linear=("HK", "H"), path=("H", "HQ"))
 HEADS = ("H", "HV", "HQ", "HK")
 
 
@@ -24,12 +22,13 @@ def kernels():
         entry = mechanism.form("pallas")
         if entry is None:
             continue
-        for heads in (1, 2) if mechanism.name in GROUPED else (2,):
+        keys, grouped = mechanism.heads
+        for heads in (1, 2) if keys != grouped else (2,):
             yield mechanism, entry, heads
 
 
 def sizes_of(mechanism, sizes, heads, **more):
-    keys, grouped = GROUPED.get(mechanism.name, ("H", "H"))
+    keys, grouped = mechanism.heads
     return dict(sizes) | {keys: heads, grouped: heads * (1 + (keys != grouped))} | more
 
 

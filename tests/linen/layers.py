@@ -49,6 +49,11 @@ def entry(case):
     return LAYERS[case.split("-")[0]]
 
 
+def implementations(case, *names):
+    """Those of the names that the case's mechanism has."""
+    return [name for name in names if name != "pallas" or entry(case).kernels]
+
+
 def options(case):
     return entry(case).cases[case.split("-")[1]]
 

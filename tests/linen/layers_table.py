@@ -31,6 +31,7 @@ class Layer:
       and, where that is another program, one without.
     longest: the most tokens that the cases' levels or caches hold; None for any number.
     size_for_kernels: attributes, beside heads of 64 features, without which kernels refuse "rich".
+    kernels: whether the mechanism has GPU kernels.
     slow: the tests that show what those of another layer do.
     """
 
@@ -55,4 +56,5 @@ class Layer:
     float32_parameters: tuple[str, ...] = ()
     longest: int | None = None
     size_for_kernels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    kernels: bool = True
     slow: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from layers import CASES, LAYERS, PLAIN, D, layer, normal, parameters
+from layers import CASES, LAYERS, PLAIN, D, implementations, layer, normal, parameters
 
 import jla.pallas
 
@@ -37,7 +37,7 @@ def traced(case, implementation, dtype):
     [
         pytest.param(case, implementation, marks=[pytest.mark.slow] if slow else [])
         for case in CASES
-        for implementation in ("reference", "xla", "pallas")
+        for implementation in implementations(case, "reference", "xla", "pallas")
         # The definition's dtypes are the contract's matter.
         for slow in [
             case not in PLAIN

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from layers import RICH, entry, layer
+from layers import RICH, entry, implementations, layer
 
 import jla.pallas
 from jla import _dispatch
@@ -74,6 +74,8 @@ def traces():
     """Layers, implementations, and whether parameters are split by heads: quick are those pairs of
     the latter that between them show all there is."""
     for case, implementation, by_heads in itertools.product(RICH, ["xla", "pallas"], [False, True]):
+        if implementation not in implementations(case, "xla", "pallas"):
+            continue
         quick = by_heads == (implementation == "pallas")
         label = f"{case}-{implementation}-{'heads' if by_heads else 'whole'}"
         marks = [] if quick else [pytest.mark.slow]
