@@ -196,7 +196,7 @@ def _check_common(
     checks.check_dtype("lamb", lamb, [f32])
     checks.check_head_dim("K", sizes["K"])
     checks.check_head_dim("V", sizes["V"])
-    if checks.known(lamb) and checks.known(q):  # not while tracing, which shall wait for nothing
+    if checks.known(lamb) and checks.known(q):  # not while tracing: it must not wait for a device
         values = jax.device_get(lamb)
         if not np.all(values > 0):
             raise ValueError(

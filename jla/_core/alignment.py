@@ -144,7 +144,7 @@ def state_after(
 ) -> LogLinearState:
     """The state after the first tokens of each row, for rows that end in padding.
 
-    Elsewhere a token of zeros leaves the state as it is; here it takes a position.
+    In other mechanisms a token of zeros does not change the state; here it takes a position.
 
     Args:
       length: the number of these tokens, [B], int32; 0 gives the initial state.

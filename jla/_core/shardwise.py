@@ -233,8 +233,8 @@ class _Call:
 def for_each_row(weights: jax.Array, x: jax.Array) -> jax.Array:
     """Weights [W, H, D] that the rows of x [B, T, H, ...] share: a copy for each, [B, W, H, D].
 
-    It is placed as x is, so that it is computed shard by shard, as `shardwise` wants it; the
-    transpose is the sum over rows, on all devices.
+    The copies have x's sharding, so that they are computed shard by shard, as `shardwise` needs
+    them; the transpose is the sum over rows, on all devices.
     """
     shape = (x.shape[0], *weights.shape)
     mesh, names = _explicit((x, weights))
@@ -274,16 +274,16 @@ def _lowered_once(
 ) -> Callable[..., Any]:
     """The function, lowered but once for all partitioned calls with arrays of the same shapes.
 
-    JAX lowers each call by itself, a second or more for each kernel of each layer of a model: what
-    is called here is a module that was lowered before. `function` is told by what it is a partial
-    of and by its arguments; one that has a closure is another each time, and stays as it is.
+    Without this, JAX lowers each call by itself, a second or more for each kernel of each layer of
+    a model. `function` is identified by the function of which it is a partial and by its arguments.
+    One with a closure is a new function each time, and is returned unchanged.
     """
     if getattr(function, "__closure__", None):
         return function
     partial = functools.partial(function)  # of what `function` is a partial of, if it is one
     shapes = tuple((x.shape, x.dtype) for x in arrays)
     options = tuple(partial.keywords.items())
-    # A mesh that the user has set would make it a program for as many devices.
+    # With a mesh that the user has set it would be a program for that many devices.
     with jax.set_mesh(Mesh([device], ["one"])):
         return _lowered(partial.func, partial.args, options, shapes, device.platform).call
 

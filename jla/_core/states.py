@@ -75,11 +75,11 @@ for _state in (GSAState, LogLinearState, MesaState):
 
 
 def zero_state(key: Array, value: Array) -> jax.Array:
-    """Zeros [..., K, V], float32, placed as one token's `key` [..., K] and `value` [..., V] are.
+    """Zeros [..., K, V], float32, sharded as one token's `key` [..., K] and `value` [..., V] are.
 
     `jnp.zeros` would be replicated: with explicit shardings, and inside `shard_map`, a scan refuses
-    a carry that starts replicated and comes back sharded. A select inherits its operand's placement
-    and never looks at its contents.
+    a carry that starts replicated and ends sharded. A select inherits its operand's sharding, and
+    here ignores the operand's values.
     """
     key, value = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (key, value))
     return hidden(jnp.where(False, key[..., :, None] * value[..., None, :], 0.0))
@@ -123,12 +123,12 @@ def with_rank(x: Array, ndim: int) -> jax.Array:
 
 
 def zero_gsa_state(key: Keys, slots: SlotWrites, value: Values) -> GSAState:
-    """An empty `GSAState`, placed as one token's `key`, `slots` [..., M] and `value` are."""
+    """An empty `GSAState`, sharded as one token's `key`, `slots` [..., M] and `value` are."""
     return GSAState(zero_state(key, slots), zero_state(slots, value))
 
 
 def zero_log_linear_state(key: jax.Array, value: jax.Array, L: int) -> LogLinearState:
-    """An empty `LogLinearState` of L levels, placed as one token's `key` [B, HK, K] and `value`
+    """An empty `LogLinearState` of L levels, sharded as one token's `key` [B, HK, K] and `value`
     [B, H, V] are; the position is replicated."""
     B, H, V = value.shape
     zero = zero_state(repeated(key, H // key.shape[1], axis=1), value)
@@ -137,5 +137,5 @@ def zero_log_linear_state(key: jax.Array, value: jax.Array, L: int) -> LogLinear
 
 
 def zero_mesa_state(key: Keys, value: Values) -> MesaState:
-    """An empty `MesaState`, placed as one token's `key` and `value` are."""
+    """An empty `MesaState`, sharded as one token's `key` and `value` are."""
     return MesaState(zero_state(key, key), zero_state(key, value))

@@ -77,7 +77,7 @@ def _iterate(times, steps, tolerance, diagonal, b):
     direction = inverse * residual
     square = dot(residual, direction)
     enough = tolerance**2 * square
-    # Zeros that are sharded as it is, and NaN that stays: such a row has stopped before it begins.
+    # Zeros with its sharding, or NaN where it is NaN: such a row has stopped before it starts.
     x = direction - direction
     carry = lax.while_loop(going, iteration, (0, square > enough, x, residual, direction, square))
     return scale * carry[2]

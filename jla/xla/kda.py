@@ -56,10 +56,10 @@ def kda_from_projection(
 def _span(size, scale, state, inputs):
     """A span of chunks: from the state that enters to the one that leaves, and the outputs.
 
-    The inputs are [B, L, heads, ...]. What a chunk computes without the state that enters it comes
-    first, for all chunks at once; the state then passes through them one by one. States, values and
-    errors are transposed, features before tokens: then every product of the recurrence and of its
-    transpose contracts last axes, or is a plain matrix product.
+    The inputs are [B, L, heads, ...]. First all that a chunk can compute without its initial state
+    is computed, for all chunks at once; then the state passes through them one by one. States,
+    values and errors are transposed, features before tokens: then every product of the recurrence
+    and of its transpose contracts last axes, or is a plain matrix product.
     """
     q, k, v, g, beta, starts = jax.tree.map(blockwise.heads_first, inputs)
     dtype = v.dtype

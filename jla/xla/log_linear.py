@@ -89,7 +89,7 @@ def _decays(g):
 
 def _scale_matrix(scales):
     """The scale with which token t reads token s of its chunk, from [..., C, L] to [..., C, C];
-    what is above the diagonal means nothing."""
+    entries above the diagonal have no meaning."""
     C = scales.shape[-2]
     index = np.arange(C)
     level = np.frexp(index[:, None] ^ index)[1]  # the bit length

@@ -87,8 +87,8 @@ def _run(cg_steps, q, k, v, g, beta, lamb, initial_state):
         MesaState(*(_einsum("bhnck,bhncd->bhnkd", writes, x) for x in (k, v))),
         prefix[..., -1:, :],
     )
-    # For each row of the batch, as the solver's other operands: in a shard_map over rows its loop
-    # wants all to vary alike.
+    # For each row of the batch, as the solver's other operands: in a shard_map over rows all
+    # operands of its loop must vary over the same axes.
     lamb = jnp.where(False, q[:, :, :1, :1], lamb[:, None, None, :])
     matrix = states.kk, prefix, weights, k, lamb
     x = solve(_times_chunk, cg_steps, tolerance(dtype), matrix, lamb, q)

@@ -89,8 +89,8 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
 
 
 def _cached(cache, scale):
-    """Whether any row has cached tokens; and these in blocks: their keys, their values, and what is
-    added to their logits, -inf where there is none."""
+    """Whether any row has cached tokens; and these in blocks: their keys, their values, and the
+    terms to add to their logits, -inf where there is no token."""
     S = cache.key.shape[1]
     size = BLOCK if is_symbolic_dim(S) else min(BLOCK, S)
     key, value = (blockwise.split(x, size) for x in cache[:2])

@@ -24,9 +24,9 @@ PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 WGMMA_TRANSPOSED_LAYOUT = plgpu.Layout.WGMMA_TRANSPOSED
 
-# How wgmma and TMA want a 16-bit tile to lie in SMEM: 8x64 tiles, 128-byte swizzle.
-# TMA fills what lies past an array's end with zeros and stores nothing there, but wants the array
-# itself to be of whole tiles.
+# The layout in SMEM that wgmma and TMA need for 16-bit tiles: 8x64 tiles, 128-byte swizzle.
+# Past an array's end TMA loads zeros and stores nothing, but the array itself must consist of whole
+# tiles.
 TILE_ROWS = 8
 TRANSFORMS = (plgpu.TilingTransform((TILE_ROWS, 64)), plgpu.SwizzleTransform(128))
 

@@ -22,8 +22,8 @@ from jla.pallas.common.mosaic import PER_COLUMN, TRANSFORMS, WGMMA_LAYOUT, bf16,
 SDS = jax.ShapeDtypeStruct
 COLUMNS = 64  # value columns of one warpgroup
 # Up to this K the rounded state is a register operand of its products, and SMEM holds the operands
-# of two chunks. Beyond, there are no registers for it: it goes through SMEM, which has room for one
-# chunk only.
+# of two chunks. Beyond, the state does not fit into registers: it passes through SMEM, which then
+# has room for one chunk only.
 NARROW = 128
 LOADER_REGISTERS = 40
 PROCESSORS = 132  # multiprocessors of an H100 or H200

@@ -325,7 +325,7 @@ def _through_levels(sw, ss, sg, pairs, work, dw):
         plgpu.commit_smem()
         work[...] = tokens
         plgpu.commit_smem()
-        # What is written too far from the diagonal is overwritten by the levels to come.
+        # Entries too far from the diagonal are overwritten by the later levels.
         a = jnp.where(chunks.before_half(level), product((tokens, work.T)), a)
         mine = jnp.where(chunks.level_pairs(level, symmetric=True), load(pairs), 0.0)
         change = decay * product((mine.astype(bf16), work))

@@ -139,8 +139,8 @@ def _by_narrow_values(q, k, v, source, beta, initial_state, scale, bounded):
 def _kda(q, k, v, source, beta, initial_state, scale, bounded):
     """KDA on whole tiles; beta [B, HV, T].
 
-    `source` is what the decays are made of, without padding and for the heads that the caller has:
-    with `bounded` None log decays, else the arguments of `gate.decay_operand`.
+    `source` holds the arrays from which the decays are computed, without padding and with the
+    caller's heads: log decays if `bounded` is None, else the arguments of `gate.decay_operand`.
     """
     made = _fit(_decay_operand(source, bounded), q, v)
     start = None if initial_state is None else (initial_state,)

@@ -1,8 +1,8 @@
 """The chunk-local part of KDA's backward pass for wide keys, in two kernels.
 
 With K > 128 a chunk's states and keys do not fit into SMEM together, as `backward.chunk_gradients`
-needs them. What sums over all of K is done first, 64 value columns at a time; what sums over all of
-V then is done 128 key features at a time. What was written goes through memory.
+needs them. The first kernel does all sums over K, 64 value columns at a time; the second does all
+sums over V, 128 key features at a time. The written vectors pass from one to the other in memory.
 """
 
 import functools

@@ -1,9 +1,8 @@
-"""How the norms' kernels walk along rows; what they compute of an element in the same way.
+"""How the norms' kernels walk along rows, and the element-wise formulas that they share.
 
 A row's elements are contiguous, and so are the rows of a batch row: a CTA walks along several
-tiles of them, with a ring of SLOTS tiles in SMEM. A warp has a row (more of short ones) and
-its sums; a result takes the place of what it was made of, and goes out while the next tile is
-worked on.
+tiles of them, with a ring of SLOTS tiles in SMEM. A warp has a row (or several short ones) and
+its sums. A result overwrites its operand, and is stored while the next tile is computed.
 """
 
 import functools

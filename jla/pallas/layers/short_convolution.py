@@ -232,8 +232,8 @@ def _tile(D):
 def _like(x, channels):
     """x's shape and type; with one more head, never written, where several heads fill a tile.
 
-    What is stored in one piece Mosaic cuts off at the array's end alone: past a head's last channel
-    it would overwrite the next head.
+    Mosaic cuts a store off at the array's end only: past a head's last channel it would overwrite
+    the next head.
     """
     B, T, H, D = x.shape
     return SDS((B, T, H + 1 if D < channels == H * D else H, D), x.dtype)

@@ -1,4 +1,4 @@
-"""The gradients of all chunks: as readers (of q and the weights that read) and as what is read.
+"""The gradients of all chunks: as readers (of q and the reading weights) and as written tokens.
 
 Both work with the same pairs, the one by rows, the other transposed, so that what is summed is
 always a row of a register tile.

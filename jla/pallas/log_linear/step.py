@@ -202,7 +202,7 @@ def _fill(put, value, L, shape):
 
 
 def _same_memory(source, target, layout):
-    """Whether two refs of numbers are the same memory: is what is written to the one in the other?
+    """Whether two refs of numbers are the same memory: whether a write to one shows in the other.
 
     The target then holds zeros. The layout is that of either.
     """

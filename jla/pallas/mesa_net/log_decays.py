@@ -34,12 +34,12 @@ def cumulated(g, first):
 
 
 def from_start(cumulated, first):
-    """What is left at each token of the state before the chunk."""
+    """At each token, the decay of the state since before the chunk."""
     return jnp.where(first < 0, jnp.exp2(cumulated), 0.0)
 
 
 def to_end(cumulated, first):
-    """What is left at its chunk's end of what each token writes."""
+    """The decay of what each token writes, from the token to its chunk's end."""
     cumulated, first = by_chunk(cumulated), by_chunk(first)
     decay = jnp.exp2(jnp.minimum(cumulated[..., -1:] - cumulated, 0.0))
     decay = jnp.where(first == first[..., -1:], decay, 0.0)

@@ -87,7 +87,7 @@ def _through_chunks(left, right, decays, weights, starts, pieces, *, reverse):
 
 
 def _piece_decays(decays, pieces):
-    """What is left of a state after each piece, [P, B, H, 1, 1]."""
+    """The decay of a state over each piece, [P, B, H, 1, 1]."""
     B, H, L = decays.shape
     N = L // CHUNK
     length = -(-N // pieces)  # only the last piece may be shorter

@@ -73,7 +73,7 @@ def leaf_gradients(
 def _scratch(k_tiles, q_dtype, k_dtype, w_dtype, out_dtype):
     """The regions of SMEM, with all that each holds at some time, and the barriers.
 
-    The table in `leaf_gradients_phases` has what is where when.
+    The table in `leaf_gradients_phases` says what each region holds in each phase.
     """
     tiles = ROWS * k_tiles
 
