@@ -11,6 +11,7 @@ import sys
 import pytest
 
 import jla
+import jla.linen
 from jla._core import axes
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -80,3 +81,14 @@ def test_all_functions_outside_of_implementations_are_annotated():
                 given = [*function.args.args, *function.args.kwonlyargs]
                 bare = [x.arg for x in given if not x.annotation and x.arg not in ("self", "cls")]
                 assert function.returns and not bare, f"{path.name}: {function.name}"
+
+
+@pytest.mark.parametrize("name", jla.linen.__all__)
+def test_layers_calls_are_annotated(name):
+    layer = getattr(jla.linen, name)
+    for method in (layer.__call__, *([layer.branch] if hasattr(layer, "branch") else [])):
+        signature = inspect.signature(method)
+        given = [x for x in signature.parameters.values() if x.name != "self"]
+        assert signature.return_annotation is not inspect.Signature.empty, name
+        assert not [x.name for x in given if x.annotation is inspect.Parameter.empty], name
+    assert "pallas" in str(layer.__annotations__.get("implementation", "pallas"))

@@ -3,11 +3,13 @@
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jla import _fused
 from jla._core import checks
+from jla._core.types import Array, Implementation
 from jla.linen import _arguments
 
 f32 = jnp.float32
@@ -46,10 +48,12 @@ class RMSNorm(nn.Module):
     param_dtype: nn.dtypes.Dtype = f32
     activation: Callable = nn.sigmoid
     input_activation: Callable | None = None
-    implementation: str | None = None
+    implementation: Implementation | None = None
 
     @checks.named
-    def __call__(self, x, gate=None, gate_bias=None):
+    def __call__(
+        self, x: Array, gate: Array | None = None, gate_bias: Array | None = None
+    ) -> jax.Array:
         """Normalises `x`.
 
         Args:
@@ -67,7 +71,7 @@ class RMSNorm(nn.Module):
         return self._run(_fused.rms_norm, x, self._scale(x), gate, gate_bias, **options)
 
     @checks.named
-    def branch(self, x, update=None):
+    def branch(self, x: Array, update: Array | None = None) -> tuple[jax.Array, jax.Array]:
         """The normalised residual stream, and the stream: x, or x + update.
 
         Take the stream from here, and leave the addition of a branch's result to the next norm:
@@ -99,7 +103,9 @@ class GatedRMSNorm(RMSNorm):
     axes: int = 2
 
     @checks.named
-    def __call__(self, x, gate, real=None):
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Array, gate: Array, real: Array | None = None
+    ) -> jax.Array:
         """Normalises x * silu(gate), both [B, T, H, D], over all heads of a token.
 
         Where the token is not `real`, bool [B, T] or None for all, the result is zero whatever x

@@ -2,10 +2,12 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jla import _fused
+from jla._core.types import Array, Implementation
 from jla.linen._arguments import check_cache, uniform, unless_initializing
 from jla.linen._padding import take_tokens
 
@@ -46,11 +48,13 @@ class ShortConvolution(nn.Module):
     kernel_init: nn.initializers.Initializer = default_kernel_init
     normalize: bool = False
     silu_twice: bool = False
-    implementation: str | None = None
+    implementation: Implementation | None = None
     decode: bool = False
 
     @nn.compact
-    def __call__(self, x, segments=None, lengths=None):
+    def __call__(
+        self, x: Array, segments: Array | None = None, lengths: Array | None = None
+    ) -> jax.Array:
         """Convolves.
 
         Args:

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from jla._core import checks
 from jla._core.parts import l2norm
+from jla._core.types import Implementation
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm
 from jla.linen._padding import arrange
@@ -128,7 +129,7 @@ class Mixer(nn.Module):
     param_dtype: nn.dtypes.Dtype = f32
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
     precision: nn.linear.PrecisionLike = None
-    implementation: str | None = None
+    implementation: Implementation | None = None
     decode: bool = False
 
     def sizes(self, T, D):
