@@ -20,8 +20,12 @@ MAY_IMPORT = {
     "pallas.common": ("_core",),
     "pallas.layers": ("_core", "pallas.common"),
     **{f"pallas.{name}": ("_core", "reference", "pallas.common") for name in MECHANISMS},
+    # The rooms of what comes next: kernels in Triton, whole models, checkpoints.
+    "triton": ("_core", "reference"),
+    "models": ("linen", *sorted(MECHANISMS)),
+    "hub": ("models",),
     # The implementations are imported by name, when they are first asked for.
-    "_dispatch": ("_core", "pallas"),
+    "_dispatch": ("_core", "pallas", "triton"),
     **{name: ("_core", "_dispatch") for name in MECHANISMS},
     "_fused": ("_core", "_dispatch", *MECHANISMS),
     "linen": ("_core", "_fused", *MECHANISMS),
