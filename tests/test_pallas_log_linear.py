@@ -50,7 +50,7 @@ def relative_error(got, want):
 @pytest.mark.slow
 def test_several_leaf_blocks_are_the_reference(monkeypatch):
     """Five blocks of 64 tokens: three heights, the last block cut, and readers in parts."""
-    monkeypatch.setattr(kernels, "LEAF", 64)
+    monkeypatch.setattr(kernels, "LEAF_BLOCK", 64)
     monkeypatch.setattr(tree, "SPAN", 2)
     args = arguments(1, 290)
     cotangent = normal(9, *args[2].shape)
@@ -98,11 +98,11 @@ def check_mamba2(got, want, tolerance):
 )
 def test_mamba2_values_and_skip(monkeypatch, T, packed):
     """Three leaf blocks: the scales are in the weights of pairs, and in those of the states."""
-    monkeypatch.setattr(kernels, "LEAF", 64)
+    monkeypatch.setattr(kernels, "LEAF_BLOCK", 64)
     args = mamba2_arguments(1, T, H=2)
     ids = jnp.searchsorted(jnp.array([9, 20, 100]), jnp.arange(T), side="right")[None]
     ids = ids if packed else None
-    # Not the function that is jitted, whose programs may be of another LEAF.
+    # Not the function that is jitted, whose programs may be of another LEAF_BLOCK.
     run = kernels.log_linear_mamba2.__wrapped__
     with jla.pallas.interpret():
         got = jax.jit(functools.partial(with_gradients, run))(args, ids)

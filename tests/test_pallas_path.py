@@ -20,7 +20,7 @@ import jla.pallas
 from jla import PathCache
 from jla.pallas import path_attention as kernels
 from jla.pallas.path_attention import cache as around
-from jla.pallas.path_attention import levels, step
+from jla.pallas.path_attention import dyadic, step
 from jla.reference import path_attention as reference
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -61,19 +61,19 @@ def largest_error(got, want):
 @pytest.mark.parametrize("leaves", [1, 2, 3, 5, 8, 13])
 def test_any_two_leaves_meet_once(leaves):
     """At one level, where each has a place of its own, among as many as there are."""
-    counts = levels.query_counts(leaves), levels.key_counts(leaves)
+    counts = dyadic.query_counts(leaves), dyadic.key_counts(leaves)
     used = [set(), set()]
     for j, i in itertools.combinations(range(leaves), 2):
         (m,) = (
             m
-            for m in range(levels.number(leaves))
-            if int(levels.at_bit(jnp.int32(i), m)) == 1
-            and int(levels.at_bit(jnp.int32(j), m)) == 0
-            and levels.block(jnp.int32(i), m) == levels.block(jnp.int32(j), m)
+            for m in range(dyadic.number(leaves))
+            if int(dyadic.at_bit(jnp.int32(i), m)) == 1
+            and int(dyadic.at_bit(jnp.int32(j), m)) == 0
+            and dyadic.block(jnp.int32(i), m) == dyadic.block(jnp.int32(j), m)
         )
         for leaf, count, places in zip((i, j), counts, used, strict=True):
-            place = int(levels.place(count, jnp.int32(leaf), m))
-            assert 0 <= place - levels.offset(count, m) < count[m]
+            place = int(dyadic.place(count, jnp.int32(leaf), m))
+            assert 0 <= place - dyadic.offset(count, m) < count[m]
             places.add((leaf, place))
     for count, places in zip(counts, used, strict=True):
         assert sorted(place for _, place in places) == list(range(sum(count)))

@@ -64,9 +64,9 @@ def forward(q, w, u, kg, decay, aq, beta, initial_state, *, length, keep_states,
 
     `pieces` is for tests; by default their number follows from the shapes.
     """
-    B, L, HV, K = q.shape
+    B, TP, HV, K = q.shape
     V = u.shape[-1]
-    pieces = pieces or number(B * HV, L // CHUNK, K, V)
+    pieces = pieces or number(B * HV, TP // CHUNK, K, V)
     starts = None if initial_state is None else initial_state[None]
     if pieces > 1:
         if initial_state is None:
@@ -80,8 +80,8 @@ def forward(q, w, u, kg, decay, aq, beta, initial_state, *, length, keep_states,
 
 def backward(q, w, kg, do, decay, aq, beta, last_gradient, *, pieces=None):
     """As `recurrence.backward`, with the last state's gradient, [B, HV, K, V]."""
-    B, L, HV, K = q.shape
-    pieces = pieces or number(B * HV, L // CHUNK, K, do.shape[-1])
+    B, TP, HV, K = q.shape
+    pieces = pieces or number(B * HV, TP // CHUNK, K, do.shape[-1])
     ends = last_gradient[None]
     if pieces > 1:
         transitions = _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces)

@@ -35,8 +35,8 @@ def forward(q, w, u, kg, decay, aq, beta, starts, *, length, keep_states):
         E = u - w S;   o = q S + Aq (beta E);   S <- Diag(decay) S + kg^T (beta E)
 
     Args:
-      q, w, kg: [B, L, HV, K] bf16, L whole chunks. u: [B, L, HV, V] bf16.
-      decay: [B, HV, N, K] float32. aq: [B, HV, N, 64, 64] bf16. beta: [B, HV, L] float32.
+      q, w, kg: [B, TP, HV, K] bf16, TP whole chunks. u: [B, TP, HV, V] bf16.
+      decay: [B, HV, N, K] float32. aq: [B, HV, N, 64, 64] bf16. beta: [B, HV, TP] float32.
       starts: the state that each piece of the sequence starts from, [P, B, HV, K, V] float32, or
         None for one piece that starts from zeros.
       length: T, the tokens that o has, a multiple of 8; those beyond write nothing.
@@ -49,8 +49,8 @@ def forward(q, w, u, kg, decay, aq, beta, starts, *, length, keep_states):
     P * B * HV * V / 128 CTAs, each a chain of N / P chunks. Floor at B=8 T=4096 HV=16 K=V=128: 0.74
     GB, 0.17 ms at 4.3 TB/s, with the kept states 0.23 ms; 0.07 TFLOP.
     """
-    B, L, HV, K = q.shape
-    V, N, P = u.shape[-1], L // CHUNK, 1 if starts is None else starts.shape[0]
+    B, TP, HV, K = q.shape
+    V, N, P = u.shape[-1], TP // CHUNK, 1 if starts is None else starts.shape[0]
     warpgroups = _warpgroups(P * B * HV, V)
     out = kernel(
         functools.partial(_forward_body, chunks=N, pieces=P, warpgroups=warpgroups),
@@ -139,7 +139,7 @@ def backward(q, w, kg, do, decay, aq, beta, ends):
         dE = beta (Aq^T do + kg dS);   dS <- Diag(decay) dS + q^T do - w^T dE
 
     Args:
-      q, w, kg, decay, aq, beta: as in `forward`. do: [B, T, HV, V] bf16, T at most L.
+      q, w, kg, decay, aq, beta: as in `forward`. do: [B, T, HV, V] bf16, T at most TP.
       ends: gradient of the state after each piece of the sequence, [P, B, HV, K, V] float32.
 
     Returns:
@@ -148,8 +148,8 @@ def backward(q, w, kg, do, decay, aq, beta, ends):
 
     Floor as `forward`'s, with `do` in u's place and the state gradients in o's.
     """
-    B, L, HV, K = q.shape
-    V, N, P = do.shape[-1], L // CHUNK, ends.shape[0]
+    B, TP, HV, K = q.shape
+    V, N, P = do.shape[-1], TP // CHUNK, ends.shape[0]
     warpgroups = _warpgroups(P * B * HV, V)
     out = kernel(
         functools.partial(_backward_body, chunks=N, pieces=P, warpgroups=warpgroups),

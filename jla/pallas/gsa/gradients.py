@@ -137,7 +137,7 @@ def chunk_gradients(x, y, w, s, decay_operand, states, gradients, *, rows_too):
 
     Returns:
       dx (if wanted) and dy [B, T, HQ, D] bf16, ds [B, T, HQ * parts, M] bf16 and dg
-      [B, L, HQ * parts, M] float32, L whole chunks.
+      [B, TP, HQ * parts, M] float32, TP whole chunks.
 
     One warpgroup for 128 features of a chunk; 112 KB of SMEM at M=64. Floor at B=8 T=4096 HQ=H=16
     D=128 M=64: 1.2 GB, 0.28 ms at 4.3 TB/s; 6700 instructions a warp and chunk (6400 without dx).

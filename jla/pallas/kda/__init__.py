@@ -34,11 +34,11 @@ _INPUTS = (*letters(KDA, "q k v g"), "B HV T")
 _STATE = KDA["initial_state"]
 _OUTPUTS = (KDA["o"], _STATE)
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
-# L is T in whole chunks.
+# TP is T in whole chunks.
 _KEPT = {
-    "kda_query": "B L HV K",
-    "kda_read": "B L HV K",
-    "kda_write": "B L HV K",
+    "kda_query": "B TP HV K",
+    "kda_read": "B TP HV K",
+    "kda_write": "B TP HV K",
     "kda_decay": "B HV N K",
     "kda_scores": "B HV N C D",
     "kda_inverse": "B HV N C D",
@@ -168,7 +168,7 @@ def _kda_backward(scale, bounded, residuals, cotangents):
     made = source[0] if bounded is None else _decay_operand(source, bounded)
     run = functools.partial(_backward, scale=scale)
     axes = (*_INPUTS, *_KEPT.values(), *_OUTPUTS)
-    results = ("B T HV K", "B T HV K", KDA["v"], "B L HV K", "B HV T", _STATE)
+    results = ("B T HV K", "B T HV K", KDA["v"], "B TP HV K", "B HV T", _STATE)
     inputs = (q, k, v, _fit(made, q, v), beta)
     *gradients, dv, dg, dbeta, start = shardwise(run, axes, results)(*inputs, *kept, *cotangents)
     # A key head's gradient is the sum of its value heads'.

@@ -41,21 +41,21 @@ def chunk_gradients(
     is dg. `key_gradients` makes 3 to 7.
 
     Args:
-      q, k, v, decay_operand, beta: as in `prepare`, with its T and L. do: [B, T, HV, V] bf16.
+      q, k, v, decay_operand, beta: as in `prepare`, with its T and TP. do: [B, T, HV, V] bf16.
       states, gradients: S and dS transposed, [B, HV, N, V, K] bf16.
       inverse, a, aq, decay: as `prepare` returned them: M^-1, A, Aq and exp(G_end).
 
     Returns:
-      dq, dk [B, T, HV, K], dv [B, T, HV, V] bf16, dg [B, L, HV, K] float32 and dbeta
-      [B, HV, parts, L] float32, to be summed over its parts.
+      dq, dk [B, T, HV, K], dv [B, T, HV, V] bf16, dg [B, TP, HV, K] float32 and dbeta
+      [B, HV, parts, TP] float32, to be summed over its parts.
 
     A CTA has a chunk of a value head, its one or two warpgroups K / 2 and V / 2 columns each.
     SMEM at K=V=128: 216 KB. Floor at B=8 T=4096 HV=16 K=V=128: 2.1 GB, 0.48 ms at 4.3 TB/s.
     """
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    L = beta.shape[2]
-    N = L // CHUNK
+    TP = beta.shape[2]
+    N = TP // CHUNK
     warpgroups = 2 if K % 128 == 0 and V % 128 == 0 else 1
     keys, values = SDS((B, T, HV, K), bf16), SDS((B, T, HV, V), bf16)
     out = scratch.kernel(
@@ -69,8 +69,8 @@ def chunk_gradients(
             dq=keys,
             dk=keys,
             dv=values,
-            dg=SDS((B, L, HV, K), f32),
-            dbeta=SDS((B, HV, warpgroups, L), f32),
+            dg=SDS((B, TP, HV, K), f32),
+            dbeta=SDS((B, HV, warpgroups, TP), f32),
         ),
         scratch=_scratch(K, V, warpgroups),
         grid=(B, N, HV),

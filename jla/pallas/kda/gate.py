@@ -42,7 +42,7 @@ AT_ONCE = 4  # groups that are worked on side by side
 # log2(1 + e) / e for 0 <= e <= 1, to a relative 8.5e-6.
 LOG2_1P = (1.44268286, -0.720426142, 0.469173998, -0.303036034, 0.146032706, -0.0344358385)
 
-_F, _COEFFICIENTS, _BORDERS = "B T H K", "B C H K", "B L"
+_F, _COEFFICIENTS, _BORDERS = "B T H K", "B C H K", "B TP"
 
 
 def unsupported(f):
@@ -66,7 +66,7 @@ def coefficients(A_log, dt_bias, lower_bound):
 
 
 def borders(segment_ids, B, T):
-    """[B, L] float32, L whole chunks: -inf at the tokens whose f does not matter, and else 0.
+    """[B, TP] float32, TP whole chunks: -inf at the tokens whose f does not matter, and else 0.
 
     They are those that begin a segment, whose log decays are -inf, and those behind the last. None
     if there are none.
@@ -98,13 +98,13 @@ def decay_operand(f, coefficients, borders, *, bounded):
 
 
 def gradients(f, coefficients, borders, dg, *, bounded):
-    """The gradients of f and the coefficients; dg [B, L, HV, K] float32, that of
+    """The gradients of f and the coefficients; dg [B, TP, HV, K] float32, that of
     natural-log decays.
 
     Of the coefficients' gradients the one of that which is a constant in this form is zero.
     """
     run = functools.partial(_gradients, bounded=bounded)
-    inputs = (f, coefficients, dg), (_F, _COEFFICIENTS, "B L H K")
+    inputs = (f, coefficients, dg), (_F, _COEFFICIENTS, "B TP H K")
     arrays, axes = _with_borders(*inputs, borders)
     return shardwise(run, axes, (_F, _COEFFICIENTS))(*arrays)
 
@@ -164,7 +164,7 @@ def _elementwise(function, arrays, coefficients, dtype, sums=0):
     Args:
       function: takes the three coefficients, an element of each array, and `sums`, a list; returns
         an element of the result and the sums with its shares.
-      arrays: the first is [B, T, HV, K], others are [B, L, HV, K] or [B, L], L at least T.
+      arrays: the first is [B, T, HV, K], others are [B, TP, HV, K] or [B, TP], TP at least T.
       coefficients: [B, 3, HV, K] float32. dtype: the result's. sums: how many there are.
 
     Returns:

@@ -31,21 +31,21 @@ def prepare(q, k, v, decay_operand, beta, *, scale, keep):
     Args:
       q, k: [B, T, H, K] bf16, K a multiple of 64, T a multiple of 8. v: [B, T, HV, V] bf16.
       decay_operand: [B, T, HV, K] float16, as `chunks.decay_operand` makes it.
-      beta: [B, HV, L] float32; L is T padded with zeros to whole chunks.
+      beta: [B, HV, TP] float32; TP is T padded with zeros to whole chunks.
       keep: whether to return M^-1 and A, for the backward pass.
 
     Returns:
-      q~, w [B, L, HV, K], u [B, L, HV, V], kg [B, L, HV, K] bf16, decay [B, HV, N, K] float32,
+      q~, w [B, TP, HV, K], u [B, TP, HV, V], kg [B, TP, HV, K] bf16, decay [B, HV, N, K] float32,
       Aq and, with `keep`, M^-1 and A [B, HV, N, 64, 64] bf16.
 
     One warpgroup a chunk; 72 KB of SMEM at K=V=128, 255 registers, so that two chunks share a
     multiprocessor. Floor at B=8 T=4096 HV=16 K=V=128: 1.14 GB, 0.27 ms at 4.3 TB/s; 8000
     instructions a warp and chunk.
     """
-    (B, _, H, K), L = q.shape, beta.shape[2]
+    (B, _, H, K), TP = q.shape, beta.shape[2]
     HV, V = v.shape[2:]
-    N = L // CHUNK
-    keys, values = SDS((B, L, HV, K), bf16), SDS((B, L, HV, V), bf16)
+    N = TP // CHUNK
+    keys, values = SDS((B, TP, HV, K), bf16), SDS((B, TP, HV, V), bf16)
     squares = SDS((B, HV, N, CHUNK, CHUNK), bf16)
     out = scratch.kernel(
         functools.partial(_body, group=HV // H, v_tiles=V // TILE_WIDTH, scale=scale),

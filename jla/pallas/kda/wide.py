@@ -44,10 +44,10 @@ def _errors(v, beta, do, w, kg, states, gradients, inverse, a, aq):
         z  = y - A^T dv;     dbeta = rowsum(E z)
 
     Returns:
-      beta E and dv, [B, T, HV, V] bf16; dbeta [B, HV, parts, L] float32, to be summed over parts.
+      beta E and dv, [B, T, HV, V] bf16; dbeta [B, HV, parts, TP] float32, to be summed over parts.
     """
-    B, L, HV, K = w.shape
-    V, N = v.shape[-1], L // CHUNK
+    B, TP, HV, K = w.shape
+    V, N = v.shape[-1], TP // CHUNK
     parts = V // TILE_WIDTH
 
     def body(refs):
@@ -85,7 +85,7 @@ def _errors(v, beta, do, w, kg, states, gradients, inverse, a, aq):
             **dict(v=v, beta=beta, do=do, w=w, kg=kg, states=states, gradients=gradients),
             **dict(inverse=inverse, a=a, aq=aq),
         ),
-        outputs=dict(written=values, dv=values, dbeta=SDS((B, HV, parts, L), f32)),
+        outputs=dict(written=values, dv=values, dbeta=SDS((B, HV, parts, TP), f32)),
         scratch=dict(
             sdv=mosaic.tile(CHUNK, TILE_WIDTH),  # v, then dv
             sdo=mosaic.tile(CHUNK, TILE_WIDTH),

@@ -29,7 +29,7 @@ __all__ = ["log_linear_attention", "log_linear_mamba2", "log_linear_step", "unsu
 
 bf16, f32 = jnp.bfloat16, jnp.float32
 
-LEAF = 256  # tokens of a leaf block: a power of two, 64 to 2048
+LEAF_BLOCK = 256  # tokens of a leaf block: a power of two, 64 to 2048
 WIDEST = 128  # K or V; the registers of one warpgroup hold no wider row
 
 _GIVEN = with_value_heads(LOG_LINEAR)
@@ -89,12 +89,12 @@ def core(
     All products take bfloat16 operands and add in float32, float16 inputs included.
     """
     T, V, dtype = v.shape[1], v.shape[-1], v.dtype
-    w, decays = weights.weights(g, level_scales, LEAF, value_scales, activation)
+    w, decays = weights.weights(g, level_scales, LEAF_BLOCK, value_scales, activation)
     q, k, v = (
         pad(x.astype(bf16), tokens=missing_tokens(T), features=-x.shape[3] % TILE_WIDTH)
         for x in (q, k, v)
     )
-    per = weights.division(T, LEAF)[1]
+    per = weights.division(T, LEAF_BLOCK)[1]
     live = None if occupied is None or decays is None else weights.live(occupied, per)
     return _core(q, k, v, w, decays, skip, live, per)[:, :T, :, :V].astype(dtype)
 

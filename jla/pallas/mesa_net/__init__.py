@@ -31,7 +31,7 @@ WIDEST = 128  # K or V; the registers of one warpgroup hold no wider row
 STRONGEST = -160.0
 
 _STATES = (step.KK, MESA_NET["initial_state.kv"])
-_INPUTS = (*letters(MESA_NET, "q k v"), "B H L", "B H L", "B H L", "B H K", *_STATES)
+_INPUTS = (*letters(MESA_NET, "q k v"), "B H TP", "B H TP", "B H TP", "B H K", *_STATES)
 _OUTPUTS = (MESA_NET["o"], *_STATES)
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
 _KEPT = {
@@ -94,7 +94,7 @@ def mesa_net(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10, 11))
 def _mesa(q, k, v, g, first, beta, lamb, kk, kv, cg_steps, tolerance, dtype):
-    """MesaNet on whole tiles; g in base 2, `log_decays.firsts` and beta [B, H, L]; lamb [B, H, K];
+    """MesaNet on whole tiles; g in base 2, `log_decays.firsts` and beta [B, H, TP]; lamb [B, H, K];
     k and v of `dtype`."""
     run = functools.partial(_forward, steps=cg_steps, tolerance=tolerance, keep=False)
     scaled = _scaled(k, v, lamb, kk, kv)
@@ -122,7 +122,7 @@ def _mesa_backward(cg_steps, tolerance, dtype, residuals, cotangents):
     dq, dk, dv, dg, dbeta, products, dkk, dkv = shardwise(
         run,
         (*_INPUTS[1:6], *_KEPT.values(), *_OUTPUTS),
-        (*letters(MESA_NET, "q k v"), "B H L", "B H L", "B H K", *_STATES),
+        (*letters(MESA_NET, "q k v"), "B H TP", "B H TP", "B H K", *_STATES),
     )(k, v, cumulated, first, beta, *kept, do, *ends)
     dq, dk = (x.astype(f32) * scale[:, None] for x in (dq, dk))
     dkk = -scale[..., None] * jnp.swapaxes(dkk, 2, 3) * scale[:, :, None]

@@ -46,13 +46,13 @@ def chunk_gradients(
 
     Args:
       k, v, do, x, y: as in `solve.output_gradients`.
-      cumulated: G in base 2; later: exp(G_end - G); beta: [B, H, L] float32.
-      until: the place in its chunk of the last token that reads each token, [B, H, L] uint32.
+      cumulated: G in base 2; later: exp(G_end - G); beta: [B, H, TP] float32.
+      until: the place in its chunk of the last token that reads each token, [B, H, TP] uint32.
       kk, kk_scale, kv, kv_scale: as `states.forward` returned them.
       dkk, dkv: -dHkk^T and dHkv, as `states.reverse` returned them.
 
     Returns:
-      dk [B, T, H, K], dv [B, T, H, V] bf16, and [B, H, L] float32: both parts of dbeta, by reads
+      dk [B, T, H, K], dv [B, T, H, V] bf16, and [B, H, TP] float32: both parts of dbeta, by reads
       and by what is written; the sums of M dM over j < t, by t, and by j; and what sums over the
       chunk to 3. with the states before it and the gradients of those after it.
 
@@ -60,8 +60,8 @@ def chunk_gradients(
     warpgroup a chunk, 96 KB of SMEM at K=V=128: two chunks share a multiprocessor. Floor at B=8
     T=4096 H=16 K=V=128: 2.0 GB, 0.47 ms at 4.3 TB/s.
     """
-    (B, T, H, K), V, L = k.shape, v.shape[-1], beta.shape[-1]
-    vector = SDS((B, H, L), f32)
+    (B, T, H, K), V, TP = k.shape, v.shape[-1], beta.shape[-1]
+    vector = SDS((B, H, TP), f32)
     out = scratch.kernel(
         _body,
         inputs=dict(
@@ -76,7 +76,7 @@ def chunk_gradients(
         ),
         scratch=_scratch(K // TILE_WIDTH, V // TILE_WIDTH),
         automatic_barriers=False,
-        grid=(B, L // CHUNK, H),
+        grid=(B, TP // CHUNK, H),
         grid_names=("b", "n", "h"),
     )
     return tuple(out)
@@ -140,7 +140,7 @@ def _body(refs):
 
 
 def _vector(ref, place, layout=PER_ROW):
-    """The chunk's part of [B, H, L]."""
+    """The chunk's part of [B, H, TP]."""
     return load(ref.at[place.b, place.h, place.rows], layout, optimized=False)
 
 

@@ -1,4 +1,4 @@
-"""What XLA makes of the log decays, [B, H, L], before the kernels: chunk by chunk.
+"""What XLA makes of the log decays, [B, H, TP], before the kernels: chunk by chunk.
 
 A segment's start is no decay here: its tokens' sums begin anew. Were it one, strong decays of the
 segment before would be in all later sums, and move their rounding.
@@ -13,12 +13,12 @@ f32 = jnp.float32
 
 
 def by_chunk(x):
-    """[B, H, L] as [B, H, N, 64]."""
+    """[B, H, TP] as [B, H, N, 64]."""
     return x.reshape(*x.shape[:-1], -1, CHUNK)
 
 
 def firsts(starts):
-    """The place in its chunk of the last of `starts`, [..., L], up to each token; -1 for none."""
+    """The place in its chunk of the last of `starts`, [..., TP], up to each token; -1 for none."""
     places = jnp.arange(CHUNK, dtype=jnp.int32)
     places = jnp.where(by_chunk(starts), places, -1)
     return lax.cummax(places, axis=places.ndim - 1).reshape(starts.shape)

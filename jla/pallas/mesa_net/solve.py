@@ -56,8 +56,8 @@ def outputs(
     Args:
       q: [B, T, H, K] bf16. k, v: as in `states.forward`.
       scale: lamb^-1/2, [B, H, K] float32: it makes q what k already is.
-      cumulated, decays: G in base 2, at most 0, and exp(G), [B, H, L] float32. beta: [B, H, L].
-      since: the place in its chunk of the first token that each token reads, [B, H, L] uint32.
+      cumulated, decays: G in base 2, at most 0, and exp(G), [B, H, TP] float32. beta: [B, H, TP].
+      since: the place in its chunk of the first token that each token reads, [B, H, TP] uint32.
       kk, kk_scale, kv, kv_scale: as `states.forward` returned them.
       steps: the most iterations. tolerance: 0 makes all of them.
       keep: whether to return x, for the backward pass.
@@ -70,7 +70,7 @@ def outputs(
     elements), what wgmma reads from SMEM stays. Floor at B=8 T=4096 H=16 K=128: 4.2 MFLOP an
     iteration and chunk, with 30 iterations 1.03 TFLOP, 1.3 ms at 780 TFLOP/s.
     """
-    (B, T, H, K), V, L = q.shape, v.shape[-1], beta.shape[-1]
+    (B, T, H, K), V, TP = q.shape, v.shape[-1], beta.shape[-1]
     k_tiles, v_tiles = K // TILE_WIDTH, V // TILE_WIDTH
     out = scratch.kernel(
         functools.partial(_outputs_body, v_tiles=v_tiles, steps=steps, tolerance=tolerance),
@@ -90,7 +90,7 @@ def outputs(
             values_loaded=barrier_for(dict(kv=k_tiles * v_tiles, v=v_tiles)),
         ),
         automatic_barriers=False,
-        grid=(B, L // CHUNK, H),
+        grid=(B, TP // CHUNK, H),
         grid_names=("b", "n", "h"),
     )
     return tuple(x for x in out if x is not None)
@@ -180,12 +180,12 @@ def output_gradients(
       Others as in `outputs`.
 
     Returns:
-      y [B, T, H, K] bf16, the gradient of q; dG, [B, H, L] float32; and each chunk's sum of y x,
+      y [B, T, H, K] bf16, the gradient of q; dG, [B, H, TP] float32; and each chunk's sum of y x,
       [B, H, N, K] float32, for the gradient of lamb.
 
     As `outputs`, with 2 KB of SMEM more for sums over rows.
     """
-    (B, T, H, K), V, L = k.shape, v.shape[-1], beta.shape[-1]
+    (B, T, H, K), V, TP = k.shape, v.shape[-1], beta.shape[-1]
     k_tiles, v_tiles = K // TILE_WIDTH, V // TILE_WIDTH
     out = scratch.kernel(
         functools.partial(_gradients_body, v_tiles=v_tiles, steps=steps, tolerance=tolerance),
@@ -196,8 +196,8 @@ def output_gradients(
         ),
         outputs=dict(
             y=SDS((B, T, H, K), bf16),
-            through_decays=SDS((B, H, L), f32),
-            products=SDS((B, H, L // CHUNK, K), f32),
+            through_decays=SDS((B, H, TP), f32),
+            products=SDS((B, H, TP // CHUNK, K), f32),
         ),
         scratch=dict(
             **_scratch(k_tiles, max(k_tiles, v_tiles)),
@@ -205,7 +205,7 @@ def output_gradients(
             keys_loaded=barrier_for(dict(k=k_tiles, x=k_tiles, kk=k_tiles * k_tiles)),
         ),
         automatic_barriers=False,
-        grid=(B, L // CHUNK, H),
+        grid=(B, TP // CHUNK, H),
         grid_names=("b", "n", "h"),
     )
     return tuple(out)

@@ -39,8 +39,8 @@ def forward(k, v, decays, weights, starts, *, pieces=None):
 
     Args:
       k, v: [B, T, H, K], [B, T, H, V] float16, K and V 64 or 128, T a multiple of 8.
-      decays: exp(G), [B, H, L] float32, G cumulated in each chunk; L is T in whole chunks.
-      weights: w, [B, H, L] float32.
+      decays: exp(G), [B, H, TP] float32, G cumulated in each chunk; TP is T in whole chunks.
+      weights: w, [B, H, TP] float32.
       starts: the first states, [B, H, K, K] and [B, H, K, V] float32.
       pieces: for tests; by default their number follows from the shapes.
 
@@ -71,9 +71,9 @@ def reverse(x, y, do, decays, ends, *, pieces=None):
 
 def _through_chunks(left, right, decays, weights, starts, pieces, *, reverse):
     """Both functions, in one pass or two."""
-    B, H, L = decays.shape
+    B, H, TP = decays.shape
     if pieces is None:
-        pieces = number_of_pairs(B * H * (left.shape[-1] // TILE_WIDTH), L // CHUNK)
+        pieces = number_of_pairs(B * H * (left.shape[-1] // TILE_WIDTH), TP // CHUNK)
     operands = left, right, decays, weights
     if pieces == 1:
         starts = [x[None] for x in starts]
@@ -88,8 +88,8 @@ def _through_chunks(left, right, decays, weights, starts, pieces, *, reverse):
 
 def _piece_decays(decays, pieces):
     """The decay of a state over each piece, [P, B, H, 1, 1]."""
-    B, H, L = decays.shape
-    N = L // CHUNK
+    B, H, TP = decays.shape
+    N = TP // CHUNK
     length = -(-N // pieces)  # only the last piece may be shorter
     of_chunks = decays[:, :, CHUNK - 1 :: CHUNK]
     of_chunks = jnp.pad(of_chunks, ((0, 0), (0, 0), (0, pieces * length - N)), constant_values=1.0)
@@ -108,8 +108,8 @@ def _run(left, right, decays, weights, starts, pieces, *, reverse):
     multiprocessor (98 KB of SMEM at K=V=128, in reverse 113). Floor at B=8 T=4096 H=16 K=V=128:
     0.8 GB, 0.19 ms at 4.3 TB/s; in reverse 134 MB more.
     """
-    (B, _, H, K), V, L = right[0].shape, right[1].shape[-1], decays.shape[-1]
-    N, k_tiles, v_tiles = L // CHUNK, K // TILE_WIDTH, V // TILE_WIDTH
+    (B, _, H, K), V, TP = right[0].shape, right[1].shape[-1], decays.shape[-1]
+    N, k_tiles, v_tiles = TP // CHUNK, K // TILE_WIDTH, V // TILE_WIDTH
     dtype = left.dtype
     separate = left is not right[0]
     keep = starts is not None

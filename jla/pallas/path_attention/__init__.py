@@ -18,10 +18,10 @@ from jla._core.shardwise import defvjp, shardwise
 from jla.pallas.common.chunks import LOG2E, TILE_WIDTH
 from jla.pallas.common.mosaic import TILE_ROWS
 from jla.pallas.path_attention.cache import carried_on
+from jla.pallas.path_attention.dyadic import LEAF
 from jla.pallas.path_attention.forward import forward
 from jla.pallas.path_attention.key_gradients import key_gradients
 from jla.pallas.path_attention.leaf_gradients import leaf_gradients
-from jla.pallas.path_attention.levels import LEAF
 from jla.pallas.path_attention.query_gradients import query_gradients
 from jla.pallas.path_attention.step import path_step
 from jla.pallas.path_attention.step import unsupported as _unsupported_step
@@ -38,7 +38,7 @@ BUSY = 2048  # leaves of query heads, each a CTA or two, that a GPU's multiproce
 _INPUTS = letters(PATH, "q k v w beta g")
 _OUTPUT = PATH["o"]
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
-_KEPT = {"path_output": _OUTPUT, "path_logsumexp": "B HQ L", "path_inverse": "B H N C D"}
+_KEPT = {"path_output": _OUTPUT, "path_logsumexp": "B HQ TP", "path_inverse": "B H N C D"}
 
 
 def unsupported(name, q, k, v, w, beta, g, cache):

@@ -18,7 +18,7 @@ from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.chunks import CHUNK
 from jla.pallas.common.mosaic import f16, product
 from jla.pallas.common.scratch import barrier_for, fetch
-from jla.pallas.path_attention import levels
+from jla.pallas.path_attention import dyadic
 
 SDS = jax.ShapeDtypeStruct
 
@@ -27,13 +27,13 @@ def joined(transforms, leaves):
     """The transforms of the blocks of 2**m leaves, for all levels m but the last.
 
     Args:
-      transforms: [B, H, blocks, K, K] float16, see `levels.block_counts`; those of the leaves are
+      transforms: [B, H, blocks, K, K] float16, see `dyadic.block_counts`; those of the leaves are
         there. leaves: P.
 
     Returns:
       The same with those of all blocks, in the same memory.
     """
-    for m in range(1, len(levels.block_counts(leaves))):
+    for m in range(1, len(dyadic.block_counts(leaves))):
         transforms = _pairs_joined(transforms, jnp.full(1, m, jnp.int32), leaves)
     return transforms
 
@@ -49,13 +49,13 @@ def _pairs_joined(transforms, level, leaves):
     level: 201 MB, 0.05 ms.
     """
     B, H, _, K, _ = transforms.shape
-    counts = levels.block_counts(leaves)
+    counts = dyadic.block_counts(leaves)
 
     def body(refs):
         b, h, n = (lax.axis_index(name) for name in ("b", "h", "pair"))
         level = refs.level[0]
-        below, here = (levels.offset(counts, m) for m in (level - 1, level))
-        pl.when(n < levels.count(counts, level))(lambda: _join(refs, b, h, n, below, here))
+        below, here = (dyadic.offset(counts, m) for m in (level - 1, level))
+        pl.when(n < dyadic.count(counts, level))(lambda: _join(refs, b, h, n, below, here))
 
     out = scratch.kernel(
         body,
@@ -99,7 +99,7 @@ def query_chains(queries, transforms, leaves):
     Returns:
       The same with all versions, in the same memory.
     """
-    return _chains(queries, transforms, leaves, levels.query_counts(leaves), right=True)
+    return _chains(queries, transforms, leaves, dyadic.query_counts(leaves), right=True)
 
 
 @functools.partial(jax.jit, static_argnames="leaves")
@@ -108,7 +108,7 @@ def key_chains(keys, transforms, leaves):
 
     As `query_chains`.
     """
-    return _chains(keys, transforms, leaves, levels.key_counts(leaves), right=False)
+    return _chains(keys, transforms, leaves, dyadic.key_counts(leaves), right=False)
 
 
 def _chains(versions, transforms, leaves, counts, *, right):
@@ -118,7 +118,7 @@ def _chains(versions, transforms, leaves, counts, *, right):
     which is on its way. Floor at B=8 T=4096 H=HQ=16 K=128, for queries or keys: 0.44 GB, 0.11 ms.
     """
     (B, heads, _, K), H = versions.shape, transforms.shape[1]
-    if levels.number(leaves) < 2:
+    if dyadic.number(leaves) < 2:
         return versions
     out = scratch.kernel(
         functools.partial(
@@ -162,14 +162,14 @@ class Leaf:
         return found
 
     def version_rows(self, m, half):
-        return levels.rows(self.counts, self.number, m, half)
+        return dyadic.rows(self.counts, self.number, m, half)
 
 
 def _body(refs, *, leaves, group, counts, right):
     b, number, h = (lax.axis_index(name) for name in ("b", "leaf", "h"))
-    head, M = lax.div(h, jnp.int32(group)), levels.number(leaves)
+    head, M = lax.div(h, jnp.int32(group)), dyadic.number(leaves)
     present = [
-        levels.has_query(number, m) if right else levels.has_key(number, m, leaves)
+        dyadic.has_query(number, m) if right else dyadic.has_key(number, m, leaves)
         for m in range(M)
     ]
     leaf = Leaf(refs, b, number, h, head, present, counts, leaves, right)
@@ -197,8 +197,8 @@ def load_transform(leaf, step, m, following):
     @pl.when(following < len(leaf.present))
     def _():
         slot = lax.rem(step, jnp.int32(2))
-        sibling = 2 * levels.block(leaf.number, m) + (0 if leaf.right else 1)
-        place = levels.offset(levels.block_counts(leaf.leaves), m) + sibling
+        sibling = 2 * dyadic.block(leaf.number, m) + (0 if leaf.right else 1)
+        place = dyadic.offset(dyadic.block_counts(leaf.leaves), m) + sibling
         matrix = refs.transforms.at[leaf.b, leaf.head, place], refs.matrices.at[slot]
         fetch(dict(matrix=matrix), refs.loaded.at[slot])
 

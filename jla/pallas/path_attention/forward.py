@@ -43,8 +43,8 @@ from jla.pallas.common.mosaic import (
     per_row,
     product,
 )
-from jla.pallas.path_attention import levels, rings
-from jla.pallas.path_attention.levels import LEAF
+from jla.pallas.path_attention import dyadic, rings
+from jla.pallas.path_attention.dyadic import LEAF
 from jla.pallas.path_attention.query_leaves import (
     COMPUTE_REGISTERS,
     LOADER_REGISTERS,
@@ -138,16 +138,16 @@ def load_all(leaf, group):
 def load_level(leaf, h, m, carry):
     """The leaf's queries of level m, and the left sibling's keys and values."""
     n, versions = carry
-    right = levels.at_bit(leaf.number, m)
+    right = dyadic.at_bit(leaf.number, m)
 
     @pl.when(right == 1)
     def _():
         slot = leaf.queries.free(versions)
-        first = levels.place(levels.query_counts(leaf.leaves), leaf.number, m) * LEAF
+        first = dyadic.place(dyadic.query_counts(leaf.leaves), leaf.number, m) * LEAF
         load_queries(leaf, lambda half: pl.ds(first + half * ROWS, ROWS), slot)
 
-    sibling = levels.block(leaf.number, m)
-    first = levels.offset(levels.key_counts(leaf.leaves), m) + lax.shift_left(sibling, m)
+    sibling = dyadic.block(leaf.number, m)
+    first = dyadic.offset(dyadic.key_counts(leaf.leaves), m) + lax.shift_left(sibling, m)
 
     def load_tile(i, n):
         load_keys(leaf, h, first, i, n)
@@ -197,7 +197,7 @@ def own_softmax(leaf):
 def compute_level(leaf, m, carry):
     """The left sibling's keys of level m."""
     *softmax, n, versions = carry
-    right = levels.at_bit(leaf.number, m)
+    right = dyadic.at_bit(leaf.number, m)
     version = leaf.queries.slot(versions)
     pl.when(right == 1)(lambda: leaf.queries.wait(version))
     tiles = lax.shift_left(right, m)

@@ -47,9 +47,9 @@ from jla.pallas.common.mosaic import (
     product,
 )
 from jla.pallas.common.scratch import barrier_for, fetch
-from jla.pallas.path_attention import levels, rings
+from jla.pallas.path_attention import dyadic, rings
 from jla.pallas.path_attention.backward import load_rows, normalised
-from jla.pallas.path_attention.levels import LEAF
+from jla.pallas.path_attention.dyadic import LEAF
 from jla.pallas.path_attention.query_leaves import COMPUTE_REGISTERS, LOADER_REGISTERS, ROWS
 
 SDS = jax.ShapeDtypeStruct
@@ -147,7 +147,7 @@ class Leaf:
 
     def version_rows(self, m, half):
         """The rows of one half of the leaf's keys at level m."""
-        return levels.rows(levels.key_counts(self.leaves), self.number, m, half)
+        return dyadic.rows(dyadic.key_counts(self.leaves), self.number, m, half)
 
 
 class Done(NamedTuple):
@@ -181,10 +181,10 @@ class Place(NamedTuple):
 
 def _level(leaf, i, done):
     """The i-th level from the top."""
-    m = levels.number(leaf.leaves) - 1 - i
-    first = lax.shift_left(levels.block(leaf.number, m) * 2 + 1, m)
+    m = dyadic.number(leaf.leaves) - 1 - i
+    first = lax.shift_left(dyadic.block(leaf.number, m) * 2 + 1, m)
     count = jnp.clip(leaf.leaves - first, 0, lax.shift_left(jnp.int32(1), m))
-    tiles = 2 * jnp.where(levels.at_bit(leaf.number, m) == 0, count, 0)
+    tiles = 2 * jnp.where(dyadic.at_bit(leaf.number, m) == 0, count, 0)
     present = jnp.minimum(tiles, 1)
     return Level(m, first, tiles, present, present * jnp.minimum(done.keys, 1))
 
@@ -227,7 +227,7 @@ def load_all(leaf):
         load_gradients(leaf, head, leaf.number * LEAF + half * ROWS, n)
 
     lax.fori_loop(0, 2 * leaf.group, load_own, None)
-    count = levels.number(leaf.leaves)
+    count = dyadic.number(leaf.leaves)
     done = lax.fori_loop(0, count, functools.partial(load_level, leaf), _start(leaf))
     leaf.queries.drain(done.queries)
     leaf.gradients.drain(done.gradients)
@@ -251,8 +251,8 @@ def load_gradients(leaf, head, row, n):
 def load_level(leaf, i, done):
     """The leaf's keys, H of the right sibling as if it were queries, and the sibling's queries."""
     refs, level = leaf.refs, _level(leaf, i, done)
-    m, at = level.m, levels.block(leaf.number, level.m)
-    place = levels.offset(levels.query_counts(leaf.leaves), m) + lax.shift_left(at, m)
+    m, at = level.m, dyadic.block(leaf.number, level.m)
+    place = dyadic.offset(dyadic.query_counts(leaf.leaves), m) + lax.shift_left(at, m)
 
     @pl.when(level.present == 1)
     def _():
@@ -263,7 +263,7 @@ def load_level(leaf, i, done):
 
     @pl.when(level.moved == 1)
     def _():
-        sibling = levels.offset(levels.block_counts(leaf.leaves), m) + 2 * at + 1
+        sibling = dyadic.offset(dyadic.block_counts(leaf.leaves), m) + 2 * at + 1
         for part in range(leaf.parts):
             slot = leaf.queries.free(done.queries + part)
             source = refs.transforms.at[leaf.b, leaf.h, sibling]
@@ -304,7 +304,7 @@ def compute(leaf):
     dk = plgpu.layout_cast(jnp.zeros((ROWS, refs.sk.shape[-1]), f32), WGMMA_LAYOUT)
     of_level = functools.partial(compute_level, leaf, unit)
     start = dk, dv, _start(leaf)
-    _, dv, _ = lax.fori_loop(0, levels.number(leaf.leaves), of_level, start)
+    _, dv, _ = lax.fori_loop(0, dyadic.number(leaf.leaves), of_level, start)
     send_values(leaf, dv)
 
 

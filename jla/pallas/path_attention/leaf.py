@@ -21,8 +21,8 @@ from jla.pallas.common import chunks, mosaic, scratch
 from jla.pallas.common.chunks import CHUNK, LEVELS, TILE_WIDTH
 from jla.pallas.common.mosaic import PER_ROW, f16, f32, load, per_row, product
 from jla.pallas.common.scratch import barrier_for, fetch
-from jla.pallas.path_attention import leaf_phases, levels
-from jla.pallas.path_attention.levels import LEAF
+from jla.pallas.path_attention import dyadic, leaf_phases
+from jla.pallas.path_attention.dyadic import LEAF
 
 SDS = jax.ShapeDtypeStruct
 
@@ -31,11 +31,11 @@ def inverses(w, beta):
     """(I + strict_lower(diag(beta) W W^T))^-1 of every chunk of 64 tokens.
 
     Args:
-      w: [B, T, H, K], 16 bits, K a multiple of 64, T a multiple of 8. beta: [B, H, L] float32; L is
-        T padded with zeros to whole leaves.
+      w: [B, T, H, K], 16 bits, K a multiple of 64, T a multiple of 8.
+      beta: [B, H, TP] float32; TP is T padded with zeros to whole leaves.
 
     Returns:
-      [B, H, L / 64, 64, 64] float16. With unit rows of w no element is larger than beta.
+      [B, H, TP / 64, 64, 64] float16. With unit rows of w no element is larger than beta.
 
     One warpgroup a chunk, 32 KB of SMEM. Floor at B=8 T=4096 H=16 K=128: 201 MB, 0.05 ms.
     """
@@ -116,8 +116,8 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
       q: [B, T, HQ, K], bf16 or float16. k, w: [B, T, H, K], each of q's type or float16; both
         float16 if only k is. K 64 or 128, T a multiple of 8.
       inverse: as `inverses` returns it. beta: as it takes it.
-      gates: None, or for each query head [B, HQ, L] the sum of the leaf's gates up to and with each
-        token's, float32, and the place in its leaf of the first token that it sees, uint32.
+      gates: None, or for each query head, [B, HQ, TP], the sum of the leaf's gates up to and with
+        each token's, float32, and the place in its leaf of the first token that it sees, uint32.
       scale: of the logits, positive, base 2.
 
     Returns:
@@ -136,7 +136,7 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
     (B, _, HQ, K), (H, N) = q.shape, inverse.shape[1:3]
     P, k_tiles = N // 2, K // TILE_WIDTH
     since, earliest = (None, None) if gates is None else gates
-    leaves_of_queries, leaves_of_keys = sum(levels.query_counts(P)), sum(levels.key_counts(P))
+    leaves_of_queries, leaves_of_keys = sum(dyadic.query_counts(P)), sum(dyadic.key_counts(P))
     return scratch.kernel(
         functools.partial(leaf_phases.body, group=HQ // H, scale=scale),
         inputs=dict(
@@ -154,7 +154,7 @@ def leaves(q, k, w, inverse, beta, gates, *, scale):
             keys=SDS((B, H, max(leaves_of_keys, 1) * LEAF, K), f16),
             logits=SDS((B, HQ, P, 3, CHUNK, CHUNK), f16),
             tops=SDS((B, HQ, P, 3, CHUNK), f32),
-            transforms=SDS((B, H, sum(levels.block_counts(P)), K, K), f16),
+            transforms=SDS((B, H, sum(dyadic.block_counts(P)), K, K), f16),
         ),
         scratch=_scratch(k_tiles, q.dtype, w.dtype),
         automatic_barriers=False,

@@ -10,10 +10,10 @@ from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.chunks import CHUNK
 from jla.pallas.common.mosaic import f16, f32
 from jla.pallas.common.scratch import barrier_for
+from jla.pallas.path_attention import dyadic
 from jla.pallas.path_attention import leaf_gradients_phases as phases
-from jla.pallas.path_attention import levels
+from jla.pallas.path_attention.dyadic import LEAF
 from jla.pallas.path_attention.leaf_tiles import BLOCKS, ROWS, WARPGROUPS
-from jla.pallas.path_attention.levels import LEAF
 
 SDS = jax.ShapeDtypeStruct
 LARGEST = 0.25  # of float16 gradients, so that sums of 128 terms with |q| < 2000 stay in range
@@ -117,7 +117,7 @@ def _units(query_factors, key_factors, largest_own, transform_factors, scale, le
     unit = largest(largest_own.reshape(B, H, -1, leaves, LEAF), (2, 4))
     transform_factors = transform_factors[:, :, :leaves]
     unit = jnp.maximum(unit, transform_factors)
-    unit = jnp.maximum(unit, of_leaves(query_factors, levels.first_query))
-    unit = jnp.maximum(unit, of_leaves(key_factors, levels.first_key))
+    unit = jnp.maximum(unit, of_leaves(query_factors, dyadic.first_query))
+    unit = jnp.maximum(unit, of_leaves(key_factors, dyadic.first_key))
     unit = jnp.maximum(unit, 1e-30) / LARGEST
     return dict(shrink=1.0 / unit, grow=unit * scale[..., None], ratio=transform_factors / unit)

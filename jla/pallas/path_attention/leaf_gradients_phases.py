@@ -64,7 +64,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common.chunks import CHUNK
 from jla.pallas.common.mosaic import PER_ROW, WGMMA_LAYOUT, f16, f32, load, per_row, product
-from jla.pallas.path_attention import levels
+from jla.pallas.path_attention import dyadic
+from jla.pallas.path_attention.dyadic import LEAF
 from jla.pallas.path_attention.leaf_tiles import (
     ROWS,
     along_features,
@@ -89,7 +90,6 @@ from jla.pallas.path_attention.leaf_tiles import (
     when_block,
     when_tile,
 )
-from jla.pallas.path_attention.levels import LEAF
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +143,8 @@ def _leaf(refs, group):
     b, head, number, wg = (lax.axis_index(name) for name in ("b", "h", "leaf", "wg"))
     h, member = lax.div(head, jnp.int32(group)), lax.rem(head, jnp.int32(group))
     leaves = refs.beta.shape[2] // LEAF
-    dh = refs.dh.at[b, h, levels.beside(number, leaves)]
-    places = levels.first_query(number, leaves), levels.first_key(number, leaves)
+    dh = refs.dh.at[b, h, dyadic.beside(number, leaves)]
+    places = dyadic.first_query(number, leaves), dyadic.first_key(number, leaves)
     shrink, grow, ratio = (x[b, h, number] for x in (refs.shrink, refs.grow, refs.ratio))
     once = jnp.where(member == 0, 1.0, 0.0).astype(f32)
     return Leaf(refs, b, head, h, number, wg, dh, *places, shrink, grow, ratio, once)

@@ -55,8 +55,8 @@ from jla.pallas.common.mosaic import (
     product,
 )
 from jla.pallas.common.scratch import fetch
-from jla.pallas.path_attention import levels
-from jla.pallas.path_attention.levels import LEAF
+from jla.pallas.path_attention import dyadic
+from jla.pallas.path_attention.dyadic import LEAF
 
 KEY_REGISTERS, QUERY_REGISTERS = 112, 144
 NOTHING = -1e30  # the largest logit of a row that sees no key
@@ -125,7 +125,7 @@ def of_keys(own):
     make_keys(own)
     # After this the inverses are no longer needed, and the first chunk writes over their tiles.
     plgpu.barrier_wait(refs.mw_made.at[1 - own.number])
-    version = levels.first_key(own.leaf, own.leaves)
+    version = dyadic.first_key(own.leaf, own.leaves)
 
     @pl.when(own.number == 0)
     def _():
@@ -344,7 +344,7 @@ def put_logits(own, head, logits, *, diagonal):
 def put_queries(own, head, *pairs):
     """Sends Q plus the sum of x y, y in tiles of features: the queries at the leaf's start."""
     refs = own.refs
-    version = levels.first_query(own.leaf, own.leaves)
+    version = dyadic.first_query(own.leaf, own.leaves)
     staging = refs.staging.at[own.number]
     for i, query in enumerate(own.of(refs.sq)):
         q = load(query) + product(*((x, y[i]) for x, y in pairs))

@@ -45,10 +45,10 @@ from jla.pallas.common.mosaic import (
     product,
 )
 from jla.pallas.common.scratch import barrier_for, fetch
-from jla.pallas.path_attention import levels, rings
+from jla.pallas.path_attention import dyadic, rings
 from jla.pallas.path_attention.backward import load_rows, normalised
+from jla.pallas.path_attention.dyadic import LEAF
 from jla.pallas.path_attention.forward import own_exp2
-from jla.pallas.path_attention.levels import LEAF
 from jla.pallas.path_attention.query_leaves import (
     COMPUTE_REGISTERS,
     LOADER_REGISTERS,
@@ -73,7 +73,7 @@ def query_gradients(q, k, v, own, gates, do, lse, delta, unit, transforms, after
       do: [B, T, HQ, V] bf16.
       lse, delta: the log-sum-exp and the sum of do o, [B, HQ, 128 P] float32.
       unit: [B, H] float32, with which no ds leaves float16's range.
-      transforms: H of all blocks [B, H, blocks, K, K] float16, see `levels.block_counts`.
+      transforms: H of all blocks [B, H, blocks, K, K] float16, see `dyadic.block_counts`.
       after: an array that is not read: a result of the last other kernel that reads own, so that
         XLA knows that own may be overwritten.
 
@@ -172,7 +172,7 @@ def _start():
 def _level(leaf, i, done):
     """The i-th level from the top."""
     m = leaf.levels - 1 - i
-    right = levels.at_bit(leaf.number, m)
+    right = dyadic.at_bit(leaf.number, m)
     return Level(m, right, right * jnp.minimum(done.queries, 1))
 
 
@@ -213,13 +213,13 @@ def load_level(leaf, h, i, done):
     m = level.m
     rows = functools.partial(leaf.version_rows, m)
     pl.when(level.right == 1)(lambda: load_queries(leaf, rows, leaf.queries.free(done.queries)))
-    sibling = levels.block(leaf.number, m)
-    first = levels.offset(levels.key_counts(leaf.leaves), m) + lax.shift_left(sibling, m)
+    sibling = dyadic.block(leaf.number, m)
+    first = dyadic.offset(dyadic.key_counts(leaf.leaves), m) + lax.shift_left(sibling, m)
 
     @pl.when(level.moved == 1)
     def _():
         slot = leaf.keys.free(done.keys)
-        block = levels.offset(levels.block_counts(leaf.leaves), m) + 2 * sibling
+        block = dyadic.offset(dyadic.block_counts(leaf.leaves), m) + 2 * sibling
         target = refs.sk.at[slot, pl.ds(0, refs.sk.shape[-1])]
         load_rows(refs.transforms.at[leaf.b, h, block], 0, target, refs.k_loaded.at[slot])
 

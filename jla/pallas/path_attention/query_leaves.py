@@ -8,8 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jla.pallas.common.scratch import fetch
-from jla.pallas.path_attention import levels, rings
-from jla.pallas.path_attention.levels import LEAF
+from jla.pallas.path_attention import dyadic, rings
+from jla.pallas.path_attention.dyadic import LEAF
 
 ROWS = 64  # queries of one warpgroup; two make a leaf
 COMPUTE_REGISTERS, LOADER_REGISTERS = 232, 40
@@ -37,7 +37,7 @@ class Leaf:
     @property
     def levels(self):
         """The number of levels."""
-        return levels.number(self.leaves)
+        return dyadic.number(self.leaves)
 
     def rows(self, half):
         """The tokens of one half of the leaf."""
@@ -45,7 +45,7 @@ class Leaf:
 
     def version_rows(self, m, half):
         """The rows of one half of the leaf's queries of level m."""
-        return levels.rows(levels.query_counts(self.leaves), self.number, m, half)
+        return dyadic.rows(dyadic.query_counts(self.leaves), self.number, m, half)
 
 
 def leaf_of(refs, scale, *, first_keys=0):

@@ -37,9 +37,9 @@ from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.chunks import CHUNK
 from jla.pallas.common.mosaic import PER_ROW, WGMMA_LAYOUT, f16, f32, load, per_row, product
 from jla.pallas.common.scratch import barrier_for, fetch
-from jla.pallas.path_attention import levels
+from jla.pallas.path_attention import dyadic
 from jla.pallas.path_attention.backward import LEAST
-from jla.pallas.path_attention.levels import LEAF
+from jla.pallas.path_attention.dyadic import LEAF
 
 SDS = jax.ShapeDtypeStruct
 STAGES = 3  # tiles of 64 rows, of a version and of a gradient
@@ -58,7 +58,7 @@ def transform_gradients(queries, dqueries, keys, dkeys, transforms, leaves):
     Returns:
       In two parts, [B, H, blocks, K, K] float16 of at most 1, in the memory of the transforms, and
       a float32 factor for each, [B, H, blocks]. The first part of a block's is where its sibling's
-      H was, see `levels.beside`: nothing else reads that H.
+      H was, see `dyadic.beside`: nothing else reads that H.
     """
     B, H, blocks = transforms.shape[:3]
     if leaves == 1:  # no version is written
@@ -66,7 +66,7 @@ def transform_gradients(queries, dqueries, keys, dkeys, transforms, leaves):
     # float16 rows are relative to the head's largest.
     units = [jnp.maximum(x.reshape(B, H, -1).max(-1), LEAST) for _, x in (dqueries, dkeys)]
     out = transforms, jnp.zeros((B, H, blocks), f32)
-    for m in reversed(range(len(levels.block_counts(leaves)))):
+    for m in reversed(range(len(dyadic.block_counts(leaves)))):
         level = jnp.full(1, m, jnp.int32)
         out = _level(queries, *dqueries, keys, *dkeys, *units, *out, level, leaves=leaves)
     return out
@@ -145,30 +145,30 @@ class Block:
 
 def _body(refs, *, leaves, group):
     level, n = refs.level[0], lax.axis_index("n")
-    count = levels.count(levels.block_counts(leaves), level)
+    count = dyadic.count(dyadic.block_counts(leaves), level)
     pl.when(n < count)(lambda: _of_block(_block(refs, level, n, leaves, group), leaves))
 
 
 def _block(refs, level, n, leaves, group):
     """The CTA's block."""
     b, h = (lax.axis_index(name) for name in ("b", "h"))
-    blocks = levels.block_counts(leaves)
-    pair, pairs = lax.div(n, jnp.int32(2)), levels.count(blocks, level + 1)
+    blocks = dyadic.block_counts(leaves)
+    pair, pairs = lax.div(n, jnp.int32(2)), dyadic.count(blocks, level + 1)
     # A left half's gradient depends on its sibling's queries, a right half's on its keys.
     is_left = lax.rem(n, jnp.int32(2)) == 0
     sibling = jnp.where(is_left, 2 * pair + 1, 2 * pair)
     leaf = lax.shift_left(sibling, level)
     of_queries = _versions(
-        levels.query_counts(leaves), leaf, level, leaves, lambda m: levels.has_query(leaf, m)
+        dyadic.query_counts(leaves), leaf, level, leaves, lambda m: dyadic.has_query(leaf, m)
     )
     of_keys = _versions(
-        levels.key_counts(leaves), leaf, level, leaves, lambda m: levels.has_key(leaf, m, leaves)
+        dyadic.key_counts(leaves), leaf, level, leaves, lambda m: dyadic.has_key(leaf, m, leaves)
     )
     here, there = (jnp.where(is_left, x, y) for x, y in zip(of_queries, of_keys, strict=True))
     tiles = jnp.clip(leaves - leaf, 0, lax.shift_left(jnp.int32(1), level)) * (LEAF // CHUNK)
     tiles = jnp.where(there >= 0, tiles, 0)
-    first, first_above = (levels.offset(blocks, m) for m in (level, level + 1))
-    of_sibling, of_parent = first + sibling, first_above + levels.beside(pair, pairs)
+    first, first_above = (dyadic.offset(blocks, m) for m in (level, level + 1))
+    of_sibling, of_parent = first + sibling, first_above + dyadic.beside(pair, pairs)
     base = jnp.where(pair < pairs, refs.left.shape[-1] // CHUNK, 0)
     total = base + tiles * jnp.where(is_left, group, 1)
     return Block(
@@ -180,11 +180,11 @@ def _block(refs, level, n, leaves, group):
 def _versions(counts, leaf, level, leaves, present):
     """The places of a leaf's version of this level and of its next one, or -1."""
     next_place = jnp.int32(-1)
-    for m in reversed(range(1, levels.number(leaves))):
-        place = levels.place(counts, leaf, m)
+    for m in reversed(range(1, dyadic.number(leaves))):
+        place = dyadic.place(counts, leaf, m)
         later = lax.bitwise_and(present(m), m > level)
         next_place = jnp.where(later, place, next_place)
-    return levels.place(counts, leaf, level), next_place
+    return dyadic.place(counts, leaf, level), next_place
 
 
 def _of_block(block, leaves):
@@ -311,11 +311,11 @@ def add_tile(block, unit, t, sums):
 
 def send(block, unit, sums, leaves):
     """dH in two parts, the first by way of the ring's tiles."""
-    refs, blocks = block.refs, levels.block_counts(leaves)
+    refs, blocks = block.refs, dyadic.block_counts(leaves)
     largest = functools.reduce(jnp.maximum, (jnp.abs(x).max(axis=1) for x in sums)).max(axis=0)
     largest = jnp.maximum(largest, LEAST)
     refs.factors[block.b, block.h, block.first + block.n] = largest * unit
-    place = block.first + levels.beside(block.n, levels.count(blocks, block.level))
+    place = block.first + dyadic.beside(block.n, dyadic.count(blocks, block.level))
     target = refs.gradients.at[block.b, block.h, place]
     for i, x in enumerate(sums):
         refs.left.at[i][...] = (x * (1.0 / largest)).astype(f16)

@@ -13,8 +13,8 @@ where bfloat16 loses 9.
 import jax.numpy as jnp
 from jax import lax
 
-from jla.pallas.path_attention import chains, leaf, levels
-from jla.pallas.path_attention.levels import LEAF
+from jla.pallas.path_attention import chains, dyadic, leaf
+from jla.pallas.path_attention.dyadic import LEAF
 
 f16, f32 = jnp.float16, jnp.float32
 
@@ -23,7 +23,7 @@ def grown(q, k, w, beta, g, inverse=None, *, scale):
     """What a pass over the tree needs.
 
     Args:
-      q: [B, T, HQ, K]. k, w: [B, T, H, K]. beta: [B, H, L] float32. See `sixteen_bits`.
+      q: [B, T, HQ, K]. k, w: [B, T, H, K]. beta: [B, H, TP] float32. See `sixteen_bits`.
       g: None, or the logits' gates in base 2, [B, T, HQ] float32; -inf at a segment's first token.
       inverse: None, or as an earlier call returned it.
       scale: of the logits, positive, base 2.
@@ -45,7 +45,7 @@ def grown(q, k, w, beta, g, inverse=None, *, scale):
 
 
 def sixteen_bits(q, k, w, beta):
-    """q, k and w as `leaf.leaves` takes them, and beta [B, H, L], zero past the end."""
+    """q, k and w as `leaf.leaves` takes them, and beta [B, H, TP], zero past the end."""
     if k.dtype != q.dtype:
         k = k.astype(f16)
     if k.dtype != w.dtype:
@@ -74,7 +74,7 @@ def leaf_sums(g):
       g: gates of the logits, [B, T, HQ] float32; -inf at a segment's first token.
 
     Returns:
-      [B, HQ, L] float32, and the place in the leaf of the first token that it sees, uint32.
+      [B, HQ, TP] float32, and the place in the leaf of the first token that it sees, uint32.
     """
     g = _by_leaf(g)
     first = jnp.where(jnp.isneginf(g), jnp.arange(LEAF, dtype=jnp.int32), 0)
@@ -134,15 +134,15 @@ def level_sums(g):
     if P == 1:
         return tuple(jnp.zeros((*g.shape[:2], LEAF), f32) for _ in range(2))
     queries, keys = [], []
-    for m in range(levels.number(P)):
+    for m in range(dyadic.number(P)):
         # Of whole leaves between the middle and the leaf, on either side.
         left, right = _halves(total, 2, 1 << m)
         before = jnp.cumsum(jnp.pad(right, [(0, 0)] * 3 + [(1, 0)])[..., :-1], -1)
         after = jnp.pad(left, [(0, 0)] * 3 + [(0, 1)])[..., 1:]
         after = jnp.flip(jnp.cumsum(jnp.flip(after, -1), -1), -1)
         for sums, whole, part, axis, counts in (
-            (queries, before, from_start, 1, levels.query_counts(P)),
-            (keys, after, to_end, 0, levels.key_counts(P)),
+            (queries, before, from_start, 1, dyadic.query_counts(P)),
+            (keys, after, to_end, 0, dyadic.key_counts(P)),
         ):
             half = _halves(part, 2, 1 << m)[axis] + whole[..., None]
             sums.append(_leaves(half, 2)[:, :, : counts[m]])
