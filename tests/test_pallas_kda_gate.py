@@ -96,7 +96,7 @@ def check(context, sizes, lower_bound, segments):
     dg = 1 + normal(1, B, T, HV, K)
     if lower_bound is not None:
         # The terms of A's gradient have the sign of f + dt_bias; with this they do not cancel.
-        dg = dg * jnp.where(f.astype(f32) + args[2] > 0, 1.0, -1.0)
+        dg = dg * jnp.where(f.astype(f32) + args[2][None, None] > 0, 1.0, -1.0)
     # What follows the last token is anybody's guess.
     dg = jnp.pad(dg, ((0, 0), (0, -T % 64), (0, 0), (0, 0)), constant_values=1e9)
     run = jax.jit(functools.partial(kernel, lower_bound=lower_bound))
