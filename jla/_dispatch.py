@@ -113,13 +113,13 @@ def _why_not(
         return "there is no GPU"  # and no need to import the backend
     package = importlib.import_module(f"jla.{backend}")
     if importlib.util.find_spec(_path(backend, name)) is None:
-        return "there is no kernel for it yet"
+        return "it has no kernel for this function"
     # The leaves: a cache is a tree of arrays.
     if any(is_symbolic_dim(size) for x in jax.tree.leaves(arrays) for size in x.shape):
         return "it has a symbolic shape (jax.export), and the kernels are made for known sizes"
     module = _module(backend, name)
     if not hasattr(module, name):
-        return "there is no kernel for it yet"
+        return "it has no kernel for this function"
     return module.unsupported(name, *arrays, **options) or package.unsupported_device()
 
 

@@ -134,7 +134,7 @@ class Mixer(nn.Module):
 
     def sizes(self, T, D):
         """Checks the layer's own attributes; returns what `begin` hands to `__call__`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define sizes(T, D); see Mixer")
 
     def heads_and_dims(self, D, num_key_heads=None, dims_per="num_heads", **more):
         """Checks counts of heads and dimensions; returns H, the key heads, K, V and `more`, which
