@@ -50,14 +50,18 @@ def pytest_xdist_make_scheduler(config, log):
 def _group(nodeid, config):
     """What runs together, in one process: the tests that use the same compiled programs.
 
-    Those of a mechanism, with its definition, and those of a layer; on GPUs, where several more
-    processes take part, those of one implementation in one file.
+    Those of a mechanism, with its definition, and those of a layer. On GPUs, where ten processes
+    take part, those of one implementation; splits, whose programs are no other test's and take
+    longest, are a group of their own there.
     """
     names = "|".join(IMPLEMENTATIONS)
-    contract = re.search(rf"contract/(\w+).*\[(\w+)-({names})\b", nodeid)
+    contract = re.search(rf"contract/.*::(\w+)\[(\w+)-({names})\b", nodeid)
     if contract:
-        on_gpu = config.getoption("markexpr") == "gpu"
-        return "-".join(contract.groups()) if on_gpu else contract[2]
+        test, mechanism, implementation = contract.groups()
+        if config.getoption("markexpr") != "gpu":
+            return mechanism
+        alone = f"-{test}" if "split" in test else ""
+        return f"{mechanism}-{implementation}{alone}"
     layer = re.search(rf"linen/.*[\[-]({'|'.join(LAYERS)})\b", nodeid)
     if layer:
         return f"linen-{layer[1]}"
