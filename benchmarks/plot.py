@@ -114,7 +114,7 @@ def draw_speed(numbers, theme):
                 axes.annotate(label(name, who), line[0], **at, **below)
             elif len(line) > 1:
                 middle = [math.sqrt(a * b) for a, b in zip(line[0], line[-1], strict=True)]
-                at = dict(xytext=(0, -8), textcoords="offset points", color=look.color)
+                at = dict(xytext=(0, -11), textcoords="offset points", color=look.color)
                 axes.annotate(label(name, who), middle, ha="center", va="top", fontsize=11, **at)
             else:
                 points.append((*line[0], label(name, who), look.color))
@@ -204,7 +204,7 @@ def read_recall(folder):
     settings, queries = report["settings"], [row["queries"] for row in rows]
     about = f"{settings['length']} tokens, width {settings['width']}, {settings['depth']} blocks, "
     about += f"{settings['steps']:,} steps, {settings['dtype']}; "
-    about += f"{min(queries):,} to {max(queries):,} queries a point."
+    about += f"at least {min(queries):,} queries a point."
     return dict(about=about, rows=rows)
 
 

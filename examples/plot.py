@@ -151,8 +151,7 @@ def draw_recall(axes, rows, theme):
     axes.axhspan(bottom, lowest, color=theme.grid, alpha=0.5, lw=0, zorder=0)
     guess = [math.log10(1 - 1 / count) if count > 1 else bottom for count in counts]
     axes.plot(counts, guess, color=theme.quiet, ls=":", lw=1.2)
-    at = dict(xytext=(0, -5), textcoords="offset points", va="top", color=theme.quiet)
-    axes.annotate("guessing", (counts[0], guess[0]), **at)
+    ends.append((counts[-1], guess[-1], "guessing", theme.quiet))
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set_xticks([], minor=True)
