@@ -82,9 +82,9 @@ def read_speed(folder):
         if who == "pallas":
             tokens.add(row["B"] * row["T"])
             about = f"On an {meta['card']}, {row['dtype']}, {row['H']} heads of {row['D']}"
-    if not lines:
+    if about is None:
         return None
-    about = f"{about}; {' or '.join(f'{n:,}' for n in sorted(tokens))} tokens in a batch."
+    about += f"; {' or '.join(f'{n:,}' for n in sorted(tokens))} tokens in a batch."
     lines = {
         who: {name: sorted(line.items()) for name, line in found.items()}
         for who, found in sorted(lines.items())
@@ -147,6 +147,9 @@ def lighter(color, theme):
 def read_peers(folder):
     """Rows [mixer, implementation, forward ms, forward + backward ms] at the main shape."""
     found = newest(folder)
+    ours = [v for k, v in found.items() if k[1:] == ("main", "forward", "pallas")]
+    if not ours:
+        return None
     peers = sorted({who for *_, who in found} - OURS - {CUDNN})
 
     def ms(mixer, measure, who):
@@ -162,13 +165,10 @@ def read_peers(folder):
             rows.append([name, who, ms(name, "forward", who), ms(name, "backward", who)])
         forced = [ms(name, f"forced_{what}", "pallas") for what in ("forward", "backward")]
         rows.insert(-len(peers) or len(rows), [name, "forced", *forced])
-    rows = [row for row in rows if any(row[2:])]
-    if not rows:
-        return None
-    row, meta, _ = next(v for k, v in found.items() if k[1:] == ("main", "forward", "pallas"))
+    row, meta, _ = ours[0]
     about = f"Milliseconds on an {meta['card']}, {row['dtype']}, {row['B']} sequences of "
     about += f"{row['T']:,} tokens, {row['H']} heads of {row['D']}."
-    return dict(about=about, rows=rows)
+    return dict(about=about, rows=[row for row in rows if any(row[2:])])
 
 
 def draw_peers(numbers, theme):
@@ -305,13 +305,13 @@ def bars(axes, places, values, colors, room):
 
     `room` is what the numbers need of the axes, as a share of the longest bar.
     """
+    longest = max(filter(None, values), default=1)
     axes.barh(places, [value or 0 for value in values], color=colors, height=0.86)
     for place, value in zip(places, values, strict=True):
         if value is not None:
-            digits = 0 if max(filter(None, values)) > 100 and value >= 10 else 1
-            digits = 2 if max(filter(None, values)) < 100 else digits
+            digits = 2 if longest < 100 else 1 if value < 10 else 0
             beside(axes, value, place, f"{value:,.{digits}f}", fontsize=12)
-    axes.set_xlim(0, (1 + room) * max(filter(None, values)))
+    axes.set_xlim(0, (1 + room) * longest)
     axes.set_xticks([])
     axes.tick_params(axis="y", length=0)
     axes.spines["bottom"].set_visible(False)

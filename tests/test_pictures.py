@@ -1,5 +1,6 @@
 """docs/pictures is drawn from benchmarks/results; a mixer looks the same in every picture."""
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -68,6 +69,18 @@ def test_a_folder_without_rows_gives_no_pictures(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": not drawn")[0] for line in lines] == list(plot.DRAWN)
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_one_run_alone_is_drawn(tmp_path, capsys):
+    row = dict(mechanism="gsa", shape="main", measure="forward", implementation="pallas", ms=0.9)
+    row |= dict(B=8, T=4096, H=16, D=128, dtype="bfloat16")
+    failed = row | dict(measure="backward", error="RuntimeError")
+    report = dict(meta=dict(card="some GPU", date="2026"), results=[row, failed])
+    (tmp_path / "run.json").write_text(json.dumps(report))
+    plot.main(["--results", str(tmp_path), "--out", str(tmp_path / "out"), "--png"])
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert made == ["peers_dark.png", "peers_light.png"]
+    assert capsys.readouterr().out.count("not drawn") == len(plot.DRAWN) - 1
 
 
 def test_no_mixer_hides_another():
