@@ -45,8 +45,6 @@ def main(argv=None):
         row = dict(mixer=mixer, gpus=options.gpus) | of_text
         report.measure(row, train(mixer, data, options))
         show(row, time.monotonic() - start)
-    if options.plot:
-        plot(report.rows, options.plot)
     return 1 if report.failed else 0
 
 
@@ -59,7 +57,6 @@ def parse(argv):
     add("--steps", type=int, default=60)
     add("--lr", type=float, default=1e-3, help="peak learning rate")
     add("--gpus", type=int, default=1, help="data parallelism over so many (default: 1)")
-    add("--plot", help="write the rows' losses and speeds to this PNG file")
     options = side_by_side.parse(made, argv)
     if not 1 <= options.gpus <= jax.device_count():
         made.error(f"--gpus {options.gpus}: there are {jax.device_count()} devices")
@@ -209,39 +206,6 @@ def show(row, seconds):
             for name, ms, count in row["profile"][part]:
                 print(f"    {ms:8.2f} ms {count:6.0f} {name[:90]}")
     print(flush=True)
-
-
-def plot(rows, path):
-    """Draws the losses of one GPU's rows against tokens, and the speeds of all as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = [row for row in rows if "losses" in row]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for row in rows:
-        if row["gpus"] == 1:
-            step = row["tokens"] / row["steps"] / 1e6
-            tokens = [step * (i + 1) for i in range(row["steps"])]
-            bits = [loss / math.log(2) for loss in row["losses"]]
-            left.plot(tokens, bits, label=row["mixer"], lw=1)
-    left.set(xlabel="million tokens", ylabel="training loss, bits per byte", ylim=(None, 8))
-    left.grid(alpha=0.3)
-    left.legend()
-    names = [label(row) for row in rows]
-    right.barh(names, [row["tokens_per_s"] / 1e3 for row in rows], color="tab:blue")
-    right.set(xlabel="thousand tokens a second")
-    right.invert_yaxis()
-    right.grid(alpha=0.3, axis="x")
-    about = sorted({f"{row['meta']['card']}, {row['meta']['date'][:10]}" for row in rows})
-    figure.suptitle("; ".join(about), fontsize=9)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def label(row):
-    return row["mixer"] + (f", {row['gpus']} GPUs" if row["gpus"] > 1 else "")
 
 
 if __name__ == "__main__":

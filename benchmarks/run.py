@@ -1,4 +1,4 @@
-"""Times the mechanisms on this machine; prints a table, writes JSON and a plot."""
+"""Times the mechanisms on this machine; prints a table and writes JSON."""
 
 import argparse
 import datetime
@@ -19,7 +19,6 @@ from rich.table import Table
 from benchmarks import fla
 from benchmarks.measure import attention, measure
 from benchmarks.mechanisms import MECHANISMS
-from benchmarks.plot import plot
 
 GROUPS = ("main", "step", "long", "ragged", "packed", "sweep", "slots", "grouped")
 MEASURES = ("forward", "backward", "bare", "forced", "errors")
@@ -50,8 +49,6 @@ def main(argv=None):
             with open(options.out, "w") as file:
                 json.dump(report, file, indent=1)
     show(report)
-    if options.plot and not plot(report["results"], report["meta"], options.plot):
-        print("nothing to plot: no forward or backward time was measured")
     return 1 if any("error" in row for row in report["results"]) else 0
 
 
@@ -67,7 +64,6 @@ def parse(argv):
     parser.add_argument("--seconds", type=float, default=0.15, help="length of a timed repeat")
     parser.add_argument("--limit", type=float, help="start no case after so many seconds")
     parser.add_argument("--out", help="write JSON to this file, after every case")
-    parser.add_argument("--plot", help="write a plot of time against T to this PNG file")
     options = parser.parse_args(argv)
     known = dict(mechanism=MECHANISMS, what=MEASURES + GROUPS, implementations=IMPLEMENTATIONS)
     for option, words in known.items():

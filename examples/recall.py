@@ -405,7 +405,7 @@ def load(options, meta):
 
 def write(report, path):
     meta, settings = report["meta"], report["settings"]
-    title = (
+    about = (
         f"{meta['card']}, JAX {meta['jax']}, {meta['date'][:10]}: width {settings['width']}, depth "
         f"{settings['depth']}, {settings['length']} tokens, {settings['steps']} steps of "
         f"{settings['batch']} sequences"
@@ -418,7 +418,7 @@ def write(report, path):
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
-        plot_recall(report["results"], title, path.with_suffix(".png"))
+        plot_recall(report["results"], about, path.with_suffix(".png"))
 
 
 def table(report):
