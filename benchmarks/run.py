@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import shlex
@@ -13,8 +14,14 @@ import traceback
 from dataclasses import asdict
 
 import jax
-from rich.console import Console
-from rich.table import Table
+
+try:
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"{error}; `pip install -e '.[examples]'` installs what the benchmarks need"
+    ) from None
 
 from benchmarks import fla
 from benchmarks.measure import attention, measure
@@ -75,6 +82,8 @@ def parse(argv):
         if unknown := [word for word in given if word not in words]:
             parser.error(f"--{option}: unknown {', '.join(unknown)}; known: {', '.join(words)}")
         setattr(options, option, given)
+    if options.plot and importlib.util.find_spec("matplotlib") is None:  # it is drawn at the end
+        parser.error("--plot needs matplotlib; `pip install -e '.[examples]'` installs it")
     return options
 
 
