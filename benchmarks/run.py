@@ -14,14 +14,8 @@ import traceback
 from dataclasses import asdict
 
 import jax
-
-try:
-    from rich.console import Console
-    from rich.table import Table
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"{error}; `pip install -e '.[examples]'` installs what the benchmarks need"
-    ) from None
+from rich.console import Console
+from rich.table import Table
 
 from benchmarks import fla
 from benchmarks.measure import attention, measure

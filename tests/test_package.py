@@ -14,6 +14,7 @@ import zipfile
 import pytest
 import yaml
 
+from benchmarks import run
 from jla._core.checks import IMPLEMENTATIONS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -89,26 +90,36 @@ def test_the_citation_is_of_this_version():
     assert citation["authors"] == PROJECT["authors"]
 
 
+# As in jla[cuda], '.[cuda]' and jla-0.2.0-py3-none-any.whl[cuda].
+EXTRAS = r"""(?:\bjla|['"]\.|\.whl)\[([a-z][\w, -]*)\]"""
+
+
 def test_extras_that_texts_name_are_there():
     folders = [ROOT / name for name in ("jla", "docs", "examples", "benchmarks")]
     texts = [path for kind in ("*.md", "*.py") for folder in folders for path in folder.rglob(kind)]
     named = {}
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *texts]:
-        # As in jla[cuda], '.[cuda]' and jla-0.2.0-py3-none-any.whl[cuda].
-        for extras in re.findall(
-            r"""(?:\bjla|['"]\.|\.whl)\[([a-z][\w, -]*)\]""", path.read_text()
-        ):
+        for extras in re.findall(EXTRAS, path.read_text()):
             named |= {extra.strip(): str(path.relative_to(ROOT)) for extra in extras.split(",")}
     assert {"cuda", "examples"} <= set(named)
     known = PROJECT["optional-dependencies"]
     assert {extra: path for extra, path in named.items() if extra not in known} == {}
 
 
-@pytest.mark.parametrize("program", ["examples/needs.py", "benchmarks/run.py"])
-def test_a_missing_extra_is_named_with_its_install(program, monkeypatch):
-    monkeypatch.setitem(sys.modules, "rich", None)
-    with pytest.raises(ModuleNotFoundError, match=r"rich.*pip install -e '\.\[examples\]'"):
-        runpy.run_path(ROOT / program)
+INSTALL = r"pip install -e '\.\[examples\]'"
+
+
+def test_a_missing_package_of_the_examples_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=rf"installed: matplotlib\. .*{INSTALL}"):
+        runpy.run_path(ROOT / "examples" / "needs.py")
+
+
+def test_a_benchmark_does_not_begin_without_what_its_plot_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        run.parse(["--plot", "kda.png"])
+    assert re.search(rf"--plot needs matplotlib; .*{INSTALL}", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("program", ["generate", "recall", "train_lm"])
@@ -125,18 +136,18 @@ def test_what_is_built_is_whole(tmp_path):
     source, dist, tools = (tmp_path / name for name in ("source", "dist", "tools"))
     venv.create(tools, with_pip=True)
 
-    def run(*command, cwd):
+    def call(*command, cwd):
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
     source.mkdir()
-    run("git", "archive", "-o", tmp_path / "source.tar", "HEAD", cwd=ROOT)
+    call("git", "archive", "-o", tmp_path / "source.tar", "HEAD", cwd=ROOT)
     with tarfile.open(tmp_path / "source.tar") as archive:
         archive.extractall(source, filter="data")
-    run(tools / "bin/pip", "install", "--quiet", "build", "twine", cwd=tmp_path)
-    run(tools / "bin/python", "-m", "build", "--outdir", dist, cwd=source)
+    call(tools / "bin/pip", "install", "--quiet", "build", "twine", cwd=tmp_path)
+    call(tools / "bin/python", "-m", "build", "--outdir", dist, cwd=source)
     (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
-    run(tools / "bin/twine", "check", "--strict", sdist, wheel, cwd=dist)
+    call(tools / "bin/twine", "check", "--strict", sdist, wheel, cwd=dist)
 
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     there = {str(p.relative_to(source)) for p in (source / "jla").rglob("*") if p.is_file()}
@@ -146,4 +157,4 @@ def test_what_is_built_is_whole(tmp_path):
         archive.extractall(tmp_path, filter="data")
     (unpacked,) = tmp_path.glob("jla-*")
     tests = [f"tests/test_{name}.py" for name in ("docs", "layout", "package")]
-    run(sys.executable, "-m", "pytest", "-q", *tests, cwd=unpacked)
+    call(sys.executable, "-m", "pytest", "-q", *tests, cwd=unpacked)
