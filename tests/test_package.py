@@ -14,7 +14,6 @@ import zipfile
 import pytest
 import yaml
 
-from benchmarks import run
 from jla._core.checks import IMPLEMENTATIONS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -106,20 +105,11 @@ def test_extras_that_texts_name_are_there():
     assert {extra: path for extra, path in named.items() if extra not in known} == {}
 
 
-INSTALL = r"pip install -e '\.\[examples\]'"
-
-
 def test_a_missing_package_of_the_examples_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match=rf"installed: matplotlib\. .*{INSTALL}"):
+    said = r"not installed: matplotlib\. .*pip install -e '\.\[examples\]'"
+    with pytest.raises(ModuleNotFoundError, match=said):
         runpy.run_path(ROOT / "examples" / "needs.py")
-
-
-def test_a_benchmark_does_not_begin_without_what_its_plot_needs(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit):
-        run.parse(["--plot", "kda.png"])
-    assert re.search(rf"--plot needs matplotlib; .*{INSTALL}", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("program", ["generate", "recall", "train_lm"])
