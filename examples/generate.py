@@ -5,6 +5,7 @@ python examples/generate.py --checkpoint runs/demo --prompt 'The "with" statemen
 
 import functools
 
+import needs  # noqa: F401
 import checkpoint
 import jax
 import jax.numpy as jnp

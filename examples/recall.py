@@ -26,6 +26,7 @@ import sys
 import time
 from typing import NamedTuple
 
+import needs  # noqa: F401
 import jax
 import jax.numpy as jnp
 import optax

@@ -24,6 +24,7 @@ import sys
 import time
 import zlib
 
+import needs  # noqa: F401
 import checkpoint
 import jax
 import jax.numpy as jnp

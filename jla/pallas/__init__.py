@@ -16,7 +16,8 @@ def unsupported_device():
     if device.platform != "gpu":
         return (
             f"the kernels need an NVIDIA GPU of compute capability 9.0, and the default device is "
-            f"{device.device_kind} (`with jla.pallas.interpret():` runs them here, slowly)"
+            f"{device.device_kind} (`pip install 'jla[cuda]'` installs JAX for NVIDIA GPUs; "
+            "`with jla.pallas.interpret():` runs the kernels here, slowly)"
         )
     if device.compute_capability != "9.0":
         return (
