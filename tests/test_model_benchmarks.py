@@ -42,7 +42,7 @@ def test_training_is_measured(tmp_path):
         assert {"card", "jax", "date", "command"} <= set(row["meta"])
     assert plot.read_bytes().startswith(b"\x89PNG")
     text = model_tables.language_models(tmp_path)
-    assert "| `gsa` |" in text and "| softmax attention |" in text and "language_model.png" in text
+    assert "| `gsa` |" in text and "| softmax attention |" in text
     assert f"| {rows[0]['tokens_per_s']:,.0f} |" in text and "--steps 10" in text
 
 
