@@ -93,15 +93,15 @@ def choice(folder):
     recalled = {r["mixer"]: r["accuracy"] for r in report["results"] if r["pairs"] == pairs}
     one = prompts["kda"]
     lines = header(
-        ("Mixer", "Take it when", "Cost", "State", "Recall", "Longest", "Kernels", "Layer")
+        ("Mixer", "Take it when", "State", "Recall", "Cost", "Longest", "Kernels", "Layer")
     )
     for mixer, (name, layer, page, when, cost, longest, kernels) in MIXERS.items():
         grows = ", grows" if cost == "T²" else ""
-        state = f"{prompts[mixer]['state_bytes'] / 2**20:.1f} MiB{grows}"
+        state = f"{prompts[mixer]['state_bytes'] / 2**20:.1f}\u00a0MiB{grows}"
         recall = f"{100 * recalled[mixer]:.1f}%"
         if page:
             name, layer = f"[{name}][{page}]", f"[{layer}][docs/layers.md]"
-        cells = (name, when, cost, state, recall, longest, kernels, layer)
+        cells = (name, when, state, recall, cost, longest, kernels, layer)
         lines.append("| " + " | ".join(cells) + " |")
     about = f"""
         T: the tokens of a sequence. State: what a sequence keeps while decoding, after
@@ -121,7 +121,8 @@ def speeds(found):
     }
     row, meta, _ = found["kda", "main", "forward", "pallas"]
     slots = found["gsa", "main", "forward", "pallas"][0]["M"]
-    titles = ["", "jla", *(f"{peer} {versions[peer]}" for peer in PEERS), "others"]
+    fla, peer = (f"{peer} {versions[peer]}" for peer in PEERS)
+    titles = ["", "jla", fla, "others", peer]
     lines = header(titles)
     rows = {
         "KDA": ("kda", "", "FlashKDA"),
@@ -133,23 +134,23 @@ def speeds(found):
         "PaTH with gates": ("path_fox", "", None),
     }
     for title, (mechanism, how, other) in rows.items():
-        of = [times(found, mechanism, "pallas", how)]
         # fla always makes all iterations; ours may stop early.
-        same = mechanism != "mesa" or how
-        of += [times(found, mechanism, peer if same else None) for peer in PEERS]
-        of.append(times(found, mechanism, other))
+        fla = "fla" if mechanism != "mesa" or how else None
+        of = [times(found, mechanism, "pallas", how)]
+        of += [times(found, mechanism, who) for who in (fla, other, "jax-linear-attention")]
         best = [min((t[i] for t in of if t[i]), default=None) for i in range(2)]
         cells = [cell(t, best) for t in of]
         if other:
-            cells[-1] = f"{other}: {cells[-1]}"
+            cells[2] = f"{other}: {cells[2]}"
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     softmax = cell(times(found, "kda", "cudnn attention"), (None, None))
-    lines.append(f"| Softmax attention | | | | cuDNN: {softmax} |")
+    lines.append(f"| Softmax attention | | | cuDNN: {softmax} | |")
     about = f"""
         Milliseconds of forward / forward + backward on an {meta["card"]}; {row["dtype"]},
-        B={row["B"]} T={row["T"]} H={row["H"]} K=V={row["D"]}; {slots} slots; one key head for
-        log-linear. The fastest are bold. Empty: no kernel there, or not measured. MesaNet's
-        solver stops early where it has converged; fla's makes all {CG_STEPS} iterations."""
+        B={row["B"]} T={row["T"]} H={row["H"]} K=V={row["D"]}; GSA with {slots} slots, log-linear
+        with one key head. The fastest are bold. Empty: no kernel there, or not measured. MesaNet's
+        solver stops early where it has converged; fla's makes all {CG_STEPS} iterations. The
+        peers' times, but cuDNN's, are from notes."""
     return "\n".join([*lines, "", paragraph(about)])
 
 
@@ -187,14 +188,15 @@ def behind(found, folder):
         f"""At {length:,} tokens softmax attention is no slower. A language model trains at
         {trained["attention"]["tokens_per_s"]:,.0f} tokens/s with it and at
         {trained["kda"]["tokens_per_s"]:,.0f} with KDA; in the table's case cuDNN needs
-        {less:.2f} GiB and KDA {memory:.2f}.""",
+        {less:.2f} GiB for forward + backward, KDA {memory:.2f}.""",
         f"""PaTH reads a prompt into its cache at {path:,.0f} tokens/s, softmax attention at
         {softmax:,.0f}.""",
         f"""A decoding step of log-linear attention takes {tree["ms"]:.2f} ms for
         {tree["B"]} sequences, one of KDA {state["ms"]:.2f}.""",
         f"""Without kernels, which is also how float32 runs on every GPU, KDA's forward pass takes
         {xla:.1f} ms in place of {ours:.1f}.""",
-        f"""The first call compiles: {first:.0f} s for KDA's gradients.""",
+        f"""The first call compiles: {first:.0f} s for KDA's gradients. JAX's compilation cache
+        keeps the programs ([docs/jax.md] says how).""",
     )
     return "\n".join(bullet(line) for line in lines)
 
