@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import jla
-from benchmarks.readme_tables import FILES, REPOSITORY
+from benchmarks.readme_tables import FILES, PICTURES, REPOSITORY
 from jla.linen import GatedSlotAttention, LogLinearMamba2
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -54,8 +54,10 @@ def test_links_and_pictures_are_whole_addresses():
     assert [path for path in defined if not (ROOT / path).is_file()] == []
     used = set(re.findall(r"\[([\w./-]+\.\w+)\]", text))
     assert used == set(defined)
-    addresses = re.findall(r"\]\(([^)]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)
-    assert [a or b for a, b in addresses if not (a or b).startswith("https://")] == []
+    assert [link for link in re.findall(r"\]\(([^)]+)\)", text) if link[:8] != "https://"] == []
+    pictures = [path.split(PICTURES) for path in re.findall(r'(?:src|srcset)="([^"]+)"', text)]
+    assert pictures and [before for before, _ in pictures if before] == []
+    assert [name for _, name in pictures if not (ROOT / "docs/pictures" / name).is_file()] == []
 
 
 def test_one_address_of_the_repository():
