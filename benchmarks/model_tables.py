@@ -31,9 +31,12 @@ def origin(file, meta):
 
 
 def sources(used):
-    """A line for each of the files that `origin` described."""
-    for file, card, versions, date, made in sorted(used):
-        yield f"- [{file}](results/{file}): {card}, {versions}, {date}, {made}"
+    """A line for each of the files that `origin` described, with all its commands."""
+    commands = {}
+    for *run, made in sorted(used):
+        commands.setdefault(tuple(run), []).append(made)
+    for (file, card, versions, date), made in commands.items():
+        yield f"- [{file}](results/{file}): {card}, {versions}, {date}; {', '.join(made)}"
 
 
 def header(titles):
