@@ -195,7 +195,8 @@ def behind(found, folder):
         {tree["B"]} sequences, one of KDA {state["ms"]:.2f}.""",
         f"""Without kernels, which is also how float32 runs on every GPU, KDA's forward pass takes
         {xla:.1f} ms in place of {ours:.1f}.""",
-        f"""The first call compiles: {first:.0f} s for KDA's gradients. [docs/jax.md] says what helps.""",
+        f"""The first call compiles: {first:.0f} s for KDA's gradients. [docs/jax.md] says what
+        helps.""",
     )
     return "\n".join(bullet(line) for line in lines)
 
