@@ -1,10 +1,11 @@
-"""The README's tables of whole models, from what language_model.py, generation.py and the recall
-example wrote."""
+"""The tables of whole models in benchmarks/README, from what language_model.py, generation.py and
+the recall example wrote; and what all tables are made with."""
 
 import json
 import re
 import textwrap
 
+PICTURES = "../docs/pictures/"  # seen from benchmarks/README
 NAMES = {
     "kda": "kda",
     "gsa": "gsa",
@@ -15,18 +16,41 @@ NAMES = {
 }
 
 
+def origin(file, meta):
+    """What `sources` says of a file: (file, card, versions, date, command or where it is from)."""
+    versions = ", ".join(
+        f"{name} {version}"
+        for name, version in [("JAX", meta.get("jax")), *meta.get("versions", {}).items()]
+        if version
+    )
+    command = re.sub(r" --(out|plot) [^ ]+", "", meta.get("command", ""))
+    made = [f"`{command}`"] if command else []
+    if "source" in meta:
+        made.append(meta["source"])
+    return file, meta["card"], versions, meta["date"][:10], "; ".join(made)
+
+
 def sources(used):
-    """A line for each (file, card, JAX's version, date, command)."""
-    for file, card, version, date, command in sorted(used):
-        link = f"[{file}](benchmarks/results/{file})"
-        command = re.sub(r" --(out|plot) [^ ]+", "", command)
-        yield f"- {link}: {card}, JAX {version}, {date}, `{command}`"
+    """A line for each of the files that `origin` described, with all its commands."""
+    commands = {}
+    for *run, made in sorted(used):
+        commands.setdefault(tuple(run), []).append(made)
+    for (file, card, versions, date), made in commands.items():
+        yield f"- [{file}](results/{file}): {card}, {versions}, {date}; {', '.join(made)}"
 
 
 def header(titles):
     """A table's first two lines."""
     titles = list(titles)
-    return ["| | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
+    return ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+
+
+def picture(folder, name, alt):
+    """A picture of docs/pictures that follows the page's colours."""
+    return f"""<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="{folder}{name}_dark.svg">
+  <img alt="{alt}" src="{folder}{name}_light.svg">
+</picture>"""
 
 
 def language_models(folder):
@@ -40,36 +64,32 @@ def language_models(folder):
         A byte-level model of width {one["width"]}, {one["depth"]} blocks and {one["heads"]} heads,
         trained in bfloat16 by examples/train_lm.py's step on windows of {one["length"]} bytes,
         {one["batch_per_gpu"]} for each GPU, of the {one["text"]}. MFU: operations of the matrix
-        products and of the mixers' definitions, of 989 TFLOP/s. Loss: in training, of one GPU after
-        {one["tokens"] / 1e6:.1f} million bytes, the same for all. Then the shares of a GPU's time:
+        products and of the mixers' definitions, of 989 TFLOP/s. Then the shares of a GPU's time:
         matrix products and kernels (ours, cuDNN's), and all else but communication. Last, the speed
-        of each of several GPUs beside one alone."""
+        of each of several GPUs beside one alone. The losses in the file are of a few steps, and
+        show that training runs: they do not compare the mixers."""
     columns = {
         "million parameters": ("parameters", 1e-6, "{:.1f}"),
         "tokens/s": ("tokens_per_s", 1, "{:,.0f}"),
         "MFU": ("utilisation", 100, "{:.1f}%"),
         "memory GiB": ("memory_gib", 1, "{:.1f}"),
-        "loss, bits/byte": ("loss", 1, "{:.3f}"),
         "products, kernels": ("useful", 100, "{:.1f}%"),
         "all else": ("rest", 100, "{:.1f}%"),
         "scaling": ("scaling", 100, "{:.1f}%"),
     }
-    lines = [paragraph(about), "", *table(rows, columns)]
-    if (folder / "language_model.png").exists():
-        lines += ["", "![Losses and speeds](benchmarks/results/language_model.png)"]
-    return "\n".join([*lines, "", *used])
+    drawn = picture(PICTURES, "language_model", "Speeds of the models in training")
+    return "\n".join([paragraph(about), "", *table(rows, columns), "", drawn, "", *used])
 
 
 def derived(row, rows):
-    """The profile's shares; of several GPUs the speed of each beside that of one alone, of one its
-    loss, for more GPUs read more text."""
-    if row["gpus"] == 1:
-        found = dict(loss=row["bits_per_byte"])
-    else:
+    """The profile's shares; of several GPUs the speed of each beside that of one alone."""
+    found = {}
+    if row["gpus"] > 1:
         same = ("mixer", "batch_per_gpu", "length", "width", "depth", "heads")
         alone = [r for r in rows if r["gpus"] == 1 and all(r.get(k) == row[k] for k in same)]
         speed = alone[0].get("tokens_per_s") if alone else None
-        found = dict(scaling=row["tokens_per_s"] / (row["gpus"] * speed)) if speed else {}
+        if speed:
+            found = dict(scaling=row["tokens_per_s"] / (row["gpus"] * speed))
     if not row.get("profile"):
         return found
     share = row["profile"]["share"]
@@ -93,7 +113,8 @@ def generation(folder):
         columns[f"sampling, batch {batch}, tokens/s"] = (f"at_{batch}", 1, "{:,.0f}")
         prompts = [r | {f"at_{batch}": speeds.get((r["mixer"], batch))} for r in prompts]
     columns["state, MiB a sequence"] = ("state_bytes", 2**-20, "{:.1f}")
-    return "\n".join([paragraph(about), "", *table(prompts, columns), "", *used])
+    drawn = picture(PICTURES, "decode", "Speeds of sampling, and the states' sizes")
+    return "\n".join([paragraph(about), "", *table(prompts, columns), "", drawn, "", *used])
 
 
 def recall(folder):
@@ -117,23 +138,22 @@ def recall(folder):
     }
     columns = {f"{n} pairs": (f"at {n}", 1, "{:.3f}") for n in settings["pairs"]}
     columns["learning rate"] = ("lr", 1, "{:g}")
-    used = (path.name, meta["card"], meta["jax"], meta["date"][:10], meta["command"])
-    plot = "![Accuracy against the number of pairs](benchmarks/results/recall_full.png)"
     lines = table(found.values(), columns)
-    return "\n".join([paragraph(about), "", *lines, "", plot, "", *sources([used])])
+    drawn = picture(PICTURES, "recall", "Accuracy against the number of pairs")
+    used = sources([origin(path.name, meta)])
+    return "\n".join([paragraph(about), "", *lines, "", drawn, "", *used])
 
 
 def rows_of(path):
     """The rows of a file, and the lines that say where they come from; none without the file."""
     rows = json.loads(path.read_text())["results"] if path.exists() else []
     metas = [row["meta"] for row in rows if {"step_ms", "prefill_ms"} & row.keys()]
-    used = {(path.name, m["card"], m["jax"], m["date"][:10], m["command"]) for m in metas}
-    return rows, list(sources(used))
+    return rows, list(sources({origin(path.name, meta) for meta in metas}))
 
 
 def table(rows, columns):
     """The lines of a table. `columns` is {title: (key, factor, format)}; gaps stay empty."""
-    lines = header(columns)
+    lines = header(["", *columns])
     for row in rows:
         cells = [
             form.format(row[key] * factor) if row.get(key) is not None else ""
@@ -149,5 +169,5 @@ def label(row):
     return name + several
 
 
-def paragraph(text):
-    return textwrap.fill(" ".join(text.split()), 118)
+def paragraph(text, width=118):
+    return textwrap.fill(" ".join(text.split()), width, break_on_hyphens=False)

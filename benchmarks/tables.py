@@ -1,10 +1,10 @@
-"""Writes the README's tables from the files in benchmarks/results/: `make tables`."""
+"""Writes the tables of README and of benchmarks/README from benchmarks/results: `make tables`."""
 
 import json
 import pathlib
 
-from benchmarks import model_tables
-from benchmarks.model_tables import NAMES, header, sources
+from benchmarks import model_tables, readme_tables
+from benchmarks.model_tables import NAMES, header, origin, sources
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -15,6 +15,7 @@ COLUMNS = (
     ("memory GiB", ("main", "backward", "memory_gib"), "{:.2f}"),
     ("first call s", ("main", "backward", "first_call_s"), "{:.1f}"),
 )
+PEERS = ("fla", "jax-linear-attention", "FlashKDA")
 
 
 def newest(folder=RESULTS):
@@ -41,13 +42,15 @@ def times(found):
     def cells(name, implementation, columns=tuple(column for _, column, _ in COLUMNS)):
         forms = [form for _, _, form in COLUMNS]
         for (shape, measure, column), form in zip(columns, forms, strict=False):
+            if measure == "step16_bare" and implementation in PEERS:
+                measure = "step"  # one call for each token
             row, meta, file = found.get((name, shape, measure, implementation), ({}, None, None))
-            if meta is not None:
-                used.add((file, meta["card"], meta["jax"], meta["date"][:10], meta["command"]))
+            if row.get(column) is not None:
+                used.add(origin(file, meta))
             yield form.format(row[column]) if row.get(column) is not None else ""
 
-    lines = header(title for title, *_ in COLUMNS)
-    labels = {"pallas": "", "xla": ', `"xla"`', "fla": ", fla 0.6.0"}
+    lines = header(["", *(title for title, *_ in COLUMNS)])
+    labels = {"pallas": "", "xla": ', `"xla"`'} | {peer: f", {peer}" for peer in PEERS}
     for name, title in NAMES.items():
         for implementation, suffix in labels.items():
             values = list(cells(name, implementation))
@@ -64,28 +67,44 @@ def times(found):
     return "\n".join([*lines, "", *sources(used)])
 
 
+# What stands between two comments of a page, each written from the folder of results.
 SECTIONS = {
-    "times": lambda: times(newest()),
-    "language models": lambda: model_tables.language_models(RESULTS),
-    "generation": lambda: model_tables.generation(RESULTS),
-    "recall": lambda: model_tables.recall(RESULTS),
+    "README.md": {
+        "picture": readme_tables.speed_picture,
+        "choice": readme_tables.choice,
+        "speeds": lambda folder: readme_tables.speeds(newest(folder)),
+        "behind": lambda folder: readme_tables.behind(newest(folder), folder),
+    },
+    "benchmarks/README.md": {
+        "times": lambda folder: times(newest(folder)),
+        "language models": model_tables.language_models,
+        "generation": model_tables.generation,
+        "recall": model_tables.recall,
+    },
 }
 
 
-def filled(readme):
-    """The README with each section written anew between its two comments."""
-    for name, written in SECTIONS.items():
-        start, end = f"<!-- {name}: written by make tables -->", f"<!-- end of {name} -->"
-        before, rest = readme.split(start)
-        _, after = rest.split(end)
-        text = written()
-        readme = f"{before}{start}\n{text}{'\n' if text else ''}{end}{after}"
-    return readme
+def filled(page, text):
+    """The text of a page with its sections written anew; README's links come last."""
+    for name, write in SECTIONS[page].items():
+        text = between(text, name, write(RESULTS))
+    if page == "README.md":
+        text = between(text, "links", readme_tables.links(text))
+    return text
+
+
+def between(text, name, section):
+    """The text with a section between its two comments."""
+    start, end = f"<!-- {name}: written by make tables -->", f"<!-- end of {name} -->"
+    before, rest = text.split(start)
+    _, after = rest.split(end)
+    return f"{before}{start}\n{section}{'\n' if section else ''}{end}{after}"
 
 
 def main():
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    for name in SECTIONS:
+        page = ROOT / name
+        page.write_text(filled(name, page.read_text()))
 
 
 if __name__ == "__main__":
