@@ -14,6 +14,7 @@ from benchmarks.tables import RESULTS, ROOT, newest
 # one another by bare names.
 sys.path.insert(0, str(ROOT / "examples"))
 
+import needs  # noqa: F401
 from plot import LOOKS, THEMES, draw_recall, label_ends, leader, make_figure, themed
 
 PICTURES = ROOT / "docs" / "pictures"
