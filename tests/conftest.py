@@ -4,6 +4,7 @@ import pathlib
 import re
 
 import hardware
+import interpreter
 import jax
 import pytest
 
@@ -16,6 +17,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 # Kernels that only the interpreter runs right are wrong.
 hardware.check_more()
+interpreter.without_devices()
 
 
 # Each has a file with its table.
