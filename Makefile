@@ -14,7 +14,7 @@ OLDEST := .venv-oldest
 OLDEST_JAX := $(shell sed -n 's/^dependencies = .*"jax>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 OLDEST_TESTS := tests/test_import.py tests/test_shardwise.py tests/test_forward_mode.py \
 	tests/linen/test_layer_values.py::test_formulas \
-	tests/contract/test_values.py::test_values_and_gradients \
+	tests/contract/test_sequence.py::test_packed_is_the_definition \
 	tests/contract/test_transforms.py::test_shardings_in_types
 
 # `make test-gpu GPU_PYTHON=python3` uses a Python that has JAX for the GPU, pytest and the rest.

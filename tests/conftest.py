@@ -1,9 +1,11 @@
 """Settings of the whole suite; they must be made before JAX starts a backend."""
 
+import gc
 import pathlib
 import re
 
 import hardware
+import interpreter
 import jax
 import pytest
 
@@ -16,6 +18,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 # Kernels that only the interpreter runs right are wrong.
 hardware.check_more()
+interpreter.mend()
+# Traces are many small objects that live long, and Python would look through all of them for
+# garbage after every 700 new ones: an eighth of the time of what is only traced.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
 
 
 # Each has a file with its table.

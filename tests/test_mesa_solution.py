@@ -45,7 +45,11 @@ def with_gradients(args, implementation):
     return jax.grad(loss, has_aux=True)(args)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    # In either the matrix would not be positive definite; to XLA both are the same.
+    [pytest.param("float16", marks=pytest.mark.slow), "bfloat16"],
+)
 def test_half_inputs_converge_where_a_half_state_could_not(dtype):
     args = inputs(0, spread=0.1, ridge=0.03)
     half = {n: x.astype(dtype) if n in "qkv" else x for n, x in args.items()}

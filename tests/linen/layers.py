@@ -1,7 +1,8 @@
 """The layers under test, and how to run them.
 
 A layer joins through one `Layer` in `LAYERS`; tests of all layers name none. A case is named
-"layer-case", for example "kda-plain".
+"layer-case", for example "kda-plain". Arrays are NumPy's where they can be: XLA compiles every
+operation on its own arrays outside of `jit` for every shape.
 """
 
 import functools
@@ -65,7 +66,7 @@ def layer(case, **more):
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def init_shapes(case, B, T=3):
@@ -97,14 +98,28 @@ def trees_close(actual, expected, tolerance=1e-4):
     jax.tree.map(lambda a, b: close(a, b, tolerance), actual, expected)
 
 
-@functools.partial(jax.jit, static_argnames="case")
+def outside(tree):
+    """As NumPy arrays, if no transformation is under way."""
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    return tree if traced else jax.device_get(tree)
+
+
 def forward(case, params, x, mask=None, segment_ids=None):
+    return outside(_forward(case, params, x, mask, segment_ids))
+
+
+@functools.partial(jax.jit, static_argnames="case")
+def _forward(case, params, x, mask, segment_ids):
     return layer(case).apply({"params": params}, x, mask=mask, segment_ids=segment_ids)
 
 
-@functools.partial(jax.jit, static_argnames=("case", "implementation"))
 def advance(case, params, cache, x, mask=None, segment_ids=None, implementation="reference"):
     """One decoding call: the output and the advanced cache."""
+    return outside(_advance(case, params, cache, x, mask, segment_ids, implementation))
+
+
+@functools.partial(jax.jit, static_argnames=("case", "implementation"))
+def _advance(case, params, cache, x, mask, segment_ids, implementation):
     module = layer(case, decode=True, implementation=implementation)
     y, variables = module.apply(
         {"params": params, "cache": cache},
@@ -117,7 +132,7 @@ def advance(case, params, cache, x, mask=None, segment_ids=None, implementation=
 
 
 def empty_cache(case, B):
-    zeros = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype))
+    zeros = functools.partial(jax.tree.map, lambda leaf: np.zeros(leaf.shape, leaf.dtype))
     return zeros(init_shapes(case, B, CAPACITY)["cache"])
 
 
@@ -143,8 +158,8 @@ def padding(pattern, lengths, T):
             mask[row, :n] = True
         else:
             mask[row, np.random.default_rng(row).permutation(T)[:n]] = True
-    return jnp.asarray(mask)
+    return mask
 
 
 SEGMENTS = ((4, 1, 6, 2), (1, 3, 3, 6))  # lengths, by row
-IDS = jnp.array([[7] * 4 + [2] + [7] * 6 + [0] * 2, [1] + [0] * 3 + [5] * 3 + [0] * 6])
+IDS = np.array([[7] * 4 + [2] + [7] * 6 + [0] * 2, [1] + [0] * 3 + [5] * 3 + [0] * 6], np.int32)
