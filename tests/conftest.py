@@ -57,18 +57,13 @@ def pytest_xdist_make_scheduler(config, log):
 def _group(nodeid, config):
     """What runs together, in one process: the tests that use the same compiled programs.
 
-    Those of a mechanism, with its definition, and those of a layer. On GPUs, where ten processes
-    take part, those of one implementation; splits, whose programs are no other test's and take
-    longest, are a group of their own there.
+    Those of a mechanism, with its definition, and those of a layer; on GPUs, where ten processes
+    take part, those of one implementation.
     """
     names = "|".join(IMPLEMENTATIONS)
-    contract = re.search(rf"contract/.*::(\w+)\[(\w+)-({names})\b", nodeid)
+    contract = re.search(rf"contract/.*\[(\w+)-({names})\b", nodeid)
     if contract:
-        test, mechanism, implementation = contract.groups()
-        if config.getoption("markexpr") != "gpu":
-            return mechanism
-        alone = f"-{test}" if "split" in test else ""
-        return f"{mechanism}-{implementation}{alone}"
+        return "-".join(contract.groups()) if config.getoption("markexpr") == "gpu" else contract[1]
     layer = re.search(rf"linen/.*[\[-]({'|'.join(LAYERS)})\b", nodeid)
     if layer:
         return f"linen-{layer[1]}"
