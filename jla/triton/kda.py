@@ -58,7 +58,9 @@ def _differentiable(scale):
 def _step(q, k, v, g, beta, state, *, scale):
     B, HV, K, V = state.shape
     config = configs.config("kda_step", launch.target())
-    width = min(config.blocks["BV"], triton.next_power_of_2(V))
+    rows = triton.next_power_of_2(K)
+    # Of twice as many rows half as many columns: what a program holds in registers stays the same.
+    width = min(config.blocks["BV"] * 128 // max(rows, 128), triton.next_power_of_2(V))
     return tuple(
         launch.call(
             step.kda_step,
@@ -66,9 +68,7 @@ def _step(q, k, v, g, beta, state, *, scale):
             grid=(B * HV * triton.cdiv(V, width),),
             outputs=[SDS(v.shape, v.dtype), SDS(state.shape, state.dtype)],
             config=config,
-            constants=dict(
-                scale=scale, H=q.shape[1], HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=width
-            ),
+            constants=dict(scale=scale, H=q.shape[1], HV=HV, K=K, V=V, BK=rows, BV=width),
             in_place={5: 1},
         )
     )
