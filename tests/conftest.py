@@ -19,6 +19,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 hardware.check_more()
 if triton_interpreter.INTERPRETED:
     triton_interpreter.repair()
+    triton_interpreter.hasten()
 
 
 # Each has a file with its table.
