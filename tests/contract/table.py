@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import triton_interpreter
 
 import jla.pallas
 
@@ -22,6 +23,7 @@ class Backend:
     compiled_on: the platform of what only a compiled program shows: sharding, rematerialization,
       how often is compiled. Interpreted kernels have effects, which stand in the way of all three.
     linearizes: whether it has a forward-mode derivative.
+    own_process: whether `context` is one for which a process of its own is made.
     slow: the tests that show what others do, and cost more here than they are worth every time.
     """
 
@@ -30,6 +32,7 @@ class Backend:
     context: Callable = contextlib.nullcontext
     compiled_on: str = "cpu"
     linearizes: bool = True
+    own_process: bool = False
     slow: tuple[str, ...] = ()
 
 
@@ -72,6 +75,19 @@ PALLAS = Backend(
         "test_good_inputs_make_no_nan",
         # The small cases have one row, and this wants two.
         "test_nan_in_one_row_stays_there",
+        "test_values_under_x64",
+    ),
+)
+TRITON = Backend(
+    "triton",
+    context=triton_interpreter.interpreting,
+    compiled_on="gpu",
+    linearizes=False,
+    own_process=True,
+    # About two seconds each; the others take less.
+    slow=(
+        "test_a_split_and_its_gradients_are_the_whole",
+        "test_good_inputs_make_no_nan",
         "test_values_under_x64",
     ),
 )
@@ -129,12 +145,18 @@ class Implementation:
         return self.backend.linearizes
 
     @property
+    def own_process(self):
+        return self.backend.own_process
+
+    @property
     def interpreted(self):
         return self.context is not contextlib.nullcontext
 
     def compiled(self):
         """The same without an interpreter."""
-        backend = dataclasses.replace(self.backend, context=contextlib.nullcontext)
+        backend = dataclasses.replace(
+            self.backend, context=contextlib.nullcontext, own_process=False
+        )
         return dataclasses.replace(self, backend=backend)
 
     def choice(self, cases, few):

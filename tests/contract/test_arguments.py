@@ -71,7 +71,7 @@ def test_without_a_gpu_the_default_is_xla(mechanism):
 @pytest.mark.parametrize(
     "mechanism, implementation, sizes",
     marked(
-        "test_no_initial_state_is_zeros", [row for row in SMALL if row.values[1].name != "pallas"]
+        "test_no_initial_state_is_zeros", [row for row in SMALL if not row.values[1].interpreted]
     ),
 )
 def test_no_initial_state_is_zeros(mechanism, implementation, sizes):
