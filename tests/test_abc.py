@@ -20,7 +20,7 @@ each_implementation = pytest.mark.parametrize("implementation", ["reference", "x
 
 def arguments():
     shapes = dict(q=(HQ, K), k=(H, K), v=(H, V), s=(H, M))
-    args = {n: normal(i, B, T, *shape) for i, (n, shape) in enumerate(shapes.items())}
+    args = {n: jnp.asarray(normal(i, B, T, *shape)) for i, (n, shape) in enumerate(shapes.items())}
     return args | dict(s=2.0 * args["s"])
 
 

@@ -118,8 +118,9 @@ def advance(case, params, cache, x, mask=None, segment_ids=None, implementation=
     return outside(_advance(case, params, cache, x, mask, segment_ids, implementation))
 
 
-@functools.partial(jax.jit, static_argnames=("case", "implementation"))
-def _advance(case, params, cache, x, mask, segment_ids, implementation):
+def advance_without_jit(
+    case, params, cache, x, mask=None, segment_ids=None, implementation="reference"
+):
     module = layer(case, decode=True, implementation=implementation)
     y, variables = module.apply(
         {"params": params, "cache": cache},
@@ -129,6 +130,9 @@ def _advance(case, params, cache, x, mask, segment_ids, implementation):
         mutable=["cache"],
     )
     return y, variables["cache"]
+
+
+_advance = jax.jit(advance_without_jit, static_argnames=("case", "implementation"))
 
 
 def empty_cache(case, B):
