@@ -193,8 +193,7 @@ def behind(found, folder):
         {softmax:,.0f}.""",
         f"""A decoding step of log-linear attention takes {tree["ms"]:.2f} ms for
         {tree["B"]} sequences, one of KDA {state["ms"]:.2f}.""",
-        f"""Without kernels, which is also how float32 runs on every GPU, KDA's forward pass takes
-        {xla:.1f} ms in place of {ours:.1f}.""",
+        f"""Without kernels KDA's forward pass takes {xla:.1f} ms in place of {ours:.1f}.""",
         f"""The first call compiles: {first:.0f} s for KDA's gradients. [docs/jax.md] says what
         helps.""",
     )

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import jla
+import jla.pallas
+import jla.triton
 from benchmarks.readme_tables import FILES, PICTURES, REPOSITORY
 from jla.linen import GatedSlotAttention, LogLinearMamba2
 
@@ -76,6 +77,7 @@ def test_numbers_in_prose_are_facts_that_are_checked():
     assert cuda == "13"
     unsupported = inspect.getsource(jla.pallas.unsupported_device)
     checked |= {"9.0"} & set(re.findall(r'compute_capability != "([\d.]+)"', unsupported))
+    checked |= {f"{jla.triton.OLDEST / 10}"}
     assert "outside 16 to 256" in jla.kda.__doc__
     checked |= {"16", "256"}
     checked |= {"2.0"}  # of the license
