@@ -4,12 +4,13 @@ That it compiles says little: Triton also compiles what needs more shared memory
 launch fails), more tensor memory (the kernel is one trap) or more registers (it is slow).
 """
 
+import importlib
 import pathlib
 import re
 import subprocess
 
-import kernels
 import pytest
+from kernels import CAPABILITIES
 
 from jla.triton import configs
 
@@ -18,6 +19,10 @@ pytest.importorskip("triton.compiler", reason="triton is not installed")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+# A kernel joins by a row in its mechanism's table, a mechanism by a file.
+TABLES = sorted(path.stem for path in pathlib.Path(__file__).parent.glob("kernels_*.py"))
+KERNELS = [row for table in TABLES for row in importlib.import_module(table).KERNELS]
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -49,9 +54,9 @@ def usage(cubin, folder):
 
 
 def rows():
-    for i, kernel in enumerate(kernels.KERNELS):
+    for i, kernel in enumerate(KERNELS):
         for dtype in kernel.dtypes:
-            for capability in kernels.CAPABILITIES:
+            for capability in CAPABILITIES:
                 first = dtype == kernel.dtypes[0] and capability == kernel.smoke
                 marks = [] if first else [pytest.mark.slow]
                 label = f"{kernel.name}-{i}-{dtype}-sm_{capability}"
@@ -72,5 +77,5 @@ def test_it_fits(kernel, dtype, capability, tmp_path):
 
 def test_every_kernel_is_in_the_table():
     """And has a config for every class."""
-    assert {kernel.name for kernel in kernels.KERNELS} == set(configs.CONFIGS)
+    assert {kernel.name for kernel in KERNELS} == set(configs.CONFIGS)
     assert all(set(by_class) == set(configs.CLASSES) for by_class in configs.CONFIGS.values())
