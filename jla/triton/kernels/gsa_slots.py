@@ -1,0 +1,191 @@
+"""What Gated Slot Attention does inside one chunk of 64 tokens.
+
+Both passes of GSA, and all their gradients, are parts of one form. For tokens j <= i of a chunk and
+slots, with X the state before the chunk and G the log decays summed from the chunk's start,
+
+    sum_i w_i . (exp(G_i) (x_i X) + sum_j (x_i . y_j) s_j exp(G_i - G_j))
+
+with x, y, X, w = q, k, Hk, dlogits in the first pass and do, v, Hv^T, p in the second. The logits
+and the gradient of p are its derivative by w (`read`).
+
+Decays are built on a tree. At level l, blocks of 2**(l+1) tokens have a left and a right half, and
+a token is decayed from itself to the block's middle: a pair with i in the right and j in the left
+half has the product of both as its decay, and every pair j < i belongs to one level. No exponent is
+positive.
+
+G is kept as an integer: in base 2, in units of 2**-18. So its differences are exact, and a strong
+gate costs its neighbours no digit. Log decays are bounded at -127 in base 2, whose exponential is
+no normal float32 number; 64 of them fit into 32 bits.
+
+Rows past T have the last row of G, and zeros of all else: they neither read, write nor decay. All
+products take bfloat16 operands and add in float32, float16 inputs included (gradients would leave
+float16's range), or float32 operands, as three TF32 products, where the inputs are float32.
+
+Parameters of all kernels: T tokens, a number; H heads, HQ query heads, D (or K, V) features, M
+slots; BD and BM, powers of two, how many features and slots a tile has (BM all); FLOAT32, whether
+the inputs are float32.
+"""
+
+import triton
+import triton.language as tl
+
+CHUNK = tl.constexpr(64)
+LEVELS = tl.constexpr(6)
+UNIT = tl.constexpr(2.0**-18)  # of G
+STRONGEST = tl.constexpr(-127.0)
+NOT_A_NUMBER = tl.constexpr(-(2**31))  # in G, from such a log decay to the chunk's end
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def operand(x, FLOAT32: tl.constexpr):
+    """x as `product` takes it."""
+    if FLOAT32:
+        return x.to(tl.float32)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
+def product(a, b, acc, FLOAT32: tl.constexpr):
+    """a @ b + acc, float32."""
+    return tl.dot(operand(a, FLOAT32), operand(b, FLOAT32), acc=acc, input_precision="tf32x3")
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.zeros((ROWS, COLUMNS), tl.float32)
+
+
+@triton.jit
+def program(T, HEADS: tl.constexpr):
+    """The batch row, chunk and head of a program. Neighbouring heads lie together in memory."""
+    i, chunks = tl.program_id(0), tl.cdiv(T, CHUNK)
+    return (i // HEADS // chunks).to(tl.int64), i // HEADS % chunks, i % HEADS
+
+
+@triton.jit
+def tile_of(
+    ptr, b, n, h, T, feature, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Pointers to a chunk's BD features, from `feature` on, of [B, T, HEADS, D], and their mask."""
+    t, d = tl.arange(0, CHUNK)[:, None], feature + tl.arange(0, BD)[None, :]
+    pointers = ptr + ((b * T + n * CHUNK) * HEADS + h) * D + (t * (HEADS * D) + d)
+    mask = t < T - n * CHUNK
+    if D // BD * BD != D:
+        mask = mask & (d < D)
+    return pointers, mask
+
+
+@triton.jit
+def load_tile(
+    ptr, b, n, h, T, feature, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    pointers, mask = tile_of(ptr, b, n, h, T, feature, HEADS, D, BD)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    ptr, x, b, n, h, T, feature, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    pointers, mask = tile_of(ptr, b, n, h, T, feature, HEADS, D, BD)
+    tl.store(pointers, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_sums(sums_ptr, b, n, h, T, rows, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
+    """Rows of a chunk of G, [rows, BM]."""
+    rows, m = tl.minimum(rows, T - n * CHUNK - 1), tl.arange(0, BM)[None, :]
+    pointers = sums_ptr + ((b * T + n * CHUNK) * H + h) * M + (rows[:, None] * (H * M) + m)
+    if BM == M:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=m < M, other=0)
+
+
+@triton.jit
+def load_last_sums(sums_ptr, b, n, h, T, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
+    """The last row of a chunk of G, [BM]."""
+    last, m = tl.minimum((n + 1) * CHUNK, T) - 1, tl.arange(0, BM)
+    return tl.load(sums_ptr + ((b * T + last) * H + h) * M + m, mask=m < M, other=0)
+
+
+@triton.jit
+def decay(difference):
+    """exp of a difference of G that is not positive."""
+    return tl.exp2(difference.to(tl.float32) * UNIT)
+
+
+@triton.jit
+def decay_from_start(sums):
+    """exp(G); what is not a number in G is none here."""
+    return tl.where(sums == NOT_A_NUMBER, float("nan"), decay(sums))
+
+
+@triton.jit
+def level_decay(
+    sums, sums_ptr, b, n, h, T, half, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
+    """Each token's decay to the middle of its block of two halves, [CHUNK, BM]."""
+    last_of_left = (tl.arange(0, CHUNK) | (2 * half - 1)) - half
+    return decay(-tl.abs(sums - load_sums(sums_ptr, b, n, h, T, last_of_left, H, M, BM)))
+
+
+@triton.jit
+def states_of(
+    ptr, b, n, h, T, feature, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Pointers to BD features of a chunk's state, of [B, H, chunks, D, M], and their mask."""
+    d, m = feature + tl.arange(0, BD)[:, None], tl.arange(0, BM)[None, :]
+    pointers = ptr + ((b * H + h) * tl.cdiv(T, CHUNK) + n) * (D * M) + (d * M + m)
+    return pointers, (d < D) & (m < M)
+
+
+@triton.jit
+def load_states(
+    ptr, b, n, h, T, feature, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    pointers, mask = states_of(ptr, b, n, h, T, feature, H, D, M, BD, BM)
+    if D // BD * BD == D and BM == M:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def level_pairs(half):
+    """[i, j]: i is in the right half of a block and j in its left half."""
+    i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    return ((i ^ j) < 2 * half) & ((i & half) > (j & half))
+
+
+@triton.jit
+def diagonal():
+    return tl.arange(0, CHUNK)[:, None] == tl.arange(0, CHUNK)[None, :]
+
+
+@triton.jit
+def read(
+    x_ptr, y_ptr, states_ptr, s, sums, sums_ptr, b, n, head, h, T,
+    HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, FLOAT32: tl.constexpr,
+):  # fmt: skip
+    """exp(G_i) (x_i X) + sum_j (x_i . y_j) s_j exp(G_i - G_j), [CHUNK, BM]."""
+    scores, reads = zeros(CHUNK, CHUNK), zeros(CHUNK, BM)
+    for feature in range(0, D, BD):
+        x = load_tile(x_ptr, b, n, head, T, feature, HQ, D, BD)
+        y = load_tile(y_ptr, b, n, h, T, feature, H, D, BD)
+        scores = product(x, tl.trans(y), scores, FLOAT32)
+        states = load_states(states_ptr, b, n, h, T, feature, H, D, M, BD, BM)
+        reads = product(x, states, reads, FLOAT32)
+    own = tl.sum(tl.where(diagonal(), scores, 0.0), axis=1)
+    reads = reads * decay_from_start(sums) + own[:, None] * s
+    scores = operand(scores, FLOAT32)
+    for level in tl.range(0, LEVELS, num_stages=1):
+        factor = level_decay(sums, sums_ptr, b, n, h, T, 1 << level, H, M, BM)
+        pairs = tl.where(level_pairs(1 << level), scores, 0.0)
+        reads += factor * product(pairs, factor * s, zeros(CHUNK, BM), FLOAT32)
+    return reads
