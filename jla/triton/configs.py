@@ -48,4 +48,12 @@ CONFIGS: dict[str, dict[int, Config]] = {
     # Up to K = 128; beyond, half as many columns. A thread then has 64 elements of the state, and
     # 130 registers in all, so that several programs are on a multiprocessor.
     "kda_step": _everywhere({"BV": 64}, warps=4, stages=1),
+    "gsa_step": _everywhere({}, warps=4, stages=1),
 }
+
+
+def _gsa(kernel, *by_slots):
+    """A kernel's configs for up to 64, 128 and 256 slots, of 16-bit inputs and of float32 ones."""
+    for slots, (narrow, wide) in zip(("", "_128", "_256"), by_slots, strict=True):
+        CONFIGS[kernel + slots] = dict.fromkeys(CLASSES, narrow)
+        CONFIGS[f"{kernel}{slots}_float32"] = dict.fromkeys(CLASSES, wide)

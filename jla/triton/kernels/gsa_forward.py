@@ -116,7 +116,8 @@ def gsa_outputs(
     q_ptr, k_ptr, v_ptr, s_ptr, sums_ptr, key_states_ptr, value_states_ptr, T,
     o_ptr, p_ptr,
     scale: tl.constexpr, HQ: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    M: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, FLOAT32: tl.constexpr,
+    M: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, KEEP: tl.constexpr,
+    FLOAT32: tl.constexpr,
 ):  # fmt: skip
     """The outputs of all chunks, whose states are known. With j <= i the chunk's tokens,
 
@@ -124,7 +125,7 @@ def gsa_outputs(
     2.  p_i = softmax(logits_i);   A[i, j] = sum_m p_i s_j exp(G_i - G_j)
     3.  o_i = (p_i exp(G_i)) Hv + sum_j A[i, j] v_j
 
-    A program a chunk and query head.
+    A program a chunk and query head. p, [B, T, HQ, M], is returned with KEEP.
     """
     b, n, head = program(T, HQ)
     h = head // (HQ // H)
@@ -141,7 +142,8 @@ def gsa_outputs(
     logits = tl.where((tl.arange(0, BM) < M)[None, :], scale * logits, float("-inf"))
     p = tl.exp2((logits - tl.max(logits, axis=1)[:, None]) * LOG2E)
     p = operand(p / tl.sum(p, axis=1)[:, None], FLOAT32)
-    store_tile(p_ptr, p, b, n, head, T, 0, HQ, M, BM)
+    if KEEP:
+        store_tile(p_ptr, p, b, n, head, T, 0, HQ, M, BM)
     p = p.to(tl.float32)
     scores = tl.where(diagonal(), tl.sum(p * s, axis=1)[:, None], 0.0)
     for level in tl.range(0, LEVELS, num_stages=1):
