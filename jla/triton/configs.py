@@ -57,3 +57,10 @@ def _gsa(kernel, *by_slots):
     for slots, (narrow, wide) in zip(("", "_128", "_256"), by_slots, strict=True):
         CONFIGS[kernel + slots] = dict.fromkeys(CLASSES, narrow)
         CONFIGS[f"{kernel}{slots}_float32"] = dict.fromkeys(CLASSES, wide)
+
+
+_gsa("gsa_sums", *[(Config({}, warps=8, stages=1),) * 2] * 3)
+_gsa("gsa_states", *[(Config({"BD": 64}, warps=8, stages=2), Config({"BD": 32}, warps=8, stages=1))] * 3)
+_gsa("gsa_outputs", *[(Config({"BK": 64, "BV": 64}, warps=8, stages=1), Config({"BK": 32, "BV": 32}, warps=8, stages=1))] * 3)
+_gsa("gsa_logit_gradients", *[(Config({"BD": 64}, warps=8, stages=1), Config({"BD": 32}, warps=8, stages=1))] * 3)
+_gsa("gsa_gradients", *[(Config({"BD": 64}, warps=8, stages=1), Config({"BD": 32}, warps=8, stages=1))] * 3)

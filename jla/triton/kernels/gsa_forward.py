@@ -10,6 +10,7 @@ from jla.triton.kernels.gsa_slots import (
     NOT_A_NUMBER,
     STRONGEST,
     UNIT,
+    again,
     decay,
     decay_from_start,
     diagonal,
@@ -19,10 +20,10 @@ from jla.triton.kernels.gsa_slots import (
     load_states,
     load_sums,
     load_tile,
+    made,
     operand,
     product,
     program,
-    read,
     states_of,
     store_tile,
     zeros,
@@ -31,19 +32,21 @@ from jla.triton.kernels.gsa_slots import (
 
 @triton.jit
 def gsa_sums(g_ptr, T, sums_ptr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
-    """G, [B, T, H, M] int32, from the log decays g. A program a chunk and head.
+    """G, [B, T, H, M] int32, from the log decays g. A program a chunk, head and BM slots.
 
     Every log decay is rounded to a unit, and the sum of what the roundings left is rounded once: so
     G errs by a unit, and equal weak gates do not add up their roundings.
     """
-    b, n, h = program(T, H)
-    g = load_tile(g_ptr, b, n, h, T, 0, H, M, BM)
+    tiles: tl.constexpr = (M + BM - 1) // BM
+    b, n, part = program(T, H * tiles)
+    h, slot = part // tiles, part % tiles * BM
+    g = load_tile(g_ptr, b, n, h, T, slot, H, M, BM)
     exact = tl.maximum(g * LOG2E, STRONGEST) / UNIT
     rounded = exact.to(tl.int32)
     rest = tl.cumsum(exact - rounded.to(tl.float32), axis=0) - 0.5  # so that it rounds
     sums = tl.cumsum(rounded, axis=0) + rest.to(tl.int32)
     sums = tl.where(tl.cumsum((g != g).to(tl.int32), axis=0) > 0, NOT_A_NUMBER, sums)
-    store_tile(sums_ptr, sums, b, n, h, T, 0, H, M, BM)
+    store_tile(sums_ptr, sums, b, n, h, T, slot, H, M, BM)
 
 
 @triton.jit
@@ -59,8 +62,8 @@ def gsa_states(
         X <- X Diag(exp G_end) + sum_i x_i^T (w_i exp(G_end - G_i))
 
     with x, w = k, s or v, s. In reverse so do their gradients, with exp(G_i) for exp(G_end - G_i),
-    and x, w = q, dlogits or do, p. A program has BD features of one head's Hk or Hv in registers,
-    and needs nothing of the others.
+    and x, w = q, dlogits or do, p. A program has BD features and BM slots of one head's Hk or Hv in
+    registers, and needs nothing of the others.
 
     Args:
       keys, values: x, [B, T, HQ, D]; by_key, by_value: w, [B, T, HQ, M]. HQ is H unless reversed.
@@ -71,8 +74,10 @@ def gsa_states(
       KEYS, VALUES: 1 for the states that this call has, one of them or both.
     """
     blocks: tl.constexpr = (D + BD - 1) // BD
-    block = tl.program_id(0) % (blocks * (KEYS + VALUES))
-    bh = (tl.program_id(0) // (blocks * (KEYS + VALUES))).to(tl.int64)
+    tiles: tl.constexpr = (M + BM - 1) // BM
+    parts: tl.constexpr = blocks * (KEYS + VALUES)
+    block, slot = tl.program_id(0) % parts, tl.program_id(0) // parts % tiles * BM
+    bh = (tl.program_id(0) // (parts * tiles)).to(tl.int64)
     b, h = bh // H, (bh % H).to(tl.int32)
     x_ptr, w_ptr, states_ptr = keys_ptr, by_key_ptr, key_states_ptr
     start_ptr, end_ptr = hk_ptr, hk_end_ptr
@@ -81,7 +86,7 @@ def gsa_states(
         x_ptr, w_ptr, states_ptr = values_ptr, by_value_ptr, value_states_ptr
         start_ptr, end_ptr = hv_ptr, hv_end_ptr
     feature = block % blocks * BD
-    d, m = feature + tl.arange(0, BD)[:, None], tl.arange(0, BM)[None, :]
+    d, m = feature + tl.arange(0, BD)[:, None], slot + tl.arange(0, BM)[None, :]
     # Hk is [K, M], Hv is [M, V].
     whole, inside = bh * (D * M) + tl.where(is_value, d + m * D, d * M + m), (d < D) & (m < M)
     state = zeros(BD, BM)
@@ -93,9 +98,9 @@ def gsa_states(
         member, n = step % GROUP, step // GROUP
         if REVERSE:
             n = chunks - 1 - n
-        pointers, mask = states_of(states_ptr, b, n, h, T, feature, H, D, M, BD, BM)
-        sums = load_sums(sums_ptr, b, n, h, T, rows, H, M, BM)
-        last = load_last_sums(sums_ptr, b, n, h, T, H, M, BM)
+        pointers, mask = states_of(states_ptr, b, n, h, T, feature, slot, H, D, M, BD, BM)
+        sums = load_sums(sums_ptr, b, n, h, T, rows, slot, H, M, BM)
+        last = load_last_sums(sums_ptr, b, n, h, T, slot, H, M, BM)
         if REVERSE:
             factor = decay(sums)
         else:
@@ -106,56 +111,103 @@ def gsa_states(
             whole_decay = tl.where(member == 0, whole_decay, 1.0)
         tl.store(pointers, state.to(states_ptr.dtype.element_ty), mask=mask)
         x = load_tile(x_ptr, b, n, h * GROUP + member, T, feature, HQ, D, BD)
-        w = load_tile(w_ptr, b, n, h * GROUP + member, T, 0, HQ, M, BM).to(tl.float32)
-        state = product(tl.trans(x), w * factor, state * whole_decay[None, :], FLOAT32)
+        w = load_tile(w_ptr, b, n, h * GROUP + member, T, slot, HQ, M, BM).to(tl.float32)
+        state = product(tl.trans(x), made(w * factor, FLOAT32), state * whole_decay[None, :], FLOAT32)
     tl.store(end_ptr + whole, state, mask=inside)
 
 
 @triton.jit
-def gsa_outputs(
-    q_ptr, k_ptr, v_ptr, s_ptr, sums_ptr, key_states_ptr, value_states_ptr, T,
-    o_ptr, p_ptr,
-    scale: tl.constexpr, HQ: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    M: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, KEEP: tl.constexpr,
+def gsa_read(
+    x_ptr, y_ptr, s_ptr, sums_ptr, states_ptr, p_ptr, T,
+    out_ptr,
+    scale: tl.constexpr, HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, FINISH: tl.constexpr, GRADIENT: tl.constexpr,
     FLOAT32: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of all chunks, whose states are known. With j <= i the chunk's tokens,
+    """What the slots read. With j <= i the tokens of a chunk,
 
-    1.  logits_i = scale (exp(G_i) (q_i Hk) + sum_j (q_i . k_j) s_j exp(G_i - G_j))
-    2.  p_i = softmax(logits_i);   A[i, j] = sum_m p_i s_j exp(G_i - G_j)
-    3.  o_i = (p_i exp(G_i)) Hv + sum_j A[i, j] v_j
+        r_i = exp(G_i) (x_i X) + sum_j (x_i . y_j) s_j exp(G_i - G_j)
 
-    A program a chunk and query head. p, [B, T, HQ, M], is returned with KEEP.
+    and from it, with FINISH, p = softmax(scale r) or, with GRADIENT, that of q . Hk, from r the one
+    of p, scale p_i (r_i - p_i . r_i). A tile has all slots then.
+
+    Args:
+      x: q or do, [B, T, HQ, D]. y: k or v, [B, T, H, D]. states: X, [B, H, chunks, D, M].
+      p: with GRADIENT, [B, T, HQ, M].
+      out: [B, T, HQ, M].
+
+    A program a chunk, query head and BM slots.
+    """
+    tiles: tl.constexpr = (M + BM - 1) // BM
+    b, n, part = program(T, HQ * tiles)
+    head, slot = part // tiles, part % tiles * BM
+    h = head // (HQ // H)
+    scores, reads = zeros(CHUNK, CHUNK), zeros(CHUNK, BM)
+    for feature in range(0, D, BD):
+        x = load_tile(x_ptr, b, n, head, T, feature, HQ, D, BD)
+        y = load_tile(y_ptr, b, n, h, T, feature, H, D, BD)
+        scores = product(x, tl.trans(y), scores, FLOAT32)
+        states = load_states(states_ptr, b, n, h, T, feature, slot, H, D, M, BD, BM)
+        reads = product(x, states, reads, FLOAT32)
+    own = tl.sum(tl.where(diagonal(), scores, 0.0), axis=1)
+    reads *= decay_from_start(load_sums(sums_ptr, b, n, h, T, tl.arange(0, CHUNK), slot, H, M, BM))
+    reads += own[:, None] * load_tile(s_ptr, b, n, h, T, slot, H, M, BM).to(tl.float32)
+    scores = operand(scores, FLOAT32)
+    for level in tl.range(0, LEVELS, num_stages=1):
+        at = again(n, level)
+        factor = level_decay(sums_ptr, b, at, h, T, level, slot, H, M, BM)
+        s = load_tile(s_ptr, b, at, h, T, slot, H, M, BM).to(tl.float32)
+        pairs = tl.where(level_pairs(level), scores, 0.0)
+        reads += factor * product(pairs, made(factor * s, FLOAT32), zeros(CHUNK, BM), FLOAT32)
+    if FINISH and GRADIENT:
+        p = load_tile(p_ptr, b, n, head, T, slot, HQ, M, BM).to(tl.float32)
+        # The rounded p do not sum to 1; without the division the result would not sum to 0, which
+        # tells where one slot has nearly all. Rows past T have zeros.
+        mean = tl.sum(p * reads, axis=1) / tl.maximum(tl.sum(p, axis=1), 1e-30)
+        reads = scale * p * (reads - mean[:, None])
+    elif FINISH:
+        reads = tl.where((tl.arange(0, BM) < M)[None, :], scale * reads, float("-inf"))
+        reads = tl.exp2((reads - tl.max(reads, axis=1)[:, None]) * LOG2E)
+        reads /= tl.sum(reads, axis=1)[:, None]
+    store_tile(out_ptr, reads, b, n, head, T, slot, HQ, M, BM)
+
+
+@triton.jit
+def gsa_outputs(
+    p_ptr, v_ptr, s_ptr, sums_ptr, states_ptr, T,
+    o_ptr,
+    HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, FLOAT32: tl.constexpr,
+):  # fmt: skip
+    """The outputs. With j <= i the tokens of a chunk and Hv^T the state before it, `states`,
+
+        o_i = (p_i exp(G_i)) Hv + sum_j A[i, j] v_j;   A[i, j] = sum_m p_i s_j exp(G_i - G_j)
+
+    A program a chunk and query head.
     """
     b, n, head = program(T, HQ)
     h = head // (HQ // H)
-    s = load_tile(s_ptr, b, n, h, T, 0, H, M, BM).to(tl.float32)
-    sums = load_sums(sums_ptr, b, n, h, T, tl.arange(0, CHUNK), H, M, BM)
-
-    # 1. The logits.
-    logits = read(
-        q_ptr, k_ptr, key_states_ptr, s, sums, sums_ptr, b, n, head, h, T,
-        HQ, H, K, M, BK, BM, FLOAT32,
-    )  # fmt: skip
-
-    # 2. p and A.
-    logits = tl.where((tl.arange(0, BM) < M)[None, :], scale * logits, float("-inf"))
-    p = tl.exp2((logits - tl.max(logits, axis=1)[:, None]) * LOG2E)
-    p = operand(p / tl.sum(p, axis=1)[:, None], FLOAT32)
-    if KEEP:
-        store_tile(p_ptr, p, b, n, head, T, 0, HQ, M, BM)
-    p = p.to(tl.float32)
-    scores = tl.where(diagonal(), tl.sum(p * s, axis=1)[:, None], 0.0)
-    for level in tl.range(0, LEVELS, num_stages=1):
-        factor = level_decay(sums, sums_ptr, b, n, h, T, 1 << level, H, M, BM)
-        pairs = product(p * factor, tl.trans(factor * s), zeros(CHUNK, CHUNK), FLOAT32)
-        scores = tl.where(level_pairs(1 << level), pairs, scores)
-
-    # 3. o.
-    p, scores = operand(p * decay(sums), FLOAT32), operand(scores, FLOAT32)
-    for feature in range(0, V, BV):
-        states = load_states(value_states_ptr, b, n, h, T, feature, H, V, M, BV, BM)
-        o = product(p, tl.trans(states), zeros(CHUNK, BV), FLOAT32)
-        v = load_tile(v_ptr, b, n, h, T, feature, H, V, BV)
-        o = product(scores, v, o, FLOAT32)
-        store_tile(o_ptr, o, b, n, head, T, feature, HQ, V, BV)
+    rows = tl.arange(0, CHUNK)
+    scores = zeros(CHUNK, CHUNK)
+    for slot in range(0, M, BM):
+        p = load_tile(p_ptr, b, n, head, T, slot, HQ, M, BM).to(tl.float32)
+        s = load_tile(s_ptr, b, n, h, T, slot, H, M, BM).to(tl.float32)
+        scores += tl.where(diagonal(), tl.sum(p * s, axis=1)[:, None], 0.0)
+        for level in tl.range(0, LEVELS, num_stages=1):
+            at = again(n, level)
+            factor = level_decay(sums_ptr, b, at, h, T, level, slot, H, M, BM)
+            readers = load_tile(p_ptr, b, at, head, T, slot, HQ, M, BM).to(tl.float32) * factor
+            writes = load_tile(s_ptr, b, at, h, T, slot, H, M, BM).to(tl.float32) * factor
+            readers, writes = made(readers, FLOAT32), made(writes, FLOAT32)
+            pairs = product(readers, tl.trans(writes), zeros(CHUNK, CHUNK), FLOAT32)
+            scores += tl.where(level_pairs(level), pairs, 0.0)
+    scores = operand(scores, FLOAT32)
+    for feature in range(0, D, BD):
+        v = load_tile(v_ptr, b, n, h, T, feature, H, D, BD)
+        o = product(scores, v, zeros(CHUNK, BD), FLOAT32)
+        for slot in range(0, M, BM):
+            read = load_tile(p_ptr, b, n, head, T, slot, HQ, M, BM).to(tl.float32)
+            read *= decay(load_sums(sums_ptr, b, n, h, T, rows, slot, H, M, BM))
+            states = load_states(states_ptr, b, n, h, T, feature, slot, H, D, M, BD, BM)
+            o = product(made(read, FLOAT32), tl.trans(states), o, FLOAT32)
+        store_tile(o_ptr, o, b, n, head, T, feature, HQ, D, BD)

@@ -22,8 +22,8 @@ products take bfloat16 operands and add in float32, float16 inputs included (gra
 float16's range), or float32 operands, as three TF32 products, where the inputs are float32.
 
 Parameters of all kernels: T tokens, a number; H heads, HQ query heads, D (or K, V) features, M
-slots; BD and BM, powers of two, how many features and slots a tile has (BM all); FLOAT32, whether
-the inputs are float32.
+slots; BD (or BK, BV) and BM, powers of two, how many of the features and slots a tile has; FLOAT32,
+whether the inputs are float32. s, p and dlogits have the operands' dtype.
 """
 
 import triton
@@ -50,6 +50,18 @@ def operand(x, FLOAT32: tl.constexpr):
 def product(a, b, acc, FLOAT32: tl.constexpr):
     """a @ b + acc, float32."""
     return tl.dot(operand(a, FLOAT32), operand(b, FLOAT32), acc=acc, input_precision="tf32x3")
+
+
+@triton.jit
+def made(x, FLOAT32: tl.constexpr):
+    """x, [CHUNK, ...], made of what was loaded, as an operand.
+
+    Triton would load each of x's parts in the layout of an operand of mma.sync, in which several
+    warps have the same numbers, and compute there: with twice to four times the registers. It does
+    not where a number depends on its row.
+    """
+    x = operand(x, FLOAT32)
+    return tl.where((tl.arange(0, CHUNK) >= 0)[:, None], x, tl.zeros_like(x))
 
 
 @triton.jit
@@ -94,20 +106,24 @@ def store_tile(
 
 
 @triton.jit
-def load_sums(sums_ptr, b, n, h, T, rows, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
+def load_sums(
+    sums_ptr, b, n, h, T, rows, slot, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
     """Rows of a chunk of G, [rows, BM]."""
-    rows, m = tl.minimum(rows, T - n * CHUNK - 1), tl.arange(0, BM)[None, :]
+    rows, m = tl.minimum(rows, T - n * CHUNK - 1), slot + tl.arange(0, BM)[None, :]
     pointers = sums_ptr + ((b * T + n * CHUNK) * H + h) * M + (rows[:, None] * (H * M) + m)
-    if BM == M:
+    if M // BM * BM == M:
         return tl.load(pointers)
     else:
         return tl.load(pointers, mask=m < M, other=0)
 
 
 @triton.jit
-def load_last_sums(sums_ptr, b, n, h, T, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
+def load_last_sums(
+    sums_ptr, b, n, h, T, slot, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
     """The last row of a chunk of G, [BM]."""
-    last, m = tl.minimum((n + 1) * CHUNK, T) - 1, tl.arange(0, BM)
+    last, m = tl.minimum((n + 1) * CHUNK, T) - 1, slot + tl.arange(0, BM)
     return tl.load(sums_ptr + ((b * T + last) * H + h) * M + m, mask=m < M, other=0)
 
 
@@ -125,67 +141,53 @@ def decay_from_start(sums):
 
 @triton.jit
 def level_decay(
-    sums, sums_ptr, b, n, h, T, half, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr
+    sums_ptr, b, n, h, T, level, slot, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
     """Each token's decay to the middle of its block of two halves, [CHUNK, BM]."""
-    last_of_left = (tl.arange(0, CHUNK) | (2 * half - 1)) - half
-    return decay(-tl.abs(sums - load_sums(sums_ptr, b, n, h, T, last_of_left, H, M, BM)))
+    i = tl.arange(0, CHUNK)
+    last_of_left = (i | (2 << level) - 1) - (1 << level)
+    sums = load_sums(sums_ptr, b, n, h, T, i, slot, H, M, BM)
+    return decay(-tl.abs(sums - load_sums(sums_ptr, b, n, h, T, last_of_left, slot, H, M, BM)))
+
+
+@triton.jit
+def again(n, level):
+    """n. Loads at this place are made at each level: Triton would make those that do not depend on
+    the level before the loop, and their tiles would fill the registers."""
+    return n + (level >> LEVELS)
 
 
 @triton.jit
 def states_of(
-    ptr, b, n, h, T, feature, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    ptr, b, n, h, T, feature, slot, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to BD features of a chunk's state, of [B, H, chunks, D, M], and their mask."""
-    d, m = feature + tl.arange(0, BD)[:, None], tl.arange(0, BM)[None, :]
+    """Pointers to BD features and BM slots of a chunk's state, of [B, H, chunks, D, M], and their
+    mask."""
+    d, m = feature + tl.arange(0, BD)[:, None], slot + tl.arange(0, BM)[None, :]
     pointers = ptr + ((b * H + h) * tl.cdiv(T, CHUNK) + n) * (D * M) + (d * M + m)
     return pointers, (d < D) & (m < M)
 
 
 @triton.jit
 def load_states(
-    ptr, b, n, h, T, feature, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    ptr, b, n, h, T, feature, slot, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    pointers, mask = states_of(ptr, b, n, h, T, feature, H, D, M, BD, BM)
-    if D // BD * BD == D and BM == M:
+    pointers, mask = states_of(ptr, b, n, h, T, feature, slot, H, D, M, BD, BM)
+    if D // BD * BD == D and M // BM * BM == M:
         return tl.load(pointers)
     else:
         return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
-def level_pairs(half):
+def level_pairs(level):
     """[i, j]: i is in the right half of a block and j in its left half."""
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    return ((i ^ j) < 2 * half) & ((i & half) > (j & half))
+    return (((i >> level) ^ (j >> level)) == 1) & (j < i)
 
 
 @triton.jit
 def diagonal():
     return tl.arange(0, CHUNK)[:, None] == tl.arange(0, CHUNK)[None, :]
-
-
-@triton.jit
-def read(
-    x_ptr, y_ptr, states_ptr, s, sums, sums_ptr, b, n, head, h, T,
-    HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, FLOAT32: tl.constexpr,
-):  # fmt: skip
-    """exp(G_i) (x_i X) + sum_j (x_i . y_j) s_j exp(G_i - G_j), [CHUNK, BM]."""
-    scores, reads = zeros(CHUNK, CHUNK), zeros(CHUNK, BM)
-    for feature in range(0, D, BD):
-        x = load_tile(x_ptr, b, n, head, T, feature, HQ, D, BD)
-        y = load_tile(y_ptr, b, n, h, T, feature, H, D, BD)
-        scores = product(x, tl.trans(y), scores, FLOAT32)
-        states = load_states(states_ptr, b, n, h, T, feature, H, D, M, BD, BM)
-        reads = product(x, states, reads, FLOAT32)
-    own = tl.sum(tl.where(diagonal(), scores, 0.0), axis=1)
-    reads = reads * decay_from_start(sums) + own[:, None] * s
-    scores = operand(scores, FLOAT32)
-    for level in tl.range(0, LEVELS, num_stages=1):
-        factor = level_decay(sums, sums_ptr, b, n, h, T, 1 << level, H, M, BM)
-        pairs = tl.where(level_pairs(1 << level), scores, 0.0)
-        reads += factor * product(pairs, factor * s, zeros(CHUNK, BM), FLOAT32)
-    return reads
