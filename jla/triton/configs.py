@@ -48,19 +48,14 @@ CONFIGS: dict[str, dict[int, Config]] = {
     # Up to K = 128; beyond, half as many columns. A thread then has 64 elements of the state, and
     # 130 registers in all, so that several programs are on a multiprocessor.
     "kda_step": _everywhere({"BV": 64}, warps=4, stages=1),
+    "gsa_sums": _everywhere({}, warps=4, stages=1),
+    "gsa_states": _everywhere({"BD": 64}, warps=4, stages=2),
+    "gsa_states_float32": _everywhere({"BD": 32}, warps=4, stages=1),
+    "gsa_read": _everywhere({"BD": 64}, warps=4, stages=1),
+    "gsa_read_float32": _everywhere({"BD": 32}, warps=4, stages=1),
+    "gsa_outputs": _everywhere({"BD": 64}, warps=4, stages=1),
+    "gsa_outputs_float32": _everywhere({"BD": 32}, warps=4, stages=1),
+    "gsa_gradients": _everywhere({"BD": 64}, warps=4, stages=1),
+    "gsa_gradients_float32": _everywhere({"BD": 32}, warps=4, stages=1),
     "gsa_step": _everywhere({}, warps=4, stages=1),
 }
-
-
-def _gsa(kernel, *by_slots):
-    """A kernel's configs for up to 64, 128 and 256 slots, of 16-bit inputs and of float32 ones."""
-    for slots, (narrow, wide) in zip(("", "_128", "_256"), by_slots, strict=True):
-        CONFIGS[kernel + slots] = dict.fromkeys(CLASSES, narrow)
-        CONFIGS[f"{kernel}{slots}_float32"] = dict.fromkeys(CLASSES, wide)
-
-
-_gsa("gsa_sums", *[(Config({}, warps=8, stages=1),) * 2] * 3)
-_gsa("gsa_states", *[(Config({"BD": 64}, warps=8, stages=2), Config({"BD": 32}, warps=8, stages=1))] * 3)
-_gsa("gsa_outputs", *[(Config({"BK": 64, "BV": 64}, warps=8, stages=1), Config({"BK": 32, "BV": 32}, warps=8, stages=1))] * 3)
-_gsa("gsa_logit_gradients", *[(Config({"BD": 64}, warps=8, stages=1), Config({"BD": 32}, warps=8, stages=1))] * 3)
-_gsa("gsa_gradients", *[(Config({"BD": 64}, warps=8, stages=1), Config({"BD": 32}, warps=8, stages=1))] * 3)

@@ -1,8 +1,9 @@
 """Gated Slot Attention as Triton kernels; docs/kernels/gsa.md explains their design.
 
-Forward: `gsa_states` carries both states from chunk to chunk, `gsa_outputs` does the rest of every
-chunk at once. Backward: `gsa_logit_gradients` goes back through the second pass to the softmax,
-`gsa_states` carries both states' gradients back, and `gsa_gradients` makes all else, pass by pass.
+Forward: `gsa_states` carries both states from chunk to chunk, `gsa_read` makes the slots'
+probabilities of all chunks at once, and `gsa_outputs` the outputs. Backward: `gsa_read` goes back
+through the second pass to the softmax, `gsa_states` carries both states' gradients back, and
+`gsa_gradients` makes all else, pass by pass.
 """
 
 import functools
@@ -29,6 +30,7 @@ SDS = jax.ShapeDtypeStruct
 bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
 
 CHUNK = gsa_forward.CHUNK.value
+SLOTS = 64  # of a tile
 SMALLEST = 16  # side of a tile that `tl.dot` takes
 STEP_TILE = 8192  # elements of a state that a step's program holds at a time
 
@@ -105,54 +107,38 @@ def _with_start(arrays, initial_state):
 
 def _forward(q, k, v, s, g, *start, scale, keep):
     """The forward kernels: o and the last states, with `keep` also what `_KEPT` lists."""
-    (B, T, HQ, K), (H, V), M = q.shape, v.shape[2:], s.shape[-1]
+    (B, T, HQ, _), (H, V), M = q.shape, v.shape[2:], s.shape[-1]
+    s = s.astype(_operand(q))
     sums = _sums(g)
     key_states, value_states, hk, hv = _states((k, v), (s, s), sums, start or None)
-    dtype = _operand(q)
-    settings = _config("gsa_outputs", M, q.dtype)
-    blocks = settings.blocks
-    o, p = launch.call(
-        gsa_forward.gsa_outputs,
-        *(q, k, v, s, sums, key_states, value_states, T),
-        grid=(B * triton.cdiv(T, CHUNK) * HQ,),
-        outputs=[SDS((B, T, HQ, V), v.dtype), SDS((B, T, HQ, M) if keep else (1,), dtype)],
-        config=settings,
-        constants=dict(
-            **dict(scale=scale, HQ=HQ, H=H, K=K, V=V, M=M, BM=_width(M), KEEP=keep),
-            **dict(BK=_width(K, blocks["BK"]), BV=_width(V, blocks["BV"]), FLOAT32=dtype == f32),
-        ),
+    p = _read(q, k, s, sums, key_states, scale=scale)
+    (o,) = _call(
+        *(gsa_forward.gsa_outputs, p, v, s, sums, value_states),
+        grid=B * HQ,
+        outputs=[SDS((B, T, HQ, V), v.dtype)],
+        sizes=dict(HQ=HQ, H=H, D=V, M=M),
+        inputs=q,
     )
     return (o, hk, hv, sums, p, key_states, value_states) if keep else (o, hk, hv)
 
 
 def _backward(q, k, v, s, sums, p, key_states, value_states, do, dhk, dhv, *, scale):
     """The backward kernels: the gradients of q, k, v, s, g and of the first states."""
-    (B, T, HQ, _), (H, V), M = q.shape, v.shape[2:], s.shape[-1]
-    dtype = _operand(q)
-    settings = _config("gsa_logit_gradients", M, q.dtype)
-    (dlogits,) = launch.call(
-        gsa_backward.gsa_logit_gradients,
-        *(do, v, s, sums, value_states, p, T),
-        grid=(B * triton.cdiv(T, CHUNK) * HQ,),
-        outputs=[SDS((B, T, HQ, M), dtype)],
-        config=settings,
-        constants=dict(
-            **dict(scale=scale, HQ=HQ, H=H, V=V, M=M),
-            **dict(BD=_width(V, settings.blocks["BD"]), BM=_width(M), FLOAT32=dtype == f32),
-        ),
-    )
+    B, T, H, _ = sums.shape
+    writes = s.astype(_operand(q))
+    dlogits = _read(do, v, writes, sums, value_states, p, scale=scale)
     key_gradients, value_gradients, dhk, dhv = _states(
         (q, do), (dlogits, p), sums, (dhk, dhv), reverse=True
     )
-    dq, dk, *sides = _gradients(q, k, dlogits, s, sums, key_states, key_gradients, rows=True)
+    dq, dk, *of_keys = _gradients(q, k, dlogits, writes, sums, key_states, key_gradients, rows=True)
     _, dv, ds, dg = _gradients(
-        do, v, p, s, sums, value_states, value_gradients, rows=False, before=sides
+        do, v, p, writes, sums, value_states, value_gradients, rows=False, before=of_keys
     )
 
     def per_head(x, dtype):
         """The sum over the query heads that share a head."""
-        if HQ > H:
-            x = x.astype(f32).reshape(B, T, H, HQ // H, -1).sum(3)
+        if x.shape[2] > H:
+            x = x.astype(f32).reshape(B, T, H, -1, x.shape[3]).sum(3)
         return x.astype(dtype)
 
     dk, dv, ds, dg = map(per_head, (dk, dv, ds, dg), (k.dtype, v.dtype, s.dtype, f32))
@@ -161,13 +147,12 @@ def _backward(q, k, v, s, sums, p, key_states, value_states, do, dhk, dhv, *, sc
 
 def _sums(g):
     """The log decays summed from their chunk's start, [B, T, H, M] int32."""
-    B, T, H, M = g.shape
-    return launch.call(
-        *(gsa_forward.gsa_sums, g, T),
-        grid=(B * triton.cdiv(T, CHUNK) * H,),
+    B, _, H, M = g.shape
+    return _call(
+        *(gsa_forward.gsa_sums, g),
+        grid=B * H * triton.cdiv(M, _width(M, SLOTS)),
         outputs=[SDS(g.shape, i32)],
-        config=_config("gsa_sums", M, g.dtype),
-        constants=dict(H=H, M=M, BM=_width(M)),
+        sizes=dict(H=H, M=M),
     )[0]
 
 
@@ -183,51 +168,100 @@ def _states(features, by_slot, sums, start, *, reverse=False):
     B, T, H, M = sums.shape
     HQ, (K, V) = features[0].shape[2], (x.shape[-1] for x in features)
     N, dtype = triton.cdiv(T, CHUNK), _operand(features[0])
-    settings = _config("gsa_states", M, features[0].dtype)
     # The arguments that a call does not use are those that it does.
     of_keys, of_values = ((x, x, w, w) for x, w in zip(features, by_slot, strict=True))
     both = (*features, *by_slot)
     calls = [(K, 1, 1, both)] if K == V else [(K, 1, 0, of_keys), (V, 0, 1, of_values)]
     results = []
     for D, keys, values, arrays in calls:
-        width = _width(D, settings.blocks["BD"])
         shapes = [SDS((B, H, N, D, M), dtype)] * 2
         shapes += [SDS((B, H, K, M), f32), SDS((B, H, M, V), f32)]
         used = (keys, values, keys, values)
-        out = launch.call(
-            gsa_forward.gsa_states,
-            *(*arrays, sums, *(start or (sums, sums)), T),
-            grid=(B * H * triton.cdiv(D, width) * (keys + values),),
-            outputs=[x if n else SDS((1,), x.dtype) for x, n in zip(shapes, used, strict=True)],
-            config=settings,
-            constants=dict(
-                **dict(HQ=HQ, H=H, D=D, M=M, BD=width, BM=_width(M), KEYS=keys, VALUES=values),
-                **dict(START=start is not None, REVERSE=reverse, FLOAT32=dtype == f32),
+        out = _call(
+            *(gsa_forward.gsa_states, *arrays, sums, *(start or (sums, sums))),
+            grid=lambda width, D=D, n=keys + values: (
+                B * H * triton.cdiv(M, _width(M, SLOTS)) * triton.cdiv(D, width) * n
             ),
+            outputs=[x if n else SDS((1,), x.dtype) for x, n in zip(shapes, used, strict=True)],
+            sizes=dict(HQ=HQ, H=H, D=D, M=M),
+            inputs=features[0],
+            KEYS=keys,
+            VALUES=values,
+            START=start is not None,
+            REVERSE=reverse,
         )
         results.append(out)
     return [results[-1][i] if i % 2 else results[0][i] for i in range(4)]
 
 
+def _read(x, y, s, sums, states, p=None, *, scale):
+    """p or, of do and v with p given, dlogits; [B, T, HQ, M]. See `gsa_read`.
+
+    A program has up to `SLOTS` slots. The softmax over more, or its derivative, is XLA's.
+    """
+    (B, T, HQ, D), (H, M) = x.shape, s.shape[2:]
+    dtype, tiles = _operand(x), triton.cdiv(M, _width(M, SLOTS))
+    (out,) = _call(
+        *(gsa_forward.gsa_read, x, y, s, sums, states, s if p is None else p),
+        grid=B * HQ * tiles,
+        outputs=[SDS((B, T, HQ, M), dtype if tiles == 1 else f32)],
+        sizes=dict(HQ=HQ, H=H, D=D, M=M),
+        inputs=x,
+        scale=scale,
+        FINISH=tiles == 1,
+        GRADIENT=p is not None,
+    )
+    if tiles > 1 and p is None:
+        out = jax.nn.softmax(scale * out, axis=-1)
+    elif tiles > 1:
+        p = p.astype(f32)
+        total = jnp.sum(p, axis=-1, keepdims=True)  # not 1, for p is rounded
+        out = scale * p * (out - jnp.sum(p * out, axis=-1, keepdims=True) / total)
+    return out.astype(dtype)
+
+
 def _gradients(x, y, w, s, sums, states, gradients, *, rows, before=None):
     """The gradients of one pass, of each query head. See `gsa_gradients`."""
-    (B, T, HQ, D), H, M = x.shape, y.shape[2], s.shape[-1]
-    settings, dtype = _config("gsa_gradients", M, x.dtype), _operand(x)
-    return launch.call(
-        gsa_backward.gsa_gradients,
-        *(x, y, w, s, sums, states, gradients, *(before or (w, w)), T),
-        grid=(B * triton.cdiv(T, CHUNK) * HQ,),
+    (B, T, HQ, D), (H, M) = x.shape, s.shape[2:]
+    dtype = _operand(x)
+    return _call(
+        *(gsa_backward.gsa_gradients, x, y, w, s, sums, states, gradients, *(before or (w, w))),
+        grid=B * HQ,
         outputs=[
             SDS(x.shape if rows else (1,), x.dtype),
             SDS(x.shape, y.dtype if HQ == H else dtype),
-            SDS((B, T, HQ, M), s.dtype if HQ == H and before else f32),
+            SDS((B, T, HQ, M), f32),
             SDS((B, T, HQ, M), f32),
         ],
-        config=settings,
-        constants=dict(
-            **dict(HQ=HQ, H=H, D=D, M=M, BD=_width(D, settings.blocks["BD"]), BM=_width(M)),
-            **dict(ROWS=rows, ADD=before is not None, FLOAT32=dtype == f32),
-        ),
+        sizes=dict(HQ=HQ, H=H, D=D, M=M),
+        inputs=x,
+        ROWS=rows,
+        ADD=before is not None,
+    )
+
+
+def _call(kernel, *arrays, grid, outputs, sizes, inputs=None, **constants):
+    """Calls a kernel on arrays [B, T, ...], the first of them, with T behind them.
+
+    Args:
+      grid: how many programs, a chunk's if it is a number; or a function of a tile's features.
+      sizes: the kernel's constants among HQ, H, D and M; the tiles' sizes follow from them.
+      inputs: an array of the inputs' dtype, where that matters.
+      constants: the others.
+    """
+    T, float32 = arrays[0].shape[1], inputs is not None and inputs.dtype == f32
+    name = kernel.__name__
+    config = configs.config(f"{name}_float32" if float32 else name, launch.target())
+    constants |= sizes | dict(BM=_width(sizes["M"], SLOTS))
+    if "D" in sizes:
+        constants |= dict(BD=_width(sizes["D"], config.blocks["BD"]), FLOAT32=float32)
+    programs = grid(constants["BD"]) if callable(grid) else grid * triton.cdiv(T, CHUNK)
+    return launch.call(
+        *(kernel, *arrays, T),
+        grid=(programs,),
+        outputs=outputs,
+        config=config,
+        constants=constants,
     )
 
 
@@ -236,20 +270,9 @@ def _operand(x):
     return f32 if x.dtype == f32 else bf16
 
 
-def _config(kernel, slots, dtype):
-    """The config of a kernel for so many slots and for inputs of this dtype."""
-    name = kernel
-    if slots > 64:
-        name += "_128" if slots <= 128 else "_256"
-    if dtype == f32:
-        name += "_float32"
-    return configs.config(name, launch.target())
-
-
-def _width(size, most=None):
+def _width(size, most):
     """How wide tiles are: the power of two that holds `size`, and at most `most`."""
-    width = max(SMALLEST, triton.next_power_of_2(size))
-    return width if most is None else min(width, most)
+    return min(most, max(SMALLEST, triton.next_power_of_2(size)))
 
 
 @functools.partial(jax.jit, static_argnames="scale")

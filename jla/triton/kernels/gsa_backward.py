@@ -93,27 +93,30 @@ def gsa_gradients(
             change *= decayed.to(tl.float32)
             dg += tl.where(reader, change, -change)
 
-        # The states' part.
-        reads, ends = zeros(CHUNK, BM), zeros(CHUNK, BM)
-        carried = tl.zeros((BM,), tl.float32)
+        # The states' part: first what the tokens read, then what they write.
+        reads, carried = zeros(CHUNK, BM), tl.zeros((BM,), tl.float32)
         for feature in range(0, D, BD):
             x = load_tile(x_ptr, b, n, head, T, feature, HQ, D, BD)
             states = load_states(states_ptr, b, n, h, T, feature, slot, H, D, M, BD, BM)
             reads = product(x, states, reads, FLOAT32)
+            gradients = load_states(gradients_ptr, b, n, h, T, feature, slot, H, D, M, BD, BM)
+            carried += tl.sum(states.to(tl.float32) * gradients.to(tl.float32), axis=0)
+        sums = load_sums(sums_ptr, b, n, h, T, rows, slot, H, M, BM)
+        last = load_last_sums(sums_ptr, b, n, h, T, slot, H, M, BM)
+        by_reader = load_tile(w_ptr, b, n, head, T, slot, HQ, M, BM).to(tl.float32)
+        dg = tl.cumsum(dg + reads * decay_from_start(sums) * by_reader, axis=0, reverse=True)
+        dg += (carried * decay_from_start(last) * is_first)[None, :]
+        ends = zeros(CHUNK, BM)
+        for feature in range(0, D, BD):
             y = load_tile(y_ptr, b, n, h, T, feature, H, D, BD)
             gradients = load_states(gradients_ptr, b, n, h, T, feature, slot, H, D, M, BD, BM)
             ends = product(y, gradients, ends, FLOAT32)
-            carried += tl.sum(states.to(tl.float32) * gradients.to(tl.float32), axis=0)
-        later_w = load_tile(w_ptr, b, n, head, T, slot, HQ, M, BM).to(tl.float32)
-        later_s = load_tile(s_ptr, b, n, h, T, slot, H, M, BM).to(tl.float32)
         sums = load_sums(sums_ptr, b, n, h, T, rows, slot, H, M, BM)
-        last = load_last_sums(sums_ptr, b, n, h, T, slot, H, M, BM)
-        dg = tl.cumsum(dg + reads * decay_from_start(sums) * later_w, axis=0, reverse=True)
-        dg += (carried * decay_from_start(last) * is_first)[None, :]
         ends *= decay(last[None, :] - sums) * is_first
         ds += ends
+        ends *= load_tile(s_ptr, b, n, h, T, slot, H, M, BM).to(tl.float32)
         # The sum of the earlier tokens' terms alone: later ones may be larger by any factor.
-        dg = product(tl.where(i > j, 1.0, 0.0), ends * later_s, dg, FLOAT32)
+        dg = product(tl.where(i > j, 1.0, 0.0), ends, dg, FLOAT32)
         if ADD:
             ds += load_tile(ds_before_ptr, b, n, head, T, slot, HQ, M, BM)
             dg += load_tile(dg_before_ptr, b, n, head, T, slot, HQ, M, BM)

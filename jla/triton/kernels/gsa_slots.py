@@ -154,7 +154,7 @@ def level_decay(
 def again(n, level):
     """n. Loads at this place are made at each level: Triton would make those that do not depend on
     the level before the loop, and their tiles would fill the registers."""
-    return n + (level >> LEVELS)
+    return n + (level >> 3)
 
 
 @triton.jit
