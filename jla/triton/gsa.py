@@ -30,7 +30,6 @@ SDS = jax.ShapeDtypeStruct
 bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
 
 CHUNK = gsa_forward.CHUNK.value
-SLOTS = 64  # of a tile
 SMALLEST = 16  # side of a tile that `tl.dot` takes
 STEP_TILE = 8192  # elements of a state that a step's program holds at a time
 
@@ -114,7 +113,7 @@ def _forward(q, k, v, s, g, *start, scale, keep):
     p = _read(q, k, s, sums, key_states, scale=scale)
     (o,) = _call(
         *(gsa_forward.gsa_outputs, p, v, s, sums, value_states),
-        grid=B * HQ,
+        grid=lambda slots, features: B * triton.cdiv(T, CHUNK) * HQ,
         outputs=[SDS((B, T, HQ, V), v.dtype)],
         sizes=dict(HQ=HQ, H=H, D=V, M=M),
         inputs=q,
@@ -147,10 +146,10 @@ def _backward(q, k, v, s, sums, p, key_states, value_states, do, dhk, dhv, *, sc
 
 def _sums(g):
     """The log decays summed from their chunk's start, [B, T, H, M] int32."""
-    B, _, H, M = g.shape
+    B, T, H, M = g.shape
     return _call(
         *(gsa_forward.gsa_sums, g),
-        grid=B * H * triton.cdiv(M, _width(M, SLOTS)),
+        grid=lambda slots, features: B * triton.cdiv(T, CHUNK) * H * slots,
         outputs=[SDS(g.shape, i32)],
         sizes=dict(H=H, M=M),
     )[0]
@@ -179,9 +178,7 @@ def _states(features, by_slot, sums, start, *, reverse=False):
         used = (keys, values, keys, values)
         out = _call(
             *(gsa_forward.gsa_states, *arrays, sums, *(start or (sums, sums))),
-            grid=lambda width, D=D, n=keys + values: (
-                B * H * triton.cdiv(M, _width(M, SLOTS)) * triton.cdiv(D, width) * n
-            ),
+            grid=lambda slots, features, n=keys + values: B * H * slots * features * n,
             outputs=[x if n else SDS((1,), x.dtype) for x, n in zip(shapes, used, strict=True)],
             sizes=dict(HQ=HQ, H=H, D=D, M=M),
             inputs=features[0],
@@ -197,13 +194,13 @@ def _states(features, by_slot, sums, start, *, reverse=False):
 def _read(x, y, s, sums, states, p=None, *, scale):
     """p or, of do and v with p given, dlogits; [B, T, HQ, M]. See `gsa_read`.
 
-    A program has up to `SLOTS` slots. The softmax over more, or its derivative, is XLA's.
+    Where a program has not all slots, the softmax or its derivative is XLA's.
     """
     (B, T, HQ, D), (H, M) = x.shape, s.shape[2:]
-    dtype, tiles = _operand(x), triton.cdiv(M, _width(M, SLOTS))
+    dtype, tiles = _operand(x), _tiles(M, _config(gsa_forward.gsa_read, x).blocks["BM"])
     (out,) = _call(
         *(gsa_forward.gsa_read, x, y, s, sums, states, s if p is None else p),
-        grid=B * HQ * tiles,
+        grid=lambda slots, features: B * triton.cdiv(T, CHUNK) * HQ * slots,
         outputs=[SDS((B, T, HQ, M), dtype if tiles == 1 else f32)],
         sizes=dict(HQ=HQ, H=H, D=D, M=M),
         inputs=x,
@@ -226,7 +223,7 @@ def _gradients(x, y, w, s, sums, states, gradients, *, rows, before=None):
     dtype = _operand(x)
     return _call(
         *(gsa_backward.gsa_gradients, x, y, w, s, sums, states, gradients, *(before or (w, w))),
-        grid=B * HQ,
+        grid=lambda slots, features: B * triton.cdiv(T, CHUNK) * HQ,
         outputs=[
             SDS(x.shape if rows else (1,), x.dtype),
             SDS(x.shape, y.dtype if HQ == H else dtype),
@@ -244,25 +241,35 @@ def _call(kernel, *arrays, grid, outputs, sizes, inputs=None, **constants):
     """Calls a kernel on arrays [B, T, ...], the first of them, with T behind them.
 
     Args:
-      grid: how many programs, a chunk's if it is a number; or a function of a tile's features.
+      grid: the number of programs, of how many tiles cover the slots and the features.
       sizes: the kernel's constants among HQ, H, D and M; the tiles' sizes follow from them.
       inputs: an array of the inputs' dtype, where that matters.
       constants: the others.
     """
-    T, float32 = arrays[0].shape[1], inputs is not None and inputs.dtype == f32
-    name = kernel.__name__
-    config = configs.config(f"{name}_float32" if float32 else name, launch.target())
-    constants |= sizes | dict(BM=_width(sizes["M"], SLOTS))
+    config = _config(kernel, inputs)
+    M, D = sizes["M"], sizes.get("D", 1)
+    constants |= sizes | dict(BM=_width(M, config.blocks["BM"]))
     if "D" in sizes:
-        constants |= dict(BD=_width(sizes["D"], config.blocks["BD"]), FLOAT32=float32)
-    programs = grid(constants["BD"]) if callable(grid) else grid * triton.cdiv(T, CHUNK)
+        constants |= dict(BD=_width(D, config.blocks["BD"]), FLOAT32=inputs.dtype == f32)
     return launch.call(
-        *(kernel, *arrays, T),
-        grid=(programs,),
+        *(kernel, *arrays, arrays[0].shape[1]),
+        grid=(grid(_tiles(M, config.blocks["BM"]), _tiles(D, config.blocks.get("BD", 1))),),
         outputs=outputs,
         config=config,
         constants=constants,
     )
+
+
+def _config(kernel, inputs):
+    """The kernel's config, for inputs of this dtype if that matters."""
+    float32 = inputs is not None and inputs.dtype == f32
+    name = kernel.__name__
+    return configs.config(f"{name}_float32" if float32 else name, launch.target())
+
+
+def _tiles(size, most):
+    """How many tiles cover `size`."""
+    return triton.cdiv(size, _width(size, most))
 
 
 def _operand(x):

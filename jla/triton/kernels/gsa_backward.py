@@ -11,19 +11,25 @@ from jla.triton.kernels.gsa_slots import (
     CHUNK,
     LEVELS,
     again,
+    all_near,
     decay,
     decay_from_start,
+    is_reader,
     level_decay,
-    level_pairs,
+    level_tile,
     load_last_sums,
     load_states,
     load_sums,
     load_tile,
     made,
+    near,
+    once_more,
     operand,
+    pair_scores,
     product,
     program,
     store_tile,
+    sums_from,
     zeros,
 )
 
@@ -64,36 +70,36 @@ def gsa_gradients(
         y = load_tile(y_ptr, b, n, h, T, feature, H, D, BD)
         scores = product(x, tl.trans(y), scores, FLOAT32)
     own = tl.sum(tl.where(i == j, scores, 0.0), axis=1)
-    # For j < i x_i . y_j, for j > i x_j . y_i.
-    scores = operand(tl.where(i > j, scores, tl.trans(scores)), FLOAT32)
-    a = zeros(CHUNK, CHUNK)
+    scores = operand(tl.where(i > j, scores, 0.0), FLOAT32)
 
+    # 1. and 2.
     for slot in range(0, M, BM):
         w = load_tile(w_ptr, b, n, head, T, slot, HQ, M, BM).to(tl.float32)
         s = load_tile(s_ptr, b, n, h, T, slot, H, M, BM).to(tl.float32)
-        a += tl.where(i == j, tl.sum(w * s, axis=1)[:, None], 0.0)
-        ds, dg = own[:, None] * w, zeros(CHUNK, BM)
-        # At a level a token either reads or is read, with the same decay: one product serves both.
-        for level in tl.range(0, LEVELS, num_stages=1):
-            at = again(n, level)
-            factor = level_decay(sums_ptr, b, at, h, T, level, slot, H, M, BM)
-            reader = ((i >> level) & 1) == 1
-            decayed = tl.where(
-                reader,
-                load_tile(w_ptr, b, at, head, T, slot, HQ, M, BM),
-                load_tile(s_ptr, b, at, h, T, slot, H, M, BM),
-            )
-            decayed = made(decayed.to(tl.float32) * factor, FLOAT32)
-            pairs = product(decayed, tl.trans(decayed), zeros(CHUNK, CHUNK), FLOAT32)
-            a += tl.where(level_pairs(level), pairs, 0.0)
-            mine = tl.where(((i >> level) ^ (j >> level)) == 1, scores, 0.0)
-            change = product(mine, decayed, zeros(CHUNK, BM), FLOAT32)
-            ds += tl.where(reader, 0.0, factor * change)
-            # A pair's two tokens have equal terms here, and outside of the pair these cancel.
-            change *= decayed.to(tl.float32)
-            dg += tl.where(reader, change, -change)
+        sums = load_sums(sums_ptr, b, n, h, T, rows, slot, H, M, BM)
+        # What reads, w exp(G), and what is read, s exp(-G).
+        readers, writes = made(w * near(sums, 1), FLOAT32), made(s * near(sums, -1), FLOAT32)
+        # A pair's two tokens have equal terms in dg, which cancel outside of the pair.
+        change = product(tl.trans(scores), readers, zeros(CHUNK, BM), FLOAT32)
+        dg = -writes.to(tl.float32) * change
+        at = once_more(n)
+        ds = change * near(load_sums(sums_ptr, b, at, h, T, rows, slot, H, M, BM), -1)
+        ds += own[:, None] * load_tile(w_ptr, b, at, head, T, slot, HQ, M, BM).to(tl.float32)
+        dg += readers.to(tl.float32) * product(scores, writes, zeros(CHUNK, BM), FLOAT32)
+        if not all_near(sums_ptr, b, n, h, T, slot, H, M, BM):
+            for level in tl.range(0, LEVELS, num_stages=1):
+                # A token either reads or is read, with the same decay: one product serves both.
+                factor = level_decay(sums_ptr, b, again(n, level), h, T, level, slot, H, M, BM)
+                decayed = level_tile(
+                    w_ptr, s_ptr, factor, b, n, head, h, T, level, slot, HQ, H, M, BM, FLOAT32
+                )
+                # For j < i x_i . y_j, for j > i x_j . y_i.
+                both = tl.where(((i >> level) ^ (j >> level)) == 1, scores + tl.trans(scores), 0.0)
+                far = product(both, decayed, zeros(CHUNK, BM), FLOAT32)
+                ds += tl.where(is_reader(level), 0.0, factor * far)
+                far *= decayed.to(tl.float32)
+                dg += tl.where(is_reader(level), far, -far)
 
-        # The states' part: first what the tokens read, then what they write.
         reads, carried = zeros(CHUNK, BM), tl.zeros((BM,), tl.float32)
         for feature in range(0, D, BD):
             x = load_tile(x_ptr, b, n, head, T, feature, HQ, D, BD)
@@ -101,20 +107,22 @@ def gsa_gradients(
             reads = product(x, states, reads, FLOAT32)
             gradients = load_states(gradients_ptr, b, n, h, T, feature, slot, H, D, M, BD, BM)
             carried += tl.sum(states.to(tl.float32) * gradients.to(tl.float32), axis=0)
-        sums = load_sums(sums_ptr, b, n, h, T, rows, slot, H, M, BM)
+        later = once_more(once_more(n))
+        reads *= decay_from_start(load_sums(sums_ptr, b, later, h, T, rows, slot, H, M, BM))
+        reads *= load_tile(w_ptr, b, later, head, T, slot, HQ, M, BM).to(tl.float32)
+        dg = sums_from(dg + reads, FLOAT32)
         last = load_last_sums(sums_ptr, b, n, h, T, slot, H, M, BM)
-        by_reader = load_tile(w_ptr, b, n, head, T, slot, HQ, M, BM).to(tl.float32)
-        dg = tl.cumsum(dg + reads * decay_from_start(sums) * by_reader, axis=0, reverse=True)
         dg += (carried * decay_from_start(last) * is_first)[None, :]
         ends = zeros(CHUNK, BM)
         for feature in range(0, D, BD):
             y = load_tile(y_ptr, b, n, h, T, feature, H, D, BD)
             gradients = load_states(gradients_ptr, b, n, h, T, feature, slot, H, D, M, BD, BM)
             ends = product(y, gradients, ends, FLOAT32)
-        sums = load_sums(sums_ptr, b, n, h, T, rows, slot, H, M, BM)
-        ends *= decay(last[None, :] - sums) * is_first
+        ends *= is_first * decay(
+            last[None, :] - load_sums(sums_ptr, b, later, h, T, rows, slot, H, M, BM)
+        )
         ds += ends
-        ends *= load_tile(s_ptr, b, n, h, T, slot, H, M, BM).to(tl.float32)
+        ends *= load_tile(s_ptr, b, later, h, T, slot, H, M, BM).to(tl.float32)
         # The sum of the earlier tokens' terms alone: later ones may be larger by any factor.
         dg = product(tl.where(i > j, 1.0, 0.0), ends, dg, FLOAT32)
         if ADD:
@@ -123,7 +131,8 @@ def gsa_gradients(
         store_tile(ds_ptr, ds, b, n, head, T, slot, HQ, M, BM)
         store_tile(dg_ptr, dg, b, n, head, T, slot, HQ, M, BM)
 
-    a = operand(a, FLOAT32)
+    # 3.
+    a = pair_scores(w_ptr, s_ptr, sums_ptr, b, n, head, h, T, HQ, H, M, BM, FLOAT32)
     for feature in range(0, D, BD):
         x = load_tile(x_ptr, b, n, head, T, feature, HQ, D, BD)
         dy = product(tl.trans(a), x, zeros(CHUNK, BD), FLOAT32)

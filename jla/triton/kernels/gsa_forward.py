@@ -7,13 +7,16 @@ from jla.triton.kernels.gsa_slots import (
     CHUNK,
     LEVELS,
     LOG2E,
+    NEAR,
     NOT_A_NUMBER,
     STRONGEST,
     UNIT,
     again,
+    all_near,
     decay,
     decay_from_start,
     diagonal,
+    earlier,
     level_decay,
     level_pairs,
     load_last_sums,
@@ -21,7 +24,9 @@ from jla.triton.kernels.gsa_slots import (
     load_sums,
     load_tile,
     made,
+    near,
     operand,
+    pair_scores,
     product,
     program,
     states_of,
@@ -112,7 +117,8 @@ def gsa_states(
         tl.store(pointers, state.to(states_ptr.dtype.element_ty), mask=mask)
         x = load_tile(x_ptr, b, n, h * GROUP + member, T, feature, HQ, D, BD)
         w = load_tile(w_ptr, b, n, h * GROUP + member, T, slot, HQ, M, BM).to(tl.float32)
-        state = product(tl.trans(x), made(w * factor, FLOAT32), state * whole_decay[None, :], FLOAT32)
+        state *= whole_decay[None, :]
+        state = product(tl.trans(x), made(w * factor, FLOAT32), state, FLOAT32)
     tl.store(end_ptr + whole, state, mask=inside)
 
 
@@ -150,15 +156,20 @@ def gsa_read(
         states = load_states(states_ptr, b, n, h, T, feature, slot, H, D, M, BD, BM)
         reads = product(x, states, reads, FLOAT32)
     own = tl.sum(tl.where(diagonal(), scores, 0.0), axis=1)
-    reads *= decay_from_start(load_sums(sums_ptr, b, n, h, T, tl.arange(0, CHUNK), slot, H, M, BM))
-    reads += own[:, None] * load_tile(s_ptr, b, n, h, T, slot, H, M, BM).to(tl.float32)
     scores = operand(scores, FLOAT32)
-    for level in tl.range(0, LEVELS, num_stages=1):
-        at = again(n, level)
-        factor = level_decay(sums_ptr, b, at, h, T, level, slot, H, M, BM)
-        s = load_tile(s_ptr, b, at, h, T, slot, H, M, BM).to(tl.float32)
-        pairs = tl.where(level_pairs(level), scores, 0.0)
-        reads += factor * product(pairs, made(factor * s, FLOAT32), zeros(CHUNK, BM), FLOAT32)
+    sums = load_sums(sums_ptr, b, n, h, T, tl.arange(0, CHUNK), slot, H, M, BM)
+    writes = load_tile(s_ptr, b, n, h, T, slot, H, M, BM).to(tl.float32)
+    pairs = tl.where(earlier(), scores, 0.0)
+    close = product(pairs, made(writes * near(sums, -1), FLOAT32), zeros(CHUNK, BM), FLOAT32)
+    reads = decay_from_start(sums) * (reads + tl.where(sums > NEAR, close, 0.0))
+    reads += own[:, None] * writes
+    if not all_near(sums_ptr, b, n, h, T, slot, H, M, BM):
+        for level in tl.range(0, LEVELS, num_stages=1):
+            at = again(n, level)
+            factor = level_decay(sums_ptr, b, at, h, T, level, slot, H, M, BM)
+            decayed = factor * load_tile(s_ptr, b, at, h, T, slot, H, M, BM).to(tl.float32)
+            paired = tl.where(level_pairs(level), scores, 0.0)
+            reads += factor * product(paired, made(decayed, FLOAT32), zeros(CHUNK, BM), FLOAT32)
     if FINISH and GRADIENT:
         p = load_tile(p_ptr, b, n, head, T, slot, HQ, M, BM).to(tl.float32)
         # The rounded p do not sum to 1; without the division the result would not sum to 0, which
@@ -187,21 +198,8 @@ def gsa_outputs(
     """
     b, n, head = program(T, HQ)
     h = head // (HQ // H)
+    scores = pair_scores(p_ptr, s_ptr, sums_ptr, b, n, head, h, T, HQ, H, M, BM, FLOAT32)
     rows = tl.arange(0, CHUNK)
-    scores = zeros(CHUNK, CHUNK)
-    for slot in range(0, M, BM):
-        p = load_tile(p_ptr, b, n, head, T, slot, HQ, M, BM).to(tl.float32)
-        s = load_tile(s_ptr, b, n, h, T, slot, H, M, BM).to(tl.float32)
-        scores += tl.where(diagonal(), tl.sum(p * s, axis=1)[:, None], 0.0)
-        for level in tl.range(0, LEVELS, num_stages=1):
-            at = again(n, level)
-            factor = level_decay(sums_ptr, b, at, h, T, level, slot, H, M, BM)
-            readers = load_tile(p_ptr, b, at, head, T, slot, HQ, M, BM).to(tl.float32) * factor
-            writes = load_tile(s_ptr, b, at, h, T, slot, H, M, BM).to(tl.float32) * factor
-            readers, writes = made(readers, FLOAT32), made(writes, FLOAT32)
-            pairs = product(readers, tl.trans(writes), zeros(CHUNK, CHUNK), FLOAT32)
-            scores += tl.where(level_pairs(level), pairs, 0.0)
-    scores = operand(scores, FLOAT32)
     for feature in range(0, D, BD):
         v = load_tile(v_ptr, b, n, h, T, feature, H, D, BD)
         o = product(scores, v, zeros(CHUNK, BD), FLOAT32)

@@ -8,10 +8,12 @@ slots, with X the state before the chunk and G the log decays summed from the ch
 with x, y, X, w = q, k, Hk, dlogits in the first pass and do, v, Hv^T, p in the second. The logits
 and the gradient of p are its derivative by w (`read`).
 
-Decays are built on a tree. At level l, blocks of 2**(l+1) tokens have a left and a right half, and
-a token is decayed from itself to the block's middle: a pair with i in the right and j in the left
-half has the product of both as its decay, and every pair j < i belongs to one level. No exponent is
-positive.
+A token whose G is above -96 (in base 2), in a slot, reads there through exp(G_i) and exp(-G_j): all
+earlier tokens have a G above -96, too, so that no factor leaves the range of bfloat16, and which
+way it reads depends on its past alone. The others read through a tree of decays, which a chunk
+without such tokens passes over. At level l of the tree, blocks of 2**(l+1) tokens have a left and a
+right half, and a token is decayed from itself to the block's middle: a pair with i in the right and
+j in the left half has the product of both as its decay, and every pair j < i belongs to one level.
 
 G is kept as an integer: in base 2, in units of 2**-18. So its differences are exact, and a strong
 gate costs its neighbours no digit. Log decays are bounded at -127 in base 2, whose exponential is
@@ -34,6 +36,7 @@ LEVELS = tl.constexpr(6)
 UNIT = tl.constexpr(2.0**-18)  # of G
 STRONGEST = tl.constexpr(-127.0)
 NOT_A_NUMBER = tl.constexpr(-(2**31))  # in G, from such a log decay to the chunk's end
+NEAR = tl.constexpr(-96 * 2**18)  # G of tokens that need no tree; 2**96 is less than exp(80)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -62,6 +65,17 @@ def made(x, FLOAT32: tl.constexpr):
     """
     x = operand(x, FLOAT32)
     return tl.where((tl.arange(0, CHUNK) >= 0)[:, None], x, tl.zeros_like(x))
+
+
+@triton.jit
+def sums_from(x, FLOAT32: tl.constexpr):
+    """Over each token and all later ones; with 16 bits of x, for they cancel."""
+    onwards = tl.where(tl.arange(0, CHUNK)[:, None] <= tl.arange(0, CHUNK)[None, :], 1.0, 0.0)
+    high = operand(x, FLOAT32)
+    sums = product(onwards, high, tl.zeros_like(x), FLOAT32)
+    if not FLOAT32:
+        sums = product(onwards, x - high.to(tl.float32), sums, FLOAT32)
+    return sums
 
 
 @triton.jit
@@ -140,14 +154,35 @@ def decay_from_start(sums):
 
 
 @triton.jit
+def near(sums, sign: tl.constexpr):
+    """exp(sign G) where G is above -96, and 0 elsewhere."""
+    return tl.where(sums > NEAR, decay(sign * tl.maximum(sums, NEAR)), 0.0)
+
+
+@triton.jit
+def all_near(sums_ptr, b, n, h, T, slot, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
+    """Whether a chunk's tokens need no tree."""
+    return tl.min(load_last_sums(sums_ptr, b, n, h, T, slot, H, M, BM), axis=0) > NEAR
+
+
+@triton.jit
 def level_decay(
     sums_ptr, b, n, h, T, level, slot, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
-    """Each token's decay to the middle of its block of two halves, [CHUNK, BM]."""
+    """Each token's decay to the middle of its block of two halves, [CHUNK, BM]; 0 where it reads
+    without the tree."""
     i = tl.arange(0, CHUNK)
     last_of_left = (i | (2 << level) - 1) - (1 << level)
     sums = load_sums(sums_ptr, b, n, h, T, i, slot, H, M, BM)
-    return decay(-tl.abs(sums - load_sums(sums_ptr, b, n, h, T, last_of_left, slot, H, M, BM)))
+    middle = load_sums(sums_ptr, b, n, h, T, last_of_left, slot, H, M, BM)
+    reads = is_reader(level) & (sums > NEAR)
+    return tl.where(reads, 0.0, decay(-tl.abs(sums - middle)))
+
+
+@triton.jit
+def is_reader(level):
+    """[i, 1]: whether a token is in the right half of its block."""
+    return ((tl.arange(0, CHUNK)[:, None] >> level) & 1) == 1
 
 
 @triton.jit
@@ -155,6 +190,12 @@ def again(n, level):
     """n. Loads at this place are made at each level: Triton would make those that do not depend on
     the level before the loop, and their tiles would fill the registers."""
     return n + (level >> 3)
+
+
+@triton.jit
+def once_more(n):
+    """n. What is loaded at this place is not kept in registers from an earlier load."""
+    return n + (tl.num_programs(1) >> 16)
 
 
 @triton.jit
@@ -189,5 +230,48 @@ def level_pairs(level):
 
 
 @triton.jit
+def earlier():
+    """[i, j]: j < i."""
+    return tl.arange(0, CHUNK)[:, None] > tl.arange(0, CHUNK)[None, :]
+
+
+@triton.jit
 def diagonal():
     return tl.arange(0, CHUNK)[:, None] == tl.arange(0, CHUNK)[None, :]
+
+
+@triton.jit
+def level_tile(
+    w_ptr, s_ptr, factor, b, n, head, h, T, level, slot,
+    HQ: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, FLOAT32: tl.constexpr,
+):  # fmt: skip
+    """w of the tokens that read at a level, s of the others, decayed by `factor`; an operand."""
+    at = again(n, level)
+    w = load_tile(w_ptr, b, at, head, T, slot, HQ, M, BM)
+    s = load_tile(s_ptr, b, at, h, T, slot, H, M, BM)
+    return made(tl.where(is_reader(level), w, s).to(tl.float32) * factor, FLOAT32)
+
+
+@triton.jit
+def pair_scores(
+    w_ptr, s_ptr, sums_ptr, b, n, head, h, T,
+    HQ: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, FLOAT32: tl.constexpr,
+):  # fmt: skip
+    """A[i, j] = sum_m w_i s_j exp(G_i - G_j) for j <= i, [CHUNK, CHUNK], as an operand."""
+    a = zeros(CHUNK, CHUNK)
+    for slot in range(0, M, BM):
+        w = load_tile(w_ptr, b, n, head, T, slot, HQ, M, BM).to(tl.float32)
+        s = load_tile(s_ptr, b, n, h, T, slot, H, M, BM).to(tl.float32)
+        sums = load_sums(sums_ptr, b, n, h, T, tl.arange(0, CHUNK), slot, H, M, BM)
+        a += tl.where(diagonal(), tl.sum(w * s, axis=1)[:, None], 0.0)
+        w, s = made(w * near(sums, 1), FLOAT32), made(s * near(sums, -1), FLOAT32)
+        a += tl.where(earlier(), product(w, tl.trans(s), zeros(CHUNK, CHUNK), FLOAT32), 0.0)
+        if not all_near(sums_ptr, b, n, h, T, slot, H, M, BM):
+            for level in tl.range(0, LEVELS, num_stages=1):
+                factor = level_decay(sums_ptr, b, again(n, level), h, T, level, slot, H, M, BM)
+                both = level_tile(
+                    w_ptr, s_ptr, factor, b, n, head, h, T, level, slot, HQ, H, M, BM, FLOAT32
+                )
+                pairs = product(both, tl.trans(both), zeros(CHUNK, CHUNK), FLOAT32)
+                a += tl.where(level_pairs(level), pairs, 0.0)
+    return operand(a, FLOAT32)
