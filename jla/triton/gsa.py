@@ -20,7 +20,7 @@ from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import GSAState
 from jla.reference import gsa as reference
-from jla.triton import configs, launch
+from jla.triton import configs, launch, steps
 from jla.triton.kernels import gsa_backward, gsa_forward
 from jla.triton.kernels import gsa_step as step_kernel
 
@@ -295,24 +295,15 @@ def gsa_step(q, k, v, s, g, state, *, scale):
 
     Derivatives are those of the reference's formula, in XLA.
     """
-    o, hk, hv = _differentiable(scale)(q, k, v, s, g, *state)
+    run, formula = (functools.partial(x, scale=scale) for x in (_step, _formula_of_step))
+    step = steps.differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
+    o, hk, hv = step(q, k, v, s, g, *state)
     return o, GSAState(hk, hv)
 
 
-@functools.cache
-def _differentiable(scale):
-    run = functools.partial(_step, scale=scale)
-    step = jax.custom_jvp(lambda *arrays: shardwise(run, _STEP_INPUTS, _STEP_OUTPUTS)(*arrays))
-
-    def formula(*arrays):
-        o, state = reference.gsa_step(*arrays[:5], GSAState(*arrays[5:]), scale=scale)
-        return o, *state
-
-    @step.defjvp
-    def _(primals, tangents):
-        return step(*primals), jax.jvp(formula, primals, tangents)[1]
-
-    return step
+def _formula_of_step(*arrays, scale):
+    o, state = reference.gsa_step(*arrays[:5], GSAState(*arrays[5:]), scale=scale)
+    return o, *state
 
 
 def _step(q, k, v, s, g, hk, hv, *, scale):
