@@ -39,6 +39,7 @@ _OUTPUTS = (GSA["o"], *_STATES)
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
 _KEPT = {
     "gsa_sums": "B T H M",
+    "gsa_totals": "B N H M",
     "gsa_probabilities": "B T HQ M",
     "gsa_key_states": "B H N K M",
     "gsa_value_states": "B H N V M",
@@ -108,8 +109,8 @@ def _forward(q, k, v, s, g, *start, scale, keep):
     """The forward kernels: o and the last states, with `keep` also what `_KEPT` lists."""
     (B, T, HQ, _), (H, V), M = q.shape, v.shape[2:], s.shape[-1]
     s = s.astype(_operand(q))
-    sums = _sums(g)
-    key_states, value_states, hk, hv = _states((k, v), (s, s), sums, start or None)
+    sums, _ = decays = _sums(g)
+    key_states, value_states, hk, hv = _states((k, v), (s, s), decays, start or None)
     p = _read(q, k, s, sums, key_states, scale=scale)
     (o,) = _call(
         *(gsa_forward.gsa_outputs, p, v, s, sums, value_states),
@@ -118,16 +119,16 @@ def _forward(q, k, v, s, g, *start, scale, keep):
         sizes=dict(HQ=HQ, H=H, D=V, M=M),
         inputs=q,
     )
-    return (o, hk, hv, sums, p, key_states, value_states) if keep else (o, hk, hv)
+    return (o, hk, hv, *decays, p, key_states, value_states) if keep else (o, hk, hv)
 
 
-def _backward(q, k, v, s, sums, p, key_states, value_states, do, dhk, dhv, *, scale):
+def _backward(q, k, v, s, sums, totals, p, key_states, value_states, do, dhk, dhv, *, scale):
     """The backward kernels: the gradients of q, k, v, s, g and of the first states."""
     B, T, H, _ = sums.shape
     writes = s.astype(_operand(q))
     dlogits = _read(do, v, writes, sums, value_states, p, scale=scale)
     key_gradients, value_gradients, dhk, dhv = _states(
-        (q, do), (dlogits, p), sums, (dhk, dhv), reverse=True
+        (q, do), (dlogits, p), (sums, totals), (dhk, dhv), reverse=True
     )
     dq, dk, *of_keys = _gradients(q, k, dlogits, writes, sums, key_states, key_gradients, rows=True)
     _, dv, ds, dg = _gradients(
@@ -145,26 +146,27 @@ def _backward(q, k, v, s, sums, p, key_states, value_states, do, dhk, dhv, *, sc
 
 
 def _sums(g):
-    """The log decays summed from their chunk's start, [B, T, H, M] int32."""
+    """The log decays summed from their chunk's start and to its end. See `gsa_sums`."""
     B, T, H, M = g.shape
     return _call(
         *(gsa_forward.gsa_sums, g),
         grid=lambda slots, features: B * triton.cdiv(T, CHUNK) * H * slots,
-        outputs=[SDS(g.shape, i32)],
+        outputs=[SDS(g.shape, i32), SDS((B, triton.cdiv(T, CHUNK), H, M), f32)],
         sizes=dict(H=H, M=M),
-    )[0]
+    )
 
 
-def _states(features, by_slot, sums, start, *, reverse=False):
+def _states(features, by_slot, decays, start, *, reverse=False):
     """Both states of all chunks, [B, H, chunks, K or V, M], and the last ones. See `gsa_states`.
 
     If K and V differ it takes a call for each state.
 
     Args:
       features: k and v, in reverse q and do. by_slot: s twice, in reverse dlogits and p.
+      decays: as `_sums` returned them.
       start: hk and hv at the start (in reverse the gradients at the end), or None for zeros.
     """
-    B, T, H, M = sums.shape
+    B, T, H, M = decays[0].shape
     HQ, (K, V) = features[0].shape[2], (x.shape[-1] for x in features)
     N, dtype = triton.cdiv(T, CHUNK), _operand(features[0])
     # The arguments that a call does not use are those that it does.
@@ -177,7 +179,7 @@ def _states(features, by_slot, sums, start, *, reverse=False):
         shapes += [SDS((B, H, K, M), f32), SDS((B, H, M, V), f32)]
         used = (keys, values, keys, values)
         out = _call(
-            *(gsa_forward.gsa_states, *arrays, sums, *(start or (sums, sums))),
+            *(gsa_forward.gsa_states, *arrays, *decays, *(start or decays)),
             grid=lambda slots, features, n=keys + values: B * H * slots * features * n,
             outputs=[x if n else SDS((1,), x.dtype) for x, n in zip(shapes, used, strict=True)],
             sizes=dict(HQ=HQ, H=H, D=D, M=M),

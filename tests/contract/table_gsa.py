@@ -121,7 +121,7 @@ GSA = Mechanism(
         ),
         Implementation(
             TRITON,
-            sizes=dict(B=1, T=70, H=1, HQ=1, K=16, V=16, M=16),
+            sizes=dict(B=1, T=100, H=1, HQ=1, K=16, V=16, M=16),
             full=dict(B=2, T=2000, H=8, HQ=16, K=128, V=128, M=64),
             lengths=(1, 64, 130),
             head_dims=(

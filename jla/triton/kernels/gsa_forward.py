@@ -36,27 +36,40 @@ from jla.triton.kernels.gsa_slots import (
 
 
 @triton.jit
-def gsa_sums(g_ptr, T, sums_ptr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
-    """G, [B, T, H, M] int32, from the log decays g. A program a chunk, head and BM slots.
+def _larger(a, b):
+    return tl.maximum(a, b)
 
-    Every log decay is rounded to a unit, and the sum of what the roundings left is rounded once: so
-    G errs by a unit, and equal weak gates do not add up their roundings.
+
+@triton.jit
+def gsa_sums(
+    g_ptr, T, sums_ptr, totals_ptr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
+    """G, [B, T, H, M] int32, from the log decays g, and the chunks' sums of g in base 2,
+    [B, chunks, H, M] float32. A program a chunk, head and BM slots.
+
+    Every log decay is rounded down to a unit, and G has the whole units of what that left. Where
+    nothing passes, at the start of a segment, the remainders are counted anew: what lies before
+    changes no difference behind.
     """
     tiles: tl.constexpr = (M + BM - 1) // BM
     b, n, part = program(T, H * tiles)
     h, slot = part // tiles, part % tiles * BM
-    g = load_tile(g_ptr, b, n, h, T, slot, H, M, BM)
-    exact = tl.maximum(g * LOG2E, STRONGEST) / UNIT
-    rounded = exact.to(tl.int32)
-    rest = tl.cumsum(exact - rounded.to(tl.float32), axis=0) - 0.5  # so that it rounds
-    sums = tl.cumsum(rounded, axis=0) + rest.to(tl.int32)
+    g = load_tile(g_ptr, b, n, h, T, slot, H, M, BM) * LOG2E
+    exact = tl.maximum(g, STRONGEST) / UNIT
+    whole = tl.floor(exact)
+    rest = tl.cumsum(((exact - whole) * 2**20).to(tl.int32), axis=0)
+    rest -= tl.associative_scan(tl.where(g <= STRONGEST, rest, 0), 0, _larger)
+    sums = tl.cumsum(whole.to(tl.int32), axis=0) + ((rest + 2**19) >> 20)
     sums = tl.where(tl.cumsum((g != g).to(tl.int32), axis=0) > 0, NOT_A_NUMBER, sums)
     store_tile(sums_ptr, sums, b, n, h, T, slot, H, M, BM)
+    m = slot + tl.arange(0, BM)
+    place = ((b * tl.cdiv(T, CHUNK) + n) * H + h) * M + m
+    tl.store(totals_ptr + place, tl.sum(g, axis=0), mask=m < M)
 
 
 @triton.jit
 def gsa_states(
-    keys_ptr, values_ptr, by_key_ptr, by_value_ptr, sums_ptr, hk_ptr, hv_ptr, T,
+    keys_ptr, values_ptr, by_key_ptr, by_value_ptr, sums_ptr, totals_ptr, hk_ptr, hv_ptr, T,
     key_states_ptr, value_states_ptr, hk_end_ptr, hv_end_ptr,
     HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, START: tl.constexpr,
@@ -105,19 +118,20 @@ def gsa_states(
             n = chunks - 1 - n
         pointers, mask = states_of(states_ptr, b, n, h, T, feature, slot, H, D, M, BD, BM)
         sums = load_sums(sums_ptr, b, n, h, T, rows, slot, H, M, BM)
-        last = load_last_sums(sums_ptr, b, n, h, T, slot, H, M, BM)
         if REVERSE:
             factor = decay(sums)
         else:
-            factor = decay(last[None, :] - sums)
-        whole_decay = decay_from_start(last)
+            factor = decay(load_last_sums(sums_ptr, b, n, h, T, slot, H, M, BM)[None, :] - sums)
+        # Not of G, whose rounding would add up over the chunks if gates are equal.
+        totals = totals_ptr + ((b * chunks + n) * H + h) * M + m
+        whole_decay = tl.exp2(tl.load(totals, mask=m < M, other=0.0))
         if GROUP > 1:  # the queries that share a head follow one another
             mask = mask & (member == 0)
             whole_decay = tl.where(member == 0, whole_decay, 1.0)
         tl.store(pointers, state.to(states_ptr.dtype.element_ty), mask=mask)
         x = load_tile(x_ptr, b, n, h * GROUP + member, T, feature, HQ, D, BD)
         w = load_tile(w_ptr, b, n, h * GROUP + member, T, slot, HQ, M, BM).to(tl.float32)
-        state *= whole_decay[None, :]
+        state *= whole_decay
         state = product(tl.trans(x), made(w * factor, FLOAT32), state, FLOAT32)
     tl.store(end_ptr + whole, state, mask=inside)
 

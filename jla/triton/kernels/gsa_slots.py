@@ -15,9 +15,9 @@ without such tokens passes over. At level l of the tree, blocks of 2**(l+1) toke
 right half, and a token is decayed from itself to the block's middle: a pair with i in the right and
 j in the left half has the product of both as its decay, and every pair j < i belongs to one level.
 
-G is kept as an integer: in base 2, in units of 2**-18. So its differences are exact, and a strong
-gate costs its neighbours no digit. Log decays are bounded at -127 in base 2, whose exponential is
-no normal float32 number; 64 of them fit into 32 bits.
+G is kept as an integer: in base 2, in units of 2**-17. So its differences are exact, and a strong
+gate costs its neighbours no digit. Log decays are bounded at -254 in base 2, whose exponential is 0
+in float32; 64 of them fit into 32 bits.
 
 Rows past T have the last row of G, and zeros of all else: they neither read, write nor decay. All
 products take bfloat16 operands and add in float32, float16 inputs included (gradients would leave
@@ -33,10 +33,10 @@ import triton.language as tl
 
 CHUNK = tl.constexpr(64)
 LEVELS = tl.constexpr(6)
-UNIT = tl.constexpr(2.0**-18)  # of G
-STRONGEST = tl.constexpr(-127.0)
+UNIT = tl.constexpr(2.0**-17)  # of G
+STRONGEST = tl.constexpr(-254.0)
 NOT_A_NUMBER = tl.constexpr(-(2**31))  # in G, from such a log decay to the chunk's end
-NEAR = tl.constexpr(-96 * 2**18)  # G of tokens that need no tree; 2**96 is less than exp(80)
+NEAR = tl.constexpr(-96 * 2**17)  # G of tokens that need no tree; 2**96 is less than exp(80)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
