@@ -60,11 +60,11 @@ def gsa_sums(
     rest = tl.cumsum(((exact - whole) * 2**20).to(tl.int32), axis=0)
     rest -= tl.associative_scan(tl.where(g <= STRONGEST, rest, 0), 0, _larger)
     sums = tl.cumsum(whole.to(tl.int32), axis=0) + ((rest + 2**19) >> 20)
-    sums = tl.where(tl.cumsum((g != g).to(tl.int32), axis=0) > 0, NOT_A_NUMBER, sums)
+    totals, m = tl.sum(g, axis=0), slot + tl.arange(0, BM)
+    sums = tl.where((totals != totals)[None, :], NOT_A_NUMBER, sums)
     store_tile(sums_ptr, sums, b, n, h, T, slot, H, M, BM)
-    m = slot + tl.arange(0, BM)
     place = ((b * tl.cdiv(T, CHUNK) + n) * H + h) * M + m
-    tl.store(totals_ptr + place, tl.sum(g, axis=0), mask=m < M)
+    tl.store(totals_ptr + place, totals, mask=m < M)
 
 
 @triton.jit

@@ -35,7 +35,7 @@ CHUNK = tl.constexpr(64)
 LEVELS = tl.constexpr(6)
 UNIT = tl.constexpr(2.0**-17)  # of G
 STRONGEST = tl.constexpr(-254.0)
-NOT_A_NUMBER = tl.constexpr(-(2**31))  # in G, from such a log decay to the chunk's end
+NOT_A_NUMBER = tl.constexpr(-(2**31))  # in G of a chunk with such a log decay
 NEAR = tl.constexpr(-96 * 2**17)  # G of tokens that need no tree; 2**96 is less than exp(80)
 LOG2E = tl.constexpr(1.4426950408889634)
 
