@@ -23,6 +23,10 @@ Rows past T have the last row of G, and zeros of all else: they neither read, wr
 products take bfloat16 operands and add in float32, float16 inputs included (gradients would leave
 float16's range), or float32 operands, as three TF32 products, where the inputs are float32.
 
+The kernels' docstrings say what moves and how long that takes at least on an H200 (4.3 TB/s,
+780 TFLOP/s) at B=8 T=4096 HQ=H=16 K=V=128 M=64 in bfloat16, and how many instructions a warp issues
+for a chunk and head where all gates are weak; all products together take 0.35 ms at least.
+
 Parameters of all kernels: T tokens, a number; H heads, HQ query heads, D (or K, V) features, M
 slots; BD (or BK, BV) and BM, powers of two, how many of the features and slots a tile has; FLOAT32,
 whether the inputs are float32. s, p and dlogits have the operands' dtype.
