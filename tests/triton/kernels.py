@@ -53,8 +53,22 @@ _GSA_SIZES = {
     "": dict(HQ=16, H=16, D=128, M=64),
     "_masked": dict(HQ=16, H=8, D=200, M=100),
 }
-# By kernel, dtype and sizes; see `Kernel.spills`.
-_GSA_SPILLS: dict[str, dict[int, int]] = {}
+# The most of all GPUs, by kernel, dtype and sizes. `gsa_gradients` holds up to four float32 tiles of
+# 32 registers each, beside what makes the next one.
+_GSA_SPILLS = {
+    "gsa_gradients": 408,
+    "gsa_gradients_masked": 768,
+    "gsa_gradients_float32": 1872,
+    "gsa_gradients_float32_masked": 2400,
+    "gsa_outputs_masked": 48,
+    "gsa_outputs_float32": 32,
+    "gsa_outputs_float32_masked": 72,
+    "gsa_read": 24,
+    "gsa_read_masked": 192,
+    "gsa_read_float32": 24,
+    "gsa_read_float32_masked": 88,
+    "gsa_states_float32_masked": 8,
+}
 
 
 def _of_gsa(path, parameters, smoke=None, **constants):
@@ -69,7 +83,7 @@ def _of_gsa(path, parameters, smoke=None, **constants):
                 sizes | constants | dict(FLOAT32=dtype == "fp32"),
                 dtypes=(dtype,),
                 config=config,
-                spills=_GSA_SPILLS.get(config + label, {}),
+                spills=dict.fromkeys(CAPABILITIES, _GSA_SPILLS.get(config + label, 0)),
                 smoke=smoke if not (suffix or label) else None,
             )
 
