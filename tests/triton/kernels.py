@@ -53,13 +53,13 @@ _GSA_SIZES = {
     "": dict(HQ=16, H=16, D=128, M=64),
     "_masked": dict(HQ=16, H=8, D=200, M=100),
 }
-# The most of all GPUs, by kernel, dtype and sizes. `gsa_gradients` holds up to four float32 tiles of
-# 32 registers each, beside what makes the next one.
+# The most of all GPUs, by kernel, dtype and sizes. `gsa_gradients` holds up to four float32 tiles,
+# of 32 registers a thread, beside what makes the next one.
 _GSA_SPILLS = {
     "gsa_gradients": 408,
     "gsa_gradients_masked": 768,
     "gsa_gradients_float32": 1872,
-    "gsa_gradients_float32_masked": 2400,
+    "gsa_gradients_float32_masked": 1872,
     "gsa_outputs_masked": 48,
     "gsa_outputs_float32": 32,
     "gsa_outputs_float32_masked": 72,
