@@ -26,9 +26,9 @@ float16's range), or float32 operands, as three TF32 products, where the inputs 
 The kernels' docstrings say what moves and how long that takes at least on an H200 (4.3 TB/s,
 780 TFLOP/s) at B=8 T=4096 HQ=H=16 K=V=128 M=64 in bfloat16, and how many instructions a warp issues
 for a chunk and head where all gates are weak; all products together take 0.35 ms at least. As
-compiled for 8.0 to 12.0 a thread has up to 255 registers and spills up to 24 bytes in `gsa_read`, about
-400 in `gsa_gradients`, nothing elsewhere; a program has 4 warps and 16 to 50 KB of shared memory,
-so that the classes of memory do not differ. Prediction: 3.5 ms forward and backward.
+compiled for 8.0 to 12.0 a thread has up to 255 registers and spills up to 24 bytes in `gsa_read`,
+about 400 in `gsa_gradients`, nothing elsewhere; a program has 4 warps and up to 52 KB of shared
+memory, so that the classes of memory do not differ. Prediction: 3.5 ms forward and backward.
 
 Parameters of all kernels: T tokens, a number; H heads, HQ query heads, D (or K, V) features, M
 slots; BD (or BK, BV) and BM, powers of two, how many of the features and slots a tile has; FLOAT32,
