@@ -48,4 +48,14 @@ CONFIGS: dict[str, dict[int, Config]] = {
     # Up to K = 128; beyond, half as many columns. A thread then has 64 elements of the state, and
     # 130 registers in all, so that several programs are on a multiprocessor.
     "kda_step": _everywhere({"BV": 64}, warps=4, stages=1),
+    "gsa_sums": _everywhere({"BM": 32}, warps=4, stages=1),
+    "gsa_states": _everywhere({"BD": 64, "BM": 64}, warps=4, stages=2),
+    "gsa_states_float32": _everywhere({"BD": 32, "BM": 64}, warps=4, stages=1),
+    "gsa_read": _everywhere({"BD": 64, "BM": 64}, warps=4, stages=1),
+    "gsa_read_float32": _everywhere({"BD": 32, "BM": 32}, warps=4, stages=1),
+    "gsa_outputs": _everywhere({"BD": 64, "BM": 64}, warps=4, stages=1),
+    "gsa_outputs_float32": _everywhere({"BD": 32, "BM": 32}, warps=4, stages=1),
+    "gsa_gradients": _everywhere({"BD": 64, "BM": 64}, warps=4, stages=1),
+    "gsa_gradients_float32": _everywhere({"BD": 32, "BM": 32}, warps=4, stages=1),
+    "gsa_step": _everywhere({}, warps=4, stages=1),
 }

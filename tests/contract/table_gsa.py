@@ -9,6 +9,7 @@ from table import (
     PALLAS,
     REFERENCE,
     SHOWN_BY_ANOTHER,
+    TRITON,
     XLA,
     Implementation,
     Mechanism,
@@ -116,6 +117,18 @@ GSA = Mechanism(
                 dict(HQ=1, T=70, K=128, V=81, M=64),
                 dict(HQ=1, T=70, K=63, V=256, M=20),
                 dict(HQ=1, T=40, K=256, V=16, M=128),
+            ),
+        ),
+        Implementation(
+            TRITON,
+            sizes=dict(B=1, T=100, H=1, HQ=1, K=16, V=16, M=16),
+            full=dict(B=2, T=2000, H=8, HQ=16, K=128, V=128, M=64),
+            lengths=(1, 64, 130),
+            head_dims=(
+                # Two rows, and two query heads to each of two key heads; two tiles of slots.
+                dict(B=2, T=20, H=2, HQ=4, V=40, M=100),
+                dict(HQ=1, T=20, K=250, V=81, M=20),
+                dict(HQ=1, T=20, K=63, V=256, M=256),
             ),
         ),
     ),
