@@ -7,8 +7,8 @@ _GSA_SIZES = {
     "": dict(HQ=16, H=16, D=128, M=64),
     "_masked": dict(HQ=16, H=8, D=200, M=100),
 }
-# The most of all GPUs with triton 3.6.0 and 3.9.0, by kernel, dtype and sizes. `gsa_gradients` holds up to four float32 tiles,
-# of 32 registers a thread, beside what makes the next one.
+# The most of all GPUs, with triton 3.6.0 and 3.9.0, by kernel, dtype and sizes. `gsa_gradients` has
+# up to four float32 tiles of 32 registers a thread, beside what makes the next one.
 _GSA_SPILLS = {
     "gsa_gradients": 408,
     "gsa_gradients_masked": 920,
