@@ -1,0 +1,210 @@
+"""KDA's backward pass in three kernels; docs/kernels/kda.md derives the formulas.
+
+`gradient_recurrence` carries the state's gradient back through the chunks. Then, from the states
+before and the gradients after each chunk, `errors` makes all sums over K (the gradients of v, beta
+and the scores), and `key_gradients` all sums over V and those of the scores' gradients.
+"""
+
+import triton
+import triton.language as tl
+
+from jla.triton.kernels.pieces import (
+    CHUNK,
+    LEVELS,
+    after,
+    chunk_tile,
+    decays,
+    dot,
+    dot_add,
+    identity,
+    level_decays,
+    level_decays_turned,
+    level_pairs,
+    level_pairs_both,
+    level_pairs_turned,
+    load_scalars,
+    load_tokens,
+    place,
+    store_tokens,
+    token_tile,
+    up_to,
+)
+
+
+@triton.jit
+def kda_gradient_recurrence(
+    query_ptr, read_ptr, write_ptr, do_ptr, scores_ptr, decay_ptr, beta_ptr, end_ptr,
+    gradients_ptr, start_ptr,
+    T: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Runs the chunks in reverse; dS is the gradient of the state after the chunk:
+
+        dE = beta (Aq^T do + kg dS);   dS <- Diag(decay) dS + q~^T do - w^T dE
+
+    A program has BV columns of dS, transposed, as `kda_recurrence` those of S.
+
+    Returns dS of each chunk, [B, HV, N, V, K] in the inputs' dtype, and the gradient of the initial
+    state, [B, HV, K, V] float32.
+    """
+    N: tl.constexpr = (T + CHUNK - 1) // CHUNK
+    part, h, _, b = place(V // BV, 1, HV)
+    dtype: tl.constexpr = query_ptr.dtype.element_ty
+    column = part * BV
+    kk, vv = tl.arange(0, K), tl.arange(0, BV)
+    matrix = (b * HV + h).to(tl.int64) * K * V + column + kk[:, None] * V + vv[None, :]
+    gradient = tl.trans(tl.load(end_ptr + matrix))
+    for step in range(0, N):
+        n = N - 1 - step
+        rounded = gradient.to(dtype)
+        base = gradients_ptr + (((b * HV + h) * N + n).to(tl.int64) * V + column) * K
+        tl.store(base + vv[:, None] * K + kk[None, :], rounded)
+        write = tl.load(chunk_tile(write_ptr, b, n, h, 0, N, HV, K, K))
+        of_error = dot(rounded, tl.trans(write))
+        do = tl.trans(load_tokens(token_tile(do_ptr, b, n, h, column, T, HV, V, BV), n, T))
+        scores = tl.load(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
+        of_error = dot_add(do, scores, of_error)
+        beta = load_scalars(beta_ptr, b, n, h, T, HV)
+        of_error = (of_error * -beta[None, :]).to(dtype)
+        decay = tl.load(decay_ptr + ((b * HV + h) * N + n).to(tl.int64) * K + kk)
+        query = tl.load(chunk_tile(query_ptr, b, n, h, 0, N, HV, K, K))
+        gradient = dot_add(do, query, gradient * decay[None, :])
+        read = tl.load(chunk_tile(read_ptr, b, n, h, 0, N, HV, K, K))
+        gradient = dot_add(of_error, read, gradient)
+    tl.store(start_ptr + matrix, tl.trans(gradient))
+
+
+@triton.jit
+def kda_errors(
+    v_ptr, do_ptr, read_ptr, write_ptr, states_ptr, gradients_ptr,
+    inverse_ptr, key_scores_ptr, scores_ptr, beta_ptr,
+    dv_ptr, written_ptr, dbeta_ptr, dkey_scores_ptr, dscores_ptr,
+    T: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    SCALE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """What a chunk wrote, and the gradients of v, beta and the scores. With S before the chunk and
+    dS after it:
+
+        E = X v - w S;   y = Aq^T do + kg dS;   dv = X^T (beta y)
+        z = y - A^T dv;   dbeta = rowsum(E z)
+        dAq = scale tril(do (beta E)^T);   dA = -stril(dv (beta E)^T)
+
+    A program a chunk and value head. Returns dv [B, T, HV, V], beta E [B, HV, N * 64, V], dbeta
+    [B, T, HV] float32, and dA and dAq, each with its transpose added above the diagonal.
+    """
+    N: tl.constexpr = (T + CHUNK - 1) // CHUNK
+    _, h, n, b = place(1, N, HV)
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
+    beta = load_scalars(beta_ptr, b, n, h, T, HV)[:, None]
+    dbeta = tl.zeros((CHUNK,), tl.float32)
+    by_query = tl.zeros((CHUNK, CHUNK), tl.float32)
+    by_key = tl.zeros((CHUNK, CHUNK), tl.float32)
+    for column in range(0, V, BV):
+        known = tl.zeros((CHUNK, BV), tl.float32)
+        y = tl.zeros((CHUNK, BV), tl.float32)
+        for feature in range(0, K, BK):
+            matrix = (((b * HV + h) * N + n).to(tl.int64) * V + column) * K + feature
+            matrix += tl.arange(0, BV)[None, :] * K + tl.arange(0, BK)[:, None]
+            read = tl.load(chunk_tile(read_ptr, b, n, h, feature, N, HV, K, BK))
+            known = dot_add(read, tl.load(states_ptr + matrix), known)
+            write = tl.load(chunk_tile(write_ptr, b, n, h, feature, N, HV, K, BK))
+            y = dot_add(write, tl.load(gradients_ptr + matrix), y)
+        scores = tl.load(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
+        do = load_tokens(token_tile(do_ptr, b, n, h, column, T, HV, V, BV), n, T)
+        y = dot_add(tl.trans(scores), do, y)
+        inverse = tl.load(chunk_tile(inverse_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
+        dv = dot(tl.trans(inverse), (y * beta).to(dtype)).to(dtype)
+        store_tokens(token_tile(dv_ptr, b, n, h, column, T, HV, V, BV), dv, n, T)
+        key_scores = tl.load(chunk_tile(key_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
+        z = y - dot(tl.trans(key_scores), dv)
+        v = load_tokens(token_tile(v_ptr, b, n, h, column, T, HV, V, BV), n, T)
+        error = dot(inverse, v) - known
+        dbeta += tl.sum(error * z, 1)
+        written = (error * beta).to(dtype)
+        tl.store(chunk_tile(written_ptr, b, n, h, column, N, HV, V, BV), written)
+        by_query = dot_add(do, tl.trans(written), by_query)
+        by_key = dot_add(dv, tl.trans(written), by_key)
+    t = n * CHUNK + tl.arange(0, CHUNK)
+    tl.store(dbeta_ptr + (b * T + t).to(tl.int64) * HV + h, dbeta, mask=t < T)
+    by_query = tl.where(up_to(), by_query * SCALE, 0.0)
+    by_query += tl.trans(by_query) * (1.0 - identity())
+    tl.store(chunk_tile(dscores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), by_query.to(dtype))
+    by_key = tl.where(tl.trans(after()), -by_key, 0.0)
+    by_key += tl.trans(by_key)
+    tl.store(chunk_tile(dkey_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), by_key.to(dtype))
+
+
+@triton.jit
+def kda_key_gradients(
+    q_ptr, k_ptr, g_ptr, do_ptr, dv_ptr, written_ptr, states_ptr, gradients_ptr,
+    dkey_scores_ptr, dscores_ptr,
+    dq_ptr, dk_ptr, dg_ptr,
+    T: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    SCALE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The gradients of q, k and the log decays. Through the states,
+
+        dq~ = do S^T;   dk~ = -dv S^T;   dkg = (beta E) dS^T
+
+    and through the scores, level by level of the tree of references. What a decayed product
+    contributes to the gradient of its log decays is itself times its gradient: each product adds
+    this to the log decays between the two tokens, and nothing is ever subtracted.
+
+    A program BK features of a chunk and value head. Returns dq, dk [B, T, HV, K], of each value
+    head, and dg [B, T, HV, K] float32.
+    """
+    N: tl.constexpr = (T + CHUNK - 1) // CHUNK
+    part, h, n, b = place(K // BK, N, HV)
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    column = part * BK
+    key_head = h // (HV // H)
+    dq = tl.zeros((CHUNK, BK), tl.float32)
+    dread = tl.zeros((CHUNK, BK), tl.float32)
+    dwrite = tl.zeros((CHUNK, BK), tl.float32)
+    carried = tl.zeros((BK,), tl.float32)
+    for value in range(0, V, BV):
+        matrix = (((b * HV + h) * N + n).to(tl.int64) * V + value) * K + column
+        matrix += tl.arange(0, BV)[:, None] * K + tl.arange(0, BK)[None, :]
+        state, gradient = tl.load(states_ptr + matrix), tl.load(gradients_ptr + matrix)
+        carried += tl.sum(state.to(tl.float32) * gradient.to(tl.float32), 0)
+        do = load_tokens(token_tile(do_ptr, b, n, h, value, T, HV, V, BV), n, T)
+        dq = dot_add(do, state, dq)
+        dv = load_tokens(token_tile(dv_ptr, b, n, h, value, T, HV, V, BV), n, T)
+        dread = dot_add(dv, state, dread)
+        written = tl.load(chunk_tile(written_ptr, b, n, h, value, N, HV, V, BV))
+        dwrite = dot_add(written, gradient, dwrite)
+    q = load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T)
+    k = load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T)
+    g = load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T)
+    before, behind = decays(up_to(), g), decays(after(), g)
+    dq = dq * before * SCALE
+    dread = -dread * before
+    dwrite = dwrite * behind
+    dk = dread + dwrite
+    # Readers of the state count for the decays up to theirs, writers for those after theirs.
+    reads = q.to(tl.float32) * dq + k.to(tl.float32) * dread
+    dg = dot(tl.trans(up_to()).to(dtype), reads.to(dtype))
+    dg = dot_add(tl.trans(after()).to(dtype), (k.to(tl.float32) * dwrite).to(dtype), dg)
+    dg += (carried * tl.exp2(tl.sum(g.to(tl.float32), 0)))[None, :]
+
+    by_query = tl.load(chunk_tile(dscores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
+    by_key = tl.load(chunk_tile(dkey_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
+    for level in range(0, LEVELS):
+        decay = decays(level_decays(level), g)
+        keys = (k.to(tl.float32) * decay).to(dtype)
+        dquery = dot(tl.where(level_pairs(level), by_query, 0.0).to(dtype), keys)
+        dkey = dot(tl.where(level_pairs_both(level), by_key, 0.0).to(dtype), keys)
+        queries = (q.to(tl.float32) * decay).to(dtype)
+        dkey = dot_add(tl.where(level_pairs_turned(level), by_query, 0.0).to(dtype), queries, dkey)
+        dquery *= decay
+        dkey *= decay
+        dq += dquery
+        dk += dkey
+        change = (q.to(tl.float32) * dquery + k.to(tl.float32) * dkey).to(dtype)
+        dg = dot_add(level_decays_turned(level).to(dtype), change, dg)
+    store_tokens(token_tile(dg_ptr, b, n, h, column, T, HV, K, BK), dg, n, T)
+    # The scores' diagonal, which knows no decay.
+    own = tl.sum(by_query.to(tl.float32) * identity(), 1)[:, None]
+    dq += own * k.to(tl.float32)
+    dk += own * q.to(tl.float32)
+    store_tokens(token_tile(dq_ptr, b, n, h, column, T, HV, K, BK), dq, n, T)
+    store_tokens(token_tile(dk_ptr, b, n, h, column, T, HV, K, BK), dk, n, T)

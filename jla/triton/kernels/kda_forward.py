@@ -1,0 +1,157 @@
+"""KDA's forward pass in three kernels; docs/kernels/kda.md derives the formulas.
+
+`scores` and `operands` do what a chunk can do without its state, `recurrence` carries the state
+through the chunks. Arrays between kernels have whole chunks, [B, HV, N * 64, D]; squares are
+[B, HV, N, 64, 64]. g are log decays in base 2, finite; one so strong that its exp2 is 0 starts a
+segment. K and V are powers of two.
+"""
+
+import triton
+import triton.language as tl
+
+from jla.triton.kernels.pieces import (
+    CHUNK,
+    LEVELS,
+    after,
+    chunk_tile,
+    decays,
+    dot,
+    dot_add,
+    identity,
+    level_decays,
+    level_pairs,
+    load_scalars,
+    load_tokens,
+    place,
+    store_tokens,
+    token_tile,
+    unit_lower_inverse,
+    up_to,
+)
+
+
+@triton.jit
+def kda_scores(
+    q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr,
+    scores_ptr, key_scores_ptr, inverse_ptr, u_ptr,
+    T: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    SCALE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The decayed products of a chunk's tokens, and the inverse of its triangular system:
+
+        A[i, j]  = sum_k k_i k_j exp(G_i - G_j)           (j < i)
+        Aq[i, j] = scale sum_k q_i k_j exp(G_i - G_j)     (j <= i)
+        X = (I + A diag(beta))^-1;   u = X v
+
+    A program a chunk and value head. Returns Aq, A, X and u, in the inputs' dtype.
+    """
+    N: tl.constexpr = (T + CHUNK - 1) // CHUNK
+    _, h, n, b = place(1, N, HV)
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    key_head = h // (HV // H)
+    by_key = tl.zeros((CHUNK, CHUNK), tl.float32)
+    by_query = tl.zeros((CHUNK, CHUNK), tl.float32)
+    own = tl.zeros((CHUNK,), tl.float32)
+    for column in range(0, K, BK):
+        q = load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T)
+        k = load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T)
+        g = load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T)
+        own += tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+        for level in range(0, LEVELS):
+            decay = decays(level_decays(level), g)
+            earlier = tl.trans((k.to(tl.float32) * decay).to(dtype))
+            pairs = level_pairs(level)
+            product = dot((k.to(tl.float32) * decay).to(dtype), earlier)
+            by_key += tl.where(pairs, product, 0.0)
+            product = dot((q.to(tl.float32) * decay).to(dtype), earlier)
+            by_query += tl.where(pairs, product, 0.0)
+    by_query = (by_query + own[:, None] * identity()) * SCALE
+    tl.store(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), by_query.to(dtype))
+    tl.store(chunk_tile(key_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), by_key.to(dtype))
+    beta = load_scalars(beta_ptr, b, n, h, T, HV)
+    inverse = unit_lower_inverse(by_key * beta[None, :], dtype).to(dtype)
+    tl.store(chunk_tile(inverse_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), inverse)
+    for column in range(0, V, BV):
+        v = load_tokens(token_tile(v_ptr, b, n, h, column, T, HV, V, BV), n, T)
+        u = dot(inverse, v).to(dtype)
+        tl.store(chunk_tile(u_ptr, b, n, h, column, N, HV, V, BV), u)
+
+
+@triton.jit
+def kda_operands(
+    q_ptr, k_ptr, g_ptr, inverse_ptr,
+    query_ptr, read_ptr, write_ptr, decay_ptr,
+    T: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
+    SCALE: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """What the recurrence multiplies a chunk's state with:
+
+        q~ = scale q exp(G);   w = X (k exp(G));   kg = k exp(G_end - G);   decay = exp(G_end)
+
+    A program BK features of a chunk and value head. decay is [B, HV, N, K] float32.
+    """
+    N: tl.constexpr = (T + CHUNK - 1) // CHUNK
+    part, h, n, b = place(K // BK, N, HV)
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    column = part * BK
+    key_head = h // (HV // H)
+    g = load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T)
+    k = load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T)
+    k = k.to(tl.float32)
+    before = decays(up_to(), g)
+    inverse = tl.load(chunk_tile(inverse_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
+    read = dot(inverse, (k * before).to(dtype)).to(dtype)
+    tl.store(chunk_tile(read_ptr, b, n, h, column, N, HV, K, BK), read)
+    q = load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T)
+    query = (q.to(tl.float32) * before * SCALE).to(dtype)
+    tl.store(chunk_tile(query_ptr, b, n, h, column, N, HV, K, BK), query)
+    write = (k * decays(after(), g)).to(dtype)
+    tl.store(chunk_tile(write_ptr, b, n, h, column, N, HV, K, BK), write)
+    total = tl.exp2(tl.sum(g.to(tl.float32), 0))
+    decay_ptr += ((b * HV + h) * N + n).to(tl.int64) * K + column
+    tl.store(decay_ptr + tl.arange(0, BK), total)
+
+
+@triton.jit
+def kda_recurrence(
+    query_ptr, read_ptr, write_ptr, u_ptr, scores_ptr, decay_ptr, beta_ptr, start_ptr,
+    o_ptr, last_ptr, states_ptr,
+    T: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    KEEP: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Runs the chunks in order:
+
+        E = u - w S;   o = q~ S + Aq (beta E);   S <- Diag(decay) S + kg^T (beta E)
+
+    A program has BV columns of one head's state, transposed, [BV, K] float32, in registers: so it
+    is the first operand of all its products, and never passes through shared memory.
+
+    Returns o [B, T, HV, V], the last state [B, HV, K, V] float32 and, with KEEP, the states before
+    each chunk, transposed, [B, HV, N, V, K] in the inputs' dtype.
+    """
+    N: tl.constexpr = (T + CHUNK - 1) // CHUNK
+    part, h, _, b = place(V // BV, 1, HV)
+    dtype: tl.constexpr = query_ptr.dtype.element_ty
+    column = part * BV
+    kk, vv = tl.arange(0, K), tl.arange(0, BV)
+    matrix = (b * HV + h).to(tl.int64) * K * V + column + kk[:, None] * V + vv[None, :]
+    state = tl.trans(tl.load(start_ptr + matrix))
+    for n in range(0, N):
+        rounded = state.to(dtype)
+        if KEEP:
+            base = states_ptr + (((b * HV + h) * N + n).to(tl.int64) * V + column) * K
+            tl.store(base + vv[:, None] * K + kk[None, :], rounded)
+        read = tl.load(chunk_tile(read_ptr, b, n, h, 0, N, HV, K, K))
+        u = tl.load(chunk_tile(u_ptr, b, n, h, column, N, HV, V, BV))
+        error = tl.trans(u).to(tl.float32) - dot(rounded, tl.trans(read))
+        beta = load_scalars(beta_ptr, b, n, h, T, HV)
+        error = (error * beta[None, :]).to(dtype)
+        query = tl.load(chunk_tile(query_ptr, b, n, h, 0, N, HV, K, K))
+        o = dot(rounded, tl.trans(query))
+        scores = tl.load(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
+        o = dot_add(error, tl.trans(scores), o)
+        store_tokens(token_tile(o_ptr, b, n, h, column, T, HV, V, BV), tl.trans(o), n, T)
+        decay = tl.load(decay_ptr + ((b * HV + h) * N + n).to(tl.int64) * K + kk)
+        write = tl.load(chunk_tile(write_ptr, b, n, h, 0, N, HV, K, K))
+        state = dot_add(error, write, state * decay[None, :])
+    tl.store(last_ptr + matrix, tl.trans(state))

@@ -1,0 +1,198 @@
+"""What the kernels of all mechanisms share: tiles of tokens, the tree of decays, the inverse.
+
+A chunk has 64 tokens. Inside a kernel, `i` and `j` are a chunk's tokens and exponents are in base
+2. Products take operands of the inputs' dtype and add in float32; float32 operands are multiplied
+as three TF32 products.
+"""
+
+import triton
+import triton.language as tl
+
+CHUNK: tl.constexpr = tl.constexpr(64)
+LEVELS: tl.constexpr = tl.constexpr(6)
+
+
+@triton.jit
+def dot(a, b):
+    """a @ b in float32."""
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def dot_add(a, b, acc):
+    """acc + a @ b in float32."""
+    return tl.dot(a, b, acc=acc, input_precision="tf32x3")
+
+
+@triton.jit
+def place(parts: tl.constexpr, N: tl.constexpr, HV: tl.constexpr):
+    """A program's part of a chunk (the fastest), value head, chunk and batch row (the slowest).
+
+    Neighbouring heads lie together in memory, and value heads may share a key head.
+    """
+    program = tl.program_id(0)
+    part = program % parts
+    h = program // parts % HV
+    n = program // (parts * HV) % N
+    b = program // (parts * HV * N)
+    return part, h, n, b
+
+
+@triton.jit
+def token_tile(ptr, b, n, h, column, T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+    """Pointers to W columns, from `column`, of a chunk's tokens in an array [B, T, H, D]."""
+    base = ptr + ((b * T + n * CHUNK).to(tl.int64) * H + h) * D + column
+    return base + tl.arange(0, CHUNK)[:, None] * (H * D) + tl.arange(0, W)[None, :]
+
+
+@triton.jit
+def chunk_tile(ptr, b, n, h, column, N: tl.constexpr, HV: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+    """As `token_tile`, in an array between kernels, [B, HV, N * 64, D]."""
+    base = ptr + ((b * HV + h) * N + n).to(tl.int64) * (CHUNK * D) + column
+    return base + tl.arange(0, CHUNK)[:, None] * D + tl.arange(0, W)[None, :]
+
+
+@triton.jit
+def load_tokens(pointers, n, T: tl.constexpr):
+    """Loads a tile of tokens; those from T on are zeros."""
+    if T % CHUNK == 0:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(n * CHUNK + tl.arange(0, CHUNK) < T)[:, None], other=0.0)
+
+
+@triton.jit
+def store_tokens(pointers, x, n, T: tl.constexpr):
+    """Stores a tile of tokens, but for those from T on."""
+    x = x.to(pointers.dtype.element_ty)
+    if T % CHUNK == 0:
+        tl.store(pointers, x)
+    else:
+        tl.store(pointers, x, mask=(n * CHUNK + tl.arange(0, CHUNK) < T)[:, None])
+
+
+@triton.jit
+def load_scalars(ptr, b, n, h, T: tl.constexpr, HV: tl.constexpr):
+    """A number for each token of a chunk, of an array [B, T, HV]; zeros from T on."""
+    t = n * CHUNK + tl.arange(0, CHUNK)
+    return tl.load(ptr + (b * T + t).to(tl.int64) * HV + h, mask=t < T, other=0.0)
+
+
+# ------------------------------------------------------------------------------ masks, [64, 64]
+
+
+@triton.jit
+def _tokens():
+    return tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+
+
+@triton.jit
+def up_to():
+    """[i, j]: j <= i."""
+    i, j = _tokens()
+    return j <= i
+
+
+@triton.jit
+def after():
+    """[i, j]: j > i."""
+    i, j = _tokens()
+    return j > i
+
+
+@triton.jit
+def identity():
+    """[i, j]: 1.0 where i = j, else 0.0."""
+    i, j = _tokens()
+    return tl.where(i == j, 1.0, 0.0)
+
+
+@triton.jit
+def level_decays(level):
+    """[i, m]: whether the decay of token m lies between token i and its block's middle.
+
+    At a level, blocks of 2 * 2**level tokens have a left and a right half. A token of the right
+    half reads from the block's middle on, so its decays are those from the middle to itself; a
+    token of the left half is read from the middle on, so its decays are those after itself.
+    """
+    i, m = _tokens()
+    right = ((i >> level) & 1) == 1
+    return ((i >> level) == (m >> level)) & ((m <= i) == right)
+
+
+@triton.jit
+def level_decays_turned(level):
+    """The transpose of `level_decays`."""
+    m, i = _tokens()
+    right = ((i >> level) & 1) == 1
+    return ((i >> level) == (m >> level)) & ((m <= i) == right)
+
+
+@triton.jit
+def level_pairs(level):
+    """[i, j]: whether the level serves the pair: i in the right half of a block, j in the left."""
+    i, j = _tokens()
+    return (((i >> level) ^ (j >> level)) == 1) & (j < i)
+
+
+@triton.jit
+def level_pairs_both(level):
+    """`level_pairs` or its transpose."""
+    i, j = _tokens()
+    return ((i >> level) ^ (j >> level)) == 1
+
+
+@triton.jit
+def level_pairs_turned(level):
+    """The transpose of `level_pairs`."""
+    i, j = _tokens()
+    return (((i >> level) ^ (j >> level)) == 1) & (i < j)
+
+
+# ------------------------------------------------------------------------------ decays
+
+
+@triton.jit
+def decays(mask, g):
+    """exp2(mask @ g), [64, W] float32: for each token the decays of the tokens that a mask names.
+
+    Each row's log decays are summed directly and none is subtracted: so no exponent is positive,
+    and a huge decay elsewhere in the chunk costs no digit here.
+
+    Args:
+      mask: bool [64, 64]. g: log decays in base 2, [64, W], finite.
+    """
+    return tl.exp2(dot(mask.to(g.dtype), g))
+
+
+# ------------------------------------------------------------------------------ inverse
+
+
+@triton.jit
+def _split(x):
+    """The two bfloat16 numbers whose sum is x to 16 bits."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def unit_lower_inverse(a, DTYPE: tl.constexpr):
+    """(I + a)^-1 in float32, for a strictly lower triangular float32 `a`, [64, 64].
+
+    Block substitution: X is the inverse of the diagonal blocks of 2**level, and X - X L X, with L
+    the part of `a` that joins two of them, that of the blocks twice as large. No power of `a` is
+    formed: for keys that repeat they overflow. With 16-bit operands a Newton step follows,
+    X + X (I - (I + a) X), with the residual from 16 bits of each factor: it squares the error.
+    """
+    x = identity() - tl.where(level_pairs(0), a, 0.0)
+    for level in range(1, LEVELS):
+        joined = tl.where(level_pairs(level), a, 0.0).to(DTYPE)
+        rounded = x.to(DTYPE)
+        x -= dot(rounded, dot(joined, rounded).to(DTYPE))
+    if DTYPE != tl.float32:
+        a_high, a_low = _split(a)
+        high, low = _split(x)
+        product = dot_add(a_low, high, dot_add(a_high, low, dot(a_high, high)))
+        residual = (identity() - x - product).to(DTYPE)
+        x += dot(high.to(DTYPE), residual)
+    return x
