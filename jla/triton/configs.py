@@ -47,4 +47,16 @@ def _everywhere(blocks, **settings):
 CONFIGS: dict[str, dict[int, Config]] = {
     # 64 float32 of the state a thread at K = 128, and several programs on a multiprocessor.
     "kda_step": _everywhere({"BV": 64}, warps=4, stages=1),
+    **{
+        name + suffix: _everywhere(blocks, warps=4, stages=2)
+        for name, blocks in {
+            "kda_scores": {"BK": 64, "BV": 64},
+            "kda_operands": {"BK": 64},
+            "kda_recurrence": {"BV": 64},
+            "kda_gradient_recurrence": {"BV": 64},
+            "kda_errors": {"BK": 64, "BV": 64},
+            "kda_key_gradients": {"BK": 64, "BV": 64},
+        }.items()
+        for suffix in ("", "_float32")
+    },
 }

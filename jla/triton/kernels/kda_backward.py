@@ -123,7 +123,7 @@ def kda_errors(
         tl.store(chunk_tile(written_ptr, b, n, h, column, N, HV, V, BV), written)
         by_query = dot_add(do, tl.trans(written), by_query)
         by_key = dot_add(dv, tl.trans(written), by_key)
-    t = n * CHUNK + tl.arange(0, CHUNK)
+    t = tl.arange(0, CHUNK) + n * CHUNK
     tl.store(dbeta_ptr + (b * T + t).to(tl.int64) * HV + h, dbeta, mask=t < T)
     by_query = tl.where(up_to(), by_query * SCALE, 0.0)
     by_query += tl.trans(by_query) * (1.0 - identity())

@@ -55,26 +55,26 @@ def chunk_tile(ptr, b, n, h, column, N: tl.constexpr, HV: tl.constexpr, D: tl.co
 @triton.jit
 def load_tokens(pointers, n, T: tl.constexpr):
     """Loads a tile of tokens; those from T on are zeros."""
-    if T % CHUNK == 0:
+    if T // CHUNK * CHUNK == T:  # the interpreter knows no `%` here
         return tl.load(pointers)
     else:
-        return tl.load(pointers, mask=(n * CHUNK + tl.arange(0, CHUNK) < T)[:, None], other=0.0)
+        return tl.load(pointers, mask=(tl.arange(0, CHUNK) + n * CHUNK < T)[:, None], other=0.0)
 
 
 @triton.jit
 def store_tokens(pointers, x, n, T: tl.constexpr):
     """Stores a tile of tokens, but for those from T on."""
     x = x.to(pointers.dtype.element_ty)
-    if T % CHUNK == 0:
+    if T // CHUNK * CHUNK == T:  # the interpreter knows no `%` here
         tl.store(pointers, x)
     else:
-        tl.store(pointers, x, mask=(n * CHUNK + tl.arange(0, CHUNK) < T)[:, None])
+        tl.store(pointers, x, mask=(tl.arange(0, CHUNK) + n * CHUNK < T)[:, None])
 
 
 @triton.jit
 def load_scalars(ptr, b, n, h, T: tl.constexpr, HV: tl.constexpr):
     """A number for each token of a chunk, of an array [B, T, HV]; zeros from T on."""
-    t = n * CHUNK + tl.arange(0, CHUNK)
+    t = tl.arange(0, CHUNK) + n * CHUNK
     return tl.load(ptr + (b * T + t).to(tl.int64) * HV + h, mask=t < T, other=0.0)
 
 
