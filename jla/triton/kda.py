@@ -22,6 +22,7 @@ from jla.triton import configs, launch
 from jla.triton.kernels import kda_backward, kda_forward
 from jla.triton.kernels import kda_step as step
 from jla.triton.kernels.pieces import CHUNK
+from jla.triton.masks import masks
 
 __all__ = ["kda", "kda_from_projection", "kda_step", "unsupported"]
 
@@ -149,7 +150,7 @@ def _forward(q, k, v, g, beta, *start, scale, keep):
     dtype, sizes = q.dtype, dict(T=T, HV=HV, K=K, V=V)
     square, values = SDS((B, HV, N * _C, _C), dtype), SDS((B, HV, N * _C, V), dtype)
     scores, key_scores, inverse, u = _call(
-        kda_forward.kda_scores, *(q, k, v, g, beta), programs=B * N * HV,
+        kda_forward.kda_scores, *(q, k, v, g, beta, masks(g.dtype)), programs=B * N * HV,
         outputs=[square, square, square, values], **sizes, H=H, SCALE=scale,
     )  # fmt: skip
     query, read, write, decay = _operands(q, k, g, inverse, scale)
@@ -168,7 +169,8 @@ def _operands(q, k, g, inverse, scale):
     HV, TP = inverse.shape[1:3]
     keys = SDS((B, HV, TP, K), q.dtype)
     return _call(
-        kda_forward.kda_operands, *(q, k, g, inverse), programs=B * HV * (TP // _C), by="BK",
+        kda_forward.kda_operands, *(q, k, g, inverse, masks(g.dtype)),
+        programs=B * HV * (TP // _C), by="BK",
         outputs=[keys, keys, keys, SDS((B, HV, TP // _C, K), f32)],
         T=T, H=H, HV=HV, K=K, SCALE=scale,
     )  # fmt: skip
@@ -194,7 +196,7 @@ def _backward(q, k, v, g, beta, scores, key_scores, inverse, states, do, end, *,
     keys = SDS((B, T, HV, K), q.dtype)
     dq, dk, dg = _call(
         kda_backward.kda_key_gradients, *(q, k, g, do, dv, written, states, gradients),
-        *(dkey_scores, dscores), programs=programs, by="BK",
+        *(dkey_scores, dscores, masks(g.dtype), masks(q.dtype)), programs=programs, by="BK",
         outputs=[keys, keys, SDS(keys.shape, f32)], **sizes, H=H, SCALE=scale,
     )  # fmt: skip
     return dq, dk, dv, dg, dbeta, start

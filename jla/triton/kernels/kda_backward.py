@@ -9,21 +9,24 @@ import triton
 import triton.language as tl
 
 from jla.triton.kernels.pieces import (
+    AFTER,
     CHUNK,
     LEVELS,
-    after,
+    LIMIT,
+    NEAR,
+    NEAR_MASK,
+    UP_TO,
+    before,
     chunk_tile,
-    decays,
     dot,
     dot_add,
     identity,
-    level_decays,
-    level_decays_turned,
     level_pairs,
-    level_pairs_both,
-    level_pairs_turned,
+    load_mask,
     load_scalars,
     load_tokens,
+    near_decays,
+    near_pairs,
     place,
     store_tokens,
     token_tile,
@@ -89,7 +92,7 @@ def kda_errors(
         dAq = scale tril(do (beta E)^T);   dA = -stril(dv (beta E)^T)
 
     A program a chunk and value head. Returns dv [B, T, HV, V], beta E [B, HV, N * 64, V], dbeta
-    [B, T, HV] float32, and dA and dAq, each with its transpose added above the diagonal.
+    [B, T, HV] float32, and dA and dAq.
     """
     N: tl.constexpr = (T + CHUNK - 1) // CHUNK
     _, h, n, b = place(1, N, HV)
@@ -126,17 +129,15 @@ def kda_errors(
     t = tl.arange(0, CHUNK) + n * CHUNK
     tl.store(dbeta_ptr + (b * T + t).to(tl.int64) * HV + h, dbeta, mask=t < T)
     by_query = tl.where(up_to(), by_query * SCALE, 0.0)
-    by_query += tl.trans(by_query) * (1.0 - identity())
     tl.store(chunk_tile(dscores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), by_query.to(dtype))
-    by_key = tl.where(tl.trans(after()), -by_key, 0.0)
-    by_key += tl.trans(by_key)
+    by_key = tl.where(before(), -by_key, 0.0)
     tl.store(chunk_tile(dkey_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), by_key.to(dtype))
 
 
 @triton.jit
 def kda_key_gradients(
     q_ptr, k_ptr, g_ptr, do_ptr, dv_ptr, written_ptr, states_ptr, gradients_ptr,
-    dkey_scores_ptr, dscores_ptr,
+    dkey_scores_ptr, dscores_ptr, masks_ptr, sums_ptr,
     dq_ptr, dk_ptr, dg_ptr,
     T: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SCALE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -145,66 +146,97 @@ def kda_key_gradients(
 
         dq~ = do S^T;   dk~ = -dv S^T;   dkg = (beta E) dS^T
 
-    and through the scores, level by level of the tree of references. What a decayed product
-    contributes to the gradient of its log decays is itself times its gradient: each product adds
-    this to the log decays between the two tokens, and nothing is ever subtracted.
+    and through the scores, by the products that `kda_scores` makes. What a decayed product
+    contributes to the gradient of its log decays is itself times its gradient, for each of them.
+    It is summed without subtractions, but for neighbours, whose decays are not strong.
 
-    A program BK features of a chunk and value head. Returns dq, dk [B, T, HV, K], of each value
-    head, and dg [B, T, HV, K] float32.
+    A program BK features of a chunk and value head; its tiles are transposed, features by tokens,
+    so that all but masks, states and the scores' gradients stays in registers. First come the
+    queries, then the keys, and decays are computed for both: registers do for one of them.
+
+    Returns dq, dk [B, T, HV, K], of each value head, and dg [B, T, HV, K] float32.
     """
     N: tl.constexpr = (T + CHUNK - 1) // CHUNK
     part, h, n, b = place(K // BK, N, HV)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     column = part * BK
     key_head = h // (HV // H)
-    dq = tl.zeros((CHUNK, BK), tl.float32)
-    dread = tl.zeros((CHUNK, BK), tl.float32)
-    dwrite = tl.zeros((CHUNK, BK), tl.float32)
+    matrix = ((b * HV + h) * N + n).to(tl.int64) * (V * K) + column
+    matrix += tl.arange(0, BV)[:, None] * K + tl.arange(0, BK)[None, :]
+    q = tl.trans(load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T))
+    k = tl.trans(load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T))
+    g = tl.trans(load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T))
+    log_decay = dot(g, tl.trans(load_mask(masks_ptr, NEAR_MASK)))
+    least = tl.min(log_decay, 0)
+    far = least < -LIMIT
+    near = near_pairs(least >= -LIMIT)
+    first = tl.where(tl.min(least, 0) < -LIMIT, 0, NEAR)  # the level
+
+    # 1. Queries: through the state, with their neighbours, and level by level of the tree.
+    dq = tl.zeros((BK, CHUNK), tl.float32)
+    for value in range(0, V, BV):
+        do = load_tokens(token_tile(do_ptr, b, n, h, value, T, HV, V, BV), n, T)
+        dq = dot_add(tl.trans(tl.load(states_ptr + matrix + value * K)), tl.trans(do), dq)
+    dq *= tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, UP_TO)))) * SCALE
+    dg = dot((q.to(tl.float32) * dq).to(dtype), load_mask(sums_ptr, UP_TO))
+    dscores = chunk_tile(dscores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK)
+    by_query = tl.where(near, tl.load(dscores), 0.0)
+    read, written = near_decays(log_decay)
+    change = dot(k * written.to(dtype), tl.trans(by_query)) * read
+    dq += change
+    dg = dot_add((q.to(tl.float32) * change).to(dtype), load_mask(sums_ptr, NEAR_MASK), dg)
+    for level in range(first, LEVELS):
+        decay = tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, level))))
+        by_query = tl.where(level_pairs(level, far), tl.load(dscores), 0.0)
+        change = dot(k * decay.to(dtype), tl.trans(by_query)) * decay
+        dq += change
+        dg = dot_add((q.to(tl.float32) * change).to(dtype), load_mask(sums_ptr, level), dg)
+    # The scores' diagonal knows no decay.
+    own = tl.sum(tl.load(dscores).to(tl.float32) * identity(), 1)[None, :]
+    dq += own * k.to(tl.float32)
+    store_tokens(token_tile(dq_ptr, b, n, h, column, T, HV, K, BK), tl.trans(dq), n, T)
+
+    # 2. Keys, as they read and as they are written.
+    dread = tl.zeros((BK, CHUNK), tl.float32)
+    dwritten = tl.zeros((BK, CHUNK), tl.float32)
     carried = tl.zeros((BK,), tl.float32)
     for value in range(0, V, BV):
-        matrix = (((b * HV + h) * N + n).to(tl.int64) * V + value) * K + column
-        matrix += tl.arange(0, BV)[:, None] * K + tl.arange(0, BK)[None, :]
-        state, gradient = tl.load(states_ptr + matrix), tl.load(gradients_ptr + matrix)
-        carried += tl.sum(state.to(tl.float32) * gradient.to(tl.float32), 0)
-        do = load_tokens(token_tile(do_ptr, b, n, h, value, T, HV, V, BV), n, T)
-        dq = dot_add(do, state, dq)
+        state = tl.trans(tl.load(states_ptr + matrix + value * K))
+        gradient = tl.trans(tl.load(gradients_ptr + matrix + value * K))
+        carried += tl.sum(state.to(tl.float32) * gradient.to(tl.float32), 1)
         dv = load_tokens(token_tile(dv_ptr, b, n, h, value, T, HV, V, BV), n, T)
-        dread = dot_add(dv, state, dread)
-        written = tl.load(chunk_tile(written_ptr, b, n, h, value, N, HV, V, BV))
-        dwrite = dot_add(written, gradient, dwrite)
-    q = load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T)
-    k = load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T)
-    g = load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T)
-    before, behind = decays(up_to(), g), decays(after(), g)
-    dq = dq * before * SCALE
-    dread = -dread * before
-    dwrite = dwrite * behind
-    dk = dread + dwrite
-    # Readers of the state count for the decays up to theirs, writers for those after theirs.
-    reads = q.to(tl.float32) * dq + k.to(tl.float32) * dread
-    dg = dot(tl.trans(up_to()).to(dtype), reads.to(dtype))
-    dg = dot_add(tl.trans(after()).to(dtype), (k.to(tl.float32) * dwrite).to(dtype), dg)
-    dg += (carried * tl.exp2(tl.sum(g.to(tl.float32), 0)))[None, :]
-
-    by_query = tl.load(chunk_tile(dscores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
-    by_key = tl.load(chunk_tile(dkey_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
-    for level in range(0, LEVELS):
-        decay = decays(level_decays(level), g)
-        keys = (k.to(tl.float32) * decay).to(dtype)
-        dquery = dot(tl.where(level_pairs(level), by_query, 0.0).to(dtype), keys)
-        dkey = dot(tl.where(level_pairs_both(level), by_key, 0.0).to(dtype), keys)
-        queries = (q.to(tl.float32) * decay).to(dtype)
-        dkey = dot_add(tl.where(level_pairs_turned(level), by_query, 0.0).to(dtype), queries, dkey)
-        dquery *= decay
-        dkey *= decay
-        dq += dquery
-        dk += dkey
-        change = (q.to(tl.float32) * dquery + k.to(tl.float32) * dkey).to(dtype)
-        dg = dot_add(level_decays_turned(level).to(dtype), change, dg)
-    store_tokens(token_tile(dg_ptr, b, n, h, column, T, HV, K, BK), dg, n, T)
-    # The scores' diagonal, which knows no decay.
-    own = tl.sum(by_query.to(tl.float32) * identity(), 1)[:, None]
-    dq += own * k.to(tl.float32)
-    dk += own * q.to(tl.float32)
-    store_tokens(token_tile(dq_ptr, b, n, h, column, T, HV, K, BK), dq, n, T)
-    store_tokens(token_tile(dk_ptr, b, n, h, column, T, HV, K, BK), dk, n, T)
+        dread = dot_add(state, tl.trans(dv), dread)
+        keys = tl.load(chunk_tile(written_ptr, b, n, h, value, N, HV, V, BV))
+        dwritten = dot_add(gradient, tl.trans(keys), dwritten)
+    dg += (carried * tl.exp2(tl.sum(g.to(tl.float32), 1)))[:, None]
+    # A reader's product counts for the decays up to it, a writer's for those after it.
+    dread *= -tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, UP_TO))))
+    dg = dot_add((k.to(tl.float32) * dread).to(dtype), load_mask(sums_ptr, UP_TO), dg)
+    dwritten *= tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, AFTER))))
+    dg = dot_add((k.to(tl.float32) * dwritten).to(dtype), load_mask(sums_ptr, AFTER), dg)
+    dk = dread + dwritten + own * q.to(tl.float32)
+    # Neighbours: what enters a block of them and does not leave it cancels in its sum.
+    dkey_scores = chunk_tile(dkey_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK)
+    by_key = tl.where(near, tl.load(dkey_scores), 0.0)
+    by_query = tl.where(near, tl.load(dscores), 0.0)
+    log_decay = dot(g, tl.trans(load_mask(masks_ptr, NEAR_MASK)))
+    read, written = near_decays(log_decay)
+    dread = dot(k * written.to(dtype), tl.trans(by_key)) * read
+    dk += dread
+    read = read.to(dtype)
+    dwritten = dot_add(q * read, by_query, dot(k * read, by_key)) * written
+    dk += dwritten
+    dread = (k.to(tl.float32) * (dread - dwritten)).to(dtype)
+    dg = dot_add(dread, load_mask(sums_ptr, NEAR_MASK), dg)
+    for level in range(first, LEVELS):
+        decay = tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, level))))
+        pairs = level_pairs(level, far)
+        by_key = tl.where(pairs, tl.load(dkey_scores), 0.0)
+        by_query = tl.where(pairs, tl.load(dscores), 0.0)
+        keys = k * decay.to(dtype)
+        change = dot_add(keys, by_key, dot(keys, tl.trans(by_key)))
+        change = dot_add(q * decay.to(dtype), by_query, change) * decay
+        dk += change
+        dg = dot_add((k.to(tl.float32) * change).to(dtype), load_mask(sums_ptr, level), dg)
+    store_tokens(token_tile(dk_ptr, b, n, h, column, T, HV, K, BK), tl.trans(dk), n, T)
+    store_tokens(token_tile(dg_ptr, b, n, h, column, T, HV, K, BK), tl.trans(dg), n, T)

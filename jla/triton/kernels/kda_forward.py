@@ -10,29 +10,33 @@ import triton
 import triton.language as tl
 
 from jla.triton.kernels.pieces import (
+    AFTER,
     CHUNK,
     LEVELS,
-    after,
+    LIMIT,
+    NEAR,
+    NEAR_MASK,
+    UP_TO,
     chunk_tile,
-    decays,
     dot,
     dot_add,
     identity,
-    level_decays,
     level_pairs,
+    load_mask,
     load_scalars,
     load_tokens,
+    near_decays,
+    near_pairs,
     place,
     store_tokens,
     token_tile,
     unit_lower_inverse,
-    up_to,
 )
 
 
 @triton.jit
 def kda_scores(
-    q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr,
+    q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, masks_ptr,
     scores_ptr, key_scores_ptr, inverse_ptr, u_ptr,
     T: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SCALE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -57,14 +61,22 @@ def kda_scores(
         k = load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T)
         g = load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T)
         own += tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
-        for level in range(0, LEVELS):
-            decay = decays(level_decays(level), g)
-            earlier = tl.trans((k.to(tl.float32) * decay).to(dtype))
-            pairs = level_pairs(level)
-            product = dot((k.to(tl.float32) * decay).to(dtype), earlier)
-            by_key += tl.where(pairs, product, 0.0)
-            product = dot((q.to(tl.float32) * decay).to(dtype), earlier)
-            by_query += tl.where(pairs, product, 0.0)
+        # Neighbours in one product, where decays allow it.
+        log_decay = dot(load_mask(masks_ptr, NEAR_MASK), g)
+        least = tl.min(log_decay, 1)
+        far = least < -LIMIT
+        read, written = near_decays(log_decay)
+        earlier = tl.trans(k * written.to(dtype))
+        pairs = near_pairs(least >= -LIMIT)
+        by_key += tl.where(pairs, dot(k * read.to(dtype), earlier), 0.0)
+        by_query += tl.where(pairs, dot(q * read.to(dtype), earlier), 0.0)
+        # All others level by level of the tree, without a positive exponent.
+        for level in range(tl.where(tl.min(least, 0) < -LIMIT, 0, NEAR), LEVELS):
+            decay = tl.exp2(dot(load_mask(masks_ptr, level), g)).to(dtype)
+            earlier = tl.trans(k * decay)
+            pairs = level_pairs(level, far)
+            by_key += tl.where(pairs, dot(k * decay, earlier), 0.0)
+            by_query += tl.where(pairs, dot(q * decay, earlier), 0.0)
     by_query = (by_query + own[:, None] * identity()) * SCALE
     tl.store(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), by_query.to(dtype))
     tl.store(chunk_tile(key_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), by_key.to(dtype))
@@ -79,7 +91,7 @@ def kda_scores(
 
 @triton.jit
 def kda_operands(
-    q_ptr, k_ptr, g_ptr, inverse_ptr,
+    q_ptr, k_ptr, g_ptr, inverse_ptr, masks_ptr,
     query_ptr, read_ptr, write_ptr, decay_ptr,
     T: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
     SCALE: tl.constexpr, BK: tl.constexpr,
@@ -88,26 +100,27 @@ def kda_operands(
 
         q~ = scale q exp(G);   w = X (k exp(G));   kg = k exp(G_end - G);   decay = exp(G_end)
 
-    A program BK features of a chunk and value head. decay is [B, HV, N, K] float32.
+    A program BK features of a chunk and value head; its tiles are transposed, features by tokens,
+    so that all but masks and X stays in registers. decay is [B, HV, N, K] float32.
     """
     N: tl.constexpr = (T + CHUNK - 1) // CHUNK
     part, h, n, b = place(K // BK, N, HV)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     column = part * BK
     key_head = h // (HV // H)
-    g = load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T)
-    k = load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T)
-    k = k.to(tl.float32)
-    before = decays(up_to(), g)
+    g = tl.trans(load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T))
+    k = tl.trans(load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T))
+    q = tl.trans(load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T))
+    decay = tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, UP_TO))))
+    query = (q.to(tl.float32) * decay * SCALE).to(dtype)
+    tl.store(chunk_tile(query_ptr, b, n, h, column, N, HV, K, BK), tl.trans(query))
     inverse = tl.load(chunk_tile(inverse_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
-    read = dot(inverse, (k * before).to(dtype)).to(dtype)
-    tl.store(chunk_tile(read_ptr, b, n, h, column, N, HV, K, BK), read)
-    q = load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T)
-    query = (q.to(tl.float32) * before * SCALE).to(dtype)
-    tl.store(chunk_tile(query_ptr, b, n, h, column, N, HV, K, BK), query)
-    write = (k * decays(after(), g)).to(dtype)
-    tl.store(chunk_tile(write_ptr, b, n, h, column, N, HV, K, BK), write)
-    total = tl.exp2(tl.sum(g.to(tl.float32), 0))
+    read = dot((k.to(tl.float32) * decay).to(dtype), tl.trans(inverse)).to(dtype)
+    tl.store(chunk_tile(read_ptr, b, n, h, column, N, HV, K, BK), tl.trans(read))
+    decay = tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, AFTER))))
+    write = (k.to(tl.float32) * decay).to(dtype)
+    tl.store(chunk_tile(write_ptr, b, n, h, column, N, HV, K, BK), tl.trans(write))
+    total = tl.exp2(tl.sum(g.to(tl.float32), 1))
     decay_ptr += ((b * HV + h) * N + n).to(tl.int64) * K + column
     tl.store(decay_ptr + tl.arange(0, BK), total)
 

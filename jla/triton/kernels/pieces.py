@@ -10,6 +10,14 @@ import triton.language as tl
 
 CHUNK: tl.constexpr = tl.constexpr(64)
 LEVELS: tl.constexpr = tl.constexpr(6)
+# Decays between tokens of the same 2**NEAR tokens are products of exp2(x) and exp2(-x), as long as
+# x is at least -LIMIT for the later token.
+NEAR: tl.constexpr = tl.constexpr(4)
+LIMIT: tl.constexpr = tl.constexpr(100.0)
+# Numbers of the masks in memory: those from 0 to 5 are the levels'.
+NEAR_MASK: tl.constexpr = tl.constexpr(6)
+UP_TO: tl.constexpr = tl.constexpr(7)
+AFTER: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
@@ -94,10 +102,10 @@ def up_to():
 
 
 @triton.jit
-def after():
-    """[i, j]: j > i."""
+def before():
+    """[i, j]: j < i."""
     i, j = _tokens()
-    return j > i
+    return j < i
 
 
 @triton.jit
@@ -108,61 +116,45 @@ def identity():
 
 
 @triton.jit
-def level_decays(level):
-    """[i, m]: whether the decay of token m lies between token i and its block's middle.
+def near_pairs(only):
+    """[i, j]: j < i in the same 2**NEAR tokens, for the tokens i that `only` [64] marks."""
+    i, j = _tokens()
+    return (j < i) & ((j >> NEAR) == (i >> NEAR)) & only[:, None]
 
-    At a level, blocks of 2 * 2**level tokens have a left and a right half. A token of the right
-    half reads from the block's middle on, so its decays are those from the middle to itself; a
-    token of the left half is read from the middle on, so its decays are those after itself.
+
+@triton.jit
+def level_pairs(level, far):
+    """[i, j]: whether the level serves the pair: i in the right half of a block, j in the left.
+
+    At the levels below NEAR only for the tokens i that `far` [64] marks.
     """
-    i, m = _tokens()
-    right = ((i >> level) & 1) == 1
-    return ((i >> level) == (m >> level)) & ((m <= i) == right)
-
-
-@triton.jit
-def level_decays_turned(level):
-    """The transpose of `level_decays`."""
-    m, i = _tokens()
-    right = ((i >> level) & 1) == 1
-    return ((i >> level) == (m >> level)) & ((m <= i) == right)
-
-
-@triton.jit
-def level_pairs(level):
-    """[i, j]: whether the level serves the pair: i in the right half of a block, j in the left."""
     i, j = _tokens()
-    return (((i >> level) ^ (j >> level)) == 1) & (j < i)
-
-
-@triton.jit
-def level_pairs_both(level):
-    """`level_pairs` or its transpose."""
-    i, j = _tokens()
-    return ((i >> level) ^ (j >> level)) == 1
-
-
-@triton.jit
-def level_pairs_turned(level):
-    """The transpose of `level_pairs`."""
-    i, j = _tokens()
-    return (((i >> level) ^ (j >> level)) == 1) & (i < j)
+    half = i >> level
+    serves = ((half & 1) == 1) & ((level >= NEAR) | far[:, None])
+    return (j >> level) == tl.where(serves, half - 1, -1)
 
 
 # ------------------------------------------------------------------------------ decays
 
 
 @triton.jit
-def decays(mask, g):
-    """exp2(mask @ g), [64, W] float32: for each token the decays of the tokens that a mask names.
+def load_mask(masks_ptr, number):
+    """A mask of `jla.triton.masks`, [64, 64], of the array's dtype."""
+    i, j = _tokens()
+    return tl.load(masks_ptr + number * (CHUNK * CHUNK) + i * CHUNK + j)
 
-    Each row's log decays are summed directly and none is subtracted: so no exponent is positive,
-    and a huge decay elsewhere in the chunk costs no digit here.
+
+@triton.jit
+def near_decays(log_decays):
+    """The two factors of decays between tokens of the same 2**NEAR tokens.
 
     Args:
-      mask: bool [64, 64]. g: log decays in base 2, [64, W], finite.
+      log_decays: of each token, from the block's first one (exclusively), in base 2.
+
+    Returns:
+      exp2 of them and of what they lack; the latter at most 2**LIMIT.
     """
-    return tl.exp2(dot(mask.to(g.dtype), g))
+    return tl.exp2(log_decays), tl.exp2(tl.minimum(-log_decays, LIMIT))
 
 
 # ------------------------------------------------------------------------------ inverse
@@ -184,9 +176,10 @@ def unit_lower_inverse(a, DTYPE: tl.constexpr):
     formed: for keys that repeat they overflow. With 16-bit operands a Newton step follows,
     X + X (I - (I + a) X), with the residual from 16 bits of each factor: it squares the error.
     """
-    x = identity() - tl.where(level_pairs(0), a, 0.0)
+    all_rows = tl.arange(0, CHUNK) >= 0
+    x = identity() - tl.where(level_pairs(0, all_rows), a, 0.0)
     for level in range(1, LEVELS):
-        joined = tl.where(level_pairs(level), a, 0.0).to(DTYPE)
+        joined = tl.where(level_pairs(level, all_rows), a, 0.0).to(DTYPE)
         rounded = x.to(DTYPE)
         x -= dot(rounded, dot(joined, rounded).to(DTYPE))
     if DTYPE != tl.float32:
