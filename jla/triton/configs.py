@@ -55,7 +55,8 @@ CONFIGS: dict[str, dict[int, Config]] = {
             "kda_recurrence": {"BV": 64},
             "kda_gradient_recurrence": {"BV": 64},
             "kda_errors": {"BK": 64, "BV": 64},
-            "kda_key_gradients": {"BK": 64, "BV": 64},
+            "kda_query_gradients": {"BK": 32, "BV": 64},
+            "kda_key_gradients": {"BK": 32, "BV": 64},
         }.items()
         for suffix in ("", "_float32")
     },

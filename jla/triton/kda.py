@@ -193,11 +193,17 @@ def _backward(q, k, v, g, beta, scores, key_scores, inverse, states, do, end, *,
         *(inverse, key_scores, scores, beta), programs=programs,
         outputs=[v, written, beta, scores, scores], **sizes, SCALE=scale,
     )  # fmt: skip
-    keys = SDS((B, T, HV, K), q.dtype)
-    dq, dk, dg = _call(
-        kda_backward.kda_key_gradients, *(q, k, g, do, dv, written, states, gradients),
-        *(dkey_scores, dscores, masks(g.dtype), masks(q.dtype)), programs=programs, by="BK",
-        outputs=[keys, keys, SDS(keys.shape, f32)], **sizes, H=H, SCALE=scale,
+    keys, decays = SDS((B, T, HV, K), q.dtype), SDS((B, T, HV, K), f32)
+    of_decays, of_sums = masks(g.dtype), masks(q.dtype)
+    dq, part = _call(
+        kda_backward.kda_query_gradients,
+        *(q, k, g, do, states, dscores, of_decays, of_sums),
+        programs=programs, by="BK", outputs=[keys, decays], **sizes, H=H, SCALE=scale,
+    )  # fmt: skip
+    dk, dg = _call(
+        kda_backward.kda_key_gradients, *(q, k, g, dv, written, states, gradients),
+        *(dkey_scores, dscores, of_decays, of_sums, part),
+        programs=programs, by="BK", outputs=[keys, decays], **sizes, H=H,
     )  # fmt: skip
     return dq, dk, dv, dg, dbeta, start
 

@@ -1,8 +1,9 @@
-"""KDA's backward pass in three kernels; docs/kernels/kda.md derives the formulas.
+"""KDA's backward pass in four kernels; docs/kernels/kda.md derives the formulas.
 
 `gradient_recurrence` carries the state's gradient back through the chunks. Then, from the states
 before and the gradients after each chunk, `errors` makes all sums over K (the gradients of v, beta
-and the scores), and `key_gradients` all sums over V and those of the scores' gradients.
+and the scores), and `query_gradients` and `key_gradients` all sums over V and those of the scores'
+gradients.
 """
 
 import triton
@@ -20,8 +21,8 @@ from jla.triton.kernels.pieces import (
     chunk_tile,
     dot,
     dot_add,
-    identity,
     level_pairs,
+    load_diagonal,
     load_mask,
     load_scalars,
     load_tokens,
@@ -135,26 +136,23 @@ def kda_errors(
 
 
 @triton.jit
-def kda_key_gradients(
-    q_ptr, k_ptr, g_ptr, do_ptr, dv_ptr, written_ptr, states_ptr, gradients_ptr,
-    dkey_scores_ptr, dscores_ptr, masks_ptr, sums_ptr,
-    dq_ptr, dk_ptr, dg_ptr,
+def kda_query_gradients(
+    q_ptr, k_ptr, g_ptr, do_ptr, states_ptr, dscores_ptr, masks_ptr, sums_ptr,
+    dq_ptr, dg_ptr,
     T: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SCALE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of q, k and the log decays. Through the states,
+    """The gradient of q and what it means for the log decays: through the states, dq~ = do S^T, and
+    through the scores, by the products that `kda_scores` makes.
 
-        dq~ = do S^T;   dk~ = -dv S^T;   dkg = (beta E) dS^T
-
-    and through the scores, by the products that `kda_scores` makes. What a decayed product
-    contributes to the gradient of its log decays is itself times its gradient, for each of them.
-    It is summed without subtractions, but for neighbours, whose decays are not strong.
+    What a decayed product contributes to the gradient of its log decays is itself times its
+    gradient, for each of them. These are summed without subtractions, but for neighbours' keys,
+    whose decays are not strong.
 
     A program BK features of a chunk and value head; its tiles are transposed, features by tokens,
-    so that all but masks, states and the scores' gradients stays in registers. First come the
-    queries, then the keys, and decays are computed for both: registers do for one of them.
+    so that all but masks, states and the scores' gradients stays in registers.
 
-    Returns dq, dk [B, T, HV, K], of each value head, and dg [B, T, HV, K] float32.
+    Returns dq [B, T, HV, K], of each value head, and its part of dg, [B, T, HV, K] float32.
     """
     N: tl.constexpr = (T + CHUNK - 1) // CHUNK
     part, h, n, b = place(K // BK, N, HV)
@@ -163,80 +161,113 @@ def kda_key_gradients(
     key_head = h // (HV // H)
     matrix = ((b * HV + h) * N + n).to(tl.int64) * (V * K) + column
     matrix += tl.arange(0, BV)[:, None] * K + tl.arange(0, BK)[None, :]
-    q = tl.trans(load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T))
-    k = tl.trans(load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T))
-    g = tl.trans(load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T))
-    log_decay = dot(g, tl.trans(load_mask(masks_ptr, NEAR_MASK)))
-    least = tl.min(log_decay, 0)
-    far = least < -LIMIT
-    near = near_pairs(least >= -LIMIT)
-    first = tl.where(tl.min(least, 0) < -LIMIT, 0, NEAR)  # the level
-
-    # 1. Queries: through the state, with their neighbours, and level by level of the tree.
     dq = tl.zeros((BK, CHUNK), tl.float32)
     for value in range(0, V, BV):
         do = load_tokens(token_tile(do_ptr, b, n, h, value, T, HV, V, BV), n, T)
         dq = dot_add(tl.trans(tl.load(states_ptr + matrix + value * K)), tl.trans(do), dq)
+    g = tl.trans(load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T))
     dq *= tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, UP_TO)))) * SCALE
+    q = tl.trans(load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T))
     dg = dot((q.to(tl.float32) * dq).to(dtype), load_mask(sums_ptr, UP_TO))
-    dscores = chunk_tile(dscores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK)
-    by_query = tl.where(near, tl.load(dscores), 0.0)
+    # Neighbours.
+    k = tl.trans(load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T))
+    dscores = tl.load(chunk_tile(dscores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
+    log_decay = dot(g, tl.trans(load_mask(masks_ptr, NEAR_MASK)))
+    least = tl.min(log_decay, 0)
+    far = least < -LIMIT
     read, written = near_decays(log_decay)
+    by_query = tl.where(near_pairs(least >= -LIMIT), dscores, 0.0)
     change = dot(k * written.to(dtype), tl.trans(by_query)) * read
     dq += change
     dg = dot_add((q.to(tl.float32) * change).to(dtype), load_mask(sums_ptr, NEAR_MASK), dg)
-    for level in range(first, LEVELS):
+    # All others level by level of the tree.
+    for level in range(tl.where(tl.min(least, 0) < -LIMIT, 0, NEAR), LEVELS):
         decay = tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, level))))
-        by_query = tl.where(level_pairs(level, far), tl.load(dscores), 0.0)
+        by_query = tl.where(level_pairs(level, far), dscores, 0.0)
         change = dot(k * decay.to(dtype), tl.trans(by_query)) * decay
         dq += change
         dg = dot_add((q.to(tl.float32) * change).to(dtype), load_mask(sums_ptr, level), dg)
+    store_tokens(token_tile(dg_ptr, b, n, h, column, T, HV, K, BK), tl.trans(dg), n, T)
     # The scores' diagonal knows no decay.
-    own = tl.sum(tl.load(dscores).to(tl.float32) * identity(), 1)[None, :]
-    dq += own * k.to(tl.float32)
+    dq += load_diagonal(dscores_ptr, b, n, h, N, HV)[None, :] * k.to(tl.float32)
     store_tokens(token_tile(dq_ptr, b, n, h, column, T, HV, K, BK), tl.trans(dq), n, T)
 
-    # 2. Keys, as they read and as they are written.
+
+@triton.jit
+def kda_key_gradients(
+    q_ptr, k_ptr, g_ptr, dv_ptr, written_ptr, states_ptr, gradients_ptr,
+    dkey_scores_ptr, dscores_ptr, masks_ptr, sums_ptr, part_ptr,
+    dk_ptr, dg_ptr,
+    T: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The gradients of k and the log decays, as `kda_query_gradients`: through the states,
+
+        dk~ = -dv S^T;   dkg = (beta E) dS^T
+
+    and through the scores, where keys are read and where they read.
+
+    Returns dk [B, T, HV, K], of each value head, and dg [B, T, HV, K] float32: the sum of `part`,
+    what `kda_query_gradients` returned, and what keys mean for it.
+    """
+    N: tl.constexpr = (T + CHUNK - 1) // CHUNK
+    part, h, n, b = place(K // BK, N, HV)
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    column = part * BK
+    key_head = h // (HV // H)
+    matrix = ((b * HV + h) * N + n).to(tl.int64) * (V * K) + column
+    matrix += tl.arange(0, BV)[:, None] * K + tl.arange(0, BK)[None, :]
     dread = tl.zeros((BK, CHUNK), tl.float32)
     dwritten = tl.zeros((BK, CHUNK), tl.float32)
-    carried = tl.zeros((BK,), tl.float32)
+    carried = tl.zeros((BK, BV), tl.float32)
     for value in range(0, V, BV):
         state = tl.trans(tl.load(states_ptr + matrix + value * K))
         gradient = tl.trans(tl.load(gradients_ptr + matrix + value * K))
-        carried += tl.sum(state.to(tl.float32) * gradient.to(tl.float32), 1)
+        carried += state.to(tl.float32) * gradient.to(tl.float32)
         dv = load_tokens(token_tile(dv_ptr, b, n, h, value, T, HV, V, BV), n, T)
         dread = dot_add(state, tl.trans(dv), dread)
-        keys = tl.load(chunk_tile(written_ptr, b, n, h, value, N, HV, V, BV))
-        dwritten = dot_add(gradient, tl.trans(keys), dwritten)
-    dg += (carried * tl.exp2(tl.sum(g.to(tl.float32), 1)))[:, None]
+        errors = tl.load(chunk_tile(written_ptr, b, n, h, value, N, HV, V, BV))
+        dwritten = dot_add(gradient, tl.trans(errors), dwritten)
     # A reader's product counts for the decays up to it, a writer's for those after it.
-    dread *= -tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, UP_TO))))
-    dg = dot_add((k.to(tl.float32) * dread).to(dtype), load_mask(sums_ptr, UP_TO), dg)
+    g = tl.trans(load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T))
+    k = tl.trans(load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T))
+    dk = dread * -tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, UP_TO))))
+    dg = dot((k.to(tl.float32) * dk).to(dtype), load_mask(sums_ptr, UP_TO))
     dwritten *= tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, AFTER))))
+    dk += dwritten
     dg = dot_add((k.to(tl.float32) * dwritten).to(dtype), load_mask(sums_ptr, AFTER), dg)
-    dk = dread + dwritten + own * q.to(tl.float32)
+    dg += (tl.sum(carried, 1) * tl.exp2(tl.sum(g.to(tl.float32), 1)))[:, None]
     # Neighbours: what enters a block of them and does not leave it cancels in its sum.
-    dkey_scores = chunk_tile(dkey_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK)
-    by_key = tl.where(near, tl.load(dkey_scores), 0.0)
-    by_query = tl.where(near, tl.load(dscores), 0.0)
     log_decay = dot(g, tl.trans(load_mask(masks_ptr, NEAR_MASK)))
+    least = tl.min(log_decay, 0)
+    far = least < -LIMIT
     read, written = near_decays(log_decay)
+    pairs = near_pairs(least >= -LIMIT)
+    dkey_scores = tl.load(chunk_tile(dkey_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
+    by_key = tl.where(pairs, dkey_scores, 0.0)
     dread = dot(k * written.to(dtype), tl.trans(by_key)) * read
     dk += dread
-    read = read.to(dtype)
-    dwritten = dot_add(q * read, by_query, dot(k * read, by_key)) * written
+    dg = dot_add((k.to(tl.float32) * dread).to(dtype), load_mask(sums_ptr, NEAR_MASK), dg)
+    dwritten = dot(k * read.to(dtype), by_key)
+    q = tl.trans(load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T))
+    dscores = tl.load(chunk_tile(dscores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
+    dwritten = dot_add(q * read.to(dtype), tl.where(pairs, dscores, 0.0), dwritten) * written
     dk += dwritten
-    dread = (k.to(tl.float32) * (dread - dwritten)).to(dtype)
-    dg = dot_add(dread, load_mask(sums_ptr, NEAR_MASK), dg)
-    for level in range(first, LEVELS):
+    dg = dot_add((k.to(tl.float32) * -dwritten).to(dtype), load_mask(sums_ptr, NEAR_MASK), dg)
+    # All others level by level of the tree.
+    for level in range(tl.where(tl.min(least, 0) < -LIMIT, 0, NEAR), LEVELS):
         decay = tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, level))))
         pairs = level_pairs(level, far)
-        by_key = tl.where(pairs, tl.load(dkey_scores), 0.0)
-        by_query = tl.where(pairs, tl.load(dscores), 0.0)
+        by_key = tl.where(pairs, dkey_scores, 0.0)
         keys = k * decay.to(dtype)
         change = dot_add(keys, by_key, dot(keys, tl.trans(by_key)))
-        change = dot_add(q * decay.to(dtype), by_query, change) * decay
+        queries = q * decay.to(dtype)
+        change = dot_add(queries, tl.where(pairs, dscores, 0.0), change) * decay
         dk += change
         dg = dot_add((k.to(tl.float32) * change).to(dtype), load_mask(sums_ptr, level), dg)
+    of_queries = load_tokens(token_tile(part_ptr, b, n, h, column, T, HV, K, BK), n, T)
+    dg = tl.trans(dg) + of_queries
+    store_tokens(token_tile(dg_ptr, b, n, h, column, T, HV, K, BK), dg, n, T)
+    # The scores' diagonal knows no decay.
+    dk += load_diagonal(dscores_ptr, b, n, h, N, HV)[None, :] * q.to(tl.float32)
     store_tokens(token_tile(dk_ptr, b, n, h, column, T, HV, K, BK), tl.trans(dk), n, T)
-    store_tokens(token_tile(dg_ptr, b, n, h, column, T, HV, K, BK), tl.trans(dg), n, T)

@@ -86,6 +86,13 @@ def load_scalars(ptr, b, n, h, T: tl.constexpr, HV: tl.constexpr):
     return tl.load(ptr + (b * T + t).to(tl.int64) * HV + h, mask=t < T, other=0.0)
 
 
+@triton.jit
+def load_diagonal(ptr, b, n, h, N: tl.constexpr, HV: tl.constexpr):
+    """The diagonal of a chunk's square, [64] float32, of an array [B, HV, N * 64, 64]."""
+    ptr += ((b * HV + h) * N + n).to(tl.int64) * (CHUNK * CHUNK)
+    return tl.load(ptr + tl.arange(0, CHUNK) * (CHUNK + 1)).to(tl.float32)
+
+
 # ------------------------------------------------------------------------------ masks, [64, 64]
 
 
