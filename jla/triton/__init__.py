@@ -47,7 +47,8 @@ def _why_not(package, load):
     if package not in _reasons:
         _reasons[package] = None
         wanted = "the kernels need triton and jax-triton"
-        if importlib.util.find_spec(package) is None:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:  # nothing, or a folder of this name
             install = "`pip install 'jla[triton]'` installs both"
             _reasons[package] = f"{wanted}, and {package} is not installed ({install})"
         else:

@@ -45,7 +45,8 @@ def _everywhere(blocks, **settings):
 
 # A kernel's name to its config by class.
 CONFIGS: dict[str, dict[int, Config]] = {
-    # 64 float32 of the state a thread at K = 128, and several programs on a multiprocessor.
+    # Up to K = 128; beyond, half as many columns. A thread then has 64 elements of the state, and
+    # 130 registers in all, so that several programs are on a multiprocessor.
     "kda_step": _everywhere({"BV": 64}, warps=4, stages=1),
     **{
         name + suffix: _everywhere(blocks, warps=4, stages=2)

@@ -19,6 +19,8 @@ import numpy as np
 import triton
 from jax._src.interpreters import partial_eval
 
+from jla.triton import disk
+
 # Triton reads the variable where it decorates a kernel: it holds for the whole process.
 INTERPRETED = triton.knobs.runtime.interpret
 # The compute capability whose blocks the interpreter takes: the class of most GPUs.
@@ -121,8 +123,13 @@ def jax_triton():
         os.environ.pop("TRITON_CACHE_DIR", None)
         if cache is not None:
             os.environ["TRITON_CACHE_DIR"] = cache
+    library = importlib.import_module("jax_triton.triton_lib")
     if _is_new(module):
-        partial_eval.dce_rules[module.triton_lib.triton_kernel_call_p] = _drop_unused
+        partial_eval.dce_rules[library.triton_kernel_call_p] = _drop_unused
+    if "JAX_TRITON_DUMP_DIR" not in os.environ:  # dumps want every form of a kernel
+        library.compile_ttir_to_ptx_inplace = disk.kept(
+            library.compile_ttir_to_ptx_inplace, library.CompilationResult
+        )
     return module
 
 

@@ -26,12 +26,14 @@ def kda_step(
     key_head = head // HV * H + head % HV // (HV // H)
     rows, columns = tl.arange(0, BK), program % blocks * BV + tl.arange(0, BV)
     in_k, in_v = rows < K, columns < V
+    inside = in_k[:, None] & in_v[None, :]
+    place = state + head.to(tl.int64) * (K * V) + (rows[:, None] * V + columns[None, :])
+    # First, for it takes longest: the others' barriers then pass while it is on its way.
+    before = tl.load(place, inside, 0.0)
     query = tl.load(q + key_head * K + rows, in_k, 0.0).to(tl.float32)
     key = tl.load(k + key_head * K + rows, in_k, 0.0).to(tl.float32)
     decay = tl.exp(tl.load(g + head * K + rows, in_k, 0.0))
-    place = state + head.to(tl.int64) * (K * V) + (rows[:, None] * V + columns[None, :])
-    inside = in_k[:, None] & in_v[None, :]
-    decayed = tl.load(place, inside, 0.0) * decay[:, None]
+    decayed = before * decay[:, None]
     write = tl.load(v + head * V + columns, in_v, 0.0).to(tl.float32)
     write -= tl.sum(decayed * key[:, None], 0)
     write *= tl.load(beta + head).to(tl.float32)
