@@ -48,17 +48,40 @@ CONFIGS: dict[str, dict[int, Config]] = {
     # Up to K = 128; beyond, half as many columns. A thread then has 64 elements of the state, and
     # 130 registers in all, so that several programs are on a multiprocessor.
     "kda_step": _everywhere({"BV": 64}, warps=4, stages=1),
-    **{
-        name + suffix: _everywhere(blocks, warps=4, stages=2)
-        for name, blocks in {
-            "kda_scores": {"BK": 64, "BV": 64},
-            "kda_operands": {"BK": 64},
-            "kda_recurrence": {"BV": 64},
-            "kda_gradient_recurrence": {"BV": 64},
-            "kda_errors": {"BK": 64, "BV": 64},
-            "kda_query_gradients": {"BK": 32, "BV": 64},
-            "kda_key_gradients": {"BK": 32, "BV": 64},
-        }.items()
-        for suffix in ("", "_float32")
+    # KDA's products of a tile with a mask or a square keep, with four warps on 64 x 64, 32 float32
+    # of each tile in a thread, with eight on 32 features by 64 tokens eight.
+    "kda_scores": _everywhere({"BK": 64, "BV": 64}),
+    "kda_operands": _everywhere({"BK": 64}),
+    "kda_recurrence": {
+        99: Config({"BV": 64}),
+        163: Config({"BV": 64}),
+        227: Config({"BV": 128}, warps=8),
     },
+    "kda_gradient_recurrence": {
+        99: Config({"BV": 64}),
+        163: Config({"BV": 64}),
+        227: Config({"BV": 128}, warps=8),
+    },
+    "kda_errors": _everywhere({"BK": 64, "BV": 64}),
+    "kda_query_gradients": _everywhere({"BK": 32, "BV": 64}, warps=8),
+    "kda_key_gradients": _everywhere({"BK": 32, "BV": 64}, warps=8),
+    # Of keys wider than 128 a program holds fewer columns of the state.
+    "kda_recurrence_wide": {
+        99: Config({"BV": 32}, stages=1),
+        163: Config({"BV": 32}),
+        227: Config({"BV": 32}),
+    },
+    "kda_gradient_recurrence_wide": {
+        99: Config({"BV": 32}, stages=1),
+        163: Config({"BV": 32}),
+        227: Config({"BV": 32}),
+    },
+    # float32: three TF32 products for each.
+    "kda_scores_float32": _everywhere({"BK": 16, "BV": 32}),
+    "kda_operands_float32": _everywhere({"BK": 32}),
+    "kda_recurrence_float32": _everywhere({"BV": 16}, warps=8, stages=1),
+    "kda_gradient_recurrence_float32": _everywhere({"BV": 16}, warps=8, stages=1),
+    "kda_errors_float32": _everywhere({"BK": 32, "BV": 16}),
+    "kda_query_gradients_float32": _everywhere({"BK": 16, "BV": 32}, warps=8),
+    "kda_key_gradients_float32": _everywhere({"BK": 16, "BV": 32}, warps=8),
 }

@@ -147,10 +147,10 @@ def _forward(q, k, v, g, beta, *start, scale, keep):
     """The forward kernels: o and the last state, with `keep` also what `_KEPT` lists."""
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     N = triton.cdiv(T, _C)
-    dtype, sizes = q.dtype, dict(T=T, HV=HV, K=K, V=V)
+    dtype, sizes = q.dtype, dict(HV=HV, K=K, V=V)
     square, values = SDS((B, HV, N * _C, _C), dtype), SDS((B, HV, N * _C, V), dtype)
     scores, key_scores, inverse, u = _call(
-        kda_forward.kda_scores, *(q, k, v, g, beta, masks(g.dtype)), programs=B * N * HV,
+        kda_forward.kda_scores, *(q, k, v, g, beta, masks(g.dtype)), T=T, programs=B * N * HV,
         outputs=[square, square, square, values], **sizes, H=H, SCALE=scale,
     )  # fmt: skip
     query, read, write, decay = _operands(q, k, g, inverse, scale)
@@ -158,7 +158,7 @@ def _forward(q, k, v, g, beta, *start, scale, keep):
     states = SDS((B, HV, N, V, K) if keep else (1,), dtype)
     o, state, states = _call(
         kda_forward.kda_recurrence, *(query, read, write, u, scores, decay, beta, start),
-        programs=B * HV, by="BV",
+        T=T, programs=B * HV, by="BV",
         outputs=[SDS(v.shape, dtype), SDS(start.shape, f32), states], **sizes, KEEP=keep,
     )  # fmt: skip
     return (o, state, scores, key_scores, inverse, states) if keep else (o, state)
@@ -169,10 +169,10 @@ def _operands(q, k, g, inverse, scale):
     HV, TP = inverse.shape[1:3]
     keys = SDS((B, HV, TP, K), q.dtype)
     return _call(
-        kda_forward.kda_operands, *(q, k, g, inverse, masks(g.dtype)),
+        kda_forward.kda_operands, *(q, k, g, inverse, masks(g.dtype)), T=T,
         programs=B * HV * (TP // _C), by="BK",
         outputs=[keys, keys, keys, SDS((B, HV, TP // _C, K), f32)],
-        T=T, H=H, HV=HV, K=K, SCALE=scale,
+        H=H, HV=HV, K=K, SCALE=scale,
     )  # fmt: skip
 
 
@@ -180,17 +180,17 @@ def _backward(q, k, v, g, beta, scores, key_scores, inverse, states, do, end, *,
     """The backward kernels: the gradients of q, k (per value head), v, g, beta and the start."""
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     programs = B * HV * triton.cdiv(T, _C)
-    sizes = dict(T=T, HV=HV, K=K, V=V)
+    sizes = dict(HV=HV, K=K, V=V)
     query, read, write, decay = _operands(q, k, g, inverse, scale)
     gradients, start = _call(
         kda_backward.kda_gradient_recurrence,
-        *(query, read, write, do, scores, decay, beta, end),
+        *(query, read, write, do, scores, decay, beta, end), T=T,
         programs=B * HV, by="BV", outputs=[states, end], **sizes,
     )  # fmt: skip
     written = SDS((*scores.shape[:3], V), v.dtype)
     dv, written, dbeta, dkey_scores, dscores = _call(
         kda_backward.kda_errors, *(v, do, read, write, states, gradients),
-        *(inverse, key_scores, scores, beta), programs=programs,
+        *(inverse, key_scores, scores, beta), T=T, programs=programs,
         outputs=[v, written, beta, scores, scores], **sizes, SCALE=scale,
     )  # fmt: skip
     keys, decays = SDS((B, T, HV, K), q.dtype), SDS((B, T, HV, K), f32)
@@ -198,23 +198,28 @@ def _backward(q, k, v, g, beta, scores, key_scores, inverse, states, do, end, *,
     dq, part = _call(
         kda_backward.kda_query_gradients,
         *(q, k, g, do, states, dscores, of_decays, of_sums),
-        programs=programs, by="BK", outputs=[keys, decays], **sizes, H=H, SCALE=scale,
+        T=T, programs=programs, by="BK", outputs=[keys, decays], **sizes, H=H, SCALE=scale,
     )  # fmt: skip
     dk, dg = _call(
         kda_backward.kda_key_gradients, *(q, k, g, dv, written, states, gradients),
         *(dkey_scores, dscores, of_decays, of_sums, part),
-        programs=programs, by="BK", outputs=[keys, decays], **sizes, H=H,
+        T=T, programs=programs, by="BK", outputs=[keys, decays], **sizes, H=H,
     )  # fmt: skip
     return dq, dk, dv, dg, dbeta, start
 
 
-def _call(kernel, *arrays, programs, outputs, by=None, **constants):
+def _call(kernel, *arrays, T, programs, outputs, by=None, **constants):
     """Runs a kernel in the blocks of its config, at most as large as the array.
 
     Args:
+      T: how many tokens; the compiled kernel does not depend on it.
       programs: how many; by the name of the block, if any, whose number multiplies them.
     """
-    name = kernel.__name__ + ("_float32" if arrays[0].dtype == f32 else "")
+    name = kernel.__name__
+    if arrays[0].dtype == f32:
+        name += "_float32"
+    if constants["K"] > 128 and name + "_wide" in configs.CONFIGS:
+        name += "_wide"
     config = configs.config(name, launch.target())
     for block, size in config.blocks.items():
         constants[block] = min(size, constants[block[1:]])
@@ -222,8 +227,9 @@ def _call(kernel, *arrays, programs, outputs, by=None, **constants):
             programs *= constants[by[1:]] // constants[by]
     outputs = [SDS(x.shape, x.dtype) for x in outputs]
     return launch.call(
-        kernel, *arrays, grid=(programs,), outputs=outputs, config=config, constants=constants
-    )
+        kernel, *arrays, T, grid=(programs,), outputs=outputs, config=config,
+        constants=dict(constants, WHOLE=T % _C == 0),
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames="scale")

@@ -48,6 +48,33 @@ class Kernel:
         return configs.config(self.name, capability)
 
 
+_SIZES = dict(WHOLE=False, HV=8, K=128, V=128)
+_WIDE = dict(WHOLE=True, HV=8, K=256, V=256)
+
+
+def _of_kda(path, parameters, constants, *, wide=False, **settings):
+    """A kernel of KDA's for 16-bit inputs and for float32, of which g and masks ("*g") depend.
+
+    wide: whether keys wider than 128 have other configs. settings: of 16-bit inputs.
+    """
+    name = path.partition(".")[2]
+    for dtype, of_decays, suffix in (("bf16", "*fp16", ""), ("fp32", "*fp32", "_float32")):
+        types = parameters.replace("*g", of_decays)
+        for sizes, width in ((_SIZES, ""), (_WIDE, "_wide"))[: 1 + wide]:
+            chosen = dict(spills=_SPILLS.get(name + suffix + width, {}))
+            if not (suffix or width):
+                chosen |= settings
+            config = name + suffix + width
+            config = config if config in configs.CONFIGS else name + suffix
+            named = {x: y for x, y in sizes.items() if x in constants} | {
+                x: y for x, y in constants.items() if y is not None
+            }
+            yield Kernel(path, types, named, (dtype,), config=config, **chosen)
+
+
+# What was seen to spill, in bytes, by compute capability: with triton 3.9.0, and up to 3.6.0's.
+_SPILLS: Mapping[str, Mapping[int, int]] = {}
+
 KERNELS = (
     Kernel(
         "kda_step.kda_step",
@@ -61,5 +88,45 @@ KERNELS = (
         "*x *x *x *fp32 *fp32 *fp32 *x *fp32",
         dict(scale=0.1, H=4, HV=8, K=200, V=40, BK=256, BV=32),
         registers=168,
+    ),
+    *_of_kda(
+        "kda_forward.kda_scores",
+        "*x *x *x *g *fp32 *g i32 *x *x *x *x",
+        dict(WHOLE=None, H=4, HV=None, K=None, V=None, SCALE=0.1),
+        smoke=80,
+    ),
+    *_of_kda(
+        "kda_forward.kda_operands",
+        "*x *x *g *x *g i32 *x *x *x *fp32",
+        dict(WHOLE=None, H=4, HV=None, K=None, SCALE=0.1),
+    ),
+    *_of_kda(
+        "kda_forward.kda_recurrence",
+        "*x *x *x *x *x *fp32 *fp32 *fp32 i32 *x *fp32 *x",
+        dict(WHOLE=None, HV=None, K=None, V=None, KEEP=True),
+        wide=True,
+        smoke=89,
+    ),
+    *_of_kda(
+        "kda_backward.kda_gradient_recurrence",
+        "*x *x *x *x *x *fp32 *fp32 *fp32 i32 *x *fp32",
+        dict(WHOLE=None, HV=None, K=None, V=None),
+        wide=True,
+    ),
+    *_of_kda(
+        "kda_backward.kda_errors",
+        "*x *x *x *x *x *x *x *x *x *fp32 i32 *x *x *fp32 *x *x",
+        dict(WHOLE=None, HV=None, K=None, V=None, SCALE=0.1),
+    ),
+    *_of_kda(
+        "kda_backward.kda_query_gradients",
+        "*x *x *g *x *x *x *g *x i32 *x *fp32",
+        dict(WHOLE=None, H=4, HV=None, K=None, V=None, SCALE=0.1),
+    ),
+    *_of_kda(
+        "kda_backward.kda_key_gradients",
+        "*x *x *g *x *x *x *x *x *x *g *x *fp32 i32 *x *fp32",
+        dict(WHOLE=None, H=4, HV=None, K=None, V=None),
+        smoke=120,
     ),
 )

@@ -37,9 +37,9 @@ from jla.triton.kernels.pieces import (
 
 @triton.jit
 def kda_gradient_recurrence(
-    query_ptr, read_ptr, write_ptr, do_ptr, scores_ptr, decay_ptr, beta_ptr, end_ptr,
+    query_ptr, read_ptr, write_ptr, do_ptr, scores_ptr, decay_ptr, beta_ptr, end_ptr, T,
     gradients_ptr, start_ptr,
-    T: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    WHOLE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Runs the chunks in reverse; dS is the gradient of the state after the chunk:
 
@@ -50,7 +50,7 @@ def kda_gradient_recurrence(
     Returns dS of each chunk, [B, HV, N, V, K] in the inputs' dtype, and the gradient of the initial
     state, [B, HV, K, V] float32.
     """
-    N: tl.constexpr = (T + CHUNK - 1) // CHUNK
+    N = tl.cdiv(T, CHUNK)
     part, h, _, b = place(V // BV, 1, HV)
     dtype: tl.constexpr = query_ptr.dtype.element_ty
     column = part * BV
@@ -64,7 +64,7 @@ def kda_gradient_recurrence(
         tl.store(base + vv[:, None] * K + kk[None, :], rounded)
         write = tl.load(chunk_tile(write_ptr, b, n, h, 0, N, HV, K, K))
         of_error = dot(rounded, tl.trans(write))
-        do = tl.trans(load_tokens(token_tile(do_ptr, b, n, h, column, T, HV, V, BV), n, T))
+        do = tl.trans(load_tokens(token_tile(do_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE))
         scores = tl.load(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
         of_error = dot_add(do, scores, of_error)
         beta = load_scalars(beta_ptr, b, n, h, T, HV)
@@ -80,9 +80,9 @@ def kda_gradient_recurrence(
 @triton.jit
 def kda_errors(
     v_ptr, do_ptr, read_ptr, write_ptr, states_ptr, gradients_ptr,
-    inverse_ptr, key_scores_ptr, scores_ptr, beta_ptr,
+    inverse_ptr, key_scores_ptr, scores_ptr, beta_ptr, T,
     dv_ptr, written_ptr, dbeta_ptr, dkey_scores_ptr, dscores_ptr,
-    T: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    WHOLE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SCALE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """What a chunk wrote, and the gradients of v, beta and the scores. With S before the chunk and
@@ -95,7 +95,7 @@ def kda_errors(
     A program a chunk and value head. Returns dv [B, T, HV, V], beta E [B, HV, N * 64, V], dbeta
     [B, T, HV] float32, and dA and dAq.
     """
-    N: tl.constexpr = (T + CHUNK - 1) // CHUNK
+    N = tl.cdiv(T, CHUNK)
     _, h, n, b = place(1, N, HV)
     dtype: tl.constexpr = v_ptr.dtype.element_ty
     beta = load_scalars(beta_ptr, b, n, h, T, HV)[:, None]
@@ -113,14 +113,14 @@ def kda_errors(
             write = tl.load(chunk_tile(write_ptr, b, n, h, feature, N, HV, K, BK))
             y = dot_add(write, tl.load(gradients_ptr + matrix), y)
         scores = tl.load(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
-        do = load_tokens(token_tile(do_ptr, b, n, h, column, T, HV, V, BV), n, T)
+        do = load_tokens(token_tile(do_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE)
         y = dot_add(tl.trans(scores), do, y)
         inverse = tl.load(chunk_tile(inverse_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
         dv = dot(tl.trans(inverse), (y * beta).to(dtype)).to(dtype)
-        store_tokens(token_tile(dv_ptr, b, n, h, column, T, HV, V, BV), dv, n, T)
+        store_tokens(token_tile(dv_ptr, b, n, h, column, T, HV, V, BV), dv, n, T, WHOLE)
         key_scores = tl.load(chunk_tile(key_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
         z = y - dot(tl.trans(key_scores), dv)
-        v = load_tokens(token_tile(v_ptr, b, n, h, column, T, HV, V, BV), n, T)
+        v = load_tokens(token_tile(v_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE)
         error = dot(inverse, v) - known
         dbeta += tl.sum(error * z, 1)
         written = (error * beta).to(dtype)
@@ -137,9 +137,9 @@ def kda_errors(
 
 @triton.jit
 def kda_query_gradients(
-    q_ptr, k_ptr, g_ptr, do_ptr, states_ptr, dscores_ptr, masks_ptr, sums_ptr,
+    q_ptr, k_ptr, g_ptr, do_ptr, states_ptr, dscores_ptr, masks_ptr, sums_ptr, T,
     dq_ptr, dg_ptr,
-    T: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    WHOLE: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SCALE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The gradient of q and what it means for the log decays: through the states, dq~ = do S^T, and
@@ -154,7 +154,7 @@ def kda_query_gradients(
 
     Returns dq [B, T, HV, K], of each value head, and its part of dg, [B, T, HV, K] float32.
     """
-    N: tl.constexpr = (T + CHUNK - 1) // CHUNK
+    N = tl.cdiv(T, CHUNK)
     part, h, n, b = place(K // BK, N, HV)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     column = part * BK
@@ -163,14 +163,14 @@ def kda_query_gradients(
     matrix += tl.arange(0, BV)[:, None] * K + tl.arange(0, BK)[None, :]
     dq = tl.zeros((BK, CHUNK), tl.float32)
     for value in range(0, V, BV):
-        do = load_tokens(token_tile(do_ptr, b, n, h, value, T, HV, V, BV), n, T)
+        do = load_tokens(token_tile(do_ptr, b, n, h, value, T, HV, V, BV), n, T, WHOLE)
         dq = dot_add(tl.trans(tl.load(states_ptr + matrix + value * K)), tl.trans(do), dq)
-    g = tl.trans(load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T))
+    g = tl.trans(load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T, WHOLE))
     dq *= tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, UP_TO)))) * SCALE
-    q = tl.trans(load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T))
+    q = tl.trans(load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T, WHOLE))
     dg = dot((q.to(tl.float32) * dq).to(dtype), load_mask(sums_ptr, UP_TO))
     # Neighbours.
-    k = tl.trans(load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T))
+    k = tl.trans(load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T, WHOLE))
     dscores = tl.load(chunk_tile(dscores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
     log_decay = dot(g, tl.trans(load_mask(masks_ptr, NEAR_MASK)))
     least = tl.min(log_decay, 0)
@@ -187,18 +187,18 @@ def kda_query_gradients(
         change = dot(k * decay.to(dtype), tl.trans(by_query)) * decay
         dq += change
         dg = dot_add((q.to(tl.float32) * change).to(dtype), load_mask(sums_ptr, level), dg)
-    store_tokens(token_tile(dg_ptr, b, n, h, column, T, HV, K, BK), tl.trans(dg), n, T)
+    store_tokens(token_tile(dg_ptr, b, n, h, column, T, HV, K, BK), tl.trans(dg), n, T, WHOLE)
     # The scores' diagonal knows no decay.
     dq += load_diagonal(dscores_ptr, b, n, h, N, HV)[None, :] * k.to(tl.float32)
-    store_tokens(token_tile(dq_ptr, b, n, h, column, T, HV, K, BK), tl.trans(dq), n, T)
+    store_tokens(token_tile(dq_ptr, b, n, h, column, T, HV, K, BK), tl.trans(dq), n, T, WHOLE)
 
 
 @triton.jit
 def kda_key_gradients(
     q_ptr, k_ptr, g_ptr, dv_ptr, written_ptr, states_ptr, gradients_ptr,
-    dkey_scores_ptr, dscores_ptr, masks_ptr, sums_ptr, part_ptr,
+    dkey_scores_ptr, dscores_ptr, masks_ptr, sums_ptr, part_ptr, T,
     dk_ptr, dg_ptr,
-    T: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    WHOLE: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The gradients of k and the log decays, as `kda_query_gradients`: through the states,
@@ -210,7 +210,7 @@ def kda_key_gradients(
     Returns dk [B, T, HV, K], of each value head, and dg [B, T, HV, K] float32: the sum of `part`,
     what `kda_query_gradients` returned, and what keys mean for it.
     """
-    N: tl.constexpr = (T + CHUNK - 1) // CHUNK
+    N = tl.cdiv(T, CHUNK)
     part, h, n, b = place(K // BK, N, HV)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     column = part * BK
@@ -224,13 +224,13 @@ def kda_key_gradients(
         state = tl.trans(tl.load(states_ptr + matrix + value * K))
         gradient = tl.trans(tl.load(gradients_ptr + matrix + value * K))
         carried += state.to(tl.float32) * gradient.to(tl.float32)
-        dv = load_tokens(token_tile(dv_ptr, b, n, h, value, T, HV, V, BV), n, T)
+        dv = load_tokens(token_tile(dv_ptr, b, n, h, value, T, HV, V, BV), n, T, WHOLE)
         dread = dot_add(state, tl.trans(dv), dread)
         errors = tl.load(chunk_tile(written_ptr, b, n, h, value, N, HV, V, BV))
         dwritten = dot_add(gradient, tl.trans(errors), dwritten)
     # A reader's product counts for the decays up to it, a writer's for those after it.
-    g = tl.trans(load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T))
-    k = tl.trans(load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T))
+    g = tl.trans(load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T, WHOLE))
+    k = tl.trans(load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T, WHOLE))
     dk = dread * -tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, UP_TO))))
     dg = dot((k.to(tl.float32) * dk).to(dtype), load_mask(sums_ptr, UP_TO))
     dwritten *= tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, AFTER))))
@@ -249,7 +249,7 @@ def kda_key_gradients(
     dk += dread
     dg = dot_add((k.to(tl.float32) * dread).to(dtype), load_mask(sums_ptr, NEAR_MASK), dg)
     dwritten = dot(k * read.to(dtype), by_key)
-    q = tl.trans(load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T))
+    q = tl.trans(load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T, WHOLE))
     dscores = tl.load(chunk_tile(dscores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
     dwritten = dot_add(q * read.to(dtype), tl.where(pairs, dscores, 0.0), dwritten) * written
     dk += dwritten
@@ -265,9 +265,9 @@ def kda_key_gradients(
         change = dot_add(queries, tl.where(pairs, dscores, 0.0), change) * decay
         dk += change
         dg = dot_add((k.to(tl.float32) * change).to(dtype), load_mask(sums_ptr, level), dg)
-    of_queries = load_tokens(token_tile(part_ptr, b, n, h, column, T, HV, K, BK), n, T)
+    of_queries = load_tokens(token_tile(part_ptr, b, n, h, column, T, HV, K, BK), n, T, WHOLE)
     dg = tl.trans(dg) + of_queries
-    store_tokens(token_tile(dg_ptr, b, n, h, column, T, HV, K, BK), dg, n, T)
+    store_tokens(token_tile(dg_ptr, b, n, h, column, T, HV, K, BK), dg, n, T, WHOLE)
     # The scores' diagonal knows no decay.
     dk += load_diagonal(dscores_ptr, b, n, h, N, HV)[None, :] * q.to(tl.float32)
-    store_tokens(token_tile(dk_ptr, b, n, h, column, T, HV, K, BK), tl.trans(dk), n, T)
+    store_tokens(token_tile(dk_ptr, b, n, h, column, T, HV, K, BK), tl.trans(dk), n, T, WHOLE)

@@ -36,9 +36,9 @@ from jla.triton.kernels.pieces import (
 
 @triton.jit
 def kda_scores(
-    q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, masks_ptr,
+    q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, masks_ptr, T,
     scores_ptr, key_scores_ptr, inverse_ptr, u_ptr,
-    T: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    WHOLE: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SCALE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The decayed products of a chunk's tokens, and the inverse of its triangular system:
@@ -49,7 +49,7 @@ def kda_scores(
 
     A program a chunk and value head. Returns Aq, A, X and u, in the inputs' dtype.
     """
-    N: tl.constexpr = (T + CHUNK - 1) // CHUNK
+    N = tl.cdiv(T, CHUNK)
     _, h, n, b = place(1, N, HV)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     key_head = h // (HV // H)
@@ -57,9 +57,9 @@ def kda_scores(
     by_query = tl.zeros((CHUNK, CHUNK), tl.float32)
     own = tl.zeros((CHUNK,), tl.float32)
     for column in range(0, K, BK):
-        q = load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T)
-        k = load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T)
-        g = load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T)
+        q = load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T, WHOLE)
+        k = load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T, WHOLE)
+        g = load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T, WHOLE)
         own += tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
         # Neighbours in one product, where decays allow it.
         log_decay = dot(load_mask(masks_ptr, NEAR_MASK), g)
@@ -84,16 +84,16 @@ def kda_scores(
     inverse = unit_lower_inverse(by_key * beta[None, :], dtype).to(dtype)
     tl.store(chunk_tile(inverse_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), inverse)
     for column in range(0, V, BV):
-        v = load_tokens(token_tile(v_ptr, b, n, h, column, T, HV, V, BV), n, T)
+        v = load_tokens(token_tile(v_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE)
         u = dot(inverse, v).to(dtype)
         tl.store(chunk_tile(u_ptr, b, n, h, column, N, HV, V, BV), u)
 
 
 @triton.jit
 def kda_operands(
-    q_ptr, k_ptr, g_ptr, inverse_ptr, masks_ptr,
+    q_ptr, k_ptr, g_ptr, inverse_ptr, masks_ptr, T,
     query_ptr, read_ptr, write_ptr, decay_ptr,
-    T: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
+    WHOLE: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
     SCALE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """What the recurrence multiplies a chunk's state with:
@@ -103,14 +103,14 @@ def kda_operands(
     A program BK features of a chunk and value head; its tiles are transposed, features by tokens,
     so that all but masks and X stays in registers. decay is [B, HV, N, K] float32.
     """
-    N: tl.constexpr = (T + CHUNK - 1) // CHUNK
+    N = tl.cdiv(T, CHUNK)
     part, h, n, b = place(K // BK, N, HV)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     column = part * BK
     key_head = h // (HV // H)
-    g = tl.trans(load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T))
-    k = tl.trans(load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T))
-    q = tl.trans(load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T))
+    g = tl.trans(load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T, WHOLE))
+    k = tl.trans(load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T, WHOLE))
+    q = tl.trans(load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T, WHOLE))
     decay = tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, UP_TO))))
     query = (q.to(tl.float32) * decay * SCALE).to(dtype)
     tl.store(chunk_tile(query_ptr, b, n, h, column, N, HV, K, BK), tl.trans(query))
@@ -127,9 +127,9 @@ def kda_operands(
 
 @triton.jit
 def kda_recurrence(
-    query_ptr, read_ptr, write_ptr, u_ptr, scores_ptr, decay_ptr, beta_ptr, start_ptr,
+    query_ptr, read_ptr, write_ptr, u_ptr, scores_ptr, decay_ptr, beta_ptr, start_ptr, T,
     o_ptr, last_ptr, states_ptr,
-    T: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    WHOLE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KEEP: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Runs the chunks in order:
@@ -142,7 +142,7 @@ def kda_recurrence(
     Returns o [B, T, HV, V], the last state [B, HV, K, V] float32 and, with KEEP, the states before
     each chunk, transposed, [B, HV, N, V, K] in the inputs' dtype.
     """
-    N: tl.constexpr = (T + CHUNK - 1) // CHUNK
+    N = tl.cdiv(T, CHUNK)
     part, h, _, b = place(V // BV, 1, HV)
     dtype: tl.constexpr = query_ptr.dtype.element_ty
     column = part * BV
@@ -163,7 +163,7 @@ def kda_recurrence(
         o = dot(rounded, tl.trans(query))
         scores = tl.load(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
         o = dot_add(error, tl.trans(scores), o)
-        store_tokens(token_tile(o_ptr, b, n, h, column, T, HV, V, BV), tl.trans(o), n, T)
+        store_tokens(token_tile(o_ptr, b, n, h, column, T, HV, V, BV), tl.trans(o), n, T, WHOLE)
         decay = tl.load(decay_ptr + ((b * HV + h) * N + n).to(tl.int64) * K + kk)
         write = tl.load(chunk_tile(write_ptr, b, n, h, 0, N, HV, K, K))
         state = dot_add(error, write, state * decay[None, :])

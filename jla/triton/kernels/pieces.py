@@ -13,7 +13,7 @@ LEVELS: tl.constexpr = tl.constexpr(6)
 # Decays between tokens of the same 2**NEAR tokens are products of exp2(x) and exp2(-x), as long as
 # x is at least -LIMIT for the later token.
 NEAR: tl.constexpr = tl.constexpr(4)
-LIMIT: tl.constexpr = tl.constexpr(100.0)
+LIMIT = tl.constexpr(100.0)
 # Numbers of the masks in memory: those from 0 to 5 are the levels'.
 NEAR_MASK: tl.constexpr = tl.constexpr(6)
 UP_TO: tl.constexpr = tl.constexpr(7)
@@ -33,7 +33,7 @@ def dot_add(a, b, acc):
 
 
 @triton.jit
-def place(parts: tl.constexpr, N: tl.constexpr, HV: tl.constexpr):
+def place(parts: tl.constexpr, N, HV: tl.constexpr):
     """A program's part of a chunk (the fastest), value head, chunk and batch row (the slowest).
 
     Neighbouring heads lie together in memory, and value heads may share a key head.
@@ -47,47 +47,47 @@ def place(parts: tl.constexpr, N: tl.constexpr, HV: tl.constexpr):
 
 
 @triton.jit
-def token_tile(ptr, b, n, h, column, T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+def token_tile(ptr, b, n, h, column, T, H: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
     """Pointers to W columns, from `column`, of a chunk's tokens in an array [B, T, H, D]."""
     base = ptr + ((b * T + n * CHUNK).to(tl.int64) * H + h) * D + column
     return base + tl.arange(0, CHUNK)[:, None] * (H * D) + tl.arange(0, W)[None, :]
 
 
 @triton.jit
-def chunk_tile(ptr, b, n, h, column, N: tl.constexpr, HV: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+def chunk_tile(ptr, b, n, h, column, N, HV: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
     """As `token_tile`, in an array between kernels, [B, HV, N * 64, D]."""
     base = ptr + ((b * HV + h) * N + n).to(tl.int64) * (CHUNK * D) + column
     return base + tl.arange(0, CHUNK)[:, None] * D + tl.arange(0, W)[None, :]
 
 
 @triton.jit
-def load_tokens(pointers, n, T: tl.constexpr):
-    """Loads a tile of tokens; those from T on are zeros."""
-    if T // CHUNK * CHUNK == T:  # the interpreter knows no `%` here
+def load_tokens(pointers, n, T, WHOLE: tl.constexpr):
+    """Loads a tile of tokens; those from T on are zeros. WHOLE: T is whole chunks."""
+    if WHOLE:
         return tl.load(pointers)
     else:
         return tl.load(pointers, mask=(tl.arange(0, CHUNK) + n * CHUNK < T)[:, None], other=0.0)
 
 
 @triton.jit
-def store_tokens(pointers, x, n, T: tl.constexpr):
+def store_tokens(pointers, x, n, T, WHOLE: tl.constexpr):
     """Stores a tile of tokens, but for those from T on."""
     x = x.to(pointers.dtype.element_ty)
-    if T // CHUNK * CHUNK == T:  # the interpreter knows no `%` here
+    if WHOLE:
         tl.store(pointers, x)
     else:
         tl.store(pointers, x, mask=(tl.arange(0, CHUNK) + n * CHUNK < T)[:, None])
 
 
 @triton.jit
-def load_scalars(ptr, b, n, h, T: tl.constexpr, HV: tl.constexpr):
+def load_scalars(ptr, b, n, h, T, HV: tl.constexpr):
     """A number for each token of a chunk, of an array [B, T, HV]; zeros from T on."""
     t = tl.arange(0, CHUNK) + n * CHUNK
     return tl.load(ptr + (b * T + t).to(tl.int64) * HV + h, mask=t < T, other=0.0)
 
 
 @triton.jit
-def load_diagonal(ptr, b, n, h, N: tl.constexpr, HV: tl.constexpr):
+def load_diagonal(ptr, b, n, h, N, HV: tl.constexpr):
     """The diagonal of a chunk's square, [64] float32, of an array [B, HV, N * 64, 64]."""
     ptr += ((b * HV + h) * N + n).to(tl.int64) * (CHUNK * CHUNK)
     return tl.load(ptr + tl.arange(0, CHUNK) * (CHUNK + 1)).to(tl.float32)
