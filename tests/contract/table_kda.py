@@ -111,8 +111,8 @@ KDA = Mechanism(
             full=dict(B=2, T=2000, H=8, HV=16, K=128, V=128),
             lengths=(1, 63, 64, 130),
             head_dims=(
-                # Two rows, and two value heads to each of two key heads; padded features.
-                dict(B=2, T=20, H=2, HV=4, K=81, V=40),
+                # Two value heads to each of two key heads; padded features.
+                dict(T=20, H=2, HV=4, K=33, V=40),
                 dict(T=70, K=63, V=81),
                 dict(K=128, V=16),
                 dict(T=70, K=256, V=256),
