@@ -62,7 +62,12 @@ CONFIGS: dict[str, dict[int, Config]] = {
         163: Config({"BV": 64}),
         227: Config({"BV": 128}, warps=8),
     },
-    "kda_errors": _everywhere({"BK": 64, "BV": 64}),
+    "kda_errors": {
+        99: Config({"BK": 64, "BV": 32}),
+        163: Config({"BK": 64, "BV": 32}),
+        227: Config({"BK": 64, "BV": 64}),
+    },
+    "kda_score_gradients": _everywhere({"BV": 64}),
     "kda_query_gradients": _everywhere({"BK": 32, "BV": 64}, warps=8),
     "kda_key_gradients": _everywhere({"BK": 32, "BV": 64}, warps=8),
     # Of keys wider than 128 a program holds fewer columns of the state.
@@ -81,7 +86,8 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "kda_operands_float32": _everywhere({"BK": 32}),
     "kda_recurrence_float32": _everywhere({"BV": 16}, warps=8, stages=1),
     "kda_gradient_recurrence_float32": _everywhere({"BV": 16}, warps=8, stages=1),
-    "kda_errors_float32": _everywhere({"BK": 32, "BV": 16}),
+    "kda_errors_float32": _everywhere({"BK": 32, "BV": 16}, warps=8),
+    "kda_score_gradients_float32": _everywhere({"BV": 16}),
     "kda_query_gradients_float32": _everywhere({"BK": 16, "BV": 32}, warps=8),
     "kda_key_gradients_float32": _everywhere({"BK": 16, "BV": 32}, warps=8),
 }

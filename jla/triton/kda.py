@@ -187,11 +187,15 @@ def _backward(q, k, v, g, beta, scores, key_scores, inverse, states, do, end, *,
         *(query, read, write, do, scores, decay, beta, end), T=T,
         programs=B * HV, by="BV", outputs=[states, end], **sizes,
     )  # fmt: skip
-    written = SDS((*scores.shape[:3], V), v.dtype)
-    dv, written, dbeta, dkey_scores, dscores = _call(
+    parts = max(1, V // _config(kda_backward.kda_errors, v.dtype, K).blocks["BV"])
+    dv, written, dbeta = _call(
         kda_backward.kda_errors, *(v, do, read, write, states, gradients),
-        *(inverse, key_scores, scores, beta), T=T, programs=programs,
-        outputs=[v, written, beta, scores, scores], **sizes, SCALE=scale,
+        *(inverse, key_scores, scores, beta), T=T, programs=programs, by="BV",
+        outputs=[v, SDS((*scores.shape[:3], V), v.dtype), SDS((parts, *beta.shape), f32)], **sizes,
+    )  # fmt: skip
+    dscores, dkey_scores = _call(
+        kda_backward.kda_score_gradients, *(do, dv, written), T=T, programs=programs,
+        outputs=[scores, scores], HV=HV, V=V, SCALE=scale,
     )  # fmt: skip
     keys, decays = SDS((B, T, HV, K), q.dtype), SDS((B, T, HV, K), f32)
     of_decays, of_sums = masks(g.dtype), masks(q.dtype)
@@ -205,7 +209,7 @@ def _backward(q, k, v, g, beta, scores, key_scores, inverse, states, do, end, *,
         *(dkey_scores, dscores, of_decays, of_sums, part),
         T=T, programs=programs, by="BK", outputs=[keys, decays], **sizes, H=H,
     )  # fmt: skip
-    return dq, dk, dv, dg, dbeta, start
+    return dq, dk, dv, dg, dbeta.sum(0), start
 
 
 def _call(kernel, *arrays, T, programs, outputs, by=None, **constants):
@@ -215,12 +219,7 @@ def _call(kernel, *arrays, T, programs, outputs, by=None, **constants):
       T: how many tokens; the compiled kernel does not depend on it.
       programs: how many; by the name of the block, if any, whose number multiplies them.
     """
-    name = kernel.__name__
-    if arrays[0].dtype == f32:
-        name += "_float32"
-    if constants["K"] > 128 and name + "_wide" in configs.CONFIGS:
-        name += "_wide"
-    config = configs.config(name, launch.target())
+    config = _config(kernel, arrays[0].dtype, constants.get("K", 0))
     for block, size in config.blocks.items():
         constants[block] = min(size, constants[block[1:]])
         if block == by:
@@ -230,6 +229,16 @@ def _call(kernel, *arrays, T, programs, outputs, by=None, **constants):
         kernel, *arrays, T, grid=(programs,), outputs=outputs, config=config,
         constants=dict(constants, WHOLE=T % _C == 0),
     )  # fmt: skip
+
+
+def _config(kernel, dtype, K):
+    """A kernel's config for inputs of this dtype and this many features."""
+    name = kernel.__name__
+    if dtype == f32:
+        name += "_float32"
+    if K > 128 and name + "_wide" in configs.CONFIGS:
+        name += "_wide"
+    return configs.config(name, launch.target())
 
 
 @functools.partial(jax.jit, static_argnames="scale")

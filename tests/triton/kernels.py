@@ -115,8 +115,13 @@ KERNELS = (
     ),
     *_of_kda(
         "kda_backward.kda_errors",
-        "*x *x *x *x *x *x *x *x *x *fp32 i32 *x *x *fp32 *x *x",
-        dict(WHOLE=None, HV=None, K=None, V=None, SCALE=0.1),
+        "*x *x *x *x *x *x *x *x *x *fp32 i32 *x *x *fp32",
+        dict(WHOLE=None, HV=None, K=None, V=None),
+    ),
+    *_of_kda(
+        "kda_backward.kda_score_gradients",
+        "*x *x *x i32 *x *x",
+        dict(WHOLE=None, HV=None, V=None, SCALE=0.1),
     ),
     *_of_kda(
         "kda_backward.kda_query_gradients",

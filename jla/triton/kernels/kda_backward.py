@@ -1,9 +1,9 @@
-"""KDA's backward pass in four kernels; docs/kernels/kda.md derives the formulas.
+"""KDA's backward pass in five kernels; docs/kernels/kda.md derives the formulas.
 
 `gradient_recurrence` carries the state's gradient back through the chunks. Then, from the states
-before and the gradients after each chunk, `errors` makes all sums over K (the gradients of v, beta
-and the scores), and `query_gradients` and `key_gradients` all sums over V and those of the scores'
-gradients.
+before and the gradients after each chunk, `errors` makes all sums over K, for the gradients of v
+and beta, and `query_gradients` and `key_gradients` all sums over V. Between them `score_gradients`
+makes the gradients of a chunk's squares.
 """
 
 import triton
@@ -81,58 +81,82 @@ def kda_gradient_recurrence(
 def kda_errors(
     v_ptr, do_ptr, read_ptr, write_ptr, states_ptr, gradients_ptr,
     inverse_ptr, key_scores_ptr, scores_ptr, beta_ptr, T,
-    dv_ptr, written_ptr, dbeta_ptr, dkey_scores_ptr, dscores_ptr,
+    dv_ptr, written_ptr, dbeta_ptr,
     WHOLE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    SCALE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk wrote, and the gradients of v, beta and the scores. With S before the chunk and
-    dS after it:
+    """What a chunk wrote, and the gradients of v and beta. With S before the chunk and dS after it:
 
         E = X v - w S;   y = Aq^T do + kg dS;   dv = X^T (beta y)
         z = y - A^T dv;   dbeta = rowsum(E z)
+
+    A program BV value columns of a chunk and value head; its tiles are transposed, columns by
+    tokens, so that all but squares and keys stays in registers.
+
+    Returns dv [B, T, HV, V], beta E [B, HV, N * 64, V], and dbeta [V / BV, B, T, HV] float32, to be
+    summed over the blocks of columns.
+    """
+    N = tl.cdiv(T, CHUNK)
+    part, h, n, b = place(V // BV, N, HV)
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
+    column = part * BV
+    matrix = ((b * HV + h) * N + n).to(tl.int64) * (V * K) + column * K
+    matrix += tl.arange(0, BV)[:, None] * K + tl.arange(0, BK)[None, :]
+    y = tl.zeros((BV, CHUNK), tl.float32)
+    for feature in range(0, K, BK):
+        write = tl.load(chunk_tile(write_ptr, b, n, h, feature, N, HV, K, BK))
+        y = dot_add(tl.load(gradients_ptr + matrix + feature), tl.trans(write), y)
+    scores = tl.load(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
+    do = load_tokens(token_tile(do_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE)
+    y = dot_add(tl.trans(do), scores, y)
+    beta = load_scalars(beta_ptr, b, n, h, T, HV)[None, :]
+    inverse = tl.load(chunk_tile(inverse_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
+    dv = dot((y * beta).to(dtype), inverse).to(dtype)
+    dv_pointers = token_tile(dv_ptr, b, n, h, column, T, HV, V, BV)
+    store_tokens(dv_pointers, tl.trans(dv), n, T, WHOLE)
+    key_scores = tl.load(chunk_tile(key_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
+    z = y - dot(dv, key_scores)
+    known = tl.zeros((BV, CHUNK), tl.float32)
+    for feature in range(0, K, BK):
+        read = tl.load(chunk_tile(read_ptr, b, n, h, feature, N, HV, K, BK))
+        known = dot_add(tl.load(states_ptr + matrix + feature), tl.trans(read), known)
+    v = load_tokens(token_tile(v_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE)
+    error = dot(tl.trans(v), tl.trans(inverse)) - known
+    written = (error * beta).to(dtype)
+    tl.store(chunk_tile(written_ptr, b, n, h, column, N, HV, V, BV), tl.trans(written))
+    t = tl.arange(0, CHUNK) + n * CHUNK
+    rows = tl.num_programs(0) // (V // BV * N * HV)  # B
+    dbeta_ptr += ((part * rows + b) * T + t).to(tl.int64) * HV + h
+    tl.store(dbeta_ptr, tl.sum(error * z, 0), mask=t < T)
+
+
+@triton.jit
+def kda_score_gradients(
+    do_ptr, dv_ptr, written_ptr, T,
+    dscores_ptr, dkey_scores_ptr,
+    WHOLE: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a chunk's scores:
+
         dAq = scale tril(do (beta E)^T);   dA = -stril(dv (beta E)^T)
 
-    A program a chunk and value head. Returns dv [B, T, HV, V], beta E [B, HV, N * 64, V], dbeta
-    [B, T, HV] float32, and dA and dAq.
+    A program a chunk and value head. Returns dAq and dA.
     """
     N = tl.cdiv(T, CHUNK)
     _, h, n, b = place(1, N, HV)
-    dtype: tl.constexpr = v_ptr.dtype.element_ty
-    beta = load_scalars(beta_ptr, b, n, h, T, HV)[:, None]
-    dbeta = tl.zeros((CHUNK,), tl.float32)
+    dtype: tl.constexpr = do_ptr.dtype.element_ty
     by_query = tl.zeros((CHUNK, CHUNK), tl.float32)
     by_key = tl.zeros((CHUNK, CHUNK), tl.float32)
     for column in range(0, V, BV):
-        known = tl.zeros((CHUNK, BV), tl.float32)
-        y = tl.zeros((CHUNK, BV), tl.float32)
-        for feature in range(0, K, BK):
-            matrix = (((b * HV + h) * N + n).to(tl.int64) * V + column) * K + feature
-            matrix += tl.arange(0, BV)[None, :] * K + tl.arange(0, BK)[:, None]
-            read = tl.load(chunk_tile(read_ptr, b, n, h, feature, N, HV, K, BK))
-            known = dot_add(read, tl.load(states_ptr + matrix), known)
-            write = tl.load(chunk_tile(write_ptr, b, n, h, feature, N, HV, K, BK))
-            y = dot_add(write, tl.load(gradients_ptr + matrix), y)
-        scores = tl.load(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
+        written = tl.trans(tl.load(chunk_tile(written_ptr, b, n, h, column, N, HV, V, BV)))
         do = load_tokens(token_tile(do_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE)
-        y = dot_add(tl.trans(scores), do, y)
-        inverse = tl.load(chunk_tile(inverse_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
-        dv = dot(tl.trans(inverse), (y * beta).to(dtype)).to(dtype)
-        store_tokens(token_tile(dv_ptr, b, n, h, column, T, HV, V, BV), dv, n, T, WHOLE)
-        key_scores = tl.load(chunk_tile(key_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
-        z = y - dot(tl.trans(key_scores), dv)
-        v = load_tokens(token_tile(v_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE)
-        error = dot(inverse, v) - known
-        dbeta += tl.sum(error * z, 1)
-        written = (error * beta).to(dtype)
-        tl.store(chunk_tile(written_ptr, b, n, h, column, N, HV, V, BV), written)
-        by_query = dot_add(do, tl.trans(written), by_query)
-        by_key = dot_add(dv, tl.trans(written), by_key)
-    t = tl.arange(0, CHUNK) + n * CHUNK
-    tl.store(dbeta_ptr + (b * T + t).to(tl.int64) * HV + h, dbeta, mask=t < T)
-    by_query = tl.where(up_to(), by_query * SCALE, 0.0)
-    tl.store(chunk_tile(dscores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), by_query.to(dtype))
-    by_key = tl.where(before(), -by_key, 0.0)
-    tl.store(chunk_tile(dkey_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), by_key.to(dtype))
+        by_query = dot_add(do, written, by_query)
+        dv = load_tokens(token_tile(dv_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE)
+        by_key = dot_add(dv, written, by_key)
+    by_query = tl.where(up_to(), by_query * SCALE, 0.0).to(dtype)
+    tl.store(chunk_tile(dscores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), by_query)
+    by_key = tl.where(before(), -by_key, 0.0).to(dtype)
+    tl.store(chunk_tile(dkey_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), by_key)
 
 
 @triton.jit
