@@ -83,7 +83,7 @@ CONFIGS: dict[str, dict[int, Config]] = {
     },
     # float32: three TF32 products for each.
     "kda_scores_float32": _everywhere({"BK": 16, "BV": 32}),
-    "kda_operands_float32": _everywhere({"BK": 32}),
+    "kda_operands_float32": _everywhere({"BK": 32}, warps=8),
     "kda_recurrence_float32": _everywhere({"BV": 16}, warps=8, stages=1),
     "kda_gradient_recurrence_float32": _everywhere({"BV": 16}, warps=8, stages=1),
     "kda_errors_float32": _everywhere({"BK": 32, "BV": 16}, warps=8),

@@ -61,7 +61,8 @@ def _of_kda(path, parameters, constants, *, wide=False, **settings):
     for dtype, of_decays, suffix in (("bf16", "*fp16", ""), ("fp32", "*fp32", "_float32")):
         types = parameters.replace("*g", of_decays)
         for sizes, width in ((_SIZES, ""), (_WIDE, "_wide"))[: 1 + wide]:
-            chosen = dict(spills=_SPILLS.get(name + suffix + width, {}))
+            seen = _SPILLS.get(name + suffix + width, 0)
+            chosen = dict(spills=dict.fromkeys(CAPABILITIES, seen))
             if not (suffix or width):
                 chosen |= settings
             config = name + suffix + width
@@ -72,8 +73,23 @@ def _of_kda(path, parameters, constants, *, wide=False, **settings):
             yield Kernel(path, types, named, (dtype,), config=config, **chosen)
 
 
-# What was seen to spill, in bytes, by compute capability: with triton 3.9.0, and up to 3.6.0's.
-_SPILLS: Mapping[str, Mapping[int, int]] = {}
+# The most bytes that were seen to spill, by config (or what would be its name), for any GPU, with
+# triton 3.6.0 and 3.9.0. A thread of the widest state keeps 64 of its float32 there.
+_SPILLS = {
+    "kda_scores": 424,
+    "kda_scores_float32": 384,
+    "kda_operands_float32": 0,
+    "kda_recurrence": 168,
+    "kda_recurrence_wide": 168,
+    "kda_recurrence_float32_wide": 776,
+    "kda_gradient_recurrence": 16,
+    "kda_gradient_recurrence_wide": 8,
+    "kda_gradient_recurrence_float32": 8,
+    "kda_gradient_recurrence_float32_wide": 64,
+    "kda_query_gradients_float32": 8,
+    "kda_key_gradients": 48,
+    "kda_key_gradients_float32": 296,
+}
 
 KERNELS = (
     Kernel(
