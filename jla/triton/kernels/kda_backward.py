@@ -49,6 +49,9 @@ def kda_gradient_recurrence(
 
     Returns dS of each chunk, [B, HV, N, V, K] in the inputs' dtype, and the gradient of the initial
     state, [B, HV, K, V] float32.
+
+    Floor at B=8 T=4096 HV=16 K=V=128 in bfloat16: 0.87 GB, 0.20 ms at 4.3 TB/s; 0.06 TFLOP. 255
+    registers and 72 KB for the smaller classes, 198 and 176 KB on sm_90.
     """
     N = tl.cdiv(T, CHUNK)
     part, h, _, b = place(V // BV, 1, HV)
@@ -95,6 +98,9 @@ def kda_errors(
 
     Returns dv [B, T, HV, V], beta E [B, HV, N * 64, V], and dbeta [V / BV, B, T, HV] float32, to be
     summed over the blocks of columns.
+
+    Floor, as above: 1.54 GB, 0.36 ms; 0.07 TFLOP. 128 to 152 registers and 12 KB for the smaller
+    classes, 176 and 40 KB on sm_90.
     """
     N = tl.cdiv(T, CHUNK)
     part, h, n, b = place(V // BV, N, HV)
@@ -141,6 +147,8 @@ def kda_score_gradients(
         dAq = scale tril(do (beta E)^T);   dA = -stril(dv (beta E)^T)
 
     A program a chunk and value head. Returns dAq and dA.
+
+    Floor, as above: 0.54 GB, 0.12 ms; 0.02 TFLOP. 96 to 158 registers, 24 to 48 KB.
     """
     N = tl.cdiv(T, CHUNK)
     _, h, n, b = place(1, N, HV)
@@ -177,6 +185,9 @@ def kda_query_gradients(
     so that all but masks, states and the scores' gradients stays in registers.
 
     Returns dq [B, T, HV, K], of each value head, and its part of dg, [B, T, HV, K] float32.
+
+    Floor, as above: 1.27 GB, 0.30 ms; 0.11 TFLOP, 0.15 where decays are strong. 175 to 180
+    registers, 28 KB.
     """
     N = tl.cdiv(T, CHUNK)
     part, h, n, b = place(K // BK, N, HV)
@@ -233,6 +244,9 @@ def kda_key_gradients(
 
     Returns dk [B, T, HV, K], of each value head, and dg [B, T, HV, K] float32: the sum of `part`,
     what `kda_query_gradients` returned, and what keys mean for it.
+
+    Floor, as above: 2.0 GB, 0.47 ms; 0.21 TFLOP, 0.29 where decays are strong. 255 registers, up to
+    48 bytes spilled, 28 KB.
     """
     N = tl.cdiv(T, CHUNK)
     part, h, n, b = place(K // BK, N, HV)

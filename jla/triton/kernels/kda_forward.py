@@ -48,6 +48,10 @@ def kda_scores(
         X = (I + A diag(beta))^-1;   u = X v
 
     A program a chunk and value head. Returns Aq, A, X and u, in the inputs' dtype.
+
+    Floor at B=8 T=4096 HV=16 K=V=128 in bfloat16: 0.87 GB, 0.20 ms at 4.3 TB/s; 0.15 TFLOP where
+    decays allow neighbours in one product, else 0.20. 255 registers, 40 to 424 bytes spilled (sm_90
+    least, sm_120 most), 24 to 40 KB of shared memory.
     """
     N = tl.cdiv(T, CHUNK)
     _, h, n, b = place(1, N, HV)
@@ -102,6 +106,8 @@ def kda_operands(
 
     A program BK features of a chunk and value head; its tiles are transposed, features by tokens,
     so that all but masks and X stays in registers. decay is [B, HV, N, K] float32.
+
+    Floor, as above: 0.87 GB, 0.20 ms; 0.03 TFLOP. 125 to 181 registers, 2 to 24 KB.
     """
     N = tl.cdiv(T, CHUNK)
     part, h, n, b = place(K // BK, N, HV)
@@ -141,6 +147,9 @@ def kda_recurrence(
 
     Returns o [B, T, HV, V], the last state [B, HV, K, V] float32 and, with KEEP, the states before
     each chunk, transposed, [B, HV, N, V, K] in the inputs' dtype.
+
+    Floor, as above: 0.75 GB, 0.17 ms, with KEEP 1.02 GB, 0.24 ms; 0.06 TFLOP. 255 registers with up
+    to 168 bytes spilled and 72 KB for the smaller classes, 243 and 144 KB on sm_90.
     """
     N = tl.cdiv(T, CHUNK)
     part, h, _, b = place(V // BV, 1, HV)
