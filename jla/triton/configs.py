@@ -70,6 +70,9 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "kda_score_gradients": _everywhere({"BV": 64}),
     "kda_query_gradients": _everywhere({"BK": 32, "BV": 64}, warps=8),
     "kda_key_gradients": _everywhere({"BK": 32, "BV": 64}, warps=8),
+    # Few heads have more programs for each, and these take less time for a chunk.
+    "kda_recurrence_few": _everywhere({"BV": 16}),
+    "kda_gradient_recurrence_few": _everywhere({"BV": 16}),
     # Of keys wider than 128 a program holds fewer columns of the state.
     "kda_recurrence_wide": {
         99: Config({"BV": 32}, stages=1),

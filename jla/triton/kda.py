@@ -44,6 +44,7 @@ _STEP_INPUTS = letters(_STEP, "q k v g beta state")
 _STEP_OUTPUTS = letters(_STEP, "o state")
 
 _C = CHUNK.value
+_FEW = 32  # sequences and heads that leave most of a GPU idle
 _LOG2E = 1.4426950408889634
 _STRONGEST = -3e4  # of a log decay: finite sums in float16, and an exp2 of zero
 
@@ -187,7 +188,7 @@ def _backward(q, k, v, g, beta, scores, key_scores, inverse, states, do, end, *,
         *(query, read, write, do, scores, decay, beta, end), T=T,
         programs=B * HV, by="BV", outputs=[states, end], **sizes,
     )  # fmt: skip
-    parts = max(1, V // _config(kda_backward.kda_errors, v.dtype, K).blocks["BV"])
+    parts = max(1, V // _config(kda_backward.kda_errors, v.dtype, K, programs).blocks["BV"])
     dv, written, dbeta = _call(
         kda_backward.kda_errors, *(v, do, read, write, states, gradients),
         *(inverse, key_scores, scores, beta), T=T, programs=programs, by="BV",
@@ -219,7 +220,7 @@ def _call(kernel, *arrays, T, programs, outputs, by=None, **constants):
       T: how many tokens; the compiled kernel does not depend on it.
       programs: how many; by the name of the block, if any, whose number multiplies them.
     """
-    config = _config(kernel, arrays[0].dtype, constants.get("K", 0))
+    config = _config(kernel, arrays[0].dtype, constants.get("K", 0), programs)
     for block, size in config.blocks.items():
         constants[block] = min(size, constants[block[1:]])
         if block == by:
@@ -231,13 +232,15 @@ def _call(kernel, *arrays, T, programs, outputs, by=None, **constants):
     )  # fmt: skip
 
 
-def _config(kernel, dtype, K):
-    """A kernel's config for inputs of this dtype and this many features."""
+def _config(kernel, dtype, K, programs):
+    """A kernel's config for inputs of this dtype, this many features, and so many programs (times
+    the number of blocks)."""
     name = kernel.__name__
     if dtype == f32:
         name += "_float32"
-    if K > 128 and name + "_wide" in configs.CONFIGS:
-        name += "_wide"
+    for suffix, fits in (("_wide", K > 128), ("_few", programs <= _FEW)):
+        if fits and name + suffix in configs.CONFIGS:
+            name += suffix
     return configs.config(name, launch.target())
 
 

@@ -52,15 +52,20 @@ _SIZES = dict(WHOLE=False, HV=8, K=128, V=128)
 _WIDE = dict(WHOLE=True, HV=8, K=256, V=256)
 
 
-def _of_kda(path, parameters, constants, *, wide=False, **settings):
+def _of_kda(path, parameters, constants, *, states=False, **settings):
     """A kernel of KDA's for 16-bit inputs and for float32, of which g and masks ("*g") depend.
 
-    wide: whether keys wider than 128 have other configs. settings: of 16-bit inputs.
+    states: whether it holds states, and has other configs for keys wider than 128, and for few
+      heads. settings: of 16-bit inputs.
     """
     name = path.partition(".")[2]
     for dtype, of_decays, suffix in (("bf16", "*fp16", ""), ("fp32", "*fp32", "_float32")):
         types = parameters.replace("*g", of_decays)
-        for sizes, width in ((_SIZES, ""), (_WIDE, "_wide"))[: 1 + wide]:
+        for sizes, width in ((_SIZES, ""), (_WIDE, "_wide"), (_SIZES, "_few"))[
+            : 3 if states else 1
+        ]:
+            if width == "_few" and suffix:
+                continue
             seen = _SPILLS.get(name + suffix + width, 0)
             chosen = dict(spills=dict.fromkeys(CAPABILITIES, seen))
             if not (suffix or width):
@@ -120,14 +125,14 @@ KERNELS = (
         "kda_forward.kda_recurrence",
         "*x *x *x *x *x *fp32 *fp32 *fp32 i32 *x *fp32 *x",
         dict(WHOLE=None, HV=None, K=None, V=None, KEEP=True),
-        wide=True,
+        states=True,
         smoke=89,
     ),
     *_of_kda(
         "kda_backward.kda_gradient_recurrence",
         "*x *x *x *x *x *fp32 *fp32 *fp32 i32 *x *fp32",
         dict(WHOLE=None, HV=None, K=None, V=None),
-        wide=True,
+        states=True,
     ),
     *_of_kda(
         "kda_backward.kda_errors",
