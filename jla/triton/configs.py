@@ -48,6 +48,51 @@ CONFIGS: dict[str, dict[int, Config]] = {
     # Up to K = 128; beyond, half as many columns. A thread then has 64 elements of the state, and
     # 130 registers in all, so that several programs are on a multiprocessor.
     "kda_step": _everywhere({"BV": 64}, warps=4, stages=1),
+    # KDA's products of a tile with a mask or a square keep, with four warps on 64 x 64, 32 float32
+    # of each tile in a thread, with eight on 32 features by 64 tokens eight.
+    "kda_scores": _everywhere({"BK": 64, "BV": 64}),
+    "kda_operands": _everywhere({"BK": 64}),
+    "kda_recurrence": {
+        99: Config({"BV": 64}),
+        163: Config({"BV": 64}),
+        227: Config({"BV": 128}, warps=8),
+    },
+    "kda_gradient_recurrence": {
+        99: Config({"BV": 64}),
+        163: Config({"BV": 64}),
+        227: Config({"BV": 128}, warps=8),
+    },
+    "kda_errors": {
+        99: Config({"BK": 64, "BV": 32}),
+        163: Config({"BK": 64, "BV": 32}),
+        227: Config({"BK": 64, "BV": 64}),
+    },
+    "kda_score_gradients": _everywhere({"BV": 64}),
+    "kda_query_gradients": _everywhere({"BK": 32, "BV": 64}, warps=8),
+    "kda_key_gradients": _everywhere({"BK": 32, "BV": 64}, warps=8),
+    # Few heads have more programs for each, and these take less time for a chunk.
+    "kda_recurrence_few": _everywhere({"BV": 16}),
+    "kda_gradient_recurrence_few": _everywhere({"BV": 16}),
+    # Of keys wider than 128 a program holds fewer columns of the state.
+    "kda_recurrence_wide": {
+        99: Config({"BV": 32}, stages=1),
+        163: Config({"BV": 32}),
+        227: Config({"BV": 32}),
+    },
+    "kda_gradient_recurrence_wide": {
+        99: Config({"BV": 32}, stages=1),
+        163: Config({"BV": 32}),
+        227: Config({"BV": 32}),
+    },
+    # float32: three TF32 products for each.
+    "kda_scores_float32": _everywhere({"BK": 16, "BV": 32}),
+    "kda_operands_float32": _everywhere({"BK": 32}, warps=8),
+    "kda_recurrence_float32": _everywhere({"BV": 16}, warps=8, stages=1),
+    "kda_gradient_recurrence_float32": _everywhere({"BV": 16}, warps=8, stages=1),
+    "kda_errors_float32": _everywhere({"BK": 32, "BV": 16}, warps=8),
+    "kda_score_gradients_float32": _everywhere({"BV": 16}),
+    "kda_query_gradients_float32": _everywhere({"BK": 16, "BV": 32}, warps=8),
+    "kda_key_gradients_float32": _everywhere({"BK": 16, "BV": 32}, warps=8),
     "gsa_sums": _everywhere({"BM": 32}, warps=4, stages=1),
     "gsa_states": _everywhere({"BD": 64, "BM": 64}, warps=4, stages=2),
     "gsa_states_float32": _everywhere({"BD": 32, "BM": 64}, warps=4, stages=1),

@@ -8,6 +8,7 @@ from table import (
     GATE_MISTAKES,
     PALLAS,
     REFERENCE,
+    TRITON,
     XLA,
     Implementation,
     Mechanism,
@@ -103,6 +104,19 @@ KDA = Mechanism(
                 dict(HV=1, T=70, K=256, V=256),
             ),
             beyond=("equal keys, beta = 2",),
+        ),
+        Implementation(
+            TRITON,
+            sizes=dict(B=1, T=100, H=1, HV=1, K=16, V=32),
+            full=dict(B=2, T=2000, H=8, HV=16, K=128, V=128),
+            lengths=(1, 63, 64, 130),
+            head_dims=(
+                # Two value heads to each of two key heads; padded features.
+                dict(T=20, H=2, HV=4, K=33, V=40),
+                dict(T=70, K=63, V=81),
+                dict(K=128, V=16),
+                dict(T=70, K=256, V=256),
+            ),
         ),
     ),
     golden=("kda_small", "kda_d128", "kda_gva_strong_decay"),

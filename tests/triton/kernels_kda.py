@@ -1,6 +1,58 @@
 """The table of KDA's Triton kernels."""
 
-from kernels import Kernel
+from kernels import CAPABILITIES, Kernel
+
+from jla.triton import configs
+
+_SIZES = dict(WHOLE=False, HV=8, K=128, V=128)
+_WIDE = dict(WHOLE=True, HV=8, K=256, V=256)
+
+
+def _of_kda(path, parameters, constants, *, states=False, **settings):
+    """A kernel of KDA's for 16-bit inputs and for float32, of which g and masks ("*g") depend.
+
+    states: whether it holds states, and has other configs for keys wider than 128, and for few
+      heads. settings: of 16-bit inputs.
+    """
+    name = path.partition(".")[2]
+    for dtype, of_decays, suffix in (("bf16", "*fp16", ""), ("fp32", "*fp32", "_float32")):
+        types = parameters.replace("*g", of_decays)
+        for sizes, width in ((_SIZES, ""), (_WIDE, "_wide"), (_SIZES, "_few"))[
+            : 3 if states else 1
+        ]:
+            if width == "_few" and suffix:
+                continue
+            seen = _SPILLS.get(name + suffix + width, 0)
+            chosen = dict(spills=dict.fromkeys(CAPABILITIES, seen))
+            if not (suffix or width):
+                chosen |= settings
+            config = name + suffix + width
+            config = config if config in configs.CONFIGS else name + suffix
+            named = {x: y for x, y in sizes.items() if x in constants} | {
+                x: y for x, y in constants.items() if y is not None
+            }
+            yield Kernel(path, types, named, (dtype,), config=config, **chosen)
+
+
+# The most bytes that were seen to spill, by config (or what would be its name), for any GPU, with
+# triton 3.6.0 and 3.9.0. A thread of the widest state keeps 64 of its float32 there.
+_SPILLS = {
+    "kda_scores": 424,
+    "kda_scores_float32": 384,
+    "kda_operands_float32": 0,
+    "kda_recurrence": 168,
+    "kda_recurrence_wide": 168,
+    "kda_recurrence_float32_wide": 776,
+    "kda_gradient_recurrence": 16,
+    "kda_gradient_recurrence_wide": 8,
+    "kda_gradient_recurrence_float32": 8,
+    "kda_gradient_recurrence_float32_wide": 64,
+    "kda_score_gradients_float32": 24,
+    "kda_query_gradients_float32": 8,
+    "kda_key_gradients": 48,
+    "kda_key_gradients_float32": 296,
+}
+
 
 KERNELS = (
     Kernel(
@@ -15,5 +67,50 @@ KERNELS = (
         "*x *x *x *fp32 *fp32 *fp32 *x *fp32",
         dict(scale=0.1, H=4, HV=8, K=200, V=40, BK=256, BV=32),
         registers=168,
+    ),
+    *_of_kda(
+        "kda_forward.kda_scores",
+        "*x *x *x *g *fp32 *g i32 *x *x *x *x",
+        dict(WHOLE=None, H=4, HV=None, K=None, V=None, SCALE=0.1),
+        smoke=80,
+    ),
+    *_of_kda(
+        "kda_forward.kda_operands",
+        "*x *x *g *x *g i32 *x *x *x *fp32",
+        dict(WHOLE=None, H=4, HV=None, K=None, SCALE=0.1),
+    ),
+    *_of_kda(
+        "kda_forward.kda_recurrence",
+        "*x *x *x *x *x *fp32 *fp32 *fp32 i32 *x *fp32 *x",
+        dict(WHOLE=None, HV=None, K=None, V=None, KEEP=True),
+        states=True,
+        smoke=89,
+    ),
+    *_of_kda(
+        "kda_backward.kda_gradient_recurrence",
+        "*x *x *x *x *x *fp32 *fp32 *fp32 i32 *x *fp32",
+        dict(WHOLE=None, HV=None, K=None, V=None),
+        states=True,
+    ),
+    *_of_kda(
+        "kda_backward.kda_errors",
+        "*x *x *x *x *x *x *x *x *x *fp32 i32 *x *x *fp32",
+        dict(WHOLE=None, HV=None, K=None, V=None),
+    ),
+    *_of_kda(
+        "kda_backward.kda_score_gradients",
+        "*x *x *x i32 *x *x",
+        dict(WHOLE=None, HV=None, V=None, SCALE=0.1),
+    ),
+    *_of_kda(
+        "kda_backward.kda_query_gradients",
+        "*x *x *g *x *x *x *g *x i32 *x *fp32",
+        dict(WHOLE=None, H=4, HV=None, K=None, V=None, SCALE=0.1),
+    ),
+    *_of_kda(
+        "kda_backward.kda_key_gradients",
+        "*x *x *g *x *x *x *x *x *x *g *x *fp32 i32 *x *fp32",
+        dict(WHOLE=None, H=4, HV=None, K=None, V=None),
+        smoke=120,
     ),
 )

@@ -1,0 +1,198 @@
+"""What the kernels of all mechanisms share: tiles of tokens, the tree of decays, the inverse.
+
+A chunk has 64 tokens. Inside a kernel, `i` and `j` are a chunk's tokens and exponents are in base
+2. Products take operands of the inputs' dtype and add in float32; float32 operands are multiplied
+as three TF32 products.
+"""
+
+import triton
+import triton.language as tl
+
+CHUNK: tl.constexpr = tl.constexpr(64)
+LEVELS: tl.constexpr = tl.constexpr(6)
+# Decays between tokens of the same 2**NEAR tokens are products of exp2(x) and exp2(-x), as long as
+# x is at least -LIMIT for the later token.
+NEAR: tl.constexpr = tl.constexpr(4)
+LIMIT = tl.constexpr(100.0)
+# Numbers of the masks in memory: those from 0 to 5 are the levels'.
+NEAR_MASK: tl.constexpr = tl.constexpr(6)
+UP_TO: tl.constexpr = tl.constexpr(7)
+AFTER: tl.constexpr = tl.constexpr(8)
+
+
+@triton.jit
+def dot(a, b):
+    """a @ b in float32."""
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def dot_add(a, b, acc):
+    """acc + a @ b in float32."""
+    return tl.dot(a, b, acc=acc, input_precision="tf32x3")
+
+
+@triton.jit
+def place(parts: tl.constexpr, N, HV: tl.constexpr):
+    """A program's part of a chunk (the fastest), value head, chunk and batch row (the slowest).
+
+    Neighbouring heads lie together in memory, and value heads may share a key head.
+    """
+    program = tl.program_id(0)
+    part = program % parts
+    h = program // parts % HV
+    n = program // (parts * HV) % N
+    b = program // (parts * HV * N)
+    return part, h, n, b
+
+
+@triton.jit
+def token_tile(ptr, b, n, h, column, T, H: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+    """Pointers to W columns, from `column`, of a chunk's tokens in an array [B, T, H, D]."""
+    base = ptr + ((b * T + n * CHUNK).to(tl.int64) * H + h) * D + column
+    return base + tl.arange(0, CHUNK)[:, None] * (H * D) + tl.arange(0, W)[None, :]
+
+
+@triton.jit
+def chunk_tile(ptr, b, n, h, column, N, HV: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+    """As `token_tile`, in an array between kernels, [B, HV, N * 64, D]."""
+    base = ptr + ((b * HV + h) * N + n).to(tl.int64) * (CHUNK * D) + column
+    return base + tl.arange(0, CHUNK)[:, None] * D + tl.arange(0, W)[None, :]
+
+
+@triton.jit
+def load_tokens(pointers, n, T, WHOLE: tl.constexpr):
+    """Loads a tile of tokens; those from T on are zeros. WHOLE: T is whole chunks."""
+    if WHOLE:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(tl.arange(0, CHUNK) + n * CHUNK < T)[:, None], other=0.0)
+
+
+@triton.jit
+def store_tokens(pointers, x, n, T, WHOLE: tl.constexpr):
+    """Stores a tile of tokens, but for those from T on."""
+    x = x.to(pointers.dtype.element_ty)
+    if WHOLE:
+        tl.store(pointers, x)
+    else:
+        tl.store(pointers, x, mask=(tl.arange(0, CHUNK) + n * CHUNK < T)[:, None])
+
+
+@triton.jit
+def load_scalars(ptr, b, n, h, T, HV: tl.constexpr):
+    """A number for each token of a chunk, of an array [B, T, HV]; zeros from T on."""
+    t = tl.arange(0, CHUNK) + n * CHUNK
+    return tl.load(ptr + (b * T + t).to(tl.int64) * HV + h, mask=t < T, other=0.0)
+
+
+@triton.jit
+def load_diagonal(ptr, b, n, h, N, HV: tl.constexpr):
+    """The diagonal of a chunk's square, [64] float32, of an array [B, HV, N * 64, 64]."""
+    ptr += ((b * HV + h) * N + n).to(tl.int64) * (CHUNK * CHUNK)
+    return tl.load(ptr + tl.arange(0, CHUNK) * (CHUNK + 1)).to(tl.float32)
+
+
+# ------------------------------------------------------------------------------ masks, [64, 64]
+
+
+@triton.jit
+def _tokens():
+    return tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+
+
+@triton.jit
+def up_to():
+    """[i, j]: j <= i."""
+    i, j = _tokens()
+    return j <= i
+
+
+@triton.jit
+def before():
+    """[i, j]: j < i."""
+    i, j = _tokens()
+    return j < i
+
+
+@triton.jit
+def identity():
+    """[i, j]: 1.0 where i = j, else 0.0."""
+    i, j = _tokens()
+    return tl.where(i == j, 1.0, 0.0)
+
+
+@triton.jit
+def near_pairs(only):
+    """[i, j]: j < i in the same 2**NEAR tokens, for the tokens i that `only` [64] marks."""
+    i, j = _tokens()
+    return (j < i) & ((j >> NEAR) == (i >> NEAR)) & only[:, None]
+
+
+@triton.jit
+def level_pairs(level, far):
+    """[i, j]: whether the level serves the pair: i in the right half of a block, j in the left.
+
+    At the levels below NEAR only for the tokens i that `far` [64] marks.
+    """
+    i, j = _tokens()
+    half = i >> level
+    serves = ((half & 1) == 1) & ((level >= NEAR) | far[:, None])
+    return (j >> level) == tl.where(serves, half - 1, -1)
+
+
+# ------------------------------------------------------------------------------ decays
+
+
+@triton.jit
+def load_mask(masks_ptr, number):
+    """A mask of `jla.triton.masks`, [64, 64], of the array's dtype."""
+    i, j = _tokens()
+    return tl.load(masks_ptr + number * (CHUNK * CHUNK) + i * CHUNK + j)
+
+
+@triton.jit
+def near_decays(log_decays):
+    """The two factors of decays between tokens of the same 2**NEAR tokens.
+
+    Args:
+      log_decays: of each token, from the block's first one (exclusively), in base 2.
+
+    Returns:
+      exp2 of them and of what they lack; the latter at most 2**LIMIT.
+    """
+    return tl.exp2(log_decays), tl.exp2(tl.minimum(-log_decays, LIMIT))
+
+
+# ------------------------------------------------------------------------------ inverse
+
+
+@triton.jit
+def _split(x):
+    """The two bfloat16 numbers whose sum is x to 16 bits."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def unit_lower_inverse(a, DTYPE: tl.constexpr):
+    """(I + a)^-1 in float32, for a strictly lower triangular float32 `a`, [64, 64].
+
+    Block substitution: X is the inverse of the diagonal blocks of 2**level, and X - X L X, with L
+    the part of `a` that joins two of them, that of the blocks twice as large. No power of `a` is
+    formed: for keys that repeat they overflow. With 16-bit operands a Newton step follows,
+    X + X (I - (I + a) X), with the residual from 16 bits of each factor: it squares the error.
+    """
+    all_rows = tl.arange(0, CHUNK) >= 0
+    x = identity() - tl.where(level_pairs(0, all_rows), a, 0.0)
+    for level in range(1, LEVELS):
+        joined = tl.where(level_pairs(level, all_rows), a, 0.0).to(DTYPE)
+        rounded = x.to(DTYPE)
+        x -= dot(rounded, dot(joined, rounded).to(DTYPE))
+    if DTYPE != tl.float32:
+        a_high, a_low = _split(a)
+        high, low = _split(x)
+        product = dot_add(a_low, high, dot_add(a_high, low, dot(a_high, high)))
+        residual = (identity() - x - product).to(DTYPE)
+        x += dot(high.to(DTYPE), residual)
+    return x
