@@ -1,0 +1,71 @@
+"""What MesaNet's Triton kernels share: tiles of tokens and of states, and the decays of a chunk.
+
+Vectors are [B, H, TP] float32, TP being T in whole chunks: log decays and betas of tokens that do
+not exist are zeros. A log decay of -inf begins a segment.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place(T, H, N, C: tl.constexpr):
+    """The program's chunk: the numbers of its row and head together, of its head, of its chunk in
+    vectors (times C: its first token), and of its first token in arrays [B, T, H, D] (times D)."""
+    n, bh = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    token = (bh // H * T + n * C) * H + bh % H
+    return n, bh, bh * N + n, token
+
+
+@triton.jit
+def tile(first, token, d, n, T, H, C: tl.constexpr, D: tl.constexpr):
+    """Where columns d of these tokens of a chunk lie in an array [B, T, H, D], and whether they
+    do."""
+    at = first * D + (token * H * D)[:, None] + d[None, :]
+    return at, (n * C + token < T)[:, None] & (d < D)[None, :]
+
+
+@triton.jit
+def square(number, row, column, D: tl.constexpr, E: tl.constexpr):
+    """Where rows and columns of one of many matrices [D, E] lie, and whether they do."""
+    at = number * (D * E) + row[:, None] * E + column[None, :]
+    return at, (row < D)[:, None] & (column < E)[None, :]
+
+
+@triton.jit
+def pair_decays(g, C: tl.constexpr):
+    """The decay from token j to token t, [t, j], zero where j > t.
+
+    Each is the exponential of a sum of its own log decays: a difference of two longer sums would
+    keep no digit beside a strong one, and none at all beside -inf.
+    """
+    t, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    sums = tl.cumsum(tl.where(t > j, g[:, None], 0.0), 0)
+    return tl.where(t >= j, tl.exp(tl.where(t >= j, sums, 0.0)), 0.0)
+
+
+@triton.jit
+def pair_decays_turned(g, C: tl.constexpr):
+    """The transpose of `pair_decays`, [j, t]."""
+    t, j = tl.arange(0, C)[None, :], tl.arange(0, C)[:, None]
+    sums = tl.cumsum(tl.where(t > j, g[None, :], 0.0), 1)
+    return tl.where(t >= j, tl.exp(tl.where(t >= j, sums, 0.0)), 0.0)
+
+
+@triton.jit
+def decays_to_end(g_ptr, C: tl.constexpr):
+    """The decay from each token of the chunk at `g_ptr` to the chunk's end."""
+    token = tl.arange(0, C)
+    g = tl.load(g_ptr + token + 1, mask=token + 1 < C, other=0.0)
+    return tl.exp(tl.cumsum(g, 0, reverse=True))
+
+
+@triton.jit
+def rows_of(x, block, C: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS rows of a [C, C]: those of the block of this number."""
+    if ROWS == C:
+        return x
+    else:
+        blocks = tl.reshape(x, (C // ROWS, ROWS, C))
+        mine = tl.arange(0, C // ROWS)[:, None, None] == block
+        return tl.sum(tl.where(mine, blocks, 0.0), 0)

@@ -1,0 +1,52 @@
+"""What MesaNet's tokens read with their solutions, and its gradient."""
+
+import triton
+import triton.language as tl
+
+from jla.triton.kernels.mesa_pieces import pair_decays, place, square, tile
+
+
+@triton.jit
+def read_kernel(
+    x_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, s_ptr, T, H, N,
+    o_ptr,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr,
+    C: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BC columns of o_t = exp(G_t) x_t S + sum_j M[t, j] (x_t . k_j) v_j, for a chunk.
+
+    Forward x are the solutions and S = Hkv. TURNED, for the backward pass, x are the gradients do,
+    k the values, v the keys, and S = Hkv^T.
+
+    Args:
+      x, k: [B, T, H, D]. v, o: [B, T, H, E]. g, beta: [B, H, TP].
+      s: [B, H, N, D, E] (TURNED: E, D); its dtype is that of the products' operands.
+
+    At B=8 T=4096 H=16 K=V=128 in bf16: 0.8 GB, 0.19 ms at 4.3 TB/s.
+    """
+    block = tl.program_id(0)
+    n, bh, number, first = place(T, H, N, C)
+    operand = s_ptr.dtype.element_ty
+    token, column, part = tl.arange(0, C), block * BC + tl.arange(0, BC), tl.arange(0, BI)
+    scores = tl.zeros((C, C), tl.float32)
+    o = tl.zeros((C, BC), tl.float32)
+    for i in range(0, BD, BI):
+        at, real = tile(first, token, i + part, n, T, H, C, D)
+        x = tl.load(x_ptr + at, mask=real, other=0.0).to(operand)
+        k = tl.load(k_ptr + at, mask=real, other=0.0).to(operand)
+        if TURNED:
+            at, real = square(number, column, i + part, E, D)
+            s = tl.trans(tl.load(s_ptr + at, mask=real, other=0.0))
+        else:
+            at, real = square(number, i + part, column, D, E)
+            s = tl.load(s_ptr + at, mask=real, other=0.0)
+        scores = tl.dot(x, tl.trans(k), acc=scores, input_precision=PRECISION)
+        o = tl.dot(x, s, acc=o, input_precision=PRECISION)
+    g = tl.load(g_ptr + number * C + token)
+    beta = tl.load(beta_ptr + number * C + token)
+    scores *= pair_decays(g, C) * beta[None, :]
+    o *= tl.exp(tl.cumsum(g, 0))[:, None]
+    at, real = tile(first, token, column, n, T, H, C, E)
+    v = tl.load(v_ptr + at, mask=real, other=0.0).to(operand)
+    o = tl.dot(scores.to(operand), v, acc=o, input_precision=PRECISION)
+    tl.store(o_ptr + at, o.to(o_ptr.dtype.element_ty), mask=real)
