@@ -48,4 +48,15 @@ CONFIGS: dict[str, dict[int, Config]] = {
     # Up to K = 128; beyond, half as many columns. A thread then has 64 elements of the state, and
     # 130 registers in all, so that several programs are on a multiprocessor.
     "kda_step": _everywhere({"BV": 64}, warps=4, stages=1),
+    "mesa_states": _everywhere({"BC": 64}, warps=4, stages=2),
+    "mesa_states_float32": _everywhere({"BC": 32}, warps=4, stages=2),
+    "mesa_solve": _everywhere({"ROWS": 32, "BI": 32}, warps=4, stages=2),
+    "mesa_solve_float32": _everywhere({"ROWS": 32, "BI": 32}, warps=4, stages=2),
+    "mesa_solve_wide": _everywhere({"ROWS": 16, "BI": 32}, warps=4, stages=2),
+    "mesa_solve_wide_float32": _everywhere({"ROWS": 16, "BI": 16}, warps=4, stages=2),
+    "mesa_read": _everywhere({"BC": 128, "BI": 64}, warps=4, stages=2),
+    "mesa_read_float32": _everywhere({"BC": 64, "BI": 32}, warps=4, stages=2),
+    "mesa_gradients": _everywhere({"BC": 128, "BI": 64}, warps=8, stages=1),
+    "mesa_gradients_float32": _everywhere({"BC": 64, "BI": 32}, warps=8, stages=1),
+    "mesa_step": _everywhere({"BI": 32, "BV": 64}, warps=8, stages=1),
 }

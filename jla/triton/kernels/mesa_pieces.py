@@ -9,12 +9,14 @@ import triton.language as tl
 
 
 @triton.jit
-def place(T, H, N, C: tl.constexpr):
-    """The program's chunk: the numbers of its row and head together, of its head, of its chunk in
-    vectors (times C: its first token), and of its first token in arrays [B, T, H, D] (times D)."""
-    n, bh = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    token = (bh // H * T + n * C) * H + bh % H
-    return n, bh, bh * N + n, token
+def place(T, H, N, blocks: tl.constexpr, C: tl.constexpr):
+    """A program's block, of so many of a chunk, and the numbers of its chunk: in its row; of its
+    row and head together; of all chunks; and of its first token in arrays [B, T, H, D] (times D).
+    """
+    program = tl.program_id(0)
+    number = (program // blocks).to(tl.int64)
+    n, bh = number % N, number // N
+    return program % blocks, n, bh, number, (bh // H * T + n * C) * H + bh % H
 
 
 @triton.jit

@@ -35,8 +35,7 @@ def solve_kernel(
       WHOLE: S and the keys stay in shared memory. Else they are read again in each iteration, BI
         rows at a time, and what they are multiplied by goes through `work`.
     """
-    block = tl.program_id(0)
-    n, bh, number, first = place(T, H, N, C)
+    block, n, bh, number, first = place(T, H, N, C // ROWS, C)
     operand = k_ptr.dtype.element_ty
     token, row, d = tl.arange(0, C), block * ROWS + tl.arange(0, ROWS), tl.arange(0, BK)
     if WHOLE:
@@ -84,7 +83,9 @@ def solve_kernel(
                     K, BK, C, ROWS, BI, PRECISION,
                 )  # fmt: skip
             curvature = tl.sum(p32 * y, 1)
-            alpha = tl.where(curvature > 0.0, live * norm / curvature, 0.0)
+            definite = curvature > 0.0
+            alpha = live * norm / tl.where(definite, curvature, 1.0)
+            alpha = tl.where(definite, alpha, 0.0)
             x += alpha[:, None] * p32
             r -= alpha[:, None] * y
             size = tl.sum(r * r, 1)
