@@ -56,7 +56,7 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "mesa_solve_wide_float32": _everywhere({"ROWS": 16, "BI": 16}, warps=4, stages=2),
     "mesa_read": _everywhere({"BC": 128, "BI": 64}, warps=4, stages=2),
     "mesa_read_float32": _everywhere({"BC": 64, "BI": 32}, warps=4, stages=2),
-    "mesa_gradients": _everywhere({"BC": 128, "BI": 64}, warps=8, stages=1),
+    "mesa_gradients": _everywhere({"BC": 128, "BI": 32}, warps=8, stages=2),
     "mesa_gradients_float32": _everywhere({"BC": 64, "BI": 32}, warps=8, stages=1),
     "mesa_step": _everywhere({"BI": 32, "BV": 64}, warps=8, stages=1),
 }

@@ -154,7 +154,7 @@ def _scaled(k, lamb, kk, kv):
 
 def _forward(q, k, v, g, beta, scale, kk, kv, *, steps, tolerance, keep):
     """The forward kernels: o and the last states, with `keep` also the solutions."""
-    kk_states, kk_scale, kv_states, *states = _states(k, k, v, g, beta, kk, kv)
+    kk_states, kk_scale, kv_states, *states = _states(k, k, v, g, beta, kk, kv, _largest(k))
     x = _solve(q, scale, k, g, beta, kk_states, kk_scale, steps=steps, tolerance=tolerance)
     o = _read(x, k, v, g, beta, kv_states, SDS(v.shape, v.dtype))
     return (o, *states, x) if keep else (o, *states)
@@ -162,10 +162,10 @@ def _forward(q, k, v, g, beta, scale, kk, kv, *, steps, tolerance, keep):
 
 def _backward(k, v, g, beta, scale, kk, kv, x, do, *ends, steps, tolerance, dtype):
     """The backward kernels, and what is small enough for XLA: the log decays' gradient."""
-    kk_states, kk_scale, kv_states, *_ = _states(k, k, v, g, beta, kk, kv)
+    kk_states, kk_scale, kv_states, *_ = _states(k, k, v, g, beta, kk, kv, _largest(k))
     dx = _read(do, v, k, g, beta, kv_states, SDS(k.shape, f32), turned=True)
     y = _solve(dx, None, k, g, beta, kk_states, kk_scale, steps=steps, tolerance=tolerance)
-    dkk, _, dkv, *starts = _states(x, y, do, g, beta, *ends, reverse=True)
+    dkk, _, dkv, *starts = _states(x, y, do, g, beta, *ends)
     inputs = k, v, do, x, y, g, beta, scale, kk_states, kk_scale, kv_states, dkk, dkv
     dk, dv, direct, written, reads, read, through, border, products = _gradients(*inputs, dtype)
 
@@ -190,19 +190,27 @@ def _wide(size):
     return max(16, triton.next_power_of_2(size))
 
 
-def _states(left, x, y, g, beta, x_start, y_start, *, reverse=False):
+def _largest(k):
+    """The square of each token's largest element of k, [B, H, TP]; zeros beyond the last."""
+    largest = jnp.square(jnp.abs(k).max(-1).astype(f32))
+    return jnp.pad(jnp.swapaxes(largest, 1, 2), ((0, 0), (0, 0), (0, -k.shape[1] % CHUNK)))
+
+
+def _states(left, x, y, g, beta, x_start, y_start, largest=None):
     """`states_kernel`'s outputs: both states before each chunk, the first one's scale second, and
-    both after the last; with `reverse` after each chunk, and before the first."""
+    both after the last. Without `largest` in reverse: after each chunk, and before the first.
+    """
     (B, T, H, K), V = left.shape, y.shape[-1]
     N = g.shape[-1] // CHUNK
     dtype = f32 if left.dtype == f32 else bf16
+    reverse = largest is None
     config = _config("mesa_states", dtype)
     rows = _wide(K)
     # Of twice as many rows half as many columns: what a program holds in registers stays the same.
     columns = min(config.blocks["BC"] * 128 // max(rows, 128), _wide(max(K, V)))
     return launch.call(
         mesa_states.states_kernel,
-        *(left, x, y, g, beta, x_start, y_start, T, H, N),
+        *(left, x, y, g, beta, g if reverse else largest, x_start, y_start, T, H, N),
         grid=(B * H * (triton.cdiv(K, columns) + triton.cdiv(V, columns)),),
         outputs=[
             SDS((B, H, N, K, K), dtype if reverse or dtype == f32 else f16),

@@ -95,15 +95,15 @@ def _of_keys(
         dk = tl.dot(k, tl.trans(dkk), acc=dk, input_precision=PRECISION)
     kk_scale = tl.load(kk_scale_ptr + number)
     tl.store(border_ptr + number * blocks + block, -kk_scale * tl.sum(tl.sum(border, 1), 0))
-    x = tl.load(x_ptr + mine_at, mask=mine, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + mine_at, mask=mine, other=0.0).to(tl.float32)
-    k = tl.load(k_ptr + mine_at, mask=mine, other=0.0).to(tl.float32)
-    tl.store(products_ptr + number * K + column, tl.sum(x * y, 0), mask=column < K)
-    through = -kk_scale * tl.exp(tl.cumsum(g, 0)) * tl.sum(read * y, 1)
+    my_x = tl.load(x_ptr + mine_at, mask=mine, other=0.0).to(tl.float32)
+    my_y = tl.load(y_ptr + mine_at, mask=mine, other=0.0).to(tl.float32)
+    my_k = tl.load(k_ptr + mine_at, mask=mine, other=0.0).to(tl.float32)
+    tl.store(products_ptr + number * K + column, tl.sum(my_x * my_y, 0), mask=column < K)
+    through = -kk_scale * tl.exp(tl.cumsum(g, 0)) * tl.sum(read * my_y, 1)
     vector = (bh * blocks + block) * (N * C) + n * C + token
     tl.store(through_ptr + vector, through)
     later = decays_to_end(g_ptr + number * C, C)
-    written = 0.5 * tl.sum(dk * k, 1)
+    written = 0.5 * tl.sum(dk * my_k, 1)
     dk = -dk
     for i in range(0, BV, BI):
         at, real = tile(first, token, i + part, n, T, H, C, V)
@@ -111,7 +111,7 @@ def _of_keys(
         at, real = square(number, column, i + part, K, V)
         dkv = tl.load(dkv_ptr + at, mask=real, other=0.0)
         dk = tl.dot(v, tl.trans(dkv), acc=dk, input_precision=PRECISION)
-    written = later * (written + tl.sum(dk * k, 1))
+    written = later * (written + tl.sum(dk * my_k, 1))
     vector = (bh * k_blocks + block) * (N * C) + n * C + token
     tl.store(written_ptr + vector, written)
     dk *= (later * beta)[:, None]
@@ -141,12 +141,12 @@ def _of_keys(
         pairs = tl.where(token[:, None] == token[None, :], 0.0, pairs * beta[:, None])
         tl.store(reads_ptr + number * C + token, tl.sum(pairs, 0))
         tl.store(read_ptr + number * C + token, tl.sum(pairs, 1))
-    x = tl.load(x_ptr + mine_at, mask=mine, other=0.0).to(operand)
-    change = (change * beta[:, None]).to(operand)
-    dk = tl.dot(change, x, acc=dk, input_precision=PRECISION)
-    y = tl.load(y_ptr + mine_at, mask=mine, other=0.0).to(operand)
-    a = (-a * decay * beta[:, None]).to(operand)
-    dk = tl.dot(a, y, acc=dk, input_precision=PRECISION)
+    # Loaded again: registers are short.
+    my_x = tl.load(x_ptr + mine_at, mask=mine, other=0.0).to(operand)
+    dk = tl.dot((change * beta[:, None]).to(operand), my_x, acc=dk, input_precision=PRECISION)
+    my_y = tl.load(y_ptr + mine_at, mask=mine, other=0.0).to(operand)
+    a *= -decay * beta[:, None]
+    dk = tl.dot(a.to(operand), my_y, acc=dk, input_precision=PRECISION)
     dk *= tl.load(scale_ptr + bh * K + column, mask=column < K, other=0.0)[None, :]
     tl.store(dk_ptr + mine_at, dk.to(dk_ptr.dtype.element_ty), mask=mine)
 

@@ -5,14 +5,13 @@ import triton.language as tl
 
 from jla.triton.kernels.mesa_pieces import decays_to_end, square, tile
 
-# The largest elements of S, stored as float16, lie between this and half of it: so elements 1e7
-# times smaller keep all their digits.
-UNIT = tl.constexpr(1024.0)
+# The most that an element of S, stored as float16, may be.
+UNIT = tl.constexpr(32768.0)
 
 
 @triton.jit
 def states_kernel(
-    left_ptr, x_ptr, y_ptr, g_ptr, beta_ptr, x_start_ptr, y_start_ptr, T, H, N,
+    left_ptr, x_ptr, y_ptr, g_ptr, beta_ptr, largest_ptr, x_start_ptr, y_start_ptr, T, H, N,
     x_states_ptr, scale_ptr, y_states_ptr, x_end_ptr, y_end_ptr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
@@ -26,7 +25,8 @@ def states_kernel(
                   w = exp(G)
 
     Args:
-      left, x, y: [B, T, H, K], [B, T, H, K], [B, T, H, V]. x_start, y_start: the states before the
+      left, x, y: [B, T, H, K], [B, T, H, K], [B, T, H, V]. largest: forward the square of each
+        token's largest element of k, [B, H, TP]; in reverse it is not read. x_start, y_start: the states before the
         first chunk, float32; in reverse those after the last.
       x_states, y_states: receive the states before each chunk (in reverse: after it), [B, H, N,
         K, K] and [B, H, N, K, V].
@@ -40,51 +40,47 @@ def states_kernel(
     block, bh = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     if block * BC < K:
         _columns(
-            block, bh, left_ptr, x_ptr, g_ptr, beta_ptr, x_start_ptr, T, H, N, x_states_ptr,
-            scale_ptr, x_end_ptr, K, K, BK, BC, C, not REVERSE, REVERSE, PRECISION,
+            block, bh, left_ptr, x_ptr, g_ptr, beta_ptr, largest_ptr, x_start_ptr, T, H, N,
+            x_states_ptr, scale_ptr, x_end_ptr, K, K, BK, BC, C, not REVERSE, REVERSE, PRECISION,
         )  # fmt: skip
     else:
         _columns(
-            block - (K + BC - 1) // BC, bh, left_ptr, y_ptr, g_ptr, beta_ptr, y_start_ptr, T, H, N,
-            y_states_ptr, scale_ptr, y_end_ptr, K, V, BK, BC, C, False, REVERSE, PRECISION,
+            block - (K + BC - 1) // BC, bh, left_ptr, y_ptr, g_ptr, beta_ptr, largest_ptr,
+            y_start_ptr, T, H, N, y_states_ptr, scale_ptr, y_end_ptr, K, V, BK, BC, C, False,
+            REVERSE, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def _columns(
-    block, bh, left_ptr, right_ptr, g_ptr, beta_ptr, start_ptr, T, H, N, states_ptr, scale_ptr,
-    end_ptr, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, C: tl.constexpr,
+    block, bh, left_ptr, right_ptr, g_ptr, beta_ptr, largest_ptr, start_ptr, T, H, N,
+    states_ptr, scale_ptr, end_ptr,
+    K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, C: tl.constexpr,
     SCALED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     token, row, column = tl.arange(0, C), tl.arange(0, BK), block * BC + tl.arange(0, BC)
     out = states_ptr.dtype.element_ty
-    operand = out if REVERSE else right_ptr.dtype.element_ty
-    at, real = square(bh, row, column, K, D)
-    state = tl.load(start_ptr + at, mask=real, other=0.0)
-    if SCALED:  # no element of a positive definite matrix exceeds its diagonal
-        diagonal = tl.load(start_ptr + bh * (K * K) + row * (K + 1), mask=row < K, other=0.0)
+    operand = left_ptr.dtype.element_ty
+    if right_ptr.dtype.element_ty != operand:
+        operand = tl.bfloat16  # of float16 keys and bfloat16 values
+    ends, real_ends = square(bh, row, column, K, D)
+    state = tl.load(start_ptr + ends, mask=real_ends, other=0.0)
+    if SCALED:
+        # No element of a positive definite matrix exceeds its largest on the diagonal. Of that this
+        # is a bound: at most K times too large, which takes none of float16's digits.
+        bound = tl.load(start_ptr + bh * (K * K) + row * (K + 1), mask=row < K, other=0.0)
+        bound = tl.max(bound, 0)
     for step in range(0, N):
         n = step
         if REVERSE:
             n = N - 1 - step
-        at, real = square(bh * N + n, row, column, K, D)
-        if SCALED:
-            if out == tl.float16:
-                largest = tl.maximum(tl.max(diagonal, 0), 1e-30)
-                exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
-                scale = exponent.to(tl.float32, bitcast=True) * (2.0 / UNIT)
-            else:
-                scale = 1.0
-            tl.store(states_ptr + at, (state * (1.0 / scale)).to(out), mask=real)
-            if block == 0:
-                tl.store(scale_ptr + bh * N + n, scale)
-        else:
-            tl.store(states_ptr + at, state.to(out), mask=real)
         first = (bh // H * T + n * C) * H + bh % H
-        at, real = tile(first, token, row, n, T, H, C, K)
-        left = tl.load(left_ptr + at, mask=real, other=0.0).to(tl.float32)
+        # Turned already in memory: so its copy to shared memory is asynchronous.
+        at = first * K + (token * H * K)[None, :] + row[:, None]
+        real = (n * C + token < T)[None, :] & (row < K)[:, None]
+        left = tl.load(left_ptr + at, mask=real, other=0.0).to(operand)
         at, real = tile(first, token, column, n, T, H, C, D)
-        right = tl.load(right_ptr + at, mask=real, other=0.0).to(operand)
+        right = tl.load(right_ptr + at, mask=real, other=0.0).to(tl.float32)
         vector = (bh * N + n) * C
         g = tl.load(g_ptr + vector + token)
         if REVERSE:
@@ -92,9 +88,20 @@ def _columns(
         else:
             weight = tl.load(beta_ptr + vector + token) * decays_to_end(g_ptr + vector, C)
         decay = tl.exp(tl.sum(g, 0))
-        weighted = (left * weight[:, None]).to(operand)
-        state = tl.dot(tl.trans(weighted), right, acc=state * decay, input_precision=PRECISION)
+
+        at, real = square(bh * N + n, row, column, K, D)
         if SCALED:
-            diagonal = diagonal * decay + tl.sum(weight[:, None] * left * left, 0)
-    at, real = square(bh, row, column, K, D)
-    tl.store(end_ptr + at, state, mask=real)
+            scale = 1.0
+            if out == tl.float16:
+                exponent = tl.maximum(bound, 1e-30).to(tl.int32, bitcast=True) & 0x7F800000
+                scale = exponent.to(tl.float32, bitcast=True) * (2.0 / UNIT)
+            tl.store(states_ptr + at, (state * (1.0 / scale)).to(out), mask=real)
+            if block == 0:
+                tl.store(scale_ptr + bh * N + n, scale)
+            largest = tl.load(largest_ptr + vector + token)
+            bound = bound * decay + tl.sum(weight * largest, 0)
+        else:
+            tl.store(states_ptr + at, state.to(out), mask=real)
+        weighted = (right * weight[:, None]).to(operand)
+        state = tl.dot(left, weighted, acc=state * decay, input_precision=PRECISION)
+    tl.store(end_ptr + ends, state, mask=real_ends)

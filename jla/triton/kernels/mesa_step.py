@@ -67,12 +67,12 @@ def mesa_step(
     kv += head * (K * V)
     for i in range(0, V, BV):
         part = i + tl.arange(0, BV)
-        place = column[:, None] * V + part[None, :]
-        both = inside[:, None] & (part < V)[None, :]
+        kv_place = column[:, None] * V + part[None, :]
+        real = inside[:, None] & (part < V)[None, :]
         value = tl.load(v + head * V + part, part < V, 0.0).to(tl.float32)
-        block = decay * tl.load(kv + place, both, 0.0) + written[:, None] * value[None, :]
-        tl.store(kv + place, block, both)
-        read = tl.sum(block * x[:, None], 0)
+        new_state = decay * tl.load(kv + kv_place, real, 0.0) + written[:, None] * value[None, :]
+        tl.store(kv + kv_place, new_state, real)
+        read = tl.sum(new_state * x[:, None], 0)
         tl.store(o + head * V + part, read.to(o.dtype.element_ty), part < V)
 
 
