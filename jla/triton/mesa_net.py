@@ -37,7 +37,8 @@ _KK = MESA_NET["initial_state.kk"].replace("K K", "K J")
 _STATES = (_KK, MESA_NET["initial_state.kv"])
 _INPUTS = (*letters(MESA_NET, "q k v"), "B H TP", "B H TP", "B H K", *_STATES)
 _OUTPUTS = (MESA_NET["o"], *_STATES)
-_SOLUTION = MESA_NET["k"]
+# What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
+_KEPT = {"mesa_solution": MESA_NET["k"], "mesa_solution_scale": "B H TP"}
 _STEP = of_step(MESA_NET)
 _STEP_INPUTS = (*letters(_STEP, "q k v g beta"), "B H K", *_STATES)
 _STEP_OUTPUTS = (_STEP["o"], *_STATES)
@@ -95,7 +96,7 @@ def _mesa(q, k, v, g, beta, lamb, kk, kv, cg_steps, tolerance):
 
 def _run(q, k, v, g, beta, lamb, kk, kv, cg_steps, tolerance, *, keep):
     run = functools.partial(_forward, steps=cg_steps, tolerance=tolerance, keep=keep)
-    results = (*_OUTPUTS, _SOLUTION) if keep else _OUTPUTS
+    results = (*_OUTPUTS, *_KEPT.values()) if keep else _OUTPUTS
     k, kk, kv = _scaled(k, lamb, kk, kv)
     # Where lamb is NaN, only what the queries are multiplied by is: states stay as they are.
     scale = jax.lax.rsqrt(lamb)
@@ -106,13 +107,13 @@ def _run(q, k, v, g, beta, lamb, kk, kv, cg_steps, tolerance, *, keep):
 
 
 def _mesa_forward(q, k, v, g, beta, lamb, kk, kv, cg_steps, tolerance):
-    *results, x = _run(q, k, v, g, beta, lamb, kk, kv, cg_steps, tolerance, keep=True)
-    x = checkpoint_name(x, "mesa_solution")
-    return tuple(results), (k, v, g, beta, lamb, kk, kv, x)
+    results = _run(q, k, v, g, beta, lamb, kk, kv, cg_steps, tolerance, keep=True)
+    kept = map(checkpoint_name, results[3:], _KEPT)
+    return results[:3], (k, v, g, beta, lamb, kk, kv, *kept)
 
 
 def _mesa_backward(cg_steps, tolerance, residuals, cotangents):
-    k, v, g, beta, lamb, kk, kv, x = residuals
+    k, v, g, beta, lamb, kk, kv, *kept = residuals
     do, dkk, dkv = cotangents
     dtype = k.dtype
     root, scale = jnp.sqrt(_or_one(lamb)), jax.lax.rsqrt(lamb)
@@ -121,12 +122,13 @@ def _mesa_backward(cg_steps, tolerance, residuals, cotangents):
     ends = -jnp.swapaxes(row * dkk * root[:, :, None], 2, 3), row * dkv
     k, kk, kv = _scaled(k, lamb, kk, kv)
     run = functools.partial(_backward, steps=cg_steps, tolerance=tolerance, dtype=dtype)
-    dq, dk, dv, dg, dbeta, products, dkk, dkv = shardwise(
+    y, y_scale, dk, dv, dg, dbeta, products, dkk, dkv = shardwise(
         run,
-        (*_INPUTS[1:], _SOLUTION, *_OUTPUTS),
-        (*letters(MESA_NET, "q k v"), "B H TP", "B H TP", "B H K", *_STATES),
-    )(k, v, g, beta, scale, kk, kv, x, do, *ends)
-    dq = (dq.astype(f32) * scale[:, None]).astype(dtype)
+        (*_INPUTS[1:], *_KEPT.values(), *_OUTPUTS),
+        (*_KEPT.values(), *letters(MESA_NET, "k v"), "B H TP", "B H TP", "B H K", *_STATES),
+    )(k, v, g, beta, scale, kk, kv, *kept, do, *ends)
+    y_scale = jnp.swapaxes(y_scale, 1, 2)[:, : y.shape[1], :, None]
+    dq = (y.astype(f32) * y_scale * scale[:, None]).astype(dtype)
     row = scale[..., None]
     dkk = -row * jnp.swapaxes(dkk, 2, 3) * scale[:, :, None]
     return dq, dk, dv, dg, dbeta, -scale * scale * products, dkk, row * dkv
@@ -154,19 +156,19 @@ def _scaled(k, lamb, kk, kv):
 
 def _forward(q, k, v, g, beta, scale, kk, kv, *, steps, tolerance, keep):
     """The forward kernels: o and the last states, with `keep` also the solutions."""
-    kk_states, kk_scale, kv_states, *states = _states(k, k, v, g, beta, kk, kv, _largest(k))
+    kk_states, kk_scale, kv_states, *states = _states(k, k, v, g, beta, _largest(k), kk, kv)
     x = _solve(q, scale, k, g, beta, kk_states, kk_scale, steps=steps, tolerance=tolerance)
-    o = _read(x, k, v, g, beta, kv_states, SDS(v.shape, v.dtype))
-    return (o, *states, x) if keep else (o, *states)
+    o = _read(*x, k, v, g, beta, kv_states, SDS(v.shape, v.dtype))
+    return (o, *states, *x) if keep else (o, *states)
 
 
-def _backward(k, v, g, beta, scale, kk, kv, x, do, *ends, steps, tolerance, dtype):
+def _backward(k, v, g, beta, scale, kk, kv, x, x_scale, do, *ends, steps, tolerance, dtype):
     """The backward kernels, and what is small enough for XLA: the log decays' gradient."""
-    kk_states, kk_scale, kv_states, *_ = _states(k, k, v, g, beta, kk, kv, _largest(k))
-    dx = _read(do, v, k, g, beta, kv_states, SDS(k.shape, f32), turned=True)
+    kk_states, kk_scale, kv_states, *_ = _states(k, k, v, g, beta, _largest(k), kk, kv)
+    dx = _read(do, None, v, k, g, beta, kv_states, SDS(k.shape, f32))
     y = _solve(dx, None, k, g, beta, kk_states, kk_scale, steps=steps, tolerance=tolerance)
-    dkk, _, dkv, *starts = _states(x, y, do, g, beta, *ends)
-    inputs = k, v, do, x, y, g, beta, scale, kk_states, kk_scale, kv_states, dkk, dkv
+    dkk, _, dkv, *starts = _states(x, y[0], do, g, x_scale, y[1], *ends, reverse=True)
+    inputs = k, v, do, x, x_scale, *y, g, beta, scale, kk_states, kk_scale, kv_states, dkk, dkv
     dk, dv, direct, written, reads, read, through, border, products = _gradients(*inputs, dtype)
 
     # A token's decay counts where something written before it is read after it: in the chunk's own
@@ -179,7 +181,7 @@ def _backward(k, v, g, beta, scale, kk, kv, x, do, *ends, steps, tolerance, dtyp
     before = jnp.pad(before, ((0, 0), (0, 0), (0, 0), (1, 0)))
     carried = border.sum(-1) * jnp.exp(by_chunk(g).sum(-1))
     dg = (within + before + carried[..., None]).reshape(g.shape)
-    return y, dk, dv, dg, direct + written, products.sum(2), *starts
+    return *y, dk, dv, dg, direct + written, products.sum(2), *starts
 
 
 # ------------------------------------------------------------------------------ the kernels' calls
@@ -196,21 +198,20 @@ def _largest(k):
     return jnp.pad(jnp.swapaxes(largest, 1, 2), ((0, 0), (0, 0), (0, -k.shape[1] % CHUNK)))
 
 
-def _states(left, x, y, g, beta, x_start, y_start, largest=None):
+def _states(left, x, y, g, weight, other, x_start, y_start, *, reverse=False):
     """`states_kernel`'s outputs: both states before each chunk, the first one's scale second, and
-    both after the last. Without `largest` in reverse: after each chunk, and before the first.
+    both after the last; with `reverse` after each chunk, and before the first.
     """
     (B, T, H, K), V = left.shape, y.shape[-1]
     N = g.shape[-1] // CHUNK
     dtype = f32 if left.dtype == f32 else bf16
-    reverse = largest is None
     config = _config("mesa_states", dtype)
     rows = _wide(K)
     # Of twice as many rows half as many columns: what a program holds in registers stays the same.
     columns = min(config.blocks["BC"] * 128 // max(rows, 128), _wide(max(K, V)))
     return launch.call(
         mesa_states.states_kernel,
-        *(left, x, y, g, beta, g if reverse else largest, x_start, y_start, T, H, N),
+        *(left, x, y, g, weight, other, x_start, y_start, T, H, N),
         grid=(B * H * (triton.cdiv(K, columns) + triton.cdiv(V, columns)),),
         outputs=[
             SDS((B, H, N, K, K), dtype if reverse or dtype == f32 else f16),
@@ -225,7 +226,8 @@ def _states(left, x, y, g, beta, x_start, y_start, largest=None):
 
 
 def _solve(b, scale, k, g, beta, s, s_scale, *, steps, tolerance):
-    """The solutions x of all A_t x_t = b_t, times `scale` if it is not None."""
+    """The solutions x of all A_t x_t = b_t, or of b_t times `scale` if it is not None; and what
+    they are divided by."""
     B, T, H, K = k.shape
     N, rows = g.shape[-1] // CHUNK, _wide(K)
     dtype = f32 if k.dtype == f32 else bf16
@@ -233,28 +235,29 @@ def _solve(b, scale, k, g, beta, s, s_scale, *, steps, tolerance):
     config = _config("mesa_solve" if whole else "mesa_solve_wide", dtype)
     work = (1,) if whole else (B, H, N, CHUNK, rows + CHUNK)
     constants = dict(K=K, BK=rows, WHOLE=whole, SCALED=scale is not None, TOLERANCE=tolerance)
-    x, _ = launch.call(
+    x, x_scale, _ = launch.call(
         mesa_solve.solve_kernel,
         *(b, s_scale if scale is None else scale, k, g, beta, s, s_scale, T, H, N, steps),
         grid=(B * H * N * (CHUNK // config.blocks["ROWS"]),),
-        outputs=[SDS(k.shape, dtype), SDS(work, k.dtype)],
+        outputs=[SDS(k.shape, k.dtype), SDS(g.shape, f32), SDS(work, k.dtype)],
         config=config,
         constants=_common(dtype) | constants,
     )
-    return x
+    return x, x_scale
 
 
-def _read(x, k, v, g, beta, s, out, *, turned=False):
-    """What tokens read with x, of `out`'s shape and dtype. See `read_kernel`."""
+def _read(x, x_scale, k, v, g, beta, s, out):
+    """What tokens read with x, of `out`'s shape and dtype; turned around if x_scale is None. See
+    `read_kernel`."""
     (B, T, H, D), E = x.shape, v.shape[-1]
     N = g.shape[-1] // CHUNK
     dtype = s.dtype
     config = _config("mesa_read", dtype)
     columns, part = min(config.blocks["BC"], _wide(E)), min(config.blocks["BI"], _wide(D))
-    constants = dict(D=D, E=E, BD=_wide(D), BC=columns, BI=part, TURNED=turned)
+    constants = dict(D=D, E=E, BD=_wide(D), BC=columns, BI=part, TURNED=x_scale is None)
     (o,) = launch.call(
         mesa_read.read_kernel,
-        *(x, k, v, g, beta, s, T, H, N),
+        *(x, g if x_scale is None else x_scale, k, v, g, beta, s, T, H, N),
         grid=(B * H * N * triton.cdiv(E, columns),),
         outputs=[out],
         config=config,
@@ -263,7 +266,9 @@ def _read(x, k, v, g, beta, s, out, *, turned=False):
     return o
 
 
-def _gradients(k, v, do, x, y, g, beta, scale, kk, kk_scale, kv, dkk, dkv, dtype):
+def _gradients(
+    k, v, do, x, x_scale, y, y_scale, g, beta, scale, kk, kk_scale, kv, dkk, dkv, dtype
+):  # fmt: skip
     """`gradients_kernel`'s outputs; dk and dv of this dtype."""
     (B, T, H, K), V, TP = k.shape, v.shape[-1], g.shape[-1]
     N = TP // CHUNK
@@ -276,7 +281,8 @@ def _gradients(k, v, do, x, y, g, beta, scale, kk, kk_scale, kv, dkk, dkv, dtype
     sizes = dict(K=K, V=V, BK=_wide(K), BV=_wide(V), BC=columns, BI=part)
     return launch.call(
         mesa_gradients.gradients_kernel,
-        *(k, v, do, x, y, g, beta, scale, kk, kk_scale, kv, dkk, dkv, T, H, N),
+        *(k, v, do, x, x_scale, y, y_scale, g, beta, scale),
+        *(kk, kk_scale, kv, dkk, dkv, T, H, N),
         grid=(B * H * N * blocks,),
         outputs=[
             *(SDS(k.shape, dtype), SDS(v.shape, dtype)),

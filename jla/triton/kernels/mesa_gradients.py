@@ -15,7 +15,7 @@ from jla.triton.kernels.mesa_pieces import (
 
 @triton.jit
 def gradients_kernel(
-    k_ptr, v_ptr, do_ptr, x_ptr, y_ptr, g_ptr, beta_ptr, scale_ptr,
+    k_ptr, v_ptr, do_ptr, x_ptr, x_scale_ptr, y_ptr, y_scale_ptr, g_ptr, beta_ptr, scale_ptr,
     kk_ptr, kk_scale_ptr, kv_ptr, dkk_ptr, dkv_ptr, T, H, N,
     dk_ptr, dv_ptr, direct_ptr, written_ptr, reads_ptr, read_ptr, through_ptr, border_ptr,
     products_ptr,
@@ -34,9 +34,10 @@ def gradients_kernel(
             the border, <dHkk, Hkk> + <dHkv, Hkv>
 
     Args:
-      scale: lamb^-1/2, [B, H, K], by which dk is multiplied.
+      x_scale, y_scale: what x and y have been divided by, [B, H, TP]. scale: lamb^-1/2, [B, H, K],
+        by which dk is multiplied.
       kk, kk_scale, kv: the states before the chunks. dkk, dkv: -dHkk^T and dHkv after them; their
-        dtype is that of the products' operands.
+        dtype is that of the operands of products with gradients.
       direct, reads, read: receive the part of dbeta in 1., and the sums of M dM over j < t, by t
         and by j, [B, H, TP]. The others receive parts, one for each block of columns: written, of
         dbeta in 2., [B, H, blocks of K, TP]; through [B, H, blocks of K and V, TP]; border [B, H,
@@ -49,20 +50,20 @@ def gradients_kernel(
     block, n, bh, number, first = place(T, H, N, blocks, C)
     if block * BC < K:
         _of_keys(
-            block, n, bh, number, first, k_ptr, v_ptr, do_ptr, x_ptr, y_ptr, g_ptr, beta_ptr, scale_ptr, kk_ptr,
-            kk_scale_ptr, dkk_ptr, dkv_ptr, T, H, N, dk_ptr, direct_ptr, written_ptr, reads_ptr,
+            block, n, bh, number, first, k_ptr, v_ptr, do_ptr, x_ptr, x_scale_ptr, y_ptr,
+            y_scale_ptr, g_ptr, beta_ptr, scale_ptr, kk_ptr, kk_scale_ptr, dkk_ptr, dkv_ptr, T, H, N, dk_ptr, direct_ptr, written_ptr, reads_ptr,
             read_ptr, through_ptr, border_ptr, products_ptr, K, V, BK, BV, BC, BI, C, PRECISION,
         )  # fmt: skip
     else:
         _of_values(
-            block - k_blocks, n, bh, number, first, k_ptr, do_ptr, x_ptr, g_ptr, beta_ptr, kv_ptr, dkv_ptr,
+            block - k_blocks, n, bh, number, first, k_ptr, do_ptr, x_ptr, x_scale_ptr, g_ptr, beta_ptr, kv_ptr, dkv_ptr,
             T, H, N, dv_ptr, through_ptr, border_ptr, K, V, BK, BC, BI, C, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def _of_keys(
-    block, n, bh, number, first, k_ptr, v_ptr, do_ptr, x_ptr, y_ptr, g_ptr, beta_ptr, scale_ptr,
+    block, n, bh, number, first, k_ptr, v_ptr, do_ptr, x_ptr, x_scale_ptr, y_ptr, y_scale_ptr, g_ptr, beta_ptr, scale_ptr,
     kk_ptr, kk_scale_ptr, dkk_ptr, dkv_ptr, T, H, N, dk_ptr, direct_ptr, written_ptr, reads_ptr, read_ptr, through_ptr,
     border_ptr, products_ptr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
@@ -75,6 +76,8 @@ def _of_keys(
     mine_at, mine = tile(first, token, column, n, T, H, C, K)
     g = tl.load(g_ptr + number * C + token)
     beta = tl.load(beta_ptr + number * C + token)
+    x_scale = tl.load(x_scale_ptr + number * C + token)
+    y_scale = tl.load(y_scale_ptr + number * C + token)
 
     # 3. with x Hkk, and what is written: k (dHkk + dHkk^T), up to its sign.
     read = tl.zeros((C, BC), tl.float32)
@@ -82,13 +85,13 @@ def _of_keys(
     border = tl.zeros((BI, BC), tl.float32)
     for i in range(0, BK, BI):
         at, real = tile(first, token, i + part, n, T, H, C, K)
-        x = tl.load(x_ptr + at, mask=real, other=0.0).to(operand)
+        x = tl.load(x_ptr + at, mask=real, other=0.0)
         k = tl.load(k_ptr + at, mask=real, other=0.0).to(operand)
         at, real = square(number, i + part, column, K, K)
         kk = tl.load(kk_ptr + at, mask=real, other=0.0)
         dkk = tl.load(dkk_ptr + at, mask=real, other=0.0)
         border += kk.to(tl.float32) * dkk.to(tl.float32)
-        read = tl.dot(x, kk.to(operand), acc=read, input_precision=PRECISION)
+        read = tl.dot(x, kk, acc=read, input_precision=PRECISION)
         dk = tl.dot(k, dkk, acc=dk, input_precision=PRECISION)
         at, real = square(number, column, i + part, K, K)
         dkk = tl.load(dkk_ptr + at, mask=real, other=0.0)
@@ -98,8 +101,8 @@ def _of_keys(
     my_x = tl.load(x_ptr + mine_at, mask=mine, other=0.0).to(tl.float32)
     my_y = tl.load(y_ptr + mine_at, mask=mine, other=0.0).to(tl.float32)
     my_k = tl.load(k_ptr + mine_at, mask=mine, other=0.0).to(tl.float32)
-    tl.store(products_ptr + number * K + column, tl.sum(my_x * my_y, 0), mask=column < K)
-    through = -kk_scale * tl.exp(tl.cumsum(g, 0)) * tl.sum(read * my_y, 1)
+    tl.store(products_ptr + number * K + column, tl.sum(my_x * my_y * (x_scale * y_scale)[:, None], 0), mask=column < K)
+    through = -kk_scale * tl.exp(tl.cumsum(g, 0)) * x_scale * y_scale * tl.sum(read * my_y, 1)
     vector = (bh * blocks + block) * (N * C) + n * C + token
     tl.store(through_ptr + vector, through)
     later = decays_to_end(g_ptr + number * C, C)
@@ -121,16 +124,17 @@ def _of_keys(
     change = tl.zeros((C, C), tl.float32)
     for i in range(0, BK, BI):
         at, real = tile(first, token, i + part, n, T, H, C, K)
-        x = tl.load(x_ptr + at, mask=real, other=0.0).to(operand)
-        y = tl.load(y_ptr + at, mask=real, other=0.0).to(operand)
-        k = tl.load(k_ptr + at, mask=real, other=0.0).to(operand)
+        x = tl.load(x_ptr + at, mask=real, other=0.0)
+        y = tl.load(y_ptr + at, mask=real, other=0.0)
+        k = tl.load(k_ptr + at, mask=real, other=0.0)
         a = tl.dot(k, tl.trans(x), acc=a, input_precision=PRECISION)
         change = tl.dot(k, tl.trans(y), acc=change, input_precision=PRECISION)
-    change = -change
+    a *= x_scale[None, :]
+    change *= -y_scale[None, :]
     for i in range(0, BV, BI):
         at, real = tile(first, token, i + part, n, T, H, C, V)
-        v = tl.load(v_ptr + at, mask=real, other=0.0).to(operand)
-        do = tl.load(do_ptr + at, mask=real, other=0.0).to(operand)
+        v = tl.load(v_ptr + at, mask=real, other=0.0)
+        do = tl.load(do_ptr + at, mask=real, other=0.0)
         change = tl.dot(v, tl.trans(do), acc=change, input_precision=PRECISION)
     decay = pair_decays_turned(g, C)
     change *= decay
@@ -143,9 +147,10 @@ def _of_keys(
         tl.store(read_ptr + number * C + token, tl.sum(pairs, 1))
     # Loaded again: registers are short.
     my_x = tl.load(x_ptr + mine_at, mask=mine, other=0.0).to(operand)
-    dk = tl.dot((change * beta[:, None]).to(operand), my_x, acc=dk, input_precision=PRECISION)
+    change *= beta[:, None] * x_scale[None, :]
+    dk = tl.dot(change.to(operand), my_x, acc=dk, input_precision=PRECISION)
     my_y = tl.load(y_ptr + mine_at, mask=mine, other=0.0).to(operand)
-    a *= -decay * beta[:, None]
+    a *= -decay * beta[:, None] * y_scale[None, :]
     dk = tl.dot(a.to(operand), my_y, acc=dk, input_precision=PRECISION)
     dk *= tl.load(scale_ptr + bh * K + column, mask=column < K, other=0.0)[None, :]
     tl.store(dk_ptr + mine_at, dk.to(dk_ptr.dtype.element_ty), mask=mine)
@@ -153,7 +158,7 @@ def _of_keys(
 
 @triton.jit
 def _of_values(
-    block, n, bh, number, first, k_ptr, do_ptr, x_ptr, g_ptr, beta_ptr, kv_ptr, dkv_ptr, T, H, N,
+    block, n, bh, number, first, k_ptr, do_ptr, x_ptr, x_scale_ptr, g_ptr, beta_ptr, kv_ptr, dkv_ptr, T, H, N,
     dv_ptr, through_ptr, border_ptr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr,
     C: tl.constexpr, PRECISION: tl.constexpr,
@@ -165,6 +170,7 @@ def _of_values(
     mine_at, mine = tile(first, token, column, n, T, H, C, V)
     g = tl.load(g_ptr + number * C + token)
     beta = tl.load(beta_ptr + number * C + token)
+    x_scale = tl.load(x_scale_ptr + number * C + token)
 
     read = tl.zeros((C, BC), tl.float32)
     dv = tl.zeros((C, BC), tl.float32)
@@ -172,21 +178,21 @@ def _of_values(
     border = tl.zeros((BI, BC), tl.float32)
     for i in range(0, BK, BI):
         at, real = tile(first, token, i + part, n, T, H, C, K)
-        x = tl.load(x_ptr + at, mask=real, other=0.0).to(operand)
-        k = tl.load(k_ptr + at, mask=real, other=0.0).to(operand)
+        x = tl.load(x_ptr + at, mask=real, other=0.0)
+        k = tl.load(k_ptr + at, mask=real, other=0.0)
         at, real = square(number, i + part, column, K, V)
         kv = tl.load(kv_ptr + at, mask=real, other=0.0)
         dkv = tl.load(dkv_ptr + at, mask=real, other=0.0)
         border += kv.to(tl.float32) * dkv.to(tl.float32)
-        read = tl.dot(x, kv.to(operand), acc=read, input_precision=PRECISION)
-        dv = tl.dot(k, dkv, acc=dv, input_precision=PRECISION)
+        read = tl.dot(x.to(operand), kv, acc=read, input_precision=PRECISION)
+        dv = tl.dot(k.to(operand), dkv, acc=dv, input_precision=PRECISION)
         a = tl.dot(k, tl.trans(x), acc=a, input_precision=PRECISION)
     tl.store(border_ptr + number * blocks + k_blocks + block, tl.sum(tl.sum(border, 1), 0))
     do = tl.load(do_ptr + mine_at, mask=mine, other=0.0)
-    through = tl.exp(tl.cumsum(g, 0)) * tl.sum(read * do.to(tl.float32), 1)
+    through = tl.exp(tl.cumsum(g, 0)) * x_scale * tl.sum(read * do.to(tl.float32), 1)
     vector = (bh * blocks + k_blocks + block) * (N * C) + n * C + token
     tl.store(through_ptr + vector, through)
     dv *= (decays_to_end(g_ptr + number * C, C) * beta)[:, None]
-    a = (a * pair_decays_turned(g, C) * beta[:, None]).to(operand)
-    dv = tl.dot(a, do.to(operand), acc=dv, input_precision=PRECISION)
+    a *= pair_decays_turned(g, C) * beta[:, None] * x_scale[None, :]
+    dv = tl.dot(a.to(operand), do.to(operand), acc=dv, input_precision=PRECISION)
     tl.store(dv_ptr + mine_at, dv.to(dv_ptr.dtype.element_ty), mask=mine)

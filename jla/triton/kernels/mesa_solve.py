@@ -20,7 +20,7 @@ AT_ONCE = tl.constexpr(2)  # iterations between two looks at whether all rows ha
 @triton.jit
 def solve_kernel(
     b_ptr, scale_ptr, k_ptr, g_ptr, beta_ptr, s_ptr, s_scale_ptr, T, H, N, steps,
-    x_ptr, work_ptr,
+    x_ptr, x_scale_ptr, work_ptr,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BI: tl.constexpr,
     WHOLE: tl.constexpr, SCALED: tl.constexpr, TOLERANCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -30,6 +30,8 @@ def solve_kernel(
       b: right-hand sides, [B, T, H, K]; with SCALED they are multiplied by `scale`, [B, H, K].
       k: keys, [B, T, H, K], of the dtype of the products' operands. g, beta: [B, H, TP].
       s: S, [B, H, N, K, K], divided by s_scale, [B, H, N].
+      x, x_scale: receive the solutions, [B, T, H, K], divided by x_scale, [B, H, TP]: of float16
+        the largest magnitude of each is 1. Of float32 x_scale is 1.
       steps: the most iterations. TOLERANCE: of a row's residual, in units of its right-hand side.
       work: with WHOLE nothing; else room for directions and scores, [B, H, N, C, BK + C].
       WHOLE: S and the keys stay in shared memory. Else they are read again in each iteration, BI
@@ -97,8 +99,14 @@ def solve_kernel(
             norm = new
         step += count
         going = tl.max(live, 0)
-    x *= largest[:, None]
-    tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=real)
+    if operand == tl.float16:
+        size = tl.maximum(tl.max(tl.abs(x), 1), SMALLEST)
+        x *= (1.0 / size)[:, None]
+        tl.store(x_scale_ptr + number * C + row, size * largest)
+    else:
+        x *= largest[:, None]
+        tl.store(x_scale_ptr + number * C + row, largest - largest + 1.0)
+    tl.store(x_ptr + at, x.to(operand), mask=real)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ UNIT = tl.constexpr(32768.0)
 
 @triton.jit
 def states_kernel(
-    left_ptr, x_ptr, y_ptr, g_ptr, beta_ptr, largest_ptr, x_start_ptr, y_start_ptr, T, H, N,
+    left_ptr, x_ptr, y_ptr, g_ptr, weight_ptr, other_ptr, x_start_ptr, y_start_ptr, T, H, N,
     x_states_ptr, scale_ptr, y_states_ptr, x_end_ptr, y_end_ptr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
@@ -22,12 +22,13 @@ def states_kernel(
 
         forward:  X = Hkk, Y = Hkv, l = x = k, y = v, w_j = beta_j exp(G_end - G_j)
         REVERSE:  X = -dHkk^T, Y = dHkv, l the solutions, x those of the backward pass, y = do,
-                  w = exp(G)
+                  w = exp(G), times what l and x have been divided by
 
     Args:
-      left, x, y: [B, T, H, K], [B, T, H, K], [B, T, H, V]. largest: forward the square of each
-        token's largest element of k, [B, H, TP]; in reverse it is not read. x_start, y_start: the states before the
-        first chunk, float32; in reverse those after the last.
+      left, x, y: [B, T, H, K], [B, T, H, K], [B, T, H, V].
+      weight, other: forward beta and the square of each token's largest element of k, [B, H, TP];
+        in reverse what l and x have been divided by.
+      x_start, y_start: the states before the first chunk, float32; in reverse after the last.
       x_states, y_states: receive the states before each chunk (in reverse: after it), [B, H, N,
         K, K] and [B, H, N, K, V].
       scale: forward it receives what x_states are divided by, [B, H, N]: powers of two for float16,
@@ -40,12 +41,12 @@ def states_kernel(
     block, bh = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     if block * BC < K:
         _columns(
-            block, bh, left_ptr, x_ptr, g_ptr, beta_ptr, largest_ptr, x_start_ptr, T, H, N,
-            x_states_ptr, scale_ptr, x_end_ptr, K, K, BK, BC, C, not REVERSE, REVERSE, PRECISION,
+            block, bh, left_ptr, x_ptr, g_ptr, weight_ptr, other_ptr, x_start_ptr, T, H, N,
+            x_states_ptr, scale_ptr, x_end_ptr, K, K, BK, BC, C, True, REVERSE, PRECISION,
         )  # fmt: skip
     else:
         _columns(
-            block - (K + BC - 1) // BC, bh, left_ptr, y_ptr, g_ptr, beta_ptr, largest_ptr,
+            block - (K + BC - 1) // BC, bh, left_ptr, y_ptr, g_ptr, weight_ptr, other_ptr,
             y_start_ptr, T, H, N, y_states_ptr, scale_ptr, y_end_ptr, K, V, BK, BC, C, False,
             REVERSE, PRECISION,
         )  # fmt: skip
@@ -53,19 +54,21 @@ def states_kernel(
 
 @triton.jit
 def _columns(
-    block, bh, left_ptr, right_ptr, g_ptr, beta_ptr, largest_ptr, start_ptr, T, H, N,
+    block, bh, left_ptr, right_ptr, g_ptr, weight_ptr, other_ptr, start_ptr, T, H, N,
     states_ptr, scale_ptr, end_ptr,
     K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, C: tl.constexpr,
-    SCALED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    OF_X: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     token, row, column = tl.arange(0, C), tl.arange(0, BK), block * BC + tl.arange(0, BC)
     out = states_ptr.dtype.element_ty
     operand = left_ptr.dtype.element_ty
-    if right_ptr.dtype.element_ty != operand:
+    if REVERSE:
+        operand = out
+    elif right_ptr.dtype.element_ty != operand:
         operand = tl.bfloat16  # of float16 keys and bfloat16 values
     ends, real_ends = square(bh, row, column, K, D)
     state = tl.load(start_ptr + ends, mask=real_ends, other=0.0)
-    if SCALED:
+    if OF_X and not REVERSE:
         # No element of a positive definite matrix exceeds its largest on the diagonal. Of that this
         # is a bound: at most K times too large, which takes none of float16's digits.
         bound = tl.load(start_ptr + bh * (K * K) + row * (K + 1), mask=row < K, other=0.0)
@@ -83,14 +86,17 @@ def _columns(
         right = tl.load(right_ptr + at, mask=real, other=0.0).to(tl.float32)
         vector = (bh * N + n) * C
         g = tl.load(g_ptr + vector + token)
+        weight = tl.load(weight_ptr + vector + token)
         if REVERSE:
-            weight = tl.exp(tl.cumsum(g, 0))
+            weight *= tl.exp(tl.cumsum(g, 0))
+            if OF_X:
+                weight *= tl.load(other_ptr + vector + token)
         else:
-            weight = tl.load(beta_ptr + vector + token) * decays_to_end(g_ptr + vector, C)
+            weight *= decays_to_end(g_ptr + vector, C)
         decay = tl.exp(tl.sum(g, 0))
 
         at, real = square(bh * N + n, row, column, K, D)
-        if SCALED:
+        if OF_X and not REVERSE:
             scale = 1.0
             if out == tl.float16:
                 exponent = tl.maximum(bound, 1e-30).to(tl.int32, bitcast=True) & 0x7F800000
@@ -98,7 +104,7 @@ def _columns(
             tl.store(states_ptr + at, (state * (1.0 / scale)).to(out), mask=real)
             if block == 0:
                 tl.store(scale_ptr + bh * N + n, scale)
-            largest = tl.load(largest_ptr + vector + token)
+            largest = tl.load(other_ptr + vector + token)
             bound = bound * decay + tl.sum(weight * largest, 0)
         else:
             tl.store(states_ptr + at, state.to(out), mask=real)
