@@ -254,7 +254,7 @@ def _read(x, x_scale, k, v, g, beta, s, out):
     dtype = s.dtype
     config = _config("mesa_read", dtype)
     columns, part = min(config.blocks["BC"], _wide(E)), min(config.blocks["BI"], _wide(D))
-    constants = dict(D=D, E=E, BD=_wide(D), BC=columns, BI=part, TURNED=x_scale is None)
+    constants = dict(D=D, E=E, BC=columns, BI=part, TURNED=x_scale is None)
     (o,) = launch.call(
         mesa_read.read_kernel,
         *(x, g if x_scale is None else x_scale, k, v, g, beta, s, T, H, N),
@@ -278,7 +278,7 @@ def _gradients(
     of_keys = triton.cdiv(K, columns)
     blocks = of_keys + triton.cdiv(V, columns)
     vector = SDS((B, H, TP), f32)
-    sizes = dict(K=K, V=V, BK=_wide(K), BV=_wide(V), BC=columns, BI=part)
+    sizes = dict(K=K, V=V, BC=columns, BI=part)
     return launch.call(
         mesa_gradients.gradients_kernel,
         *(k, v, do, x, x_scale, y, y_scale, g, beta, scale),

@@ -6,10 +6,11 @@ import triton.language as tl
 
 from jla.triton.kernels.mesa_pieces import (
     decays_to_end,
+    load_square,
+    load_tile,
     pair_decays_turned,
     place,
-    square,
-    tile,
+    store_tile,
 )
 
 
@@ -19,8 +20,8 @@ def gradients_kernel(
     kk_ptr, kk_scale_ptr, kv_ptr, dkk_ptr, dkv_ptr, T, H, N,
     dk_ptr, dv_ptr, direct_ptr, written_ptr, reads_ptr, read_ptr, through_ptr, border_ptr,
     products_ptr,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
-    BI: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BC columns of a chunk's dk or dv. With x, y the solutions of both passes, the loss sees A_t
     as -y_t A_t x_t; so with D[t, j] = exp(G_t - G_j) for j <= t, M = D beta, all sums over t,
@@ -52,12 +53,12 @@ def gradients_kernel(
         _of_keys(
             block, n, bh, number, first, k_ptr, v_ptr, do_ptr, x_ptr, x_scale_ptr, y_ptr,
             y_scale_ptr, g_ptr, beta_ptr, scale_ptr, kk_ptr, kk_scale_ptr, dkk_ptr, dkv_ptr, T, H, N, dk_ptr, direct_ptr, written_ptr, reads_ptr,
-            read_ptr, through_ptr, border_ptr, products_ptr, K, V, BK, BV, BC, BI, C, PRECISION,
+            read_ptr, through_ptr, border_ptr, products_ptr, K, V, BC, BI, C, PRECISION,
         )  # fmt: skip
     else:
         _of_values(
             block - k_blocks, n, bh, number, first, k_ptr, do_ptr, x_ptr, x_scale_ptr, g_ptr, beta_ptr, kv_ptr, dkv_ptr,
-            T, H, N, dv_ptr, through_ptr, border_ptr, K, V, BK, BC, BI, C, PRECISION,
+            T, H, N, dv_ptr, through_ptr, border_ptr, K, V, BC, BI, C, PRECISION,
         )  # fmt: skip
 
 
@@ -66,14 +67,13 @@ def _of_keys(
     block, n, bh, number, first, k_ptr, v_ptr, do_ptr, x_ptr, x_scale_ptr, y_ptr, y_scale_ptr, g_ptr, beta_ptr, scale_ptr,
     kk_ptr, kk_scale_ptr, dkk_ptr, dkv_ptr, T, H, N, dk_ptr, direct_ptr, written_ptr, reads_ptr, read_ptr, through_ptr,
     border_ptr, products_ptr,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
-    BI: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     operand = dkk_ptr.dtype.element_ty
     token, column, part = tl.arange(0, C), block * BC + tl.arange(0, BC), tl.arange(0, BI)
     k_blocks: tl.constexpr = (K + BC - 1) // BC
     blocks: tl.constexpr = k_blocks + (V + BC - 1) // BC
-    mine_at, mine = tile(first, token, column, n, T, H, C, K)
     g = tl.load(g_ptr + number * C + token)
     beta = tl.load(beta_ptr + number * C + token)
     x_scale = tl.load(x_scale_ptr + number * C + token)
@@ -83,24 +83,21 @@ def _of_keys(
     read = tl.zeros((C, BC), tl.float32)
     dk = tl.zeros((C, BC), tl.float32)
     border = tl.zeros((BI, BC), tl.float32)
-    for i in range(0, BK, BI):
-        at, real = tile(first, token, i + part, n, T, H, C, K)
-        x = tl.load(x_ptr + at, mask=real, other=0.0)
-        k = tl.load(k_ptr + at, mask=real, other=0.0).to(operand)
-        at, real = square(number, i + part, column, K, K)
-        kk = tl.load(kk_ptr + at, mask=real, other=0.0)
-        dkk = tl.load(dkk_ptr + at, mask=real, other=0.0)
+    for i in range(0, K, BI):
+        x = load_tile(x_ptr, first, token, i + part, n, T, H, C, K)
+        k = load_tile(k_ptr, first, token, i + part, n, T, H, C, K).to(operand)
+        kk = load_square(kk_ptr, number, i + part, column, K, K)
+        dkk = load_square(dkk_ptr, number, i + part, column, K, K)
         border += kk.to(tl.float32) * dkk.to(tl.float32)
         read = tl.dot(x, kk, acc=read, input_precision=PRECISION)
         dk = tl.dot(k, dkk, acc=dk, input_precision=PRECISION)
-        at, real = square(number, column, i + part, K, K)
-        dkk = tl.load(dkk_ptr + at, mask=real, other=0.0)
-        dk = tl.dot(k, tl.trans(dkk), acc=dk, input_precision=PRECISION)
+        turned = load_square(dkk_ptr, number, column, i + part, K, K)
+        dk = tl.dot(k, tl.trans(turned), acc=dk, input_precision=PRECISION)
     kk_scale = tl.load(kk_scale_ptr + number)
     tl.store(border_ptr + number * blocks + block, -kk_scale * tl.sum(tl.sum(border, 1), 0))
-    my_x = tl.load(x_ptr + mine_at, mask=mine, other=0.0).to(tl.float32)
-    my_y = tl.load(y_ptr + mine_at, mask=mine, other=0.0).to(tl.float32)
-    my_k = tl.load(k_ptr + mine_at, mask=mine, other=0.0).to(tl.float32)
+    my_x = load_tile(x_ptr, first, token, column, n, T, H, C, K).to(tl.float32)
+    my_y = load_tile(y_ptr, first, token, column, n, T, H, C, K).to(tl.float32)
+    my_k = load_tile(k_ptr, first, token, column, n, T, H, C, K).to(tl.float32)
     tl.store(products_ptr + number * K + column, tl.sum(my_x * my_y * (x_scale * y_scale)[:, None], 0), mask=column < K)
     through = -kk_scale * tl.exp(tl.cumsum(g, 0)) * x_scale * y_scale * tl.sum(read * my_y, 1)
     vector = (bh * blocks + block) * (N * C) + n * C + token
@@ -108,11 +105,9 @@ def _of_keys(
     later = decays_to_end(g_ptr + number * C, C)
     written = 0.5 * tl.sum(dk * my_k, 1)
     dk = -dk
-    for i in range(0, BV, BI):
-        at, real = tile(first, token, i + part, n, T, H, C, V)
-        v = tl.load(v_ptr + at, mask=real, other=0.0).to(operand)
-        at, real = square(number, column, i + part, K, V)
-        dkv = tl.load(dkv_ptr + at, mask=real, other=0.0)
+    for i in range(0, V, BI):
+        v = load_tile(v_ptr, first, token, i + part, n, T, H, C, V).to(operand)
+        dkv = load_square(dkv_ptr, number, column, i + part, K, V)
         dk = tl.dot(v, tl.trans(dkv), acc=dk, input_precision=PRECISION)
     written = later * (written + tl.sum(dk * my_k, 1))
     vector = (bh * k_blocks + block) * (N * C) + n * C + token
@@ -122,19 +117,17 @@ def _of_keys(
     # 1. Pairs are transposed, [j, t].
     a = tl.zeros((C, C), tl.float32)
     change = tl.zeros((C, C), tl.float32)
-    for i in range(0, BK, BI):
-        at, real = tile(first, token, i + part, n, T, H, C, K)
-        x = tl.load(x_ptr + at, mask=real, other=0.0)
-        y = tl.load(y_ptr + at, mask=real, other=0.0)
-        k = tl.load(k_ptr + at, mask=real, other=0.0)
+    for i in range(0, K, BI):
+        x = load_tile(x_ptr, first, token, i + part, n, T, H, C, K)
+        y = load_tile(y_ptr, first, token, i + part, n, T, H, C, K)
+        k = load_tile(k_ptr, first, token, i + part, n, T, H, C, K)
         a = tl.dot(k, tl.trans(x), acc=a, input_precision=PRECISION)
         change = tl.dot(k, tl.trans(y), acc=change, input_precision=PRECISION)
     a *= x_scale[None, :]
     change *= -y_scale[None, :]
-    for i in range(0, BV, BI):
-        at, real = tile(first, token, i + part, n, T, H, C, V)
-        v = tl.load(v_ptr + at, mask=real, other=0.0)
-        do = tl.load(do_ptr + at, mask=real, other=0.0)
+    for i in range(0, V, BI):
+        v = load_tile(v_ptr, first, token, i + part, n, T, H, C, V)
+        do = load_tile(do_ptr, first, token, i + part, n, T, H, C, V)
         change = tl.dot(v, tl.trans(do), acc=change, input_precision=PRECISION)
     decay = pair_decays_turned(g, C)
     change *= decay
@@ -146,28 +139,27 @@ def _of_keys(
         tl.store(reads_ptr + number * C + token, tl.sum(pairs, 0))
         tl.store(read_ptr + number * C + token, tl.sum(pairs, 1))
     # Loaded again: registers are short.
-    my_x = tl.load(x_ptr + mine_at, mask=mine, other=0.0).to(operand)
+    my_x = load_tile(x_ptr, first, token, column, n, T, H, C, K).to(operand)
     change *= beta[:, None] * x_scale[None, :]
     dk = tl.dot(change.to(operand), my_x, acc=dk, input_precision=PRECISION)
-    my_y = tl.load(y_ptr + mine_at, mask=mine, other=0.0).to(operand)
+    my_y = load_tile(y_ptr, first, token, column, n, T, H, C, K).to(operand)
     a *= -decay * beta[:, None] * y_scale[None, :]
     dk = tl.dot(a.to(operand), my_y, acc=dk, input_precision=PRECISION)
     dk *= tl.load(scale_ptr + bh * K + column, mask=column < K, other=0.0)[None, :]
-    tl.store(dk_ptr + mine_at, dk.to(dk_ptr.dtype.element_ty), mask=mine)
+    store_tile(dk_ptr, dk, first, token, column, n, T, H, C, K)
 
 
 @triton.jit
 def _of_values(
     block, n, bh, number, first, k_ptr, do_ptr, x_ptr, x_scale_ptr, g_ptr, beta_ptr, kv_ptr, dkv_ptr, T, H, N,
     dv_ptr, through_ptr, border_ptr,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr,
-    C: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     operand = dkv_ptr.dtype.element_ty
     token, column, part = tl.arange(0, C), block * BC + tl.arange(0, BC), tl.arange(0, BI)
     k_blocks: tl.constexpr = (K + BC - 1) // BC
     blocks: tl.constexpr = k_blocks + (V + BC - 1) // BC
-    mine_at, mine = tile(first, token, column, n, T, H, C, V)
     g = tl.load(g_ptr + number * C + token)
     beta = tl.load(beta_ptr + number * C + token)
     x_scale = tl.load(x_scale_ptr + number * C + token)
@@ -176,23 +168,21 @@ def _of_values(
     dv = tl.zeros((C, BC), tl.float32)
     a = tl.zeros((C, C), tl.float32)
     border = tl.zeros((BI, BC), tl.float32)
-    for i in range(0, BK, BI):
-        at, real = tile(first, token, i + part, n, T, H, C, K)
-        x = tl.load(x_ptr + at, mask=real, other=0.0)
-        k = tl.load(k_ptr + at, mask=real, other=0.0)
-        at, real = square(number, i + part, column, K, V)
-        kv = tl.load(kv_ptr + at, mask=real, other=0.0)
-        dkv = tl.load(dkv_ptr + at, mask=real, other=0.0)
+    for i in range(0, K, BI):
+        x = load_tile(x_ptr, first, token, i + part, n, T, H, C, K)
+        k = load_tile(k_ptr, first, token, i + part, n, T, H, C, K)
+        kv = load_square(kv_ptr, number, i + part, column, K, V)
+        dkv = load_square(dkv_ptr, number, i + part, column, K, V)
         border += kv.to(tl.float32) * dkv.to(tl.float32)
         read = tl.dot(x.to(operand), kv, acc=read, input_precision=PRECISION)
         dv = tl.dot(k.to(operand), dkv, acc=dv, input_precision=PRECISION)
         a = tl.dot(k, tl.trans(x), acc=a, input_precision=PRECISION)
     tl.store(border_ptr + number * blocks + k_blocks + block, tl.sum(tl.sum(border, 1), 0))
-    do = tl.load(do_ptr + mine_at, mask=mine, other=0.0)
+    do = load_tile(do_ptr, first, token, column, n, T, H, C, V)
     through = tl.exp(tl.cumsum(g, 0)) * x_scale * tl.sum(read * do.to(tl.float32), 1)
     vector = (bh * blocks + k_blocks + block) * (N * C) + n * C + token
     tl.store(through_ptr + vector, through)
     dv *= (decays_to_end(g_ptr + number * C, C) * beta)[:, None]
     a *= pair_decays_turned(g, C) * beta[:, None] * x_scale[None, :]
     dv = tl.dot(a.to(operand), do.to(operand), acc=dv, input_precision=PRECISION)
-    tl.store(dv_ptr + mine_at, dv.to(dv_ptr.dtype.element_ty), mask=mine)
+    store_tile(dv_ptr, dv, first, token, column, n, T, H, C, V)

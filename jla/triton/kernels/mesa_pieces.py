@@ -20,18 +20,44 @@ def place(T, H, N, blocks: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def tile(first, token, d, n, T, H, C: tl.constexpr, D: tl.constexpr):
-    """Where columns d of these tokens of a chunk lie in an array [B, T, H, D], and whether they
-    do."""
-    at = first * D + (token * H * D)[:, None] + d[None, :]
-    return at, (n * C + token < T)[:, None] & (d < D)[None, :]
+def load_tile(ptr, first, token, d, n, T, H, C: tl.constexpr, D: tl.constexpr):
+    """Columns d of these tokens of a chunk in an array [B, T, H, D]; zeros where there are none."""
+    ptr += first * D
+    real = (n * C + token < T)[:, None]
+    if D // d.shape[0] * d.shape[0] != D:
+        real &= (d < D)[None, :]
+    return tl.load(ptr + (token * H * D)[:, None] + d[None, :], mask=real, other=0.0)
 
 
 @triton.jit
-def square(number, row, column, D: tl.constexpr, E: tl.constexpr):
-    """Where rows and columns of one of many matrices [D, E] lie, and whether they do."""
-    at = number * (D * E) + row[:, None] * E + column[None, :]
-    return at, (row < D)[:, None] & (column < E)[None, :]
+def store_tile(ptr, x, first, token, d, n, T, H, C: tl.constexpr, D: tl.constexpr):
+    """Stores what `load_tile` loads."""
+    ptr += first * D
+    real = (n * C + token < T)[:, None]
+    if D // d.shape[0] * d.shape[0] != D:
+        real &= (d < D)[None, :]
+    tl.store(ptr + (token * H * D)[:, None] + d[None, :], x.to(ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def load_square(ptr, number, row, column, D: tl.constexpr, E: tl.constexpr):
+    """Rows and columns of one of many matrices [D, E]; zeros where there are none."""
+    places = ptr + number * (D * E) + (row[:, None] * E + column[None, :])
+    if (D // row.shape[0] * row.shape[0] != D) | (E // column.shape[0] * column.shape[0] != E):
+        return tl.load(places, mask=(row < D)[:, None] & (column < E)[None, :], other=0.0)
+    else:
+        return tl.load(places)
+
+
+@triton.jit
+def store_square(ptr, x, number, row, column, D: tl.constexpr, E: tl.constexpr):
+    """Stores what `load_square` loads."""
+    places = ptr + number * (D * E) + (row[:, None] * E + column[None, :])
+    x = x.to(ptr.dtype.element_ty)
+    if (D // row.shape[0] * row.shape[0] != D) | (E // column.shape[0] * column.shape[0] != E):
+        tl.store(places, x, mask=(row < D)[:, None] & (column < E)[None, :])
+    else:
+        tl.store(places, x)
 
 
 @triton.jit

@@ -3,15 +3,15 @@
 import triton
 import triton.language as tl
 
-from jla.triton.kernels.mesa_pieces import pair_decays, place, square, tile
+from jla.triton.kernels.mesa_pieces import load_square, load_tile, pair_decays, place, store_tile
 
 
 @triton.jit
 def read_kernel(
     x_ptr, x_scale_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, s_ptr, T, H, N,
     o_ptr,
-    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr,
-    C: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr, C: tl.constexpr,
+    TURNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BC columns of o_t = exp(G_t) x_t S + sum_j M[t, j] (x_t . k_j) v_j, for a chunk.
 
@@ -30,27 +30,23 @@ def read_kernel(
     token, column, part = tl.arange(0, C), block * BC + tl.arange(0, BC), tl.arange(0, BI)
     scores = tl.zeros((C, C), tl.float32)
     o = tl.zeros((C, BC), tl.float32)
-    for i in range(0, BD, BI):
-        at, real = tile(first, token, i + part, n, T, H, C, D)
-        x = tl.load(x_ptr + at, mask=real, other=0.0)
-        k = tl.load(k_ptr + at, mask=real, other=0.0)
+    for i in range(0, D, BI):
+        x = load_tile(x_ptr, first, token, i + part, n, T, H, C, D)
+        k = load_tile(k_ptr, first, token, i + part, n, T, H, C, D)
         if TURNED:
-            at, real = square(number, column, i + part, E, D)
-            s = tl.trans(tl.load(s_ptr + at, mask=real, other=0.0))
+            s = tl.trans(load_square(s_ptr, number, column, i + part, E, D))
         else:
-            at, real = square(number, i + part, column, D, E)
-            s = tl.load(s_ptr + at, mask=real, other=0.0)
+            s = load_square(s_ptr, number, i + part, column, D, E)
         scores = tl.dot(x, tl.trans(k), acc=scores, input_precision=PRECISION)
         o = tl.dot(x.to(operand), s, acc=o, input_precision=PRECISION)
     g = tl.load(g_ptr + number * C + token)
     beta = tl.load(beta_ptr + number * C + token)
     scores *= pair_decays(g, C) * beta[None, :]
     o *= tl.exp(tl.cumsum(g, 0))[:, None]
-    at, real = tile(first, token, column, n, T, H, C, E)
-    v = tl.load(v_ptr + at, mask=real, other=0.0)
+    v = load_tile(v_ptr, first, token, column, n, T, H, C, E)
     if TURNED:  # v are keys, and gradients may be too small for their float16
         v = v.to(operand)
     o = tl.dot(scores.to(v.dtype), v, acc=o, input_precision=PRECISION)
     if not TURNED:
         o *= tl.load(x_scale_ptr + number * C + token)[:, None]
-    tl.store(o_ptr + at, o.to(o_ptr.dtype.element_ty), mask=real)
+    store_tile(o_ptr, o, first, token, column, n, T, H, C, E)

@@ -11,7 +11,14 @@ Rows are independent: a row's direction is scaled by its own norm, and its own r
 import triton
 import triton.language as tl
 
-from jla.triton.kernels.mesa_pieces import pair_decays, place, rows_of, square, tile
+from jla.triton.kernels.mesa_pieces import (
+    load_square,
+    load_tile,
+    pair_decays,
+    place,
+    rows_of,
+    store_tile,
+)
 
 SMALLEST = tl.constexpr(1e-30)
 AT_ONCE = tl.constexpr(2)  # iterations between two looks at whether all rows have stopped
@@ -41,10 +48,8 @@ def solve_kernel(
     operand = k_ptr.dtype.element_ty
     token, row, d = tl.arange(0, C), block * ROWS + tl.arange(0, ROWS), tl.arange(0, BK)
     if WHOLE:
-        at, real = square(number, d, d, K, K)
-        s = tl.load(s_ptr + at, mask=real, other=0.0)
-        at, real = tile(first, token, d, n, T, H, C, K)
-        k = tl.load(k_ptr + at, mask=real, other=0.0)
+        s = load_square(s_ptr, number, d, d, K, K)
+        k = load_tile(k_ptr, first, token, d, n, T, H, C, K)
     g = tl.load(g_ptr + number * C + token)
     beta = tl.load(beta_ptr + number * C + token)
     m = rows_of(pair_decays(g, C) * beta[None, :], block, C, ROWS).to(operand)
@@ -52,8 +57,7 @@ def solve_kernel(
     past = tl.sum(tl.where(token[None, :] <= row[:, None], g[None, :], 0.0), 1)
     factor = tl.exp(past) * tl.load(s_scale_ptr + number)
 
-    at, real = tile(first, row, d, n, T, H, C, K)
-    b = tl.load(b_ptr + at, mask=real, other=0.0).to(tl.float32)
+    b = load_tile(b_ptr, first, row, d, n, T, H, C, K).to(tl.float32)
     if SCALED:
         b *= tl.load(scale_ptr + bh * K + d, mask=d < K, other=0.0)[None, :]
     # Rows are divided by their largest magnitude: squares of small numbers would vanish.
@@ -106,7 +110,7 @@ def solve_kernel(
     else:
         x *= largest[:, None]
         tl.store(x_scale_ptr + number * C + row, largest - largest + 1.0)
-    tl.store(x_ptr + at, x.to(operand), mask=real)
+    store_tile(x_ptr, x, first, row, d, n, T, H, C, K)
 
 
 @triton.jit
@@ -124,12 +128,10 @@ def _times(
     tl.debug_barrier()
     y = tl.zeros((ROWS, BK), tl.float32)
     scores = tl.zeros((ROWS, C), tl.float32)
-    for i in range(0, BK, BI):
+    for i in range(0, K, BI):
         direction = tl.load(work_ptr + i + part[None, :])
-        at, real = square(number, i + part, d, K, K)
-        s = tl.load(s_ptr + at, mask=real, other=0.0)
-        at, real = tile(first, token, i + part, n, T, H, C, K)
-        k = tl.load(k_ptr + at, mask=real, other=0.0)
+        s = load_square(s_ptr, number, i + part, d, K, K)
+        k = load_tile(k_ptr, first, token, i + part, n, T, H, C, K)
         y = tl.dot(direction, s, acc=y, input_precision=PRECISION)
         scores = tl.dot(direction, tl.trans(k), acc=scores, input_precision=PRECISION)
     y = y * factor[:, None] + p.to(tl.float32)
@@ -137,7 +139,6 @@ def _times(
     tl.debug_barrier()
     for j in range(0, C, BI):
         score = tl.load(work_ptr + BK + j + part[None, :])
-        at, real = tile(first, j + part, d, n, T, H, C, K)
-        k = tl.load(k_ptr + at, mask=real, other=0.0)
+        k = load_tile(k_ptr, first, j + part, d, n, T, H, C, K)
         y = tl.dot(score, k, acc=y, input_precision=PRECISION)
     return y

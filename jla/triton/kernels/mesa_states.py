@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from jla.triton.kernels.mesa_pieces import decays_to_end, square, tile
+from jla.triton.kernels.mesa_pieces import decays_to_end, load_square, load_tile, store_square
 
 # The most that an element of S, stored as float16, may be.
 UNIT = tl.constexpr(32768.0)
@@ -66,8 +66,7 @@ def _columns(
         operand = out
     elif right_ptr.dtype.element_ty != operand:
         operand = tl.bfloat16  # of float16 keys and bfloat16 values
-    ends, real_ends = square(bh, row, column, K, D)
-    state = tl.load(start_ptr + ends, mask=real_ends, other=0.0)
+    state = load_square(start_ptr, bh, row, column, K, D)
     if OF_X and not REVERSE:
         # No element of a positive definite matrix exceeds its largest on the diagonal. Of that this
         # is a bound: at most K times too large, which takes none of float16's digits.
@@ -79,11 +78,10 @@ def _columns(
             n = N - 1 - step
         first = (bh // H * T + n * C) * H + bh % H
         # Turned already in memory: so its copy to shared memory is asynchronous.
-        at = first * K + (token * H * K)[None, :] + row[:, None]
+        at = left_ptr + first * K + ((token * H * K)[None, :] + row[:, None])
         real = (n * C + token < T)[None, :] & (row < K)[:, None]
-        left = tl.load(left_ptr + at, mask=real, other=0.0).to(operand)
-        at, real = tile(first, token, column, n, T, H, C, D)
-        right = tl.load(right_ptr + at, mask=real, other=0.0).to(tl.float32)
+        left = tl.load(at, mask=real, other=0.0).to(operand)
+        right = load_tile(right_ptr, first, token, column, n, T, H, C, D).to(tl.float32)
         vector = (bh * N + n) * C
         g = tl.load(g_ptr + vector + token)
         weight = tl.load(weight_ptr + vector + token)
@@ -95,19 +93,18 @@ def _columns(
             weight *= decays_to_end(g_ptr + vector, C)
         decay = tl.exp(tl.sum(g, 0))
 
-        at, real = square(bh * N + n, row, column, K, D)
         if OF_X and not REVERSE:
             scale = 1.0
             if out == tl.float16:
                 exponent = tl.maximum(bound, 1e-30).to(tl.int32, bitcast=True) & 0x7F800000
                 scale = exponent.to(tl.float32, bitcast=True) * (2.0 / UNIT)
-            tl.store(states_ptr + at, (state * (1.0 / scale)).to(out), mask=real)
+            store_square(states_ptr, state * (1.0 / scale), bh * N + n, row, column, K, D)
             if block == 0:
                 tl.store(scale_ptr + bh * N + n, scale)
             largest = tl.load(other_ptr + vector + token)
             bound = bound * decay + tl.sum(weight * largest, 0)
         else:
-            tl.store(states_ptr + at, state.to(out), mask=real)
+            store_square(states_ptr, state, bh * N + n, row, column, K, D)
         weighted = (right * weight[:, None]).to(operand)
         state = tl.dot(left, weighted, acc=state * decay, input_precision=PRECISION)
-    tl.store(end_ptr + ends, state, mask=real_ends)
+    store_square(end_ptr, state, bh, row, column, K, D)
