@@ -15,7 +15,7 @@ import jla.triton
 from jla._core import shardwise
 
 # Not of "triton" itself: this folder has the name.
-pytest.importorskip("triton.compiler", reason="triton has no wheels for this system")
+pytest.importorskip("triton.compiler", reason="triton is not installed")
 from jla.triton import configs, kda, launch
 
 needs_launcher = pytest.mark.skipif(
