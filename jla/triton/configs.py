@@ -51,7 +51,6 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "mesa_states": _everywhere({"BC": 64}, warps=4, stages=2),
     "mesa_states_float32": _everywhere({"BC": 32}, warps=4, stages=2),
     "mesa_solve": _everywhere({"ROWS": 32, "BI": 32}, warps=4, stages=2),
-    "mesa_solve_float32": _everywhere({"ROWS": 32, "BI": 32}, warps=4, stages=2),
     "mesa_solve_wide": _everywhere({"ROWS": 16, "BI": 32}, warps=4, stages=2),
     "mesa_solve_wide_float32": _everywhere({"ROWS": 16, "BI": 16}, warps=4, stages=2),
     "mesa_read": _everywhere({"BC": 128, "BI": 64}, warps=4, stages=2),

@@ -19,7 +19,7 @@ from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import MesaState, zero_mesa_state
 from jla.reference import mesa_net as reference
-from jla.triton import configs, launch
+from jla.triton import configs, launch, steps
 from jla.triton.kernels import mesa_gradients, mesa_read, mesa_solve, mesa_states
 from jla.triton.kernels import mesa_step as step
 
@@ -29,8 +29,8 @@ SDS = jax.ShapeDtypeStruct
 bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
 
 CHUNK = 64
-# The most bytes of a row of S that stays in shared memory, all of S being 128 rows or 64.
-WIDEST = 256
+# The most keys' features with which S, in float16, stays in shared memory.
+WIDEST = 128
 
 # To `shardwise` each axis of an array has a letter of its own.
 _KK = MESA_NET["initial_state.kk"].replace("K K", "K J")
@@ -231,7 +231,7 @@ def _solve(b, scale, k, g, beta, s, s_scale, *, steps, tolerance):
     B, T, H, K = k.shape
     N, rows = g.shape[-1] // CHUNK, _wide(K)
     dtype = f32 if k.dtype == f32 else bf16
-    whole = rows * k.dtype.itemsize <= WIDEST
+    whole = dtype != f32 and rows <= WIDEST
     config = _config("mesa_solve" if whole else "mesa_solve_wide", dtype)
     work = (1,) if whole else (B, H, N, CHUNK, rows + CHUNK)
     constants = dict(K=K, BK=rows, WHOLE=whole, SCALED=scale is not None, TOLERANCE=tolerance)
@@ -315,28 +315,21 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
     otherwise. Derivatives are those of the reference's formula, in XLA.
     """
     lamb = jnp.broadcast_to(lamb, q.shape)
+    # A row stops when its residual is this much smaller than its query.
     tolerance = 1e-6 if q.dtype == f32 else 1e-4
-    o, kk, kv = _differentiable(cg_steps, tolerance)(q, k, v, g, beta, lamb, *state)
+    run = functools.partial(_step, steps=cg_steps, tolerance=tolerance)
+    formula = functools.partial(_step_formula, steps=cg_steps)
+    one = steps.differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
+    o, kk, kv = one(q, k, v, g, beta, lamb, *state)
     return o, MesaState(kk, kv)
 
 
-@functools.cache
-def _differentiable(steps, tolerance):
-    run = functools.partial(_step, steps=steps, tolerance=tolerance)
-    one = jax.custom_jvp(lambda *arrays: shardwise(run, _STEP_INPUTS, _STEP_OUTPUTS)(*arrays))
-
-    def formula(q, k, v, g, beta, lamb, kk, kv):
-        each = jax.vmap(functools.partial(reference.mesa_step, cg_steps=steps))
-        # The reference has one lamb for all rows.
-        rows = [x[:, None] for x in (q, k, v, g, beta)]
-        o, state = each(*rows, lamb, MesaState(kk[:, None], kv[:, None]))
-        return o[:, 0], state.kk[:, 0], state.kv[:, 0]
-
-    @one.defjvp
-    def _(primals, tangents):
-        return one(*primals), jax.jvp(formula, primals, tangents)[1]
-
-    return one
+def _step_formula(q, k, v, g, beta, lamb, kk, kv, *, steps):
+    one = jax.vmap(functools.partial(reference.mesa_step, cg_steps=steps))
+    # The reference has one lamb for all rows.
+    rows = [x[:, None] for x in (q, k, v, g, beta)]
+    o, state = one(*rows, lamb, MesaState(kk[:, None], kv[:, None]))
+    return o[:, 0], state.kk[:, 0], state.kv[:, 0]
 
 
 def _step(q, k, v, g, beta, lamb, kk, kv, *, steps, tolerance):

@@ -52,21 +52,23 @@ def gradients_kernel(
     if block * BC < K:
         _of_keys(
             block, n, bh, number, first, k_ptr, v_ptr, do_ptr, x_ptr, x_scale_ptr, y_ptr,
-            y_scale_ptr, g_ptr, beta_ptr, scale_ptr, kk_ptr, kk_scale_ptr, dkk_ptr, dkv_ptr, T, H, N, dk_ptr, direct_ptr, written_ptr, reads_ptr,
-            read_ptr, through_ptr, border_ptr, products_ptr, K, V, BC, BI, C, PRECISION,
+            y_scale_ptr, g_ptr, beta_ptr, scale_ptr, kk_ptr, kk_scale_ptr, dkk_ptr, dkv_ptr,
+            T, H, N, dk_ptr, direct_ptr, written_ptr, reads_ptr, read_ptr, through_ptr, border_ptr,
+            products_ptr, K, V, BC, BI, C, PRECISION,
         )  # fmt: skip
     else:
         _of_values(
-            block - k_blocks, n, bh, number, first, k_ptr, do_ptr, x_ptr, x_scale_ptr, g_ptr, beta_ptr, kv_ptr, dkv_ptr,
-            T, H, N, dv_ptr, through_ptr, border_ptr, K, V, BC, BI, C, PRECISION,
+            block - k_blocks, n, bh, number, first, k_ptr, do_ptr, x_ptr, x_scale_ptr, g_ptr,
+            beta_ptr, kv_ptr, dkv_ptr, T, H, N, dv_ptr, through_ptr, border_ptr,
+            K, V, BC, BI, C, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def _of_keys(
-    block, n, bh, number, first, k_ptr, v_ptr, do_ptr, x_ptr, x_scale_ptr, y_ptr, y_scale_ptr, g_ptr, beta_ptr, scale_ptr,
-    kk_ptr, kk_scale_ptr, dkk_ptr, dkv_ptr, T, H, N, dk_ptr, direct_ptr, written_ptr, reads_ptr, read_ptr, through_ptr,
-    border_ptr, products_ptr,
+    block, n, bh, number, first, k_ptr, v_ptr, do_ptr, x_ptr, x_scale_ptr, y_ptr, y_scale_ptr,
+    g_ptr, beta_ptr, scale_ptr, kk_ptr, kk_scale_ptr, dkk_ptr, dkv_ptr, T, H, N, dk_ptr,
+    direct_ptr, written_ptr, reads_ptr, read_ptr, through_ptr, border_ptr, products_ptr,
     K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -98,8 +100,10 @@ def _of_keys(
     my_x = load_tile(x_ptr, first, token, column, n, T, H, C, K).to(tl.float32)
     my_y = load_tile(y_ptr, first, token, column, n, T, H, C, K).to(tl.float32)
     my_k = load_tile(k_ptr, first, token, column, n, T, H, C, K).to(tl.float32)
-    tl.store(products_ptr + number * K + column, tl.sum(my_x * my_y * (x_scale * y_scale)[:, None], 0), mask=column < K)
-    through = -kk_scale * tl.exp(tl.cumsum(g, 0)) * x_scale * y_scale * tl.sum(read * my_y, 1)
+    scales = x_scale * y_scale
+    products = tl.sum(my_x * my_y * scales[:, None], 0)
+    tl.store(products_ptr + number * K + column, products, mask=column < K)
+    through = -kk_scale * tl.exp(tl.cumsum(g, 0)) * scales * tl.sum(read * my_y, 1)
     vector = (bh * blocks + block) * (N * C) + n * C + token
     tl.store(through_ptr + vector, through)
     later = decays_to_end(g_ptr + number * C, C)
@@ -151,8 +155,8 @@ def _of_keys(
 
 @triton.jit
 def _of_values(
-    block, n, bh, number, first, k_ptr, do_ptr, x_ptr, x_scale_ptr, g_ptr, beta_ptr, kv_ptr, dkv_ptr, T, H, N,
-    dv_ptr, through_ptr, border_ptr,
+    block, n, bh, number, first, k_ptr, do_ptr, x_ptr, x_scale_ptr, g_ptr, beta_ptr, kv_ptr,
+    dkv_ptr, T, H, N, dv_ptr, through_ptr, border_ptr,
     K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip

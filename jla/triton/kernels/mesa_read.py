@@ -25,7 +25,7 @@ def read_kernel(
 
     At B=8 T=4096 H=16 K=V=128 in bf16: 0.8 GB, 0.19 ms at 4.3 TB/s.
     """
-    block, n, bh, number, first = place(T, H, N, (E + BC - 1) // BC, C)
+    block, n, _, number, first = place(T, H, N, (E + BC - 1) // BC, C)
     operand = s_ptr.dtype.element_ty
     token, column, part = tl.arange(0, C), block * BC + tl.arange(0, BC), tl.arange(0, BI)
     scores = tl.zeros((C, C), tl.float32)
