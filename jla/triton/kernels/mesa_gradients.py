@@ -44,7 +44,9 @@ def gradients_kernel(
         dbeta in 2., [B, H, blocks of K, TP]; through [B, H, blocks of K and V, TP]; border [B, H,
         N, blocks of K and V]; products: sums of y x over the chunk, [B, H, N, K].
 
-    At B=8 T=4096 H=16 K=V=128 in bf16: 2.0 GB, 0.47 ms at 4.3 TB/s.
+    At B=8 T=4096 H=16 K=V=128 in bf16: 2.0 GB, 0.47 ms at 4.3 TB/s; operands are read two or three
+    times, from L2: 0.8 ms were expected. 32 to 60 KB of shared memory, 255 registers, 32 to 152
+    bytes spilled (sm_100: none).
     """
     k_blocks: tl.constexpr = (K + BC - 1) // BC
     blocks: tl.constexpr = k_blocks + (V + BC - 1) // BC

@@ -23,7 +23,8 @@ def read_kernel(
       x_scale: what x has been divided by, [B, H, TP]; TURNED it is not read.
       s: [B, H, N, D, E] (TURNED: E, D); its dtype is that of the operands of its product.
 
-    At B=8 T=4096 H=16 K=V=128 in bf16: 0.8 GB, 0.19 ms at 4.3 TB/s.
+    At B=8 T=4096 H=16 K=V=128 in bf16: 0.8 GB, 0.19 ms at 4.3 TB/s. 32 to 64 KB of shared memory
+    and 136 to 255 registers, nothing spilled (float32: up to 120 bytes).
     """
     block, n, _, number, first = place(T, H, N, (E + BC - 1) // BC, C)
     operand = s_ptr.dtype.element_ty

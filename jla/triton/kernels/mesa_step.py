@@ -20,6 +20,8 @@ def mesa_step(
     Floor: both states are read and written once, 8 K (K + V) bytes a head: B=128 H=16 K=V=128 has
     0.54 GB, 0.125 ms at 4.3 TB/s; and 2 K^2 operations an iteration, in float32 without matrix
     units, 0.03 ms for all 30 of them if nothing else kept the multiprocessors waiting.
+    4 KB of shared memory, 128 registers (sm_80 in bf16 177, sm_100 in float32 199), 16 bytes
+    spilled on sm_80 in float32.
     """
     head = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BK)
