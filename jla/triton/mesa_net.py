@@ -239,7 +239,9 @@ def _solve(b, scale, k, g, beta, s, s_scale, *, steps, tolerance):
         # Of half as many features twice as many rows: registers stay the same.
         tokens = tokens * 256 // max(rows, 128)
         work = (B, H, N, CHUNK, rows + CHUNK)
-    constants = dict(K=K, BK=rows, ROWS=tokens, WHOLE=whole, SCALED=scale is not None, TOLERANCE=tolerance)
+    constants = dict(
+        K=K, BK=rows, ROWS=tokens, WHOLE=whole, SCALED=scale is not None, TOLERANCE=tolerance
+    )
     x, x_scale, _ = launch.call(
         mesa_solve.solve_kernel,
         *(b, s_scale if scale is None else scale, k, g, beta, s, s_scale, T, H, N, steps),
