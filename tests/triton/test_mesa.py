@@ -1,9 +1,12 @@
 """MesaNet's Triton kernels in Triton's interpreter, beside what the contract's suite shows."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_mesa_ridge
 from comparing import relative_error
 
 import cases
@@ -30,3 +33,8 @@ def test_the_step_is_the_definition(K, V, dtype):
     assert got[0].dtype == jnp.dtype(dtype)
     for i, (x, y) in enumerate(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)):
         assert relative_error(x, y) < TOLERANCES[dtype][i > 0]
+
+
+@pytest.mark.parametrize("step", [False, True], ids=["run", "step"])
+def test_a_ridge_that_is_not_positive(step):
+    test_mesa_ridge.test_outputs_and_gradients_are_nan("triton", contextlib.nullcontext, step)
