@@ -58,14 +58,15 @@ def mesa_net(
         sqrt(sum(r**2 / lamb)) <= tol sqrt(sum(q_t**2 / lamb)),
 
     or after `cg_steps` iterations; tol is 1e-6 for float32 inputs, and for bfloat16 and float16 it
-    is 1e-4 in "xla", 5e-4 in "pallas". No token's result depends on where its neighbours stop.
-    Gradients are those of the solution (by the implicit function theorem), not of the iterations:
-    they take one more solve with the same matrix and the same `cg_steps`. docs/mesa_net.md measures
-    the error that remains.
+    is 1e-4 in "xla", 5e-4 in "pallas" and "triton". No token's result depends on where its
+    neighbours stop. Gradients are those of the solution (by the implicit function theorem), not of
+    the iterations: they take one more solve with the same matrix and the same `cg_steps`.
+    docs/mesa_net.md measures the error that remains.
 
     "pallas" holds `k_t / sqrt(lamb)` and `v_t` in float16, whatever the inputs' dtype: elements
     beyond 65504 in magnitude become 65504 there, and elements below 6e-5 keep fewer digits, below
-    3e-8 none. "xla" has float32's range. docs/mesa_net.md says more.
+    3e-8 none. "triton" does so with the keys, for 16-bit inputs. "xla" has float32's range.
+    docs/mesa_net.md says more.
 
     The matrix must be positive definite: every `lamb` above zero, every `beta` at least zero, and
     `initial_state.kk` symmetric without negative eigenvalues. Outside of jit and other

@@ -103,4 +103,21 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "gsa_gradients": _everywhere({"BD": 64, "BM": 64}, warps=4, stages=1),
     "gsa_gradients_float32": _everywhere({"BD": 32, "BM": 32}, warps=4, stages=1),
     "gsa_step": _everywhere({}, warps=4, stages=1),
+    "mesa_states": _everywhere({"BC": 64}, warps=4, stages=2),
+    "mesa_states_float32": _everywhere({"BC": 16}, warps=4, stages=2),
+    # 72 KB of shared memory: one program on a multiprocessor of the smallest class, which so has
+    # more warps; two or three on others.
+    "mesa_solve": {
+        99: Config({"ROWS": 32, "BI": 32}, warps=8, stages=2),
+        163: Config({"ROWS": 32, "BI": 32}, warps=4, stages=2),
+        227: Config({"ROWS": 32, "BI": 32}, warps=4, stages=2),
+    },
+    # At K = 256; twice as many rows at most at K = 128.
+    "mesa_solve_wide": _everywhere({"ROWS": 16, "BI": 32}, warps=8, stages=2),
+    "mesa_solve_wide_float32": _everywhere({"ROWS": 16, "BI": 16}, warps=8, stages=2),
+    "mesa_read": _everywhere({"BC": 128, "BI": 64}, warps=4, stages=2),
+    "mesa_read_float32": _everywhere({"BC": 32, "BI": 32}, warps=4, stages=2),
+    "mesa_gradients": _everywhere({"BC": 128, "BI": 32}, warps=8, stages=2),
+    "mesa_gradients_float32": _everywhere({"BC": 32, "BI": 16}, warps=8, stages=1),
+    "mesa_step": _everywhere({"BI": 32, "BV": 64}, warps=8, stages=1),
 }
