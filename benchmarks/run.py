@@ -23,7 +23,7 @@ from benchmarks.plot import plot
 
 GROUPS = ("main", "step", "long", "ragged", "packed", "sweep", "slots", "grouped")
 MEASURES = ("forward", "backward", "bare", "forced", "errors")
-IMPLEMENTATIONS = ("reference", "xla", "pallas")  # all of jla's
+IMPLEMENTATIONS = ("reference", "xla", "pallas", "triton")  # all of jla's
 COLUMNS = dict(ms="{:.4g}", spread="{:.1%}", per_token_of_main="{:.2f}")
 COLUMNS |= dict(memory_gib="{:.3f}", memory_peak_gib="{:.3f}", first_call_s="{:.1f}")
 
