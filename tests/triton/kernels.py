@@ -48,6 +48,34 @@ class Kernel:
         return configs.config(self.name, capability)
 
 
+def _log_linear():
+    """Both roles at K=V=128, segments, and head dimensions of several blocks."""
+    parameters = dict(
+        sums="*x *x *fp32 i32 i32 i32 *x",
+        outputs="*x *x *x *fp32 *x *i32 i32 i32 *x",
+        gradients="*x *x *x *x *fp32 *x *i32 i32 i32 i32 *x *fp32",
+    )
+    # Two blocks of K, and float32's operands in halves.
+    spills = dict(gradients=250, gradients_float32=600)
+    for name, types in parameters.items():
+        for dtype, config in (("bf16", name), ("fp32", f"{name}_float32")):
+            for reverse, sizes in ((False, dict(K=128, V=128)), (True, dict(K=256, V=200))):
+                constants = dict(REVERSE=reverse, H=1, HV=16, P=14, **sizes)
+                if name != "sums":
+                    constants["SKIP"] = reverse
+                yield Kernel(
+                    f"log_linear_chunks.log_linear_{name}",
+                    types,
+                    constants,
+                    dtypes=(dtype,),
+                    config=f"log_linear_{config}",
+                    spills=dict.fromkeys(
+                        (80, 89, 120), spills.get(config, 0) if reverse or dtype == "fp32" else 0
+                    ),
+                    smoke=89 if config == "outputs" and not reverse else None,
+                )
+
+
 KERNELS = (
     Kernel(
         "kda_step.kda_step",
@@ -60,6 +88,13 @@ KERNELS = (
         "kda_step.kda_step",
         "*x *x *x *fp32 *fp32 *fp32 *x *fp32",
         dict(scale=0.1, H=4, HV=8, K=200, V=40, BK=256, BV=32),
+        registers=168,
+    ),
+    *_log_linear(),
+    Kernel(
+        "log_linear_step.log_linear_step",
+        "*x *x *x *fp32 *fp32 *i32 *fp32 *x *fp32",
+        dict(H=1, HV=16, L=14, K=128, V=128, BK=128),
         registers=168,
     ),
 )

@@ -103,7 +103,7 @@ def log_linear_outputs(
     weights = w + (head * N + n).to(tl.int64) * (P * CHUNK)
     own = _load(x, b, n, key_head, 0, T, H, K, BK)
     scores = _dot(own, tl.trans(_load(y, b, n, key_head, 0, T, H, K, BK)))
-    for i in tl.static_range(1, blocks_k):
+    for i in range(1, blocks_k):
         partner = _load(y, b, n, key_head, i * BK, T, H, K, BK)
         scores = _dot_add(_load(x, b, n, key_head, i * BK, T, H, K, BK), tl.trans(partner), scores)
     values = _load(z, b, n, h, at_v, T, HV, V, BV)
@@ -115,7 +115,7 @@ def log_linear_outputs(
         node = _node(n, height, REVERSE)
         place, inside = _state_tile(states, head, node, N, 0, at_v, K, V, BK, BV)
         read = _dot(own, tl.load(place, inside, 0.0))
-        for i in tl.static_range(1, blocks_k):
+        for i in range(1, blocks_k):
             place, inside = _state_tile(states, head, node, N, i * BK, at_v, K, V, BK, BV)
             other = _load(x, b, n, key_head, i * BK, T, H, K, BK)
             read = _dot_add(other, tl.load(place, inside, 0.0), read)
@@ -153,7 +153,7 @@ def log_linear_gradients(
     partner = _load(y, b, n, key_head, at_k, T, H, K, BK)
     value = _load(own, b, n, h, 0, T, HV, V, BV)
     u = _dot(value, tl.trans(_load(other, b, n, h, 0, T, HV, V, BV)))
-    for i in tl.static_range(1, blocks_v):
+    for i in range(1, blocks_v):
         right = tl.trans(_load(other, b, n, h, i * BV, T, HV, V, BV))
         u = _dot_add(_load(own, b, n, h, i * BV, T, HV, V, BV), right, u)
     _pair_gradients(u * _dot(mine, tl.trans(partner)), weights, share, REVERSE)
@@ -165,7 +165,7 @@ def log_linear_gradients(
         node = _node(n, height, REVERSE)
         place, inside = _state_tile(states, head, node, N, at_k, 0, K, V, BK, BV)
         through = _dot(value, tl.trans(tl.load(place, inside, 0.0)))
-        for i in tl.static_range(1, blocks_v):
+        for i in range(1, blocks_v):
             place, inside = _state_tile(states, head, node, N, at_k, i * BV, K, V, BK, BV)
             left = _load(own, b, n, h, i * BV, T, HV, V, BV)
             through = _dot_add(left, tl.trans(tl.load(place, inside, 0.0)), through)
@@ -220,7 +220,7 @@ def _pair_gradients(changes, weights, dw, REVERSE: tl.constexpr):
     t, differing = tl.arange(0, CHUNK), _levels(REVERSE)
     if not REVERSE:
         tl.store(dw + t, tl.sum(tl.where(t[:, None] == t[None, :], changes, 0.0), 1))
-    for level in tl.static_range(INSIDE):
+    for level in range(INSIDE):
         at_level = (level + 1) * CHUNK + t
         change = changes * tl.load(weights + at_level)[None, :]
         tl.store(dw + at_level, tl.sum(tl.where((differing >> level) == 1, change, 0.0), 1))

@@ -1,4 +1,4 @@
-"""One token of log-linear attention: one pass over the levels in use, which are updated in place."""
+"""One token of log-linear attention: one pass over the levels in use, updated in place."""
 
 import triton
 import triton.language as tl
