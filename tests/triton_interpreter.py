@@ -5,6 +5,7 @@ There the tests of implementation="triton" run on the CPU, and no others; see te
 """
 
 import contextlib
+import dataclasses
 import os
 
 import ml_dtypes
@@ -77,6 +78,33 @@ def repair():
 
     builder.cast_impl, builder.create_fp_to_fp = cast_impl, create_fp_to_fp
     builder.binary_op, builder.unary_op, builder.create_dot = binary_op, unary_op, create_dot
+
+
+def hasten():
+    """The same in half the time."""
+    from triton.runtime import interpreter
+
+    # Every sum and product of integers is made once more in 64 bits, to see an overflow; at the
+    # tests' sizes there is none.
+    options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
+
+    # `tl` is changed anew for every call of a function inside a kernel, `tl.sum` included: once for
+    # each of the modules that call it is enough, for that is what the change depends on.
+    patch, run, changed = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_once(function):
+        module = id(function.__globals__)
+        if module not in changed:
+            changed.add(module)
+            return patch(function)
+        return None
+
+    def run_grid(self, *args, **constants):
+        changed.clear()
+        return run(self, *args, **constants)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, run_grid
 
 
 def _tf32(x):
