@@ -12,7 +12,7 @@ from jla._core.derivatives import reverse_only
 from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import LogLinearState, moved_on
 from jla.reference import log_linear as reference
-from jla.triton import configs, launch
+from jla.triton import configs, launch, steps
 from jla.triton.kernels import log_linear_chunks as chunks
 from jla.triton.kernels import log_linear_step as step
 
@@ -210,28 +210,17 @@ def log_linear_step(q, k, v, g, level_scales, state):
 
     Derivatives are those of the reference's formula, in XLA.
     """
-    o, levels = _step(q, k, v, g, level_scales, state.levels, state.position)
+    run = steps.differentiable(_step, _formula_of_step, _STEP_INPUTS, _STEP_OUTPUTS)
+    o, levels = run(q, k, v, g, level_scales, *state)
     return o, LogLinearState(levels, moved_on(state.position, 1))
 
 
-@jax.custom_jvp
-def _step(*arrays):
-    return shardwise(_run_step, _STEP_INPUTS, _STEP_OUTPUTS)(*arrays)
+def _formula_of_step(q, k, v, g, level_scales, *state):
+    o, state = reference.log_linear_step(q, k, v, g, level_scales, LogLinearState(*state))
+    return o, state.levels
 
 
-@_step.defjvp
-def _(primals, tangents):
-    *_, position = primals
-
-    def formula(*arrays):
-        *arrays, levels = arrays
-        o, state = reference.log_linear_step(*arrays, LogLinearState(levels, position))
-        return o, state.levels
-
-    return _step(*primals), jax.jvp(formula, primals[:-1], tangents[:-1])[1]
-
-
-def _run_step(q, k, v, g, level_scales, levels, position):
+def _step(q, k, v, g, level_scales, levels, position):
     B, H, L, K, V = levels.shape
     config = configs.config("log_linear_step", launch.target())
     rows = triton.next_power_of_2(K)
@@ -239,11 +228,11 @@ def _run_step(q, k, v, g, level_scales, levels, position):
     return tuple(
         launch.call(
             step.log_linear_step,
-            *(q, k, v, g, level_scales, position, levels),
+            *(q, k, v, g, level_scales, levels, position),
             grid=(B * H * triton.cdiv(V, width),),
             outputs=[SDS(v.shape, v.dtype), SDS(levels.shape, levels.dtype)],
             config=config,
             constants=dict(H=q.shape[1], HV=H, L=L, K=K, V=V, BK=rows, BV=width),
-            in_place={6: 1},
+            in_place={5: 1},
         )
     )

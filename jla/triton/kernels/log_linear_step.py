@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def log_linear_step(
-    q, k, v, g, level_scales, position, levels,  # pointers, see `jla.log_linear_step`
+    q, k, v, g, level_scales, levels, position,  # pointers, see `jla.log_linear_step`
     o, new_levels,  # [B, HV, V]; the levels', which are written through `levels`
     H: tl.constexpr, HV: tl.constexpr, L: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
