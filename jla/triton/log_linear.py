@@ -142,7 +142,7 @@ def _sums(y, z, w, *, reverse):
     nodes = (1 << (N - 1).bit_length()) - 1
     return launch.call(
         chunks.log_linear_sums,
-        *(y, z, w, B, T, N),
+        *(y, z, w, T, N),
         grid=(nodes * B * HV * blocks,),
         outputs=[SDS((B, HV, N - 1, K, V), z.dtype)],
         config=config,

@@ -51,7 +51,7 @@ class Kernel:
 def _log_linear():
     """Both roles: at K = V = 128, and with segments and several blocks of each dimension."""
     parameters = dict(
-        sums="*x *x *fp32 i32 i32 i32 *x",
+        sums="*x *x *fp32 i32 i32 *x",
         outputs="*x *x *x *fp32 *x *i32 i32 i32 *x",
         gradients="*x *x *x *x *fp32 *x *i32 i32 i32 i32 *x *fp32",
     )

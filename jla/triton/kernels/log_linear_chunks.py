@@ -35,28 +35,33 @@ INSIDE: tl.constexpr = tl.constexpr(6)  # levels at which tokens of one chunk me
 @triton.jit
 def log_linear_sums(
     y, z, w,  # [B, T, H, K], [B, T, HV, V], [B, HV, N, P, 64]
-    B, T, N,  # numbers
+    T, N,  # numbers
     states,  # [B, HV, N - 1, K, V], by a node's last chunk
     REVERSE: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     P: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """A program makes [BK, BV] of one node's state, chunk by chunk; the largest nodes are first.
+    """A program makes [BK, BV] of one node's state, chunk by chunk; of a head, whose tokens several
+    nodes read, the largest are first.
 
     Of a full tree of N chunks there are N / 2 * log2 N products of [BK, 64] and [64, BV] for a head
-    and block. At B=8 T=4096 HV=16 K=V=128 that is 52 GFLOP (0.07 ms at 780 TFLOPS); 264 MB are
-    written (0.06 ms at 4.3 TB/s), and what is read comes from L2, 0.8 GB.
+    and block. At B=8 T=4096 HV=16 K=V=128 that is 52 GFLOP (0.07 ms at 780 TFLOPS); 0.13 GB are
+    read and 0.26 GB written (0.09 ms at 4.3 TB/s), and 1.6 GB come from L2. Prediction:
+    0.2 ms. As compiled for 8.0, 8.9 | 9.0 | 10.0, at K = V = 128 in bfloat16: at most 248 | 132 | 86
+    registers, 48 | 96 | 73 KB of shared memory, nothing spilled.
     """
     blocks_k: tl.constexpr = (K + BK - 1) // BK
     blocks_v: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
     at_v = program % blocks_v * BV
     at_k = program // blocks_v % blocks_k * BK
-    head = program // (blocks_v * blocks_k) % (B * HV)
+    # The nodes of a head by size: 1 of the largest, then 2 of half its size, and so on.
+    program = program // (blocks_v * blocks_k)
+    top = _highest_bit(N - 1)
+    nodes = (2 << top) - 1
+    head, rank = program // nodes, program % nodes + 1
     b, h = head // HV, head % HV
-    # The nodes by size: 1 of the largest, then 2 of half its size, and so on.
-    rank = program // (blocks_v * blocks_k) // (B * HV) + 1
     depth = _highest_bit(rank)
-    size = 1 << (_highest_bit(N - 1) - depth)
+    size = 1 << (top - depth)
     first = (rank - (1 << depth)) * 2 * size
     last = first + size - 1
     if last < N - 1:
@@ -91,7 +96,8 @@ def log_linear_outputs(
     It reads as many states as its chunk's number has ones (in REVERSE zeros), log2(N) / 2 on
     average: at B=8 T=4096 HV=16 K=V=128 three, 52 GFLOP, and 17 GFLOP for the pairs of the chunk
     (0.09 ms at 780 TFLOPS). 0.27 GB of values and 0.26 GB of states come and go (0.13 ms at 4.3
-    TB/s); states come 3 times from L2. With SKIP chunks without tokens stay unwritten.
+    TB/s); states come 3 times from L2. Prediction: 0.25 ms. 128 | 130 | 115 registers, 48 | 80 | 81 KB, nothing
+    spilled. With SKIP, chunks without tokens stay unwritten.
     """
     blocks_k: tl.constexpr = (K + BK - 1) // BK
     blocks_v: tl.constexpr = (V + BV - 1) // BV
@@ -137,7 +143,8 @@ def log_linear_gradients(
     and their share of the weights' gradients: only the planes in which its tokens have this role.
 
     Operations and states as `log_linear_outputs`, and 0.13 GB more to read: 0.16 ms at B=8 T=4096
-    HV=16 K=V=128.
+    HV=16 K=V=128. Prediction: 0.35 ms. 170 | 172 | 187 registers, 49 | 80 | 81 KB, nothing spilled
+    (with several blocks of K up to 256 bytes, in float32 up to 400).
     """
     blocks_k: tl.constexpr = (K + BK - 1) // BK
     blocks_v: tl.constexpr = (V + BV - 1) // BV
