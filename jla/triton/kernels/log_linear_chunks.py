@@ -46,8 +46,8 @@ def log_linear_sums(
     Of a full tree of N chunks there are N / 2 * log2 N products of [BK, 64] and [64, BV] for a head
     and block. At B=8 T=4096 HV=16 K=V=128 that is 52 GFLOP (0.07 ms at 780 TFLOPS); 0.13 GB are
     read and 0.26 GB written (0.09 ms at 4.3 TB/s), and 1.6 GB come from L2. Prediction:
-    0.2 ms. As compiled for 8.0, 8.9 | 9.0 | 10.0, at K = V = 128 in bfloat16: at most 248 | 132 | 86
-    registers, 48 | 96 | 73 KB of shared memory, nothing spilled.
+    0.2 ms. At K = V = 128 in bfloat16, as compiled for 8.0 and 8.9 | 9.0 | 10.0: 183 | 132 | 90
+    registers, 48 | 96 | 97 KB of shared memory, nothing spilled.
     """
     blocks_k: tl.constexpr = (K + BK - 1) // BK
     blocks_v: tl.constexpr = (V + BV - 1) // BV
@@ -96,8 +96,8 @@ def log_linear_outputs(
     It reads as many states as its chunk's number has ones (in REVERSE zeros), log2(N) / 2 on
     average: at B=8 T=4096 HV=16 K=V=128 three, 52 GFLOP, and 17 GFLOP for the pairs of the chunk
     (0.09 ms at 780 TFLOPS). 0.27 GB of values and 0.26 GB of states come and go (0.13 ms at 4.3
-    TB/s); states come 3 times from L2. Prediction: 0.25 ms. 128 | 130 | 115 registers, 48 | 80 | 81 KB, nothing
-    spilled. With SKIP, chunks without tokens stay unwritten.
+    TB/s); states come 3 times from L2. Prediction: 0.25 ms. 128 | 130 | 118 registers, 48 | 80 |
+    80 KB, nothing spilled. With SKIP, chunks without tokens stay unwritten.
     """
     blocks_k: tl.constexpr = (K + BK - 1) // BK
     blocks_v: tl.constexpr = (V + BV - 1) // BV
@@ -143,7 +143,7 @@ def log_linear_gradients(
     and their share of the weights' gradients: only the planes in which its tokens have this role.
 
     Operations and states as `log_linear_outputs`, and 0.13 GB more to read: 0.16 ms at B=8 T=4096
-    HV=16 K=V=128. Prediction: 0.35 ms. 170 | 172 | 187 registers, 49 | 80 | 81 KB, nothing spilled
+    HV=16 K=V=128. Prediction: 0.35 ms. 170 | 172 | 153 registers, 49 | 80 | 81 KB, nothing spilled
     (with several blocks of K up to 256 bytes, in float32 up to 400).
     """
     blocks_k: tl.constexpr = (K + BK - 1) // BK
