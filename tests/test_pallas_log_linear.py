@@ -17,9 +17,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jla
 import jla.pallas
 from jla import LogLinearState
+from jla._core import level_weights as weights
 from jla.linen import LogLinearMamba2
 from jla.pallas import log_linear as kernels
-from jla.pallas.log_linear import step, tree, weights
+from jla.pallas.log_linear import step, tree
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
 

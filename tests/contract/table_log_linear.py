@@ -10,6 +10,7 @@ from table import (
     REFERENCE,
     SCALE_MISTAKES,
     SHOWN_BY_ANOTHER,
+    TRITON,
     XLA,
     Implementation,
     Mechanism,
@@ -147,6 +148,17 @@ LOG_LINEAR = Mechanism(
                 # Two rows, and two heads to each of two key heads.
                 dict(B=2, T=20, H=4, HK=2, K=81, V=40),
                 dict(T=20, H=2, HK=1, K=128, V=81),
+            ),
+        ),
+        Implementation(
+            TRITON,
+            sizes=dict(B=1, T=100, H=2, HK=1, K=16, V=24),
+            full=dict(B=2, T=2000, H=8, HK=1, K=128, V=128),
+            lengths=(1, 200),
+            head_dims=(
+                # Two rows, two heads to each of two key heads, and two blocks of each dimension.
+                dict(B=2, T=20, H=4, HK=2, K=63, V=40),
+                dict(T=70, H=1, HK=1, K=200, V=144),
             ),
         ),
     ),

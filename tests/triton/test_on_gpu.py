@@ -21,6 +21,7 @@ pytestmark = pytest.mark.gpu
 FULL = {
     "kda": dict(B=8, H=8, HV=16, K=128, V=128),
     "gsa": dict(B=8, H=16, HQ=16, K=128, V=128, M=64),
+    "log_linear": dict(B=8, H=16, HK=1, K=128, V=128),
 }
 
 

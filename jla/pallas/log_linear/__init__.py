@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._core import alignment
+from jla._core import level_weights as weights
 from jla._core.axes import LOG_LINEAR, with_value_heads
 from jla._core.derivatives import reverse_only
 from jla._core.shardwise import defvjp, for_each_row, shardwise
 from jla.pallas.common.chunks import TILE_WIDTH
 from jla.pallas.common.padding import missing_tokens, pad
-from jla.pallas.log_linear import step, tree, weights
+from jla.pallas.log_linear import step, tree
 from jla.pallas.log_linear.gradients import reader_gradients, writer_gradients
 from jla.pallas.log_linear.outputs import outputs
 from jla.pallas.log_linear.step import log_linear_step
@@ -101,7 +102,7 @@ def core(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _core(q, k, v, w, decays, skip, live, per):
-    """The core on whole tiles, from `weights.weights` and `weights.live`."""
+    """The core on whole tiles, from `level_weights.weights` and `weights.live`."""
     return _run_forward(q, k, v, w, decays, skip, live, per, keep=False)[0]
 
 

@@ -33,10 +33,10 @@ def outputs(q, k, v, weights, states, skip, live, *, per, inside):
 
     Args:
       q, k: [B, T, HK, K] bf16, K 64 or 128; T a multiple of 8. v: [B, T, H, V] bf16.
-      weights: [B, H, N, P, 64] float32, from `weights.weights`.
+      weights: [B, H, N, P, 64] float32, from `level_weights.weights`.
       states: [B, H, n, V, K] bf16, from `tree_states`; None where there is one leaf block.
       skip: D, [B, 1, H, 1] float32; None: 0.
-      live: [B, N] int32, from `weights.live`: which chunks are worth the work; None: all.
+      live: [B, N] int32, from `level_weights.live`: which chunks are worth the work; None: all.
       per: chunks of a leaf block; inside: its levels.
 
     Returns:

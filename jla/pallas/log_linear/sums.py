@@ -25,7 +25,7 @@ def weighted_sums(x, y, weights, counts, jobs, job):
 
     Args:
       x: [B, T, H, V] bf16; y: [B, T, HK, K] bf16.
-      weights: [B, H, N, P, 64] float32, as `weights.weights` makes them.
+      weights: [B, H, N, P, 64] float32, as `level_weights.weights` makes them.
       counts: the chunks that are worth a sum, from a job's first on, [B, J] int32; None: all.
       jobs: their number, J. job: of a traced int32, the job's first chunk, its number of chunks
         and the plane of its weights, all int32.

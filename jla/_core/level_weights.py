@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jla.pallas.common.chunks import CHUNK, LEVELS, LOG2E
-
 f32 = jnp.float32
+
+CHUNK = 64  # tokens of a chunk of the kernels
+LEVELS = 6  # log2(CHUNK): the levels at which tokens of one chunk meet
+LOG2E = 1.4426950408889634
 
 # exp2 of it is zero in float32, so it is as good as any stronger decay, and no sum is infinite.
 STRONGEST = -200.0
@@ -48,8 +50,8 @@ def weights(g, level_scales, leaf, value_scales=None, activation=None):
         made where they are used, and the transposition before has the fewer bytes; None: nothing.
 
     Returns:
-      [B, H, N, P, 64] float32, by chunks and planes; [B, H, blocks - 1] float32, as `tree_states`
-      takes it, or None if there is one block.
+      [B, H, N, P, 64] float32, by chunks and planes; [B, H, blocks - 1] float32, as Mosaic's
+      `tree_states` takes it, or None if there is one block.
     """
     B, T, H = g.shape
     N, per, blocks = division(T, leaf)

@@ -1,0 +1,69 @@
+"""One token of log-linear attention: one pass over the levels in use, updated in place."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def log_linear_step(
+    q, k, v, g, level_scales, levels, position,  # pointers, see `jla.log_linear_step`
+    o, new_levels,  # [B, HV, V]; the levels', which are written through `levels`
+    H: tl.constexpr, HV: tl.constexpr, L: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """A program updates BV columns of one head's levels [K, V], with all K rows.
+
+    The lowest levels in use, as many as the position has trailing ones, merge into the level above
+    them and leave zeros; the others decay. Level 0 is the token itself.
+
+    BK and BV are powers of 2, BK at least K; what lies beyond K and V is masked.
+    """
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    top: tl.constexpr = L - 1
+    program = tl.program_id(0)
+    head = program // blocks  # b * HV + the value head
+    key_head = head // HV * H + head % HV // (HV // H)
+    rows, columns = tl.arange(0, BK), program % blocks * BV + tl.arange(0, BV)
+    in_k, in_v = rows < K, columns < V
+    inside = in_k[:, None] & in_v[None, :]
+    place = levels + head.to(tl.int64) * (L * K * V) + (rows[:, None] * V + columns[None, :])
+    scales = level_scales + head * L
+    at = tl.load(position + head // HV)
+    query = tl.load(q + key_head * K + rows, in_k, 0.0).to(tl.float32)
+    key = tl.load(k + key_head * K + rows, in_k, 0.0).to(tl.float32)
+    value = tl.load(v + head * V + columns, in_v, 0.0).to(tl.float32)
+    decay = tl.exp(tl.load(g + head))
+    # Each element's share of the output, which is summed over K once.
+    merged = key[:, None] * value[None, :]
+    read = tl.load(scales).to(tl.float32) * merged
+    merging = (at >= 0).to(tl.int1)
+    for i in range(top):
+        used = ((at >> i) & 1) == 1
+        merging = merging & used
+        if used:
+            level = place + (i + 1) * (K * V)
+            x = decay * tl.load(level, inside, 0.0)
+            read += tl.load(scales + i + 1).to(tl.float32) * x
+            if merging:
+                merged += x
+                x = tl.zeros((BK, BV), tl.float32)
+            tl.store(level, x, inside)
+    ones = _trailing_ones(at)
+    if ones < top:
+        tl.store(place + (ones + 1) * (K * V), merged, inside)
+    out = tl.sum(query[:, None] * read, 0)
+    # As the definition: what L levels do not serve is no number.
+    beyond = (at >> top) != 0
+    out = tl.where(beyond, float("nan"), out)
+    tl.store(o + head * V + columns, out.to(o.dtype.element_ty), in_v)
+    if beyond | (at == 2147483647):
+        for i in range(L):
+            tl.store(place + i * (K * V), tl.full((BK, BV), float("nan"), tl.float32), inside)
+
+
+@triton.jit
+def _trailing_ones(x):
+    count = x * 0
+    for i in tl.static_range(32):
+        count += (((x >> i) & 1) == 1).to(tl.int32) * (count == i).to(tl.int32)
+    return count
