@@ -146,7 +146,7 @@ def test_a_named_implementation_never_falls_back(name, on_a_gpu, monkeypatch):
 
 
 def test_every_backend_gives_its_reason(monkeypatch):
-    """In the order of preference; the first that serves is taken where none is named."""
+    """In the order of preference, the named one first."""
     reasons = {"pallas": "too old", "triton": "too new"}
     monkeypatch.setattr(_dispatch, "BACKENDS", tuple(reasons))
     monkeypatch.setattr(_dispatch, "_why_not", lambda backend, *_, **__: reasons[backend])
@@ -158,3 +158,5 @@ def test_every_backend_gives_its_reason(monkeypatch):
     reasons["triton"] = None
     with pytest.raises(NotImplementedError, match='"triton" or implementation="xla" can'):
         _dispatch.choose("kda", "pallas")
+    # By name alone, for now.
+    assert _dispatch.choose("kda", None) is _dispatch.choose("kda", "xla")
