@@ -12,7 +12,7 @@ PYTEST := -m pytest --no-loadscope-reorder
 # The oldest JAX that pyproject.toml admits, and what is tried with it.
 OLDEST := .venv-oldest
 OLDEST_JAX := $(shell sed -n 's/^dependencies = .*"jax>=\([0-9.]*\),.*/\1/p' pyproject.toml)
-OLDEST_TESTS := tests/test_import.py tests/test_shardwise.py tests/test_forward_mode.py \
+OLDEST_TESTS := tests/test_import.py tests/triton/test_launch.py tests/test_shardwise.py tests/test_forward_mode.py \
 	tests/linen/test_layer_values.py::test_formulas \
 	tests/contract/test_values.py::test_values_and_gradients \
 	tests/contract/test_transforms.py::test_shardings_in_types
@@ -36,11 +36,16 @@ help:
 demo: $(VENV)/installed-examples
 	$(RUN) examples/train_lm.py --out runs/demo --overwrite
 
+# Triton's interpreter takes a process of its own, which runs the tests that need it and no others.
+INTERPRETED := TRITON_INTERPRET=1 $(RUN) $(PYTEST) -n 2 tests/contract tests/triton
+
 test: $(VENV)/installed-dev
 	$(RUN) $(PYTEST) -n 2 -m "not gpu and not slow"
+	$(INTERPRETED) -m "not gpu and not slow"
 
 test-all: $(VENV)/installed-dev
 	$(RUN) $(PYTEST) -n 2 -m "not gpu"
+	$(INTERPRETED) -m "not gpu"
 
 test-oldest: $(OLDEST)/installed
 	JAX_PLATFORMS=cpu $(OLDEST)/bin/python $(PYTEST) -n 2 -m "not gpu and not slow" $(OLDEST_TESTS)
@@ -64,13 +69,22 @@ clean:
 $(VENV)/installed-%: pyproject.toml
 	@$(call BUILD,$(VENV),)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+	$(if $(filter dev,$*),@$(call LAUNCHER,$(VENV)))
 	@touch $@
 
 # With the newest Python that is supported, where it is there.
 $(OLDEST)/installed: pyproject.toml
 	@$(call BUILD,$(OLDEST),python3.13 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.13*/bin/python)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' jax==$(OLDEST_JAX)
+	@$(call LAUNCHER,$(OLDEST))
 	@touch $@
+
+# What launches Triton's kernels is in JAX's CUDA plugin. Without CUDA, which --no-deps leaves out,
+# the tests see how they are lowered. There is none but for Linux.
+LAUNCHER = if [ "$$(uname)" = Linux ]; then \
+	    $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	        jax-cuda13-plugin==$$($(1)/bin/python -c 'import jaxlib; print(jaxlib.__version__)'); \
+	fi
 
 # Builds the environment $(1) if there is none, with the first of the Pythons $(2) that serves.
 BUILD = if ! $(1)/bin/python -c '$(CHECK)' 2>/dev/null; then \

@@ -1,6 +1,7 @@
 """Times the mechanisms on this machine; prints a table, writes JSON and a plot."""
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -23,13 +24,31 @@ from benchmarks.plot import plot
 
 GROUPS = ("main", "step", "long", "ragged", "packed", "sweep", "slots", "grouped")
 MEASURES = ("forward", "backward", "bare", "forced", "errors")
-IMPLEMENTATIONS = ("reference", "xla", "pallas")  # all of jla's
+IMPLEMENTATIONS = ("reference", "xla", "pallas", "triton")  # all of jla's
+KERNELS = ("pallas", "triton")
 COLUMNS = dict(ms="{:.4g}", spread="{:.1%}", per_token_of_main="{:.2f}")
 COLUMNS |= dict(memory_gib="{:.3f}", memory_peak_gib="{:.3f}", first_call_s="{:.1f}")
 
 
 def main(argv=None):
     options = parse(argv)
+    with compiling(options.compiled_as):
+        return run(argv, options)
+
+
+@contextlib.contextmanager
+def compiling(capability):
+    """Triton's kernels are compiled as for another GPU, as "sm_80", if one is named."""
+    if not capability:
+        yield
+        return
+    from jla.triton import launch  # Triton is an extra
+
+    with launch.compiling_for(int(capability.removeprefix("sm_"))):
+        yield
+
+
+def run(argv, options):
     if options.peer:
         # Leaves fla's allocator its share of the GPU; read when the backend starts.
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
@@ -37,7 +56,10 @@ def main(argv=None):
     report = dict(meta=describe(argv), results=[], not_started=[])
     print(" | ".join(f"{key} {value}" for key, value in report["meta"].items()), flush=True)
     for name, shape, what, implementation in cases(options):
-        row = dict(mechanism=name, shape=shape.name, measure=what, implementation=implementation)
+        label = implementation
+        if implementation == "triton" and options.compiled_as:
+            label += f" as {options.compiled_as}"
+        row = dict(mechanism=name, shape=shape.name, measure=what, implementation=label)
         if options.limit is not None and time.monotonic() - start > options.limit:
             report["not_started"].append(row)
         else:
@@ -63,6 +85,9 @@ def parse(argv):
     parser.add_argument("--what", default="", help=what)
     parser.add_argument("--shapes", choices=("small", "full"), default="full")
     parser.add_argument("--implementations", default="pallas,xla", help="names, by commas")
+    as_help = "compile Triton's kernels as for an A100 or an RTX 40, and run them on this GPU"
+    choices = ("sm_80", "sm_89")
+    parser.add_argument("--as", dest="compiled_as", choices=choices, help=as_help)
     parser.add_argument("--peer", action="store_true", help="also fla and cuDNN's attention")
     parser.add_argument("--seconds", type=float, default=0.15, help="length of a timed repeat")
     parser.add_argument("--limit", type=float, help="start no case after so many seconds")
@@ -98,7 +123,7 @@ def cases(options):
     ]
     for case in table:
         for implementation in options.implementations:
-            if implementation == "pallas" or not case[2].startswith("forced_"):
+            if implementation in KERNELS or not case[2].startswith("forced_"):
                 yield *case, implementation
     if not options.peer:
         return

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas")  # all of jla's
+IMPLEMENTATIONS = ("reference", "xla", "pallas", "triton")  # all of jla's
 
 
 class InputError(Exception):

@@ -1,5 +1,6 @@
 """The choice of implementation, the same for every function."""
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -12,10 +13,10 @@ from jla._core.checks import check_implementation
 from jla._core.lengths import is_symbolic_dim
 from jla._core.types import Array, Implementation, State
 
-# The packages with kernels, in order of preference. Each has `unsupported_device()`, and each of
-# its modules `unsupported(name, *arrays)`: why it cannot serve, or None. "xla" and "reference"
-# serve every call.
-BACKENDS = ("pallas",)
+# The packages with kernels, in order of preference. Each has `missing_packages()` and
+# `unsupported_device()`, and each of its modules `unsupported(name, *arrays)`: why it cannot be
+# imported or cannot serve, or None. "xla" and "reference" serve every call.
+BACKENDS = ("pallas", "triton")
 
 # The module, inside the package of each implementation, that holds a function: the public ones, and
 # those of `jla._fused`.
@@ -112,8 +113,10 @@ def _why_not(
     if not asked_for and not has_gpu():
         return "there is no GPU"  # and no need to import the backend
     package = importlib.import_module(f"jla.{backend}")
-    if importlib.util.find_spec(_path(backend, name)) is None:
+    if not _exists(_path(backend, name)):
         return "it has no kernel for this function"
+    if reason := package.missing_packages():
+        return reason
     # The leaves: a cache is a tree of arrays.
     if any(is_symbolic_dim(size) for x in jax.tree.leaves(arrays) for size in x.shape):
         return "it has a symbolic shape (jax.export), and the kernels are made for known sizes"
@@ -125,6 +128,13 @@ def _why_not(
 
 def _module(package: str, name: str) -> ModuleType:
     return importlib.import_module(_path(package, name))
+
+
+@functools.cache
+def _exists(path: str) -> bool:
+    """Whether there is a module of this name; packages above it are imported."""
+    parent = path.rpartition(".")[0]
+    return (not parent or _exists(parent)) and importlib.util.find_spec(path) is not None
 
 
 def _path(package: str, name: str) -> str:

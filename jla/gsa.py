@@ -82,8 +82,9 @@ def gsa(
         segment.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
       implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
-        "pallas" (GPU kernels; up to 128 slots, no float32), or None for the fastest that supports
-        these arguments here.
+        "pallas" (kernels for Hopper GPUs; up to 128 slots, no float32), "triton" (kernels for
+        NVIDIA GPUs from Ampere on, with the extra jla[triton]), or None for the fastest that
+        supports these arguments here.
 
     Returns:
       The outputs, [B, T, HQ, V], of v's dtype, and the `GSAState` after the last token (with

@@ -6,6 +6,7 @@ import re
 import hardware
 import jax
 import pytest
+import triton_interpreter
 
 from jla import _dispatch
 from jla._core.checks import IMPLEMENTATIONS
@@ -16,6 +17,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 # Kernels that only the interpreter runs right are wrong.
 hardware.check_more()
+if triton_interpreter.INTERPRETED:
+    triton_interpreter.repair()
+    triton_interpreter.hasten()
 
 
 # Each has a file with its table.
@@ -26,6 +30,9 @@ LAYERS = [
 
 
 def pytest_collection_modifyitems(config, items):
+    left_out = [item for item in items if _interpreted(item) != triton_interpreter.INTERPRETED]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
     # Stable: inside a group the order stays. Long groups come first, for one that began last would
     # leave the other process idle.
     items.sort(key=lambda item: (_rank(item.nodeid), _group(item.nodeid, config)))
@@ -68,8 +75,15 @@ def _group(nodeid, config):
     return nodeid.split("[" if "test_pallas" in nodeid else "::")[0]
 
 
+def _interpreted(item):
+    """Whether a test needs Triton's interpreter, and with it a process of its own."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    rows = any(getattr(x, "own_process", False) for x in parameters)
+    return rows or item.get_closest_marker("interpreted") is not None
+
+
 def _rank(nodeid):
-    if "contract/" in nodeid and "-pallas" in nodeid:
+    if "contract/" in nodeid and re.search("-(pallas|triton)", nodeid):
         return 0
     return 1 if "test_pallas" in nodeid or "contract/" in nodeid else 2
 

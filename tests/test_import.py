@@ -18,7 +18,8 @@ assert not xla_bridge.backends_are_initialized(), "importing jla started a backe
 assert seconds < 2, f"importing jla took {seconds:.1f} s beyond jax"
 assert {"linen", "pallas"} < set(dir(jla)), "sub-packages are not listed before they are imported"
 import sys
-heavy = {"flax", "jax.experimental.pallas", "jla.linen", "jla.pallas"} & set(sys.modules)
+heavy = {"flax", "jax.experimental.pallas", "jla.linen", "jla.pallas", "jla.triton", "triton"}
+heavy &= set(sys.modules)
 assert not heavy, f"importing jla imported {heavy}"
 """
 

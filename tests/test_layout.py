@@ -20,8 +20,10 @@ MAY_IMPORT = {
     "pallas.common": ("_core",),
     "pallas.layers": ("_core", "pallas.common"),
     **{f"pallas.{name}": ("_core", "reference", "pallas.common") for name in MECHANISMS},
-    # The rooms of what comes next: kernels in Triton, whole models, checkpoints.
-    "triton": ("_core", "reference"),
+    "triton": ("_core", "reference", "triton.kernels"),
+    # Without JAX, so that Triton compiles and interprets them by themselves.
+    "triton.kernels": (),
+    # The rooms of what comes next: whole models, checkpoints.
     "models": ("linen", *sorted(MECHANISMS)),
     "hub": ("models",),
     # The implementations are imported by name, when they are first asked for.
@@ -38,6 +40,7 @@ PUBLIC = {"jla", "jla.linen", "jla.pallas", *(f"jla.{name}" for name in MECHANIS
 EXCEPTIONS = {
     "benchmarks/layer_kernels.py": {"jla._fused"},
     "benchmarks/mechanisms.py": {"jla.pallas.mesa_net"},
+    "benchmarks/run.py": {"jla.triton.launch"},
 }
 
 
@@ -81,6 +84,14 @@ PROGRAMS = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("
 def test_programs_import_public_names(path):
     more = EXCEPTIONS.get(str(path.relative_to(ROOT)), set())
     assert set(imported(path)) - PUBLIC == more
+
+
+def test_triton_kernels_have_no_jax_in_them():
+    for path in (JLA / "triton" / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [getattr(node, "module", None), *(alias.name for alias in node.names)]
+                assert not {"jax", "jax_triton"} & {name.split(".")[0] for name in names if name}
 
 
 @pytest.mark.parametrize("path", ["benchmarks/run.py", "examples/command_line.py"])

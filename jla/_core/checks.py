@@ -206,7 +206,7 @@ def check_segment_ids(segment_ids: Array) -> None:
 
 
 def check_implementation(implementation: object) -> None:
-    """Raises ValueError unless `implementation` is None or one of the three names."""
+    """Raises ValueError unless `implementation` is None or one of `IMPLEMENTATIONS`."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}, "

@@ -20,21 +20,23 @@ def reverse_only(name):
       name: the function's public name.
     """
 
-    @jax.custom_jvp
-    def unchanged(arrays):
-        return arrays
-
-    def rule(primals, tangents):
-        def linear(tangent):
-            if isinstance(tangent, SymbolicZero):
-                return tangent
-            return _tangent_p.bind(tangent, function=name)
-
-        return primals[0], [linear(x) for x in tangents[0]]
-
-    unchanged.defjvp(rule, symbolic_zeros=True)
-
     def decorate(function):
+        backend = function.__module__.removeprefix("jla.").split(".")[0]
+
+        @jax.custom_jvp
+        def unchanged(arrays):
+            return arrays
+
+        def rule(primals, tangents):
+            def linear(tangent):
+                if isinstance(tangent, SymbolicZero):
+                    return tangent
+                return _tangent_p.bind(tangent, function=name, backend=backend)
+
+            return primals[0], [linear(x) for x in tangents[0]]
+
+        unchanged.defjvp(rule, symbolic_zeros=True)
+
         @functools.wraps(function)
         def run(*arguments, **options):
             leaves, tree = jax.tree.flatten(arguments)
@@ -51,17 +53,17 @@ def reverse_only(name):
 _tangent_p = Primitive("reverse_only")
 
 
-def _raise(*_, function, **__):
+def _raise(*_, function, backend, **__):
     raise NotImplementedError(
-        f'{function}: the kernels of implementation="pallas" have no forward-mode derivative '
+        f'{function}: the kernels of implementation="{backend}" have no forward-mode derivative '
         '(jax.jvp, jax.jacfwd, jax.linearize). implementation="xla" has one.'
     )
 
 
 _tangent_p.def_impl(_raise)
-_tangent_p.def_abstract_eval(lambda x, *, function: x)
-mlir.register_lowering(_tangent_p, lambda context, x, *, function: _raise(function=function))
-ad.deflinear2(_tangent_p, lambda cotangent, x, *, function: [cotangent])
+_tangent_p.def_abstract_eval(lambda x, **_: x)
+mlir.register_lowering(_tangent_p, lambda context, x, **names: _raise(**names))
+ad.deflinear2(_tangent_p, lambda cotangent, x, **_: [cotangent])
 batching.primitive_batchers[_tangent_p] = _raise  # reverse mode only transposes it
 
 

@@ -12,7 +12,7 @@ import jax
 from numpy.typing import NDArray
 
 # The implementations that can be asked for by name; None, the fastest, is no name.
-Implementation = Literal["reference", "xla", "pallas"]
+Implementation = Literal["reference", "xla", "pallas", "triton"]
 
 type NumpyArray = NDArray[Any]
 type Array = jax.Array | NumpyArray  # what a public function takes; it returns jax.Array

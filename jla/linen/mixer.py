@@ -113,10 +113,10 @@ class Mixer(nn.Module):
       param_dtype: the dtype of the parameters, but for those that are always float32.
       kernel_init: initializer of the projections' kernels.
       precision: of the projections' matrix products, see `jax.lax.Precision`.
-      implementation: of the mechanism: "reference", "xla", "pallas", or None for the fastest that
-        supports the arguments. The layer's norms and convolutions follow it where it is "reference"
-        or "xla". Where it is None or "pallas" they choose for themselves, because their kernels
-        may not support what the mechanism's support.
+      implementation: of the mechanism: "reference", "xla", "pallas", "triton", or None for the
+        fastest that supports the arguments. The layer's norms and convolutions follow it where it
+        is "reference" or "xla". Elsewhere they choose for themselves, because their kernels may not
+        support what the mechanism's support.
       decode: whether to keep and use a cache.
     """
 

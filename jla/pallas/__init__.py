@@ -8,6 +8,11 @@ from jla.pallas.common.mosaic import interpret
 __all__ = ["interpret"]
 
 
+def missing_packages():
+    """Why the modules of `jla.pallas` cannot be imported, or None: all they need comes with JAX."""
+    return None
+
+
 def unsupported_device():
     """Why the kernels cannot run on the default device, or None."""
     if interpreting():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import triton_interpreter
 
 import jla.pallas
 
@@ -22,6 +23,7 @@ class Backend:
     compiled_on: the platform of what only a compiled program shows: sharding, rematerialization,
       how often is compiled. Interpreted kernels have effects, which stand in the way of all three.
     linearizes: whether it has a forward-mode derivative.
+    own_process: whether `context` is one for which a process of its own is made.
     slow: the tests that show what others do, and cost more here than they are worth every time.
     """
 
@@ -30,6 +32,7 @@ class Backend:
     context: Callable = contextlib.nullcontext
     compiled_on: str = "cpu"
     linearizes: bool = True
+    own_process: bool = False
     slow: tuple[str, ...] = ()
 
 
@@ -53,25 +56,34 @@ XLA = Backend(
     "xla",
     slow=("test_head_dimensions", "test_split_is_whole", "test_step_in_a_scan_over_layers"),
 )
+# Several seconds each in an interpreter.
+_SLOW_KERNELS = (
+    "test_a_later_tokens_gate_moves_no_earlier_output",
+    # Decoding shows, too, that a state continues, and the cotangents of states are among those of
+    # `test_values_and_gradients`.
+    "test_a_split_and_its_gradients_are_the_whole",
+    # `test_packed_is_the_definition` has segments of one token, alone and several together.
+    "test_every_token_its_own_segment",
+    "test_good_inputs_make_no_nan",
+    # The small cases have one row, and this wants two.
+    "test_nan_in_one_row_stays_there",
+    "test_values_under_x64",
+)
 PALLAS = Backend(
     "pallas",
     dtypes=("bfloat16", "float16"),
     context=jla.pallas.interpret,
     compiled_on="gpu",
     linearizes=False,  # a custom_vjp
-    # Several seconds each in the interpreter.
-    slow=(
-        "test_a_later_tokens_gate_moves_no_earlier_output",
-        # Decoding shows, too, that a state continues, and the cotangents of states are among those
-        # of `test_values_and_gradients`.
-        "test_a_split_and_its_gradients_are_the_whole",
-        # `test_packed_is_the_definition` has segments of one token, alone and several together.
-        "test_every_token_its_own_segment",
-        "test_good_inputs_make_no_nan",
-        # The small cases have one row, and this wants two.
-        "test_nan_in_one_row_stays_there",
-        "test_values_under_x64",
-    ),
+    slow=_SLOW_KERNELS,
+)
+TRITON = Backend(
+    "triton",
+    context=triton_interpreter.interpreting,
+    compiled_on="gpu",
+    linearizes=False,
+    own_process=True,
+    slow=_SLOW_KERNELS,
 )
 
 # What one mechanism shows for all, because JAX and not its own code makes it so: the `slow` of a
@@ -127,12 +139,18 @@ class Implementation:
         return self.backend.linearizes
 
     @property
+    def own_process(self):
+        return self.backend.own_process
+
+    @property
     def interpreted(self):
         return self.context is not contextlib.nullcontext
 
     def compiled(self):
         """The same without an interpreter."""
-        backend = dataclasses.replace(self.backend, context=contextlib.nullcontext)
+        backend = dataclasses.replace(
+            self.backend, context=contextlib.nullcontext, own_process=False
+        )
         return dataclasses.replace(self, backend=backend)
 
     def choice(self, cases, few):

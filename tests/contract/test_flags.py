@@ -11,6 +11,7 @@ from harness import assert_close, definition, inputs, with_gradients
 from mechanisms import SMALL, marked
 
 import jla.pallas
+from jla._dispatch import BACKENDS
 
 
 def calls(mechanism, implementation):
@@ -43,11 +44,15 @@ def token(mechanism, args):
     return tokens | shared | {mechanism.state[1]: args[mechanism.state[0]]}
 
 
+# Pallas's, Triton's, and what stands for one in Triton's interpreter.
+KERNEL_CALLS = ("mpmd_map", "triton_kernel_call", "pure_callback")
+
+
 def kernels(jaxpr):
-    """The Pallas kernels in a jaxpr, as text without addresses."""
+    """The kernels in a jaxpr, Pallas's and Triton's, as text without addresses."""
     found = []
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "mpmd_map":
+        if equation.primitive.name in KERNEL_CALLS:
             found.append(re.sub(r"0x[0-9a-f]+", "", str(equation.params)))
             continue
         for x in jax.tree.leaves(list(equation.params.values())):
@@ -78,7 +83,7 @@ def test_x64_changes_no_dtype_and_no_kernel(mechanism, implementation, sizes, ca
         jaxpr_64, got = traced()
     chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
     assert kernels(jaxpr_64.jaxpr) == kernels(jaxpr.jaxpr)
-    assert bool(kernels(jaxpr.jaxpr)) == (implementation.name == "pallas")
+    assert bool(kernels(jaxpr.jaxpr)) == (implementation.name in BACKENDS)
 
 
 KERNELS = [row for row in SMALL if row.values[1].name == "pallas"]

@@ -1,0 +1,51 @@
+"""How each kernel is cut and compiled, by how much shared memory a thread block can have.
+
+Static: nothing is tuned at run time, so that the same inputs give the same bits on every machine of
+a kind. tests/triton/test_compile.py compiles every entry and holds it to its class's memory.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of one kernel.
+
+    blocks: the sizes of its blocks, constants of the kernel by name.
+    warps: of a program, 32 threads each.
+    stages: how many loads of a loop are on their way at once.
+    """
+
+    blocks: Mapping[str, int] = dataclasses.field(hash=False)
+    warps: int = 4
+    stages: int = 2
+
+
+# The classes, by the KB that a thread block can have: compute capability 8.6, 8.9 and 12.x; 8.0;
+# 9.0 and 10.x. A GPU that is not known gets the smallest.
+CLASSES = (99, 163, 227)
+_CLASS_OF = {80: 163, 87: 163, 90: 227, 100: 227, 101: 227, 103: 227, 110: 227}
+
+
+def memory_class(capability):
+    """The class, one of `CLASSES`, of a compute capability as Triton writes it (89 for 8.9)."""
+    return _CLASS_OF.get(capability, 99)
+
+
+def config(kernel_name, capability):
+    """The `Config` of a kernel on GPUs of this compute capability."""
+    return CONFIGS[kernel_name][memory_class(capability)]
+
+
+def _everywhere(blocks, **settings):
+    """The same for all classes: a kernel that needs little shared memory."""
+    return dict.fromkeys(CLASSES, Config(blocks, **settings))
+
+
+# A kernel's name to its config by class.
+CONFIGS: dict[str, dict[int, Config]] = {
+    # Up to K = 128; beyond, half as many columns. A thread then has 64 elements of the state, and
+    # 130 registers in all, so that several programs are on a multiprocessor.
+    "kda_step": _everywhere({"BV": 64}, warps=4, stages=1),
+}

@@ -1,0 +1,1 @@
+"""The kernels: `@triton.jit` functions, without JAX. `jla.triton.<mechanism>` calls them."""

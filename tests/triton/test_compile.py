@@ -1,0 +1,76 @@
+"""Every kernel compiles for every kind of GPU, and fits.
+
+That it compiles says little: Triton also compiles what needs more shared memory than there is (the
+launch fails), more tensor memory (the kernel is one trap) or more registers (it is slow).
+"""
+
+import pathlib
+import re
+import subprocess
+
+import kernels
+import pytest
+
+from jla.triton import configs
+
+# Not of "triton" itself: this folder has the name.
+pytest.importorskip("triton.compiler", reason="triton has no wheels for this system")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def compiled(kernel, dtype, capability):
+    """A kernel of the table, compiled as `jla.triton.launch` has it compiled."""
+    function, settings = kernel.function, kernel.settings(capability)
+    types = kernel.parameters.replace("*x", f"*{dtype}").split()
+    constants = {**settings.blocks, **kernel.constants}
+    names = [x.name for x in function.params]
+    assert set(names[len(types) :]) == set(constants)
+    signature = dict(zip(names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
+    # JAX's arrays begin at multiples of 16 bytes.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(types) if x[0] == "*"}
+    source = ASTSource(function, signature, {(names.index(n),): x for n, x in constants.items()},
+                       aligned)  # fmt: skip
+    options = dict(num_warps=settings.warps, num_stages=settings.stages, enable_fp_fusion=True)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def usage(cubin, folder):
+    """The registers and the bytes of local memory of a thread."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    command = [str(CUOBJDUMP), "-res-usage", str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def rows():
+    for i, kernel in enumerate(kernels.KERNELS):
+        for dtype in kernel.dtypes:
+            for capability in kernels.CAPABILITIES:
+                first = dtype == kernel.dtypes[0] and capability == kernel.smoke
+                marks = [] if first else [pytest.mark.slow]
+                label = f"{kernel.name}-{i}-{dtype}-sm_{capability}"
+                yield pytest.param(kernel, dtype, capability, id=label, marks=marks)
+
+
+@pytest.mark.parametrize("kernel, dtype, capability", list(rows()))
+def test_it_fits(kernel, dtype, capability, tmp_path):
+    made = compiled(kernel, dtype, capability)
+    registers, spills = usage(made.asm["cubin"], tmp_path)
+    shared = made.metadata.shared
+    print(f"registers {registers}, spilled {spills} bytes, shared memory {shared} bytes")
+    assert shared <= 1024 * configs.memory_class(capability)
+    assert made.metadata.tmem_size <= 512  # columns; jax-triton refuses more
+    assert registers <= kernel.registers
+    assert spills <= kernel.spills.get(capability, 0)
+
+
+def test_every_kernel_is_in_the_table():
+    """And has a config for every class."""
+    assert {kernel.name for kernel in kernels.KERNELS} == set(configs.CONFIGS)
+    assert all(set(by_class) == set(configs.CLASSES) for by_class in configs.CONFIGS.values())

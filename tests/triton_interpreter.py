@@ -1,0 +1,112 @@
+"""Triton's interpreter in tests: what it gets wrong, put right.
+
+It runs where TRITON_INTERPRET=1, which holds for a whole process: `make test` starts one for it.
+There the tests of implementation="triton" run on the CPU, and no others; see tests/conftest.py.
+"""
+
+import contextlib
+import dataclasses
+import os
+
+import ml_dtypes
+import numpy as np
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@contextlib.contextmanager
+def interpreting():
+    """The context of small calls, as `jla.pallas.interpret` is of Mosaic's kernels."""
+    assert INTERPRETED, "Triton's interpreter needs a process with TRITON_INTERPRET=1"
+    yield
+
+
+def repair():
+    """From now on bfloat16 is rounded and multiplied as on a GPU, and so is TF32.
+
+    By itself the interpreter keeps bfloat16 as integers: it cuts off where a GPU rounds to the
+    nearest, and computes with the integers. Of float32, `tl.dot` with input_precision "tf32" has
+    all digits; "tf32x3" is left so, for a GPU keeps nearly all of them.
+    """
+    import triton.language as tl
+    from triton._C.libtriton import ir
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    cast, convert = builder.cast_impl, builder.create_fp_to_fp
+    binary, unary, dot = builder.binary_op, builder.unary_op, builder.create_dot
+    handle = interpreter.TensorHandle
+
+    def is_bfloat16(x):
+        return x.dtype.scalar == tl.bfloat16
+
+    def numbers(x):
+        """The values of a handle, where NumPy would see bits."""
+        return x.data.view(ml_dtypes.bfloat16) if is_bfloat16(x) else x.data
+
+    def bits(data):
+        return data.view(np.uint16) if data.dtype == ml_dtypes.bfloat16 else data
+
+    def cast_impl(self, x, to):
+        if is_bfloat16(x) or to.scalar == tl.bfloat16:
+            of = ml_dtypes.bfloat16 if to.scalar == tl.bfloat16 else interpreter._get_np_dtype(to)
+            return handle(bits(numbers(x).astype(of)), to.scalar)
+        return cast(self, x, to)
+
+    def create_fp_to_fp(self, x, to, rounding):
+        if is_bfloat16(x) or to.scalar == tl.bfloat16:
+            return cast_impl(self, x, to)
+        return convert(self, x, to, rounding)
+
+    def binary_op(self, x, y, operation):
+        if is_bfloat16(x) and is_bfloat16(y):
+            return handle(bits(operation(numbers(x), numbers(y))), x.dtype.scalar)
+        return binary(self, x, y, operation)
+
+    def unary_op(self, x, operation):
+        if is_bfloat16(x):
+            return handle(bits(operation(numbers(x))), x.dtype.scalar)
+        return unary(self, x, operation)
+
+    def create_dot(self, x, y, start, precision, most_imprecise):
+        of = [numbers(operand).astype(np.float32) for operand in (x, y)]
+        if x.dtype.scalar == tl.float32 and precision == ir.INPUT_PRECISION.TF32:
+            of = [_tf32(operand) for operand in of]
+        if start.dtype.scalar != tl.float32:
+            return dot(self, x, y, start, precision, most_imprecise)
+        return handle(np.matmul(*of) + start.data, tl.float32)
+
+    builder.cast_impl, builder.create_fp_to_fp = cast_impl, create_fp_to_fp
+    builder.binary_op, builder.unary_op, builder.create_dot = binary_op, unary_op, create_dot
+
+
+def hasten():
+    """The same in half the time."""
+    from triton.runtime import interpreter
+
+    # Every sum and product of integers is made once more in 64 bits, to see an overflow; at the
+    # tests' sizes there is none.
+    options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
+
+    # `tl` is changed anew for every call of a function inside a kernel, `tl.sum` included: once for
+    # each of the modules that call it is enough, for that is what the change depends on.
+    patch, run, changed = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_once(function):
+        module = id(function.__globals__)
+        if module not in changed:
+            changed.add(module)
+            return patch(function)
+        return None
+
+    def run_grid(self, *args, **constants):
+        changed.clear()
+        return run(self, *args, **constants)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, run_grid
+
+
+def _tf32(x):
+    """float32 with the ten bits of mantissa that TF32 has, to the nearest."""
+    return ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
