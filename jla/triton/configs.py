@@ -48,4 +48,24 @@ CONFIGS: dict[str, dict[int, Config]] = {
     # Up to K = 128; beyond, half as many columns. A thread then has 64 elements of the state, and
     # 130 registers in all, so that several programs are on a multiprocessor.
     "kda_step": _everywhere({"BV": 64}, warps=4, stages=1),
+    **{
+        name + size + dtype: _everywhere(blocks, warps=4, stages=1)
+        for name, blocks in {
+            "path_inverses": {"BK": 64},
+            "path_leaf_keys": {"BK": 64},
+            "path_leaf_queries": {"BK": 64},
+            "path_joined": {"BK": 64},
+            "path_chains": {"BK": 32},
+            "path_forward": {"BLOCK": 64, "BI": 32},
+            "path_key_gradients": {"BLOCK": 64, "BI": 32, "BH": 32},
+            "path_query_gradients": {"BLOCK": 64, "BI": 32, "BH": 32},
+            "path_transform_gradients": {"BK": 64},
+            "path_leaf_query_gradients": {"BK": 32, "BV": 32},
+            "path_leaf_transform_gradients": {"BK": 32},
+            "path_leaf_key_gradients": {"BK": 32},
+        }.items()
+        for size in ("", "_256")
+        for dtype in ("", "_float32")
+    },
+    "path_step": _everywhere({}, warps=4, stages=1),
 }
