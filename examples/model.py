@@ -24,7 +24,7 @@ weight_init = nn.initializers.normal(0.02)
 def norms_implementation(implementation):
     """That of the norms beside a mixer of this one: they choose by themselves beside kernels, which
     need not serve the norms too (of one token, for example)."""
-    return None if implementation == "pallas" else implementation
+    return implementation if implementation in ("reference", "xla") else None
 
 
 class CausalAttention(nn.Module):

@@ -48,10 +48,12 @@ if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
 
 import fuzz_layers  # noqa: E402
+import triton_interpreter  # noqa: E402
 from fuzz_compare import beyond, compare, programs, same_bits, tolerances_of  # noqa: E402
 from fuzz_draw import TABLE, Content, Shape, draw_content, draw_shape  # noqa: E402
 
 from jla._core.checks import IMPLEMENTATIONS  # noqa: E402
+from jla._dispatch import BACKENDS  # noqa: E402
 
 __all__ = ["Content", "Shape", "compare", "same_bits"]
 
@@ -129,6 +131,9 @@ def work(options, part, parts):
     on_gpu = jax.default_backend() == "gpu"
     if __name__ == "__main__" and not on_gpu:
         jax.config.update("jax_disable_most_optimizations", True)  # compiling is the longer part
+        if triton_interpreter.INTERPRETED:
+            triton_interpreter.repair()
+            triton_interpreter.hasten()
     chosen = options.implementations or (["pallas", "xla"] if on_gpu else ["xla", "reference"])
     rows = [
         (name, implementation)
@@ -140,7 +145,7 @@ def work(options, part, parts):
     end = time.monotonic() + options.seconds
     for index in itertools.count(part, parts):
         mechanism, implementation = rows[index % len(rows)]
-        scope = "full" if on_gpu else "tiny" if implementation == "pallas" else "small"
+        scope = "full" if on_gpu else "tiny" if implementation in BACKENDS else "small"
         for content in range(options.contents):
             if time.monotonic() > end:
                 return

@@ -7,6 +7,7 @@ import fuzz_layers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import triton_interpreter
 from fuzz_draw import TABLE, Shape, build, generator
 from harness import cut, error, is_float, upcast, with_gradients
 
@@ -36,8 +37,9 @@ def judge_of(shape):
 
 
 def context_of(implementation):
-    interpreted = implementation == "pallas" and jax.default_backend() == "cpu"
-    return jla.pallas.interpret() if interpreted else contextlib.nullcontext()
+    interpreters = dict(pallas=jla.pallas.interpret, triton=triton_interpreter.interpreting)
+    interpreted = implementation in interpreters and jax.default_backend() == "cpu"
+    return interpreters[implementation]() if interpreted else contextlib.nullcontext()
 
 
 class Programs:

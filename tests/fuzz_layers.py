@@ -31,7 +31,7 @@ def draw_layer(name, implementation, seed, index):
     at = max(1, T - int(rng.integers(1, 6))) if check == "decode" else 0
     options = dict(case=one_of(rng, entry.cases))
     segments = "int32" if check == "whole" and chance(rng, 0.7) else None
-    low = implementation == "pallas" or (implementation == "xla" and chance(rng, 0.4))
+    low = implementation == "pallas" or (implementation in ("xla", "triton") and chance(rng, 0.4))
     dtype = "bfloat16" if low else "float32"
     sizes = dict(B=int(rng.integers(1, 4)), T=T)
     return Shape(name, implementation, dtype, sizes, check, at, (), segments, (), options)

@@ -6,9 +6,8 @@ import jax
 import triton
 
 from jla._core.axes import KDA, letters, of_step
-from jla._core.shardwise import shardwise
 from jla.reference import kda as reference
-from jla.triton import configs, launch
+from jla.triton import configs, launch, steps
 from jla.triton.kernels import kda_step as step
 
 __all__ = ["kda_step", "unsupported"]
@@ -35,24 +34,13 @@ def kda_step(q, k, v, g, beta, state, *, scale):
 
     Floor: the state is read once and written once, 8 HV K V bytes a row, and everything else is
     small. B=128 HV=16 K=V=128 has 0.272 GB: 0.063 ms on an H200 (4.3 TB/s), 0.14 ms on an A100
-    of 1.9 TB/s, 0.32 ms on an L40S of 0.86 TB/s. About 5 operations an element of the state.
+    of 1.9 TB/s, 0.32 ms on an L40S of 0.86 TB/s. About 5 operations an element of the state. For
+    all kinds of GPU 117 to 132 registers a thread, nothing spilled, and 1 KB of shared memory.
 
     Derivatives are those of the reference's formula, in XLA.
     """
-    return _differentiable(scale)(q, k, v, g, beta, state)
-
-
-@functools.cache
-def _differentiable(scale):
-    run = functools.partial(_step, scale=scale)
-    step = jax.custom_jvp(lambda *arrays: shardwise(run, _STEP_INPUTS, _STEP_OUTPUTS)(*arrays))
-
-    @step.defjvp
-    def _(primals, tangents):
-        formula = functools.partial(reference.kda_step, scale=scale)
-        return step(*primals), jax.jvp(formula, primals, tangents)[1]
-
-    return step
+    run, formula = (functools.partial(x, scale=scale) for x in (_step, reference.kda_step))
+    return steps.differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)(q, k, v, g, beta, state)
 
 
 def _step(q, k, v, g, beta, state, *, scale):

@@ -11,6 +11,8 @@ from harness import assert_close, inputs, shapes, with_gradients
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mechanisms import MECHANISMS
 
+from jla._dispatch import BACKENDS
+
 P = PartitionSpec
 
 HEADS = ("H", "HV", "HQ", "HK")
@@ -19,12 +21,14 @@ HEADS = ("H", "HV", "HQ", "HK")
 def kernels():
     """Each mechanism, its kernels' entry, and the number of key heads: two, and in groups one."""
     for mechanism in MECHANISMS:
-        entry = mechanism.form("pallas")
-        if entry is None:
-            continue
-        keys, grouped = mechanism.heads
-        for heads in (1, 2) if keys != grouped else (2,):
-            yield mechanism, entry, heads
+        for entry in filter(None, map(mechanism.form, BACKENDS)):
+            keys, grouped = mechanism.heads
+            for heads in (1, 2) if keys != grouped else (2,):
+                yield mechanism, entry, heads
+
+
+def label_of(mechanism, entry, heads):
+    return f"{mechanism.name}-{entry.name}-{heads} key heads"
 
 
 def sizes_of(mechanism, sizes, heads, **more):
@@ -47,7 +51,7 @@ def typed(x, sharding):
 
 @pytest.mark.parametrize(
     "mechanism, entry, heads",
-    [pytest.param(*row, id=f"{row[0].name}-{row[2]} key heads") for row in kernels()],
+    [pytest.param(*row, id=label_of(*row)) for row in kernels()],
 )
 @pytest.mark.parametrize("part", ["gradients", "no state", "step"])
 def test_trace_where_types_carry_shardings(mechanism, entry, heads, part):
@@ -59,12 +63,12 @@ def test_trace_where_types_carry_shardings(mechanism, entry, heads, part):
     split = functools.partial(placed, mesh, names=names, place=typed)
     args = jax.tree.map(split, dict(mechanism.axes), shapes(mechanism, sizes, dtype))
     state, state_of_step = mechanism.state
-    run = functools.partial(mechanism.run, implementation="pallas")
+    run = functools.partial(mechanism.run, implementation=entry.name)
 
     def step(args):
         tokens = {name: args[name][:, 0] for name in mechanism.tokenwise()}
         shared = {name: args[name] for name in mechanism.shared()}
-        rest = shared | {state_of_step: args[state], "implementation": "pallas"}
+        rest = shared | {state_of_step: args[state], "implementation": entry.name}
         return mechanism.step(**tokens, **rest), None
 
     def gradients(args):
@@ -93,8 +97,8 @@ def on_two_gpus():
     """Every placement of one key head; two are split as they are, so that the mixed one will do."""
     for mechanism, entry, heads in kernels():
         for placement in PLACEMENTS if heads == 1 else ("mixed",):
-            label = f"{mechanism.name}-{heads} key heads-{placement}"
-            yield pytest.param(mechanism, entry, heads, placement, id=label)
+            label = f"{label_of(mechanism, entry, heads)}-{placement}"
+            yield pytest.param(mechanism, entry.compiled(), heads, placement, id=label)
 
 
 @pytest.mark.gpu
@@ -105,7 +109,6 @@ def test_values_on_two_gpus(mechanism, entry, heads, placement):
     if len(devices) < 2:
         pytest.skip("needs 2 GPUs")
     mesh = jax.make_mesh((2,), ("devices",), (AxisType.Auto,), devices=devices[:2])
-    entry = entry.compiled()
     sizes = sizes_of(mechanism, entry.sizes, heads, B=2, T=256, K=64, V=64)
     dtype = entry.dtypes[0]
     args, cotangents = inputs(mechanism, sizes, dtype)
@@ -119,7 +122,7 @@ def test_values_on_two_gpus(mechanism, entry, heads, placement):
         )
         for n, (name, axes) in enumerate(mechanism.axes.items())
     }
-    run = functools.partial(mechanism.run, implementation="pallas")
+    run = functools.partial(mechanism.run, implementation=entry.name)
     both = jax.jit(lambda *pair: with_gradients(lambda args: run(**args), *pair))
     want = both(args, cotangents)
     got = both(split, jax.device_put(cotangents, NamedSharding(mesh, P())))

@@ -19,6 +19,7 @@ from test_sharded_kernels import sizes_of
 
 import jla.pallas
 from jla._core import shardwise
+from jla._dispatch import BACKENDS
 from jla.pallas import log_linear
 from jla.pallas.kda import gate
 from jla.pallas.layers import gated_norm, rms_norm, short_convolution
@@ -28,18 +29,17 @@ B = 4
 LETTERS = ("H", "HV", "HQ")
 
 
-def of_mechanism(mechanism):
+def of_mechanism(mechanism, entry):
     """Everything there is, with one key head; a length that no other test has, for what JAX has
     traced before it does not call again."""
-    entry = mechanism.form("pallas")
     sizes, dtype = sizes_of(mechanism, entry.sizes, 1, B=1, T=19), entry.dtypes[0]
     state, state_of_step = mechanism.state
-    run = functools.partial(mechanism.run, implementation="pallas")
+    run = functools.partial(mechanism.run, implementation=entry.name)
 
     def trace(args):
         tokens = {name: args[name][:, 0] for name in mechanism.tokenwise()}
         shared = {name: args[name] for name in mechanism.shared()}
-        given = {state_of_step: args[state], "implementation": "pallas"}
+        given = {state_of_step: args[state], "implementation": entry.name}
         mechanism.step(**tokens, **shared, **given)
         differentiate(lambda args: run(**args), args)
         if not mechanism.always_returns_state:  # it has kernels of its own without one
@@ -97,8 +97,11 @@ def shape(*sizes, dtype=f32):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-WITH_KERNELS = [m for m in MECHANISMS if m.form("pallas")]
-ENTRIES = {m.name: functools.partial(of_mechanism, m) for m in WITH_KERNELS}
+WITH_KERNELS = {(m.name, x): m for m in MECHANISMS for x in BACKENDS if m.form(x)}
+ENTRIES = {
+    f"{name}-{backend}": functools.partial(of_mechanism, mechanism, mechanism.form(backend))
+    for (name, backend), mechanism in WITH_KERNELS.items()
+}
 ENTRIES |= dict(mamba2=of_mamba2, layers=of_layers)
 # The mesh's axes for rows and for heads, of the first operand and of the others.
 ROWS_AND_HEADS = (("x", "y"), ("x", "y"))
@@ -109,16 +112,18 @@ MIXED = (("y", None), ("x", "y"))
 def groupings():
     """Key heads, value or query heads, and the placements; tests/test_shardwise.py has more."""
     for name in ENTRIES:
-        if name in ("mesa", "layers"):
-            yield pytest.param(name, (4, 4), (MIXED,), id=f"{name}-4 of 4")
+        marks = [pytest.mark.interpreted] * name.endswith("-triton")
+        row = functools.partial(pytest.param, name, marks=marks)
+        if name == "layers" or name.startswith("mesa"):
+            yield row((4, 4), (MIXED,), id=f"{name}-4 of 4")
             continue
-        every, slow = (ROWS_AND_HEADS, HEADS, MIXED), pytest.mark.slow
-        yield pytest.param(name, (1, 4), (ROWS_AND_HEADS, MIXED), id=f"{name}-1 of 4")
+        every = (ROWS_AND_HEADS, HEADS, MIXED)
+        yield row((1, 4), (ROWS_AND_HEADS, MIXED), id=f"{name}-1 of 4")
         # A key head for two devices, which have value heads of their own.
-        yield pytest.param(name, (2, 4), (HEADS,), id=f"{name}-2 of 4")
+        yield row((2, 4), (HEADS,), id=f"{name}-2 of 4")
         for heads in ((1, 4), (2, 4), (4, 8)):
             label = f"{name}-{heads[0]} of {heads[1]}, every placement"
-            yield pytest.param(name, heads, every, id=label, marks=slow)
+            yield row(heads, every, id=label, marks=[*marks, pytest.mark.slow])
 
 
 @functools.cache

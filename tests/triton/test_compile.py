@@ -14,7 +14,7 @@ import pytest
 from jla.triton import configs
 
 # Not of "triton" itself: this folder has the name.
-pytest.importorskip("triton.compiler", reason="triton has no wheels for this system")
+pytest.importorskip("triton.compiler", reason="triton is not installed")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

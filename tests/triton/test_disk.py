@@ -6,7 +6,7 @@ import types
 import pytest
 
 # Not of "triton" itself: this folder has the name.
-pytest.importorskip("triton.compiler", reason="triton has no wheels for this system")
+pytest.importorskip("triton.compiler", reason="triton is not installed")
 from jla.triton import disk
 
 

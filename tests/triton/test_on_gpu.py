@@ -13,7 +13,7 @@ from comparing import relative_error
 from test_steps import SIZES, STEPS, TOLERANCES, cast, token
 
 # Not of "triton" itself: this folder has the name.
-pytest.importorskip("triton.compiler", reason="triton has no wheels for this system")
+pytest.importorskip("triton.compiler", reason="triton is not installed")
 from jla.triton import launch
 
 pytestmark = pytest.mark.gpu

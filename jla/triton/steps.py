@@ -1,0 +1,22 @@
+"""What the steps of all mechanisms share."""
+
+import jax
+
+from jla._core.shardwise import shardwise
+
+
+def differentiable(run, formula, operands, results):
+    """A step of kernels: run shard by shard, its derivatives those of a formula in XLA.
+
+    Args:
+      run, formula: functions of the same arrays that return a tuple of arrays; settings are in a
+        functools.partial.
+      operands, results: as of `shardwise`.
+    """
+    step = jax.custom_jvp(lambda *arrays: shardwise(run, operands, results)(*arrays))
+
+    @step.defjvp
+    def _(primals, tangents):
+        return step(*primals), jax.jvp(formula, primals, tangents)[1]
+
+    return step
