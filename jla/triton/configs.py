@@ -43,29 +43,45 @@ def _everywhere(blocks, **settings):
     return dict.fromkeys(CLASSES, Config(blocks, **settings))
 
 
+def _path(block, inner, *, stages, **more):
+    """Of PaTH's attention: a program has `block` tokens and reads `inner` at a time."""
+    return Config({"BLOCK": block, "BI": inner, **more}, warps=8, stages=stages)
+
+
 # A kernel's name to its config by class.
 CONFIGS: dict[str, dict[int, Config]] = {
     # Up to K = 128; beyond, half as many columns. A thread then has 64 elements of the state, and
     # 130 registers in all, so that several programs are on a multiprocessor.
     "kda_step": _everywhere({"BV": 64}, warps=4, stages=1),
     **{
-        name + size + dtype: _everywhere(blocks, warps=4, stages=1)
+        name + kind: _everywhere(blocks, warps=4, stages=1)
         for name, blocks in {
             "path_inverses": {"BK": 64},
             "path_leaf_keys": {"BK": 64},
             "path_leaf_queries": {"BK": 64},
             "path_joined": {"BK": 64},
             "path_chains": {"BK": 32},
-            "path_forward": {"BLOCK": 128, "BI": 32},
-            "path_key_gradients": {"BLOCK": 128, "BI": 32, "BH": 32},
-            "path_query_gradients": {"BLOCK": 128, "BI": 32, "BH": 32},
             "path_transform_gradients": {"BK": 64},
             "path_leaf_query_gradients": {"BK": 32, "BV": 32},
             "path_leaf_transform_gradients": {"BK": 32},
             "path_leaf_key_gradients": {"BK": 32},
         }.items()
-        for size in ("", "_256")
-        for dtype in ("", "_float32")
+        for kind in ("", "_float32", "_256", "_256_float32")
+    },
+    # Two leaves at a time where registers and memory allow.
+    "path_forward": dict.fromkeys(CLASSES, _path(128, 32, stages=2))
+    | {227: _path(128, 64, stages=3)},
+    "path_query_gradients": dict.fromkeys(CLASSES, _path(128, 32, stages=2, BH=32))
+    | {227: _path(128, 64, stages=2, BH=32)},
+    "path_key_gradients": dict.fromkeys(CLASSES, _path(128, 32, stages=2, BH=32)),
+    **{
+        f"path_{name}{kind}": dict.fromkeys(CLASSES, _path(*blocks, stages=1, **more))
+        for name, more in {
+            "forward": {}, "query_gradients": {"BH": 32}, "key_gradients": {"BH": 32},
+        }.items()
+        for kind, blocks in {
+            "_float32": (64, 32), "_256": (64, 32), "_256_float32": (32, 16),
+        }.items()
     },
     "path_step": _everywhere({}, warps=4, stages=1),
 }
