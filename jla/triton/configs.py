@@ -43,9 +43,9 @@ def _everywhere(blocks, **settings):
     return dict.fromkeys(CLASSES, Config(blocks, **settings))
 
 
-def _path(block, inner, *, stages, **more):
+def _path(block, inner, *, warps=8, stages=1, **more):
     """Of PaTH's attention: a program has `block` tokens and reads `inner` at a time."""
-    return Config({"BLOCK": block, "BI": inner, **more}, warps=8, stages=stages)
+    return Config({"BLOCK": block, "BI": inner, **more}, warps=warps, stages=stages)
 
 
 # A kernel's name to its config by class.
@@ -74,14 +74,15 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "path_query_gradients": dict.fromkeys(CLASSES, _path(128, 32, stages=2, BH=32))
     | {227: _path(128, 64, stages=2, BH=32)},
     "path_key_gradients": dict.fromkeys(CLASSES, _path(128, 32, stages=2, BH=32)),
+    "path_forward_float32": dict.fromkeys(CLASSES, _path(32, 32, warps=4)),
+    "path_forward_256": dict.fromkeys(CLASSES, _path(64, 32)),
+    "path_forward_256_float32": dict.fromkeys(CLASSES, _path(32, 16)),
     **{
-        f"path_{name}{kind}": dict.fromkeys(CLASSES, _path(*blocks, stages=1, **more))
-        for name, more in {
-            "forward": {}, "query_gradients": {"BH": 32}, "key_gradients": {"BH": 32},
-        }.items()
-        for kind, blocks in {
-            "_float32": (64, 32), "_256": (64, 32), "_256_float32": (32, 16),
-        }.items()
+        f"path_{name}_gradients{kind}": dict.fromkeys(CLASSES, _path(*blocks, warps=n, BH=16))
+        for name in ("query", "key")
+        for kind, blocks, n in (
+            ("_float32", (32, 16), 4), ("_256", (32, 32), 8), ("_256_float32", (16, 16), 4)
+        )
     },
     "path_step": _everywhere({}, warps=4, stages=1),
 }

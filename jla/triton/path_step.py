@@ -9,9 +9,8 @@ from jax import lax
 
 from jla._core.axes import PATH, letters, of_step
 from jla._core.cache import PathCache, counted
-from jla._core.shardwise import shardwise
 from jla.reference import path_attention as reference
-from jla.triton import configs, launch
+from jla.triton import configs, launch, steps
 from jla.triton.kernels import path_step as kernels
 
 SDS = jax.ShapeDtypeStruct
@@ -43,36 +42,20 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
 
     Derivatives are those of the reference's formula, in XLA.
     """
-    o, key, value, decay = _differentiable(scale)(q, k, v, w, beta, g, *cache)
-    return o, PathCache(key, value, decay, counted(cache.length, 1))
-
-
-@functools.cache
-def _differentiable(scale):
-    step = jax.custom_jvp(functools.partial(_step, scale=scale))
-
-    @step.defjvp
-    def _(primals, tangents):
-        *_, length = primals
-
-        def formula(q, k, v, w, beta, g, *cache):
-            cache = PathCache(*cache, length)
-            o, cache = reference.path_step(q, k, v, w, beta, g, cache, scale=scale)
-            return o, *cache[:3]
-
-        return step(*primals), jax.jvp(formula, primals[:-1], tangents[:-1])[1]
-
-    return step
-
-
-def _step(q, k, v, w, beta, g, key, value, decay, length, *, scale):
-    arrays, results = [q, k, v, w, beta, key, value, length], list(_OUTPUTS)
+    arrays, results = [q, k, v, w, beta, cache.key, cache.value, cache.length], list(_OUTPUTS)
     if g is not None:
-        arrays += [g, decay]
+        arrays += [g, cache.decay]
         results.append(_DECAY)
-    run = functools.partial(_run, scale=scale)
-    o, key, value, *decay = shardwise(run, _INPUTS[: len(arrays)], tuple(results))(*arrays)
-    return o, key, value, decay[0] if decay else None
+    run, formula = (functools.partial(x, scale=scale) for x in (_run, _formula))
+    step = steps.differentiable(run, formula, _INPUTS[: len(arrays)], tuple(results))
+    o, key, value, *decay = step(*arrays)
+    return o, PathCache(key, value, *(decay or [None]), counted(cache.length, 1))
+
+
+def _formula(q, k, v, w, beta, key, value, length, g=None, decay=None, *, scale):
+    cache = PathCache(key, value, decay, length)
+    o, cache = reference.path_step(q, k, v, w, beta, g, cache, scale=scale)
+    return tuple(x for x in (o, *cache[:3]) if x is not None)
 
 
 def _run(q, k, v, w, beta, key, value, length, g=None, decay=None, *, scale):
