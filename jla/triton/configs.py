@@ -54,22 +54,32 @@ CONFIGS: dict[str, dict[int, Config]] = {
     # 130 registers in all, so that several programs are on a multiprocessor.
     "kda_step": _everywhere({"BV": 64}, warps=4, stages=1),
     **{
-        name + kind: _everywhere(blocks, warps=4, stages=1)
+        f"path_{name}{kind}": _everywhere(blocks, warps=4, stages=1)
         for name, blocks in {
-            "path_inverses": {"BK": 64},
-            "path_leaf_keys": {"BK": 64},
-            "path_leaf_queries": {"BK": 64},
-            "path_joined": {"BK": 64},
-            "path_chains": {"BK": 32},
-            "path_transform_gradients": {"BK": 64},
-            "path_leaf_query_gradients": {"BK": 32, "BV": 32},
-            "path_leaf_transform_gradients": {"BK": 32},
-            "path_leaf_key_gradients": {"BK": 32},
+            "inverses": {"BK": 64},
+            "leaf_keys": {"BK": 64},
+            "leaf_queries": {"BK": 64},
         }.items()
         for kind in ("", "_float32", "_256", "_256_float32")
     },
+    **{
+        f"path_{name}{kind}": _everywhere(blocks, warps=4, stages=2)
+        for name, blocks in {
+            "joined": {"BK": 64},
+            "chains": {"BK": 32},
+            "transform_gradients": {"BK": 64},
+        }.items()
+        for kind in ("", "_float32", "_256", "_256_float32")
+    },
+    # One leaf's rows are those of one warpgroup; elsewhere eight warps would compute them twice.
+    **{
+        f"path_leaf_{name}_gradients{kind}": _everywhere({"BK": 32, **more}, warps=4, stages=1)
+        | ({} if "float32" in kind else {227: Config({"BK": 64, **more}, warps=8, stages=1)})
+        for name, more in {"query": {"BV": 32}, "transform": {}, "key": {}}.items()
+        for kind in ("", "_float32", "_256", "_256_float32")
+    },
     # Two leaves at a time where registers and memory allow.
-    "path_forward": dict.fromkeys(CLASSES, _path(128, 32, stages=2))
+    "path_forward": dict.fromkeys(CLASSES, _path(128, 32, stages=3))
     | {227: _path(128, 64, stages=3)},
     "path_query_gradients": dict.fromkeys(CLASSES, _path(128, 32, stages=2, BH=32))
     | {227: _path(128, 64, stages=2, BH=32)},
@@ -81,7 +91,9 @@ CONFIGS: dict[str, dict[int, Config]] = {
         f"path_{name}_gradients{kind}": dict.fromkeys(CLASSES, _path(*blocks, warps=n, BH=16))
         for name in ("query", "key")
         for kind, blocks, n in (
-            ("_float32", (32, 16), 4), ("_256", (32, 32), 8), ("_256_float32", (16, 16), 4)
+            ("_float32", (32, 16), 4),
+            ("_256", (32, 32), 8),
+            ("_256_float32", (16, 16), 4),
         )
     },
     "path_step": _everywhere({}, warps=4, stages=1),

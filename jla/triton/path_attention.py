@@ -109,9 +109,7 @@ def _attention_backward(scale, residuals, cotangents):
     axes = _INPUTS[: len(inputs)]
     run = functools.partial(_backward, scale=scale)
     out_axes = tuple(_KEPT.values())
-    gradients = shardwise(run, (*axes, *out_axes, *out_axes[:2]), axes)(
-        *inputs, *kept, *cotangents
-    )
+    gradients = shardwise(run, (*axes, *out_axes, *out_axes[:2]), axes)(*inputs, *kept, *cotangents)
     dq, dk, dv, dw, dbeta, *dg = gradients
     if ratio is None:
         dw = dw.astype(inputs[3].dtype)
@@ -252,9 +250,7 @@ def _backward(q, k, v, w, beta, *rest, scale):
     delta = delta * jnp.repeat(unit, group, 1)[:, :, None]
     g = g[0] if g else None
     tree = _Tree(q, k, v, g, scale)
-    queries, keys, own, highest, inner, writes, transforms = _grown(
-        tree, q, k, w, beta, g, inverse
-    )
+    queries, keys, own, highest, inner, writes, transforms = _grown(tree, q, k, w, beta, g, inverse)
     B, HQ, H, P, K = tree.B, tree.HQ, tree.H, tree.P, tree.K
     R, S, N = tree.R, tree.S, tree.N
     gates, sizes = _gates(g, highest), (tree.levels, P, R, S, N)

@@ -62,20 +62,25 @@ def _path(sizes, suffix="", smoke=None):
             "path_leaves.path_inverses": ("*y *fp32 i32 *y", keys),
             "path_leaves.path_leaf_keys": ("*x *y *fp32 *y i32 i32 i32 *y *y *y *y", keys),
             "path_leaves.path_leaf_queries": (
-                "*x *x *y *fp32 *y *y i32 i32 *y *y *fp32", dict(**heads, SCALE=0.1, GATES=True)
+                "*x *x *y *fp32 *y *y i32 i32 *y *y *fp32",
+                dict(**heads, SCALE=0.1, GATES=True),
             ),
             "path_leaves.path_joined": ("*y i32 i32 i32 *y", dict(K=sizes["K"])),
             "path_leaves.path_chains": (
-                "*y *y i32 i32 i32 i32 *y", dict(**keys, HEADS=sizes["HQ"], KEYS=False)
+                "*y *y i32 i32 i32 i32 *y",
+                dict(**keys, HEADS=sizes["HQ"], KEYS=False),
             ),
             "path_forward.path_forward": (
-                "*y *y *x *y *fp32 *fp32 *fp32 i32 i32 i32 i32 *x *fp32", both
+                "*y *y *x *y *fp32 *fp32 *fp32 i32 i32 i32 i32 *x *fp32",
+                both,
             ),
             "path_backward.path_key_gradients": (
-                f"{tree} *y *fp32 *fp32 *fp32 i32 i32 i32 i32 i32 *y *fp32 *x *fp32", both
+                f"{tree} *y *fp32 *fp32 *fp32 i32 i32 i32 i32 i32 *y *fp32 *x *fp32",
+                both,
             ),
             "path_backward.path_query_gradients": (
-                f"{tree} *fp32 *fp32 i32 i32 i32 i32 i32 *y *fp32 *fp32", both
+                f"{tree} *fp32 *fp32 i32 i32 i32 i32 i32 *y *fp32 *fp32",
+                both,
             ),
             "path_backward.path_transform_gradients": (
                 "*y *y *fp32 *y *y *fp32 *y *fp32 i32 i32 i32 i32 i32 *fp32",
@@ -92,8 +97,7 @@ def _path(sizes, suffix="", smoke=None):
                 dict(**leaf, TRANSFORMS=True),
             ),
             "path_leaf_gradients.path_leaf_key_gradients": (
-                "*x *x *y *fp32 *y *fp32 *fp32 *fp32 *fp32 *y *fp32 *fp32 i32 i32 "
-                "*x *fp32 *fp32",
+                "*x *x *y *fp32 *y *fp32 *fp32 *fp32 *fp32 *y *fp32 *fp32 i32 i32 *x *fp32 *fp32",
                 leaf,
             ),
         }
@@ -127,8 +131,22 @@ KERNELS = (
     Kernel(
         "path_step.path_step",
         "*x *x *fp32 *fp32 *fp32 *x *i32 *fp32 i32 *fp32 *fp32 *fp32 *fp32",
-        dict(SCALE=0.1, HQ=4, H=2, K=128, V=128, GROUP=2, FIRST=0, PIECE=256, BG=2, BK=128, BV=128,
-             BS=16, MOVED=False, GATES=True),
+        dict(
+            SCALE=0.1,
+            HQ=4,
+            H=2,
+            K=128,
+            V=128,
+            GROUP=2,
+            FIRST=0,
+            PIECE=256,
+            BG=2,
+            BK=128,
+            BV=128,
+            BS=16,
+            MOVED=False,
+            GATES=True,
+        ),
         smoke=89,
     ),
 )

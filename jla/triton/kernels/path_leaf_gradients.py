@@ -37,6 +37,17 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _exact(x):
+    """A tile of 64 rows, loaded, as a float32 operand.
+
+    Triton would else convert it in the layout of an operand, in which several warps have the same
+    numbers, and take more registers. It does not where a number depends on its row.
+    """
+    x = x.to(tl.float32)
+    return tl.where((tl.arange(0, LEAF) >= 0)[:, None], x, tl.zeros_like(x))
+
+
+@triton.jit
 def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr):
     return tl.zeros((ROWS, WIDTH), tl.float32)
 
@@ -79,7 +90,7 @@ def path_leaf_query_gradients(
         do = tl.load(tokens(do_ptr, b, h, leaf * LEAF, P, column, HQ, V, LEAF, BV))
         dp = product(do, tl.trans(v), dp)
     kept = tl.exp2(tl.load(highest_ptr + row) - tl.load(lse_ptr + row))
-    p = tl.load(square(own_ptr, place)).to(tl.float32) * kept[:, None]
+    p = _exact(tl.load(square(own_ptr, place))) * kept[:, None]
     down = p * (dp * unit - tl.load(delta_ptr + row)[:, None])
     down = tl.where(up_to(), down, 0.0)
     tl.store(square(down_ptr, place), down)
@@ -88,23 +99,23 @@ def path_leaf_query_gradients(
         later = tl.cumsum(tl.where(before(), down, 0.0), axis=0, reverse=True)
         dg = tl.sum(tl.where(before(), later, 0.0), axis=1)
         tl.store(dg_ptr + (b * P * LEAF + leaf * LEAF + t).to(tl.int64) * HQ + h, dg)
-    inner = tl.load(square(inner_ptr, shared)).to(tl.float32)
+    inner = _exact(tl.load(square(inner_ptr, shared)))
     e, passed = _dot(down, tl.trans(inner), _zeros(LEAF, LEAF), PRECISION), _zeros(LEAF, LEAF)
     version = (head * R + first_query(leaf, P)) * LEAF
     for column in range(0, K, BK):
         moved = _gradient_tile(gradients_ptr, factors_ptr, version, leaf > 0, column, K, BK)
-        writes = tl.load(tile(writes_ptr, shared * LEAF, column, K, LEAF, BK)).to(tl.float32)
+        writes = _exact(tl.load(tile(writes_ptr, shared * LEAF, column, K, LEAF, BK)))
         e = _dot(moved, tl.trans(writes), e, PRECISION)
-        q = tl.load(tokens(q_ptr, b, h, leaf * LEAF, P, column, HQ, K, LEAF, BK)).to(tl.float32)
-        w = tl.load(tokens(w_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)).to(tl.float32)
+        q = _exact(tl.load(tokens(q_ptr, b, h, leaf * LEAF, P, column, HQ, K, LEAF, BK)))
+        w = _exact(tl.load(tokens(w_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)))
         passed = _dot(q, tl.trans(w), passed, PRECISION)
     e = tl.where(up_to(), e, 0.0)
     tl.store(square(e_ptr, place), e)
     tl.store(square(passed_ptr, place), tl.where(up_to(), passed, 0.0))
     for column in range(0, K, BK):
         dq = _gradient_tile(gradients_ptr, factors_ptr, version, leaf > 0, column, K, BK)
-        k = tl.load(tokens(k_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)).to(tl.float32)
-        w = tl.load(tokens(w_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)).to(tl.float32)
+        k = _exact(tl.load(tokens(k_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)))
+        w = _exact(tl.load(tokens(w_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)))
         dq = _dot(down, k, dq, PRECISION)
         dq = (dq - _dot(e, w, _zeros(LEAF, BK), PRECISION)) * (SCALE * LN2 / unit)
         dq = dq.to(dq_ptr.dtype.element_ty)
@@ -126,8 +137,8 @@ def path_leaf_transform_gradients(
     kh, b = key_head % H, key_head // H
     t = tl.arange(0, LEAF)
     beta = tl.load(beta_ptr + (b * P * LEAF + leaf * LEAF + t).to(tl.int64) * H + kh)
-    m = tl.load(square(inverse_ptr, place)).to(tl.float32) * beta[None, :]
-    inner = tl.load(square(inner_ptr, place)).to(tl.float32)
+    m = _exact(tl.load(square(inverse_ptr, place))) * beta[None, :]
+    inner = _exact(tl.load(square(inner_ptr, place)))
     dinner, dm = _zeros(LEAF, LEAF), _zeros(LEAF, LEAF)
     for member in range(GROUP):
         own = (b * HQ + kh * GROUP + member) * P + leaf
@@ -136,7 +147,7 @@ def path_leaf_transform_gradients(
     version = (key_head * S + first_key(leaf, P)) * LEAF
     has_version = leaf + 1 < P
     for column in range(0, K, BK):
-        w = tl.load(tokens(w_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)).to(tl.float32)
+        w = _exact(tl.load(tokens(w_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)))
         moved = -_gradient_tile(dkeys_ptr, key_factors_ptr, version, has_version, column, K, BK)
         dinner = _dot(w, tl.trans(moved), dinner, PRECISION)
         dw = _dot(inner, moved, _zeros(LEAF, BK), PRECISION)
@@ -150,15 +161,15 @@ def path_leaf_transform_gradients(
             dwrites = _dot(tl.trans(passed), dq, dwrites, PRECISION)
             q = tl.load(tokens(q_ptr, b, h, leaf * LEAF, P, column, HQ, K, LEAF, BK))
             e = tl.load(square(e_ptr, own)) * -SCALE
-            dw = _dot(tl.trans(e), q.to(tl.float32), dw, PRECISION)
+            dw = _dot(tl.trans(e), _exact(q), dw, PRECISION)
         if TRANSFORMS:
             for k in range(0, K, BK):
                 other = tl.load(tokens(w_ptr, b, kh, leaf * LEAF, P, k, H, K, LEAF, BK))
                 dh = tl.load(tile(dtransforms_ptr, place * K + k, column, K, BK, BK))
-                dwrites = _dot(-other.to(tl.float32), dh, dwrites, PRECISION)
+                dwrites = _dot(_exact(-other), dh, dwrites, PRECISION)
                 writes = tl.load(tile(writes_ptr, place * LEAF, k, K, LEAF, BK))
                 dh = tl.load(tile(dtransforms_ptr, place * K + column, k, K, BK, BK))
-                dw = _dot(-writes.to(tl.float32), tl.trans(dh), dw, PRECISION)
+                dw = _dot(_exact(-writes), tl.trans(dh), dw, PRECISION)
         dm = _dot(dwrites, tl.trans(w), dm, PRECISION)
         dw = _dot(tl.trans(m), dwrites, dw, PRECISION)
         tl.store(tile(dw_ptr, place * LEAF, column, K, LEAF, BK), dw)
@@ -182,12 +193,12 @@ def path_leaf_key_gradients(
     t = tl.arange(0, LEAF)
     token = (b * P * LEAF + leaf * LEAF + t).to(tl.int64) * H + kh
     beta = tl.load(beta_ptr + token)
-    inverse = tl.load(square(inverse_ptr, place)).to(tl.float32)
+    inverse = _exact(tl.load(square(inverse_ptr, place)))
     dinner = tl.load(square(dinner_ptr, place))
     y, overlap = _zeros(LEAF, LEAF), _zeros(LEAF, LEAF)
     for column in range(0, K, BK):
-        w = tl.load(tokens(w_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)).to(tl.float32)
-        k = tl.load(tokens(k_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)).to(tl.float32)
+        w = _exact(tl.load(tokens(w_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)))
+        k = _exact(tl.load(tokens(k_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)))
         y = _dot(w, tl.trans(k), y, PRECISION)
         overlap = _dot(w, tl.trans(w), overlap, PRECISION)
     y = tl.where(before(), y, 0.0)
@@ -206,7 +217,7 @@ def path_leaf_key_gradients(
     tl.store(dbeta_ptr + token, (dbeta + of_rows) * unit)
     version = (key_head * S + first_key(leaf, P)) * LEAF
     for column in range(0, K, BK):
-        w = tl.load(tokens(w_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)).to(tl.float32)
+        w = _exact(tl.load(tokens(w_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)))
         dk = _gradient_tile(dkeys_ptr, key_factors_ptr, version, leaf + 1 < P, column, K, BK)
         dk = _dot(tl.trans(dy), w, dk, PRECISION)
         for member in range(GROUP):
@@ -214,10 +225,10 @@ def path_leaf_key_gradients(
             own = (b * HQ + h) * P + leaf
             q = tl.load(tokens(q_ptr, b, h, leaf * LEAF, P, column, HQ, K, LEAF, BK))
             down = tl.load(square(down_ptr, own)) * SCALE
-            dk = _dot(tl.trans(down), q.to(tl.float32), dk, PRECISION)
+            dk = _dot(tl.trans(down), _exact(q), dk, PRECISION)
         dk = (dk * unit).to(dk_ptr.dtype.element_ty)
         tl.store(tokens(dk_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK), dk)
-        k = tl.load(tokens(k_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)).to(tl.float32)
+        k = _exact(tl.load(tokens(k_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)))
         dw = tl.load(tile(part_ptr, place * LEAF, column, K, LEAF, BK))
         dw = _dot(dy, k, dw, PRECISION)
         dw = _dot(both, w, dw, PRECISION) * unit

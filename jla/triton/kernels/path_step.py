@@ -52,7 +52,7 @@ def path_step(
     for start in range(piece * PIECE, end, BS):
         at = start + place
         there = at < end
-        address = ((row + at) * H + h)
+        address = (row + at) * H + h
         keys = tl.load(key_ptr + address * K + kk, there & (kk < K), 0.0)
         values = tl.load(value_ptr + address * V + vv, there & (vv < V), 0.0).to(tl.float32)
         if not MOVED:
