@@ -83,7 +83,8 @@ CONFIGS: dict[str, dict[int, Config]] = {
     | {227: _path(128, 64, stages=3)},
     "path_query_gradients": dict.fromkeys(CLASSES, _path(128, 32, stages=2, BH=32))
     | {227: _path(128, 64, stages=2, BH=32)},
-    "path_key_gradients": dict.fromkeys(CLASSES, _path(128, 32, stages=2, BH=32)),
+    "path_key_gradients": dict.fromkeys(CLASSES, _path(128, 32, stages=2, BH=32))
+    | {227: _path(128, 64, stages=2, BH=32)},
     "path_forward_float32": dict.fromkeys(CLASSES, _path(32, 32, warps=4)),
     "path_forward_256": dict.fromkeys(CLASSES, _path(64, 32)),
     "path_forward_256_float32": dict.fromkeys(CLASSES, _path(32, 16)),

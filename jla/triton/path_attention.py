@@ -121,25 +121,8 @@ def _attention_backward(scale, residuals, cotangents):
 defvjp(_attention, _attention_forward, _attention_backward)
 
 
-def _call(name, kernel, *arrays, programs, outputs, in_place=None, **constants):
-    """Runs a kernel in the blocks of its config, which follow from the widest features."""
-    sixteen = constants.pop("sixteen")
-    widest = max(constants[n] for n in "KV" if n in constants)
-    config = configs.config(_config_name(name, widest, sixteen), launch.target())
-    for block, size in config.blocks.items():
-        constants[block] = min(size, constants[_LIMITS[block]]) if block in _LIMITS else size
-    return launch.call(
-        kernel, *arrays, grid=(programs(constants),), outputs=outputs, config=config,
-        constants=constants, in_place=in_place,
-    )  # fmt: skip
-
-
 # Blocks of features are at most all features.
 _LIMITS = {"BK": "K", "BV": "V", "BH": "K"}
-
-
-def _config_name(name, widest, sixteen):
-    return name + ("_256" if widest > 128 else "") + ("" if sixteen else "_float32")
 
 
 class _Tree:
@@ -157,15 +140,23 @@ class _Tree:
         self.gates = g is not None
 
     def call(self, name, module, *arrays, programs, outputs, in_place=None, **constants):
-        """Runs the kernel `name` of a module; constants are those it has."""
+        """Runs the kernel `name` of a module, in the blocks of its config.
+
+        Args:
+          programs: how many, from the constants. constants: those that are not the tree's own.
+        """
         kernel = getattr(module, name)
         own = dict(HQ=self.HQ, H=self.H, K=self.K, V=self.V, SCALE=self.scale, GATES=self.gates)
         own |= dict(PRECISION="tf32" if self.sixteen else "tf32x3")
-        names = kernel.arg_names
-        constants |= {n: x for n, x in own.items() if n in names}
-        return _call(
-            name, kernel, *arrays, programs=programs, outputs=outputs, in_place=in_place,
-            sixteen=self.sixteen, **constants,
+        constants |= {n: x for n, x in own.items() if n in kernel.arg_names}
+        widest = max(constants[n] for n in "KV" if n in constants)
+        kind = ("_256" if widest > 128 else "") + ("" if self.sixteen else "_float32")
+        config = configs.config(name + kind, launch.target())
+        for block, size in config.blocks.items():
+            constants[block] = min(size, own[_LIMITS[block]]) if block in _LIMITS else size
+        return launch.call(
+            kernel, *arrays, grid=(programs(constants),), outputs=outputs, config=config,
+            constants=constants, in_place=in_place,
         )  # fmt: skip
 
     def key_leaves(self, _):
@@ -204,7 +195,7 @@ def _grown(tree, q, k, w, beta, g, inverse):
     )  # fmt: skip
     for level in range(1, len(dyadic.block_counts(P))):
         (transforms,) = tree.call(
-            "path_joined", path_leaves, transforms, level, P, tree.N,
+            "path_joined", path_leaves, transforms, level + 2, P, tree.N,
             programs=lambda x, n=level: B * H * (P >> n) * (K // x["BK"]) ** 2,
             outputs=[transforms], in_place={0: 0},
         )  # fmt: skip
@@ -278,7 +269,7 @@ def _backward(q, k, v, w, beta, *rest, scale):
         for level in reversed(range(len(counts))):
             (dtransforms,) = tree.call(
                 "path_transform_gradients", path_backward, queries, dqueries, query_factors, keys,
-                dkeys, key_factors, transforms, dtransforms, level, P, R, S, N,
+                dkeys, key_factors, transforms, dtransforms, level + 2, P, R, S, N,
                 programs=lambda x, n=level: B * H * counts[n] * (K // x["BK"]) ** 2,
                 outputs=[SDS((B, H, counts[level], K, K), f32)], PARENTS=level + 1 < len(counts),
             )  # fmt: skip

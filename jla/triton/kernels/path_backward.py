@@ -49,6 +49,35 @@ def _moved_back(
 
 
 @triton.jit
+def _attend_back(
+    acc, q, do, shift, delta, unit, keys_ptr, key, v_ptr, b, kh, first, to_middle_ptr, gate, count,
+    P, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BI: tl.constexpr,
+    GATES: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """acc and the logits' gradients times `count` keys, and their sums over the keys.
+
+    Args:
+      shift: what to add to a row's logits; -inf in rows that see none of the keys.
+      key, first, gate: the first key's row in its versions, its token, its row in `to_middle`.
+    """
+    i = tl.arange(0, BI)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for at in range(0, count, BI):
+        k = tl.load(tile(keys_ptr, key + at, 0, K, BI, K))
+        v = tl.load(tokens(v_ptr, b, kh, first + at, P, 0, H, V, BI, V))
+        logits = product(q, tl.trans(k), tl.zeros((BLOCK, BI), tl.float32))
+        dp = product(do, tl.trans(v), tl.zeros((BLOCK, BI), tl.float32))
+        logits += shift[:, None]
+        if GATES:
+            logits += tl.load(to_middle_ptr + (gate + at).to(tl.int64) + i)[None, :]
+        ds = tl.exp2(logits) * (dp * unit - delta[:, None])
+        if GATES:
+            sums += tl.sum(ds, axis=1)
+        acc = product(ds.to(DTYPE), k, acc)
+    return acc, sums
+
+
+@triton.jit
 def path_query_gradients(
     queries_ptr, keys_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, unit_ptr, transforms_ptr,
     from_middle_ptr, to_middle_ptr, levels, P, R, S, N,
@@ -67,9 +96,8 @@ def path_query_gradients(
     head, first = program // blocks, (blocks - 1 - program % blocks) * BLOCK
     h, b = head % HQ, head // HQ
     kh = h // (HQ // H)
-    leaf, key_head = first // LEAF, b * H + kh
+    leaf, key_head, inside = first // LEAF, b * H + kh, first % LEAF
     rows = tl.arange(0, BLOCK)
-    i, inside = tl.arange(0, BI), first % LEAF
     row = (head * P * LEAF + first).to(tl.int64)
     do = tl.load(tokens(do_ptr, b, h, first, P, 0, HQ, V, BLOCK, V))
     lse = tl.load(lse_ptr + row + rows)
@@ -88,24 +116,14 @@ def path_query_gradients(
             )
             query = (head * R + query_place(leaf, level, P)) * LEAF + inside
             q = tl.load(tile(queries_ptr, query, 0, K, BLOCK, K))
-            place = key_place(start, level, P)
-            key, gate = (key_head * S + place) * LEAF, (head * S + place) * LEAF
-            shift = -lse
-            sums = tl.zeros((BLOCK,), tl.float32)
+            place, shift = key_place(start, level, P), -lse
             if GATES:
                 shift += tl.load(from_middle_ptr + query.to(tl.int64) + rows)
-            for at in range(0, (1 << level) * LEAF, BI):
-                k = tl.load(tile(keys_ptr, key + at, 0, K, BI, K))
-                v = tl.load(tokens(v_ptr, b, kh, start * LEAF + at, P, 0, H, V, BI, V))
-                logits = product(q, tl.trans(k), tl.zeros((BLOCK, BI), tl.float32))
-                dp = product(do, tl.trans(v), tl.zeros((BLOCK, BI), tl.float32))
-                logits += shift[:, None]
-                if GATES:
-                    logits += tl.load(to_middle_ptr + (gate + at).to(tl.int64) + i)[None, :]
-                ds = tl.exp2(logits) * (dp * unit - delta[:, None])
-                if GATES:
-                    sums += tl.sum(ds, axis=1)
-                acc = product(ds.to(DTYPE), k, acc)
+            acc, sums = _attend_back(
+                acc, q, do, shift, delta, unit, keys_ptr, (key_head * S + place) * LEAF, v_ptr,
+                b, kh, start * LEAF, to_middle_ptr, (head * S + place) * LEAF, (1 << level) * LEAF,
+                P, H, K, V, BLOCK, BI, GATES, DTYPE,
+            )  # fmt: skip
             scaled, factor = normalised(acc, DTYPE)
             tl.store(tile(gradients_ptr, query, 0, K, BLOCK, K), scaled)
             tl.store(factors_ptr + query.to(tl.int64) + rows, factor)
@@ -122,29 +140,78 @@ def path_query_gradients(
         )
         query = (head * R + query_place(leaf + 1, 0, P) - 1) * LEAF
         q = tl.load(tile(queries_ptr, query, 0, K, BLOCK, K), mask=right[:, None], other=0.0)
-        place = key_place(leaf, 0, P)
-        key, gate = (key_head * S + place) * LEAF, (head * S + place) * LEAF
-        shift = tl.where(right, -lse, float("-inf"))
-        sums = tl.zeros((BLOCK,), tl.float32)
+        place, shift = key_place(leaf, 0, P), tl.where(right, -lse, float("-inf"))
         if GATES:
             shift += tl.load(from_middle_ptr + query.to(tl.int64) + rows, right, 0.0)
-        for at in range(0, LEAF, BI):
-            k = tl.load(tile(keys_ptr, key + at, 0, K, BI, K))
-            v = tl.load(tokens(v_ptr, b, kh, leaf * LEAF + at, P, 0, H, V, BI, V))
-            logits = product(q, tl.trans(k), tl.zeros((BLOCK, BI), tl.float32))
-            dp = product(do, tl.trans(v), tl.zeros((BLOCK, BI), tl.float32))
-            logits += shift[:, None]
-            if GATES:
-                logits += tl.load(to_middle_ptr + (gate + at).to(tl.int64) + i)[None, :]
-            ds = tl.exp2(logits) * (dp * unit - delta[:, None])
-            if GATES:
-                sums += tl.sum(ds, axis=1)
-            acc = product(ds.to(DTYPE), k, acc)
+        acc, sums = _attend_back(
+            acc, q, do, shift, delta, unit, keys_ptr, (key_head * S + place) * LEAF, v_ptr,
+            b, kh, leaf * LEAF, to_middle_ptr, (head * S + place) * LEAF, LEAF,
+            P, H, K, V, BLOCK, BI, GATES, DTYPE,
+        )  # fmt: skip
         scaled, factor = normalised(acc, DTYPE)
         tl.store(tile(gradients_ptr, query, 0, K, BLOCK, K), scaled, mask=right[:, None])
         tl.store(factors_ptr + query.to(tl.int64) + rows, factor, mask=right)
         if GATES:
             tl.store(sums_ptr + query.to(tl.int64) + rows, sums, mask=right)
+
+
+@triton.jit
+def _own_values(
+    own_ptr, highest_ptr, lse_ptr, do_ptr, b, kh, first, P, HQ: tl.constexpr, H: tl.constexpr,
+    V: tl.constexpr, BLOCK: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the values that comes from their own leaves' queries."""
+    rows, i = tl.arange(0, BLOCK), tl.arange(0, BI)
+    leaf, inside = first // LEAF, first % LEAF
+    dv = tl.zeros((BLOCK, V), tl.float32)
+    for h in range(kh * (HQ // H), (kh + 1) * (HQ // H)):
+        for n in tl.static_range((BLOCK + 63) // 64):
+            mine = (rows // LEAF == n)[:, None] & (i >= 0)[None, :]
+            for at in range(0, LEAF, BI):
+                query = ((b * HQ + h) * P + leaf + n).to(tl.int64) * LEAF + at
+                places = own_ptr + (query + i)[None, :] * LEAF + (inside + rows)[:, None] % LEAF
+                p = tl.load(places, mask=mine, other=0.0).to(tl.float32)
+                kept = tl.load(highest_ptr + query + i) - tl.load(lse_ptr + query + i)
+                p *= tl.exp2(kept)[None, :]
+                start = (leaf + n) * LEAF + at
+                do = tl.load(tokens(do_ptr, b, h, start, P, 0, HQ, V, BI, V))
+                dv = product(p.to(do.dtype), do, dv)
+    return dv
+
+
+@triton.jit
+def _attended_back(
+    acc, dv, k, v, gates, unit, queries_ptr, query, do_ptr, b, h, first, lse_ptr, delta_ptr, token,
+    from_middle_ptr, count, P, HQ: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BLOCK: tl.constexpr, BI: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """acc and dv, and what `count` queries of a head add to them, and sums over the queries.
+
+    Args:
+      gates: what to add to a row's logits; MASKED: -inf in rows that none of the queries sees.
+      query, first, token: the first query's row in its versions, its token, its row in lse.
+    """
+    i = tl.arange(0, BI)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for at in range(0, count, BI):
+        q = tl.load(tile(queries_ptr, query + at, 0, K, BI, K))
+        do = tl.load(tokens(do_ptr, b, h, first + at, P, 0, HQ, V, BI, V))
+        shift = -tl.load(lse_ptr + token + at + i)
+        delta = tl.load(delta_ptr + token + at + i)
+        logits = product(k, tl.trans(q), tl.zeros((BLOCK, BI), tl.float32))
+        if GATES:
+            shift += tl.load(from_middle_ptr + (query + at).to(tl.int64) + i)
+        if GATES or MASKED:
+            logits += gates[:, None]
+        p = tl.exp2(logits + shift[None, :])
+        dv = product(p.to(do.dtype), do, dv)
+        dp = product(v, tl.trans(do), tl.zeros((BLOCK, BI), tl.float32))
+        ds = p * (dp * unit - delta[None, :])
+        if GATES:
+            sums += tl.sum(ds, axis=1)
+        acc = product(ds.to(DTYPE), q, acc)
+    return acc, dv, sums
 
 
 @triton.jit
@@ -161,35 +228,17 @@ def path_key_gradients(
     """
     DTYPE: tl.constexpr = gradients_ptr.dtype.element_ty
     LEAVES: tl.constexpr = (BLOCK + 63) // 64
-    GROUP: tl.constexpr = HQ // H
     blocks = P * LEAF // BLOCK
     program = tl.program_id(0)
     key_head, first = program // blocks, program % blocks * BLOCK
     kh, b = key_head % H, key_head // H
-    leaf = first // LEAF
+    leaf, inside = first // LEAF, first % LEAF
     rows = tl.arange(0, BLOCK)
-    i, inside = tl.arange(0, BI), first % LEAF
-    v = tl.load(tokens(v_ptr, b, kh, first, P, 0, H, V, BLOCK, V))
     unit = tl.load(unit_ptr + key_head)
     factor = tl.zeros((BLOCK,), tl.float32)
     above, count = leaf * 0, leaf * 0
-    dv = tl.zeros((BLOCK, V), tl.float32)
-
-    # The leaves' own.
-    for member in range(GROUP):
-        h = kh * GROUP + member
-        head = b * HQ + h
-        for n in tl.static_range(LEAVES):
-            mine = (rows // LEAF == n)[:, None] & (i >= 0)[None, :]
-            for at in range(0, LEAF, BI):
-                query = (head * P + leaf + n).to(tl.int64) * LEAF + at
-                places = own_ptr + (query + i)[None, :] * LEAF + (inside + rows)[:, None] % LEAF
-                p = tl.load(places, mask=mine, other=0.0).to(tl.float32)
-                kept = tl.load(highest_ptr + query + i) - tl.load(lse_ptr + query + i)
-                p *= tl.exp2(kept)[None, :]
-                start = (leaf + n) * LEAF + at
-                do = tl.load(tokens(do_ptr, b, h, start, P, 0, HQ, V, BI, V))
-                dv = product(p.to(do.dtype), do, dv)
+    dv = _own_values(own_ptr, highest_ptr, lse_ptr, do_ptr, b, kh, first, P, HQ, H, V, BLOCK, BI)
+    v = tl.load(tokens(v_ptr, b, kh, first, P, 0, H, V, BLOCK, V))
 
     for x in range(levels - (LEAVES - 1)):
         level = levels - 1 - x
@@ -203,31 +252,19 @@ def path_key_gradients(
             key = (key_head * S + place) * LEAF + inside
             k = tl.load(tile(keys_ptr, key, 0, K, BLOCK, K))
             end = tl.minimum(1 << level, P - start) * LEAF
-            for member in range(GROUP):
-                h = kh * GROUP + member
+            for h in range(kh * (HQ // H), (kh + 1) * (HQ // H)):
                 head = b * HQ + h
-                query = (head * R + query_place(start, level, P)) * LEAF
                 gate = ((head * S + place) * LEAF + inside).to(tl.int64)
-                token = (head * P + start).to(tl.int64) * LEAF
-                sums = tl.zeros((BLOCK,), tl.float32)
+                gates = factor
                 if GATES:
                     gates = tl.load(to_middle_ptr + gate + rows)
-                for at in range(0, end, BI):
-                    q = tl.load(tile(queries_ptr, query + at, 0, K, BI, K))
-                    do = tl.load(tokens(do_ptr, b, h, start * LEAF + at, P, 0, HQ, V, BI, V))
-                    shift = -tl.load(lse_ptr + token + at + i)
-                    delta = tl.load(delta_ptr + token + at + i)
-                    logits = product(k, tl.trans(q), tl.zeros((BLOCK, BI), tl.float32))
-                    if GATES:
-                        shift += tl.load(from_middle_ptr + (query + at).to(tl.int64) + i)
-                        logits += gates[:, None]
-                    p = tl.exp2(logits + shift[None, :])
-                    dv = product(p.to(do.dtype), do, dv)
-                    dp = product(v, tl.trans(do), tl.zeros((BLOCK, BI), tl.float32))
-                    ds = p * (dp * unit - delta[None, :])
-                    if GATES:
-                        sums += tl.sum(ds, axis=1)
-                    acc = product(ds.to(DTYPE), q, acc)
+                acc, dv, sums = _attended_back(
+                    acc, dv, k, v, gates, unit,
+                    queries_ptr, (head * R + query_place(start, level, P)) * LEAF,
+                    do_ptr, b, h, start * LEAF,
+                    lse_ptr, delta_ptr, (head * P + start).to(tl.int64) * LEAF,
+                    from_middle_ptr, end, P, HQ, K, V, BLOCK, BI, GATES, False, DTYPE,
+                )  # fmt: skip
                 if GATES:
                     tl.store(sums_ptr + gate + rows, sums)
             scaled, factor = normalised(acc, DTYPE)
@@ -245,32 +282,19 @@ def path_key_gradients(
         place = key_place(leaf, 0, P)
         key = (key_head * S + place) * LEAF
         k = tl.load(tile(keys_ptr, key, 0, K, BLOCK, K), mask=left[:, None], other=0.0)
-        hidden = tl.where(left, 0.0, float("-inf"))
-        for member in range(GROUP):
-            h = kh * GROUP + member
+        for h in range(kh * (HQ // H), (kh + 1) * (HQ // H)):
             head = b * HQ + h
-            query = (head * R + query_place(leaf + 1, 0, P)) * LEAF
             gate = ((head * S + place) * LEAF).to(tl.int64)
-            token = (head * P + leaf + 1).to(tl.int64) * LEAF
-            sums = tl.zeros((BLOCK,), tl.float32)
-            gates = hidden
+            gates = tl.where(left, 0.0, float("-inf"))
             if GATES:
                 gates += tl.load(to_middle_ptr + gate + rows, left, 0.0)
-            for at in range(0, LEAF, BI):
-                q = tl.load(tile(queries_ptr, query + at, 0, K, BI, K))
-                do = tl.load(tokens(do_ptr, b, h, (leaf + 1) * LEAF + at, P, 0, HQ, V, BI, V))
-                shift = -tl.load(lse_ptr + token + at + i)
-                delta = tl.load(delta_ptr + token + at + i)
-                logits = product(k, tl.trans(q), tl.zeros((BLOCK, BI), tl.float32))
-                if GATES:
-                    shift += tl.load(from_middle_ptr + (query + at).to(tl.int64) + i)
-                p = tl.exp2(logits + shift[None, :] + gates[:, None])
-                dv = product(p.to(do.dtype), do, dv)
-                dp = product(v, tl.trans(do), tl.zeros((BLOCK, BI), tl.float32))
-                ds = p * (dp * unit - delta[None, :])
-                if GATES:
-                    sums += tl.sum(ds, axis=1)
-                acc = product(ds.to(DTYPE), q, acc)
+            acc, dv, sums = _attended_back(
+                acc, dv, k, v, gates, unit,
+                queries_ptr, (head * R + query_place(leaf + 1, 0, P)) * LEAF,
+                do_ptr, b, h, (leaf + 1) * LEAF,
+                lse_ptr, delta_ptr, (head * P + leaf + 1).to(tl.int64) * LEAF,
+                from_middle_ptr, LEAF, P, HQ, K, V, BLOCK, BI, GATES, True, DTYPE,
+            )  # fmt: skip
             if GATES:
                 tl.store(sums_ptr + gate + rows, sums, mask=left)
         scaled, factor = normalised(acc, DTYPE)
@@ -299,7 +323,7 @@ def _of_rows(
 @triton.jit
 def path_transform_gradients(
     queries_ptr, dqueries_ptr, query_factors_ptr, keys_ptr, dkeys_ptr, key_factors_ptr,
-    transforms_ptr, parents_ptr, level, P, R, S, N,
+    transforms_ptr, parents_ptr, number, P, R, S, N,
     gradients_ptr,
     HQ: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, PARENTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -309,7 +333,11 @@ def path_transform_gradients(
     A left half's H moves the queries of its right half to the next level at which they have a
     version, a right half's the keys of its left half; and both are factors of their block's H. A
     program makes a tile of BK x BK.
+
+    Args:
+      number: the level + 2. Numbers of 1 and multiples of 16 are compiled for themselves.
     """
+    level = number - 2
     tiles: tl.constexpr = K // BK
     GROUP: tl.constexpr = HQ // H
     program, blocks = tl.program_id(0), P >> level

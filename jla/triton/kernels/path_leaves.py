@@ -160,11 +160,15 @@ def path_leaf_queries(
 
 
 @triton.jit
-def path_joined(transforms_ptr, level, P, N, new_ptr, K: tl.constexpr, BK: tl.constexpr):
+def path_joined(transforms_ptr, number, P, N, new_ptr, K: tl.constexpr, BK: tl.constexpr):
     """H of the level's blocks: of their right halves times that of their left halves.
 
     In place. A program makes a tile of BK x BK.
+
+    Args:
+      number: the level + 2. Numbers of 1 and multiples of 16 are compiled for themselves.
     """
+    level = number - 2
     DTYPE: tl.constexpr = transforms_ptr.dtype.element_ty
     tiles: tl.constexpr = K // BK
     program, count = tl.program_id(0), P >> level
