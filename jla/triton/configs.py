@@ -54,29 +54,42 @@ CONFIGS: dict[str, dict[int, Config]] = {
     # 130 registers in all, so that several programs are on a multiprocessor.
     "kda_step": _everywhere({"BV": 64}, warps=4, stages=1),
     **{
-        f"path_{name}{kind}": _everywhere(blocks, warps=4, stages=1)
-        for name, blocks in {
-            "inverses": {"BK": 64},
-            "leaf_keys": {"BK": 64},
-            "leaf_queries": {"BK": 64},
+        f"path_{name}{kind}": _everywhere({"BK": 64}, warps=4, stages=stages)
+        for name, stages in {
+            "inverses": 1,
+            "leaf_keys": 1,
+            "leaf_queries": 1,
+            "joined": 2,
+            "transform_gradients": 2,
         }.items()
-        for kind in ("", "_float32", "_256", "_256_float32")
+        for kind in ("", "_256")
+    },
+    # Three TF32 products take three times the registers for operands.
+    **{
+        f"path_{name}{kind}": _everywhere({"BK": 32}, warps=8, stages=1)
+        for name in ("inverses", "leaf_keys", "leaf_queries", "joined", "transform_gradients")
+        for kind in ("_float32", "_256_float32")
     },
     **{
-        f"path_{name}{kind}": _everywhere(blocks, warps=4, stages=2)
-        for name, blocks in {
-            "joined": {"BK": 64},
-            "chains": {"BK": 32},
-            "transform_gradients": {"BK": 64},
-        }.items()
-        for kind in ("", "_float32", "_256", "_256_float32")
+        f"path_chains{kind}": _everywhere({"BK": 32}, warps=warps, stages=stages)
+        for kind, warps, stages in (
+            ("", 4, 2),
+            ("_256", 4, 2),
+            ("_float32", 8, 1),
+            ("_256_float32", 8, 1),
+        )
     },
     # One leaf's rows are those of one warpgroup; elsewhere eight warps would compute them twice.
     **{
         f"path_leaf_{name}_gradients{kind}": _everywhere({"BK": 32, **more}, warps=4, stages=1)
-        | ({} if "float32" in kind else {227: Config({"BK": 64, **more}, warps=8, stages=1)})
+        | {227: Config({"BK": 64, **more}, warps=8, stages=1)}
         for name, more in {"query": {"BV": 32}, "transform": {}, "key": {}}.items()
-        for kind in ("", "_float32", "_256", "_256_float32")
+        for kind in ("", "_256")
+    },
+    **{
+        f"path_leaf_{name}_gradients{kind}": _everywhere({"BK": 32, **more}, warps=8, stages=1)
+        for name, more in {"query": {"BV": 32}, "transform": {}, "key": {}}.items()
+        for kind in ("_float32", "_256_float32")
     },
     # Two leaves at a time where registers and memory allow.
     "path_forward": dict.fromkeys(CLASSES, _path(128, 32, stages=3))

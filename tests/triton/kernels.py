@@ -48,6 +48,23 @@ class Kernel:
         return configs.config(self.name, capability)
 
 
+# Of PaTH's kernels, the most bytes that a thread spills on any GPU; the attention's backward pass
+# has 128 float32 sums a thread, and three TF32 products three parts of every operand.
+_PATH_SPILLS = {
+    "path_key_gradients": 640,
+    "path_query_gradients": 96,
+    "path_leaf_transform_gradients": 256,
+    "path_leaf_key_gradients": 704,
+    "path_key_gradients_256": 64,
+    "path_query_gradients_256": 64,
+    "path_leaf_transform_gradients_256": 288,
+    "path_leaf_key_gradients_256": 704,
+    "path_leaf_key_gradients_float32": 3500,
+    "path_leaf_key_gradients_256_float32": 3500,
+}
+_PATH_FLOAT32_SPILLS = 1024
+
+
 def _path(sizes, suffix="", smoke=None):
     """PaTH's kernels for these heads and features, with gates; the tree between them is of float16
     for 16-bit inputs."""
@@ -102,12 +119,15 @@ def _path(sizes, suffix="", smoke=None):
             ),
         }
         for path, (parameters, constants) in rows.items():
+            config = path.rpartition(".")[2] + name
+            most = _PATH_SPILLS.get(config, 0 if dtype == "bf16" else _PATH_FLOAT32_SPILLS)
             yield Kernel(
                 path,
                 parameters.replace("*y", f"*{kept}"),
                 constants,
                 dtypes=(dtype,),
-                config=path.rpartition(".")[2] + name,
+                config=config,
+                spills=dict.fromkeys(CAPABILITIES, most),
                 smoke=smoke if dtype == "bf16" and "forward" in path else None,
             )
 
