@@ -1,4 +1,4 @@
-"""PaTH attention as Triton kernels; docs/kernels/path_attention.md has the formulas.
+"""PaTH attention as Triton kernels; docs/triton.md has their list.
 
 The leaves of the tree have 64 tokens. `path_inverses`, `path_leaf_keys` and `path_leaf_queries`
 make what a leaf is by itself and its first versions, `path_joined` and `path_chains` the rest of
