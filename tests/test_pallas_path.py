@@ -18,8 +18,8 @@ from comparing import close, normal
 import jla
 import jla.pallas
 from jla import PathCache
+from jla._core import path_cache as around
 from jla.pallas import path_attention as kernels
-from jla.pallas.path_attention import cache as around
 from jla.pallas.path_attention import dyadic, step
 from jla.reference import path_attention as reference
 

@@ -43,6 +43,11 @@ def _everywhere(blocks, **settings):
     return dict.fromkeys(CLASSES, Config(blocks, **settings))
 
 
+def _path(block, inner, *, warps=8, stages=1, **more):
+    """Of PaTH's attention: a program has `block` tokens and reads `inner` at a time."""
+    return Config({"BLOCK": block, "BI": inner, **more}, warps=warps, stages=stages)
+
+
 # A kernel's name to its config by class.
 CONFIGS: dict[str, dict[int, Config]] = {
     # Up to K = 128; beyond, half as many columns. A thread then has 64 elements of the state, and
@@ -128,4 +133,62 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "log_linear_step": _everywhere({"BV": 32}, warps=4, stages=1),
     "log_linear_sums": _everywhere({"BK": 128, "BV": 128}, warps=8, stages=3),
     "log_linear_sums_float32": _everywhere({"BK": 64, "BV": 32}, warps=4, stages=2),
+    **{
+        f"path_{name}{kind}": _everywhere({"BK": 64}, warps=4, stages=stages)
+        for name, stages in {
+            "inverses": 1,
+            "leaf_keys": 1,
+            "leaf_queries": 1,
+            "joined": 2,
+            "transform_gradients": 2,
+        }.items()
+        for kind in ("", "_256")
+    },
+    # Three TF32 products take three times the registers for operands.
+    **{
+        f"path_{name}{kind}": _everywhere({"BK": 32}, warps=8, stages=1)
+        for name in ("inverses", "leaf_keys", "leaf_queries", "joined", "transform_gradients")
+        for kind in ("_float32", "_256_float32")
+    },
+    **{
+        f"path_chains{kind}": _everywhere({"BK": 32}, warps=warps, stages=stages)
+        for kind, warps, stages in (
+            ("", 4, 2),
+            ("_256", 4, 2),
+            ("_float32", 8, 1),
+            ("_256_float32", 8, 1),
+        )
+    },
+    # One leaf's rows are those of one warpgroup; elsewhere eight warps would compute them twice.
+    **{
+        f"path_leaf_{name}_gradients{kind}": _everywhere({"BK": 32, **more}, warps=4, stages=1)
+        | {227: Config({"BK": 64, **more}, warps=8, stages=1)}
+        for name, more in {"query": {"BV": 32}, "transform": {}, "key": {}}.items()
+        for kind in ("", "_256")
+    },
+    **{
+        f"path_leaf_{name}_gradients{kind}": _everywhere({"BK": 32, **more}, warps=8, stages=1)
+        for name, more in {"query": {"BV": 32}, "transform": {}, "key": {}}.items()
+        for kind in ("_float32", "_256_float32")
+    },
+    # Two leaves at a time where registers and memory allow.
+    "path_forward": dict.fromkeys(CLASSES, _path(128, 32, stages=3))
+    | {227: _path(128, 64, stages=3)},
+    "path_query_gradients": dict.fromkeys(CLASSES, _path(128, 32, stages=2, BH=32))
+    | {227: _path(128, 64, stages=2, BH=32)},
+    "path_key_gradients": dict.fromkeys(CLASSES, _path(128, 32, stages=2, BH=32))
+    | {227: _path(128, 64, stages=2, BH=32)},
+    "path_forward_float32": dict.fromkeys(CLASSES, _path(32, 32, warps=4)),
+    "path_forward_256": dict.fromkeys(CLASSES, _path(64, 32)),
+    "path_forward_256_float32": dict.fromkeys(CLASSES, _path(32, 16)),
+    **{
+        f"path_{name}_gradients{kind}": dict.fromkeys(CLASSES, _path(*blocks, warps=n, BH=16))
+        for name in ("query", "key")
+        for kind, blocks, n in (
+            ("_float32", (32, 16), 4),
+            ("_256", (32, 32), 8),
+            ("_256_float32", (16, 16), 4),
+        )
+    },
+    "path_step": _everywhere({}, warps=4, stages=1),
 }

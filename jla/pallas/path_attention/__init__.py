@@ -13,11 +13,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jla._core.axes import PATH, letters
 from jla._core.derivatives import reverse_only
+from jla._core.dyadic import level_sums, rounded
+from jla._core.path_cache import carried_on
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla.pallas.common.chunks import LOG2E, TILE_WIDTH
 from jla.pallas.common.mosaic import TILE_ROWS
-from jla.pallas.path_attention.cache import carried_on
 from jla.pallas.path_attention.dyadic import LEAF
 from jla.pallas.path_attention.forward import forward
 from jla.pallas.path_attention.key_gradients import key_gradients
@@ -26,7 +27,7 @@ from jla.pallas.path_attention.query_gradients import query_gradients
 from jla.pallas.path_attention.step import path_step
 from jla.pallas.path_attention.step import unsupported as _unsupported_step
 from jla.pallas.path_attention.transform_gradients import transform_gradients
-from jla.pallas.path_attention.tree import grown, leaf_sums, level_sums, rounded, sixteen_bits
+from jla.pallas.path_attention.tree import grown, leaf_sums, sixteen_bits
 
 __all__ = ["path_attention", "path_step", "unsupported"]
 
@@ -189,7 +190,7 @@ def _backward_of_rows(q, k, v, w, beta, *rest, scale):
     gradients = dq, dk, dv, dw, dbeta
     if g is None:
         return gradients
-    _, back = jax.vjp(lambda g: (*level_sums(g), leaf_sums(g)[0]), g)
+    _, back = jax.vjp(lambda g: (*level_sums(g, LEAF), leaf_sums(g)[0]), g)
     (dg,) = back((by_query.sum(-1), by_key, _of_tokens(down).reshape(largest.shape)))
     unit = jnp.repeat(LOG2E * unit, dg.shape[2] // H, 1)
     return *gradients, dg / unit[:, None]

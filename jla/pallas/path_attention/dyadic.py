@@ -11,29 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jla._core.dyadic import block_counts, key_counts, number, query_counts
+
+__all__ = ["block_counts", "key_counts", "number", "query_counts"]
+
 LEAF = 128
 HALF = LEAF // 2
-
-
-def number(leaves):
-    """The number of levels."""
-    return (leaves - 1).bit_length()
-
-
-def query_counts(leaves):
-    """The number of leaves with a query version, level by level."""
-    levels = range(number(leaves))
-    return [(leaves >> m + 1 << m) + max(leaves % (2 << m) - (1 << m), 0) for m in levels]
-
-
-def key_counts(leaves):
-    """The number of leaves with a key version, level by level."""
-    return [(leaves - (1 << m) - 1) // (2 << m) + 1 << m for m in range(number(leaves))]
-
-
-def block_counts(leaves):
-    """The number of whole blocks of 2**level leaves, for all levels but the last (if not alone)."""
-    return [leaves >> m for m in range(max(number(leaves) - 1, 1))]
 
 
 def offset(counts, level):

@@ -13,7 +13,8 @@ where bfloat16 loses 9.
 import jax.numpy as jnp
 from jax import lax
 
-from jla.pallas.path_attention import chains, dyadic, leaf
+from jla._core.dyadic import by_leaf, level_sums
+from jla.pallas.path_attention import chains, leaf
 from jla.pallas.path_attention.dyadic import LEAF
 
 f16, f32 = jnp.float16, jnp.float32
@@ -36,7 +37,7 @@ def grown(q, k, w, beta, g, inverse=None, *, scale):
     P = beta.shape[2] // LEAF
     if inverse is None:
         inverse = leaf.inverses(w, beta)
-    gates, within = (None, None) if g is None else (level_sums(g), leaf_sums(g))
+    gates, within = (None, None) if g is None else (level_sums(g, LEAF), leaf_sums(g))
     queries, keys, *own, transforms = leaf.leaves(q, k, w, inverse, beta, within, scale=scale)
     transforms = chains.joined(transforms, P)
     queries = chains.query_chains(queries, transforms, P)
@@ -54,19 +55,6 @@ def sixteen_bits(q, k, w, beta):
     return q, k, w, jnp.pad(beta, [(0, 0), (0, 0), (0, -beta.shape[2] % LEAF)])
 
 
-def rounded(w):
-    """w in 16 bits; what keeps beta's reflections ones, for beta |w|^2 stays what it was.
-
-    Returns:
-      w, and the factors for beta [B, T, H], or None where w is not float32 and stays as it is.
-    """
-    if w.dtype != f32:
-        return w, None
-    out = w.astype(f16)
-    before, after = (jnp.sum(jnp.square(x.astype(f32)), -1) for x in (w, out))
-    return out, before / jnp.where(after == 0.0, 1.0, after)
-
-
 def leaf_sums(g):
     """Each token's sum of gates since its leaf's start or the last border, and where that is.
 
@@ -76,7 +64,7 @@ def leaf_sums(g):
     Returns:
       [B, HQ, TP] float32, and the place in the leaf of the first token that it sees, uint32.
     """
-    g = _by_leaf(g)
+    g = by_leaf(g, LEAF)
     first = jnp.where(jnp.isneginf(g), jnp.arange(LEAF, dtype=jnp.int32), 0)
     first = lax.cummax(first, axis=3).astype(jnp.uint32)
     return tuple(x.reshape(*g.shape[:2], -1) for x in (_since(g), first))
@@ -94,57 +82,3 @@ def _since(g):
 
     border = jnp.isneginf(g)
     return lax.associative_scan(joined, (border, jnp.where(border, 0.0, g)), axis=g.ndim - 1)[1]
-
-
-def _by_leaf(x):
-    """[B, T, H, ...] as [B, H, P, 128, ...], padded with zeros."""
-    x = jnp.moveaxis(x, 2, 1)
-    x = jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % LEAF), *[(0, 0)] * (x.ndim - 3)])
-    return x.reshape(*x.shape[:2], -1, LEAF, *x.shape[3:])
-
-
-def _halves(x, axis, leaves):
-    """Splits an axis of leaves in blocks of two halves of `leaves`, padded with zeros."""
-    x = jnp.pad(x, [(0, -n % (2 * leaves) if i == axis else 0) for i, n in enumerate(x.shape)])
-    x = x.reshape(*x.shape[:axis], -1, 2, leaves, *x.shape[axis + 1 :])
-    return lax.index_in_dim(x, 0, axis + 1, False), lax.index_in_dim(x, 1, axis + 1, False)
-
-
-def _leaves(x, axis):
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-
-def level_sums(g):
-    """The sums of the gates between the levels' middles and the tokens of the versions.
-
-    Args:
-      g: gates of the logits, [B, T, HQ] float32; -inf at a segment's first token.
-
-    Returns:
-      From a level's middle to each query, [B, HQ, R], and from each key to the middle, [B, HQ, S].
-
-    Sums begin at the middles, so that no long sums are subtracted from one another.
-    """
-    g = _by_leaf(g)
-    P = g.shape[2]
-    from_start = jnp.cumsum(g, axis=-1)
-    to_end = jnp.flip(jnp.cumsum(jnp.flip(g[..., 1:], -1), -1), -1)
-    to_end = jnp.pad(to_end, [(0, 0)] * 3 + [(0, 1)])
-    total = from_start[..., -1]
-    if P == 1:
-        return tuple(jnp.zeros((*g.shape[:2], LEAF), f32) for _ in range(2))
-    queries, keys = [], []
-    for m in range(dyadic.number(P)):
-        # Of whole leaves between the middle and the leaf, on either side.
-        left, right = _halves(total, 2, 1 << m)
-        before = jnp.cumsum(jnp.pad(right, [(0, 0)] * 3 + [(1, 0)])[..., :-1], -1)
-        after = jnp.pad(left, [(0, 0)] * 3 + [(0, 1)])[..., 1:]
-        after = jnp.flip(jnp.cumsum(jnp.flip(after, -1), -1), -1)
-        for sums, whole, part, axis, counts in (
-            (queries, before, from_start, 1, dyadic.query_counts(P)),
-            (keys, after, to_end, 0, dyadic.key_counts(P)),
-        ):
-            half = _halves(part, 2, 1 << m)[axis] + whole[..., None]
-            sums.append(_leaves(half, 2)[:, :, : counts[m]])
-    queries, keys = (jnp.concatenate(x, 2) for x in (queries, keys))
-    return queries.reshape(*g.shape[:2], -1), keys.reshape(*g.shape[:2], -1)
