@@ -47,7 +47,7 @@ def carried_on(o, logsumexp, q, k, v, w, beta, g, cache, segment_ids, *, scale):
         {name: x for name, x in given.items() if x is not None} for given in (floats, integers)
     )
     o, key, value, *decay, length = _carried_on(floats, integers, scale)
-    return o, PathCache(key, value, *(decay or [None]), length)
+    return o, PathCache(key, value, decay[0] if decay else None, length)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -112,7 +112,7 @@ def _of_shard(
         queries = blockwise.merge(_at_the_start(queries, w, writes), T)
         gates = None if g is None else scale * g
         if starts is not None:
-            gates = jnp.where(starts[..., None], NEVER, f32(0.0) if g is None else gates)
+            gates = jnp.where(starts[..., None], NEVER, f32(0.0) if gates is None else gates)
         if gates is not None:
             gates = jnp.broadcast_to(jnp.cumsum(gates, axis=1), (B, T, HQ))
         read, of_cached = _read(queries, gates, cache, scale)
