@@ -88,6 +88,9 @@ def path_query_gradients(
     """The gradients of all query versions, and with GATES of `from_middle` (sums).
 
     A program has BLOCK queries of one head, as in `path_forward`.
+
+    0.82 TFLOP, floor 1.06 ms, predicted 2.5, as sm_80 4.5; 236, 248, 237 registers, 80,
+    80, 128 KB.
     """
     DTYPE: tl.constexpr = gradients_ptr.dtype.element_ty
     LEAVES: tl.constexpr = (BLOCK + 63) // 64
@@ -225,6 +228,9 @@ def path_key_gradients(
     """The gradients of all key versions and of the values, and with GATES of `to_middle` (sums).
 
     A program has BLOCK keys of one head, as `path_forward` has queries; queries come BI at a time.
+
+    1.10 TFLOP, floor 1.41 ms, predicted 4, as sm_80 6; 255 registers, of which 120, 96,
+    304 bytes spill with gates, 80, 80, 129 KB.
     """
     DTYPE: tl.constexpr = gradients_ptr.dtype.element_ty
     LEAVES: tl.constexpr = (BLOCK + 63) // 64
@@ -333,6 +339,9 @@ def path_transform_gradients(
     A left half's H moves the queries of its right half to the next level at which they have a
     version, a right half's the keys of its left half; and both are factors of their block's H. A
     program makes a tile of BK x BK.
+
+    All levels 2.9 GB, 0.1 TFLOP of TF32, floor 0.67 ms, predicted 1.2; 168, 166, 128
+    registers, 24, 24, 40 KB.
 
     Args:
       number: the level + 2. Numbers of 1 and multiples of 16 are compiled for themselves.

@@ -28,6 +28,9 @@ def path_forward(
     BLOCK tokens are a part of a leaf, or two leaves: these differ at level 0 alone. Keys come BI at
     a time.
 
+    0.55 TFLOP, floor 0.70 ms, predicted 1.6, as sm_80 2.6; 209, 209, 199 registers, 64,
+    64, 128 KB.
+
     Args:
       from_middle, to_middle: with GATES, the gates from a level's middle to each query version's
         token, [B, HQ, 64 R], and from each key version's to the middle, [B, HQ, 64 S].

@@ -75,6 +75,8 @@ def path_leaf_query_gradients(
     """L, D and E of every leaf, [B, HQ, P, 64, 64] float32, and the gradient of q.
 
     And with GATES the own logits' part of that of g, [B, 64 P, HQ]. A program a leaf and head.
+
+    1.6 GB, floor 0.37 ms, predicted 0.8; 168, 168, 155 registers, 32, 32, 64 KB.
     """
     place = tl.program_id(0)
     leaf, head = place % P, place // P
@@ -130,7 +132,11 @@ def path_leaf_transform_gradients(
     SCALE: tl.constexpr, HQ: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     TRANSFORMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dX, dW' W^T and the first four terms of dW. A program a leaf and key head."""
+    """dX, dW' W^T and the first four terms of dW. A program a leaf and key head.
+
+    2.3 GB, floor 0.53 ms, predicted 1.1; 255, 255, 219 registers, of which 72, 168, 0
+    bytes spill, 48, 48, 96 KB.
+    """
     GROUP: tl.constexpr = HQ // H
     place = tl.program_id(0)
     leaf, key_head = place % P, place // P
@@ -185,7 +191,11 @@ def path_leaf_key_gradients(
     SCALE: tl.constexpr, HQ: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of k, w (float32) and beta. A program a leaf and key head."""
+    """The gradients of k, w (float32) and beta. A program a leaf and key head.
+
+    1.7 GB, floor 0.39 ms, predicted 0.9; 255, 255, 248 registers, of which 128, 72, 0
+    bytes spill, 72, 72, 96 KB.
+    """
     GROUP: tl.constexpr = HQ // H
     place = tl.program_id(0)
     leaf, key_head = place % P, place // P

@@ -52,6 +52,8 @@ def path_inverses(
     Block substitution: X is the inverse of the diagonal blocks of 2**level, and X - X L X, with L
     the part of A that joins two of them, that of the blocks twice as large. For unit rows of w no
     partial inverse has an element above beta, so 16-bit operands are float16.
+
+    0.2 GB, floor 0.05 ms, predicted 0.15; 177, 212, 156 registers, 16, 16, 8 KB.
     """
     DTYPE: tl.constexpr = inverse_ptr.dtype.element_ty
     place = tl.program_id(0)
@@ -78,7 +80,10 @@ def path_leaf_keys(
     inner_ptr, writes_ptr, keys_ptr, transforms_ptr,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """X, W', the first key version and H of every leaf. A program a leaf and key head."""
+    """X, W', the first key version and H of every leaf. A program a leaf and key head.
+
+    0.9 GB, floor 0.22 ms, predicted 0.4; 246, 246, 128 registers, 16, 16, 32 KB.
+    """
     DTYPE: tl.constexpr = inner_ptr.dtype.element_ty
     place = tl.program_id(0)
     leaf, head = place % P, place // P
@@ -119,6 +124,8 @@ def path_leaf_queries(
     GATES: tl.constexpr,
 ):  # fmt: skip
     """The first query version and the own probabilities of every leaf. A program a leaf and head.
+
+    0.8 GB, floor 0.19 ms, predicted 0.4; 168, 168, 156 registers, 16 KB.
 
     Args:
       g: gates of the logits, scaled and in base 2, [B, 64 P, HQ] float32.
@@ -165,6 +172,9 @@ def path_joined(transforms_ptr, number, P, N, new_ptr, K: tl.constexpr, BK: tl.c
 
     In place. A program makes a tile of BK x BK.
 
+    All levels 0.75 GB, floor 0.17 ms, predicted 0.25; 80, 80, 58 registers, 16, 16, 32
+    KB.
+
     Args:
       number: the level + 2. Numbers of 1 and multiples of 16 are compiled for themselves.
     """
@@ -193,6 +203,9 @@ def path_chains(
 
     A program a leaf and head. Through memory from level to level, because a product needs the rows
     in parts.
+
+    Both calls 1.1 GB and H from L2, floor 0.25 ms, predicted 0.6; 160, 160, 106
+    registers, 12, 12, 24 KB.
     """
     DTYPE: tl.constexpr = versions_ptr.dtype.element_ty
     place = tl.program_id(0)

@@ -11,6 +11,10 @@ the transforms of the blocks of 2**level leaves.
 Parameters of all kernels: P leaves, an even number; R query versions, S key versions and N
 transforms of a row and head; HQ query heads, H key heads; K, V features, powers of two. Arrays of
 tokens are [B, 64 P, heads, features], arrays of leaves [B, heads, leaves, 64, features].
+
+The kernels' docstrings have bytes or operations, floor and prediction at B=8 T=4096 HQ=H=16
+K=V=128 on an H200 (4.3 TB/s, 780 TFLOP/s) in 16 bits; and registers of a thread and shared memory,
+as compiled by Triton 3.9 for compute capability 8.9, 8.0 and 9.0.
 """
 
 import triton
