@@ -67,8 +67,11 @@ def test_a_caches_docstring_has_the_axes_of_the_table():
         assert f"{name}: [{', '.join(axes.PATH[f'cache.{name}'].split())}]" in doc
 
 
-# Mathematics and rules of JAX's own, bare as the implementations are.
-BARE = ("blockwise", "derivatives", "exchange", "interpreter", "parts")
+# Mathematics that implementations share and rules of JAX's own, bare as the implementations are.
+BARE = (
+    *("blockwise", "derivatives", "dyadic", "exchange", "interpreter", "level_weights", "parts"),
+    "path_cache",
+)
 
 
 def test_all_functions_outside_of_implementations_are_annotated():
