@@ -46,6 +46,20 @@ def rounded(w):
     return out, before / jnp.where(after == 0.0, 1.0, after)
 
 
+def gradient_unit(v, do, dlse):
+    """A power of two for each key head, with which the logits' gradients fit in float16.
+
+    Those of a row sum to at most 2 (|do| |v| + |dlse|), in absolute value.
+    """
+
+    def largest(x):
+        return x.max(1).reshape(*v.shape[::2], -1).max(-1)
+
+    do, v = (jnp.sqrt(jnp.sum(jnp.square(x.astype(f32)), -1)) for x in (do, v))
+    bound = largest(do) * largest(v) + largest(jnp.abs(jnp.swapaxes(dlse, 1, 2)))
+    return jnp.exp2(jnp.floor(14 - jnp.log2(jnp.maximum(bound, 1e-30))))
+
+
 def by_leaf(x, size):
     """[B, T, H, ...] as [B, H, P, size, ...], padded with zeros."""
     x = jnp.moveaxis(x, 2, 1)

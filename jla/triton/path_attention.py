@@ -236,7 +236,7 @@ def _backward(q, k, v, w, beta, *rest, scale):
     q, k, v, w, beta, *rest = lax.optimization_barrier((q, k, v, w, beta, *rest))
     *g, o, lse, inverse, do, dlse = rest
     delta = jnp.moveaxis(jnp.sum(do.astype(f32) * o.astype(f32), -1), 1, 2) - LOG2E * dlse
-    unit = _unit(v, do, dlse) if q.dtype != f32 else jnp.ones(k.shape[::2], f32)
+    unit = dyadic.gradient_unit(v, do, dlse) if q.dtype != f32 else jnp.ones(k.shape[::2], f32)
     group = q.shape[2] // k.shape[2]
     delta = delta * jnp.repeat(unit, group, 1)[:, :, None]
     g = g[0] if g else None
@@ -297,17 +297,3 @@ def _backward(q, k, v, w, beta, *rest, scale):
     _, back = jax.vjp(lambda g: dyadic.level_sums(g, SIZE), g)
     (dg,) = back((by_query, by_key))
     return *gradients, (dg + own_sums) * (LN2 / jnp.repeat(unit, group, 1))[:, None]
-
-
-def _unit(v, do, dlse):
-    """A power of two for each key head, with which the logits' gradients fit in float16.
-
-    Those of a row sum to at most 2 (|do| |v| + |dlse|), in absolute value.
-    """
-
-    def largest(x):
-        return x.max(1).reshape(*v.shape[::2], -1).max(-1)
-
-    do, v = (jnp.sqrt(jnp.sum(jnp.square(x.astype(f32)), -1)) for x in (do, v))
-    bound = largest(do) * largest(v) + largest(jnp.abs(jnp.swapaxes(dlse, 1, 2)))
-    return jnp.exp2(jnp.floor(14 - jnp.log2(jnp.maximum(bound, 1e-30))))

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jla._core.axes import PATH, letters
 from jla._core.derivatives import reverse_only
-from jla._core.dyadic import level_sums, rounded
+from jla._core.dyadic import gradient_unit, level_sums, rounded
 from jla._core.path_cache import carried_on
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
@@ -152,7 +152,7 @@ def _backward(q, k, v, w, beta, *rest, scale):
     *g, o, lse, inverse, do, dlse = rest
     delta = jnp.moveaxis(jnp.sum(do.astype(f32) * o.astype(f32), -1), 1, 2)
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, -delta.shape[2] % LEAF))) - LOG2E * dlse
-    arrays = q, k, v, w, beta, *g, lse, inverse, do, delta, _unit(v, do, dlse)
+    arrays = q, k, v, w, beta, *g, lse, inverse, do, delta, gradient_unit(v, do, dlse)
     B, T, HQ, _ = q.shape
     rows = next(n for n in range(1, B + 1) if B % n == 0 and (n == B or n * HQ * T >= BUSY * LEAF))
     run = functools.partial(_backward_of_rows, scale=scale)
@@ -206,17 +206,3 @@ def _of_tokens(down):
     first = rows[0] - columns[0] - columns[1]
     second = rows[1] + rows[2] - columns[2]
     return jnp.stack([first, second], 3)
-
-
-def _unit(v, do, dlse):
-    """A power of two for each key head, with which the logits' gradients fit in float16.
-
-    Those of a row sum to at most 2 (|do| |v| + |dlse|), in absolute value.
-    """
-
-    def largest(x):
-        return x.max(1).reshape(*v.shape[::2], -1).max(-1)
-
-    do, v = (jnp.sqrt(jnp.sum(jnp.square(x.astype(f32)), -1)) for x in (do, v))
-    bound = largest(do) * largest(v) + largest(jnp.abs(jnp.swapaxes(dlse, 1, 2)))
-    return jnp.exp2(jnp.floor(14 - jnp.log2(jnp.maximum(bound, 1e-30))))
