@@ -13,6 +13,7 @@ _PATH_SPILLS = {
     "path_query_gradients_256": 64,
     "path_leaf_transform_gradients_256": 288,
     "path_leaf_key_gradients_256": 704,
+    "path_leaf_query_gradients_256": 8,
     "path_leaf_key_gradients_float32": 3500,
     "path_leaf_key_gradients_256_float32": 3500,
 }
