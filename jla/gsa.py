@@ -83,8 +83,8 @@ def gsa(
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
       implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
         "pallas" (kernels for Hopper GPUs; up to 128 slots, no float32), "triton" (kernels for
-        NVIDIA GPUs from Ampere on, with the extra jla[triton]), or None for the fastest that
-        supports these arguments here.
+        NVIDIA GPUs from Ampere on, with the extra jla[triton]; by name alone for now), or None for
+        the fastest other one that supports these arguments here.
 
     Returns:
       The outputs, [B, T, HQ, V], of v's dtype, and the `GSAState` after the last token (with
