@@ -78,6 +78,8 @@ def _group(nodeid, config):
         return f"linen-{layer[1]}"
     if "test_compile" in nodeid:  # they share nothing
         return nodeid
+    if "test_on_gpu" in nodeid:  # a target and a mechanism
+        return "-".join(nodeid.split("[")[1].rstrip("]").split("-")[:2])
     return nodeid.split("[" if "test_pallas" in nodeid else "::")[0]
 
 
