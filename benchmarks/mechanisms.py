@@ -207,12 +207,17 @@ def _mesa_forced(q, k, v, g, beta, lamb, *, implementation):
     """All iterations of the kernels' conjugate gradients, though no row needs them.
 
     Only a benchmark wants that, so `jla.mesa_net` has no setting for it, and this calls the
-    kernels' wrapper. Other benchmarks use public names; tests/test_layout.py has the exceptions.
+    kernels' wrappers. Other benchmarks use public names; tests/test_layout.py has the exceptions.
     """
-    from jla.pallas.mesa_net import mesa_net
-
-    if implementation != "pallas":
-        raise ValueError(f'only "pallas" makes all iterations on demand, not {implementation!r}')
+    if implementation == "pallas":
+        from jla.pallas.mesa_net import mesa_net
+    elif implementation == "triton":
+        from jla.triton.mesa_net import mesa_net
+    else:
+        raise ValueError(
+            f"implementation={implementation!r} cannot make all iterations on demand; "
+            'implementation="pallas" or "triton" can'
+        )
     return mesa_net(q, k, v, g, beta, lamb, None, None, cg_steps=CG_STEPS, tolerance=0.0)
 
 

@@ -24,6 +24,7 @@ from benchmarks.mechanisms import MECHANISMS
 GROUPS = ("main", "step", "long", "ragged", "packed", "sweep", "slots", "grouped")
 MEASURES = ("forward", "backward", "bare", "forced", "errors")
 IMPLEMENTATIONS = ("reference", "xla", "pallas", "triton")  # all of jla's
+FORCED = ("pallas", "triton")  # those that can be kept from stopping early
 COLUMNS = dict(ms="{:.4g}", spread="{:.1%}", per_token_of_main="{:.2f}")
 COLUMNS |= dict(memory_gib="{:.3f}", memory_peak_gib="{:.3f}", first_call_s="{:.1f}")
 
@@ -118,7 +119,7 @@ def cases(options):
     ]
     for case in table:
         for implementation in options.implementations:
-            if implementation == "pallas" or not case[2].startswith("forced_"):
+            if implementation in FORCED or not case[2].startswith("forced_"):
                 yield *case, implementation
     if not options.peer:
         return

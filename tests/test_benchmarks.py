@@ -104,6 +104,20 @@ def test_inputs_fit_the_functions(name):
     assert before == after
 
 
+def trace_forced(implementation):
+    """Traces the gradients of the function in which every row makes all iterations."""
+    entry = mechanisms.MECHANISMS["mesa"]
+    sizes = dict(B=1, T=64, H=1, K=64, V=64)
+    arguments = jax.eval_shape(lambda: entry.prepare(entry.raw(jax.random.key(0), sizes)))
+
+    def gradients(arguments):
+        run = functools.partial(entry.forced, implementation=implementation)
+        o, pull = jax.vjp(lambda x: run(**x)[0], arguments)
+        return pull(o)[0]
+
+    assert jax.eval_shape(gradients, arguments) == arguments
+
+
 def test_forced_makes_all_iterations(monkeypatch):
     """No row stops early in what is timed as such; all other kernels stop as they do for users."""
     tolerances = set()
@@ -115,18 +129,27 @@ def test_forced_makes_all_iterations(monkeypatch):
             return function(*args, tolerance=tolerance, **options)
 
         monkeypatch.setattr(solve, name, recorded)
-    entry = mechanisms.MECHANISMS["mesa"]
-    sizes = dict(B=1, T=64, H=1, K=64, V=64)
-    arguments = jax.eval_shape(lambda: entry.prepare(entry.raw(jax.random.key(0), sizes)))
-
-    def gradients(arguments):
-        o, pull = jax.vjp(lambda x: entry.forced(**x, implementation="pallas")[0], arguments)
-        return pull(o)[0]
-
-    assert jax.eval_shape(gradients, arguments) == arguments
+    trace_forced("pallas")
     assert tolerances == {("outputs", 0.0), ("output_gradients", 0.0)}
-    with pytest.raises(ValueError, match='"pallas"'):
-        entry.forced(**arguments, implementation="xla")
+    with pytest.raises(ValueError, match='"pallas" or "triton" can'):
+        trace_forced("xla")
+
+
+def test_forced_makes_all_iterations_in_triton(monkeypatch):
+    pytest.importorskip("triton.compiler", reason="triton is not installed")
+    from jla.triton import launch
+
+    tolerances = set()
+
+    def call(kernel, *arrays, outputs, constants, **settings):
+        if "TOLERANCE" in constants:
+            tolerances.add((kernel.__name__, constants["TOLERANCE"]))
+        return [jax.numpy.zeros(x.shape, x.dtype) for x in outputs]
+
+    monkeypatch.setattr(launch, "call", call)
+    monkeypatch.setattr(launch, "target", lambda: 80)
+    trace_forced("triton")
+    assert tolerances == {("solve_kernel", 0.0)}
 
 
 @pytest.mark.parametrize("case", layer_kernels.CASES)
