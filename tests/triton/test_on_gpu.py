@@ -22,6 +22,8 @@ FULL = {
     "kda": dict(B=8, H=8, HV=16, K=128, V=128),
     "gsa": dict(B=8, H=16, HQ=16, K=128, V=128, M=64),
     "log_linear": dict(B=8, H=16, HK=1, K=128, V=128),
+    "mesa": dict(B=8, H=16, K=128, V=128),
+    "path": dict(B=8, H=16, HQ=16, K=128, V=128, S=1024),
 }
 
 
@@ -62,7 +64,8 @@ def test_a_donated_state_is_updated_in_place(name, target):
         return step(**args, state=state, implementation="triton")
 
     compiled = run.lower(state, args).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 1 << 16
+    whole = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert compiled.memory_analysis().temp_size_in_bytes < whole / 64  # no copy
     o, state = compiled(state, args)
     assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)] == places
     assert relative_error(o, want[0]) < TOLERANCES["float32"][0]

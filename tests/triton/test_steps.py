@@ -12,15 +12,25 @@ import cases
 import cases.gsa
 import cases.kda
 import cases.log_linear
+import cases.mesa
+import cases.path
 import jla
 
 pytestmark = pytest.mark.interpreted
+
+
+def path_step(*, state, **args):
+    return jla.path_step(cache=state, **args)
+
 
 # A mechanism's step, its arguments' module, and sizes: some that no block divides, and groups.
 STEPS = {
     "kda": (jla.kda_step, cases.kda),
     "gsa": (jla.gsa_step, cases.gsa),
     "log_linear": (jla.log_linear_step, cases.log_linear),
+    # The definition solves exactly, so as many steps as it may take.
+    "mesa": (functools.partial(jla.mesa_step, cg_steps=60), cases.mesa),
+    "path": (path_step, cases.path),
 }
 SIZES = {
     "kda": (
@@ -38,6 +48,18 @@ SIZES = {
         dict(B=1, H=1, HK=1, K=63, V=81),
         dict(B=1, H=2, HK=2, K=256, V=40),
     ),
+    # Hkk in registers, and beyond K = 128 read again in each iteration.
+    "mesa": (
+        dict(B=2, H=2, K=16, V=24),
+        dict(B=1, H=1, K=63, V=81),
+        dict(B=1, H=1, K=200, V=40),
+    ),
+    # Two pieces of the cache; more than eight queries of a key.
+    "path": (
+        dict(B=2, H=2, HQ=4, K=16, V=16, S=300),
+        dict(B=1, H=1, HQ=9, K=63, V=81, S=20),
+        dict(B=1, H=1, HQ=3, K=250, V=40, S=40),
+    ),
 }
 # Of outputs and of the state: one rounding of the output, and float32 arithmetic.
 TOLERANCES = {"float32": (2e-6, 2e-6), "bfloat16": (3e-3, 2e-6), "float16": (4e-4, 2e-6)}
@@ -47,10 +69,18 @@ def token(name, sizes, dtype="float32", seed=0):
     """The arguments of one token, the state last."""
     normal = cases.numpy_normal(np.random.default_rng(seed))
     args = STEPS[name][1].arguments(dict(sizes) | dict(T=1), normal, jnp.dtype(dtype))
-    state = args.pop("initial_state")
+    state = args.pop("cache" if name == "path" else "initial_state")
+    if name == "path":
+        state = cache(sizes, normal, jnp.dtype(dtype))
     return {n: x[:, 0] if "T" in STEPS[name][1].AXES[n].split() else x for n, x in args.items()} | {
         "state": state
     }
+
+
+def cache(sizes, normal, dtype):
+    """PaTH's, of rows that fill it with this token, have none before, or half as many."""
+    length = np.resize([sizes["S"] - 1, 0, sizes["S"] // 2], sizes["B"])
+    return cases.path.cache(sizes, normal, dtype, length, lambda *shape: -np.abs(normal(*shape)))
 
 
 def error(got, want):
@@ -111,5 +141,6 @@ def test_inside_shard_map(name):
     args, (step, _) = token(name, SIZES[name][0]), STEPS[name]
     run = functools.partial(step, implementation="triton")
     mesh, spec = jax.sharding.Mesh(jax.devices()[:2], ("data",)), jax.P("data")
-    mapped = jax.shard_map(lambda args: run(**args), mesh=mesh, in_specs=spec, out_specs=spec)
+    specs = {n: jax.P() if n == "lamb" else spec for n in args}  # which has no batch axis
+    mapped = jax.shard_map(lambda args: run(**args), mesh=mesh, in_specs=(specs,), out_specs=spec)
     assert error(jax.jit(mapped)(args), run(**args)) < 1e-6
