@@ -19,8 +19,9 @@ from jla._core.parts import abc_gates
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import GSAState
+from jla._core.steps import differentiable
 from jla.reference import gsa as reference
-from jla.triton import configs, launch, steps
+from jla.triton import configs, launch
 from jla.triton.kernels import gsa_backward, gsa_forward
 from jla.triton.kernels import gsa_step as step_kernel
 
@@ -298,7 +299,7 @@ def gsa_step(q, k, v, s, g, state, *, scale):
     Derivatives are those of the reference's formula, in XLA.
     """
     run, formula = (functools.partial(x, scale=scale) for x in (_step, _formula_of_step))
-    step = steps.differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
+    step = differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
     o, hk, hv = step(q, k, v, s, g, *state)
     return o, GSAState(hk, hv)
 

@@ -17,8 +17,9 @@ from jla._core.derivatives import reverse_only
 from jla._core.parts import kda_operands
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
+from jla._core.steps import differentiable
 from jla.reference import kda as reference
-from jla.triton import configs, launch, steps
+from jla.triton import configs, launch
 from jla.triton.kernels import kda_backward, kda_forward
 from jla.triton.kernels import kda_step as step
 from jla.triton.kernels.pieces import CHUNK
@@ -259,7 +260,7 @@ def kda_step(q, k, v, g, beta, state, *, scale):
     Derivatives are those of the reference's formula, in XLA.
     """
     run, formula = (functools.partial(x, scale=scale) for x in (_step, reference.kda_step))
-    return steps.differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)(q, k, v, g, beta, state)
+    return differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)(q, k, v, g, beta, state)
 
 
 def _step(q, k, v, g, beta, state, *, scale):

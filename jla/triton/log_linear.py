@@ -11,8 +11,9 @@ from jla._core.axes import LOG_LINEAR, letters, of_step, with_value_heads
 from jla._core.derivatives import reverse_only
 from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import LogLinearState, moved_on
+from jla._core.steps import differentiable
 from jla.reference import log_linear as reference
-from jla.triton import configs, launch, steps
+from jla.triton import configs, launch
 from jla.triton.kernels import log_linear_chunks as chunks
 from jla.triton.kernels import log_linear_step as step
 
@@ -210,7 +211,7 @@ def log_linear_step(q, k, v, g, level_scales, state):
 
     Derivatives are those of the reference's formula, in XLA.
     """
-    run = steps.differentiable(_step, _formula_of_step, _STEP_INPUTS, _STEP_OUTPUTS)
+    run = differentiable(_step, _formula_of_step, _STEP_INPUTS, _STEP_OUTPUTS)
     o, levels = run(q, k, v, g, level_scales, *state)
     return o, LogLinearState(levels, moved_on(state.position, 1))
 

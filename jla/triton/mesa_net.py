@@ -18,8 +18,9 @@ from jla._core.derivatives import reverse_only
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import MesaState, zero_mesa_state
+from jla._core.steps import differentiable
 from jla.reference import mesa_net as reference
-from jla.triton import configs, launch, steps
+from jla.triton import configs, launch
 from jla.triton.kernels import mesa_gradients, mesa_read, mesa_solve, mesa_states
 from jla.triton.kernels import mesa_step as step
 
@@ -326,7 +327,7 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
     tolerance = 1e-6 if q.dtype == f32 else 1e-4
     run = functools.partial(_step, steps=cg_steps, tolerance=tolerance)
     formula = functools.partial(_step_formula, steps=cg_steps)
-    one = steps.differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
+    one = differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
     o, kk, kv = one(q, k, v, g, beta, lamb, *state)
     return o, MesaState(kk, kv)
 

@@ -28,9 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import TiledLayout
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla._core.axes import PATH, letters, of_step
-from jla._core.cache import PathCache, counted
-from jla._core.shardwise import shardwise
+from jla._core import path_step as around
 from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.chunks import LOG2E
 from jla.pallas.common.mosaic import f32, per_column, per_row
@@ -40,15 +38,9 @@ from jla.reference import path_attention as reference
 SDS = jax.ShapeDtypeStruct
 HEAD_DIMENSIONS = (16, 32, 64, 128)
 IN_SMEM = 128  # cached tokens, keys and values, that a CTA has in SMEM
-MOST_QUERIES = 8  # query heads of a key head in one pass
 SHORTEST, LONGEST = 256, 2048  # cached tokens of a CTA
 CTAS = 2112  # eight rounds of two on each of an H200's 132 multiprocessors
 NEVER = -1e30  # below all logits, and finite
-
-_AXES = of_step(PATH)
-_OUTPUTS = letters(_AXES, "o cache.key cache.value")
-_DECAY = _AXES["cache.decay"]
-_INPUTS = letters(_AXES, "q k v w beta cache.key cache.value cache.length g cache.decay")
 
 
 def unsupported(q, v):
@@ -78,79 +70,34 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
     their buffer is donated or a temporary of the caller's program, copied before the kernel
     otherwise. Where XLA drops the alias, the rest of the new buffer is filled with zeros.
 
-    The value goes to its place by a scatter before the kernel, the decays are a sum; XLA does both
-    in place where it may. The decays' transpose, which the kernel reads, is 1/128 of the keys.
+    `around.path_step` is what XLA does. The decays' transpose, which the kernel reads, is 1/128 of
+    the keys.
 
     SMEM: 96 KB, 2 CTAs a multiprocessor. Floor at B=64 S=8192 H=HQ=16 K=V=128, all of it used:
     10.7 GB, 2.50 ms.
 
     Derivatives are those of the reference's formula, in XLA.
     """
-    o, key, value, decay = _differentiable(scale)(q, k, v, w, beta, g, *cache)
-    return o, PathCache(key, value, decay, counted(cache.length, 1))
-
-
-@functools.cache
-def _differentiable(scale):
-    step = jax.custom_jvp(functools.partial(_step, scale=scale))
-
-    @step.defjvp
-    def _(primals, tangents):
-        *_, length = primals
-
-        def formula(q, k, v, w, beta, g, *cache):
-            cache = PathCache(*cache, length)
-            o, cache = reference.path_step(q, k, v, w, beta, g, cache, scale=scale)
-            return o, *cache[:3]
-
-        return step(*primals), jax.jvp(formula, primals[:-1], tangents[:-1])[1]
-
-    return step
-
-
-def _step(q, k, v, w, beta, g, key, value, decay, length, *, scale):
-    arrays, results = [q, k, v, w, beta, key, value, length], list(_OUTPUTS)
-    if g is not None:
-        arrays += [g, decay]
-        results.append(_DECAY)
-    run = functools.partial(_run, scale=scale)
-    o, key, value, *decay = shardwise(run, _INPUTS[: len(arrays)], tuple(results))(*arrays)
-    return o, key, value, decay[0] if decay else None
-
-
-def _run(q, k, v, w, beta, key, value, length, g=None, decay=None, *, scale):
-    """The output and the cache's arrays."""
-    (B, S, H, V), HQ = value.shape, q.shape[1]
-    value = value.at[jnp.arange(B, dtype=jnp.int32), length].set(v, mode="drop")
-    added = None
-    if g is not None:
-        before = (jnp.arange(S, dtype=jnp.int32)[None] < length[:, None])[..., None]
-        # A barrier, so that the transpose reads the sums and they can be made in place.
-        decay = lax.optimization_barrier(jnp.where(before, decay + g[:, None], 0.0))
-        # TMA wants rows of whole 16 bytes.
-        added = jnp.pad(scale * LOG2E * jnp.swapaxes(decay, 1, 2), ((0, 0), (0, 0), (0, -S % 4)))
-
-    def heads(x, part):
-        """Of each group of query heads, those of the part."""
-        x = x.reshape(B, H, HQ // H, -1)[:, :, part]
-        return x.reshape(B, -1, x.shape[-1])
-
-    outputs = []
-    for first in range(0, HQ // H, MOST_QUERIES):
-        part = slice(first, first + MOST_QUERIES)
-        some = None if added is None else heads(added, part)
-        arrays = heads(q, part), k, w, beta, key, value, length, some
-        *softmax, key = _pass(*arrays, scale=scale, moved=first > 0)
-        o, top, total = (x.reshape(B, H, -1, *x.shape[2:]) for x in softmax)
-        weight = jnp.exp2(top - jnp.max(top, axis=-1, keepdims=True))
-        total = jnp.sum(weight * total, axis=-1, keepdims=True)
-        outputs.append(jnp.sum(weight[..., None] * o, axis=-2) / total)
-    o = jnp.concatenate(outputs, axis=2).reshape(B, HQ, V)
-    o = jnp.where((length < S)[:, None, None], o, jnp.nan).astype(v.dtype)
-    return (o, key, value) if g is None else (o, key, value, decay)
+    return around.path_step(_attend, reference.path_step, q, k, v, w, beta, g, cache, scale=scale)
 
 
 _load = functools.partial(mosaic.load, optimized=False)
+
+
+def _attend(q, k, w, beta, key, value, length, added, *, scale, first):
+    """The kernel for some query heads of every group; see `around.path_step`."""
+    (B, S, H, _), HQ = key.shape, q.shape[1]
+
+    def heads(x):
+        x = x.reshape(B, H, HQ // H, -1)[:, :, first : first + around.MOST_QUERIES]
+        return x.reshape(B, -1, x.shape[-1])
+
+    if added is not None:
+        # TMA wants rows of whole 16 bytes.
+        added = heads(jnp.pad(jnp.swapaxes(added, 1, 2), ((0, 0), (0, 0), (0, -S % 4))))
+    arrays = heads(q), k, w, beta, key, value, length, added
+    *softmax, key = _pass(*arrays, scale=scale, moved=first > 0)
+    return *(x.reshape(B, H, -1, *x.shape[2:]) for x in softmax), key
 
 
 def _pass(q, k, w, beta, key, value, length, added, *, scale, moved):

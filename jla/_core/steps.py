@@ -1,4 +1,4 @@
-"""What the steps of all mechanisms share."""
+"""What the steps of kernels share, whatever the mechanism."""
 
 import jax
 
