@@ -33,12 +33,14 @@ from jla.triton.kernels.path_tree import (
 
 @triton.jit
 def _moved_back(
-    gradients_ptr, row, factor, transforms_ptr, transform, count, K: tl.constexpr,
+    gradients_ptr, row, factor, transforms_ptr, transform, K: tl.constexpr,
     ROWS: tl.constexpr, BH: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The upper version's gradient times the transposed transform; zeros for a count of 0."""
+    """The upper version's gradient times the transposed transform; zeros for a negative row."""
     x = tl.zeros((ROWS, K), tl.float32)
-    for k in range(0, count, BH):
+    # The number of features must not be what the levels' loop carries: Triton 3.6 takes for unused
+    # what is only the end of an inner loop, and makes the loop over no features.
+    for k in range(0, tl.where(row < 0, 0, K), BH):
         part = tl.load(tile(gradients_ptr, row, k, K, ROWS, BH))
         if KEYS:
             x = product(part, tl.load(tile(transforms_ptr, transform + k, 0, K, BH, K)), x)
@@ -107,7 +109,7 @@ def path_query_gradients(
     delta = tl.load(delta_ptr + row + rows)
     unit = tl.load(unit_ptr + key_head)
     factor = tl.zeros((BLOCK,), tl.float32)
-    above, count = leaf * 0, leaf * 0
+    above = leaf * 0 - 1  # the row of the version above; none yet
 
     for x in range(levels - (LEAVES - 1)):
         level = levels - 1 - x
@@ -115,7 +117,7 @@ def path_query_gradients(
             start = ((leaf >> level) - 1) << level
             transform = (key_head * N + transform_place(start >> level, level, P)) * K
             acc = _moved_back(
-                gradients_ptr, above, factor, transforms_ptr, transform, count, K, BLOCK, BH, False
+                gradients_ptr, above, factor, transforms_ptr, transform, K, BLOCK, BH, False
             )
             query = (head * R + query_place(leaf, level, P)) * LEAF + inside
             q = tl.load(tile(queries_ptr, query, 0, K, BLOCK, K))
@@ -132,14 +134,14 @@ def path_query_gradients(
             tl.store(factors_ptr + query.to(tl.int64) + rows, factor)
             if GATES:
                 tl.store(sums_ptr + query.to(tl.int64) + rows, sums)
-            above, count = query, 0 * query + K
+            above = query
         tl.debug_barrier()
 
     if LEAVES == 2:
         right = rows >= LEAF
         transform = (key_head * N + leaf) * K
         acc = _moved_back(
-            gradients_ptr, above, factor, transforms_ptr, transform, count, K, BLOCK, BH, False
+            gradients_ptr, above, factor, transforms_ptr, transform, K, BLOCK, BH, False
         )
         query = (head * R + query_place(leaf + 1, 0, P) - 1) * LEAF
         q = tl.load(tile(queries_ptr, query, 0, K, BLOCK, K), mask=right[:, None], other=0.0)
@@ -242,7 +244,7 @@ def path_key_gradients(
     rows = tl.arange(0, BLOCK)
     unit = tl.load(unit_ptr + key_head)
     factor = tl.zeros((BLOCK,), tl.float32)
-    above, count = leaf * 0, leaf * 0
+    above = leaf * 0 - 1  # the row of the version above; none yet
     dv = _own_values(own_ptr, highest_ptr, lse_ptr, do_ptr, b, kh, first, P, HQ, H, V, BLOCK, BI)
     v = tl.load(tokens(v_ptr, b, kh, first, P, 0, H, V, BLOCK, V))
 
@@ -252,7 +254,7 @@ def path_key_gradients(
         if (((leaf >> level) & 1) == 0) & (start < P):
             transform = (key_head * N + transform_place(start >> level, level, P)) * K
             acc = _moved_back(
-                gradients_ptr, above, factor, transforms_ptr, transform, count, K, BLOCK, BH, True
+                gradients_ptr, above, factor, transforms_ptr, transform, K, BLOCK, BH, True
             )
             place = key_place(leaf, level, P)
             key = (key_head * S + place) * LEAF + inside
@@ -276,14 +278,14 @@ def path_key_gradients(
             scaled, factor = normalised(acc, DTYPE)
             tl.store(tile(gradients_ptr, key, 0, K, BLOCK, K), scaled)
             tl.store(factors_ptr + key.to(tl.int64) + rows, factor)
-            above, count = key, 0 * key + K
+            above = key
         tl.debug_barrier()
 
     if LEAVES == 2:
         left = rows < LEAF
         transform = (key_head * N + leaf + 1) * K
         acc = _moved_back(
-            gradients_ptr, above, factor, transforms_ptr, transform, count, K, BLOCK, BH, True
+            gradients_ptr, above, factor, transforms_ptr, transform, K, BLOCK, BH, True
         )
         place = key_place(leaf, 0, P)
         key = (key_head * S + place) * LEAF
