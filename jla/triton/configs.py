@@ -73,8 +73,8 @@ CONFIGS: dict[str, dict[int, Config]] = {
         227: Config({"BK": 64, "BV": 64}),
     },
     "kda_score_gradients": _everywhere({"BV": 64}),
-    "kda_query_gradients": _everywhere({"BK": 32, "BV": 64}, warps=8),
-    "kda_key_gradients": _everywhere({"BK": 32, "BV": 64}, warps=8),
+    "kda_query_gradients": _everywhere({"BK": 32, "BV": 64}),
+    "kda_key_gradients": _everywhere({"BK": 32, "BV": 64}),
     # Few heads have more programs for each, and these take less time for a chunk.
     "kda_recurrence_few": _everywhere({"BV": 16}),
     "kda_gradient_recurrence_few": _everywhere({"BV": 16}),

@@ -170,7 +170,8 @@ def _states(features, by_slot, decays, start, *, reverse=False):
     B, T, H, M = decays[0].shape
     HQ, (K, V) = features[0].shape[2], (x.shape[-1] for x in features)
     N, dtype = triton.cdiv(T, CHUNK), _operand(features[0])
-    # The arguments that a call does not use are those that it does.
+    # In the place of arguments that a call does not use are such as it does, of their dtype.
+    given = start or (decays[1],) * 2
     of_keys, of_values = ((x, x, w, w) for x, w in zip(features, by_slot, strict=True))
     both = (*features, *by_slot)
     calls = [(K, 1, 1, both)] if K == V else [(K, 1, 0, of_keys), (V, 0, 1, of_values)]
@@ -180,7 +181,7 @@ def _states(features, by_slot, decays, start, *, reverse=False):
         shapes += [SDS((B, H, K, M), f32), SDS((B, H, M, V), f32)]
         used = (keys, values, keys, values)
         out = _call(
-            *(gsa_forward.gsa_states, *arrays, *decays, *(start or decays)),
+            *(gsa_forward.gsa_states, *arrays, *decays, *given),
             grid=lambda slots, features, n=keys + values: B * H * slots * features * n,
             outputs=[x if n else SDS((1,), x.dtype) for x, n in zip(shapes, used, strict=True)],
             sizes=dict(HQ=HQ, H=H, D=D, M=M),

@@ -48,8 +48,9 @@ _SPILLS = {
     "kda_gradient_recurrence_float32": 8,
     "kda_gradient_recurrence_float32_wide": 64,
     "kda_score_gradients_float32": 24,
+    "kda_query_gradients": 24,
     "kda_query_gradients_float32": 8,
-    "kda_key_gradients": 48,
+    "kda_key_gradients": 336,
     "kda_key_gradients_float32": 296,
 }
 
