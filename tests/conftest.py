@@ -66,7 +66,7 @@ def pytest_xdist_make_scheduler(config, log):
 def _group(nodeid, config):
     """What runs together, in one process: the tests that use the same compiled programs.
 
-    Those of a mechanism, with its definition, and those of a layer; on GPUs, where ten processes
+    Those of a mechanism, with its definition, and those of a layer; on GPUs, where twelve processes
     take part, those of one implementation.
     """
     names = "|".join(IMPLEMENTATIONS)
