@@ -1,8 +1,8 @@
 """Evaluates a jaxpr with NumPy, equation by equation: nothing is lowered, and nothing compiled.
 
-For interpreted kernels. Each is a program of a thousand callbacks on small arrays that runs once or
-twice, and XLA compiled it for longer than it ran. What has no rule here is run by JAX, one
-operation at a time.
+For what runs once or twice and took XLA longer to compile than to run: interpreted kernels, each a
+program of a thousand callbacks on small arrays, and the definitions at a test's own sizes. What has
+no rule here is run by JAX, one operation at a time.
 """
 
 import functools
@@ -23,6 +23,20 @@ def evaluate(jaxpr, consts, args):
         run = _program(jaxpr)
     with np.errstate(all="ignore"):
         return run(consts, args)
+
+
+def evaluated(jitted):
+    """The jitted function without its compilation, for small arrays: on a GPU, where tests have
+    large ones, it stays as it is."""
+    if jax.default_backend() == "gpu":
+        return jitted
+
+    def run(*args):
+        traced = jitted.trace(*args)
+        values = evaluate(traced.jaxpr.jaxpr, traced.jaxpr.consts, jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(traced.out_info), values)
+
+    return run
 
 
 # A kernel's threads and the steps of its grid share one program; a few kernels run at a time.
@@ -100,9 +114,15 @@ def _jit(*, jaxpr, **_):
     return _closed(jaxpr)
 
 
-@_rule("custom_jvp_call", "custom_vjp_call")
-def _custom(*, call_jaxpr, **_):
+@_rule("custom_jvp_call", "custom_vjp_call", "eval_jaxpr")
+def _call(*, call_jaxpr, **_):
     return _closed(call_jaxpr)
+
+
+@_rule("remat2", "checkpoint")
+def _remat(*, jaxpr, **_):
+    run = _program(jaxpr)
+    return lambda *args: run((), args)
 
 
 @_rule("io_callback")
@@ -156,6 +176,7 @@ def _scan(*, length, reverse, jaxpr, ft_in, **_):
 _OF_NUMPY = {
     "abs": np.abs,
     "add": np.add,
+    "add_any": np.add,
     "and": np.bitwise_and,
     "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
     "eq": np.equal,
@@ -176,12 +197,30 @@ _OF_NUMPY = {
     "rem": np.fmod,
     "rsqrt": lambda x: np.reciprocal(np.sqrt(x)),
     "shift_left": np.left_shift,
+    "shift_right_arithmetic": np.right_shift,
     "sign": np.sign,
     "sqrt": np.sqrt,
+    "stop_gradient": lambda x: x,
     "sub": np.subtract,
     "xor": np.bitwise_xor,
 }
-_RULES.update({name: lambda run=function, **_: run for name, function in _OF_NUMPY.items()})
+
+
+def _of_numpy(function):
+    def make(*, out_dtype=None, **_):
+        if out_dtype is None:
+            return function
+        return lambda *operands: function(*operands).astype(out_dtype)
+
+    return make
+
+
+_RULES.update({name: _of_numpy(function) for name, function in _OF_NUMPY.items()})
+
+
+@_rule("integer_pow")
+def _integer_pow(*, y, **_):
+    return lambda x: np.power(x, np.asarray(y, x.dtype))
 
 
 @_rule("select_n")
