@@ -71,7 +71,7 @@ def _program(jaxpr):
     def run(consts, args):
         known = values.copy()
         for i, x in zip(inputs, (*consts, *args), strict=True):
-            known[i] = np.asarray(x)
+            known[i] = _array(x) if hasattr(x, "dtype") else np.asarray(x)
         for step, operands, outputs in steps:
             for i, x in zip(outputs, step(*[known[i] for i in operands]), strict=True):
                 known[i] = x
@@ -84,12 +84,17 @@ def _several(run):
     return lambda *operands: (run(*operands),)
 
 
+def _array(x):
+    """Of NumPy, but for the keys of random numbers."""
+    return x if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else np.asarray(x)
+
+
 def _by_jax(primitive, params):
     params = primitive.get_bind_params(params)
 
     def run(*operands):
         with jax.enable_x64(True):  # an operand's dtype stays what it is
-            return jax.tree.map(np.asarray, primitive.bind(*operands, **params))
+            return jax.tree.map(_array, primitive.bind(*operands, **params))
 
     return run
 
