@@ -111,8 +111,8 @@ def _interpreted(item):
 
 def _rank(nodeid, config):
     if config.getoption("markexpr") == "gpu":
-        # Theirs take XLA longest: PaTH's one process for three minutes.
-        long = re.search(r"contract/.*\[(path|log_linear)-.*-full", nodeid)
+        # Theirs take XLA longest: PaTH's one process for minutes.
+        long = re.match(r"(path|log_linear)-\w+-gradients$", _group(nodeid, config))
         return 0 if long else 1 if "-full" in nodeid else 2
     if "contract/" in nodeid and re.search("-(pallas|triton)", nodeid):
         return 0
