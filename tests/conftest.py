@@ -1,9 +1,11 @@
 """Settings of the whole suite; they must be made before JAX starts a backend."""
 
 import gc
+import os
 import pathlib
 import re
 
+import blas  # noqa: F401, first of all
 import hardware
 import interpreter
 import jax
@@ -12,11 +14,14 @@ import triton_interpreter
 
 from jla import _dispatch
 from jla._core.checks import IMPLEMENTATIONS
+from jla._dispatch import BACKENDS
 
 # Four for the sharding tests; with fewer than eight, interpreted kernels can starve one another.
 jax.config.update("jax_num_cpu_devices", 8)
-# Most of the suite's time is XLA's: on small shapes it compiles for longer than it runs.
+# Most of the suite's time is XLA's: on small shapes it compiles for longer than it runs. On a GPU it
+# would also compile each product in many ways, to take the one that is fastest at that moment.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
 # Kernels that only the interpreter runs right are wrong.
 hardware.check_more()
 interpreter.mend()
@@ -44,7 +49,7 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=chosen[False])
     # Stable: inside a group the order stays. Long groups come first, for one that began last would
     # leave the other process idle.
-    items.sort(key=lambda item: (_rank(item.nodeid), _group(item.nodeid, config)))
+    items.sort(key=lambda item: (_rank(item.nodeid, config), _group(item.nodeid, config)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_gpu():
         for item in marked:
@@ -66,21 +71,38 @@ def pytest_xdist_make_scheduler(config, log):
 def _group(nodeid, config):
     """What runs together, in one process: the tests that use the same compiled programs.
 
-    Those of a mechanism, with its definition, and those of a layer; on GPUs, where twelve processes
-    take part, those of one implementation.
+    Those of a mechanism, with its definition, and those of a layer.
     """
-    names = "|".join(IMPLEMENTATIONS)
-    contract = re.search(rf"contract/.*\[(\w+)-({names})\b", nodeid)
+    contract = re.search(rf"contract/.*\[(\w+)-({'|'.join(IMPLEMENTATIONS)})\b", nodeid)
+    if config.getoption("markexpr") == "gpu":
+        return _group_on_gpus(nodeid, contract)
     if contract:
-        return "-".join(contract.groups()) if config.getoption("markexpr") == "gpu" else contract[1]
+        return contract[1]
     layer = re.search(rf"linen/.*[\[-]({'|'.join(LAYERS)})\b", nodeid)
     if layer:
         return f"linen-{layer[1]}"
     if "test_compile" in nodeid:  # they share nothing
         return nodeid
-    if "test_on_gpu" in nodeid:  # a target and a mechanism
-        return "-".join(nodeid.split("[")[1].rstrip("]").split("-")[:2])
     return nodeid.split("[" if "test_pallas" in nodeid else "::")[0]
+
+
+def _group_on_gpus(nodeid, contract):
+    """As `_group`, where twelve processes take part: the longest group is the least the run takes."""
+    if contract:
+        name, backend = contract.groups()
+        test = nodeid.split("::")[1]
+        if "-full" not in nodeid:  # they have the small cases
+            part = "small"
+        elif "test_every_token_its_own_segment" in test:  # the only one with segments
+            part = "segments"
+        elif backend in BACKENDS and re.search("test_(causal|a_later)", test):
+            part = "forward"  # kernels have a program of their own for it
+        else:
+            part = "gradients"
+        return f"{name}-{backend}-{part}"
+    if "test_on_gpu.py" in nodeid:  # a target and a mechanism
+        return "-".join(nodeid.split("[")[1].rstrip("]").split("-")[:2])
+    return nodeid
 
 
 def _interpreted(item):
@@ -90,7 +112,11 @@ def _interpreted(item):
     return rows or item.get_closest_marker("interpreted") is not None
 
 
-def _rank(nodeid):
+def _rank(nodeid, config):
+    if config.getoption("markexpr") == "gpu":
+        # Theirs take XLA longest: PaTH's one process for minutes. The fuzzer runs for one.
+        long = re.search(r"^(path|log_linear)-\w+-gradients$|test_fuzz", _group(nodeid, config))
+        return 0 if long else 1 if "-full" in nodeid else 2
     if "contract/" in nodeid and re.search("-(pallas|triton)", nodeid):
         return 0
     return 1 if "test_pallas" in nodeid or "contract/" in nodeid else 2

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from comparing import close, normal, run_in
+from evaluator import evaluated
 from flax import linen as nn
 from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -89,7 +90,8 @@ def check(context, shape, dtype=bf16):
     run = jax.jit(functools.partial(with_gradients, kernel))
     got = run_in(context, run, args, cotangent)
     wide = functools.partial(jax.tree.map, lambda x: x.astype(f32))
-    want = jax.jit(functools.partial(with_gradients, formula))(wide(args), wide(cotangent))
+    definition = jax.jit(functools.partial(with_gradients, formula))
+    want = evaluated(definition)(wide(args), wide(cotangent))
     pairs = {"y": (got[0], want[0])}
     pairs |= {n: pair for n, *pair in zip(NAMES, got[1], want[1], strict=True)}
     close(*pairs.pop("scale"), 1e-5)

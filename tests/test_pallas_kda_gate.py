@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparing import close, normal, run_in
+from evaluator import evaluated
 from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -101,7 +102,7 @@ def check(context, sizes, lower_bound, segments):
     dg = jnp.pad(dg, ((0, 0), (0, -T % 64), (0, 0), (0, 0)), constant_values=1e9)
     run = jax.jit(functools.partial(kernel, lower_bound=lower_bound))
     got = run_in(context, run, *args, dg, ids)
-    expected = jax.jit(functools.partial(formula, lower_bound=lower_bound))
+    expected = evaluated(jax.jit(functools.partial(formula, lower_bound=lower_bound)))
     want = expected(f.astype(f32), *args[1:], dg, ids)
     gates, df, dA, dbias = got
     assert gates.dtype == f16 and df.dtype == f.dtype and dA.dtype == dbias.dtype == f32
@@ -195,7 +196,7 @@ def test_with_the_mechanism(sizes, lower_bound, segments):
         got = jax.jit(functools.partial(with_gradients, run))(args)
     run = functools.partial(in_two_steps, ids=ids, lower_bound=lower_bound, run=reference)
     wide = [x.astype(f32) for x in args]
-    want = jax.jit(functools.partial(with_gradients, run))(wide)
+    want = evaluated(jax.jit(functools.partial(with_gradients, run)))(wide)
     assert [x.dtype for x in got[2:]] == [x.dtype for x in args]
     for ours, theirs, tolerance in zip(got, want, [5e-3] * 2 + [2e-2] * 8, strict=True):
         close(ours, theirs, tolerance)

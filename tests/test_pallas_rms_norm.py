@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from comparing import close, normal, run_in
+from evaluator import evaluated
 from flax import linen as nn
 from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -149,7 +150,7 @@ def check(context, shape, row=1, kind=None, dtype=bf16, bias=False, **options):
     got = run_in(context, run, args, cotangents)
     wide = functools.partial(jax.tree.map, lambda x: x.astype(f32))
     run = functools.partial(formula, kind=kind, **options)
-    run = jax.jit(functools.partial(with_gradients, run))
+    run = evaluated(jax.jit(functools.partial(with_gradients, run)))
     want = run(wide(args), wide(cotangents))
     # The scale's gradient. The bias's may be a sum of what has been rounded.
     close(got[1][1], want[1][1], 1e-5)

@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from evaluator import evaluated
 from mechanisms import MECHANISMS
 from table import Mechanism
 
@@ -132,8 +133,11 @@ def value_and_vjp(mechanism, implementation, args, cotangents, segment_ids=None)
 
 
 def definition(mechanism, args, cotangents, segment_ids=None):
-    """As `value_and_vjp`, by the reference on the same arguments in float32."""
-    run = _value_and_vjp(mechanism.name, "reference")
+    """As `value_and_vjp`, by the reference on the same arguments in float32.
+
+    Evaluated with NumPy: each size would take XLA seconds to compile.
+    """
+    run = evaluated(_value_and_vjp(mechanism.name, "reference"))
     return jax.device_get(run(upcast(args), upcast(cotangents), segment_ids))
 
 

@@ -1,0 +1,368 @@
+"""Evaluates a jaxpr with NumPy, equation by equation: nothing is lowered, and nothing compiled.
+
+For what runs once or twice and took XLA longer to compile than to run: interpreted kernels, each a
+program of a thousand callbacks on small arrays, and the definitions at a test's own sizes. What has
+no rule here is run by JAX, one operation at a time.
+"""
+
+import functools
+import math
+import threading
+
+import jax
+import numpy as np
+from jax._src import core
+
+_RULES = {}
+_building = threading.Lock()
+
+
+def evaluate(jaxpr, consts, args):
+    """What the jaxpr returns for these constants and arguments: a list of NumPy arrays."""
+    with _building:  # threads wait for the first
+        run = _program(jaxpr)
+    with np.errstate(all="ignore"):
+        return run(consts, args)
+
+
+def evaluated(jitted):
+    """The jitted function without its compilation, for small arrays: on a GPU, where tests have
+    large ones, it stays as it is."""
+    if jax.default_backend() == "gpu":
+        return jitted
+
+    def run(*args):
+        traced = jitted.trace(*args)
+        values = evaluate(traced.jaxpr.jaxpr, traced.jaxpr.consts, jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(traced.out_info), values)
+
+    return run
+
+
+# A kernel's threads and the steps of its grid share one program; a few kernels run at a time.
+@functools.lru_cache(maxsize=64)
+def _program(jaxpr):
+    """The jaxpr as a function of its constants and its arguments."""
+    places, values = {}, []  # each variable has a place in a list of values
+
+    def place(var):
+        if var not in places:
+            places[var] = len(values)
+            values.append(None)
+        return places[var]
+
+    def read(atom):
+        if not isinstance(atom, core.Literal):
+            return places[atom]
+        values.append(np.asarray(atom.val, atom.aval.dtype))
+        return len(values) - 1
+
+    inputs = [place(var) for var in (*jaxpr.constvars, *jaxpr.invars)]
+    steps = []
+    for eqn in jaxpr.eqns:
+        make = _RULES.get(eqn.primitive.name)
+        run = make(**eqn.params) if make else _by_jax(eqn.primitive, eqn.params)
+        if not eqn.primitive.multiple_results:
+            run = _several(run)
+        operands = [read(x) for x in eqn.invars]
+        steps.append((run, operands, [place(var) for var in eqn.outvars]))
+    results = [read(x) for x in jaxpr.outvars]
+
+    def run(consts, args):
+        known = values.copy()
+        for i, x in zip(inputs, (*consts, *args), strict=True):
+            known[i] = _array(x) if hasattr(x, "dtype") else np.asarray(x)
+        for step, operands, outputs in steps:
+            for i, x in zip(outputs, step(*[known[i] for i in operands]), strict=True):
+                known[i] = x
+        return [known[i] for i in results]
+
+    return run
+
+
+def _several(run):
+    return lambda *operands: (run(*operands),)
+
+
+def _array(x):
+    """Of NumPy, but for the keys of random numbers."""
+    return x if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else np.asarray(x)
+
+
+def _by_jax(primitive, params):
+    params = primitive.get_bind_params(params)
+
+    def run(*operands):
+        with jax.enable_x64(True):  # an operand's dtype stays what it is
+            return jax.tree.map(_array, primitive.bind(*operands, **params))
+
+    return run
+
+
+def _rule(*names):
+    """Registers a function from an equation's parameters to a function of its operands."""
+
+    def register(make):
+        _RULES.update(dict.fromkeys(names, make))
+        return make
+
+    return register
+
+
+def _closed(closed):
+    run = _program(closed.jaxpr)
+    return lambda *args: run(closed.consts, args)
+
+
+@_rule("jit", "pjit")
+def _jit(*, jaxpr, **_):
+    return _closed(jaxpr)
+
+
+@_rule("custom_jvp_call", "custom_vjp_call", "eval_jaxpr")
+def _call(*, call_jaxpr, **_):
+    return _closed(call_jaxpr)
+
+
+@_rule("remat2", "checkpoint")
+def _remat(*, jaxpr, **_):
+    run = _program(jaxpr)
+    return lambda *args: run((), args)
+
+
+@_rule("io_callback")
+def _io_callback(*, callback, **_):
+    # Copies: what is read from a buffer must not change with it.
+    return lambda *operands: [np.array(x) for x in callback(*operands)]
+
+
+@_rule("optimization_barrier")
+def _barrier(**_):
+    return lambda *operands: operands
+
+
+@_rule("cond")
+def _cond(*, branches, **_):
+    branches = [_closed(x) for x in branches]
+    last = len(branches) - 1
+    return lambda index, *operands: branches[min(max(int(index), 0), last)](*operands)
+
+
+@_rule("while")
+def _while(*, cond_nconsts, cond_jaxpr, body_nconsts, body_jaxpr, **_):
+    condition, body = _closed(cond_jaxpr), _closed(body_jaxpr)
+
+    def run(*operands):
+        of_condition, rest = operands[:cond_nconsts], operands[cond_nconsts:]
+        of_body, carry = rest[:body_nconsts], rest[body_nconsts:]
+        while condition(*of_condition, *carry)[0]:
+            carry = body(*of_body, *carry)
+        return carry
+
+    return run
+
+
+@_rule("scan")
+def _scan(*, length, reverse, jaxpr, ft_in, **_):
+    body = _closed(jaxpr)
+    num_consts, num_carry, _ = map(len, ft_in.unpack())
+
+    def run(*operands):
+        consts, rest = operands[:num_consts], operands[num_consts:]
+        carry, xs, ys = rest[:num_carry], rest[num_carry:], [None] * length
+        for i in range(length)[:: -1 if reverse else 1]:
+            out = body(*consts, *carry, *(x[i] for x in xs))
+            carry, ys[i] = out[:num_carry], out[num_carry:]
+        return [*carry, *(np.stack(y) for y in zip(*ys, strict=True))]
+
+    return run
+
+
+_OF_NUMPY = {
+    "abs": np.abs,
+    "add": np.add,
+    "add_any": np.add,
+    "and": np.bitwise_and,
+    "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
+    "eq": np.equal,
+    "exp": np.exp,
+    "exp2": np.exp2,
+    "ge": np.greater_equal,
+    "gt": np.greater,
+    "le": np.less_equal,
+    "log2": np.log2,
+    "lt": np.less,
+    "max": np.maximum,
+    "min": np.minimum,
+    "mul": np.multiply,
+    "ne": np.not_equal,
+    "neg": np.negative,
+    "not": np.bitwise_not,
+    "or": np.bitwise_or,
+    "rem": np.fmod,
+    "rsqrt": lambda x: np.reciprocal(np.sqrt(x)),
+    "shift_left": np.left_shift,
+    "shift_right_arithmetic": np.right_shift,
+    "sign": np.sign,
+    "sqrt": np.sqrt,
+    "stop_gradient": lambda x: x,
+    "sub": np.subtract,
+    "xor": np.bitwise_xor,
+}
+
+
+def _of_numpy(function):
+    def make(*, out_dtype=None, **_):
+        if out_dtype is None:
+            return function
+        return lambda *operands: function(*operands).astype(out_dtype)
+
+    return make
+
+
+_RULES.update({name: _of_numpy(function) for name, function in _OF_NUMPY.items()})
+
+
+@_rule("integer_pow")
+def _integer_pow(*, y, **_):
+    return lambda x: np.power(x, np.asarray(y, x.dtype))
+
+
+@_rule("select_n")
+def _select_n(**_):
+    def run(which, *cases):
+        return np.where(which, *cases[::-1]) if len(cases) == 2 else np.choose(which, cases)
+
+    return run
+
+
+@_rule("div")
+def _div(**_):
+    def run(x, y):
+        if x.dtype.kind in "iu":  # towards zero
+            return (x - np.fmod(x, y)) // y
+        return x / y
+
+    return run
+
+
+@_rule("shift_right_logical")
+def _shift_right_logical(**_):
+    def run(x, n):
+        unsigned = f"u{x.dtype.itemsize}"
+        return np.right_shift(x.view(unsigned), n.view(unsigned)).view(x.dtype)
+
+    return run
+
+
+@_rule("convert_element_type")
+def _convert_element_type(*, new_dtype, **_):
+    def run(x):
+        if np.dtype(new_dtype).kind in "iu" and x.dtype.kind not in "iub":
+            # NumPy does not say what becomes of a number beyond the range.
+            return np.asarray(jax.lax.convert_element_type(x, new_dtype))
+        return x.astype(new_dtype)
+
+    return run
+
+
+@_rule("bitcast_convert_type")
+def _bitcast_convert_type(*, new_dtype, **_):
+    return lambda x: x.view(new_dtype)
+
+
+@_rule("broadcast_in_dim")
+def _broadcast_in_dim(*, shape, broadcast_dimensions, **_):
+    def run(x):
+        sizes = dict(zip(broadcast_dimensions, x.shape, strict=True))
+        return np.broadcast_to(x.reshape([sizes.get(i, 1) for i in range(len(shape))]), shape)
+
+    return run
+
+
+@_rule("reshape")
+def _reshape(*, new_sizes, **_):
+    return lambda x: x.reshape(new_sizes)
+
+
+@_rule("squeeze")
+def _squeeze(*, dimensions, **_):
+    return lambda x: x.squeeze(dimensions)
+
+
+@_rule("transpose")
+def _transpose(*, permutation, **_):
+    return lambda x: x.transpose(permutation)
+
+
+@_rule("slice")
+def _slice(*, start_indices, limit_indices, strides, **_):
+    strides = strides or (1,) * len(start_indices)
+    place = tuple(map(slice, start_indices, limit_indices, strides))
+    return lambda x: x[place]
+
+
+@_rule("dynamic_slice")
+def _dynamic_slice(*, slice_sizes, **_):
+    def run(x, *starts):
+        rows = zip(map(int, starts), x.shape, slice_sizes, strict=True)
+        starts = [min(max(start, 0), n - size) for start, n, size in rows]
+        ends = [start + size for start, size in zip(starts, slice_sizes, strict=True)]
+        return x[tuple(map(slice, starts, ends))]
+
+    return run
+
+
+@_rule("concatenate")
+def _concatenate(*, dimension, **_):
+    return lambda *xs: np.concatenate(xs, dimension)
+
+
+@_rule("stack")
+def _stack(*, axis, **_):
+    return lambda *xs: np.stack(xs, axis)
+
+
+@_rule("iota")
+def _iota(*, dtype, shape, dimension, **_):
+    line = np.arange(shape[dimension], dtype=dtype)
+    line = line.reshape([-1 if i == dimension else 1 for i in range(len(shape))])
+    made = np.broadcast_to(line, shape)
+    return lambda: made
+
+
+@_rule("reduce_max")
+def _reduce_max(*, axes, **_):
+    return lambda x: np.max(x, axes)
+
+
+@_rule("reduce_sum")
+def _reduce_sum(*, axes, **_):
+    def run(x):
+        wide = np.float32 if x.dtype.itemsize == 2 and x.dtype.kind not in "iu" else x.dtype
+        return np.sum(x, axes, dtype=wide).astype(x.dtype)
+
+    return run
+
+
+@_rule("dot_general")
+def _dot_general(*, dimension_numbers, preferred_element_type, **_):
+    inner, batch = dimension_numbers
+
+    def matrices(x, inner, batch, left):
+        """As one matrix for each place of `batch`, and the sizes of the other axes."""
+        outer = [i for i in range(x.ndim) if i not in (*inner, *batch)]
+        order = (*batch, *outer, *inner) if left else (*batch, *inner, *outer)
+        depth = math.prod(x.shape[i] for i in inner)
+        shape = [x.shape[i] for i in batch] + ([-1, depth] if left else [depth, -1])
+        wide = x.astype(np.float32) if x.dtype.itemsize == 2 else x
+        return wide.transpose(order).reshape(shape), [x.shape[i] for i in outer]
+
+    def run(x, y):
+        dtype = preferred_element_type or x.dtype
+        sizes = [x.shape[i] for i in batch[0]]
+        x, rows = matrices(x, inner[0], batch[0], True)
+        y, columns = matrices(y, inner[1], batch[1], False)
+        return np.matmul(x, y).reshape(*sizes, *rows, *columns).astype(dtype)
+
+    return run
