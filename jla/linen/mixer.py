@@ -136,13 +136,16 @@ class Mixer(nn.Module):
         """Checks the layer's own attributes; returns what `begin` hands to `__call__`."""
         raise NotImplementedError(f"{type(self).__name__} must define sizes(T, D); see Mixer")
 
-    def heads_and_dims(self, D, num_key_heads=None, dims_per="num_heads", **more):
+    def heads_and_dims(
+        self, D, num_key_heads=None, dims_per="num_heads", accepted=checks.HEAD_DIMS, **more
+    ):
         """Checks counts of heads and dimensions; returns H, the key heads, K, V and `more`, which
         are sizes like `key_dim` that default to it.
 
         Args:
           num_key_heads: `num_heads` if None.
           dims_per: the attribute by whose value D is divided for the default of `key_dim`.
+          accepted: the range of all dimensions.
         """
         H = self.num_heads
         _arguments.check_size("num_heads", H, 1)
@@ -151,7 +154,7 @@ class Mixer(nn.Module):
         checks.check_multiple("num_heads", H, "num_key_heads", HK)
         per = dims_per, getattr(self, dims_per)
         dims = dict(key_dim=self.key_dim, value_dim=self.value_dim, **more)
-        return H, HK, *_arguments.head_dims(D, per, **dims)
+        return H, HK, *_arguments.head_dims(D, per, accepted, **dims)
 
     def begin(self, inputs, mask, segment_ids):
         """Checks the call's arguments and the attributes; returns the tokens and the sizes."""
