@@ -62,10 +62,16 @@ def head_dims(D, per, accepted, **dims):
     return dims.values()
 
 
-def check_conv_size(size):
-    """Raises TypeError or ValueError unless `size` is None, 0 or an integer of at least 2."""
+def check_convolution(size, bias):
+    """Raises TypeError or ValueError unless `size` is an integer of at least 2, or None or 0 and
+    there is no bias."""
     if size is not None and size != 0:
         check_size("conv_size", size, 2, "; None or 0 leaves the convolutions out")
+    elif bias:
+        raise ValueError(
+            f"conv_bias is True, but with conv_size = {size} there are no convolutions; set "
+            "conv_size, or leave conv_bias at False"
+        )
 
 
 def float32_parameter(layer, name, init, shape):
