@@ -43,6 +43,7 @@ class GatedSlotAttention(Mixer):
     f_proj               kernel       [D, HK, M]
     q_conv1d             kernel       [conv_size, HQ, K], U(-conv_size**-0.5, conv_size**-0.5)
     k_conv1d, v_conv1d   kernel       [conv_size, HK, K], [conv_size, HK, V], as q_conv1d
+    ..._conv1d           bias         [HQ, K], [HK, K], [HK, V], zeros; with `conv_bias`
     feature_map          kernel       [K, K], with `feature_map="t2r"`
     g_norm               scale        [HQ, V], ones; none without `norm_scale`
     o_proj               kernel       [HQ, V, D]

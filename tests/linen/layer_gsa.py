@@ -16,6 +16,7 @@ GROUPED = dict(
     num_slots=20,
     feature_map="t2r",
     conv_size=4,
+    conv_bias=True,
 )
 
 
@@ -86,9 +87,9 @@ GSA = Layer(
         "q_proj": {"kernel": (D, 4, 16)},
         "k_proj": {"kernel": (D, 2, 16)},
         "v_proj": {"kernel": (D, 2, 32)},
-        "q_conv1d": {"kernel": (4, 4, 16)},
-        "k_conv1d": {"kernel": (4, 2, 16)},
-        "v_conv1d": {"kernel": (4, 2, 32)},
+        "q_conv1d": {"kernel": (4, 4, 16), "bias": (4, 16)},
+        "k_conv1d": {"kernel": (4, 2, 16), "bias": (2, 16)},
+        "v_conv1d": {"kernel": (4, 2, 32), "bias": (2, 32)},
         "f_proj": {"kernel": (D, 2, 20)},
         "feature_map": {"kernel": (16, 16)},
         "g_norm": {"scale": (4, 32)},
