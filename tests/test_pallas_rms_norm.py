@@ -245,6 +245,7 @@ def calls(monkeypatch):
         (dict(implementation="pallas", axes=2), "branch", False, bf16, ("branch",)),
         (dict(implementation="pallas"), "update", False, bf16, ("branch", "update")),
         (dict(implementation="pallas", input_activation=nn.silu), None, False, bf16, ("silu",)),
+        (dict(implementation="pallas", use_scale=False), "sigmoid", False, bf16, ("sigmoid",)),
         (dict(), "branch", False, bf16, ("branch",)),
         (dict(input_activation=nn.relu), None, False, bf16, None),
         (dict(input_activation=nn.silu), "branch", False, bf16, None),
@@ -256,10 +257,13 @@ def calls(monkeypatch):
 def test_the_layer_uses_it_where_it_serves(calls, on_a_gpu, options, kind, bias, dtype, used):
     args, _ = arguments((1, 3, 2, 64), options.get("axes", 1), kind, dtype, bias)
     x, scale, *gates = args
+    params = {"scale": scale}
+    if not options.get("use_scale", True):
+        params, args = {}, (x, jnp.ones_like(scale), *gates)
     layer = RMSNorm(**options)
     with jla.pallas.interpret():
         method = "branch" if kind in ("branch", "update") else None
-        y = layer.apply({"params": {"scale": scale}}, x, *gates, method=method)
+        y = layer.apply({"params": params}, x, *gates, method=method)
     assert calls == ([] if used is None else [used])
     before = options.get("input_activation")
     before = None if before is None else before.__name__
