@@ -53,8 +53,8 @@ def with_gradients(run, args, cotangent):
         dict(shape=(2, 43, 2, 64), dtype=f16),
         # A chunk has several heads, and a row several chunks.
         dict(shape=(1, 7, 4, 96)),
-        # Another kernel, whose own tests are those of RMSNorm.
-        dict(shape=(1, 3, 2, 64), norm_before_gate=True),
+        # Another kernel.
+        pytest.param(dict(shape=(1, 3, 2, 64), norm_before_gate=True), marks=pytest.mark.slow),
         # Two rows a warp.
         pytest.param(dict(shape=(1, 37, 2, 32)), marks=pytest.mark.slow),
         # The longest.
@@ -104,6 +104,22 @@ def check(context, shape, dtype=bf16, **options):
         # Token by token, for they are of all sizes.
         for t in range(min(shape[1], 8)):
             close(ours[:, t], theirs[:, t], 3e-3)
+
+
+def test_before_the_gate_it_is_the_kernel_of_rms_norm(monkeypatch):
+    """Whose values have tests of their own."""
+    made = []
+
+    def stand_in(x, scale, gate, **options):
+        made.append((x.shape, scale.shape, gate.shape, options))
+        return x
+
+    monkeypatch.setattr(kernels, "rms_norm", stand_in)
+    run = functools.partial(kernels.gated_norm.__wrapped__, epsilon=EPSILON, norm_before_gate=True)
+    args, _ = jax.eval_shape(lambda: arguments((1, 3, 2, 64)))
+    jax.eval_shape(run, *args)
+    tokens = 1, 3, 2, 64
+    assert made == [(tokens, (2, 64), tokens, dict(epsilon=EPSILON, activation="silu"))]
 
 
 @pytest.mark.parametrize("norm_before_gate", [False, True])
