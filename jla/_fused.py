@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jla._core import checking
 from jla._core.parts import kda_operands, mamba2_operands
-from jla._core.states import LogLinearState
+from jla._core.states import LogLinearState, with_rank
 from jla._core.types import (
     Array,
     GateBiases,
@@ -124,11 +124,12 @@ def log_linear_mamba2(
 
         o = log_linear_attention(q, k, dt u, g, softplus(logits)) + skip u
 
-    The kernels put dt, the softplus and the skip into the weights with which tokens are read. With
-    an initial state, the public function and the formula make the same.
+    The kernels put dt, the softplus and the skip into the weights with which tokens are read. A
+    skip of its own for each feature has no place there, and is added to what they give, which is
+    rounded before. With an initial state, the public function and the formula make the same.
 
     Args:
-      u: [B, T, H, V]. logits: [B, T, H, L]. dt: [B, T, H], float32. skip: [H], float32.
+      u: [B, T, H, V]. logits: [B, T, H, L]. dt: [B, T, H], float32. skip: [H] or [H, V], float32.
       q, k, g, initial_state, segment_ids, implementation: see `jla.log_linear_attention`.
 
     Returns:
@@ -136,9 +137,12 @@ def log_linear_mamba2(
       else None.
     """
     if initial_state is None and not checking.on():
-        arrays = q, k, u, g, logits, dt, skip
-        run = choose("log_linear_mamba2", implementation, *arrays)
-        return run(*arrays, segment_ids), None
+        by_head = skip if skip.ndim == 1 else jnp.zeros_like(skip[:, 0])
+        arrays = q, k, u, g, logits, dt, by_head
+        o = choose("log_linear_mamba2", implementation, *arrays)(*arrays, segment_ids)
+        if skip.ndim == 2:
+            o = (o.astype(f32) + with_rank(skip, u.ndim) * u.astype(f32)).astype(u.dtype)
+        return o, None
     v, level_scales, skipped = mamba2_operands(u, logits, dt, skip)
     o, state = log_linear_attention(
         q, k, v, g, level_scales,
@@ -233,26 +237,35 @@ def gated_norm(
     real: Array | None = None,
     *,
     epsilon: float,
+    groups: int = 1,
+    norm_before_gate: bool = False,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """RMSNorm over all heads of a token, behind a gate, as Mamba-2 has it:
+    """RMSNorm over all heads of a token, behind a gate or before it, as Mamba-2 has it:
 
         y = rms_norm(x silu(gate), scale)
+        y = rms_norm(x, scale) silu(gate)          with norm_before_gate
+
+    The kernels serve both without padding and groups.
 
     Args:
       x, gate: [B, T, H, D]. scale: [H, D].
       real: bool [B, T], False where the result is zero whatever x is; or None.
+      groups: into so many groups of neighbouring heads, each normalised for itself, H is split.
 
     Returns:
       The gate's shape and dtype, computed in float32 and rounded once.
     """
     arrays = (x, gate, scale) if real is None else (x, gate, scale, real)
-    return choose("gated_norm", implementation, *arrays)(*arrays, epsilon=epsilon)
+    options = dict(groups=groups, norm_before_gate=norm_before_gate)
+    run = choose("gated_norm", implementation, *arrays, **options)
+    return run(*arrays, epsilon=epsilon, **options)
 
 
 def short_convolution(
     x: Array,
     taps: Array,
+    bias: Array | None = None,
     past: Array | None = None,
     segments: Array | None = None,
     *,
@@ -262,12 +275,12 @@ def short_convolution(
 ) -> jax.Array:
     """A depthwise causal convolution over time of W taps, and SiLU:
 
-        y_t = silu(sum_i taps[i] x_{t - (W - 1 - i)})
+        y_t = silu(sum_i taps[i] x_{t - (W - 1 - i)} + bias)
 
     then, if asked for, another SiLU and the l2 norm of each head's vector.
 
     Args:
-      x: [B, T, H, D]. taps: [W, H, D].
+      x: [B, T, H, D]. taps: [W, H, D]. bias: [H, D], or None for none.
       past: the W - 1 tokens before x, [B, W - 1, H, D]; zeros if None.
       segments: int32 [B, T], numbered 0, 1, ... in order, or None: no window reaches over a border.
         The past belongs to segment 0.
@@ -277,7 +290,7 @@ def short_convolution(
     Returns:
       x's shape and dtype, summed in float32.
     """
-    arrays = x, taps, past, segments
+    arrays = x, taps, bias, past, segments
     options = dict(normalize=normalize, silu_twice=silu_twice)
     run = choose("short_convolution", implementation, *arrays)
     return run(*arrays, **options)

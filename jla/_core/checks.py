@@ -18,7 +18,7 @@ from jla._core.axes import Axes
 from jla._core.types import Array, Implementation, Sizes
 
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-HEAD_DIMS = range(16, 257)
+HEAD_DIMS = range(16, 257)  # and slots; where a mechanism accepts more, its own file says so
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 
@@ -136,8 +136,12 @@ def check_dtype(name: str, array: Array, accepted: Iterable[DTypeLike]) -> None:
 
 def check_float_dtype(name: str, dtype: DTypeLike) -> None:
     """Raises TypeError unless a dtype, not an array's, is one that q, k and v can have."""
-    if jnp.dtype(dtype) not in map(jnp.dtype, FLOAT_DTYPES):
-        raise TypeError(f"{name} must be bfloat16, float16 or float32, got {jnp.dtype(dtype).name}")
+    try:
+        given = "None" if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        given = repr(dtype)
+    if given not in [jnp.dtype(d).name for d in FLOAT_DTYPES]:
+        raise TypeError(f"{name} must be bfloat16, float16 or float32, got {given}")
 
 
 def check_same_dtype(**arrays: Array) -> None:
@@ -151,10 +155,15 @@ def check_same_dtype(**arrays: Array) -> None:
             )
 
 
-def check_head_dim(letter: str, size: int) -> None:
-    """Raises ValueError unless a head dimension lies in the contract's 16 to 256."""
-    if size not in HEAD_DIMS:
-        raise ValueError(f"head dimension {letter} must be 16 to 256, got {size}")
+def check_head_dim(letter: str, size: int, accepted: range = HEAD_DIMS) -> None:
+    """Raises ValueError unless a head dimension is accepted."""
+    if size not in accepted:
+        raise ValueError(f"head dimension {letter} must be {bounds(accepted)}, got {size}")
+
+
+def bounds(accepted: range) -> str:
+    """The first and the last of what is accepted, for a message."""
+    return f"{accepted[0]} to {accepted[-1]}"
 
 
 def check_multiple(letter: str, size: int, of: str, of_size: int) -> None:
@@ -174,20 +183,38 @@ def check_scale(scale: object, default: float) -> float:
 
 def check_negative(name: str, value: object) -> float:
     """Returns a Python number below zero as a float; raises TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a Python number, got {type(value)}")
-    if not value < 0:
+    number = _number(name, value)
+    if not number < 0:
         raise ValueError(f"{name} must be negative, got {value}")
-    return float(value)
+    return number
 
 
 def check_positive(name: str, value: object) -> float:
     """Returns a Python number above zero as a float; raises TypeError or ValueError otherwise."""
+    number = _number(name, value)
+    if not number > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return number
+
+
+def check_not_negative(name: str, value: object) -> float:
+    """Returns a Python number, 0 or more, as a float; raises TypeError or ValueError otherwise."""
+    number = _number(name, value)
+    if not number >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return number
+
+
+def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a Python number, got {type(value)}")
-    if not float(value) > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
     return float(value)
+
+
+def check_function(name: str, value: object, kind: str = "a function") -> None:
+    """Raises TypeError unless the value can be called; `kind` says what it should be."""
+    if not callable(value):
+        raise TypeError(f"{name} must be {kind}, got {value!r}")
 
 
 def check_count(name: str, value: object) -> int:

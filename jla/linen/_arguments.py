@@ -1,21 +1,32 @@
 """Checks that the layers share, and what a layer does in `init`."""
 
+import dataclasses
 import functools
 import math
 import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jla._core import checks
 
 
+def check_attributes(layer):
+    """Checks the attributes that have the same meaning in all layers, and all flags."""
+    checks.check_not_negative("norm_epsilon", layer.norm_epsilon)
+    checks.check_function("kernel_init", layer.kernel_init, "an initializer")
+    for field in dataclasses.fields(layer):
+        value = getattr(layer, field.name)
+        if isinstance(field.default, bool) and not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{field.name} must be True or False, got {value!r}")
+
+
 def check_inputs(layer, inputs, mask, segment_ids):
     """Checks a call's arguments and the layer's dtypes; returns T and D."""
-    for name in ("dtype", "param_dtype"):
-        dtype = getattr(layer, name)
-        if dtype is not None:
-            checks.check_float_dtype(name, dtype)
+    if layer.dtype is not None:
+        checks.check_float_dtype("dtype", layer.dtype)
+    checks.check_float_dtype("param_dtype", layer.param_dtype)
     axes = dict(inputs=(inputs, "B T D"))
     if mask is not None:
         axes |= dict(mask=(mask, "B T"))
@@ -38,11 +49,11 @@ def check_size(name, size, least, hint=""):
         raise ValueError(f"{name} must be at least {least}, got {size}{hint}")
 
 
-def head_dims(D, per, **dims):
+def head_dims(D, per, accepted, **dims):
     """Checks the head dimensions, and returns them with their defaults put in.
 
     The first is by default D divided by `per`, an attribute's name and its value; every other one
-    is the first.
+    is the first. All must be in the range `accepted`.
     """
     (leading, first), (name, count) = next(iter(dims.items())), per
     hints = {}
@@ -56,15 +67,22 @@ def head_dims(D, per, **dims):
     dims = {name: first if size is None else size for name, size in dims.items()}
     for name, size in dims.items():
         check_size(name, size, 1)
-        if size not in checks.HEAD_DIMS:
-            raise ValueError(f"{name} must be 16 to 256, got {size}{hints.get(name, '')}")
+        if size not in accepted:
+            hint = hints.get(name, "")
+            raise ValueError(f"{name} must be {checks.bounds(accepted)}, got {size}{hint}")
     return dims.values()
 
 
-def check_conv_size(size):
-    """Raises TypeError or ValueError unless `size` is None, 0 or an integer of at least 2."""
+def check_convolution(size, bias):
+    """Raises TypeError or ValueError unless `size` is an integer of at least 2, or None or 0 and
+    there is no bias."""
     if size is not None and size != 0:
         check_size("conv_size", size, 2, "; None or 0 leaves the convolutions out")
+    elif bias:
+        raise ValueError(
+            f"conv_bias is True, but with conv_size = {size} there are no convolutions; set "
+            "conv_size, or leave conv_bias at False"
+        )
 
 
 def float32_parameter(layer, name, init, shape):

@@ -36,6 +36,7 @@ class RMSNorm(nn.Module):
     Attributes:
       epsilon: added to the mean square.
       axes: how many of x's last axes are normalised together.
+      use_scale: whether there is the parameter `scale`; without it the scale is 1.
       param_dtype: dtype of the scale, which has the shape of these axes and starts as ones.
       activation: of the gate.
       input_activation: what is applied to x before it is normalised; None for nothing.
@@ -45,6 +46,7 @@ class RMSNorm(nn.Module):
 
     epsilon: float = 1e-6
     axes: int = 1
+    use_scale: bool = True
     param_dtype: nn.dtypes.Dtype = f32
     activation: Callable = nn.sigmoid
     input_activation: Callable | None = None
@@ -62,11 +64,20 @@ class RMSNorm(nn.Module):
           gate_bias: what is added to every token's gate, [D] or [H, D]; or None.
 
         Raises:
-          ValueError: a gate's bias without a gate.
+          TypeError: an array has no float dtype, or an attribute is of another kind than described.
+          ValueError: a gate's bias without a gate; shapes that disagree.
           NotImplementedError: the named implementation cannot do this; the message says what can.
         """
         if gate is None and gate_bias is not None:
             raise ValueError("gate_bias is given, but no gate: give both or neither")
+        self._check(x, gate=gate)
+        if gate is not None:
+            checks.check_function("activation", self.activation)
+        if gate_bias is not None and gate_bias.shape != x.shape[-gate_bias.ndim :]:
+            raise ValueError(
+                f"gate_bias must have the shape of x's last axes, {x.shape[2:]}, got "
+                f"{gate_bias.shape}"
+            )
         options = dict(activation=self.activation, input_activation=self.input_activation)
         return self._run(_fused.rms_norm, x, self._scale(x), gate, gate_bias, **options)
 
@@ -83,8 +94,24 @@ class RMSNorm(nn.Module):
         the stream. XLA then needs no extra pass over memory. For checkpoint policies the sum is
         named "residual_stream".
         """
+        self._check(x, update=update)
         options = dict(input_activation=self.input_activation)
         return self._run(_fused.rms_norm_branch, x, self._scale(x), update, **options)
+
+    def _check(self, x, **others):
+        """Checks the attributes, x, and arrays of its shape (or None)."""
+        checks.check_not_negative("epsilon", self.epsilon)
+        if self.input_activation is not None:
+            checks.check_function("input_activation", self.input_activation)
+        for name, array in checks.given(x=x, **others).items():
+            if not jnp.issubdtype(getattr(array, "dtype", object), jnp.floating):
+                given = getattr(array, "dtype", type(array))
+                raise TypeError(f"{name} must be an array of a float dtype, got {given}")
+            if array.shape != x.shape:
+                raise ValueError(f"{name} must have x's shape {x.shape}, got {array.shape}")
+        _arguments.check_size("axes", self.axes, 1)
+        if self.axes > x.ndim:
+            raise ValueError(f"axes must be at most x's {x.ndim}, got {self.axes}")
 
     def _run(self, operation, *arrays, **options):
         options |= dict(epsilon=self.epsilon, implementation=self.implementation)
@@ -93,22 +120,34 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def _scale(self, x):
-        return self.param("scale", nn.initializers.ones, x.shape[-self.axes :], self.param_dtype)
+        shape = x.shape[-self.axes :]
+        if not self.use_scale:
+            return jnp.ones(shape, f32)  # XLA drops the product, and to the kernels it is no work
+        return self.param("scale", nn.initializers.ones, shape, self.param_dtype)
 
 
 class GatedRMSNorm(RMSNorm):
     """`RMSNorm(x * silu(gate))`, as Mamba-2 has it; of RMSNorm's attributes the activations have no
-    meaning here."""
+    meaning here.
+
+    Attributes, beside those of RMSNorm:
+      groups: into so many groups of neighbouring heads, each normalised for itself, a token's heads
+        are split.
+      norm_before_gate: `RMSNorm(x) * silu(gate)` in its place.
+    """
 
     axes: int = 2
+    groups: int = 1
+    norm_before_gate: bool = False
 
     @checks.named
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Array, gate: Array, real: Array | None = None
     ) -> jax.Array:
-        """Normalises x * silu(gate), both [B, T, H, D], over all heads of a token.
+        """Normalises x * silu(gate), both [B, T, H, D], over all heads of a token, or of a group.
 
         Where the token is not `real`, bool [B, T] or None for all, the result is zero whatever x
         is. Returns the gate's shape and dtype.
         """
-        return self._run(_fused.gated_norm, x, gate, self._scale(x), real)
+        options = dict(groups=self.groups, norm_before_gate=self.norm_before_gate)
+        return self._run(_fused.gated_norm, x, gate, self._scale(x), real, **options)

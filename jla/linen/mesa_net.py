@@ -37,6 +37,7 @@ class MesaNet(Mixer):
     q_proj, k_proj       kernel       [D, H, K]
     v_proj               kernel       [D, H, V]
     q_conv1d, k_conv1d   kernel       [conv_size, H, K], U(-conv_size**-0.5, conv_size**-0.5)
+    ..._conv1d           bias         [H, K], zeros; with `conv_bias`
     a_proj, b_proj       kernel,bias  [D, H], [H]; the biases are zero at first
     lambda_params                     [H, K], such that lamb = 1, or twice a bound from 1 on
     g_proj               kernel       [D, H, V], with `use_output_gate`
@@ -95,8 +96,8 @@ class MesaNet(Mixer):
         beta = nn.sigmoid(self.dense(H, "b_proj", use_bias=True)(x).astype(f32))
         g, beta = tokens.zero_padding(g), tokens.zero_padding(beta)
         bound = float(self.lambda_lower_bound)
-        first = math.log(math.expm1(1 - bound if bound < 1 else bound))
-        init = nn.initializers.constant(first)
+        rest = 1 - bound if bound < 1 else bound
+        init = nn.initializers.constant(rest + math.log(-math.expm1(-rest)))  # softplus gives rest
         lambda_params = _arguments.float32_parameter(self, "lambda_params", init, (H, K))
         lamb = nn.softplus(lambda_params) + bound
 

@@ -22,9 +22,7 @@ def rms_norm(
     x32 = x.astype(f32)
     if input_activation is not None:
         x32 = _function(input_activation)(x32)
-    mean_square = jnp.mean(x32 * x32, axis=tuple(range(-scale.ndim, 0)), keepdims=True)
-    scale = with_rank(scale.astype(f32), x.ndim)
-    normed = x32 * lax.rsqrt(mean_square + epsilon) * scale
+    normed = _normed(x32, scale, epsilon, axes=scale.ndim)
     if gate is not None:
         gate = gate.astype(f32)
         if gate_bias is not None:
@@ -40,15 +38,28 @@ def rms_norm_branch(x, scale, update=None, *, epsilon, input_activation=None):
     return rms_norm(x, scale, epsilon=epsilon, input_activation=input_activation), x
 
 
-def gated_norm(x, gate, scale, real=None, *, epsilon):
+def gated_norm(x, gate, scale, real=None, *, epsilon, groups=1, norm_before_gate=False):
     """See `jla._fused.gated_norm`."""
     if real is not None:
         x = jnp.where(real[..., None, None], x, 0)
-    gated = x.astype(f32) * jax.nn.silu(gate.astype(f32))
-    return rms_norm(gated, scale, epsilon=epsilon).astype(gate.dtype)
+    x, factor = x.astype(f32), jax.nn.silu(gate.astype(f32))
+    y = x if norm_before_gate else x * factor
+    if groups == 1:
+        y = _normed(y, scale, epsilon, axes=2)
+    else:
+        y, scale = (a.reshape(*a.shape[:-2], groups, -1, a.shape[-1]) for a in (y, scale))
+        y = _normed(y, scale, epsilon, axes=2).reshape(x.shape)
+    return (y * factor if norm_before_gate else y).astype(gate.dtype)
 
 
-def short_convolution(x, taps, past=None, segments=None, *, normalize, silu_twice=False):
+def _normed(x, scale, epsilon, *, axes):
+    """x over the root of its mean square over the last axes, times the scale; float32."""
+    mean_square = jnp.mean(x * x, axis=tuple(range(-axes, 0)), keepdims=True)
+    scale = with_rank(scale.astype(f32), x.ndim)
+    return x * lax.rsqrt(mean_square + epsilon) * scale
+
+
+def short_convolution(x, taps, bias=None, past=None, segments=None, *, normalize, silu_twice=False):
     """See `jla._fused.short_convolution`."""
     T, W = x.shape[1], taps.shape[0]
     # The first W - 1 entries of `window` are the tokens before this call.
@@ -65,6 +76,8 @@ def short_convolution(x, taps, past=None, segments=None, *, normalize, silu_twic
             same = window_segments[:, i : i + T] == segments
             tokens = jnp.where(same[..., None, None], tokens, 0.0)
         y = y + taps[i].astype(f32)[None, None] * tokens
+    if bias is not None:
+        y = y + with_rank(bias.astype(f32), y.ndim)
     y = jax.nn.silu(y)
     y = (jax.nn.silu(y) if silu_twice else y).astype(x.dtype)
     return l2norm(y) if normalize else y
