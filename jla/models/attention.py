@@ -159,7 +159,8 @@ class Attention(nn.Module):
         if self.rope_theta is not None:
             position = place if start is None else place - start
             q, k = (rotate(x, position, self.rope_theta) for x in (q, k))
-        first = jnp.zeros_like(place) if start is None else jnp.broadcast_to(start, place.shape)
+        first = jnp.zeros_like(place)
+        first = first if start is None else first + start
         if self.window is not None:
             first = jnp.maximum(first, place - (self.window - 1))
         is_plain = self.window is None and tokens.segments is None
