@@ -287,8 +287,9 @@ def append(cached, new, length, real):
     def write(cached, new, place):
         return cached.at[place].set(new, mode="drop")
 
-    # Head by head: on a GPU, XLA would transpose the whole cache for a write across heads.
-    return jax.vmap(jax.vmap(write, (0, 0, None)))(cached, new, place)
+    # Places for each head: on a GPU, XLA would transpose the whole cache for a write across heads.
+    place = jnp.broadcast_to(place[:, None], new.shape[:3])
+    return jax.vmap(jax.vmap(write))(cached, new, place)
 
 
 def check_room(length, added, capacity):
