@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.typing import Dtype
 from jax import lax
 
 from jla._core import checks
@@ -73,8 +74,8 @@ class Attention(nn.Module):
     use_bias: bool = False
     window: int | None = None
     rope_theta: float | None = 10000.0
-    dtype: nn.dtypes.Dtype | None = None
-    param_dtype: nn.dtypes.Dtype = f32
+    dtype: Dtype | None = None
+    param_dtype: Dtype = f32
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
     decode: bool = False
 
@@ -179,7 +180,7 @@ class Attention(nn.Module):
         cache.variables["cached_key"].value = keys
         cache.variables["cached_value"].value = values
         cache.variables["length"].value = length + added
-        if tokens.segments is not None:
+        if tokens.segments is not None and start is not None:
             cache.variables["start"].value = start[:, -1]
         if T == 1:
             o = attention_to_cache(q, keys, values, first, place)
