@@ -18,8 +18,8 @@ from jla._dispatch import BACKENDS
 
 # Four for the sharding tests; with fewer than eight, interpreted kernels can starve one another.
 jax.config.update("jax_num_cpu_devices", 8)
-# Most of the suite's time is XLA's: on small shapes it compiles for longer than it runs. On a GPU it
-# would also compile each product in many ways, to take the one that is fastest at that moment.
+# Most of the suite's time is XLA's: on small shapes it compiles for longer than it runs. On a GPU
+# it would also compile each product in many ways, to take the fastest at that moment.
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
 # Kernels that only the interpreter runs right are wrong.
@@ -87,7 +87,7 @@ def _group(nodeid, config):
 
 
 def _group_on_gpus(nodeid, contract):
-    """As `_group`, where twelve processes take part: the longest group is the least the run takes."""
+    """As `_group`, for twelve processes: the longest group is the least that the run takes."""
     if contract:
         name, backend = contract.groups()
         test = nodeid.split("::")[1]
