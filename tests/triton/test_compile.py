@@ -27,20 +27,24 @@ KERNELS = [row for table in TABLES for row in importlib.import_module(table).KER
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def compiled(kernel, dtype, capability):
-    """A kernel of the table, compiled as `jla.triton.launch` has it compiled."""
-    function, settings = kernel.function, kernel.settings(capability)
-    types = kernel.parameters.replace("*x", f"*{dtype}").split()
-    constants = {**settings.blocks, **kernel.constants}
+def source(function, types, constants):
+    """A kernel with parameters of these types, and its constants by name."""
     names = [x.name for x in function.params]
     assert set(names[len(types) :]) == set(constants)
     signature = dict(zip(names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
     # JAX's arrays begin at multiples of 16 bytes.
     aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(types) if x[0] == "*"}
-    source = ASTSource(function, signature, {(names.index(n),): x for n, x in constants.items()},
-                       aligned)  # fmt: skip
+    constants = {(names.index(n),): x for n, x in constants.items()}
+    return ASTSource(function, signature, constants, aligned)
+
+
+def compiled(kernel, dtype, capability):
+    """A kernel of the table, compiled as `jla.triton.launch` has it compiled."""
+    settings = kernel.settings(capability)
+    types = kernel.parameters.replace("*x", f"*{dtype}").split()
+    made = source(kernel.function, types, {**settings.blocks, **kernel.constants})
     options = dict(num_warps=settings.warps, num_stages=settings.stages, enable_fp_fusion=True)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(made, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def usage(cubin, folder):
@@ -73,6 +77,8 @@ def test_it_fits(kernel, dtype, capability, tmp_path):
     assert made.metadata.tmem_size <= 512  # columns; jax-triton refuses more
     assert registers <= kernel.registers
     assert spills <= kernel.spills.get(capability, 0)
+    # Triton 3.6 removed a loop whose end another loop carries.
+    assert made.asm["ttgir"].count("scf.for") == made.asm["ttir"].count("scf.for")
 
 
 def test_every_kernel_is_in_the_table():
