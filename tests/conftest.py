@@ -1,6 +1,7 @@
 """Settings of the whole suite; they must be made before JAX starts a backend."""
 
 import gc
+import importlib.util
 import pathlib
 import re
 
@@ -49,6 +50,9 @@ def pytest_collection_modifyitems(config, items):
     if marked and not _has_gpu():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and JAX sees none here"))
+    elif reason := _without_triton():
+        for item in filter(_is_triton, marked):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -88,6 +92,22 @@ def _interpreted(item):
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     rows = any(getattr(x, "own_process", False) for x in parameters)
     return rows or item.get_closest_marker("interpreted") is not None
+
+
+def _without_triton():
+    """Which of the packages is not there, or None. One that cannot be imported is no reason."""
+    for package in ("triton", "jax_triton"):
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:  # nothing, or the folder tests/triton
+            return f"needs {package}, which is not installed: pip install 'jla[triton]'"
+    return None
+
+
+def _is_triton(item):
+    """Whether a test runs Triton's kernels."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    implementations = (getattr(x, "name", None) for x in parameters)
+    return "triton" in implementations or item.path.parent.name == "triton"
 
 
 def _rank(nodeid):
