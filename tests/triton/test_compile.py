@@ -57,6 +57,15 @@ def usage(cubin, folder):
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
+def loops(code):
+    """How many loops have an end that is no constant (others may be unrolled).
+
+    Triton 3.6 has removed one: what a loop carries, and nothing but an inner loop's end reads, it
+    takes for unused, and for what it was at first.
+    """
+    return len(re.findall(r"scf\.for .* to %(?!c\d)", code))
+
+
 def rows():
     for i, kernel in enumerate(KERNELS):
         for dtype in kernel.dtypes:
@@ -77,8 +86,7 @@ def test_it_fits(kernel, dtype, capability, tmp_path):
     assert made.metadata.tmem_size <= 512  # columns; jax-triton refuses more
     assert registers <= kernel.registers
     assert spills <= kernel.spills.get(capability, 0)
-    # Triton 3.6 removed a loop whose end another loop carries.
-    assert made.asm["ttgir"].count("scf.for") == made.asm["ttir"].count("scf.for")
+    assert loops(made.asm["ttgir"]) == loops(made.asm["ttir"])
 
 
 def test_every_kernel_is_in_the_table():
