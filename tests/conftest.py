@@ -1,6 +1,7 @@
 """Settings of the whole suite; they must be made before JAX starts a backend."""
 
 import gc
+import importlib.util
 import os
 import pathlib
 import re
@@ -54,6 +55,9 @@ def pytest_collection_modifyitems(config, items):
     if marked and not _has_gpu():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and JAX sees none here"))
+    elif reason := _without_triton():
+        for item in filter(_is_triton, marked):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -112,11 +116,27 @@ def _interpreted(item):
     return rows or item.get_closest_marker("interpreted") is not None
 
 
+def _without_triton():
+    """Which of the packages is not there, or None. One that cannot be imported is no reason."""
+    for package in ("triton", "jax_triton"):
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:  # nothing, or the folder tests/triton
+            return f"needs {package}, which is not installed: pip install 'jla[triton]'"
+    return None
+
+
+def _is_triton(item):
+    """Whether a test runs Triton's kernels."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    implementations = (getattr(x, "name", None) for x in parameters)
+    return "triton" in implementations or item.path.parent.name == "triton"
+
+
 def _rank(nodeid, config):
     if config.getoption("markexpr") == "gpu":
         # Theirs take XLA longest: PaTH's one process for minutes. The fuzzer runs for one.
         long = re.search(r"^(path|log_linear)-\w+-gradients$|test_fuzz", _group(nodeid, config))
-        return 0 if long else 1 if "-full" in nodeid else 2
+        return 0 if long else 1 if re.search("-full|test_as_for", nodeid) else 2
     if "contract/" in nodeid and re.search("-(pallas|triton)", nodeid):
         return 0
     return 1 if "test_pallas" in nodeid or "contract/" in nodeid else 2

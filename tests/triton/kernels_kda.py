@@ -39,7 +39,7 @@ def _of_kda(path, parameters, constants, *, states=False, **settings):
 _SPILLS = {
     "kda_scores": 424,
     "kda_scores_float32": 384,
-    "kda_operands_float32": 0,
+    "kda_operands_float32": 40,
     "kda_recurrence": 168,
     "kda_recurrence_wide": 168,
     "kda_recurrence_float32_wide": 776,

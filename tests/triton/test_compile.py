@@ -27,20 +27,24 @@ KERNELS = [row for table in TABLES for row in importlib.import_module(table).KER
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def compiled(kernel, dtype, capability):
-    """A kernel of the table, compiled as `jla.triton.launch` has it compiled."""
-    function, settings = kernel.function, kernel.settings(capability)
-    types = kernel.parameters.replace("*x", f"*{dtype}").split()
-    constants = {**settings.blocks, **kernel.constants}
+def source(function, types, constants):
+    """A kernel with parameters of these types, and its constants by name."""
     names = [x.name for x in function.params]
     assert set(names[len(types) :]) == set(constants)
     signature = dict(zip(names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
     # JAX's arrays begin at multiples of 16 bytes.
     aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(types) if x[0] == "*"}
-    source = ASTSource(function, signature, {(names.index(n),): x for n, x in constants.items()},
-                       aligned)  # fmt: skip
+    constants = {(names.index(n),): x for n, x in constants.items()}
+    return ASTSource(function, signature, constants, aligned)
+
+
+def compiled(kernel, dtype, capability):
+    """A kernel of the table, compiled as `jla.triton.launch` has it compiled."""
+    settings = kernel.settings(capability)
+    types = kernel.parameters.replace("*x", f"*{dtype}").split()
+    made = source(kernel.function, types, {**settings.blocks, **kernel.constants})
     options = dict(num_warps=settings.warps, num_stages=settings.stages, enable_fp_fusion=True)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(made, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def usage(cubin, folder):
@@ -51,6 +55,15 @@ def usage(cubin, folder):
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def loops(code):
+    """How many loops have an end that is no constant (others may be unrolled).
+
+    Triton 3.6 has removed one: what a loop carries, and nothing but an inner loop's end reads, it
+    takes for unused, and for what it was at first.
+    """
+    return len(re.findall(r"scf\.for .* to %(?!c\d)", code))
 
 
 def rows():
@@ -73,6 +86,7 @@ def test_it_fits(kernel, dtype, capability, tmp_path):
     assert made.metadata.tmem_size <= 512  # columns; jax-triton refuses more
     assert registers <= kernel.registers
     assert spills <= kernel.spills.get(capability, 0)
+    assert loops(made.asm["ttgir"]) == loops(made.asm["ttir"])
 
 
 def test_every_kernel_is_in_the_table():
