@@ -50,9 +50,9 @@ test-all: $(VENV)/installed-dev
 test-oldest: $(OLDEST)/installed
 	JAX_PLATFORMS=cpu $(OLDEST)/bin/python $(PYTEST) -n 2 -m "not gpu and not slow" $(OLDEST_TESTS)
 
-# Each process gives its memory back after every program, or twelve would not fit on one GPU.
+# Each process gives its memory back after every program, or fourteen would not fit on one GPU.
 test-gpu: $(if $(filter $(VENV)/%,$(GPU_PYTHON)),$(VENV)/installed-dev-gpu)
-	XLA_PYTHON_CLIENT_ALLOCATOR=platform $(GPU_PYTHON) $(PYTEST) -n 12 -m gpu
+	XLA_PYTHON_CLIENT_ALLOCATOR=platform $(GPU_PYTHON) $(PYTEST) -n 14 -m gpu
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check

@@ -91,7 +91,7 @@ def _group(nodeid, config):
 
 
 def _group_on_gpus(nodeid, contract):
-    """As `_group`, for twelve processes: the longest group is the least that the run takes."""
+    """As `_group`, for fourteen processes: the longest group is the least that the run takes."""
     if contract:
         name, backend = contract.groups()
         test = nodeid.split("::")[1]
