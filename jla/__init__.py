@@ -26,6 +26,7 @@ __all__ = [
     "log_linear_step",
     "mesa_net",
     "mesa_step",
+    "models",
     "pallas",
     "path_attention",
     "path_step",
@@ -33,14 +34,14 @@ __all__ = [
 
 # What a checker sees: a `__getattr__` would let it take any name.
 if TYPE_CHECKING:
-    from jla import linen, pallas
+    from jla import linen, models, pallas
 
     __version__: str
 else:
 
     def __getattr__(name):
         # Made when first used: plain functions need neither flax nor Pallas, nor a distribution.
-        if name in ("linen", "pallas"):
+        if name in ("linen", "models", "pallas"):
             return importlib.import_module(f"jla.{name}")
         if name == "__version__":
             from importlib import metadata

@@ -23,19 +23,22 @@ MAY_IMPORT = {
     "triton": ("_core", "reference", "triton.kernels"),
     # Without JAX, so that Triton compiles and interprets them by themselves.
     "triton.kernels": (),
-    # The rooms of what comes next: whole models, checkpoints.
-    "models": ("linen", *sorted(MECHANISMS)),
+    # Of `_core` the checks and the types, and where segments start: attention is a layer like those
+    # of `linen`, whose padding, caches and projections it shares.
+    "models": ("_core", "linen", *sorted(MECHANISMS)),
+    # The room of what comes next: checkpoints.
     "hub": ("models",),
     # The implementations are imported by name, when they are first asked for.
     "_dispatch": ("_core", "pallas", "triton"),
     **{name: ("_core", "_dispatch") for name in MECHANISMS},
     "_fused": ("_core", "_dispatch", *MECHANISMS),
     "linen": ("_core", "_fused", *MECHANISMS),
-    "": ("_core", "linen", "pallas", *MECHANISMS),
+    "": ("_core", "linen", "models", "pallas", *MECHANISMS),
 }
 
 # What programs, and the arguments that tests share with them, may import of jla.
-PUBLIC = {"jla", "jla.linen", "jla.pallas", *(f"jla.{name}" for name in MECHANISMS)}
+ROOMS = ("jla", "jla.linen", "jla.models", "jla.models.generate", "jla.pallas")
+PUBLIC = {*ROOMS, *(f"jla.{name}" for name in MECHANISMS)}
 # And what else one may; beside the import stands why.
 EXCEPTIONS = {
     "benchmarks/layer_kernels.py": {"jla._fused"},

@@ -30,7 +30,8 @@ def named[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     belong to JAX or flax, and name their own origin.
     """
     package = [x for x in function.__module__.split(".")[:-1] if not x.startswith("_")]
-    name = f"{'.'.join(package)}.{function.__qualname__.removesuffix('.__call__')}"
+    within = function.__qualname__.removesuffix(".__call__").removesuffix(".__post_init__")
+    name = f"{'.'.join(package)}.{within}"
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

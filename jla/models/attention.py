@@ -1,0 +1,303 @@
+"""Softmax attention: shared key heads, windows, rotary positions, padding, segments, a cache."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import lax
+
+from jla._core import checks
+from jla._core.segments import segment_starts
+from jla.linen import _arguments
+from jla.linen._padding import arrange
+from jla.linen._projections import sum_over_heads
+from jla.linen.mixer import Cache, Tokens
+
+f32 = jnp.float32
+QUERIES_AT_ONCE = 256  # in `interval_attention`, so that its logits are [B, H, 256, S] at most
+
+
+class Attention(nn.Module):
+    """Causal softmax attention, the usual yardstick and the other layers of hybrid models.
+
+    For inputs x [B, T, D], `H` query heads and `HK` key heads of `K` features (query head `j` uses
+    key head `j // (H // HK)`), with W and b for the projections:
+
+        q, k, v = rotate(W_q x + b_q), rotate(W_k x + b_k), W_v x + b_v
+        o_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s    over s = t - window + 1, ..., t
+        y = W_o o
+
+    Without `window` the sum begins with the row's, or the segment's, first token. `rotate` turns
+    features i and i + K/2 of the token at position p by the angle p theta^(-2i/K) (RoPE, arXiv
+    2104.09864); positions count a row's real tokens, and begin at 0 in each segment.
+
+    Parameters (all `param_dtype`), as `nn.MultiHeadDotProductAttention` has them:
+
+    ===================  ===========  ====================================================
+    query                kernel,bias  [D, H, K], [H, K]; the biases with `use_bias`
+    key, value           kernel,bias  [D, HK, K], [HK, K]
+    out                  kernel       [H, K, D]
+    ===================  ===========  ====================================================
+
+    Arguments, result, errors, masks and segments are as in all layers, see docs/layers.md. The
+    logits and their softmax are float32. On a GPU, in 16 bits and without a window or segments,
+    cuDNN's kernel serves all but the decoding of single tokens; elsewhere it is XLA's.
+
+    The cache holds `cached_key` and `cached_value` [B, HK, S, K], and `length` and `start` [B]
+    (int32): of each row the number of tokens and the place where the last segment began. S is the
+    T of `init`'s inputs. Tokens arrive in any number of calls; padding takes no room. Tokens that
+    do not fit raise ValueError outside of jit; inside, their row's outputs are NaN.
+
+    Example:
+      x = jnp.ones((2, 8, 64))  # [B, T, D]
+      layer = jla.models.Attention(num_heads=4, num_key_heads=2, window=5)
+      variables = layer.init(jax.random.key(0), x)
+      y = layer.apply(variables, x)  # [2, 8, 64]
+
+    Attributes:
+      num_heads: H.
+      num_key_heads: HK, of which num_heads is a multiple; num_heads if None.
+      key_dim: K; D // num_heads if None.
+      use_bias: whether query, key and value have biases.
+      window: how many tokens each sees, itself included; None for all.
+      rope_theta: the base of the rotary angles; None for no rotation.
+      dtype, param_dtype, kernel_init: as of the layers of `jla.linen`.
+      decode: whether to keep and use a cache.
+    """
+
+    num_heads: int
+    num_key_heads: int | None = None
+    key_dim: int | None = None
+    use_bias: bool = False
+    window: int | None = None
+    rope_theta: float | None = 10000.0
+    dtype: nn.dtypes.Dtype | None = None
+    param_dtype: nn.dtypes.Dtype = f32
+    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
+    decode: bool = False
+
+    @nn.compact
+    @checks.named
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Applies the layer; arguments, result and errors as of all layers, see docs/layers.md."""
+        _, D = _arguments.check_inputs(self, inputs, mask, segment_ids)
+        H, HK, K = self._sizes(D)
+        tokens = Tokens(*arrange(inputs, mask, segment_ids))
+        dense = functools.partial(
+            nn.DenseGeneral,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=self.kernel_init,
+        )
+        project = functools.partial(dense, use_bias=self.use_bias)
+        q = project((H, K), name="query")(tokens.x)
+        k = project((HK, K), name="key")(tokens.x)
+        v = project((HK, K), name="value")(tokens.x)
+        cache = self._cache(v) if self.decode else None
+        if self.is_initializing():
+            o = jnp.zeros_like(q)
+        else:
+            o = self._attend(q, k, v, tokens, cache)
+        out = dense(D, use_bias=False, axis=(-2, -1), dot_general_cls=sum_over_heads, name="out")
+        return tokens.restore(out(o))
+
+    def _sizes(self, D):
+        H, HK, K = self.num_heads, self.num_key_heads, self.key_dim
+        _arguments.check_size("num_heads", H, 1)
+        HK = H if HK is None else HK
+        _arguments.check_size("num_key_heads", HK, 1)
+        checks.check_multiple("num_heads", H, "num_key_heads", HK)
+        if K is None:
+            checks.check_multiple("the inputs' last axis", D, "num_heads", H)
+            K = D // H
+        _arguments.check_size("key_dim", K, 1)
+        if self.window is not None:
+            _arguments.check_size("window", self.window, 1, "; None is for all tokens")
+        if self.rope_theta is not None:
+            checks.check_positive("rope_theta", self.rope_theta)
+            if K % 2:
+                raise ValueError(
+                    f"key_dim must be even for a rotation of pairs of features, got {K}; "
+                    "rope_theta=None is for no rotation"
+                )
+        return H, HK, K
+
+    def _cache(self, v):
+        """The cache for these values, with room for as many tokens in `init`."""
+        B, S, HK, K = v.shape
+        if self.has_variable("cache", "cached_key"):
+            S = self.get_variable("cache", "cached_key").shape[2]
+        # Heads before tokens: what one query reads of a head lies in one piece.
+        tokens, rows = ((B, HK, S, K), v.dtype), ((B,), jnp.int32)
+        entries = dict(cached_key=tokens, cached_value=tokens, length=rows, start=rows)
+        _arguments.check_cache(self, **entries)
+        variables = {
+            name: self.variable("cache", name, jnp.zeros, *entry) for name, entry in entries.items()
+        }
+        return Cache(tuple, variables)
+
+    def _attend(self, q, k, v, tokens, cache):
+        """The outputs [B, T, H, K]; with a cache it advances."""
+        T = q.shape[1]
+        # Each token's place among those of its row, and the place where its segment starts.
+        place, start = jnp.arange(T, dtype=jnp.int32)[None], None
+        if cache is not None:
+            length, start = cache.variables["length"].value, cache.variables["start"].value[:, None]
+            place = place + length[:, None]
+        if tokens.segments is not None:
+            starts = jnp.where(segment_starts(tokens.segments), place, 0)
+            before = jnp.zeros_like(starts) if start is None else start
+            start = jnp.maximum(lax.cummax(starts, axis=1), before)
+        if self.rope_theta is not None:
+            position = place if start is None else place - start
+            q, k = (rotate(x, position, self.rope_theta) for x in (q, k))
+        first = jnp.zeros_like(place) if start is None else jnp.broadcast_to(start, place.shape)
+        if self.window is not None:
+            first = jnp.maximum(first, place - (self.window - 1))
+        is_plain = self.window is None and tokens.segments is None
+        if cache is None:
+            if is_plain:
+                return causal_attention(q, k, v)
+            return interval_attention(q, *(jnp.swapaxes(x, 1, 2) for x in (k, v)), first, place)
+
+        added = jnp.full_like(length, T) if tokens.lengths is None else tokens.lengths
+        S = cache.variables["cached_key"].value.shape[2]
+        check_room(length, added, S)
+        keys, values = (
+            append(cache.variables[name].value, new, length, tokens.real)
+            for name, new in (("cached_key", k), ("cached_value", v))
+        )
+        cache.variables["cached_key"].value = keys
+        cache.variables["cached_value"].value = values
+        cache.variables["length"].value = length + added
+        if tokens.segments is not None:
+            cache.variables["start"].value = start[:, -1]
+        if T == 1:
+            o = attention_to_cache(q, keys, values, first, place)
+        elif is_plain and cudnn_serves(q):
+            o = lax.cond(
+                jnp.all(length == 0),
+                lambda: causal_attention(q, k, v),
+                lambda: interval_attention(q, keys, values, first, place),
+            )
+        else:
+            o = interval_attention(q, keys, values, first, place)
+        return nan_unless(length + added <= S, o)
+
+
+def cudnn_serves(q):
+    """Whether cuDNN has the causal attention of such queries [B, T, H, K]."""
+    K = q.shape[-1]
+    return jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and K % 8 == 0 and K <= 128
+
+
+def causal_attention(q, k, v):
+    """Attention of all to their past, by cuDNN, or by XLA, which makes the square of logits."""
+    implementation = "cudnn" if cudnn_serves(q) else "xla"
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+
+
+def interval_attention(q, keys, values, first, last):
+    """Attention of queries [B, T, H, K] to the keys in the places `first` to `last`, [B, T] each.
+
+    Keys are [B, HK, S, K], values [B, HK, S, V]; `first` and `last` may have one row for all. No
+    more than `QUERIES_AT_ONCE` queries' logits are there at a time, in the backward pass too.
+    """
+    B, T, H, K = q.shape
+    HK, S = keys.shape[1:3]
+    place = jnp.arange(S, dtype=jnp.int32)[None, None]
+
+    def attend(q, first, last):
+        logits = jnp.einsum("bnhgk,bhsk->bhgns", q, keys, preferred_element_type=f32) * K**-0.5
+        seen = (first[..., None] <= place) & (place <= last[..., None])
+        # Finite: rows that see nothing (of padding, below) are not NaN.
+        logits = jnp.where(seen[:, None, None], logits, jnp.finfo(f32).min)
+        weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+        o = jnp.einsum("bhgns,bhsv->bnhgv", weights, values, preferred_element_type=f32)
+        return o.astype(values.dtype)
+
+    q = q.reshape(B, T, HK, H // HK, K)
+    if T <= QUERIES_AT_ONCE:
+        return attend(q, first, last).reshape(B, T, H, -1)
+
+    blocks = -(-T // QUERIES_AT_ONCE)
+
+    def cut(x):
+        """[B, T, ...] in blocks of queries, [blocks, B, QUERIES_AT_ONCE, ...]."""
+        rest = blocks * QUERIES_AT_ONCE - T
+        x = jnp.pad(x, [(0, 0), (0, rest), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(x.shape[0], blocks, -1, *x.shape[2:]), 1, 0)
+
+    run = jax.checkpoint(attend)
+    o = lax.map(lambda block: run(*block), (cut(q), cut(first), cut(last)))
+    return jnp.moveaxis(o, 0, 1).reshape(B, -1, H, values.shape[-1])[:, :T]
+
+
+def attention_to_cache(q, keys, values, first, last):
+    """`interval_attention` of one query, [B, 1, H, K].
+
+    Where every head has keys of its own the products are written as sums, in float32: XLA then
+    reads keys and values once, as they lie, where matrix products with a single row would have
+    them copied or leave most of a GPU idle.
+    """
+    if q.shape[2] != keys.shape[1]:
+        return interval_attention(q, keys, values, first, last)
+    query = q[:, 0, :, None].astype(f32) * q.shape[-1] ** -0.5
+    logits = jnp.sum(query * keys.astype(f32), axis=-1)
+    place = jnp.arange(keys.shape[2], dtype=jnp.int32)[None]
+    seen = (first <= place) & (place <= last)
+    weights = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), axis=-1)
+    return jnp.sum(weights[..., None] * values.astype(f32), axis=2)[:, None].astype(q.dtype)
+
+
+def rotate(x, position, theta):
+    """Rotary position embedding (arXiv 2104.09864) of x [B, T, H, K] at positions [B, T] or
+    [1, T]."""
+    half = x.shape[-1] // 2
+    rates = theta ** (-jnp.arange(half, dtype=f32) / half)
+    angle = position.astype(f32)[..., None] * rates[None, None]
+    sin, cos = jnp.sin(angle)[:, :, None], jnp.cos(angle)[:, :, None]
+    a, b = jnp.split(x.astype(f32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def append(cached, new, length, real):
+    """The cache [B, HK, S, K] with new tokens [B, T, HK, K] behind each row's first `length`.
+
+    With `real`, bool [B, T] or None for all, only those are written. What finds no room is lost.
+    """
+    if real is None:
+        write = functools.partial(lax.dynamic_update_slice_in_dim, axis=1)
+        return jax.vmap(write)(cached, jnp.swapaxes(new, 1, 2), length)
+    rows = jnp.arange(len(length), dtype=jnp.int32)[:, None]
+    place = length[:, None] + jnp.arange(new.shape[1], dtype=jnp.int32)[None]
+    place = jnp.where(real, place, cached.shape[2])
+    return cached.at[rows, :, place].set(new, mode="drop")
+
+
+def check_room(length, added, capacity):
+    """Raises ValueError if rows of a cache are known to get more tokens than they have room for."""
+    if not (checks.known(length) and checks.known(added)):
+        return
+    length, added = np.asarray(length), np.asarray(added)
+    row = int(np.argmax(length + added))
+    if length[row] + added[row] > capacity:
+        raise ValueError(
+            f"the cache has room for {capacity} tokens, but row {row} has {length[row]} in it and "
+            f"gets {added[row]} more; the length of init's input sets the room"
+        )
+
+
+# Jitted, so that the NaN itself is no result: `jax_debug_nans` would stop there.
+@jax.jit
+def nan_unless(fits, o):
+    """o [B, ...] in the rows that fit, bool [B], and NaN in the others."""
+    return jnp.where(fits.reshape(-1, *[1] * (o.ndim - 1)), o, jnp.nan)

@@ -1,0 +1,55 @@
+"""The dense feed-forward layer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from jla._core import checks
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward layer (arXiv 2002.05202): `y = W_down (silu(W_gate x) * W_up x)`.
+
+    Parameters, all without biases and of `param_dtype`: `gate/kernel` and `up/kernel` [D, hidden],
+    `down/kernel` [hidden, D]. Checkpoint policies know what `down` multiplies by the name "hidden".
+
+    Example:
+      x = jnp.ones((2, 8, 64))  # [B, T, D]
+      layer = jla.models.SwiGLU(hidden=128)
+      variables = layer.init(jax.random.key(0), x)
+      y = layer.apply(variables, x)  # [2, 8, 64]
+
+    Attributes:
+      hidden: the features inside; about 8/3 of D is usual.
+      dtype: the dtype of the computation; inferred from the inputs and parameters if None.
+      param_dtype: the dtype of the parameters.
+      kernel_init: initializer of the kernels.
+    """
+
+    hidden: int
+    dtype: nn.dtypes.Dtype | None = None
+    param_dtype: nn.dtypes.Dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
+
+    @nn.compact
+    @checks.named
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Applies the layer to [B, T, D].
+
+        Raises:
+          TypeError, ValueError: `hidden` is no positive integer.
+        """
+        checks.check_count("hidden", self.hidden)
+        dense = functools.partial(
+            nn.Dense,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=self.kernel_init,
+        )
+        y = nn.silu(dense(self.hidden, name="gate")(inputs))
+        y = y * dense(self.hidden, name="up")(inputs)
+        return dense(inputs.shape[-1], name="down")(checkpoint_name(y, "hidden"))
