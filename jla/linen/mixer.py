@@ -180,6 +180,17 @@ class Mixer(nn.Module):
             **options,
         )
 
+    def low_rank(self, features, name, rank, **options):
+        """A projection by way of `rank` features, `name`_down and `name`_up; None: by one matrix.
+
+        The options are those of the one, or of the second of two.
+        """
+        if rank is None:
+            return self.dense(features, name, **options)
+        down = self.dense(rank, f"{name}_down")
+        up = self.dense(features, f"{name}_up", **options)
+        return lambda x: up(down(x))
+
     def convolve(self, x, name, tokens, *, normalize=False, silu_twice=False, otherwise=nn.silu):
         """The short convolution of x [B, T, H, D] and SiLU, as `ShortConvolution` has them;
         `otherwise` of x where there are no convolutions."""

@@ -90,10 +90,7 @@ class PaTHAttention(Mixer):
         cache = self._cache(v, H, K)
         if self.use_qk_norm:
             q, k = self.norm("q_norm")(q), self.norm("k_norm")(k)
-        if self.w_rank is None:
-            w = self.dense((HK, K), "w_proj")(x)
-        else:
-            w = self.dense((HK, K), "w_proj_up")(self.dense(self.w_rank, "w_proj_down")(x))
+        w = self.low_rank((HK, K), "w_proj", self.w_rank)(x)
         w = self.convolve(w, "w_conv1d", tokens, otherwise=lambda x: x)
         w = l2norm(w.astype(f32))
         beta = 2.0 * nn.sigmoid(self.dense(HK, "b_proj", use_bias=True)(x).astype(f32))
