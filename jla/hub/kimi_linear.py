@@ -219,7 +219,7 @@ def family(config: Mapping[str, Any]) -> Family:
     dense = ["mlp.", "block_sparse_moe."]
     if config.get("layer_types") is not None:
         dense.reverse()
-    mlps = {models.SwiGLU: "|".join(dense), models.Experts: "block_sparse_moe."}
+    mlps = {models.SwiGLU: "|".join(dense), getattr(models, "Experts", None): "block_sparse_moe."}
 
     def inside(template: nn.Module, mlp: nn.Module) -> tuple[Row, ...]:
         mlp_rows = tables.rows_of(mlp, "kimi_linear")
