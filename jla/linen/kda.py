@@ -56,6 +56,7 @@ class KimiDeltaAttention(Mixer):
     v_proj               kernel       [D, H, V]
     q_conv1d, k_conv1d   kernel       [conv_size, HK, K], U(-conv_size**-0.5, conv_size**-0.5)
     v_conv1d             kernel       [conv_size, H, V], as q_conv1d
+    ..._conv1d           bias         [HK, K] or [H, V], zeros; with `conv_bias`
     f_proj_down          kernel       [D, gate_rank]
     f_proj_up            kernel       [gate_rank, H, K]; with `full_rank_decay` f_proj, [D, H, K]
     A_log                             [H], log U(1, 16); zeros with `gate_lower_bound`

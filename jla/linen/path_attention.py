@@ -41,6 +41,7 @@ class PaTHAttention(Mixer):
     w_proj_down          kernel       [D, w_rank], unless w_rank is None
     w_proj_up            kernel       [w_rank, HK, K]; without w_rank it is w_proj, [D, HK, K]
     w_conv1d             kernel       [conv_size, HK, K], U(-conv_size**-0.5, conv_size**-0.5)
+    w_conv1d             bias         [HK, K], zeros; with `conv_bias`
     b_proj               kernel,bias  [D, HK], [HK]; the bias is zero at first
     g_proj               kernel,bias  [D, H], [H], with `use_forget_gate`; as b_proj
     q_norm, k_norm       scale        [K], ones, with `use_qk_norm`

@@ -15,6 +15,7 @@ GROUPED = dict(
     value_dim=32,
     allow_negative_eigenvalues=True,
     gate_rank=5,
+    conv_bias=True,
 )
 
 
@@ -82,7 +83,13 @@ KDA = Layer(
             gate_rank=5,
         ),
         "no_convolution": GROUPED
-        | dict(conv_size=None, gate_rank=None, full_rank_decay=True, output_gate_bias=False),
+        | dict(
+            conv_size=None,
+            conv_bias=False,
+            gate_rank=None,
+            full_rank_decay=True,
+            output_gate_bias=False,
+        ),
     },
     definition=definition,
     # Decays of about exp(-0.05), so that the state reaches far.
@@ -91,9 +98,9 @@ KDA = Layer(
         "q_proj": {"kernel": (D, 2, 16)},
         "k_proj": {"kernel": (D, 2, 16)},
         "v_proj": {"kernel": (D, 4, 32)},
-        "q_conv1d": {"kernel": (4, 2, 16)},
-        "k_conv1d": {"kernel": (4, 2, 16)},
-        "v_conv1d": {"kernel": (4, 4, 32)},
+        "q_conv1d": {"kernel": (4, 2, 16), "bias": (2, 16)},
+        "k_conv1d": {"kernel": (4, 2, 16), "bias": (2, 16)},
+        "v_conv1d": {"kernel": (4, 4, 32), "bias": (4, 32)},
         "f_proj_down": {"kernel": (D, 5)},
         "f_proj_up": {"kernel": (5, 4, 16)},
         "A_log": (4,),
