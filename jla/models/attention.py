@@ -147,19 +147,12 @@ class Attention(nn.Module):
     def _attend(self, q, k, v, tokens, cache):
         """The outputs [B, T, H, K]; with a cache it advances."""
         T = q.shape[1]
-        # Each token's place among those of its row, and the place where its segment starts.
-        place, start = jnp.arange(T, dtype=jnp.int32)[None], None
+        length, before = None, None
         if cache is not None:
-            length, start = cache.variables["length"].value, cache.variables["start"].value[:, None]
-            place = place + length[:, None]
-        if tokens.segments is not None:
-            starts = jnp.where(segment_starts(tokens.segments), place, 0)
-            before = jnp.zeros_like(starts) if start is None else start
-            start = jnp.maximum(lax.cummax(starts, axis=1), before)
+            length, before = (cache.variables[name].value for name in ("length", "start"))
+        first, place, start = intervals(T, tokens.segments, length, before)
         if self.rope_theta is not None:
-            position = place if start is None else place - start
-            q, k = (rotate(x, position, self.rope_theta) for x in (q, k))
-        first = jnp.zeros_like(place) if start is None else jnp.broadcast_to(start, place.shape)
+            q, k = (rotate(x, place - first, self.rope_theta) for x in (q, k))
         if self.window is not None:
             first = jnp.maximum(first, place - (self.window - 1))
         is_plain = self.window is None and tokens.segments is None
@@ -178,8 +171,7 @@ class Attention(nn.Module):
         cache.variables["cached_key"].value = keys
         cache.variables["cached_value"].value = values
         cache.variables["length"].value = length + added
-        if tokens.segments is not None:
-            cache.variables["start"].value = start[:, -1]
+        cache.variables["start"].value = start
         if T == 1:
             o = attention_to_cache(q, keys, values, first, place)
         elif is_plain and cudnn_serves(q):
@@ -191,6 +183,28 @@ class Attention(nn.Module):
         else:
             o = interval_attention(q, keys, values, first, place)
         return nan_unless(length + added <= S, o)
+
+
+def intervals(T, segments, length, start):
+    """The places that tokens see: from their segment's first one to their own.
+
+    Args:
+      T: how many new tokens each row has.
+      segments: int32 [B, T], numbered from 0; None for one segment.
+      length, start: of a cache, int32 [B]: its tokens, and where its last segment begins; or None.
+
+    Returns:
+      The first and the last place, [B, T] or [1, T], and the new `start` [B], None without a cache.
+    """
+    place = jnp.arange(T, dtype=jnp.int32)[None]
+    first = jnp.zeros_like(place)
+    if length is not None:
+        place = place + length[:, None]
+        first = jnp.broadcast_to(start[:, None], place.shape)
+    if segments is not None:
+        starts = jnp.where(segment_starts(segments), place, 0)
+        first = jnp.maximum(lax.cummax(starts, axis=1), first)
+    return first, place, None if length is None else first[:, -1]
 
 
 def cudnn_serves(q):
