@@ -138,7 +138,7 @@ def _shardings(parameters: list[Parameter], sharding) -> dict[str, Sharding | No
     wrong += [f"{path} is no parameter" for path in sorted(set(result) - paths)]
     for p in parameters:
         given = result.get(p.path)
-        if given is None and sharding is None or p.path not in result:
+        if (given is None and sharding is None) or p.path not in result:
             continue
         if not isinstance(given, Sharding):
             wrong.append(f"{p.path} has {given!r}, which is no jax.sharding.Sharding")

@@ -141,9 +141,7 @@ def language_model(config: Mapping[str, Any]) -> models.Config:
     return models.Config(
         vocabulary=c.vocab_size,
         width=c.hidden_size,
-        layers=tuple(
-            models.Layer(mixers.get(i, mixer), mlp) for i in range(c.num_hidden_layers)
-        ),
+        layers=tuple(models.Layer(mixers.get(i, mixer), mlp) for i in range(c.num_hidden_layers)),
         norm_epsilon=c.norm_eps,
         tied=c.tie_word_embeddings,
     )
@@ -309,7 +307,9 @@ def _check_attention(c: Any, wrong: list[str]) -> None:
         layers = given.get("layers")
         among = range(c.num_hidden_layers)
         if not isinstance(layers, list) or not all(type(i) is int and i in among for i in layers):
-            wrong.append(f"attn.layers is {layers!r} and must be a list of layers, 0 to {among[-1]}")
+            wrong.append(
+                f"attn.layers is {layers!r} and must be a list of layers, 0 to {among[-1]}"
+            )
             continue
         if len({*layers, *taken}) != len(layers) + len(taken):
             wrong.append(f"attn.layers is {layers!r} and has a layer twice")

@@ -67,9 +67,7 @@ def run(name, dtype):
 
     def loss(params, tokens, mask):
         logits = model.apply({"params": params}, tokens, mask)
-        own = jnp.take_along_axis(
-            jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1
-        )
+        own = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
         return -jnp.mean(own), logits
 
     def logits_and_gradients(params, tokens, mask):
@@ -95,7 +93,7 @@ def tensors(path):
     found = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as opened:
-            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}
     return found
 
 
