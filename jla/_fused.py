@@ -253,6 +253,7 @@ def gated_norm(
 def short_convolution(
     x: Array,
     taps: Array,
+    bias: Array | None = None,
     past: Array | None = None,
     segments: Array | None = None,
     *,
@@ -262,12 +263,12 @@ def short_convolution(
 ) -> jax.Array:
     """A depthwise causal convolution over time of W taps, and SiLU:
 
-        y_t = silu(sum_i taps[i] x_{t - (W - 1 - i)})
+        y_t = silu(sum_i taps[i] x_{t - (W - 1 - i)} + bias)
 
     then, if asked for, another SiLU and the l2 norm of each head's vector.
 
     Args:
-      x: [B, T, H, D]. taps: [W, H, D].
+      x: [B, T, H, D]. taps: [W, H, D]. bias: [H, D], or None for none.
       past: the W - 1 tokens before x, [B, W - 1, H, D]; zeros if None.
       segments: int32 [B, T], numbered 0, 1, ... in order, or None: no window reaches over a border.
         The past belongs to segment 0.
@@ -277,7 +278,7 @@ def short_convolution(
     Returns:
       x's shape and dtype, summed in float32.
     """
-    arrays = x, taps, past, segments
+    arrays = x, taps, bias, past, segments
     options = dict(normalize=normalize, silu_twice=silu_twice)
     run = choose("short_convolution", implementation, *arrays)
     return run(*arrays, **options)

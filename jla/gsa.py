@@ -21,6 +21,8 @@ __all__ = ["GSAState", "gsa", "gsa_step"]
 
 f32 = jnp.float32
 
+HEAD_DIMS = range(16, 513)  # of K, V and M; the kernels take fewer
+
 AXES = axes.GSA
 _AXES_OF_STEP = axes.of_step(AXES)
 
@@ -70,11 +72,11 @@ def gsa(
 
     Args:
       q: queries, [B, T, HQ, K], bfloat16, float16 or float32; HQ is a multiple of H, K is 16 to
-        256.
+        512.
       k: keys, [B, T, H, K], of q's dtype.
-      v: values, [B, T, H, V], of q's dtype; V is 16 to 256.
+      v: values, [B, T, H, V], of q's dtype; V is 16 to 512.
       s: what is written to each slot, [B, T, H, M], float32 or q's dtype; used in float32. M is 16
-        to 256.
+        to 512.
       g: natural-log decays, [B, T, H, M], float32, `g <= 0`; None for ABC.
       scale: factor of the slots' logits, a Python number; `K**-0.5` if None.
       initial_state: the state before the first token, `GSAState(hk, hv)`, [B, H, K, M] and
@@ -82,9 +84,10 @@ def gsa(
         segment.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
       implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
-        "pallas" (kernels for Hopper GPUs; up to 128 slots, no float32), "triton" (kernels for
-        NVIDIA GPUs from Ampere on, with the extra jla[triton]; by name alone for now), or None for
-        the fastest other one that supports these arguments here.
+        "pallas" (kernels for Hopper GPUs; K and V up to 256, up to 128 slots, no float32), "triton"
+        (kernels for NVIDIA GPUs from Ampere on, with the extra jla[triton]; K, V and M up to 256;
+        by name alone for now), or None for the fastest other one that supports these arguments
+        here.
 
     Returns:
       The outputs, [B, T, HQ, V], of v's dtype, and the `GSAState` after the last token (with
@@ -93,7 +96,7 @@ def gsa(
     Raises:
       TypeError: an argument is no array or has a dtype that is not listed here, or `initial_state`
         is no `GSAState`.
-      ValueError: shapes that disagree, K, V or M outside 16 to 256, `initial_state` without `g`, an
+      ValueError: shapes that disagree, K, V or M outside 16 to 512, `initial_state` without `g`, an
         unknown implementation.
       NotImplementedError: the named implementation cannot do this; the message says what can.
     """
@@ -182,6 +185,6 @@ def _check_common(
     if g is not None:
         checks.check_dtype("g", g, [f32])
     for letter in "KVM":
-        checks.check_head_dim(letter, sizes[letter])
+        checks.check_head_dim(letter, sizes[letter], HEAD_DIMS)
     checks.check_multiple("HQ", sizes["HQ"], "H", sizes["H"])
     return checks.check_scale(scale, sizes["K"] ** -0.5)

@@ -18,7 +18,7 @@ from jla._core.axes import Axes
 from jla._core.types import Array, Implementation, Sizes
 
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-HEAD_DIMS = range(16, 257)
+HEAD_DIMS = range(16, 257)  # and slots; where a mechanism accepts more, its own file says so
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 
@@ -152,10 +152,15 @@ def check_same_dtype(**arrays: Array) -> None:
             )
 
 
-def check_head_dim(letter: str, size: int) -> None:
-    """Raises ValueError unless a head dimension lies in the contract's 16 to 256."""
-    if size not in HEAD_DIMS:
-        raise ValueError(f"head dimension {letter} must be 16 to 256, got {size}")
+def check_head_dim(letter: str, size: int, accepted: range = HEAD_DIMS) -> None:
+    """Raises ValueError unless a head dimension is accepted."""
+    if size not in accepted:
+        raise ValueError(f"head dimension {letter} must be {bounds(accepted)}, got {size}")
+
+
+def bounds(accepted: range) -> str:
+    """The first and the last of what is accepted, for a message."""
+    return f"{accepted[0]} to {accepted[-1]}"
 
 
 def check_multiple(letter: str, size: int, of: str, of_size: int) -> None:

@@ -38,11 +38,11 @@ def check_size(name, size, least, hint=""):
         raise ValueError(f"{name} must be at least {least}, got {size}{hint}")
 
 
-def head_dims(D, per, **dims):
+def head_dims(D, per, accepted, **dims):
     """Checks the head dimensions, and returns them with their defaults put in.
 
     The first is by default D divided by `per`, an attribute's name and its value; every other one
-    is the first.
+    is the first. All must be in the range `accepted`.
     """
     (leading, first), (name, count) = next(iter(dims.items())), per
     hints = {}
@@ -56,15 +56,22 @@ def head_dims(D, per, **dims):
     dims = {name: first if size is None else size for name, size in dims.items()}
     for name, size in dims.items():
         check_size(name, size, 1)
-        if size not in checks.HEAD_DIMS:
-            raise ValueError(f"{name} must be 16 to 256, got {size}{hints.get(name, '')}")
+        if size not in accepted:
+            hint = hints.get(name, "")
+            raise ValueError(f"{name} must be {checks.bounds(accepted)}, got {size}{hint}")
     return dims.values()
 
 
-def check_conv_size(size):
-    """Raises TypeError or ValueError unless `size` is None, 0 or an integer of at least 2."""
+def check_convolution(size, bias):
+    """Raises TypeError or ValueError unless `size` is an integer of at least 2, or None or 0 and
+    there is no bias."""
     if size is not None and size != 0:
         check_size("conv_size", size, 2, "; None or 0 leaves the convolutions out")
+    elif bias:
+        raise ValueError(
+            f"conv_bias is True, but with conv_size = {size} there are no convolutions; set "
+            "conv_size, or leave conv_bias at False"
+        )
 
 
 def float32_parameter(layer, name, init, shape):

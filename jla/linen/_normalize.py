@@ -36,6 +36,7 @@ class RMSNorm(nn.Module):
     Attributes:
       epsilon: added to the mean square.
       axes: how many of x's last axes are normalised together.
+      use_scale: whether there is the parameter `scale`; without it the scale is 1.
       param_dtype: dtype of the scale, which has the shape of these axes and starts as ones.
       activation: of the gate.
       input_activation: what is applied to x before it is normalised; None for nothing.
@@ -45,6 +46,7 @@ class RMSNorm(nn.Module):
 
     epsilon: float = 1e-6
     axes: int = 1
+    use_scale: bool = True
     param_dtype: nn.dtypes.Dtype = f32
     activation: Callable = nn.sigmoid
     input_activation: Callable | None = None
@@ -93,7 +95,10 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def _scale(self, x):
-        return self.param("scale", nn.initializers.ones, x.shape[-self.axes :], self.param_dtype)
+        shape = x.shape[-self.axes :]
+        if not self.use_scale:
+            return jnp.ones(shape, f32)  # XLA drops the product, and to the kernels it is no work
+        return self.param("scale", nn.initializers.ones, shape, self.param_dtype)
 
 
 class GatedRMSNorm(RMSNorm):

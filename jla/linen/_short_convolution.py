@@ -23,18 +23,20 @@ def default_kernel_init(key, shape, dtype=f32):
 class ShortConvolution(nn.Module):
     """Depthwise causal convolution over time, then SiLU, then optionally another and the l2 norm.
 
-    `y_t = silu(sum_i taps[i] * x_{t - (W - 1 - i)})`, with W taps for every channel of every head,
-    accumulated in float32. The taps are the parameter `kernel`, as in `nn.Conv`, which lacks three
-    things that linear attention needs: segments, rows of unequal length, and a cache of the last
-    inputs.
+    `y_t = silu(sum_i taps[i] * x_{t - (W - 1 - i)} + bias)`, with W taps for every channel of every
+    head, accumulated in float32. The taps are the parameter `kernel`, as in `nn.Conv`, which lacks
+    three things that linear attention needs: segments, rows of unequal length, and a cache of the
+    last inputs. Before a sequence and before each segment there are zeros, to which the bias is
+    added as to any token.
 
     On a GPU that has the kernels, they serve 16-bit inputs without segments and a cache: XLA sums
     the taps' gradient at a fifth of the speed of memory.
 
     Attributes:
       size: W, the number of taps.
-      param_dtype: dtype of the parameter, `kernel` [W, H, D].
-      kernel_init: its initializer; `U(-W**-0.5, W**-0.5)`, as torch's Conv1d has it.
+      use_bias: whether there is a bias, the parameter `bias` [H, D], zeros at first.
+      param_dtype: dtype of the parameters, `kernel` [W, H, D] and the bias.
+      kernel_init: initializer of the kernel; `U(-W**-0.5, W**-0.5)`, as torch's Conv1d has it.
       normalize: whether a head's vector is divided by its length, as `l2norm` does it.
       silu_twice: whether there is a second SiLU upon the first: that of a feature map.
       implementation: "reference" or "xla" for the formula, "pallas" for the GPU kernels (what they
@@ -44,6 +46,7 @@ class ShortConvolution(nn.Module):
     """
 
     size: int
+    use_bias: bool = False
     param_dtype: nn.dtypes.Dtype = f32
     kernel_init: nn.initializers.Initializer = default_kernel_init
     normalize: bool = False
@@ -71,6 +74,9 @@ class ShortConvolution(nn.Module):
         B, _, *channels = x.shape
         past = self.size - 1
         taps = self.param("kernel", self.kernel_init, (self.size, *channels), self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, tuple(channels), self.param_dtype)
         check_cache(self, inputs=((B, past, *channels), x.dtype))
         before = None
         if self.decode:
@@ -84,7 +90,7 @@ class ShortConvolution(nn.Module):
             silu_twice=self.silu_twice,
             implementation=self.implementation,
         )
-        return unless_initializing(self, run)(x, taps, before, segments)
+        return unless_initializing(self, run)(x, taps, bias, before, segments)
 
 
 def _last_inputs(before, x, segments, lengths):

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jla._core import checks
-from jla.gsa import GSAState, gsa, gsa_step
+from jla.gsa import HEAD_DIMS, GSAState, gsa, gsa_step
 from jla.linen.mixer import Mixer
 
 f32 = jnp.float32
 
-FEATURE_MAPS = {"swish": nn.silu, "relu": nn.relu, None: lambda x: x}
+FEATURE_MAPS = {"swish": nn.silu, "relu": nn.relu, "t2r": nn.relu, None: lambda x: x}
 
 
 class GatedSlotAttention(Mixer):
@@ -27,7 +27,8 @@ class GatedSlotAttention(Mixer):
         y = W_o RMSNorm(silu(gsa(q, k, v, s, g)))
 
     with phi the feature map, and RMSNorm over all heads of a token together. With `conv_size`, each
-    of W_q x, W_k x and W_v x first passes through a causal convolution of its own and SiLU.
+    of W_q x, W_k x and W_v x first passes through a causal convolution of its own and SiLU. The
+    feature map "t2r" is `relu(W_phi z)` of each head z, with one matrix W_phi for queries and keys.
 
     The projections run in `dtype`; g, s, the convolutions' sums and RMSNorm are computed in
     float32, and the recurrent state is float32.
@@ -42,7 +43,9 @@ class GatedSlotAttention(Mixer):
     f_proj               kernel       [D, HK, M]
     q_conv1d             kernel       [conv_size, HQ, K], U(-conv_size**-0.5, conv_size**-0.5)
     k_conv1d, v_conv1d   kernel       [conv_size, HK, K], [conv_size, HK, V], as q_conv1d
-    g_norm               scale        [HQ, V], ones
+    ..._conv1d           bias         [HQ, K], [HK, K], [HK, V], zeros; with `conv_bias`
+    feature_map          kernel       [K, K], with `feature_map="t2r"`
+    g_norm               scale        [HQ, V], ones; none without `norm_scale`
     o_proj               kernel       [HQ, V, D]
     ===================  ===========  ====================================================
 
@@ -57,11 +60,14 @@ class GatedSlotAttention(Mixer):
 
     Attributes, beside those of all layers (`Mixer`):
       num_key_heads: HK, of which num_heads is a multiple; num_heads if None. fla's `num_kv_heads`.
-      num_slots: M, 16 to 256; key_dim if None.
-      feature_map: "swish", "relu", or None for none.
+      key_dim, value_dim: 16 to 512. Kernels serve up to 256, and up to 128 slots ("pallas").
+      num_slots: M, 16 to 512; key_dim if None.
+      feature_map: "swish", "relu", "t2r", or None for none.
       gate_logit_normalizer: a positive number; the larger, the slower a slot forgets.
       scale: of the slots' logits, see `jla.gsa`; 1 as in the paper's layer. None is `K**-0.5`.
       conv_size: taps of the convolutions; there are none unless it is set.
+      norm_epsilon: RMSNorm's epsilon. In fla it is 1e-5, this default, whatever its config says.
+      norm_scale: whether RMSNorm has a scale. fla's `elementwise_affine`.
     """
 
     num_key_heads: int | None = None
@@ -70,6 +76,7 @@ class GatedSlotAttention(Mixer):
     gate_logit_normalizer: float = 8.0
     scale: float | None = 1.0
     conv_size: int | None = None
+    norm_scale: bool = True
 
     @nn.compact
     @checks.named
@@ -90,6 +97,9 @@ class GatedSlotAttention(Mixer):
         q = convolve(self.dense((H, K), "q_proj")(x), "q_conv1d", silu_twice=swish)
         k = convolve(self.dense((HK, K), "k_proj")(x), "k_conv1d", silu_twice=swish)
         v = convolve(self.dense((HK, V), "v_proj")(x), "v_conv1d", silu_twice=True)
+        if self.feature_map == "t2r":
+            mapped = self.dense(K, "feature_map")
+            q, k = mapped(q), mapped(k)
         if not swish:
             q, k = feature_map(q), feature_map(k)
         g = nn.log_sigmoid(self.dense((HK, M), "f_proj")(x).astype(f32))
@@ -104,8 +114,8 @@ class GatedSlotAttention(Mixer):
 
         step = functools.partial(gsa_step, **options)
         o = self.mix(run, step, (q, k, v, s, g), cache)
-        norm = self.norm("g_norm", axes=2, input_activation=nn.silu)
-        return self.finish(norm(o), tokens)
+        over_heads = dict(axes=2, input_activation=nn.silu, use_scale=self.norm_scale)
+        return self.finish(self.norm("g_norm", **over_heads)(o), tokens)
 
     def sizes(self, T, D):
         if self.feature_map not in FEATURE_MAPS:
@@ -114,4 +124,5 @@ class GatedSlotAttention(Mixer):
                 f"got {self.feature_map!r}"
             )
         checks.check_positive("gate_logit_normalizer", self.gate_logit_normalizer)
-        return self.heads_and_dims(D, self.num_key_heads, num_slots=self.num_slots)
+        heads = dict(num_key_heads=self.num_key_heads, accepted=HEAD_DIMS)
+        return self.heads_and_dims(D, **heads, num_slots=self.num_slots)

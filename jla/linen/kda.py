@@ -20,11 +20,16 @@ def _A_log_init(key, shape, dtype):
 
 
 class _DenseAndBias(nn.DenseGeneral):
-    """`nn.DenseGeneral`, but its bias is returned beside the product: the norm adds it."""
+    """`nn.DenseGeneral`, but its bias, None without one, is returned beside the product: the norm
+    adds it."""
+
+    has_bias: bool = True
 
     @nn.compact
     def __call__(self, inputs):
         product = super().__call__(inputs)
+        if not self.has_bias:
+            return product, None
         return product, self.param("bias", self.bias_init, self.features, self.param_dtype)
 
 
@@ -51,13 +56,15 @@ class KimiDeltaAttention(Mixer):
     v_proj               kernel       [D, H, V]
     q_conv1d, k_conv1d   kernel       [conv_size, HK, K], U(-conv_size**-0.5, conv_size**-0.5)
     v_conv1d             kernel       [conv_size, H, V], as q_conv1d
-    f_proj_down          kernel       [D, V]
-    f_proj_up            kernel       [V, H, K]
+    ..._conv1d           bias         [HK, K] or [H, V], zeros; with `conv_bias`
+    f_proj_down          kernel       [D, gate_rank]
+    f_proj_up            kernel       [gate_rank, H, K]; with `full_rank_decay` f_proj, [D, H, K]
     A_log                             [H], log U(1, 16); zeros with `gate_lower_bound`
     dt_bias                           [H, K], inverse softplus of log-uniform [1e-3, 1e-1]
     b_proj               kernel       [D, H]
-    g_proj_down          kernel       [D, V]
-    g_proj_up            kernel,bias  [V, H, V], [H, V]; the bias is zero at first
+    g_proj_down          kernel       [D, gate_rank]
+    g_proj_up            kernel,bias  [gate_rank, H, V], [H, V]; the bias is zero at first, and with
+                                      `full_rank_gate` it is g_proj, [D, H, V], [H, V]
     o_norm               scale        [V], ones
     o_proj               kernel       [H, V, D]
     ===================  ===========  ====================================================
@@ -79,11 +86,19 @@ class KimiDeltaAttention(Mixer):
         eigenvalues in [-1, 1] (arXiv 2411.12537).
       gate_lower_bound: None, or a negative number, for log decays
         `g = gate_lower_bound * sigmoid(exp(A_log) * (W_f_up W_f_down x + dt_bias))`.
+      gate_rank: the inner dimension of the decays' and the output gate's projections; V if None.
+      full_rank_decay: whether one matrix, `f_proj`, takes the place of W_f_up W_f_down.
+      full_rank_gate: whether one matrix, `g_proj`, takes the place of W_g_up W_g_down.
+      output_gate_bias: whether the output gate has its bias b_g.
     """
 
     num_key_heads: int | None = None
     allow_negative_eigenvalues: bool = False
     gate_lower_bound: float | None = None
+    gate_rank: int | None = None
+    full_rank_decay: bool = False
+    full_rank_gate: bool = False
+    output_gate_bias: bool = True
 
     @nn.compact
     @checks.named
@@ -95,7 +110,7 @@ class KimiDeltaAttention(Mixer):
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
         """Applies the layer; arguments, result and errors as of all layers, see `Mixer`."""
-        tokens, (H, HK, K, V) = self.begin(inputs, mask, segment_ids)
+        tokens, (H, HK, K, V, rank) = self.begin(inputs, mask, segment_ids)
         x = tokens.x
         entry = (x.shape[0], H, K, V), f32
         cache = self.cached(lambda recurrent_state: recurrent_state, recurrent_state=entry)
@@ -113,7 +128,7 @@ class KimiDeltaAttention(Mixer):
         A_log = _arguments.float32_parameter(self, "A_log", A_log_init, (H,))
         dt_bias_init = _arguments.dt_bias_init
         dt_bias = _arguments.float32_parameter(self, "dt_bias", dt_bias_init, (H, K))
-        f = self.dense((H, K), "f_proj_up")(self.dense(V, "f_proj_down")(x))
+        f = self.low_rank((H, K), "f_proj", None if self.full_rank_decay else rank)(x)
         beta = nn.sigmoid(self.dense(H, "b_proj")(x).astype(f32))
         if self.allow_negative_eigenvalues:
             beta = 2.0 * beta
@@ -135,12 +150,22 @@ class KimiDeltaAttention(Mixer):
             return _fused.kda_step_from_projection(*arguments, real=real, **options)
 
         o = self.mix(run, step, (q, k, v, f, beta), cache)
-        gate_proj = self.dense((H, V), "g_proj_up", kind=_DenseAndBias)
-        o = self.norm("o_norm")(o, *gate_proj(self.dense(V, "g_proj_down")(x)))
-        return self.finish(o, tokens)
+        gate_rank = None if self.full_rank_gate else rank
+        bias = dict(kind=_DenseAndBias, has_bias=self.output_gate_bias)
+        gate, gate_bias = self.low_rank((H, V), "g_proj", gate_rank, **bias)(x)
+        return self.finish(self.norm("o_norm")(o, gate, gate_bias), tokens)
 
     def sizes(self, T, D):
         if self.gate_lower_bound is not None:
             checks.check_negative("gate_lower_bound", self.gate_lower_bound)
         per = "num_heads" if self.num_key_heads is None else "num_key_heads"
-        return self.heads_and_dims(D, self.num_key_heads, dims_per=per)
+        H, HK, K, V = self.heads_and_dims(D, self.num_key_heads, dims_per=per)
+        if self.gate_rank is None:
+            return H, HK, K, V, V
+        _arguments.check_size("gate_rank", self.gate_rank, 1, "; None is for value_dim")
+        if self.full_rank_decay and self.full_rank_gate:
+            raise ValueError(
+                f"gate_rank is {self.gate_rank}, but with full_rank_decay and full_rank_gate no "
+                "projection has a rank: leave gate_rank out, or one of these"
+            )
+        return H, HK, K, V, self.gate_rank

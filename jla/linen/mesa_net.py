@@ -37,6 +37,7 @@ class MesaNet(Mixer):
     q_proj, k_proj       kernel       [D, H, K]
     v_proj               kernel       [D, H, V]
     q_conv1d, k_conv1d   kernel       [conv_size, H, K], U(-conv_size**-0.5, conv_size**-0.5)
+    ..._conv1d           bias         [H, K], zeros; with `conv_bias`
     a_proj, b_proj       kernel,bias  [D, H], [H]; the biases are zero at first
     lambda_params                     [H, K], such that lamb = 1, or twice a bound from 1 on
     g_proj               kernel       [D, H, V], with `use_output_gate`

@@ -108,6 +108,7 @@ class Mixer(nn.Module):
       key_dim: K, the features of a head's query and key, 16 to 256; D // num_heads if None.
       value_dim: V, the features of a head's value and output, 16 to 256; key_dim if None.
       conv_size: taps of the convolutions, at least 2; with None or 0 there are none.
+      conv_bias: whether the convolutions have a bias, [heads, features], zeros at first.
       norm_epsilon: RMSNorm's epsilon.
       dtype: the dtype of the computation; inferred from the inputs and parameters if None.
       param_dtype: the dtype of the parameters, but for those that are always float32.
@@ -124,6 +125,7 @@ class Mixer(nn.Module):
     key_dim: int | None = None
     value_dim: int | None = None
     conv_size: int | None = 4
+    conv_bias: bool = False
     norm_epsilon: float = 1e-5
     dtype: nn.dtypes.Dtype | None = None
     param_dtype: nn.dtypes.Dtype = f32
@@ -136,13 +138,16 @@ class Mixer(nn.Module):
         """Checks the layer's own attributes; returns what `begin` hands to `__call__`."""
         raise NotImplementedError(f"{type(self).__name__} must define sizes(T, D); see Mixer")
 
-    def heads_and_dims(self, D, num_key_heads=None, dims_per="num_heads", **more):
+    def heads_and_dims(
+        self, D, num_key_heads=None, dims_per="num_heads", accepted=checks.HEAD_DIMS, **more
+    ):
         """Checks counts of heads and dimensions; returns H, the key heads, K, V and `more`, which
         are sizes like `key_dim` that default to it.
 
         Args:
           num_key_heads: `num_heads` if None.
           dims_per: the attribute by whose value D is divided for the default of `key_dim`.
+          accepted: the range of all dimensions.
         """
         H = self.num_heads
         _arguments.check_size("num_heads", H, 1)
@@ -151,12 +156,12 @@ class Mixer(nn.Module):
         checks.check_multiple("num_heads", H, "num_key_heads", HK)
         per = dims_per, getattr(self, dims_per)
         dims = dict(key_dim=self.key_dim, value_dim=self.value_dim, **more)
-        return H, HK, *_arguments.head_dims(D, per, **dims)
+        return H, HK, *_arguments.head_dims(D, per, accepted, **dims)
 
     def begin(self, inputs, mask, segment_ids):
         """Checks the call's arguments and the attributes; returns the tokens and the sizes."""
         T, D = _arguments.check_inputs(self, inputs, mask, segment_ids)
-        _arguments.check_conv_size(self.conv_size)
+        _arguments.check_convolution(self.conv_size, self.conv_bias)
         sizes = self.sizes(T, D)
         return Tokens(*arrange(inputs, mask, segment_ids)), sizes
 
@@ -180,6 +185,17 @@ class Mixer(nn.Module):
             **options,
         )
 
+    def low_rank(self, features, name, rank, **options):
+        """A projection by way of `rank` features, `name`_down and `name`_up; None: by one matrix.
+
+        The options are those of the one, or of the second of two.
+        """
+        if rank is None:
+            return self.dense(features, name, **options)
+        down = self.dense(rank, f"{name}_down")
+        up = self.dense(features, f"{name}_up", **options)
+        return lambda x: up(down(x))
+
     def convolve(self, x, name, tokens, *, normalize=False, silu_twice=False, otherwise=nn.silu):
         """The short convolution of x [B, T, H, D] and SiLU, as `ShortConvolution` has them;
         `otherwise` of x where there are no convolutions."""
@@ -189,6 +205,7 @@ class Mixer(nn.Module):
             return l2norm(y) if normalize else y
         convolution = ShortConvolution(
             self.conv_size,
+            use_bias=self.conv_bias,
             param_dtype=self.param_dtype,
             normalize=normalize,
             silu_twice=silu_twice,

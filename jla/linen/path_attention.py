@@ -41,6 +41,7 @@ class PaTHAttention(Mixer):
     w_proj_down          kernel       [D, w_rank], unless w_rank is None
     w_proj_up            kernel       [w_rank, HK, K]; without w_rank it is w_proj, [D, HK, K]
     w_conv1d             kernel       [conv_size, HK, K], U(-conv_size**-0.5, conv_size**-0.5)
+    w_conv1d             bias         [HK, K], zeros; with `conv_bias`
     b_proj               kernel,bias  [D, HK], [HK]; the bias is zero at first
     g_proj               kernel,bias  [D, H], [H], with `use_forget_gate`; as b_proj
     q_norm, k_norm       scale        [K], ones, with `use_qk_norm`
@@ -90,10 +91,7 @@ class PaTHAttention(Mixer):
         cache = self._cache(v, H, K)
         if self.use_qk_norm:
             q, k = self.norm("q_norm")(q), self.norm("k_norm")(k)
-        if self.w_rank is None:
-            w = self.dense((HK, K), "w_proj")(x)
-        else:
-            w = self.dense((HK, K), "w_proj_up")(self.dense(self.w_rank, "w_proj_down")(x))
+        w = self.low_rank((HK, K), "w_proj", self.w_rank)(x)
         w = self.convolve(w, "w_conv1d", tokens, otherwise=lambda x: x)
         w = l2norm(w.astype(f32))
         beta = 2.0 * nn.sigmoid(self.dense(HK, "b_proj", use_bias=True)(x).astype(f32))

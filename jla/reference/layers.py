@@ -48,7 +48,7 @@ def gated_norm(x, gate, scale, real=None, *, epsilon):
     return rms_norm(gated, scale, epsilon=epsilon).astype(gate.dtype)
 
 
-def short_convolution(x, taps, past=None, segments=None, *, normalize, silu_twice=False):
+def short_convolution(x, taps, bias=None, past=None, segments=None, *, normalize, silu_twice=False):
     """See `jla._fused.short_convolution`."""
     T, W = x.shape[1], taps.shape[0]
     # The first W - 1 entries of `window` are the tokens before this call.
@@ -65,6 +65,8 @@ def short_convolution(x, taps, past=None, segments=None, *, normalize, silu_twic
             same = window_segments[:, i : i + T] == segments
             tokens = jnp.where(same[..., None, None], tokens, 0.0)
         y = y + taps[i].astype(f32)[None, None] * tokens
+    if bias is not None:
+        y = y + with_rank(bias.astype(f32), y.ndim)
     y = jax.nn.silu(y)
     y = (jax.nn.silu(y) if silu_twice else y).astype(x.dtype)
     return l2norm(y) if normalize else y

@@ -30,6 +30,7 @@ SDS = jax.ShapeDtypeStruct
 bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
 
 CHUNK = gsa_forward.CHUNK.value
+WIDEST = 256  # K, V and M; more have not been tried
 SMALLEST = 16  # side of a tile that `tl.dot` takes
 STEP_TILE = 8192  # elements of a state that a step's program holds at a time
 
@@ -49,9 +50,11 @@ _STEP_INPUTS = letters(_STEP, "q k v s g state.hk state.hv")
 _STEP_OUTPUTS = letters(_STEP, "o state.hk state.hv")
 
 
-def unsupported(name, *arrays):
-    """Why the kernels of the function `name` cannot serve these arguments, or None: they serve
-    all that the public function takes."""
+def unsupported(name, q, k, v, s, *_):
+    """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    K, V, M = (x.shape[-1] for x in (q, v, s))
+    if max(K, V, M) > WIDEST:
+        return f"K={K}, V={V} and M={M}, and the kernels take at most {WIDEST}"
     return None
 
 

@@ -302,7 +302,7 @@ COMMON_RUN_MISTAKES = (
         "V too small",
         edit(v=lambda x: x[..., :8], initial_state=None),
         ValueError,
-        ("dimension V must be 16 to 256", "8"),
+        ("dimension V must be 16 to ", "8"),
     ),
     (
         "segment_ids of floats",

@@ -35,6 +35,12 @@ def _later(name, x):
     return {"s": 1.0 - 0.5 * x, "g": 40.0 * x - 1.0}.get(name, 3.0 - x)
 
 
+def _of_width(K, **more):
+    """An edit: queries and keys of K features, without a state."""
+    widened = {n: lambda x: np.resize(x, (*x.shape[:-1], K)) for n in ("q", "k")}
+    return edit(**widened, initial_state=None, **more)
+
+
 def _state(**edits):
     """An edit of the initial state's fields."""
     return lambda args: (
@@ -102,6 +108,8 @@ GSA = Mechanism(
             head_dims=(
                 dict(HQ=6, K=63, V=256, M=81),
                 dict(HQ=6, K=256, V=16, M=16),
+                dict(T=40, H=1, HQ=2, K=512, V=300, M=64),
+                dict(T=40, H=1, HQ=1, K=16, V=512, M=400),
                 dict(HQ=2, K=63, V=256, M=81),
             ),
         ),
@@ -157,7 +165,19 @@ GSA = Mechanism(
                 args | {n: args[n][..., :15] for n in ("s", "g")} | dict(initial_state=None)
             ),
             ValueError,
-            ("dimension M must be 16 to 256", "15"),
+            ("dimension M must be 16 to 512", "15"),
+        ),
+        (
+            "K too large",
+            _of_width(513),
+            ValueError,
+            ("dimension K must be 16 to 512", "513"),
+        ),
+        (
+            "K too large for the kernels",  # tests/triton/test_launch.py: Triton's
+            _of_width(257, implementation="pallas"),
+            NotImplementedError,
+            ('"pallas"', "K=257, V=24 and M=20", "at most 256", 'implementation="xla" can'),
         ),
         (
             "initial_state a plain tuple",

@@ -68,7 +68,7 @@ OPERATIONS = {
     ),
     "short_convolution": Operation(
         _fused.short_convolution,
-        dict(x=TOKENS, taps=(3, H, D)),
+        dict(x=TOKENS, taps=(3, H, D), bias=(H, D)),
         options=dict(normalize=True, silu_twice=True),
     ),
 }

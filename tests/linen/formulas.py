@@ -17,11 +17,10 @@ def project(p, name, z):
 
 def convolved(p, letter, x, t, conv_size):
     """Token t of q, k or v after the convolution and SiLU."""
-    kernel = p[f"{letter}_conv1d"]["kernel"]
+    kernel, bias = p[f"{letter}_conv1d"]["kernel"], p[f"{letter}_conv1d"].get("bias", 0)
     lags = range(min(conv_size, t + 1))
-    return silu(
-        sum(kernel[conv_size - 1 - lag] * project(p, f"{letter}_proj", x[t - lag]) for lag in lags)
-    )
+    past = (kernel[conv_size - 1 - lag] * project(p, f"{letter}_proj", x[t - lag]) for lag in lags)
+    return silu(sum(past) + bias)
 
 
 def convolution_cache(p, x, conv_size):

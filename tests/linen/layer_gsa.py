@@ -14,8 +14,9 @@ GROUPED = dict(
     num_key_heads=2,
     value_dim=32,
     num_slots=20,
-    feature_map="relu",
+    feature_map="t2r",
     conv_size=4,
+    conv_bias=True,
 )
 
 
@@ -25,9 +26,12 @@ def definition(options, p, x):
     Returns the output [T, D] and what the cache should hold, without the batch axis.
     """
     conv_size = options.get("conv_size")
-    feature_map = {"swish": silu, "relu": lambda z: np.maximum(z, 0), None: lambda z: z}[
-        options.get("feature_map", "swish")
-    ]
+    feature_map = {
+        "swish": silu,
+        "relu": lambda z: np.maximum(z, 0),
+        "t2r": lambda z: np.maximum(formulas.project(p, "feature_map", z), 0),
+        None: lambda z: z,
+    }[options.get("feature_map", "swish")]
     HQ, K = p["q_proj"]["kernel"].shape[1:]
     H, V = p["v_proj"]["kernel"].shape[1:]
     M = p["f_proj"]["kernel"].shape[2]
@@ -54,7 +58,7 @@ def definition(options, p, x):
             logits = np.exp(scale * hk[h].T @ q[j])
             o[j] = hv[h].T @ (logits / logits.sum())
         epsilon = options.get("norm_epsilon", 1e-5)
-        o = formulas.rms_norm(silu(o), p["g_norm"]["scale"], epsilon, None)
+        o = formulas.rms_norm(silu(o), p.get("g_norm", {"scale": 1})["scale"], epsilon, None)
         outputs.append(np.einsum("hv,hvd->d", o, p["o_proj"]["kernel"]))
     cache = {"hk": hk, "hv": hv} | formulas.convolution_cache(p, x, conv_size)
     return np.reshape(outputs, x.shape), cache
@@ -65,8 +69,9 @@ GSA = Layer(
     module=GatedSlotAttention,
     cases={
         "plain": PLAIN,
-        "convolved": PLAIN | dict(conv_size=3),
+        "convolved": PLAIN | dict(conv_size=3, feature_map="relu"),
         "rich": GROUPED,
+        "wide": dict(num_heads=1, key_dim=512, num_slots=16, norm_scale=False),
         "bare": PLAIN
         | dict(
             feature_map=None,
@@ -82,10 +87,11 @@ GSA = Layer(
         "q_proj": {"kernel": (D, 4, 16)},
         "k_proj": {"kernel": (D, 2, 16)},
         "v_proj": {"kernel": (D, 2, 32)},
-        "q_conv1d": {"kernel": (4, 4, 16)},
-        "k_conv1d": {"kernel": (4, 2, 16)},
-        "v_conv1d": {"kernel": (4, 2, 32)},
+        "q_conv1d": {"kernel": (4, 4, 16), "bias": (4, 16)},
+        "k_conv1d": {"kernel": (4, 2, 16), "bias": (2, 16)},
+        "v_conv1d": {"kernel": (4, 2, 32), "bias": (2, 32)},
         "f_proj": {"kernel": (D, 2, 20)},
+        "feature_map": {"kernel": (16, 16)},
         "g_norm": {"scale": (4, 32)},
         "o_proj": {"kernel": (4, 32, D)},
     },
@@ -107,11 +113,12 @@ GSA = Layer(
             "num_heads = 2 must be a multiple of num_key_heads = 4",
         ),
         (dict(num_key_heads=0), ValueError, "num_key_heads must be at least 1, got 0"),
-        (dict(num_slots=8), ValueError, "num_slots must be 16 to 256, got 8"),
+        (dict(num_slots=8), ValueError, "num_slots must be 16 to 512, got 8"),
+        (dict(num_slots=513), ValueError, "num_slots must be 16 to 512, got 513"),
         (
             dict(feature_map="gelu"),
             ValueError,
-            "feature_map must be one of 'swish', 'relu', None, got 'gelu'",
+            "feature_map must be one of 'swish', 'relu', 't2r', None, got 'gelu'",
         ),
         (
             dict(gate_logit_normalizer=0),

@@ -8,7 +8,7 @@ from layers_table import D, Layer
 from jla.linen import MesaNet
 
 PLAIN = dict(num_heads=2, key_dim=16)
-GATED = dict(num_heads=2, key_dim=16, value_dim=32, use_output_gate=True)
+GATED = dict(num_heads=2, key_dim=16, value_dim=32, use_output_gate=True, conv_bias=True)
 
 
 def definition(options, p, x):
@@ -64,8 +64,8 @@ MESA = Layer(
         "q_proj": {"kernel": (D, 2, 16)},
         "k_proj": {"kernel": (D, 2, 16)},
         "v_proj": {"kernel": (D, 2, 32)},
-        "q_conv1d": {"kernel": (4, 2, 16)},
-        "k_conv1d": {"kernel": (4, 2, 16)},
+        "q_conv1d": {"kernel": (4, 2, 16), "bias": (2, 16)},
+        "k_conv1d": {"kernel": (4, 2, 16), "bias": (2, 16)},
         "a_proj": {"kernel": (D, 2), "bias": (2,)},
         "b_proj": {"kernel": (D, 2), "bias": (2,)},
         "lambda_params": (2, 16),

@@ -17,6 +17,7 @@ GATED = dict(
     use_qk_norm=True,
     w_rank=5,
     conv_size=4,
+    conv_bias=True,
 )
 
 
@@ -50,7 +51,8 @@ def definition(options, p, x):
         if conv_size:
             kernel = p["w_conv1d"]["kernel"]
             lags = range(min(conv_size, t + 1))
-            w = formulas.silu(sum(kernel[conv_size - 1 - lag] * wide[t - lag] for lag in lags))
+            w = sum(kernel[conv_size - 1 - lag] * wide[t - lag] for lag in lags)
+            w = formulas.silu(w + p["w_conv1d"].get("bias", 0))
         w = w / np.sqrt(np.sum(w**2, axis=-1, keepdims=True) + 1e-6)
         q = normed("q", formulas.project(p, "q_proj", x[t]))
         k = normed("k", formulas.project(p, "k_proj", x[t]))
@@ -93,7 +95,7 @@ PATH = Layer(
         "v_proj": {"kernel": (D, 2, 32)},
         "w_proj_down": {"kernel": (D, 5)},
         "w_proj_up": {"kernel": (5, 2, 16)},
-        "w_conv1d": {"kernel": (4, 2, 16)},
+        "w_conv1d": {"kernel": (4, 2, 16), "bias": (2, 16)},
         "b_proj": {"kernel": (D, 2), "bias": (2,)},
         "g_proj": {"kernel": (D, 4), "bias": (4,)},
         "q_norm": {"scale": (16,)},

@@ -41,7 +41,7 @@ def test_defaults_come_from_the_input(name):
 @each_rich
 def test_no_convolution_has_no_convolution(case):
     for conv_size in (None, 0):
-        module = layer(case, conv_size=conv_size, decode=True)
+        module = layer(case, conv_size=conv_size, conv_bias=False, decode=True)
         variables = jax.eval_shape(module.init, jax.random.key(0), normal(0, 1, 4, D))
         without = {n: x for n, x in entry(case).cache.items() if "conv" not in n}
         assert not [n for n in variables["params"] if "conv" in n]
@@ -127,12 +127,12 @@ MISTAKES = (
     ({}, dict(segment_ids=np.ones((2, 5))), TypeError, "segment_ids must be integers, got float"),
     (dict(num_heads=0), {}, ValueError, "num_heads must be at least 1, got 0"),
     (dict(num_heads=2.0), {}, TypeError, "num_heads must be an integer, got 2.0"),
-    (dict(key_dim=8), {}, ValueError, "key_dim must be 16 to 256, got 8(?!,)"),
+    (dict(key_dim=8), {}, ValueError, "key_dim must be 16 to (256|512), got 8(?!,)"),
     (
         dict(key_dim=None, num_heads=3),
         {},
         ValueError,
-        "key_dim must be 16 to 256, got 8, .*last axis // num_heads = 24 // 3; set key_dim",
+        "key_dim must be 16 to (256|512), got 8, .*last axis // num_heads = 24 // 3; set key_dim",
     ),
     (dict(dtype=jnp.float64), {}, TypeError, "dtype must be .*float32, got float64"),
     (dict(param_dtype=jnp.int32), {}, TypeError, "param_dtype must be .*float32, got int32"),
@@ -143,9 +143,15 @@ MISTAKES = (
         ValueError,
         "= 24 must be a multiple of num_heads = 5",
     ),
-    (dict(value_dim=512), {}, ValueError, "value_dim must be 16 to 256, got 512"),
+    (dict(value_dim=513), {}, ValueError, "value_dim must be 16 to (256|512), got 513"),
     (dict(conv_size=1), {}, ValueError, "conv_size must be at least 2, got 1; None or 0"),
     (dict(conv_size=-4), {}, ValueError, "conv_size must be at least 2, got -4"),
+    (
+        dict(conv_size=None, conv_bias=True),
+        {},
+        ValueError,
+        "conv_bias is True, but with conv_size = None there are no convolutions",
+    ),
     (dict(implementation="fast"), {}, ValueError, "implementation must be None or one of"),
 )
 

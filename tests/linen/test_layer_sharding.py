@@ -37,7 +37,7 @@ def heads_axis(path, ndim):
     if first in ("o_proj", "o_norm", "g_norm"):
         return 0 if ndim > 1 else None
     if last in ("kernel", "inputs"):
-        return None if first.endswith("down") else 1
+        return None if first.endswith("down") or first == "feature_map" else 1
     others = {"length": None, "position": None, "scale": None, "key": 1, "value": 1, "decay": 1}
     return others.get(last, 0)
 

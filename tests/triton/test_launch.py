@@ -79,6 +79,13 @@ def test_a_mechanism_without_kernels():
         jla._dispatch.choose("rms_norm", "triton")
 
 
+def test_heads_that_are_too_wide():
+    q, s = jnp.zeros((1, 2, 1, 512)), jnp.zeros((1, 2, 1, 16))
+    refused = r'K=512, V=512 and M=16, .* at most 256.*"xla" can'
+    with pytest.raises(NotImplementedError, match=refused):
+        jla.gsa(q, q, q, s, s, implementation="triton")
+
+
 def test_importing_changes_no_variable():
     """jax-triton sets or deletes it, which a user of torch in the process would notice."""
     program = """

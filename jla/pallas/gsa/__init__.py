@@ -30,6 +30,7 @@ __all__ = ["gsa", "gsa_step", "unsupported"]
 bf16, f32 = jnp.bfloat16, jnp.float32
 
 MOST_SLOTS = 128  # more have no room in SMEM beside a chunk's tokens
+WIDEST = 256  # K and V, and M of a step; more have not been tried
 
 _INPUTS = letters(GSA, "q k v s g")
 _STATES = letters(GSA, "initial_state.hk initial_state.hv")
@@ -44,12 +45,15 @@ _KEPT = {
 
 def unsupported(name, q, k, v, s, g):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    K, V, M = (x.shape[-1] for x in (q, v, s))
+    if max(K, V, M) > WIDEST:
+        return f"K={K}, V={V} and M={M}, and the kernels take at most {WIDEST}"
     if name == "gsa_step":
         return step.unsupported(q, k, v, s)
     if q.dtype == f32:
         return "q, k and v are float32, and the kernels take bfloat16 and float16"
-    if s.shape[-1] > MOST_SLOTS:
-        return f"M = {s.shape[-1]}, and the kernels take at most {MOST_SLOTS} slots"
+    if M > MOST_SLOTS:
+        return f"M = {M}, and the kernels take at most {MOST_SLOTS} slots"
     return None
 
 

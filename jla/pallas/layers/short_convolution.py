@@ -13,6 +13,7 @@ GB, 0.073 ms.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ UNROLLED = 4  # tokens of a turn of the loop
 _X, _TAPS = "B T H D", "B W H D"
 
 
-def unsupported(name, x, taps, past=None, segments=None):
+def unsupported(name, x, taps, bias=None, past=None, segments=None):
     """Why the kernels cannot serve these arguments, or None."""
     if past is not None:
         return "there are tokens before x, from a cache, which the kernels do not read"
@@ -55,11 +56,11 @@ def unsupported(name, x, taps, past=None, segments=None):
 
 @functools.partial(jax.jit, static_argnames=("normalize", "silu_twice"))
 @reverse_only("the layers' short convolution")
-def short_convolution(x, taps, past=None, segments=None, *, normalize, silu_twice=False):
-    """`silu(sum_i taps[i] * x_{t - (W - 1 - i)})`, with `normalize` its l2 norm over channels.
+def short_convolution(x, taps, bias=None, past=None, segments=None, *, normalize, silu_twice=False):
+    """`silu(sum_i taps[i] * x_{t - (W - 1 - i)} + bias)`; with `normalize` that over its l2 norm.
 
     Args:
-      x: [B, T, H, D], 16 bits. taps: [W, H, D].
+      x: [B, T, H, D], 16 bits. taps: [W, H, D]. bias: [H, D] or None.
       normalize: whether the heads' vectors are divided by `sqrt(sum(y**2) + 1e-6)`.
       silu_twice: whether there is a second SiLU upon the first, before the norm.
       past, segments: None, see `unsupported`.
@@ -68,32 +69,36 @@ def short_convolution(x, taps, past=None, segments=None, *, normalize, silu_twic
       [B, T, H, D] in x's dtype. All arithmetic is float32, and is rounded once.
     """
     # Each row of the batch has its own taps, so that a shard knows nothing of the others.
-    return _convolution(x, for_each_row(taps.astype(f32), x), normalize, silu_twice)
+    rows = for_each_row(taps.astype(f32), x)
+    if bias is not None:
+        rows = jnp.concatenate([rows, for_each_row(bias.astype(f32)[None], x)], axis=1)
+    return _convolution(x, rows, normalize, silu_twice, bias is not None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolution(x, taps, normalize, silu_twice):
-    run = functools.partial(_forward, normalize=normalize, silu_twice=silu_twice)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _convolution(x, taps, normalize, silu_twice, biased):
+    run = functools.partial(_forward, normalize=normalize, silu_twice=silu_twice, biased=biased)
     return shardwise(run, (_X, _TAPS), (_X,))(x, taps)[0]
 
 
-def _convolution_forward(x, taps, normalize, silu_twice):
+def _convolution_forward(x, taps, normalize, silu_twice, biased):
     # `_convolution`, not the kernel: a checkpoint policy that keeps kernels' results (as that of
     # examples/model.py does) sees a custom_vjp, and so y is made again rather than kept.
-    return _convolution(x, taps, normalize, silu_twice), (x, taps)
+    return _convolution(x, taps, normalize, silu_twice, biased), (x, taps)
 
 
-def _convolution_backward(normalize, silu_twice, inputs, dy):
-    run = functools.partial(_backward, normalize=normalize, silu_twice=silu_twice)
+def _convolution_backward(normalize, silu_twice, biased, inputs, dy):
+    run = functools.partial(_backward, normalize=normalize, silu_twice=silu_twice, biased=biased)
     return shardwise(run, (_X, _TAPS, _X), (_X, _TAPS))(*inputs, dy)
 
 
 defvjp(_convolution, _convolution_forward, _convolution_backward)
 
 
-def _forward(x, taps, *, normalize, silu_twice):
-    """y, [B, T, H, D] in x's dtype, as a tuple; taps [B, W, H, D] float32."""
-    (B, T, H, D), W = x.shape, taps.shape[1]
+def _forward(x, taps, *, normalize, silu_twice, biased):
+    """y, [B, T, H, D] in x's dtype, as a tuple; taps [B, W, H, D] float32, or, if `biased`, [B,
+    W + 1, H, D] with the bias as the last."""
+    (B, T, H, D), W = x.shape, taps.shape[1] - biased
     channels, streams = _tile(D)
     out = scratch.kernel(
         functools.partial(_forward_body, T=T, normalize=normalize, silu_twice=silu_twice),
@@ -112,8 +117,9 @@ def _forward(x, taps, *, normalize, silu_twice):
 
 
 def _forward_body(refs, *, T, normalize, silu_twice):
-    tokens, past = refs.tokens, refs.taps.shape[1] - 1
-    streams, _, channels = tokens.shape
+    tokens = refs.tokens
+    streams, length, channels = tokens.shape
+    past = length - FORWARD
     layout = mosaic.rows_by_warp()
     _load_with_past(refs, past, FORWARD, 0)
     taps = _spread_taps(refs.taps, layout, streams)
@@ -133,15 +139,17 @@ def _forward_body(refs, *, T, normalize, silu_twice):
     _store(tokens, past, FORWARD, refs.y, T)
 
 
-def _backward(x, taps, dy, *, normalize, silu_twice):
-    """dx, and the gradient of the taps for each row of the batch, [B, W, H, D] float32.
+def _backward(x, taps, dy, *, normalize, silu_twice, biased):
+    """dx, and the gradient of the taps, and of the bias behind them if `biased`, for each row of
+    the batch, as `_forward` has them.
 
-    With c the convolution, s = sigmoid(c), y = s c and r = 1 / sqrt(sum(y**2) + epsilon):
+    With c the convolution plus the bias, s = sigmoid(c), y = s c and r = 1 / sqrt(sum(y**2) +
+    epsilon):
 
         1.  without the norm  dc = dy s (1 + c (1 - s)) = dy (s + y (1 - s))
             with it           dc = (r dy - r**3 y sum(y dy)) (s + y (1 - s))
         2.  dx_t = sum_i taps[i] dc_{t + (W - 1 - i)}
-            dtaps[i] = sum_t dc_t x_{t - (W - 1 - i)}
+            dtaps[i] = sum_t dc_t x_{t - (W - 1 - i)};   dbias = sum_t dc_t
 
     A second SiLU's slope stands before the first's, and y is then what comes out of the second.
 
@@ -149,14 +157,14 @@ def _backward(x, taps, dy, *, normalize, silu_twice):
     counted where they are at home. Each CTA writes its sums, and XLA adds them up: no atomics, the
     same bits every time. Past the last token dy is zero, and so is dc.
     """
-    (B, T, H, D), W = x.shape, taps.shape[1]
-    past = W - 1
+    (B, T, H, D), rows = x.shape, taps.shape[1]
+    past = rows - biased - 1
     channels, streams = _tile(D)
     blocks = pl.cdiv(T, streams * BACKWARD)
     out = scratch.kernel(
         functools.partial(_backward_body, T=T, normalize=normalize, silu_twice=silu_twice),
         inputs=dict(x=x, taps=_pad(taps, channels), dy=dy),
-        outputs=dict(dx=_like(x, channels), dtaps=SDS((B, blocks, W, H, channels), f32)),
+        outputs=dict(dx=_like(x, channels), dtaps=SDS((B, blocks, rows, H, channels), f32)),
         scratch=dict(
             tokens=plgpu.SMEM((streams, BACKWARD + 2 * past, channels), x.dtype),
             gradients=plgpu.SMEM((streams, BACKWARD + past, channels), x.dtype),
@@ -170,8 +178,9 @@ def _backward(x, taps, dy, *, normalize, silu_twice):
 
 
 def _backward_body(refs, *, T, normalize, silu_twice):
-    tokens, W = refs.tokens, refs.taps.shape[1]
-    past, length = W - 1, BACKWARD
+    tokens, length = refs.tokens, BACKWARD
+    past = refs.gradients.shape[1] - length
+    W = past + 1  # taps; what else there is, is the bias
     streams, _, channels = tokens.shape
     layout = mosaic.rows_by_warp()
     load = functools.partial(mosaic.load, layout=layout, optimized=False)
@@ -201,8 +210,9 @@ def _backward_body(refs, *, T, normalize, silu_twice):
             gradient = gradient * (gate + y * complement)
         # 2. dtaps and dx.
         if own:
-            sums = [s + gradient * x for s, x in zip(sums, window, strict=True)]
-        shares = [tap * gradient for tap in taps]
+            of_bias = [s + gradient for s in sums[W:]]
+            sums = [s + gradient * x for s, x in zip(sums[:W], window, strict=True)] + of_bias
+        shares = [tap * gradient for tap in taps[:W]]
         pending = [p + s for p, s in zip([*pending, 0.0], shares, strict=True)]
         if finish:
             # Token t - past of the stream lies in row t, which this thread has read.
@@ -210,7 +220,7 @@ def _backward_body(refs, *, T, normalize, silu_twice):
         return window[1:], pending[1:], sums
 
     zeros = plgpu.layout_cast(jnp.zeros((streams, channels), f32), layout)
-    carry = _window(tokens, layout, past), [zeros] * past, [zeros] * W
+    carry = _window(tokens, layout, past), [zeros] * past, [zeros] * len(taps)
     for t in range(past):
         carry = step(t, carry, finish=False)
     carry = _walk(step, past, length, carry)
@@ -219,7 +229,7 @@ def _backward_body(refs, *, T, normalize, silu_twice):
         carry = step(t, carry, own=False)
     plgpu.commit_smem()
     _store(tokens, past, length, refs.dx, T, wait=False)
-    for w in range(W):
+    for w in range(len(taps)):
         mosaic.store(refs.dtaps.at[b, n, w, h], sums[w].sum(axis=0))
     plgpu.wait_smem_to_gmem(0)
 
@@ -306,7 +316,10 @@ def _walk(step, start, stop, carry):
 
 
 def _weighted(taps, window):
-    return functools.reduce(jnp.add, (tap * x for tap, x in zip(taps, window, strict=True)))
+    """The convolution; a bias, if there is one, is the last of the taps."""
+    W = len(window)
+    products = (tap * x for tap, x in zip(taps[:W], window, strict=True))
+    return functools.reduce(jnp.add, itertools.chain(products, taps[W:]))
 
 
 def _silus(x, silu_twice):
