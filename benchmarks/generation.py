@@ -1,6 +1,6 @@
 """Times reading a long prompt and then sampling, with every mixer side by side.
 
-The functions are those of examples/generate.py; all sampled tokens of a call are one jitted scan.
+The functions are those of jla.models.generate; all sampled tokens of a call are one jitted scan.
 The prompt is read once, as a batch of one; for larger batches its cache is repeated.
 """
 
@@ -15,9 +15,7 @@ import jax.numpy as jnp
 
 from benchmarks import side_by_side
 from benchmarks.device_profile import profile
-
-# Of the examples, whose folder side_by_side has added to the path.
-from generate import decoder_params, draw, empty_cache, feed  # isort: skip
+from jla.models.generate import decoder, decoder_params, draw, empty_cache, feed
 
 KEYS = ("mixer", "batch")
 CALLS = 5  # of sampling: the first warms up, the last is profiled
@@ -61,21 +59,20 @@ def read(mixer, options, prepared):
     """
     capacity = options.prompt + CALLS * options.tokens
     model = side_by_side.make_model(mixer, options, longest=capacity + 1)
-    decoder = model.clone(decode=True)
     params = jax.jit(functools.partial(decoder_params, model))(side_by_side.make_params(model))
-    just_the_prompt = jax.eval_shape(lambda: empty_cache(decoder, 1, options.prompt))
+    just_the_prompt = jax.eval_shape(lambda: empty_cache(model, 1, options.prompt))
     yield dict(
         implementation=None if mixer == "attention" else model.implementation,
-        **dict(parameters=side_by_side.size(params), width=model.width, depth=model.depth),
-        **dict(heads=model.heads, prompt=options.prompt),
+        **dict(parameters=side_by_side.size(params), width=options.width, depth=options.depth),
+        **dict(heads=options.heads, prompt=options.prompt),
         state_bytes=sum(
             leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(just_the_prompt)
         ),
     )
-    cache = empty_cache(decoder, 1, capacity)
+    cache = empty_cache(model, 1, capacity)
     prompt = jax.random.randint(jax.random.key(1), (1, options.prompt), 0, 256)
     began = time.perf_counter()
-    run = jax.jit(functools.partial(feed, decoder)).lower(params, prompt, cache).compile()
+    run = jax.jit(functools.partial(feed, decoder(model))).lower(params, prompt, cache).compile()
     first_call_s = time.perf_counter() - began
     ms = []
     for _ in range(CALLS):
@@ -83,14 +80,14 @@ def read(mixer, options, prepared):
         logits, filled = jax.block_until_ready(run(params, prompt, cache))
         ms.append(1e3 * (time.perf_counter() - began))
     check(logits)
-    prepared |= dict(decoder=decoder, params=params, logits=logits, cache=filled)
+    prepared |= dict(model=model, params=params, logits=logits, cache=filled)
     prefill_ms = statistics.median(ms[1:])
     speed = 1e3 * options.prompt / prefill_ms
     yield dict(prefill_ms=prefill_ms, prefill_tokens_per_s=speed, first_call_s=first_call_s)
     yield dict(profile=profile(lambda: run(params, prompt, cache)))
 
 
-def sample(batch, options, decoder, params, logits, cache):
+def sample(batch, options, model, params, logits, cache):
     """Yields the numbers of sampling `options.tokens` tokens at a time for `batch` sequences."""
     n = options.tokens
 
@@ -101,7 +98,7 @@ def sample(batch, options, decoder, params, logits, cache):
     logits, cache = repeated((logits, cache))
 
     def several(params, logits, cache, key):
-        tokens, drawn_from, cache = draw(decoder, params, logits, cache, key, 1.0, n)
+        tokens, drawn_from, cache = draw(decoder(model), params, logits, cache, key, 1.0, n)
         # The next call begins with the logits before the last token, not behind it: that changes
         # what is said, but not how long it takes.
         return tokens, drawn_from[:, -1], cache

@@ -89,12 +89,12 @@ def train(mixer, data, options):
     optimizer, _ = make_optimizer(options.steps, options.lr, weight_decay=0.1)
     state = dict(params=params, moments=optimizer.init(params))
     state = jax.device_put(state, replicated)
-    operations, parameters = model_operations(model, params, T), side_by_side.size(params)
+    operations, parameters = model_operations(mixer, model, params, T), side_by_side.size(params)
     del params
     yield dict(
         implementation=None if mixer == "attention" else model.implementation,
-        **dict(parameters=parameters, width=model.width, depth=model.depth),
-        **dict(heads=model.heads, length=T, batch_per_gpu=options.batch, steps=options.steps),
+        **dict(parameters=parameters, width=options.width, depth=options.depth),
+        **dict(heads=options.heads, length=T, batch_per_gpu=options.batch, steps=options.steps),
         **dict(peak_rate=options.lr, operations_per_token=operations),
     )
 
@@ -148,7 +148,7 @@ def train(mixer, data, options):
     yield dict(profile=profile(lambda: run(state, last)))
 
 
-def model_operations(model, params, length):
+def model_operations(mixer, model, params, length):
     """Floating-point operations of one token's training: three times those of the forward pass.
 
     The forward pass of a token has 2 for every parameter of a matrix product (the embedding counts
@@ -161,18 +161,20 @@ def model_operations(model, params, length):
         for path, leaf in leaves
         if path[-1].key in ("kernel", "embedding") and not path[-2].key.endswith("conv1d")
     ]
-    mixers = model.depth * model.heads * mixer_operations(model.mixer, model, length)
+    layers = model.config.layers
+    heads, key_dim = layers[0].mixer.num_heads, layers[0].mixer.key_dim
+    mixers = len(layers) * heads * mixer_operations(mixer, key_dim, length)
     return 3 * (2 * sum(products) + mixers)
 
 
-def mixer_operations(mixer, model, length):
+def mixer_operations(mixer, key_dim, length):
     """Operations of one token and head in the forward pass, as the definitions have them.
 
     A state's update by k v^T and its product with a vector are 2 K V each. What is only a matter
     of an implementation (chunks, decays, more than one iteration of MesaNet's solver, PaTH's maps
     of queries and keys) does not count.
     """
-    K = V = M = model.width // model.heads
+    K = V = M = key_dim
     return {
         "kda": 6 * K * V,  # the state's product with k, its update, its product with q
         "gsa": 4 * M * (K + V),  # both states' update and product

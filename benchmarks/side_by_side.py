@@ -14,7 +14,8 @@ from benchmarks.run import IMPLEMENTATIONS, describe
 # one another by bare names, as `python examples/train_lm.py` finds them, and so are no package.
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
 
-from model import MIXERS, LanguageModel
+import model as example
+from model import MIXERS
 from train_lm import initial_params
 
 
@@ -47,8 +48,9 @@ def make_model(mixer, options, **more):
     implementation = options.implementation
     if implementation is None:
         implementation = "pallas" if jax.default_backend() == "gpu" else "xla"
-    sizes = dict(width=options.width, depth=options.depth, heads=options.heads)
-    return LanguageModel(mixer, **sizes, dtype="bfloat16", implementation=implementation, **more)
+    sizes = options.width, options.depth, options.heads
+    more |= dict(dtype="bfloat16", implementation=implementation)
+    return example.make_model(mixer, *sizes, **more)
 
 
 def make_params(model):

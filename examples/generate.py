@@ -11,73 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from command_line import IMPLEMENTATIONS, Parser, errors_in_one_line, number
-from jax import lax
-from model import LanguageModel
+from model import make_model
 
-
-def decoder_params(model, params):
-    """The parameters of `model.clone(decode=True)`: those of a trained model, block by block.
-
-    Matrices are in the dtype of the computation, which every token would convert them to.
-    """
-
-    def computed_in(path, leaf):
-        matrix = path[-1].key in ("kernel", "embedding") and not path[-2].key.endswith("conv1d")
-        return leaf.astype(model.dtype) if matrix else leaf
-
-    params = jax.tree_util.tree_map_with_path(computed_in, params)
-    stacked = params["blocks"]
-    blocks = {
-        f"block_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(model.depth)
-    }
-    return {name: part for name, part in params.items() if name != "blocks"} | blocks
-
-
-def empty_cache(decoder, batch, length):
-    """Returns the cache of a model with decode=True before its first token.
-
-    `length` is the most tokens it must hold: attention and PaTH keep all of them, the other
-    mixers only their states.
-    """
-    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    shapes = jax.eval_shape(decoder.init, jax.random.key(0), tokens)["cache"]
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-
-def feed(decoder, params, tokens, cache):
-    """Runs tokens [B, T] through the decoder; returns the last one's logits [B, 256], the cache."""
-    logits, updated = decoder.apply({"params": params, "cache": cache}, tokens, mutable=["cache"])
-    return logits[:, -1], updated["cache"]
-
-
-def draw(decoder, params, logits, cache, key, temperature, length):
-    """Draws `length` bytes, one after the other, in one scan.
-
-    Args:
-      decoder, params: a model with decode=True and its `decoder_params`.
-      logits, cache: what `feed` returned for the text so far.
-      key: a jax.random.key.
-      temperature: float; 0 takes the likeliest byte.
-
-    Returns:
-      The new bytes, int32 [B, length], the logits they were drawn from, [B, length, 256], and the
-      cache behind them.
-    """
-
-    def token(carry, key):
-        logits, cache = carry
-        drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
-        chosen = jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1))
-        return feed(decoder, params, chosen[:, None], cache), (chosen, logits)
-
-    keys = jax.random.split(key, length)
-    (_, cache), (tokens, logits) = lax.scan(token, (logits, cache), keys)
-    return tokens.T.astype(jnp.int32), jnp.moveaxis(logits, 0, 1), cache
+from jla.models.generate import decoder, decoder_params, draw, empty_cache, feed
 
 
 @functools.partial(jax.jit, static_argnames=("model", "length"))
 def sample(model, params, prompt, key, temperature, *, length):
-    """Continues prompts.
+    """Continues prompts, as `jla.models.generate` does, and returns the logits too.
 
     Args:
       model: a LanguageModel.
@@ -90,10 +31,10 @@ def sample(model, params, prompt, key, temperature, *, length):
     Returns:
       The new bytes, int32 [B, length], and the logits they were drawn from, [B, length, 256].
     """
-    decoder, params = model.clone(decode=True), decoder_params(model, params)
-    cache = empty_cache(decoder, prompt.shape[0], prompt.shape[1] + length)
-    logits, cache = feed(decoder, params, prompt, cache)
-    tokens, logits, _ = draw(decoder, params, logits, cache, key, temperature, length)
+    decoding, params = decoder(model), decoder_params(model, params)
+    cache = empty_cache(decoding, prompt.shape[0], prompt.shape[1] + length)
+    logits, cache = feed(decoding, params, prompt, cache)
+    tokens, logits, _ = draw(decoding, params, logits, cache, key, temperature, length)
     return tokens, logits
 
 
@@ -130,7 +71,7 @@ def main(arguments=None):
         step = checkpoint.find_step(options.checkpoint, options.step, flag="--step")
         manager = checkpoint.open_manager(options.checkpoint, read_only=True)
         settings = checkpoint.load_settings(manager, step)
-        model = LanguageModel(**settings["model"], implementation=options.implementation)
+        model = make_model(**settings["model"], implementation=options.implementation)
         params = checkpoint.load_params(manager, step, model)
         key = jax.random.key(options.seed)
         prompt = encode(options.prompt)

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import optax
 from command_line import IMPLEMENTATIONS, InputError, Parser, errors_in_one_line, number, writing
 from jax import lax
-from model import MIXERS, LanguageModel
+from model import MIXERS, make_model
 from plot import plot_recall
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -177,7 +177,7 @@ def train_steps(state, key, lr, first, last, *, model, optimizer, task, batch):
     return tuple(state), loss / (last - first), accuracy / (last - first)
 
 
-def initialise(model, optimizer, seed):
+def initialise(mixer, model, optimizer, seed):
     """Returns the state before the first step."""
     key = jax.random.key(seed)
     try:
@@ -185,7 +185,7 @@ def initialise(model, optimizer, seed):
         jax.eval_shape(model.init, key, jnp.zeros((1, 2), jnp.int32))
         params = initial_params(key, model=model.clone(implementation="reference"))
     except (ValueError, NotImplementedError) as error:
-        raise InputError(f"cannot build the {model.mixer} model: {error}") from error
+        raise InputError(f"cannot build the {mixer} model: {error}") from error
     params["embed"]["embedding"] *= EMBEDDING_SCALE
     return params, optimizer.init(params)
 
@@ -198,7 +198,7 @@ def train(mixer, options, console):
     """
     task = Task(tuple(options.pairs), options.length, options.vocabulary)
     names = ("width", "depth", "heads", "dtype", "implementation", "vocabulary")
-    model = LanguageModel(
+    model = make_model(
         mixer, longest=options.length, **{name: getattr(options, name) for name in names}
     )
     optimizer, _ = make_optimizer(options.steps, 1.0, options.weight_decay)
@@ -209,9 +209,9 @@ def train(mixer, options, console):
 
     found = []
     for lr in options.lr:
-        state = initialise(model, optimizer, options.seed)
+        state = initialise(mixer, model, optimizer, options.seed)
         try:
-            rows, curve = train_with(lr, state, run, model, options, console)
+            rows, curve = train_with(lr, state, run, mixer, options, console)
         except FloatingPointError as error:
             console.print(f"{mixer}: {error}")
             continue
@@ -223,13 +223,13 @@ def train(mixer, options, console):
     return [row | dict(compile_seconds=found[0][1][0]["compile_seconds"]) for row in rows], curve
 
 
-def train_with(lr, state, run, model, options, console):
+def train_with(lr, state, run, mixer, options, console):
     """Trains from this state with one learning rate; returns the rows of the results and the curve.
 
     Raises:
       FloatingPointError: the loss is not finite.
     """
-    mixer, size = model.mixer, sum(leaf.size for leaf in jax.tree.leaves(state[0]))
+    size = sum(leaf.size for leaf in jax.tree.leaves(state[0]))
     # The last part, which gives the result, is of its own; the others are there to be reported.
     end = options.steps - max(1, options.steps // 20)
     stops = [*range(0, end, max(1, options.steps // 40)), end, options.steps]

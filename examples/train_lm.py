@@ -41,7 +41,7 @@ from command_line import (
     writing,
 )
 from generate import decode, sample
-from model import MIXERS, LanguageModel
+from model import MIXERS, make_model
 from plot import plot_losses
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -127,11 +127,12 @@ def check_decoding(model, params, prompt, tokens, logits, *, length):
     compared = min(parallel.shape[1], logits.shape[1])
     parallel, logits = parallel[:, :compared], logits[:, :compared]
     distance = float(jnp.abs(logits - parallel).max() / jnp.abs(parallel).max())
-    tolerance = DECODE_TOLERANCE[model.dtype]
+    dtype = jnp.dtype(model.dtype).name
+    tolerance = DECODE_TOLERANCE[dtype]
     if not distance <= tolerance:
         raise RuntimeError(
             f"decoding and the parallel forward disagree: their logits differ by {distance:.1e} of "
-            f"the largest logit, the tolerance for {model.dtype} is {tolerance:.0e}"
+            f"the largest logit, the tolerance for {dtype} is {tolerance:.0e}"
         )
     return distance
 
@@ -385,7 +386,7 @@ def run_from(first_step, saved, options, out):
 
     # On a GPU, copies to and from a loop's stacks would take a tenth of the time.
     unroll = jax.default_backend() == "gpu"
-    model = LanguageModel(**settings["model"], implementation=options.implementation, unroll=unroll)
+    model = make_model(**settings["model"], implementation=options.implementation, unroll=unroll)
     optimizer, rate = make_optimizer(options.steps, options.lr, options.weight_decay)
     state = initialise(model, optimizer, options.seed)
     size = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
@@ -452,7 +453,7 @@ def report(model, params, options, data, metrics, console):
     console.print(f"checkpoints  {out / 'checkpoints'}")
     console.print(
         f"\nDecoding token by token differs from the parallel forward by {distance:.1e} of the "
-        f"largest logit (tolerance {DECODE_TOLERANCE[model.dtype]:.0e})."
+        f"largest logit (tolerance {DECODE_TOLERANCE[options.dtype]:.0e})."
     )
     console.print("\nA sample; the prompt, from the held-out text, ends at the bar:")
     console.print(decode(prompt[0]) + "|" + decode(tokens[0]))

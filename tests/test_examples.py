@@ -25,7 +25,7 @@ import checkpoint
 import command_line
 import generate
 import train_lm
-from model import MIXERS, LanguageModel
+from model import MIXERS, make_model
 
 pytestmark = pytest.mark.optax
 
@@ -307,7 +307,7 @@ def test_generate_continues_the_prompt(trained, capsys):
     ],
 )
 def test_decoding_is_the_forward(mixer, implementation):
-    model = LanguageModel(mixer, width=32, depth=2, heads=2, implementation=implementation)
+    model = make_model(mixer, width=32, depth=2, heads=2, implementation=implementation)
     prompt = jax.random.randint(jax.random.key(0), (2, 5), 0, 256)
     params = random_parameters(model, prompt)["params"]
     tokens, logits = generate.sample(model, params, prompt, jax.random.key(2), 1.0, length=12)
@@ -328,7 +328,7 @@ def test_decoding_is_the_forward(mixer, implementation):
 )
 def test_weight_decay_spares_norms_biases_and_gates(mixer, others):
     tokens = jnp.zeros((1, 2), jnp.int32)
-    model = LanguageModel(mixer, width=32, depth=1, heads=2)
+    model = make_model(mixer, width=32, depth=1, heads=2)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     marked = jax.tree_util.tree_leaves_with_path(train_lm.decays(params))
     spared = {path[-1].key for path, decayed in marked if not decayed}

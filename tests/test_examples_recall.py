@@ -109,7 +109,7 @@ def test_steps_have_their_own_sequences_and_learning_rate():
 def test_the_best_learning_rate_is_reported(monkeypatch):
     """It has the highest accuracy; one whose loss is not finite is none."""
 
-    def train_with(lr, state, run, model, options, console):
+    def train_with(lr, state, run, mixer, options, console):
         assert float(jnp.std(state[0]["embed"]["embedding"])) == pytest.approx(0.5, rel=0.1)
         if lr == 0.3:
             raise FloatingPointError("its loss is inf")

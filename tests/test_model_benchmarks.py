@@ -55,9 +55,9 @@ def test_generation_is_measured(tmp_path):
     assert [row["batch"] for row in (prompt, three)] == [0, 3]
     assert prompt["prefill_tokens_per_s"] == pytest.approx(16e3 / prompt["prefill_ms"])
     assert three["tokens_per_s"] == pytest.approx(3e3 / three["step_ms"])
-    # Keys and values of 16 tokens in bfloat16, and an index; two states [2, 16, 16] in float32 and
-    # the last three inputs of three convolutions in bfloat16.
-    assert prompt["state_bytes"] == 16 * 2 * 32 * 2 + 4
+    # Keys and values of 16 tokens in bfloat16, and two places; two states [2, 16, 16] in float32
+    # and the last three inputs of three convolutions in bfloat16.
+    assert prompt["state_bytes"] == 16 * 2 * 32 * 2 + 2 * 4
     gsa = next(generation.read("gsa", generation.parse(options), {}))
     assert gsa["state_bytes"] == 2 * 2 * 16 * 16 * 4 + 3 * 3 * 32 * 2
     text = model_tables.generation(tmp_path)
@@ -85,7 +85,8 @@ def test_operations_by_hand():
     params = jax.eval_shape(lambda: side_by_side.make_params(model))
     products = 256 * 32 + 4 * 32 * 32 + 3 * 32 * 96  # embedding, attention, SwiGLU
     pairs = 2 * 50 * (16 + 16)  # two heads, a hundred tokens
-    assert language_model.model_operations(model, params, 50) == 3 * (2 * products + pairs)
+    operations = language_model.model_operations("attention", model, params, 50)
+    assert operations == 3 * (2 * products + pairs)
 
 
 def test_a_trace_is_summed_up_by_kind():
