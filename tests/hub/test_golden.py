@@ -15,7 +15,9 @@ TOLERANCE = {name: 2e-2 if name == "fla_mesa" else 1e-4 for name in NAMES}
 EXACT_TOKENS = {"fla_kda": 16}
 CHUNKED = {"fla_kda": 3e-4}
 # By less than that much, a greedy token's logit may win in one program and lose in another.
-MARGIN = {"fla_mesa": 0.1, "kimi_linear": 1e-2}
+MARGIN = {"fla_mesa": 2e-2}
+# Of gradients: fla's of MesaNet have the error of its conjugate gradients, too.
+OF_GRADIENTS = {"fla_mesa": 2e-2}
 
 names = pytest.mark.parametrize("name", NAMES)
 
@@ -132,16 +134,19 @@ def gradients_of(theirs, ours):
 @pytest.mark.parametrize("name", [name for name in NAMES if "loss" in golden(name)])
 def test_gradients(name):
     g, ours = golden(name), in_file(name, results(name)[1])
+    tolerance = OF_GRADIENTS.get(name, 1e-3)
     compared = 0
     for key in g:
         kind, _, theirs = key.partition("/")
         if kind == "grad_norm":
             norm = np.linalg.norm(gradients_of(theirs, ours))
-            np.testing.assert_allclose(norm, g[key], rtol=1e-3, err_msg=key)
+            np.testing.assert_allclose(norm, g[key], rtol=tolerance, err_msg=key)
         elif kind == "grad":
-            assert difference(gradients_of(theirs, ours).reshape(g[key].shape), g[key]) < 1e-3, key
+            assert (
+                difference(gradients_of(theirs, ours).reshape(g[key].shape), g[key]) < tolerance
+            ), key
         elif kind == "grad_embedding":
-            assert difference(ours[f"{EMBEDDING[name]}.embeddings.weight"], g[key]) < 1e-3
+            assert difference(ours[f"{EMBEDDING[name]}.embeddings.weight"], g[key]) < tolerance
         else:
             continue
         compared += 1
