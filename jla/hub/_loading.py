@@ -48,7 +48,7 @@ def load(
       folder = "tests/hub/models/fla_kda"
       model = jla.hub.model(jla.hub.read_config(folder))
       params = jla.hub.load(folder, model)
-      logits = model.apply({"params": params}, jnp.zeros((1, 4), jnp.int32))  # [1, 4, 128]
+      embedding = params["embed"]["embedding"]  # [128, 64]
 
     Args:
       path: a folder with config.json and model.safetensors, or an index and several files.

@@ -40,11 +40,12 @@ def save(
     """Writes a checkpoint as fla and transformers write it and read it.
 
     Example:
+      import tempfile
       folder = "tests/hub/models/fla_kda"
-      config = jla.hub.read_config(folder)
-      model = jla.hub.model(config)
+      model = jla.hub.model(config := jla.hub.read_config(folder))
       params = jla.hub.load(folder, model)
-      jla.hub.save(new_folder, model, params, config, dtype=jnp.bfloat16, source=folder)
+      with tempfile.TemporaryDirectory() as new:
+        jla.hub.save(new, model, params, config, dtype=jnp.bfloat16, source=folder)
 
     Args:
       path: a folder, which is made if it does not exist. It must not have a checkpoint yet.

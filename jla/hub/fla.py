@@ -284,6 +284,8 @@ def _check(c: Any, wrong: list[str]) -> None:
         divisors.append(("num_kv_heads", few, "num_heads", c.num_heads))
     if (many := getattr(c, "num_v_heads", None)) is not None:
         divisors.append(("num_heads", c.num_heads, "num_v_heads", many))
+    if hasattr(c, "allow_neg_eigval") and c.head_dim * c.expand_v % 1:
+        wrong.append(f"expand_v is {c.expand_v}, with which head_dim * expand_v is no integer")
     for field, value, of, whole in divisors:
         if whole % value:
             wrong.append(f"{field} is {value} and does not divide {of}, {whole:g}")
