@@ -252,7 +252,7 @@ def test_sharded(monkeypatch, mesh_kind):
 
 
 def test_a_policy_that_keeps_kernels_results_keeps_its_inputs_alone(capsys):
-    """It is made again from what was there before it, see examples/model.py."""
+    """It is made again from what was there before it, see jla.models.kept."""
     args, _ = arguments((1, 3, 2, 64))
 
     def keep_kernels(primitive, *_, **__):
