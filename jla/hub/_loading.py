@@ -22,8 +22,8 @@ from jla._core import checks
 from jla._core.types import NumpyArray
 from jla.hub import mapping
 from jla.hub._configs import family, read_config
+from jla.hub.files import DTYPES, Folder, Part
 from jla.hub.mapping import Parameter, Piece
-from jla.hub.safetensors import DTYPES, Folder, Part
 
 type Tree = Any  # of parameters, in dicts
 type Bounds = tuple[tuple[int, int], ...]  # of a shard, for each axis
@@ -118,15 +118,17 @@ def _is_embedding(folder: Folder, head: str, parameters, names: Mapping[str, str
         return False
     rows, columns = a.shape
     step = max(1, 2**24 // columns)
-    parts = ((i * columns, min(step, rows - i) * columns) for i in range(0, rows, step))
-    return all(
-        np.array_equal(*(folder.read((name, *part)).view(np.uint8) for name in (head, embedding)))
-        for part in parts
-    )
+    for row in range(0, rows, step):
+        where = row * columns, min(step, rows - row) * columns
+        ours, theirs = (folder.read(Part(name, *where)) for name in (embedding, head))
+        if ours.tobytes() != theirs.tobytes():
+            return False
+    return True
 
 
 def _shardings(parameters: list[Parameter], sharding) -> dict[str, Sharding | None]:
     """The sharding of each parameter, by path."""
+    result: dict[str, Any]
     if sharding is None or isinstance(sharding, Sharding):
         result = {p.path: sharding for p in parameters}
     elif callable(sharding):

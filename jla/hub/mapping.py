@@ -17,7 +17,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from jla._core.types import NumpyArray
-from jla.hub.safetensors import Part
+from jla.hub.files import Part
 
 type Shape = tuple[int, ...]
 type Shapes = dict[str, jax.ShapeDtypeStruct]  # by path, as "block_0/mixer/q_proj/kernel"

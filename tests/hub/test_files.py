@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 import jla.hub
 from jla import models
-from jla.hub import _configs, _loading, _saving, mapping, safetensors
+from jla.hub import _configs, _loading, _saving, files, mapping
 
 SMALL = {"model_type": "gsa", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48} | {
     "num_heads": 2,
@@ -90,11 +90,11 @@ def test_both_forms_of_kimi_linear(tmp_path):
 
 def test_a_transposed_array_is_written_by_its_elements(tmp_path):
     array = np.arange(6, dtype=np.float32).reshape(2, 3).T
-    entry = safetensors.Written(array.dtype, array.shape, lambda: [array])
-    safetensors.write(tmp_path, {"x": entry}, 1e9)
+    entry = files.Written(array.dtype, array.shape, lambda: [array])
+    files.write(tmp_path, {"x": entry}, 1e9)
     np.testing.assert_array_equal(tensors(tmp_path)["x"], array)
-    with safetensors.Folder(tmp_path) as read:
-        found = read.read(safetensors.Part("x", 0, 6)).reshape(3, 2)
+    with files.Folder(tmp_path) as read:
+        found = read.read(files.Part("x", 0, 6)).reshape(3, 2)
     np.testing.assert_array_equal(found, array)
 
 
@@ -106,7 +106,7 @@ def test_sharded_and_stacked(config, in_pieces, tmp_path, monkeypatch):
     if in_pieces:
         monkeypatch.setattr(_loading, "SMALL_BYTES", 0)
         monkeypatch.setattr(_saving, "SMALL_BYTES", 0)
-        monkeypatch.setattr(safetensors, "AHEAD_BYTES", 1000)
+        monkeypatch.setattr(files, "AHEAD_BYTES", 1000)
     model, params = made(tmp_path / "a", config)
     if config is SMALL:
         model, params = model.clone(stacked=True), models.stack(params)
@@ -137,15 +137,15 @@ def test_sharded_and_stacked(config, in_pieces, tmp_path, monkeypatch):
 
 
 def test_the_host_holds_one_tensor_and_its_shard(tmp_path, monkeypatch):
-    """Loading a file of 29 MiB, of which no tensor has more than 1 MiB, takes less than 4 MiB."""
+    """Loading a file of 28 MiB, of which no tensor has more than 1 MiB, takes less than 4 MiB."""
     config = SMALL | dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=7)
     model = jla.hub.model(config).clone(stacked=True)
     shapes = mapping.whole_shapes(mapping.of_model(model, _configs.family(config)))
     checkpoints.write_config(tmp_path, config)
     checkpoints.write_holes(tmp_path / "model.safetensors", shapes)
     monkeypatch.setattr(_loading, "SMALL_BYTES", 2**16)
-    monkeypatch.setattr(safetensors, "AHEAD_BYTES", 2**20)
-    assert (tmp_path / "model.safetensors").stat().st_size > 29 * 2**20
+    monkeypatch.setattr(files, "AHEAD_BYTES", 2**20)
+    assert (tmp_path / "model.safetensors").stat().st_size > 28 * 2**20
     tracemalloc.start()  # NumPy's arrays are in it, and XLA's buffers are not
     try:
         jax.block_until_ready(jla.hub.load(tmp_path, model))
