@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jla._core import checking
 from jla._core.parts import kda_operands, mamba2_operands
-from jla._core.states import LogLinearState
+from jla._core.states import LogLinearState, with_rank
 from jla._core.types import (
     Array,
     GateBiases,
@@ -124,11 +124,12 @@ def log_linear_mamba2(
 
         o = log_linear_attention(q, k, dt u, g, softplus(logits)) + skip u
 
-    The kernels put dt, the softplus and the skip into the weights with which tokens are read. With
-    an initial state, the public function and the formula make the same.
+    The kernels put dt, the softplus and the skip into the weights with which tokens are read. A
+    skip of its own for each feature has no place there, and is added to what they give, which is
+    rounded before. With an initial state, the public function and the formula make the same.
 
     Args:
-      u: [B, T, H, V]. logits: [B, T, H, L]. dt: [B, T, H], float32. skip: [H], float32.
+      u: [B, T, H, V]. logits: [B, T, H, L]. dt: [B, T, H], float32. skip: [H] or [H, V], float32.
       q, k, g, initial_state, segment_ids, implementation: see `jla.log_linear_attention`.
 
     Returns:
@@ -136,9 +137,12 @@ def log_linear_mamba2(
       else None.
     """
     if initial_state is None and not checking.on():
-        arrays = q, k, u, g, logits, dt, skip
-        run = choose("log_linear_mamba2", implementation, *arrays)
-        return run(*arrays, segment_ids), None
+        by_head = skip if skip.ndim == 1 else jnp.zeros_like(skip[:, 0])
+        arrays = q, k, u, g, logits, dt, by_head
+        o = choose("log_linear_mamba2", implementation, *arrays)(*arrays, segment_ids)
+        if skip.ndim == 2:
+            o = (o.astype(f32) + with_rank(skip, u.ndim) * u.astype(f32)).astype(u.dtype)
+        return o, None
     v, level_scales, skipped = mamba2_operands(u, logits, dt, skip)
     o, state = log_linear_attention(
         q, k, v, g, level_scales,
@@ -233,21 +237,29 @@ def gated_norm(
     real: Array | None = None,
     *,
     epsilon: float,
+    groups: int = 1,
+    norm_before_gate: bool = False,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """RMSNorm over all heads of a token, behind a gate, as Mamba-2 has it:
+    """RMSNorm over all heads of a token, behind a gate or before it, as Mamba-2 has it:
 
         y = rms_norm(x silu(gate), scale)
+        y = rms_norm(x, scale) silu(gate)          with norm_before_gate
+
+    The kernels serve both without padding and groups.
 
     Args:
       x, gate: [B, T, H, D]. scale: [H, D].
       real: bool [B, T], False where the result is zero whatever x is; or None.
+      groups: into so many groups of neighbouring heads, each normalised for itself, H is split.
 
     Returns:
       The gate's shape and dtype, computed in float32 and rounded once.
     """
     arrays = (x, gate, scale) if real is None else (x, gate, scale, real)
-    return choose("gated_norm", implementation, *arrays)(*arrays, epsilon=epsilon)
+    options = dict(groups=groups, norm_before_gate=norm_before_gate)
+    run = choose("gated_norm", implementation, *arrays, **options)
+    return run(*arrays, epsilon=epsilon, **options)
 
 
 def short_convolution(

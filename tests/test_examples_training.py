@@ -11,7 +11,6 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
-import generate
 import text
 import train_lm
 
@@ -148,26 +147,6 @@ def test_batches_reach_the_first_and_the_last_window():
     data = np.arange(6, dtype=np.uint8)
     batch = text.batch_at(data, 1, seed=0, batch=100, length=3)
     assert set(batch[:, 0]) == {0, 1, 2} and batch.max() == 5
-
-
-def test_the_temperature_and_the_keys_of_sampling(monkeypatch):
-    """Bytes are drawn with p ** (1 / temperature), each by a key of its own."""
-
-    def feed(decoder, params, tokens, cache):
-        return jnp.tile(logits, (tokens.shape[0], 1)), cache
-
-    monkeypatch.setattr(generate, "feed", feed)
-    logits = jnp.full(256, -1e9).at[jnp.array([3, 7])].set(jnp.log(jnp.array([0.8, 0.2])))
-    start = jnp.tile(logits, (50, 1))
-    for temperature, share in ((1.0, 0.8), (0.5, 0.64 / 0.68), (0.0, 1.0)):
-        tokens, drawn_from, _ = generate.draw(
-            None, None, start, (), jax.random.key(0), temperature, 40
-        )
-        assert tokens.shape == (50, 40) and drawn_from.shape == (50, 40, 256)
-        assert set(np.unique(tokens)) <= {3, 7}
-        assert float((tokens == 3).mean()) == pytest.approx(share, abs=0.03)
-        if temperature:
-            assert (tokens[:, 1:] != tokens[:, :-1]).any(axis=1).mean() > 0.5
 
 
 class Bias:

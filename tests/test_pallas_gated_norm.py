@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from comparing import close, normal, run_in
 from flax import linen as nn
@@ -29,9 +30,10 @@ def arguments(shape, dtype=bf16):
     return (x * sizes, gate, 1 + 0.3 * normal((shape[1], 3), *shape[2:])), dy
 
 
-def formula(x, gate, scale):
+def formula(x, gate, scale, **options):
     """The layer's own form, in x's dtype."""
-    return GatedRMSNorm(EPSILON, implementation="xla").apply({"params": {"scale": scale}}, x, gate)
+    module = GatedRMSNorm(EPSILON, implementation="xla", **options)
+    return module.apply({"params": {"scale": scale}}, x, gate)
 
 
 kernel = functools.partial(kernels.gated_norm, epsilon=EPSILON)
@@ -51,6 +53,8 @@ def with_gradients(run, args, cotangent):
         dict(shape=(2, 43, 2, 64), dtype=f16),
         # A chunk has several heads, and a row several chunks.
         dict(shape=(1, 7, 4, 96)),
+        # Another kernel.
+        pytest.param(dict(shape=(1, 3, 2, 64), norm_before_gate=True), marks=pytest.mark.slow),
         # Two rows a warp.
         pytest.param(dict(shape=(1, 37, 2, 32)), marks=pytest.mark.slow),
         # The longest.
@@ -84,12 +88,13 @@ def test_on_a_gpu(shape):
     check(contextlib.nullcontext, shape)
 
 
-def check(context, shape, dtype=bf16):
+def check(context, shape, dtype=bf16, **options):
     args, cotangent = arguments(shape, dtype)
-    run = jax.jit(functools.partial(with_gradients, kernel))
+    run = jax.jit(functools.partial(with_gradients, functools.partial(kernel, **options)))
     got = run_in(context, run, args, cotangent)
     wide = functools.partial(jax.tree.map, lambda x: x.astype(f32))
-    want = jax.jit(functools.partial(with_gradients, formula))(wide(args), wide(cotangent))
+    run = jax.jit(functools.partial(with_gradients, functools.partial(formula, **options)))
+    want = run(wide(args), wide(cotangent))
     pairs = {"y": (got[0], want[0])}
     pairs |= {n: pair for n, *pair in zip(NAMES, got[1], want[1], strict=True)}
     close(*pairs.pop("scale"), 1e-5)
@@ -99,6 +104,42 @@ def check(context, shape, dtype=bf16):
         # Token by token, for they are of all sizes.
         for t in range(min(shape[1], 8)):
             close(ours[:, t], theirs[:, t], 3e-3)
+
+
+def test_before_the_gate_it_is_the_kernel_of_rms_norm(monkeypatch):
+    """Whose values have tests of their own."""
+    made = []
+
+    def stand_in(x, scale, gate, **options):
+        made.append((x.shape, scale.shape, gate.shape, options))
+        return x
+
+    monkeypatch.setattr(kernels, "rms_norm", stand_in)
+    run = functools.partial(kernels.gated_norm.__wrapped__, epsilon=EPSILON, norm_before_gate=True)
+    args, _ = jax.eval_shape(lambda: arguments((1, 3, 2, 64)))
+    jax.eval_shape(run, *args)
+    tokens = 1, 3, 2, 64
+    assert made == [(tokens, (2, 64), tokens, dict(epsilon=EPSILON, activation="silu"))]
+
+
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_formula_in_float64(groups, norm_before_gate):
+    """A group of neighbouring heads is normalised for itself."""
+    (x, gate, scale), _ = arguments((1, 3, 4, 8), f32)
+    x, gate, scale = (np.asarray(a, np.float64) for a in (x, gate, scale))
+    factor = gate / (1 + np.exp(-gate))
+    want = x if norm_before_gate else x * factor
+    want = np.concatenate(
+        [
+            part / np.sqrt(np.mean(part**2, axis=(2, 3), keepdims=True) + EPSILON)
+            for part in np.split(want, groups, axis=2)
+        ],
+        axis=2,
+    )
+    want = want * scale * (factor if norm_before_gate else 1)
+    options = dict(groups=groups, norm_before_gate=norm_before_gate)
+    close(formula(*(a.astype(np.float32) for a in (x, gate, scale)), **options), want, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -116,11 +157,13 @@ def test_lowers_for_the_gpu(shape):
 
 
 def test_says_what_it_does_not_take():
-    def reason(shape=(1, 3, 2, 64), dtype=bf16, gate_dtype=bf16):
+    def reason(shape=(1, 3, 2, 64), dtype=bf16, gate_dtype=bf16, **options):
         x, gate = (jax.ShapeDtypeStruct(shape, d) for d in (dtype, gate_dtype))
-        return kernels.unsupported("gated_norm", x, gate, jax.ShapeDtypeStruct(shape[2:], f32))
+        scale = jax.ShapeDtypeStruct(shape[2:], f32)
+        return kernels.unsupported("gated_norm", x, gate, scale, **options)
 
-    assert reason() is None
+    assert reason() is None and reason(norm_before_gate=True) is None
+    assert "2 groups of heads" in reason(groups=2)
     assert "x is float32" in reason(dtype=f32)
     assert "with it float32" in reason(gate_dtype=f32)
     assert "with it float16" in reason(gate_dtype=f16)
@@ -138,6 +181,9 @@ def test_says_what_it_does_not_take():
         (dict(), 1, False, False),
         (dict(dtype=f32), 9, False, False),
         (dict(implementation="xla"), 9, False, False),
+        (dict(norm_before_gate=True), 9, False, True),
+        (dict(norm_groups=2), 9, False, False),
+        (dict(use_norm=False), 9, False, False),
     ],
 )
 def test_the_layer_uses_it_where_it_serves(
@@ -146,8 +192,8 @@ def test_the_layer_uses_it_where_it_serves(
     """Values are in tests/contract/test_fused.py; here, that the call has the layer's arguments."""
     made = []
 
-    def counted(x, gate, scale, *, epsilon):
-        made.append((x.shape, gate.shape, scale.shape, epsilon))
+    def counted(x, gate, scale, *, epsilon, groups, norm_before_gate):
+        made.append((x.shape, gate.shape, scale.shape, epsilon, groups, norm_before_gate))
         return x
 
     monkeypatch.setattr(kernels, "gated_norm", counted)
@@ -160,7 +206,8 @@ def test_the_layer_uses_it_where_it_serves(
         params = jax.eval_shape(layer.init, jax.random.key(1), x)
         made.clear()
         jax.eval_shape(functools.partial(layer.apply, mask=mask), params, x)
-    assert made == [((2, T, 2, 64), (2, T, 2, 64), (2, 64), 1e-4)] * used
+    order = options.get("norm_before_gate", False)
+    assert made == [((2, T, 2, 64), (2, T, 2, 64), (2, 64), 1e-4, 1, order)] * used
 
 
 @pytest.mark.parametrize("mesh_kind", ["auto", "explicit", "shard_map"])
@@ -205,7 +252,7 @@ def test_sharded(monkeypatch, mesh_kind):
 
 
 def test_a_policy_that_keeps_kernels_results_keeps_its_inputs_alone(capsys):
-    """It is made again from what was there before it, see examples/model.py."""
+    """It is made again from what was there before it, see jla.models.kept."""
     args, _ = arguments((1, 3, 2, 64))
 
     def keep_kernels(primitive, *_, **__):

@@ -353,7 +353,7 @@ def test_sharded_over_batch_and_heads(monkeypatch, mesh_kind, kind, bias):
 
 @pytest.mark.parametrize("kind, bias", [("sigmoid", True), ("branch", False)])
 def test_a_policy_that_keeps_kernels_results_keeps_no_norm(capsys, kind, bias):
-    """It is made again from what was there before it, see examples/model.py."""
+    """It is made again from what was there before it, see jla.models.kept."""
     args, _ = arguments((1, 3, 2, 64), kind=kind, bias=bias)
 
     def keep_kernels(primitive, *_, **__):

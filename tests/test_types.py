@@ -12,6 +12,7 @@ import pytest
 
 import jla
 import jla.linen
+import jla.models
 from jla._core import axes
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -86,9 +87,9 @@ def test_all_functions_outside_of_implementations_are_annotated():
                 assert function.returns and not bare, f"{path.name}: {function.name}"
 
 
-@pytest.mark.parametrize("name", jla.linen.__all__)
+@pytest.mark.parametrize("name", [*jla.linen.__all__, "Attention", "LanguageModel", "SwiGLU"])
 def test_layers_calls_are_annotated(name):
-    layer = getattr(jla.linen, name)
+    layer = getattr(jla.linen, name, None) or getattr(jla.models, name)
     for method in (layer.__call__, *([layer.branch] if hasattr(layer, "branch") else [])):
         signature = inspect.signature(method)
         given = [x for x in signature.parameters.values() if x.name != "self"]

@@ -54,14 +54,16 @@ def mamba2_operands(u, logits, dt, skip):
     """What Mamba-2 gives log-linear attention, and what passes it by.
 
     Args:
-      u: [..., H, V]. logits: [..., H, L]. dt: [..., H], float32. skip: [H], float32.
+      u: [..., H, V]. logits: [..., H, L]. dt: [..., H], float32. skip: [H] or [H, V], float32.
 
     Returns:
       The values dt u, in u's dtype, the level scales softplus(logits), and skip u; float32.
     """
     u32 = u.astype(f32)
     values = (dt[..., None] * u32).astype(u.dtype)
-    return values, jax.nn.softplus(logits.astype(f32)), with_rank(skip[:, None], u.ndim) * u32
+    level_scales = jax.nn.softplus(logits.astype(f32))
+    skip = skip if skip.ndim == 2 else skip[:, None]
+    return values, level_scales, with_rank(skip, u.ndim) * u32
 
 
 def abc_gates(s, starts=None):

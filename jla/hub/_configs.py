@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -107,6 +106,7 @@ def _family(config: Mapping[str, Any]):
 
 def check_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
     """A dtype that files can have."""
-    if jnp.dtype(dtype) not in map(jnp.dtype, checks.FLOAT_DTYPES):
-        raise ValueError(f"{name} must be bfloat16, float16 or float32, got {jax.dtypes.dtype(dtype)}")
-    return jnp.dtype(dtype)
+    found = jnp.dtype(dtype)
+    if found not in map(jnp.dtype, checks.FLOAT_DTYPES):
+        raise ValueError(f"{name} must be bfloat16, float16 or float32, got {found}")
+    return found

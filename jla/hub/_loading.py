@@ -22,8 +22,8 @@ from jla._core import checks
 from jla._core.types import NumpyArray
 from jla.hub import mapping
 from jla.hub._configs import family, read_config
+from jla.hub.files import DTYPES, Folder, Part
 from jla.hub.mapping import Parameter, Piece
-from jla.hub.safetensors import DTYPES, Folder, Part
 
 type Tree = Any  # of parameters, in dicts
 type Bounds = tuple[tuple[int, int], ...]  # of a shard, for each axis
@@ -48,7 +48,7 @@ def load(
       folder = "tests/hub/models/fla_kda"
       model = jla.hub.model(jla.hub.read_config(folder))
       params = jla.hub.load(folder, model)
-      logits = model.apply({"params": params}, jnp.zeros((1, 4), jnp.int32))  # [1, 4, 128]
+      embedding = params["embed"]["embedding"]  # [128, 64]
 
     Args:
       path: a folder with config.json and model.safetensors, or an index and several files.
@@ -118,15 +118,17 @@ def _is_embedding(folder: Folder, head: str, parameters, names: Mapping[str, str
         return False
     rows, columns = a.shape
     step = max(1, 2**24 // columns)
-    parts = ((i * columns, min(step, rows - i) * columns) for i in range(0, rows, step))
-    return all(
-        np.array_equal(*(folder.read((name, *part)).view(np.uint8) for name in (head, embedding)))
-        for part in parts
-    )
+    for row in range(0, rows, step):
+        where = row * columns, min(step, rows - row) * columns
+        ours, theirs = (folder.read(Part(name, *where)) for name in (embedding, head))
+        if ours.tobytes() != theirs.tobytes():
+            return False
+    return True
 
 
 def _shardings(parameters: list[Parameter], sharding) -> dict[str, Sharding | None]:
     """The sharding of each parameter, by path."""
+    result: dict[str, Any]
     if sharding is None or isinstance(sharding, Sharding):
         result = {p.path: sharding for p in parameters}
     elif callable(sharding):
@@ -138,7 +140,7 @@ def _shardings(parameters: list[Parameter], sharding) -> dict[str, Sharding | No
     wrong += [f"{path} is no parameter" for path in sorted(set(result) - paths)]
     for p in parameters:
         given = result.get(p.path)
-        if given is None and sharding is None or p.path not in result:
+        if (given is None and sharding is None) or p.path not in result:
             continue
         if not isinstance(given, Sharding):
             wrong.append(f"{p.path} has {given!r}, which is no jax.sharding.Sharding")

@@ -17,10 +17,10 @@ from jax.typing import DTypeLike
 from jla import models
 from jla._core import checks
 from jla._core.types import NumpyArray
-from jla.hub import _configs, mapping, safetensors
+from jla.hub import _configs, files, mapping
 from jla.hub._loading import SMALL_BYTES, Tree
+from jla.hub.files import Written
 from jla.hub.mapping import Parameter, Piece
-from jla.hub.safetensors import Written
 
 # Beside config and tensors: what a checkpoint has for generating and for its tokenizer.
 COPIED = ("*.json", "*.jinja", "*.model", "*.py", "*.txt")
@@ -40,11 +40,12 @@ def save(
     """Writes a checkpoint as fla and transformers write it and read it.
 
     Example:
+      import tempfile
       folder = "tests/hub/models/fla_kda"
-      config = jla.hub.read_config(folder)
-      model = jla.hub.model(config)
+      model = jla.hub.model(config := jla.hub.read_config(folder))
       params = jla.hub.load(folder, model)
-      jla.hub.save(new_folder, model, params, config, dtype=jnp.bfloat16, source=folder)
+      with tempfile.TemporaryDirectory() as new:
+        jla.hub.save(new, model, params, config, dtype=jnp.bfloat16, source=folder)
 
     Args:
       path: a folder, which is made if it does not exist. It must not have a checkpoint yet.
@@ -79,7 +80,7 @@ def save(
         parameters = [p._replace(dtype=jnp.dtype(arrays[p.path].dtype)) for p in parameters]
     tensors = written(parameters, arrays)
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.write(folder, tensors, max_shard_bytes)
+    files.write(folder, tensors, max_shard_bytes)
     if source is not None:
         _copy_files(pathlib.Path(source), folder)
     text = json.dumps(_with_dtype(config, tensors), indent=2, ensure_ascii=False)
@@ -95,7 +96,7 @@ def check_arrays(parameters: list[Parameter], arrays: Mapping[str, Any], of: str
         array = arrays[path]
         if tuple(array.shape) != expected[path]:
             wrong.append(f"{path} is {list(array.shape)}, in {of} {list(expected[path])}")
-        elif np.dtype(array.dtype) not in safetensors.DTYPES.values():
+        elif np.dtype(array.dtype) not in files.DTYPES.values():
             wrong.append(f"{path} is {array.dtype}; bfloat16, float16 and float32 are written")
         elif not getattr(array, "is_fully_addressable", True):
             wrong.append(
@@ -170,5 +171,5 @@ def _copy_files(source: pathlib.Path, folder: pathlib.Path) -> None:
     if not source.is_dir():
         raise ValueError(f"source must be a checkpoint's folder, got {source}: no such folder")
     for file in sorted({file for pattern in COPIED for file in source.glob(pattern)}):
-        if file.name not in ("config.json", safetensors.INDEX):
+        if file.name not in ("config.json", files.INDEX):
             shutil.copyfile(file, folder / file.name)

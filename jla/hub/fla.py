@@ -141,9 +141,7 @@ def language_model(config: Mapping[str, Any]) -> models.Config:
     return models.Config(
         vocabulary=c.vocab_size,
         width=c.hidden_size,
-        layers=tuple(
-            models.Layer(mixers.get(i, mixer), mlp) for i in range(c.num_hidden_layers)
-        ),
+        layers=tuple(models.Layer(mixers.get(i, mixer), mlp) for i in range(c.num_hidden_layers)),
         norm_epsilon=c.norm_eps,
         tied=c.tie_word_embeddings,
     )
@@ -286,6 +284,8 @@ def _check(c: Any, wrong: list[str]) -> None:
         divisors.append(("num_kv_heads", few, "num_heads", c.num_heads))
     if (many := getattr(c, "num_v_heads", None)) is not None:
         divisors.append(("num_heads", c.num_heads, "num_v_heads", many))
+    if hasattr(c, "allow_neg_eigval") and c.head_dim * c.expand_v % 1:
+        wrong.append(f"expand_v is {c.expand_v}, with which head_dim * expand_v is no integer")
     for field, value, of, whole in divisors:
         if whole % value:
             wrong.append(f"{field} is {value} and does not divide {of}, {whole:g}")
@@ -309,7 +309,9 @@ def _check_attention(c: Any, wrong: list[str]) -> None:
         layers = given.get("layers")
         among = range(c.num_hidden_layers)
         if not isinstance(layers, list) or not all(type(i) is int and i in among for i in layers):
-            wrong.append(f"attn.layers is {layers!r} and must be a list of layers, 0 to {among[-1]}")
+            wrong.append(
+                f"attn.layers is {layers!r} and must be a list of layers, 0 to {among[-1]}"
+            )
             continue
         if len({*layers, *taken}) != len(layers) + len(taken):
             wrong.append(f"attn.layers is {layers!r} and has a layer twice")

@@ -175,7 +175,10 @@ def _check(c: Any, wrong: list[str]) -> None:
     for name, (of, value) in equal.items():
         if getattr(c, name) not in (None, value):
             wrong.append(f"{name} is {getattr(c, name)} and must be {of}, {value}")
-    for name, most in (("num_experts_per_token", "num_experts"), ("topk_group", "num_expert_group")):
+    for name, most in (
+        ("num_experts_per_token", "num_experts"),
+        ("topk_group", "num_expert_group"),
+    ):
         if getattr(c, name) > getattr(c, most):
             wrong.append(f"{name} is {getattr(c, name)}, more than {most}, {getattr(c, most)}")
     if c.num_experts % c.num_expert_group:
@@ -219,7 +222,7 @@ def family(config: Mapping[str, Any]) -> Family:
     dense = ["mlp.", "block_sparse_moe."]
     if config.get("layer_types") is not None:
         dense.reverse()
-    mlps = {models.SwiGLU: "|".join(dense), getattr(models, "Experts", None): "block_sparse_moe."}
+    mlps = {models.SwiGLU: "|".join(dense), models.Experts: "block_sparse_moe."}
 
     def inside(template: nn.Module, mlp: nn.Module) -> tuple[Row, ...]:
         mlp_rows = tables.rows_of(mlp, "kimi_linear")

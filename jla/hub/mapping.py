@@ -6,6 +6,7 @@ one for each stacked block, and for each expert. Several may lie in one tensor o
 log-linear Mamba-2's projections do: rows of one name share its first axis, in their order.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -17,7 +18,8 @@ from flax import linen as nn
 from flax import traverse_util
 
 from jla._core.types import NumpyArray
-from jla.hub.safetensors import Part
+from jla.hub.files import Part
+from jla.models import LanguageModel, Layer
 
 type Shape = tuple[int, ...]
 type Shapes = dict[str, jax.ShapeDtypeStruct]  # by path, as "block_0/mixer/q_proj/kernel"
@@ -154,16 +156,37 @@ def nested(leaves: dict) -> dict:
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def of_model(model, family: Family) -> list[Parameter]:
-    """The parameters of a `LanguageModel`, in the order of a file of this family."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    all_shapes = shapes(model, tokens)
+def of_model(model: LanguageModel, family: Family) -> list[Parameter]:
+    """The parameters of a model, in the order of a file of this family."""
+    layers = model.config.layers
+    outside, inside = _shapes_of_model(model)
     rows = list(_placed(family.outside, "", ""))
-    for i, layer in enumerate(model.config.layers):
+    all_shapes = dict(outside)
+    for i, layer in enumerate(layers):
         path, at = ("blocks/", (i,)) if model.stacked else (f"block_{i}/", ())
-        inside = family.inside(layer.mixer, layer.mlp)
-        rows += _placed(inside, path, family.block.format(i), at)
+        more = (len(layers),) if model.stacked else ()
+        for name, x in inside[layer].items():
+            all_shapes[path + name] = jax.ShapeDtypeStruct((*more, *x.shape), x.dtype)
+        names = family.inside(layer.mixer, layer.mlp)
+        rows += _placed(names, path, family.block.format(i), at)
     return parameters(rows, all_shapes, family.name)
+
+
+def _shapes_of_model(model: LanguageModel) -> tuple[Shapes, dict[Layer, Shapes]]:
+    """The shapes outside of blocks, and those of each block; equal blocks are traced once."""
+    layers = tuple(dict.fromkeys(model.config.layers))
+    config = dataclasses.replace(model.config, layers=layers)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    found = shapes(model.clone(config=config, stacked=False, unroll=False), tokens)
+    inside = {
+        layer: {
+            path.removeprefix(f"block_{i}/"): x
+            for path, x in found.items()
+            if path.startswith(f"block_{i}/")
+        }
+        for i, layer in enumerate(layers)
+    }
+    return {path: x for path, x in found.items() if not path.startswith("block_")}, inside
 
 
 def of_layer(layer: nn.Module, D: int, rows: Iterable[Row], prefix: str, name: str):

@@ -165,7 +165,8 @@ FLA: Tables = {
 }
 KIMI_LINEAR: Tables = {
     linen.KimiDeltaAttention: KIMI_KDA,
-    **({models.LatentAttention: LATENT_ATTENTION, models.Experts: EXPERTS} if hasattr(models, "Experts") else {}),
+    models.LatentAttention: LATENT_ATTENTION,
+    models.Experts: EXPERTS,
     models.SwiGLU: SWIGLU,
 }
 BY_NAME: Mapping[str, Tables] = {"fla": FLA, "kimi_linear": KIMI_LINEAR}

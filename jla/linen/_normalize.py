@@ -103,17 +103,26 @@ class RMSNorm(nn.Module):
 
 class GatedRMSNorm(RMSNorm):
     """`RMSNorm(x * silu(gate))`, as Mamba-2 has it; of RMSNorm's attributes the activations have no
-    meaning here."""
+    meaning here.
+
+    Attributes, beside those of RMSNorm:
+      groups: into so many groups of neighbouring heads, each normalised for itself, a token's heads
+        are split.
+      norm_before_gate: `RMSNorm(x) * silu(gate)` in its place.
+    """
 
     axes: int = 2
+    groups: int = 1
+    norm_before_gate: bool = False
 
     @checks.named
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Array, gate: Array, real: Array | None = None
     ) -> jax.Array:
-        """Normalises x * silu(gate), both [B, T, H, D], over all heads of a token.
+        """Normalises x * silu(gate), both [B, T, H, D], over all heads of a token, or of a group.
 
         Where the token is not `real`, bool [B, T] or None for all, the result is zero whatever x
         is. Returns the gate's shape and dtype.
         """
-        return self._run(_fused.gated_norm, x, gate, self._scale(x), real)
+        options = dict(groups=self.groups, norm_before_gate=self.norm_before_gate)
+        return self._run(_fused.gated_norm, x, gate, self._scale(x), real, **options)

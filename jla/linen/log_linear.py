@@ -56,14 +56,19 @@ class LogLinearMamba2(Mixer):
         dt = softplus(d + dt_bias);   v = dt u;   g = -exp(A_log) dt
         level_scales = softplus(L logits)
         o = log_linear_attention(q, k, v, g, level_scales) + D u
-        y = W_o RMSNorm(o silu(z)) + b_o
+        y = W_o RMSNorm(o silu(z)) + b_o            RMSNorm(o) silu(z) with norm_before_gate
+                                                    o silu(z) with use_norm=False
 
-    d, dt and the parameters A_log and D are one number for each head; logits, level_scales and the
-    parameter L are one for each head and level; RMSNorm is over all heads of a token together. Each
-    projection has a bias unless `use_bias` is False. In Mamba's letters q, k, u are C, B, x.
+    d, dt and the parameters A_log and D are one number for each head (D one for each feature with
+    `skip_per_feature`); logits, level_scales and the parameter L are one for each head and level;
+    RMSNorm is over all heads of a token together, or over each of `norm_groups` groups of heads.
+    Each projection has a bias unless `use_bias` is False, and each convolution if `conv_bias` is
+    True. In Mamba's letters q, k, u are C, B, x.
 
     The projections run in `dtype`; the rest, but for the sequence mechanism, is computed in
-    float32, and the recurrent state is float32.
+    float32, and the recurrent state is float32. On a GPU, kernels serve the norm on either side of
+    the gate; with padding or groups of heads it is the formula. A skip for each feature costs a
+    pass over o and u, where one for each head costs none.
 
     Parameters, their shapes and initial values (`A_log`, `dt_bias`, `D` and `L` are always float32,
     the others `param_dtype`; exclude these four, the norm's scale and the biases from weight
@@ -76,11 +81,12 @@ class LogLinearMamba2(Mixer):
     level_proj           kernel,bias  [D, H, L], [H, L]
     q_conv1d, k_conv1d   kernel       [conv_size, HK, K], U(-conv_size**-0.5, conv_size**-0.5)
     v_conv1d             kernel       [conv_size, H, V], of u, as q_conv1d
+    *_conv1d             bias         [HK, K] or [H, V], zeros; with conv_bias alone
     A_log                             [H], log of 1, 2, ..., H
     dt_bias                           [H], such that softplus of it is log-uniform in [1e-3, 0.1]
-    D                                 [H], ones
+    D                                 [H], ones; [H, V] with skip_per_feature
     L                                 [H, L], ones
-    o_norm               scale        [H, V], ones
+    o_norm               scale        [H, V], ones; none with use_norm=False
     o_proj               kernel,bias  [H, V, D], [D]
     ===================  ===========  ====================================================
 
@@ -102,11 +108,20 @@ class LogLinearMamba2(Mixer):
       value_dim: V, fla's `head_dim`. Mamba-2 has H V = 2 D.
       num_levels: L, 1 to 32: the longest sequence has `2**(num_levels-1)` tokens.
       use_bias: whether the projections have biases.
+      skip_per_feature: whether D is a number for each feature of a head (fla's `D_has_hdim`).
+      use_norm: whether there is a norm (fla's `rmsnorm`); without it the next two have no meaning.
+      norm_before_gate: whether the norm is that of o, and the gate comes after it.
+      norm_groups: into so many groups num_heads is split, which are normalised each for itself. In
+        fla since 0.6 there are `n_groups`, as many as key heads.
     """
 
     num_key_heads: int = 1
     num_levels: int = 15
     use_bias: bool = True
+    skip_per_feature: bool = False
+    use_norm: bool = True
+    norm_before_gate: bool = False
+    norm_groups: int = 1
 
     @nn.compact
     @checks.named
@@ -130,7 +145,8 @@ class LogLinearMamba2(Mixer):
         )
         A_log = _arguments.float32_parameter(self, "A_log", _A_log_init, (H,))
         dt_bias = _arguments.float32_parameter(self, "dt_bias", _arguments.dt_bias_init, (H,))
-        skip = _arguments.float32_parameter(self, "D", nn.initializers.ones, (H,))
+        skip_shape = (H, V) if self.skip_per_feature else (H,)
+        skip = _arguments.float32_parameter(self, "D", nn.initializers.ones, skip_shape)
 
         def gates(d):
             dt = nn.softplus(d.astype(f32) + with_rank(dt_bias, d.ndim))
@@ -165,8 +181,12 @@ class LogLinearMamba2(Mixer):
 
         o = self.mix(run, step, (q, k, u, d, logits), cache)
         # At a padded token o may be NaN, beyond the last level.
-        o = self.norm("o_norm", GatedRMSNorm)(o, z, tokens.real)
-        return self.finish(o, tokens, use_bias=self.use_bias)
+        if self.use_norm:
+            options = dict(groups=self.norm_groups, norm_before_gate=self.norm_before_gate)
+            o = self.norm("o_norm", GatedRMSNorm, **options)(o, z, tokens.real)
+        else:
+            o = tokens.zero_padding(o).astype(f32) * nn.silu(z.astype(f32))
+        return self.finish(o.astype(z.dtype), tokens, use_bias=self.use_bias)
 
     def _projections(self, x, sizes, level_weight):
         """z, u, q, k, d and the levels' logits, times the levels' weights.
@@ -204,7 +224,10 @@ class LogLinearMamba2(Mixer):
                 f"num_levels must be at most 32 and at least {(T - 1).bit_length() + 1}, "
                 f"ceil(log2 T) + 1, for T = {T} tokens, got {L}"
             )
-        return *self.heads_and_dims(D, self.num_key_heads), L
+        sizes = self.heads_and_dims(D, self.num_key_heads)
+        _arguments.check_size("norm_groups", self.norm_groups, 1)
+        checks.check_multiple("num_heads", self.num_heads, "norm_groups", self.norm_groups)
+        return *sizes, L
 
 
 def _products(x, groups, dtype, precision):

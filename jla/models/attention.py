@@ -216,7 +216,8 @@ def cudnn_serves(q):
 def causal_attention(q, k, v):
     """Attention of all to their past, by cuDNN, or by XLA, which makes the square of logits."""
     implementation = "cudnn" if cudnn_serves(q) else "xla"
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+    with jax.numpy_dtype_promotion("standard"):  # which JAX's function relies on in 16 bits
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
 
 def interval_attention(q, keys, values, first, last):

@@ -40,9 +40,9 @@ class Layer:
                 raise TypeError(f"{name} must be a flax.linen.Module, got {template!r}")
             if template.parent is not None:
                 raise ValueError(
-                    f"{name} must be a module of its own, got a {type(template).__name__} inside "
-                    f"of a {type(template.parent).__name__}; create it outside of other modules, "
-                    "or with parent=None"
+                    f"{name} must be a module of its own, got {type(template).__name__} inside of "
+                    f"{type(template.parent).__name__}; create it outside of other modules, or "
+                    "with parent=None"
                 )
 
 

@@ -194,7 +194,7 @@ def generate(
       layer = jla.models.Layer(jla.models.Attention(num_heads=2), jla.models.SwiGLU(64))
       model = jla.models.LanguageModel(jla.models.Config(50, width=32, layers=(layer,)))
       prompt = jnp.ones((2, 3), jnp.int32)
-      params = jax.jit(model.init)(jax.random.key(0), prompt)["params"]
+      params = model.init(jax.random.key(0), prompt)["params"]
       new = jla.models.generate(model, params, prompt, max_new_tokens=4)  # [2, 4]
 
     Each new shape of the prompts compiles once, and so does each `max_new_tokens` and `eos`.

@@ -22,9 +22,7 @@ def rms_norm(
     x32 = x.astype(f32)
     if input_activation is not None:
         x32 = _function(input_activation)(x32)
-    mean_square = jnp.mean(x32 * x32, axis=tuple(range(-scale.ndim, 0)), keepdims=True)
-    scale = with_rank(scale.astype(f32), x.ndim)
-    normed = x32 * lax.rsqrt(mean_square + epsilon) * scale
+    normed = _normed(x32, scale, epsilon, axes=scale.ndim)
     if gate is not None:
         gate = gate.astype(f32)
         if gate_bias is not None:
@@ -40,12 +38,25 @@ def rms_norm_branch(x, scale, update=None, *, epsilon, input_activation=None):
     return rms_norm(x, scale, epsilon=epsilon, input_activation=input_activation), x
 
 
-def gated_norm(x, gate, scale, real=None, *, epsilon):
+def gated_norm(x, gate, scale, real=None, *, epsilon, groups=1, norm_before_gate=False):
     """See `jla._fused.gated_norm`."""
     if real is not None:
         x = jnp.where(real[..., None, None], x, 0)
-    gated = x.astype(f32) * jax.nn.silu(gate.astype(f32))
-    return rms_norm(gated, scale, epsilon=epsilon).astype(gate.dtype)
+    x, factor = x.astype(f32), jax.nn.silu(gate.astype(f32))
+    y = x if norm_before_gate else x * factor
+    if groups == 1:
+        y = _normed(y, scale, epsilon, axes=2)
+    else:
+        y, scale = (a.reshape(*a.shape[:-2], groups, -1, a.shape[-1]) for a in (y, scale))
+        y = _normed(y, scale, epsilon, axes=2).reshape(x.shape)
+    return (y * factor if norm_before_gate else y).astype(gate.dtype)
+
+
+def _normed(x, scale, epsilon, *, axes):
+    """x over the root of its mean square over the last axes, times the scale; float32."""
+    mean_square = jnp.mean(x * x, axis=tuple(range(-axes, 0)), keepdims=True)
+    scale = with_rank(scale.astype(f32), x.ndim)
+    return x * lax.rsqrt(mean_square + epsilon) * scale
 
 
 def short_convolution(x, taps, bias=None, past=None, segments=None, *, normalize, silu_twice=False):

@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from harness import assert_close
 
 from jla import _dispatch, _fused
+from jla._core.parts import mamba2_operands
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 
@@ -119,6 +121,26 @@ def test_xla_is_the_definition_with_its_mechanism(name):
         for implementation in ("xla", "reference")
     )
     assert_close(got, want, 1e-4)
+
+
+def test_a_skip_for_each_feature_is_added_to_what_kernels_give(monkeypatch):
+    """They have one for each head, which is then zero; with an initial state it is the formula."""
+    arrays = OPERATIONS["log_linear_mamba2"].arrays() | dict(skip=jnp.arange(H * D, dtype=f32))
+    arrays["skip"] = arrays["skip"].reshape(H, D) / 7
+    v, _, skipped = mamba2_operands(*(arrays[name] for name in ("u", "logits", "dt", "skip")))
+
+    def attention(q, k, v, *_, **__):
+        return v, None
+
+    def served(q, k, u, g, logits, dt, skip, segment_ids):
+        assert skip.shape == (H,) and not np.any(skip)
+        return v
+
+    monkeypatch.setattr(_fused, "choose", lambda *_: served)
+    monkeypatch.setattr(_fused, "log_linear_attention", attention)
+    for state in (None, "a state"):
+        y, _ = _fused.log_linear_mamba2(**arrays, initial_state=state)
+        assert_close(y, v + skipped, 1e-6)
 
 
 @each_operation

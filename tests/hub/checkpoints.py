@@ -67,9 +67,7 @@ def run(name, dtype):
 
     def loss(params, tokens, mask):
         logits = model.apply({"params": params}, tokens, mask)
-        own = jnp.take_along_axis(
-            jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1
-        )
+        own = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
         return -jnp.mean(own), logits
 
     def logits_and_gradients(params, tokens, mask):
@@ -95,10 +93,22 @@ def tensors(path):
     found = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as opened:
-            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}
     return found
 
 
 def write_config(path, config):
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
+
+
+def write_holes(path, shapes):
+    """A file of float32 zeros, which take no place on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * int(np.prod(shape))
+        header[name] = dict(dtype="F32", shape=shape, data_offsets=[start, end])
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + end)

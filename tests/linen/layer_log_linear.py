@@ -9,6 +9,8 @@ from jla.linen import LogLinearMamba2
 
 PLAIN = dict(num_heads=2, key_dim=16, num_levels=7)
 GROUPED = dict(num_heads=4, key_dim=16, value_dim=32, num_key_heads=2, num_levels=7)
+# What a model may have in place of what most have.
+UNCOMMON = dict(skip_per_feature=True, norm_before_gate=True, norm_groups=2, norm_epsilon=1e-3)
 
 
 def definition(options, p, x):
@@ -33,8 +35,9 @@ def definition(options, p, x):
         for letter, y in (("q", q), ("k", k), ("v", u)):
             wide = np.concatenate([np.zeros((conv_size - 1, *y.shape[1:])), y])
             cache[f"{letter}_conv1d"] = {"inputs": wide[T:]}
-            kernel = p[f"{letter}_conv1d"]["kernel"]
-            y[:] = sum(kernel[i] * wide[i : i + T] for i in range(conv_size))
+            convolution = p[f"{letter}_conv1d"]
+            y[:] = sum(convolution["kernel"][i] * wide[i : i + T] for i in range(conv_size))
+            y += convolution.get("bias", 0)
     q, k, u = silu(q), silu(k), silu(u)
     dt = softplus(d + p["dt_bias"])
     v, g = dt[..., None] * u, -np.exp(p["A_log"]) * dt
@@ -47,7 +50,7 @@ def definition(options, p, x):
         end = (t >> (level - 1)) << (level - 1)
         return range(end - (1 << (level - 1)), end) if t >> (level - 1) & 1 else range(0)
 
-    o = p["D"][:, None] * u
+    o = (p["D"] if options.get("skip_per_feature") else p["D"][:, None]) * u
     for t in range(T):
         for h in range(H):
             for level in range(t.bit_length() + 1):
@@ -55,9 +58,16 @@ def definition(options, p, x):
                     score = q[t, h * HK // H] @ k[s, h * HK // H]
                     decay = np.exp(g[s + 1 : t + 1, h].sum())
                     o[t, h] += scales[t, h, level] * decay * score * v[s, h]
-    o = formulas.rms_norm(
-        o * silu(z), p["o_norm"]["scale"], options.get("norm_epsilon", 1e-5), (1, 2)
-    )
+    norm_before_gate = options.get("norm_before_gate", False)
+    if not norm_before_gate:
+        o *= silu(z)
+    if options.get("use_norm", True):
+        groups = np.split(np.arange(H), options.get("norm_groups", 1))
+        scale, epsilon = p["o_norm"]["scale"], options.get("norm_epsilon", 1e-5)
+        normed = [formulas.rms_norm(o[:, g], scale[g], epsilon, (1, 2)) for g in groups]
+        o = np.concatenate(normed, axis=1)
+    if norm_before_gate:
+        o *= silu(z)
     y = np.einsum("thv,hvd->td", o, p["o_proj"]["kernel"]) + p["o_proj"].get("bias", 0)
 
     levels = np.zeros((H, L, K, V))
@@ -74,8 +84,9 @@ LOG_LINEAR = Layer(
     module=LogLinearMamba2,
     cases={
         "plain": PLAIN,
-        "rich": GROUPED,
-        "bare": PLAIN | dict(conv_size=None, use_bias=False, norm_epsilon=1e-3),
+        "rich": GROUPED | dict(conv_bias=True),
+        "bare": PLAIN | dict(conv_size=None, use_bias=False, use_norm=False),
+        "uncommon": GROUPED | UNCOMMON,
     },
     definition=definition,
     # Decays of about exp(-0.05), so that the state reaches far; a token still counts.
@@ -87,9 +98,9 @@ LOG_LINEAR = Layer(
         "z_proj": {"kernel": (D, 4, 32), "bias": (4, 32)},
         "dt_proj": {"kernel": (D, 4), "bias": (4,)},
         "level_proj": {"kernel": (D, 4, 7), "bias": (4, 7)},
-        "q_conv1d": {"kernel": (4, 2, 16)},
-        "k_conv1d": {"kernel": (4, 2, 16)},
-        "v_conv1d": {"kernel": (4, 4, 32)},
+        "q_conv1d": {"kernel": (4, 2, 16), "bias": (2, 16)},
+        "k_conv1d": {"kernel": (4, 2, 16), "bias": (2, 16)},
+        "v_conv1d": {"kernel": (4, 4, 32), "bias": (4, 32)},
         "A_log": (4,),
         "dt_bias": (4,),
         "D": (4,),
@@ -117,6 +128,8 @@ LOG_LINEAR = Layer(
             "num_heads = 2 must be a multiple of num_key_heads = 3",
         ),
         (dict(num_key_heads=0), ValueError, "num_key_heads must be at least 1, got 0"),
+        (dict(norm_groups=0), ValueError, "norm_groups must be at least 1, got 0"),
+        (dict(norm_groups=3), ValueError, "num_heads = 2 must be a multiple of norm_groups = 3"),
         (dict(num_levels=0), ValueError, "num_levels must be at least 1, got 0"),
         (dict(num_levels=7.0), TypeError, "num_levels must be an integer, got 7.0"),
         (dict(num_levels=33), ValueError, "num_levels must be at most 32 .* got 33"),

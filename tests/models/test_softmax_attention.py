@@ -76,6 +76,21 @@ def test_values_are_the_formulas(layer):
         close(y[row], expected(layer, params, x[row]), 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_16_bits_stay_16_bits(dtype):
+    """Traced, with strict promotion of dtypes; all forms."""
+    x = jnp.zeros((B, T, D), dtype)
+    for layer in (PLAIN, RICH):
+        layer = layer.clone(dtype=dtype, decode=True)
+        variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+        params = {"params": variables["params"]}
+        run = functools.partial(layer.apply, mutable=["cache"])
+        assert jax.eval_shape(layer.clone(decode=False).apply, params, x).dtype == dtype
+        for part in (x, x[:, :1]):
+            y, updated = jax.eval_shape(run, variables, part)
+            assert y.dtype == updated["cache"]["cached_key"].dtype == dtype
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
 def test_padding_and_segments_are_as_if_alone(packed):
     params, ids = params_of(RICH), SEGMENTS if packed else None

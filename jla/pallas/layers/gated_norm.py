@@ -1,4 +1,4 @@
-"""RMSNorm behind a gate, as Mamba-2 has it, as Pallas kernels.
+"""RMSNorm behind a gate, as Mamba-2 has it, as Pallas kernels; before a gate it is `rms_norm`.
 
 Nothing but the inputs is kept for the backward pass; `rows.py` says how CTAs walk along arrays.
 
@@ -16,6 +16,7 @@ from jla._core.derivatives import reverse_only
 from jla._core.shardwise import defvjp, shardwise
 from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.mosaic import f32, per_row, sigmoid
+from jla.pallas.layers.rms_norm import rms_norm
 from jla.pallas.layers.rows import (
     BACKWARD,
     FORWARD,
@@ -40,17 +41,20 @@ IN_REGISTERS = 1024
 _INPUTS = ROWS, ROWS, SCALE  # x, gate, scale
 
 
-def unsupported(name, x, gate, scale, real=None):
+def unsupported(name, x, gate, scale, real=None, *, groups=1, norm_before_gate=False):
     """Why the kernels cannot serve these arguments, or None."""
+    if groups != 1:
+        return f"there are {groups} groups of heads, and the kernels normalise all heads together"
     if real is not None:
         return "there is padding, which the kernels do not know"
     return unsupported_rows(x, scale, gate)
 
 
-@functools.partial(jax.jit, static_argnames="epsilon")
+@functools.partial(jax.jit, static_argnames=("epsilon", "groups", "norm_before_gate"))
 @reverse_only("jla.linen.LogLinearMamba2's norm")
-def gated_norm(x, gate, scale, *, epsilon):
-    """`rms_norm(x * silu(gate))`, over all heads of a token.
+def gated_norm(x, gate, scale, *, epsilon, groups=1, norm_before_gate=False):
+    """`rms_norm(x * silu(gate))`, over all heads of a token; `norm_before_gate`: the norm of x,
+    times silu(gate). `groups` is 1, see `unsupported`.
 
     Args:
       x, gate: [B, T, H, D], 16 bits. scale: [H, D].
@@ -58,6 +62,8 @@ def gated_norm(x, gate, scale, *, epsilon):
     Returns:
       x's shape and dtype. All arithmetic is float32, and is rounded once.
     """
+    if norm_before_gate:
+        return rms_norm(x, scale, gate, epsilon=epsilon, activation="silu")
     rows, gates = (as_rows(a, scale) for a in (x, gate))
     return from_rows(x, scale, _norm(rows, gates, for_batch_rows(scale, rows), epsilon))
 

@@ -103,7 +103,7 @@ def _norm(x, scale, gates, epsilon, activation, input_activation):
 
 def _norm_forward(x, scale, gates, *options):
     # `_norm`, not the kernel: a checkpoint policy that keeps kernels' results (as that of
-    # examples/model.py does) sees a custom_vjp, and so y is made again rather than kept.
+    # jla.models.kept does) sees a custom_vjp, and so y is made again rather than kept.
     return _norm(x, scale, gates, *options), (x, scale, gates)
 
 

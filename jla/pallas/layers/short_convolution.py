@@ -83,7 +83,7 @@ def _convolution(x, taps, normalize, silu_twice, biased):
 
 def _convolution_forward(x, taps, normalize, silu_twice, biased):
     # `_convolution`, not the kernel: a checkpoint policy that keeps kernels' results (as that of
-    # examples/model.py does) sees a custom_vjp, and so y is made again rather than kept.
+    # jla.models.kept does) sees a custom_vjp, and so y is made again rather than kept.
     return _convolution(x, taps, normalize, silu_twice, biased), (x, taps)
 
 

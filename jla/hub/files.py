@@ -108,7 +108,9 @@ class Folder:
             self._descriptors[tensor.file] = os.open(tensor.file, os.O_RDONLY)
         dtype = DTYPES[tensor.dtype]
         start, size = (x * dtype.itemsize for x in (part.first, part.count))
-        return _Place(tensor.file, self._descriptors[tensor.file], tensor.start + start, size, dtype)
+        return _Place(
+            tensor.file, self._descriptors[tensor.file], tensor.start + start, size, dtype
+        )
 
 
 class _Place(NamedTuple):
@@ -245,8 +247,9 @@ def _write_file(path: pathlib.Path, tensors: dict[str, Written]) -> int:
                 part = np.ascontiguousarray(part)
                 assert part.dtype == tensor.dtype, name
                 file.write(part.reshape(-1).view(np.uint8))
-            assert file.tell() - before == header[name]["data_offsets"][1] - (
-                header[name]["data_offsets"][0]
+            assert (
+                file.tell() - before
+                == header[name]["data_offsets"][1] - (header[name]["data_offsets"][0])
             ), name
     return end
 
