@@ -29,7 +29,7 @@ from benchmarks.side_by_side import Report, size
 from jla.models.generate import decoder, decoder_params, draw, empty_cache, feed
 
 KEYS = ("case", "layers")
-CASES = ("load", "load_again", "decode", "prefill", "decode_xla")
+CASES = ("load", "decode", "prefill", "decode_xla", "load_again")
 CALLS = 5  # of sampling and of reading: the first warms up
 BANDWIDTH = 4.3e12  # bytes a second that an H200 reads from its memory
 FILES = 6

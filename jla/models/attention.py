@@ -289,13 +289,20 @@ def append(cached, new, length, real):
 
     With `real`, bool [B, T] or None for all, only those are written. What finds no room is lost.
     """
+    T, new = new.shape[1], jnp.swapaxes(new, 1, 2)
     if real is None:
-        write = functools.partial(lax.dynamic_update_slice_in_dim, axis=1)
-        return jax.vmap(write)(cached, jnp.swapaxes(new, 1, 2), length)
-    rows = jnp.arange(len(length), dtype=jnp.int32)[:, None]
-    place = length[:, None] + jnp.arange(new.shape[1], dtype=jnp.int32)[None]
+        return jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=1))(
+            cached, new, length
+        )
+    place = length[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
     place = jnp.where(real, place, cached.shape[2])
-    return cached.at[rows, :, place].set(new, mode="drop")
+
+    def write(cached, new, place):
+        return cached.at[place].set(new, mode="drop")
+
+    # Places for each head: on a GPU, XLA would transpose the whole cache for a write across heads.
+    place = jnp.broadcast_to(place[:, None], new.shape[:3])
+    return jax.vmap(jax.vmap(write))(cached, new, place)
 
 
 def check_room(length, added, capacity):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.extend.core import Primitive
 
 from jla._core import checks
 from jla._core.types import Implementation
@@ -18,7 +19,7 @@ weight_init = nn.initializers.normal(0.02)
 SMALL_VOCABULARY = 2048
 
 
-def kept(primitive: jax.extend.core.Primitive, *_: object, **parameters: object) -> bool:
+def kept(primitive: Primitive, *_: object, **parameters: object) -> bool:
     """A policy of rematerialisation (`LanguageModel.remat`): what a block's backward pass takes as
     it was. It is the products' and kernels' results, what goes into an MLP's last product, and the
     stream before the branches.
