@@ -2,8 +2,8 @@
 
     python -m benchmarks.checkpoints --folder /tmp/gsa-7b --out benchmarks/results/checkpoints.json
 
-It has the shapes of fla's GSA-7B, and random bits for values: speed is the same, MesaNet's apart.
-`--folder` gets the files unless it has them, 14.6 GB in bfloat16, and keeps them.
+It has the shapes of fla's GSA-7B, and random bits for values, which change no speed. `--folder`
+gets the files unless it has them, 14.6 GB in bfloat16, and keeps them.
 """
 
 import argparse
@@ -182,8 +182,8 @@ def model_of(options, folder, **more):
 def load(options, folder, shared):
     """Yields the numbers of loading onto the first device, of which `shared` gets the parameters.
 
-    `cold` is the part that came from the disk, None if that is not known. The peak of the host's memory is that of the whole
-    process, less what it had at the start: not below the loading's own.
+    `cold` is the part that came from the disk, None if that is not known. The peak of the host's
+    memory is the process's, less what it had at the start: not below the loading's own.
     """
     shared.pop("params", None)
     model = model_of(options, folder)
