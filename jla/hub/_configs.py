@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,7 +96,7 @@ def family(config: Mapping[str, Any]) -> Family:
     return _family(config).family(config)
 
 
-def _family(config: Mapping[str, Any]):
+def _family(config: Mapping[str, Any]) -> types.ModuleType:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(

@@ -108,7 +108,9 @@ def refuse(what: str, wrong: Mapping[str, list[str]]) -> None:
         raise ValueError(f"{what}. Tensors {'. Tensors '.join(found)}")
 
 
-def _is_embedding(folder: Folder, head: str, parameters, names: Mapping[str, str]) -> bool:
+def _is_embedding(
+    folder: Folder, head: str, parameters: list[Parameter], names: Mapping[str, str]
+) -> bool:
     """Whether the head of a file, which the config ties to the embedding, is the same there."""
     embedding = names[parameters[0].pieces[0].names[0]]
     if embedding not in folder.tensors:
@@ -126,7 +128,7 @@ def _is_embedding(folder: Folder, head: str, parameters, names: Mapping[str, str
     return True
 
 
-def _shardings(parameters: list[Parameter], sharding) -> dict[str, Sharding | None]:
+def _shardings(parameters: list[Parameter], sharding: Any) -> dict[str, Sharding | None]:
     """The sharding of each parameter, by path."""
     result: dict[str, Any]
     if sharding is None or isinstance(sharding, Sharding):
@@ -201,12 +203,12 @@ class _Shard:
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "dtype"))
-def _arranged(block, axes, dtype):
+def _arranged(block: jax.Array, axes: tuple[int, ...], dtype: np.dtype) -> jax.Array:
     return block.transpose(axes).astype(dtype)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _filled(array, part, at):
+def _filled(array: jax.Array, part: jax.Array, at: jax.Array) -> jax.Array:
     """The array with the part at the indices `at` of its first axes."""
     start = [*at, *(jnp.int32(0) for _ in range(part.ndim))]
     part = part.reshape((1,) * len(at) + part.shape)

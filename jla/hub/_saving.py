@@ -151,7 +151,7 @@ def _elements(array: Any, piece: Piece, dtype: np.dtype) -> NumpyArray:
 
 
 @functools.partial(jax.jit, static_argnames=("piece", "dtype"))
-def _taken(array, at, piece, dtype):
+def _taken(array: jax.Array, at: jax.Array, piece: Piece, dtype: np.dtype) -> jax.Array:
     for i in at:
         array = jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
     return piece.to_file(array).astype(dtype)

@@ -8,8 +8,8 @@ log-linear Mamba-2's projections do: rows of one name share its first axis, in t
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jla.hub.files import Part
 from jla.models import LanguageModel, Layer
 
 type Shape = tuple[int, ...]
+type _Placed = tuple[str, tuple[str, ...], Form, Shape]  # path, names, form and `at`
 type Shapes = dict[str, jax.ShapeDtypeStruct]  # by path, as "block_0/mixer/q_proj/kernel"
 
 
@@ -146,12 +147,12 @@ def shapes(module: nn.Module, *arguments: jax.ShapeDtypeStruct) -> Shapes:
     return flat(jax.eval_shape(module.init, key, *arguments)["params"])
 
 
-def flat(tree) -> dict:
+def flat(tree: Any) -> dict[str, Any]:
     """A tree of dicts as one dict, by path."""
     return traverse_util.flatten_dict(tree, sep="/")
 
 
-def nested(leaves: dict) -> dict:
+def nested(leaves: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `flat`."""
     return traverse_util.unflatten_dict(leaves, sep="/")
 
@@ -189,13 +190,15 @@ def _shapes_of_model(model: LanguageModel) -> tuple[Shapes, dict[Layer, Shapes]]
     return {path: x for path, x in found.items() if not path.startswith("block_")}, inside
 
 
-def of_layer(layer: nn.Module, D: int, rows: Iterable[Row], prefix: str, name: str):
+def of_layer(
+    layer: nn.Module, D: int, rows: Iterable[Row], prefix: str, name: str
+) -> list[Parameter]:
     """The parameters of one layer for inputs [B, T, D]; its names begin with the prefix."""
     inputs = jax.ShapeDtypeStruct((1, 1, D), jnp.float32)
     return parameters(_placed(rows, "", prefix), shapes(layer, inputs), name)
 
 
-def parameters(rows, all_shapes: Shapes, family: str) -> list[Parameter]:
+def parameters(rows: Iterable[_Placed], all_shapes: Shapes, family: str) -> list[Parameter]:
     """Parameters by these rows, in their order.
 
     Args:
@@ -230,7 +233,7 @@ def parameters(rows, all_shapes: Shapes, family: str) -> list[Parameter]:
     return result
 
 
-def _placed(rows: Iterable[Row], path: str, prefix: str, at: Shape = ()):
+def _placed(rows: Iterable[Row], path: str, prefix: str, at: Shape = ()) -> Iterator[_Placed]:
     """The rows of a module that lies below a path and a prefix: path, names, form and `at`."""
     for row in rows:
         names = tuple(prefix + name for name in row.name.split("|"))
