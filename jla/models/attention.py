@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.typing import Dtype
 from jax import lax
 
 from jla._core import checks
@@ -73,8 +74,8 @@ class Attention(nn.Module):
     use_bias: bool = False
     window: int | None = None
     rope_theta: float | None = 10000.0
-    dtype: nn.dtypes.Dtype | None = None
-    param_dtype: nn.dtypes.Dtype = f32
+    dtype: Dtype | None = None
+    param_dtype: Dtype = f32
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
     decode: bool = False
 
