@@ -81,10 +81,10 @@ def model(
     """
     if param_dtype is None:
         param_dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    param_dtype = jnp.dtype(param_dtype)
+    param_dtype = check_dtype("param_dtype", param_dtype)
     return models.LanguageModel(
         _family(config).language_model(config),
-        dtype=param_dtype if dtype is None else jnp.dtype(dtype),
+        dtype=param_dtype if dtype is None else check_dtype("dtype", dtype),
         param_dtype=param_dtype,
         implementation=implementation,
         decode=decode,

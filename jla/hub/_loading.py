@@ -116,7 +116,7 @@ def _is_embedding(
     if embedding not in folder.tensors:
         return False
     a, b = folder.tensors[head], folder.tensors[embedding]
-    if a[2:] != b[2:] or a.dtype not in DTYPES:
+    if a[2:] != b[2:] or a.dtype not in DTYPES or len(a.shape) != 2:
         return False
     rows, columns = a.shape
     step = max(1, 2**24 // columns)

@@ -240,8 +240,9 @@ def interval_attention(q, keys, values, first, last):
         # Finite: rows that see nothing (of padding, below) are not NaN.
         logits = jnp.where(seen[:, None, None], logits, jnp.finfo(f32).min)
         weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-        o = jnp.einsum("bhgns,bhsv->bnhgv", weights, values, preferred_element_type=f32)
-        return o.astype(values.dtype)
+        # The axes are moved afterwards: XLA's CPU has no 16-bit product that moves them.
+        o = jnp.einsum("bhgns,bhsv->bhgnv", weights, values, preferred_element_type=f32)
+        return jnp.moveaxis(o, 3, 1).astype(values.dtype)
 
     q = q.reshape(B, T, HK, H // HK, K)
     if T <= QUERIES_AT_ONCE:

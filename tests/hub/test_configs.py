@@ -173,13 +173,18 @@ KIMI_LAYERS = [
 CASES = [(layer, "fla") for layer in LAYERS] + [(layer, "kimi_linear") for layer in KIMI_LAYERS]
 
 
+def random_params(layer, D):
+    """Parameters for inputs [B, T, D], NumPy arrays of random numbers."""
+    inputs = jax.ShapeDtypeStruct((1, 1, D), jnp.float32)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), inputs)["params"]
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: random.random(leaf.shape, np.float32), shapes)
+
+
 @pytest.mark.parametrize("layer, names", CASES, ids=lambda x: getattr(x, "name", type(x).__name__))
 def test_every_row_of_a_table_there_and_back(layer, names):
     """Every parameter has its tensor, with other numbers in each place; bit for bit both ways."""
-    x = jax.ShapeDtypeStruct((1, 1, 64), jnp.float32)
-    shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
-    random = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: random.random(leaf.shape, np.float32), shapes)
+    params = random_params(layer, 64)
     state = jla.hub.layer_state(params, "layer.", layer, names=names)
     assert sum(x.size for x in state.values()) == sum(x.size for x in jax.tree.leaves(params))
     assert all(x.flags.c_contiguous for x in state.values())
@@ -194,7 +199,7 @@ def test_every_row_of_a_table_there_and_back(layer, names):
 def test_a_matrix_is_transposed_and_split_by_heads():
     """The form of each kind of tensor, written out."""
     layer = linen.MesaNet(num_heads=2, key_dim=16)
-    params = layer.init(jax.random.key(0), jnp.ones((1, 1, 24)))["params"]
+    params = random_params(layer, 24)
     state = jla.hub.layer_state(params, "", layer)
     for name, shape in dict(q_proj=(32, 24), o_proj=(24, 32), q_conv1d=(32, 1, 4)).items():
         assert state[f"{name}.weight"].shape == shape

@@ -1,6 +1,7 @@
 """Checkpoints in and out: the same bytes, strictly, onto devices, and little of it on the host."""
 
 import json
+import shutil
 import sys
 import tracemalloc
 
@@ -98,8 +99,16 @@ def test_a_transposed_array_is_written_by_its_elements(tmp_path):
     np.testing.assert_array_equal(found, array)
 
 
-@pytest.mark.parametrize("in_pieces", [True, False])
-@pytest.mark.parametrize("config", [SMALL, EXPERTS], ids=["gsa", "experts"])
+STACKED_IN_PIECES = pytest.param(
+    SMALL, True, marks=pytest.mark.slow(reason="programs for each device; as of the experts")
+)
+
+
+@pytest.mark.parametrize(
+    "config, in_pieces",
+    [STACKED_IN_PIECES, (EXPERTS, True), (SMALL, False), (EXPERTS, False)],
+    ids=["gsa-in_pieces", "experts-in_pieces", "gsa", "experts"],
+)
 def test_sharded_and_stacked(config, in_pieces, tmp_path, monkeypatch):
     """Every device has its part, whichever axes are split: blocks, experts, inputs or heads; with
     arrays arranged on the devices, as large ones are, or on the host."""
@@ -158,10 +167,17 @@ def test_the_host_holds_one_tensor_and_its_shard(tmp_path, monkeypatch):
     assert peak < 8 * 2**20
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gsa") / "gsa"
+    return path, made(path, SMALL)[0]
+
+
 @pytest.fixture
-def gsa(tmp_path):
+def gsa(once, tmp_path):
     """A small checkpoint's folder, its model and its tensors."""
-    model, _ = made(tmp_path / "gsa", SMALL)
+    path, model = once
+    shutil.copytree(path, tmp_path / "gsa")
     return tmp_path / "gsa", model, tensors(tmp_path / "gsa")
 
 
