@@ -2,8 +2,8 @@
 
     python -m benchmarks.checkpoints --folder /tmp/gsa-7b --out benchmarks/results/checkpoints.json
 
-It has the shapes of fla's GSA-7B, and random bits for values: speed is the same, MesaNet's apart.
-`--folder` gets the files unless it has them, 14.6 GB in bfloat16, and keeps them.
+It has the shapes of fla's GSA-7B, and random bits for values, which change no speed. `--folder`
+gets the files unless it has them, 14.6 GB in bfloat16, and keeps them.
 """
 
 import argparse
@@ -182,8 +182,8 @@ def model_of(options, folder, **more):
 def load(options, folder, shared):
     """Yields the numbers of loading onto the first device, of which `shared` gets the parameters.
 
-    `cold` is the part that came from the disk. The peak of the host's memory is that of the whole
-    process, less what it had at the start: not below the loading's own.
+    `cold` is the part that came from the disk, None if that is not known. The peak of the host's
+    memory is the process's, less what it had at the start: not below the loading's own.
     """
     shared.pop("params", None)
     model = model_of(options, folder)
@@ -203,7 +203,7 @@ def load(options, folder, shared):
         bytes=bytes_,
         load_s=seconds,
         gb_per_s=bytes_ / seconds / 1e9,
-        cold=(disk_bytes() - read) / bytes_,
+        cold=None if read is None else (disk_bytes() - read) / bytes_,
         host_peak_gb=peak / 1e9,
     )
 
@@ -214,8 +214,11 @@ def resident_bytes():
 
 
 def disk_bytes():
-    """What this process has had read from disks."""
-    lines = pathlib.Path("/proc/self/io").read_text().splitlines()
+    """What this process has had read from disks; None where the system does not tell."""
+    counts = pathlib.Path("/proc/self/io")
+    if not counts.exists():
+        return None
+    lines = counts.read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["read_bytes"])
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.typing import Dtype
 from jax import lax
 
 from jla._core import checks
@@ -73,8 +74,8 @@ class Attention(nn.Module):
     use_bias: bool = False
     window: int | None = None
     rope_theta: float | None = 10000.0
-    dtype: nn.dtypes.Dtype | None = None
-    param_dtype: nn.dtypes.Dtype = f32
+    dtype: Dtype | None = None
+    param_dtype: Dtype = f32
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
     decode: bool = False
 
@@ -147,10 +148,10 @@ class Attention(nn.Module):
     def _attend(self, q, k, v, tokens, cache):
         """The outputs [B, T, H, K]; with a cache it advances."""
         T = q.shape[1]
-        length, before = None, None
+        before = None
         if cache is not None:
-            length, before = (cache.variables[name].value for name in ("length", "start"))
-        first, place, start = intervals(T, tokens.segments, length, before)
+            before = tuple(cache.variables[name].value for name in ("length", "start"))
+        first, place, start = intervals(T, tokens.segments, before)
         if self.rope_theta is not None:
             q, k = (rotate(x, place - first, self.rope_theta) for x in (q, k))
         if self.window is not None:
@@ -161,6 +162,7 @@ class Attention(nn.Module):
                 return causal_attention(q, k, v)
             return interval_attention(q, *(jnp.swapaxes(x, 1, 2) for x in (k, v)), first, place)
 
+        length = cache.variables["length"].value
         added = jnp.full_like(length, T) if tokens.lengths is None else tokens.lengths
         S = cache.variables["cached_key"].value.shape[2]
         check_room(length, added, S)
@@ -185,26 +187,28 @@ class Attention(nn.Module):
         return nan_unless(length + added <= S, o)
 
 
-def intervals(T, segments, length, start):
+def intervals(T, segments, before):
     """The places that tokens see: from their segment's first one to their own.
 
     Args:
       T: how many new tokens each row has.
       segments: int32 [B, T], numbered from 0; None for one segment.
-      length, start: of a cache, int32 [B]: its tokens, and where its last segment begins; or None.
+      before: of a cache, the number of its tokens and the place where its last segment begins,
+        int32 [B] each; or None.
 
     Returns:
       The first and the last place, [B, T] or [1, T], and the new `start` [B], None without a cache.
     """
     place = jnp.arange(T, dtype=jnp.int32)[None]
     first = jnp.zeros_like(place)
-    if length is not None:
+    if before is not None:
+        length, start = before
         place = place + length[:, None]
         first = jnp.broadcast_to(start[:, None], place.shape)
     if segments is not None:
         starts = jnp.where(segment_starts(segments), place, 0)
         first = jnp.maximum(lax.cummax(starts, axis=1), first)
-    return first, place, None if length is None else first[:, -1]
+    return first, place, None if before is None else first[:, -1]
 
 
 def cudnn_serves(q):

@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype
 from jax import lax
 
 from jla._core import checks
@@ -75,8 +77,8 @@ class Experts(nn.Module):
     groups_per_token: int = 1
     renormalize: bool = True
     routed_scale: float = 1.0
-    dtype: nn.dtypes.Dtype | None = None
-    param_dtype: nn.dtypes.Dtype = f32
+    dtype: Dtype | None = None
+    param_dtype: Dtype = f32
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
 
     @nn.compact
@@ -106,7 +108,7 @@ class Experts(nn.Module):
             self.param(name, _for_each(self.kernel_init), shape, self.param_dtype)
             for name, shape in shapes.items()
         ]
-        x, *matrices = nn.dtypes.promote_dtype(x, *matrices, dtype=self.dtype)
+        x, *matrices = promote_dtype(x, *matrices, dtype=self.dtype)
         y = mixture(x, chosen, weights, *matrices)
         if self.shared_hidden:
             shared = SwiGLU(
@@ -222,11 +224,15 @@ def _sorted(rows, experts, gate, up, down):
     order = jnp.argsort(experts, stable=True)
     sorted_experts = experts[order]
     places = (blocks_before * size - before)[sorted_experts] + jnp.arange(R)
-    once = dict(unique_indices=True, mode="promise_in_bounds")
-    places = jnp.zeros_like(places).at[order].set(places, **once)
-    x = jnp.zeros((blocks * size, D), rows.dtype).at[places].set(rows, **once)
+    places = _put(jnp.zeros_like(places), order, places)
+    x = _put(jnp.zeros((blocks * size, D), rows.dtype), places, rows)
     y = _blockwise(x.reshape(blocks, size, D), expert_of, gate, up, down)
-    return y.reshape(-1, D).at[places].get(**once)
+    return y.reshape(-1, D).at[places].get(unique_indices=True, mode="promise_in_bounds")
+
+
+def _put(x, places, rows):
+    """x with rows at places that differ. Its gradient has no sums: always the same bits."""
+    return x.at[places].set(rows, unique_indices=True, mode="promise_in_bounds")
 
 
 @jax.custom_vjp

@@ -21,8 +21,8 @@ def stack(params: Tree) -> Tree:
     """Parameters of a model with stacked=True, from those of one with stacked=False.
 
     Example:
-      params = {"block_0": {"w": jnp.ones(3)}, "block_1": {"w": jnp.ones(3)}}
-      w = jla.models.stack(params)["blocks"]["w"]  # [2, 3]
+      params = {"block_0": {"w": jnp.ones((3, 4))}, "block_1": {"w": jnp.ones((3, 4))}}
+      w = jla.models.stack(params)["blocks"]["w"]  # [2, 3, 4]
 
     Args:
       params: a dict with "block_0", "block_1" and so on, which have the same structure and shapes,
@@ -60,8 +60,8 @@ def unstack(params: Tree) -> Tree:
     """Parameters of a model with stacked=False, from those of one with stacked=True.
 
     Example:
-      params = {"blocks": {"w": jnp.ones((2, 3))}}
-      w = jla.models.unstack(params)["block_1"]["w"]  # [3]
+      params = {"blocks": {"w": jnp.ones((2, 3, 4))}}
+      w = jla.models.unstack(params)["block_1"]["w"]  # [3, 4]
 
     Args:
       params: a dict with "blocks", whose arrays have an axis of blocks in front, and whatever else,

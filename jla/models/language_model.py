@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.typing import Dtype
 from jax.extend.core import Primitive
 
 from jla._core import checks
@@ -68,8 +70,8 @@ class Block(nn.Module):
 
     layer: Layer
     norm_epsilon: float
-    dtype: nn.dtypes.Dtype
-    param_dtype: nn.dtypes.Dtype
+    dtype: Dtype
+    param_dtype: Dtype
     implementation: Implementation | None
     decode: bool
 
@@ -145,8 +147,8 @@ class LanguageModel(nn.Module):
     """
 
     config: Config
-    dtype: nn.dtypes.Dtype = f32
-    param_dtype: nn.dtypes.Dtype = f32
+    dtype: Dtype = f32
+    param_dtype: Dtype = f32
     implementation: Implementation | None = None
     decode: bool = False
     stacked: bool = False
@@ -199,7 +201,7 @@ class LanguageModel(nn.Module):
         head = nn.Dense(config.vocabulary, use_bias=False, name="head", **dtypes)
         return head(x).astype(f32)
 
-    def _dtypes(self):
+    def _dtypes(self) -> dict[str, Any]:
         return dict(dtype=jnp.dtype(self.dtype), param_dtype=jnp.dtype(self.param_dtype))
 
     def _check(self, tokens, mask):
@@ -261,7 +263,7 @@ class LanguageModel(nn.Module):
     def _blocks(self, stream, mask, segment_ids):
         """The stream behind all blocks, and what is still to be added to it."""
         layers = self.config.layers
-        settings = dict(
+        settings: dict[str, Any] = dict(
             norm_epsilon=self.config.norm_epsilon,
             implementation=self.implementation,
             decode=self.decode,
@@ -285,7 +287,7 @@ class LanguageModel(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=len(layers),
             unroll=len(layers) if self.unroll else 1,
         )

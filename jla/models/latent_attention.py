@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.typing import Dtype
 
 from jla._core import checks
 from jla._core.types import Implementation
@@ -92,8 +93,8 @@ class LatentAttention(nn.Module):
     query_latent_dim: int | None = None
     rope_theta: float | None = None
     norm_epsilon: float = 1e-6
-    dtype: nn.dtypes.Dtype | None = None
-    param_dtype: nn.dtypes.Dtype = f32
+    dtype: Dtype | None = None
+    param_dtype: Dtype = f32
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
     implementation: Implementation | None = None
     decode: bool = False
@@ -128,8 +129,8 @@ class LatentAttention(nn.Module):
     def _attend(self, q, latent, shared, up, tokens, cache):
         """The outputs [B, T, H, v]; with a cache it advances."""
         T = q.shape[1]
-        length, start = (None, None) if cache is None else (cache[x].value for x in ROWS)
-        first, place, start = intervals(T, tokens.segments, length, start)
+        before = None if cache is None else tuple(cache[name].value for name in ROWS)
+        first, place, start = intervals(T, tokens.segments, before)
         if self.rope_theta is not None:
             turn = functools.partial(rotate, position=place - first, theta=self.rope_theta)
             a, b = jnp.split(q, [self.nope_dim], axis=-1)
@@ -137,18 +138,21 @@ class LatentAttention(nn.Module):
             shared = turn(shared[:, :, None])[:, :, 0]
         if cache is None:
             return attend_to_all(q, latent, shared, up, first, place)
+        length = cache["length"].value
         added = jnp.full_like(length, T) if tokens.lengths is None else tokens.lengths
         S = cache["latent"].value.shape[1]
         check_room(length, added, S)
         filled = (jnp.arange(S)[None] < (length + added)[:, None])[:, :, None]
-        kept = []
-        for name, new in dict(latent=latent, shared_key=shared).items():
+
+        def advance(name, new):
             x = append(cache[name].value[:, None], new[:, :, None], length, tokens.real)[:, 0]
             cache[name].value = x
-            kept.append(jnp.where(filled, x, 0))  # 0 times what lies behind could be NaN
+            return jnp.where(filled, x, 0)  # 0 times what lies behind could be NaN
+
+        latent, shared = advance("latent", latent), advance("shared_key", shared)
         cache["length"].value, cache["start"].value = length + added, start
         attend = attend_to_latents if T == 1 else attend_to_all
-        return nan_unless(length + added <= S, attend(q, *kept, up, first, place))
+        return nan_unless(length + added <= S, attend(q, latent, shared, up, first, place))
 
     def _check(self):
         sizes = ("num_heads", "latent_dim", "nope_dim", "rope_dim", "value_dim")
@@ -212,7 +216,7 @@ class Kernel(nn.Module):
 
     shape: tuple[int, ...]
     kernel_init: nn.initializers.Initializer
-    param_dtype: nn.dtypes.Dtype
+    param_dtype: Dtype
 
     @nn.compact
     def __call__(self):

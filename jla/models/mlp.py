@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._core import checks
@@ -30,8 +31,8 @@ class SwiGLU(nn.Module):
     """
 
     hidden: int
-    dtype: nn.dtypes.Dtype | None = None
-    param_dtype: nn.dtypes.Dtype = jnp.float32
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
 
     @nn.compact
