@@ -51,6 +51,7 @@ CASES = {
     "branch, update": (branch, [ROWS, SCALE, ROWS], {}),
     "gated norm": (gated_norm, [HEADS, HEADS, SCALE_OF_ALL], {}),
     "convolution": (convolution, [HEADS, TAPS], {}),
+    "convolution, bias": (convolution, [HEADS, TAPS, BIAS], {}),
     "convolution, norm": (convolution, [HEADS, TAPS], dict(normalize=True)),
     "convolution, two SiLUs": (convolution, [HEADS, TAPS], dict(silu_twice=True)),
     "convolution, two SiLUs, norm": (

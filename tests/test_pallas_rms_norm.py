@@ -211,8 +211,33 @@ def test_says_what_it_does_not_take(shape, row, dtype, gate, word):
 def test_a_gates_bias_is_that_of_a_token():
     x, scale = jnp.zeros((1, 3, 2, 64), bf16), jnp.ones((64,))
     assert "bias is (64,)" in kernels.unsupported("rms_norm", x, scale, x, scale)
-    with pytest.raises(ValueError, match=r"^jla\.linen\.RMSNorm: .*no gate"):
-        RMSNorm().apply({"params": {"scale": scale}}, x, gate_bias=jnp.zeros((2, 64)))
+
+
+X = jnp.zeros((1, 3, 2, 64))
+
+
+@pytest.mark.parametrize(
+    "options, arguments, error, message",
+    [
+        ({}, dict(gate_bias=X[0, 0]), ValueError, "gate_bias is given, but no gate"),
+        ({}, dict(gate=X[:, :1]), ValueError, r"gate must have x's shape .*got \(1, 1, 2, 64\)"),
+        ({}, dict(gate=X, gate_bias=X[0, 0, :, :1]), ValueError, "gate_bias must have the shape"),
+        ({}, dict(x=X.astype(jnp.int32)), TypeError, "x must be an array of a float.*got int32"),
+        ({}, dict(x=[1.0]), TypeError, "x must be an array of a float dtype, got <class 'list'>"),
+        (dict(axes=0), {}, ValueError, "axes must be at least 1, got 0"),
+        (dict(axes=5), {}, ValueError, "axes must be at most x's 4, got 5"),
+        (dict(epsilon=-1.0), {}, ValueError, "epsilon must be at least 0, got -1.0"),
+        (dict(activation="silu"), dict(gate=X), TypeError, "activation must be a function, got"),
+    ],
+)
+def test_wrong_arguments_raise(options, arguments, error, message):
+    with pytest.raises(error, match=rf"^jla\.linen\.RMSNorm: {message}"):
+        RMSNorm(**options).apply({"params": {"scale": jnp.ones(64)}}, **dict(x=X) | arguments)
+
+
+def test_a_streams_update_has_its_shape():
+    with pytest.raises(ValueError, match=r"^jla\.linen\.RMSNorm\.branch: update must have x's"):
+        RMSNorm().apply({"params": {"scale": jnp.ones(64)}}, X, X[:, :1], method="branch")
 
 
 @pytest.fixture
@@ -245,6 +270,7 @@ def calls(monkeypatch):
         (dict(implementation="pallas", axes=2), "branch", False, bf16, ("branch",)),
         (dict(implementation="pallas"), "update", False, bf16, ("branch", "update")),
         (dict(implementation="pallas", input_activation=nn.silu), None, False, bf16, ("silu",)),
+        (dict(implementation="pallas", use_scale=False), "sigmoid", False, bf16, ("sigmoid",)),
         (dict(), "branch", False, bf16, ("branch",)),
         (dict(input_activation=nn.relu), None, False, bf16, None),
         (dict(input_activation=nn.silu), "branch", False, bf16, None),
@@ -256,10 +282,13 @@ def calls(monkeypatch):
 def test_the_layer_uses_it_where_it_serves(calls, on_a_gpu, options, kind, bias, dtype, used):
     args, _ = arguments((1, 3, 2, 64), options.get("axes", 1), kind, dtype, bias)
     x, scale, *gates = args
+    params = {"scale": scale}
+    if not options.get("use_scale", True):
+        params, args = {}, (x, jnp.ones_like(scale), *gates)
     layer = RMSNorm(**options)
     with jla.pallas.interpret():
         method = "branch" if kind in ("branch", "update") else None
-        y = layer.apply({"params": {"scale": scale}}, x, *gates, method=method)
+        y = layer.apply({"params": params}, x, *gates, method=method)
     assert calls == ([] if used is None else [used])
     before = options.get("input_activation")
     before = None if before is None else before.__name__

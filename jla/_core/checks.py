@@ -137,8 +137,12 @@ def check_dtype(name: str, array: Array, accepted: Iterable[DTypeLike]) -> None:
 
 def check_float_dtype(name: str, dtype: DTypeLike) -> None:
     """Raises TypeError unless a dtype, not an array's, is one that q, k and v can have."""
-    if jnp.dtype(dtype) not in map(jnp.dtype, FLOAT_DTYPES):
-        raise TypeError(f"{name} must be bfloat16, float16 or float32, got {jnp.dtype(dtype).name}")
+    try:
+        given = "None" if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        given = repr(dtype)
+    if given not in [jnp.dtype(d).name for d in FLOAT_DTYPES]:
+        raise TypeError(f"{name} must be bfloat16, float16 or float32, got {given}")
 
 
 def check_same_dtype(**arrays: Array) -> None:
@@ -180,20 +184,38 @@ def check_scale(scale: object, default: float) -> float:
 
 def check_negative(name: str, value: object) -> float:
     """Returns a Python number below zero as a float; raises TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a Python number, got {type(value)}")
-    if not value < 0:
+    number = _number(name, value)
+    if not number < 0:
         raise ValueError(f"{name} must be negative, got {value}")
-    return float(value)
+    return number
 
 
 def check_positive(name: str, value: object) -> float:
     """Returns a Python number above zero as a float; raises TypeError or ValueError otherwise."""
+    number = _number(name, value)
+    if not number > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return number
+
+
+def check_not_negative(name: str, value: object) -> float:
+    """Returns a Python number, 0 or more, as a float; raises TypeError or ValueError otherwise."""
+    number = _number(name, value)
+    if not number >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return number
+
+
+def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a Python number, got {type(value)}")
-    if not float(value) > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
     return float(value)
+
+
+def check_function(name: str, value: object, kind: str = "a function") -> None:
+    """Raises TypeError unless the value can be called; `kind` says what it should be."""
+    if not callable(value):
+        raise TypeError(f"{name} must be {kind}, got {value!r}")
 
 
 def check_count(name: str, value: object) -> int:

@@ -1,21 +1,32 @@
 """Checks that the layers share, and what a layer does in `init`."""
 
+import dataclasses
 import functools
 import math
 import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jla._core import checks
 
 
+def check_attributes(layer):
+    """Checks the attributes that have the same meaning in all layers, and all flags."""
+    checks.check_not_negative("norm_epsilon", layer.norm_epsilon)
+    checks.check_function("kernel_init", layer.kernel_init, "an initializer")
+    for field in dataclasses.fields(layer):
+        value = getattr(layer, field.name)
+        if isinstance(field.default, bool) and not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{field.name} must be True or False, got {value!r}")
+
+
 def check_inputs(layer, inputs, mask, segment_ids):
     """Checks a call's arguments and the layer's dtypes; returns T and D."""
-    for name in ("dtype", "param_dtype"):
-        dtype = getattr(layer, name)
-        if dtype is not None:
-            checks.check_float_dtype(name, dtype)
+    if layer.dtype is not None:
+        checks.check_float_dtype("dtype", layer.dtype)
+    checks.check_float_dtype("param_dtype", layer.param_dtype)
     axes = dict(inputs=(inputs, "B T D"))
     if mask is not None:
         axes |= dict(mask=(mask, "B T"))

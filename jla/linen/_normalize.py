@@ -64,11 +64,20 @@ class RMSNorm(nn.Module):
           gate_bias: what is added to every token's gate, [D] or [H, D]; or None.
 
         Raises:
-          ValueError: a gate's bias without a gate.
+          TypeError: an array has no float dtype, or an attribute is of another kind than described.
+          ValueError: a gate's bias without a gate; shapes that disagree.
           NotImplementedError: the named implementation cannot do this; the message says what can.
         """
         if gate is None and gate_bias is not None:
             raise ValueError("gate_bias is given, but no gate: give both or neither")
+        self._check(x, gate=gate)
+        if gate is not None:
+            checks.check_function("activation", self.activation)
+        if gate_bias is not None and gate_bias.shape != x.shape[-gate_bias.ndim :]:
+            raise ValueError(
+                f"gate_bias must have the shape of x's last axes, {x.shape[2:]}, got "
+                f"{gate_bias.shape}"
+            )
         options = dict(activation=self.activation, input_activation=self.input_activation)
         return self._run(_fused.rms_norm, x, self._scale(x), gate, gate_bias, **options)
 
@@ -85,8 +94,24 @@ class RMSNorm(nn.Module):
         the stream. XLA then needs no extra pass over memory. For checkpoint policies the sum is
         named "residual_stream".
         """
+        self._check(x, update=update)
         options = dict(input_activation=self.input_activation)
         return self._run(_fused.rms_norm_branch, x, self._scale(x), update, **options)
+
+    def _check(self, x, **others):
+        """Checks the attributes, x, and arrays of its shape (or None)."""
+        checks.check_not_negative("epsilon", self.epsilon)
+        if self.input_activation is not None:
+            checks.check_function("input_activation", self.input_activation)
+        for name, array in checks.given(x=x, **others).items():
+            if not jnp.issubdtype(getattr(array, "dtype", object), jnp.floating):
+                given = getattr(array, "dtype", type(array))
+                raise TypeError(f"{name} must be an array of a float dtype, got {given}")
+            if array.shape != x.shape:
+                raise ValueError(f"{name} must have x's shape {x.shape}, got {array.shape}")
+        _arguments.check_size("axes", self.axes, 1)
+        if self.axes > x.ndim:
+            raise ValueError(f"axes must be at most x's {x.ndim}, got {self.axes}")
 
     def _run(self, operation, *arrays, **options):
         options |= dict(epsilon=self.epsilon, implementation=self.implementation)

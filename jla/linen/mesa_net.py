@@ -96,8 +96,8 @@ class MesaNet(Mixer):
         beta = nn.sigmoid(self.dense(H, "b_proj", use_bias=True)(x).astype(f32))
         g, beta = tokens.zero_padding(g), tokens.zero_padding(beta)
         bound = float(self.lambda_lower_bound)
-        first = math.log(math.expm1(1 - bound if bound < 1 else bound))
-        init = nn.initializers.constant(first)
+        rest = 1 - bound if bound < 1 else bound
+        init = nn.initializers.constant(rest + math.log(-math.expm1(-rest)))  # softplus gives rest
         lambda_params = _arguments.float32_parameter(self, "lambda_params", init, (H, K))
         lamb = nn.softplus(lambda_params) + bound
 

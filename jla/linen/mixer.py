@@ -160,6 +160,7 @@ class Mixer(nn.Module):
 
     def begin(self, inputs, mask, segment_ids):
         """Checks the call's arguments and the attributes; returns the tokens and the sizes."""
+        _arguments.check_attributes(self)
         T, D = _arguments.check_inputs(self, inputs, mask, segment_ids)
         _arguments.check_convolution(self.conv_size, self.conv_bias)
         sizes = self.sizes(T, D)

@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from layers import CASES, LAYERS, PLAIN, D, implementations, layer, normal, parameters
+from layers import CASES, LAYERS, PLAIN, D, entry, implementations, layer, normal, parameters
 
 import jla.pallas
 
@@ -14,6 +14,8 @@ import jla.pallas
 def traced(case, implementation, dtype):
     """The shapes and dtypes of all that a layer makes: init, gradients, a prefill, a token."""
     options = dict(implementation=implementation, dtype=dtype)
+    if implementation == "pallas":  # sizes that the kernels serve
+        options |= dict(key_dim=16) | entry(case).size_for_kernels
     module, decoder = layer(case, **options), layer(case, decode=True, **options)
     x = jnp.zeros((2, 5, D), dtype)
     mask, ids = jnp.ones((2, 5), bool), jnp.zeros((2, 5), int)  # int: of 64 bits with the flag
@@ -60,8 +62,8 @@ def test_x64_changes_no_dtype(case, implementation):
     "name",
     [
         # The others have no longest sequence.
-        pytest.param(name, marks=[] if "position" in entry.cache else pytest.mark.slow)
-        for name, entry in LAYERS.items()
+        pytest.param(name, marks=[] if "position" in row.cache else pytest.mark.slow)
+        for name, row in LAYERS.items()
     ],
 )
 def test_good_inputs_make_no_nan(name):

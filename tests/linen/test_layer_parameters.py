@@ -107,7 +107,7 @@ def test_initial_values_of_log_linear():
 
 
 def test_initial_values_of_mesa():
-    for bound, want in ((0.25, 1.0), (0.01, 1.0), (2.0, 4.0)):
+    for bound, want in ((0.25, 1.0), (0.01, 1.0), (2.0, 4.0), (1e3, 2e3)):
         module = layer("mesa-rich", kernel_init=nn.initializers.zeros, lambda_lower_bound=bound)
         params = jax.jit(module.init)(jax.random.key(0), normal(0, 1, 4, D))["params"]
         np.testing.assert_allclose(nn.softplus(params["lambda_params"]) + bound, want, rtol=1e-5)
@@ -153,6 +153,12 @@ MISTAKES = (
         "conv_bias is True, but with conv_size = None there are no convolutions",
     ),
     (dict(implementation="fast"), {}, ValueError, "implementation must be None or one of"),
+    (dict(dtype="bf16"), {}, TypeError, "dtype must be .*float32, got 'bf16'"),
+    (dict(param_dtype=None), {}, TypeError, "param_dtype must be .*float32, got None"),
+    (dict(norm_epsilon=None), {}, TypeError, "norm_epsilon must be a Python number, got"),
+    (dict(norm_epsilon=-1e-5), {}, ValueError, "norm_epsilon must be at least 0, got -1e-05"),
+    (dict(kernel_init=None), {}, TypeError, "kernel_init must be an initializer, got None"),
+    (dict(conv_bias="yes"), {}, TypeError, "conv_bias must be True or False, got 'yes'"),
 )
 
 
