@@ -79,13 +79,12 @@ def model(
       ValueError: with the name of every field that cannot be honoured; or the model is of a type
         that is not known.
     """
-    if param_dtype is None:
-        param_dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    param_dtype = check_dtype("param_dtype", param_dtype)
+    of_files = config.get("dtype") or config.get("torch_dtype") or "float32"
+    kept = check_dtype("param_dtype", of_files if param_dtype is None else param_dtype)
     return models.LanguageModel(
         _family(config).language_model(config),
-        dtype=param_dtype if dtype is None else check_dtype("dtype", dtype),
-        param_dtype=param_dtype,
+        dtype=kept if dtype is None else check_dtype("dtype", dtype),
+        param_dtype=kept,
         implementation=implementation,
         decode=decode,
     )

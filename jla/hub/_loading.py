@@ -6,6 +6,7 @@ which saves a compilation for each shape.
 """
 
 import collections
+import contextlib
 import functools
 import math
 import os
@@ -259,23 +260,25 @@ def _read(
         name = names[step.piece.names[0]]
         return Part(name, step.piece.first + step.start * row, (step.stop - step.start) * row)
 
-    blocks = folder.read_all(part(step) for _, _, steps in plan for step in steps)
+    parts = (part(step) for _, _, steps in plan for step in steps)
     on_the_way: collections.deque[list[jax.Array]] = collections.deque()
-    for parameter, shards, steps in plan:
-        for piece, start, stop in steps:
-            block = next(blocks).reshape(stop - start, *piece.lies[1:])
-            for shard in shards:
-                if (index := shard.within(piece)) is not None:
-                    rows = slice(index[0].start - start, index[0].stop - start)
-                    on_the_way.append(shard.add(piece, block[(rows, *index[1:])]))
-            del block
-            while len(on_the_way) > IN_FLIGHT:
-                jax.block_until_ready(on_the_way.popleft())
-        arrays = [array for shard in shards for array in shard.finished()]
-        given = shardings[parameter.path]
-        if given is None:
-            yield parameter.path, arrays[0]
-        else:
-            make = jax.make_array_from_single_device_arrays
-            yield parameter.path, make(parameter.shape, given, arrays)
-        shards.clear()
+    # Closed before the files are, whatever happens.
+    with contextlib.closing(folder.read_all(parts)) as blocks:
+        for parameter, shards, steps in plan:
+            for piece, start, stop in steps:
+                block = next(blocks).reshape(stop - start, *piece.lies[1:])
+                for shard in shards:
+                    if (index := shard.within(piece)) is not None:
+                        rows = slice(index[0].start - start, index[0].stop - start)
+                        on_the_way.append(shard.add(piece, block[(rows, *index[1:])]))
+                del block
+                while len(on_the_way) > IN_FLIGHT:
+                    jax.block_until_ready(on_the_way.popleft())
+            arrays = [array for shard in shards for array in shard.finished()]
+            given = shardings[parameter.path]
+            if given is None:
+                yield parameter.path, arrays[0]
+            else:
+                make = jax.make_array_from_single_device_arrays
+                yield parameter.path, make(parameter.shape, given, arrays)
+            shards.clear()

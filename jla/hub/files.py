@@ -12,7 +12,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -83,7 +83,7 @@ class Folder:
         """The part's elements, in an array [count] of the tensor's dtype."""
         return _read(*self._place(part))
 
-    def read_all(self, parts: Iterable[Part]) -> Iterator[NumpyArray]:
+    def read_all(self, parts: Iterable[Part]) -> Generator[NumpyArray]:
         """The parts' elements, one part after the other; the next ones are being read meanwhile."""
         places = [self._place(part) for part in parts]
         ahead: collections.deque[concurrent.futures.Future[NumpyArray]] = collections.deque()
