@@ -56,7 +56,7 @@ FIELDS: Mapping[str, Fields] = {
             "conv_size": (COUNT, 4),
             "feature_map": (one_of("swish", "relu", "t2r"), "swish"),
             "gate_logit_normalizer": (POSITIVE, 8),
-            "elementwise_affine": (FLAG, True),
+            "elementwise_affine": (FLAG.or_none(), True),
             "attn": (ANY, None),
         },
         # With another value, fla's own norm has not as many elements as its input.
@@ -171,7 +171,7 @@ def _gsa(c: Any) -> nn.Module:
         norm_epsilon=1e-5,  # fla's layer does not pass its own to the norm
         feature_map=c.feature_map,
         gate_logit_normalizer=c.gate_logit_normalizer,
-        norm_scale=c.elementwise_affine,
+        norm_scale=bool(c.elementwise_affine),
     )
 
 
