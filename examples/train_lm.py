@@ -297,6 +297,17 @@ class Stopped(Exception):
     """The user has stopped the run: the step that is saved, and the signal's number."""
 
 
+def steps_shown(console):
+    """The progress of training; its task has a `report`."""
+    return Progress(
+        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(),
+        TextColumn("{task.fields[report]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
 def train(model, optimizer, rate, state, first_step, options, data, metrics, save, console):
     """Runs the steps after `first_step`; returns the final state.
 
@@ -305,14 +316,8 @@ def train(model, optimizer, rate, state, first_step, options, data, metrics, sav
     """
     text, held_out = data
     windowed = dict(batch=options.batch, length=options.length)
-    columns = (
-        TextColumn("step {task.completed}/{task.total}"),
-        BarColumn(),
-        TextColumn("{task.fields[report]}"),
-        TimeRemainingColumn(),
-    )
     pending, began = [], time.perf_counter()
-    with stop_requests() as signals, Progress(*columns, console=console) as progress:
+    with stop_requests() as signals, steps_shown(console) as progress:
         task = progress.add_task(
             "", total=options.steps, completed=first_step, report="compiling ..."
         )

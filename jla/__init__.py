@@ -18,6 +18,7 @@ __all__ = [
     "checking",
     "gsa",
     "gsa_step",
+    "hub",
     "kda",
     "kda_gate",
     "kda_step",
@@ -34,14 +35,14 @@ __all__ = [
 
 # What a checker sees: a `__getattr__` would let it take any name.
 if TYPE_CHECKING:
-    from jla import linen, models, pallas
+    from jla import hub, linen, models, pallas
 
     __version__: str
 else:
 
     def __getattr__(name):
         # Made when first used: plain functions need neither flax nor Pallas, nor a distribution.
-        if name in ("linen", "models", "pallas"):
+        if name in ("hub", "linen", "models", "pallas"):
             return importlib.import_module(f"jla.{name}")
         if name == "__version__":
             from importlib import metadata

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+import jla.hub
 import jla.linen
 import jla.models
 import jla.pallas
@@ -20,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def documented():
-    for module in (jla, jla.linen, jla.models, jla.pallas):
+    for module in (jla, jla.hub, jla.linen, jla.models, jla.pallas):
         for name in module.__all__:
             if not inspect.ismodule(getattr(module, name)):
                 yield pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")

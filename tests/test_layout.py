@@ -26,18 +26,17 @@ MAY_IMPORT = {
     # Of `_core` the checks and the types, and where segments start: attention is a layer like those
     # of `linen`, whose padding, caches and projections it shares.
     "models": ("_core", "linen", *sorted(MECHANISMS)),
-    # The room of what comes next: checkpoints.
-    "hub": ("models",),
+    "hub": ("_core", "linen", "models"),
     # The implementations are imported by name, when they are first asked for.
     "_dispatch": ("_core", "pallas", "triton"),
     **{name: ("_core", "_dispatch") for name in MECHANISMS},
     "_fused": ("_core", "_dispatch", *MECHANISMS),
     "linen": ("_core", "_fused", *MECHANISMS),
-    "": ("_core", "linen", "models", "pallas", *MECHANISMS),
+    "": ("_core", "hub", "linen", "models", "pallas", *MECHANISMS),
 }
 
 # What programs, and the arguments that tests share with them, may import of jla.
-ROOMS = ("jla", "jla.linen", "jla.models", "jla.models.generate", "jla.pallas")
+ROOMS = ("jla", "jla.hub", "jla.linen", "jla.models", "jla.models.generate", "jla.pallas")
 PUBLIC = {*ROOMS, *(f"jla.{name}" for name in MECHANISMS)}
 # And what else one may; beside the import stands why.
 EXCEPTIONS = {

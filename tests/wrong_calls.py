@@ -86,3 +86,20 @@ def others() -> None:
     with jla.checking(), jla.pallas.interpret():
         pass
     jla.linen.KimiDeltaAttention(num_heads=1)
+
+
+def checkpoints() -> None:
+    config = jla.hub.read_config("folder")
+    reveal_type(config)  # type: dict[str, Any]
+    model = jla.hub.model(config, dtype="bfloat16", implementation="xla")
+    reveal_type(model)  # type: LanguageModel
+    params = jla.hub.load("folder", model)
+    reveal_type(jla.hub.save("new", model, params, config))  # type: None
+    layer = jla.hub.layer_state(params, "", model)
+    reveal_type(layer)  # type: dict[str, ndarray[tuple[Any, ...], dtype[Any]]]
+
+    jla.hub.model(config, implementation="cuda")  # error: reportArgumentType
+    jla.hub.model("folder")  # error: reportArgumentType
+    jla.hub.load("folder", model, lambda path, shape: None)  # error: reportCallIssue
+    jla.hub.save("new", model, params)  # error: reportCallIssue
+    jla.hub.layer_params({}, "", model, names="torch")  # error: reportArgumentType

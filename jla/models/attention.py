@@ -148,20 +148,12 @@ class Attention(nn.Module):
     def _attend(self, q, k, v, tokens, cache):
         """The outputs [B, T, H, K]; with a cache it advances."""
         T = q.shape[1]
-        # Each token's place among those of its row, and the place where its segment starts.
-        place, start = jnp.arange(T, dtype=jnp.int32)[None], None
+        before = None
         if cache is not None:
-            length, start = cache.variables["length"].value, cache.variables["start"].value[:, None]
-            place = place + length[:, None]
-        if tokens.segments is not None:
-            starts = jnp.where(segment_starts(tokens.segments), place, 0)
-            before = jnp.zeros_like(starts) if start is None else start
-            start = jnp.maximum(lax.cummax(starts, axis=1), before)
+            before = tuple(cache.variables[name].value for name in ("length", "start"))
+        first, place, start = intervals(T, tokens.segments, before)
         if self.rope_theta is not None:
-            position = place if start is None else place - start
-            q, k = (rotate(x, position, self.rope_theta) for x in (q, k))
-        first = jnp.zeros_like(place)
-        first = first if start is None else first + start
+            q, k = (rotate(x, place - first, self.rope_theta) for x in (q, k))
         if self.window is not None:
             first = jnp.maximum(first, place - (self.window - 1))
         is_plain = self.window is None and tokens.segments is None
@@ -170,6 +162,7 @@ class Attention(nn.Module):
                 return causal_attention(q, k, v)
             return interval_attention(q, *(jnp.swapaxes(x, 1, 2) for x in (k, v)), first, place)
 
+        length = cache.variables["length"].value
         added = jnp.full_like(length, T) if tokens.lengths is None else tokens.lengths
         S = cache.variables["cached_key"].value.shape[2]
         check_room(length, added, S)
@@ -180,8 +173,7 @@ class Attention(nn.Module):
         cache.variables["cached_key"].value = keys
         cache.variables["cached_value"].value = values
         cache.variables["length"].value = length + added
-        if tokens.segments is not None and start is not None:
-            cache.variables["start"].value = start[:, -1]
+        cache.variables["start"].value = start
         if T == 1:
             o = attention_to_cache(q, keys, values, first, place)
         elif is_plain and cudnn_serves(q):
@@ -193,6 +185,30 @@ class Attention(nn.Module):
         else:
             o = interval_attention(q, keys, values, first, place)
         return nan_unless(length + added <= S, o)
+
+
+def intervals(T, segments, before):
+    """The places that tokens see: from their segment's first one to their own.
+
+    Args:
+      T: how many new tokens each row has.
+      segments: int32 [B, T], numbered from 0; None for one segment.
+      before: of a cache, the number of its tokens and the place where its last segment begins,
+        int32 [B] each; or None.
+
+    Returns:
+      The first and the last place, [B, T] or [1, T], and the new `start` [B], None without a cache.
+    """
+    place = jnp.arange(T, dtype=jnp.int32)[None]
+    first = jnp.zeros_like(place)
+    if before is not None:
+        length, start = before
+        place = place + length[:, None]
+        first = jnp.broadcast_to(start[:, None], place.shape)
+    if segments is not None:
+        starts = jnp.where(segment_starts(segments), place, 0)
+        first = jnp.maximum(lax.cummax(starts, axis=1), first)
+    return first, place, None if before is None else first[:, -1]
 
 
 def cudnn_serves(q):
@@ -224,8 +240,9 @@ def interval_attention(q, keys, values, first, last):
         # Finite: rows that see nothing (of padding, below) are not NaN.
         logits = jnp.where(seen[:, None, None], logits, jnp.finfo(f32).min)
         weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-        o = jnp.einsum("bhgns,bhsv->bnhgv", weights, values, preferred_element_type=f32)
-        return o.astype(values.dtype)
+        # The axes are moved afterwards: XLA's CPU has no 16-bit product that moves them.
+        o = jnp.einsum("bhgns,bhsv->bhgnv", weights, values, preferred_element_type=f32)
+        return jnp.moveaxis(o, 3, 1).astype(values.dtype)
 
     q = q.reshape(B, T, HK, H // HK, K)
     if T <= QUERIES_AT_ONCE:
