@@ -43,7 +43,7 @@ def path_step(attend, formula, q, k, v, w, beta, g, cache, *, scale):
     derived = functools.partial(_formula, formula, scale=scale)
     step = differentiable(run, derived, _INPUTS[: len(arrays)], tuple(results))
     o, key, value, *decay = step(*arrays)
-    return o, PathCache(key, value, *(decay or [None]), counted(cache.length, 1))
+    return o, PathCache(key, value, decay[0] if decay else None, counted(cache.length, 1))
 
 
 def _formula(formula, q, k, v, w, beta, key, value, length, g=None, decay=None, *, scale):
