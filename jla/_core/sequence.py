@@ -20,7 +20,7 @@ from jax import lax
 
 from jla._core.derivatives import is_reverse_only
 from jla._core.segments import segment_starts
-from jla._core.types import Array, SegmentIds
+from jla._core.types import SegmentIds
 
 i32 = jnp.int32
 
@@ -68,26 +68,21 @@ def links(segment_ids: SegmentIds | None, B: int, L: int, axis: str) -> Links:
     # A narrower dtype could not hold the lengths; in a wider one ids may differ in high bits alone.
     ids = ids if ids.dtype.itemsize >= 4 else ids.astype(i32)
     mine = jnp.stack([ids[:, 0], ids[:, -1], (L - begin).astype(ids.dtype)])
-    first, last, length = jnp.moveaxis(lax.all_gather(mine, axis), 1, 0)
+    first, last, length = jnp.moveaxis(lax.all_gather(varying(mine, axis), axis), 1, 0)
     linked = jnp.concatenate([jnp.ones_like(first[:1], bool), first[1:] == last[:-1]])
     return Links(linked, length == L, length.astype(i32))
 
 
 def varying[Tree](tree: Tree, axis: str) -> Tree:
-    """The arrays of a tree, in types that vary over this axis and over all that any of them varies
-    over: shard_map's values tell, and a loop wants its carry to have one type."""
-    names = frozenset({axis} & set(jax.sharding.get_abstract_mesh().manual_axes))
-    names = names.union(*(_varying(x) for x in jax.tree.leaves(tree)))
+    """The arrays of a tree, of types that vary over this axis, as shard_map's exchanges want."""
+    if axis not in jax.sharding.get_abstract_mesh().manual_axes:
+        return tree  # vmap's, of which types do not tell
 
     def cast(x):
-        missing = tuple(sorted(names - _varying(x)))
-        return lax.pcast(x, missing, to="varying") if missing else jnp.asarray(x)
+        varies = axis in jax.typeof(x).manual_axis_type.varying
+        return x if varies else lax.pcast(x, axis, to="varying")
 
     return jax.tree.map(cast, tree)
-
-
-def _varying(x: Array) -> frozenset[str]:
-    return jax.typeof(x).manual_axis_type.varying
 
 
 def entering(
@@ -108,23 +103,19 @@ def entering(
       initial: the state before the first piece, a tree of arrays [B, ...].
       reverse: whether the states move from right to left; `initial` then enters the last piece.
     """
-    pieces, initial, links = varying((_gathered(piece, axis), initial, links), axis)
-    index = lax.axis_index(axis)
-    linked = links.linked
-    if reverse:
-        index = lax.axis_size(axis) - 1 - index
-        pieces, links, linked = jax.tree.map(lambda x: jnp.flip(x, 0), (pieces, links, linked))
-        # What leaves a piece to the left has passed that piece's own link.
-        linked = jnp.concatenate([jnp.ones_like(linked[:1]), linked[:-1]])
-
-    def advance(state, inputs):
-        linked, links, piece = inputs
-        state = select_rows(linked, state)
-        return step(select_rows(links.whole, state), piece, links), state
-
-    # Unrolled because a loop's turn costs XLA more than these products.
-    _, before = lax.scan(advance, initial, (linked, links, pieces), unroll=8)
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), before)
+    pieces, state = _gathered(piece, axis), varying(initial, axis)
+    size, index = lax.axis_size(axis), lax.axis_index(axis)
+    mine = state
+    # No loop of JAX's: it would want one type of state before and after a step, and its turns cost
+    # XLA more than these few products.
+    for j in reversed(range(size)) if reverse else range(size):
+        passed = j + 1 if reverse else j
+        if passed < size:
+            state = select_rows(links.linked[passed], state)
+        mine = jax.tree.map(functools.partial(jnp.where, index == j), state, mine)
+        piece, own = jax.tree.map(lambda x, j=j: x[j], (pieces, links))
+        state = step(select_rows(own.whole, state), piece, own)
+    return mine
 
 
 def select_rows[Tree](rows: jax.Array, tree: Tree) -> Tree:
@@ -143,7 +134,7 @@ def _gathered(tree: Any, axis: str) -> Any:
     for dtype in dict.fromkeys(x.dtype for x in leaves):
         places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
         flat = [leaves[i].reshape(leaves[i].shape[0], -1) for i in places]
-        together = lax.all_gather(jnp.concatenate(flat, axis=1), axis)
+        together = lax.all_gather(varying(jnp.concatenate(flat, axis=1), axis), axis)
         parts = jnp.split(together, np.cumsum([x.shape[1] for x in flat])[:-1], axis=2)
         for i, part in zip(places, parts, strict=True):
             gathered[i] = part.reshape(part.shape[0], *leaves[i].shape)
