@@ -197,7 +197,15 @@ def by_states(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _by_rule(run, movement, axis, arrays, state, segment_ids, pieces):
+def _by_rule(
+    run: Run,
+    movement: Movement,
+    axis: str,
+    arrays: tuple[Any, ...],
+    state: Any,
+    segment_ids: SegmentIds | None,
+    pieces: Links,
+) -> tuple[jax.Array, Any]:
     """A run from the state that enters, whose gradient does not differentiate the summary.
 
     Given the states that enter the pieces, and the gradients of those that leave them, the run's
@@ -208,14 +216,24 @@ def _by_rule(run, movement, axis, arrays, state, segment_ids, pieces):
     return _by_rule_forward(run, movement, axis, arrays, state, segment_ids, pieces)[0]
 
 
-def _by_rule_forward(run, movement, axis, arrays, state, segment_ids, pieces):
+def _by_rule_forward(
+    run: Run,
+    movement: Movement,
+    axis: str,
+    arrays: tuple[Any, ...],
+    state: Any,
+    segment_ids: SegmentIds | None,
+    pieces: Links,
+) -> tuple[Any, Any]:
     summary = movement.summary(run, arrays, state, segment_ids, pieces, axis)
     start = entering(movement.step, summary, state, pieces, axis)
     out, pull = jax.vjp(lambda arrays, start: run(*arrays, start, segment_ids), arrays, start)
     return out, (pull, summary[0], pieces)
 
 
-def _by_rule_backward(run, movement, axis, kept, cotangents):
+def _by_rule_backward(
+    run: Run, movement: Movement, axis: str, kept: Any, cotangents: Any
+) -> tuple[Any, ...]:
     pull, factor, pieces = kept
     do, dend = cotangents
     _, said = pull((do, dend))
