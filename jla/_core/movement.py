@@ -59,14 +59,15 @@ def _only(of_last, *arrays):
 
 
 def _kda_summary(run, arrays, state, segment_ids, pieces, axis):
-    """The state that the run makes of (0 | I) with values (v | 0): (N | M)."""
-    q, k, v, g, beta = arrays
+    """The state that the run makes of (0 | I) with values (v | 0): (N | M). After q, k and v the
+    arrays are those that decays and write strengths are made of."""
+    q, k, v, *rest = arrays
     K, V = k.shape[-1], v.shape[-1]
     # Selects, so that all of it varies over the mesh's axes as the arrays do.
     nothing = jnp.where(False, v[..., :1], jnp.zeros((1, 1, 1, K), v.dtype))
     identity = jnp.where(False, state[..., :1], jnp.eye(K, dtype=f32)[None, None])
     start = jnp.concatenate([jnp.where(False, state, 0.0), identity], axis=-1)
-    _, end = run(q, k, jnp.concatenate([v, nothing], axis=-1), g, beta, start, segment_ids)
+    _, end = run(q, k, jnp.concatenate([v, nothing], axis=-1), *rest, start, segment_ids)
     return end[..., V:], end[..., :V]
 
 

@@ -284,4 +284,15 @@ def halo(x: jax.Array, tokens: int, axis: str) -> jax.Array:
             f"right neighbour reads, got {x.shape[1]}"
         )
     right = [(i, i + 1) for i in range(lax.axis_size(axis) - 1)]
-    return lax.ppermute(x[:, x.shape[1] - tokens :], axis, right)
+    return lax.ppermute(varying(x[:, x.shape[1] - tokens :], axis), axis, right)
+
+
+def past(x: jax.Array, segment_ids: SegmentIds | None, tokens: int, axis: str) -> jax.Array:
+    """The `halo` of x, with zeros for tokens of other segments than that of the first own token."""
+    before = halo(x, tokens, axis)
+    if segment_ids is None:
+        return before
+    ids = jnp.asarray(segment_ids)
+    ids = jnp.concatenate([halo(ids, tokens, axis), ids[:, :1]], axis=1)
+    continues = lax.cummin((ids[:, 1:] == ids[:, :-1]).astype(i32), axis=1, reverse=True)
+    return jnp.where(continues[..., None, None] == 1, before, jnp.zeros((), x.dtype))

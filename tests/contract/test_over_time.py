@@ -281,12 +281,12 @@ def test_kernels_over_a_mapped_axis(mechanism, implementation):
     assert_is_unsharded(mechanism, dtype, got, args, cotangents, ids)
 
 
-def on_mesh(mechanism, kind, letters, shape=(2, 2, 2), **edits):
+def on_mesh(mechanism, kind, letters, dtype="float32", shape=(2, 2, 2), **edits):
     """A mesh, and a case whose arrays can be placed on it as the letters say."""
     names = ("data", "seq", "model")
     mesh = jax.make_mesh(shape, names, (kind,) * 3, devices=jax.devices()[: np.prod(shape)])
     sizes = dict(mechanism.form("xla").sizes) | dict(B=2, T=20) | edits
-    args, cotangents = given(mechanism, sizes)
+    args, cotangents = given(mechanism, sizes, dtype)
     heads = {h: letters.get("H") for h in ("H", "HQ", "HV", "HK") if sizes.get(h, 1) > 1}
     places = placements(mechanism, args, cotangents, letters | heads)
     return mesh, args, cotangents, places
@@ -299,12 +299,17 @@ SHARDED = [
 ]
 
 
+# Of the kernels, those whose gradients are made by a rule.
+TRACED = [*XLA, pytest.param(BY_NAME["kda"], BY_NAME["kda"].form("pallas"), id="kda-pallas")]
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("letters", SHARDED)
-@pytest.mark.parametrize("mechanism, implementation", XLA)
+@pytest.mark.parametrize("mechanism, implementation", TRACED)
 def test_sharded_traces(mechanism, implementation, letters, kind):
     """Whole arrays on a mesh of either kind: all types fit, those of the gradients too."""
-    mesh, args, cotangents, places = on_mesh(mechanism, kind, letters, H=4, HQ=4)
+    dtype = implementation.dtypes[0]
+    mesh, args, cotangents, places = on_mesh(mechanism, kind, letters, dtype, H=4, HQ=4)
     run = jla.sharded(mechanism.run, **letters)
     ids = np.zeros(args["q"].shape[:2], np.int32)
 
@@ -312,7 +317,7 @@ def test_sharded_traces(mechanism, implementation, letters, kind):
         run_ = functools.partial(run, segment_ids=ids, implementation=implementation.name)
         return with_gradients(lambda args: run_(**args), args, cotangents)
 
-    with jax.set_mesh(mesh):
+    with implementation.context(), jax.set_mesh(mesh):
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), places)
         shapes = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
