@@ -113,9 +113,8 @@ def log_linear_attention(
     if segment_ids is not None:
         checks.check_segment_ids(segment_ids)
     _check_common(q, k, v, g, level_scales, sizes)
-    T, L = sizes["T"], sizes["L"]
-    if axis_name is not None:
-        T *= sequence.devices_of(axis_name)
+    L, devices = sizes["L"], 1 if axis_name is None else sequence.devices_of(axis_name)
+    T = devices * sizes["T"]
     least = 1 if is_symbolic_dim(T) else (T - 1).bit_length() + 1
     if L < least:
         raise ValueError(
@@ -124,7 +123,8 @@ def log_linear_attention(
         )
     if initial_state is not None:
         fits_alone = segment_ids is not None or is_symbolic_dim(T)
-        _check_state("initial_state", initial_state, L, 1 if fits_alone else T)
+        tokens = 1 if fits_alone else devices * sizes["T"]
+        _check_state("initial_state", initial_state, L, tokens)
     checking.values(
         "jla.log_linear_attention",
         q=q,

@@ -46,7 +46,7 @@ def reverse_only(name):
                 leaves[i] = x
             return function(*tree.unflatten(leaves), **options)
 
-        run.reverse_only = True
+        run.reverse_only = True  # pyright: ignore[reportAttributeAccessIssue]
         return run
 
     return decorate

@@ -5,6 +5,7 @@ in float32. With packed segments the tokens of a piece's last segment are all th
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,34 +25,48 @@ from jla._core.states import (
     zero_mesa_state,
     zero_state,
 )
+from jla._core.types import SegmentIds, SlotWrites
 
-f32, i32 = jnp.float32, jnp.int32
+bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
 _exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
-def _of_last(pieces, L, axis):
-    """Which tokens belong to the piece's last segment, bool [B, L]."""
+def _of_last(pieces, segment_ids, L, axis):
+    """Which tokens belong to the piece's last segment, bool [B, L]; None without segments."""
+    if segment_ids is None:
+        return None
     length = lax.dynamic_index_in_dim(pieces.length, lax.axis_index(axis), 0, keepdims=False)
     return jnp.arange(L, dtype=i32)[None] >= L - length[:, None]
 
 
-def _decays_to_end(g, of_last):
+def _decays_to_end(g, of_last=None):
     """The decay from each token of the last segment to the piece's end, [B, L, ...], and over all
     of them, [B, ...].
 
     Each is the exponential of a sum of its own gates: a difference of two longer sums would keep no
     digit beside a strong gate.
     """
-    # The others may be NaN.
-    g = jnp.where(of_last.reshape(*of_last.shape, *[1] * (g.ndim - 2)), g, 0.0)
+    (g,) = _only(of_last, g)
     later = jnp.concatenate([g[:, 1:], jnp.zeros_like(g[:, :1])], axis=1)
     return jnp.exp(lax.cumsum(later, axis=1, reverse=True)), jnp.exp(jnp.sum(g, axis=1))
 
 
 def _only(of_last, *arrays):
-    """The tokens [B, L, heads, features] of the last segment, float32, and zeros for the others,
-    which may be NaN."""
-    return (jnp.where(of_last[:, :, None, None], x.astype(f32), 0.0) for x in arrays)
+    """The tokens [B, L, ...] of the last segment, and zeros for the others, which may be NaN."""
+    if of_last is None:
+        return arrays
+    zeros = (jnp.zeros((), x.dtype) for x in arrays)
+    tokens = (of_last.reshape(*of_last.shape, *[1] * (x.ndim - 2)) for x in arrays)
+    return tuple(map(jnp.where, tokens, arrays, zeros))
+
+
+def _written(x, y, dtype):
+    """The sum over the tokens of x_t y_t^T, [B, heads, I, J], float32. Of 16-bit inputs (`dtype`)
+    the products are bfloat16's, as in the kernels."""
+    if dtype == f32:
+        return _exact("bthi,bthj->bhij", x.astype(f32), y.astype(f32))
+    x, y = x.astype(bf16), y.astype(bf16)
+    return jnp.einsum("bthi,bthj->bhij", x, y, preferred_element_type=f32)
 
 
 # Kimi Delta Attention: M = prod_t (I - beta_t k_t k_t^T) Diag(exp g_t), a K x K matrix a head.
@@ -89,12 +104,11 @@ KDA = Movement(
 
 def _gsa_summary(run, arrays, state, segment_ids, pieces, axis):
     _, k, v, s, g = arrays
-    of_last = _of_last(pieces, k.shape[1], axis)
+    of_last = _of_last(pieces, segment_ids, k.shape[1], axis)
     after, total = _decays_to_end(g, of_last)
     k, v, s = _only(of_last, k, v, s)
-    writes = after * s
-    hk = jnp.einsum("bthk,bthm->bhkm", k, writes)
-    return total, GSAState(hk, jnp.einsum("bthm,bthv->bhmv", writes, v))
+    writes = after * s.astype(f32)
+    return total, GSAState(_written(k, writes, k.dtype), _written(writes, v, k.dtype))
 
 
 def _gsa_step(state, summary, _):
@@ -115,11 +129,12 @@ GSA = Movement(
 
 def _mesa_summary(run, arrays, state, segment_ids, pieces, axis):
     _, k, v, g, beta, _ = arrays
-    of_last = _of_last(pieces, k.shape[1], axis)
+    of_last = _of_last(pieces, segment_ids, k.shape[1], axis)
     after, total = _decays_to_end(g, of_last)
-    k, v, beta = _only(of_last, k, v, beta[..., None])
-    writes = after[..., None] * beta * k
-    return total, MesaState(*(_exact("bthk,bthd->bhkd", writes, x) for x in (k, v)))
+    k, v, beta = (x.astype(f32) for x in _only(of_last, k, v, beta))
+    writes = (after * beta)[..., None] * k
+    # Exact for 16-bit inputs, too: rounded, kk would not be symmetric.
+    return total, MesaState(_written(writes, k, f32), _written(writes, v, f32))
 
 
 def _mesa_step(state, summary, _):
@@ -165,13 +180,15 @@ def _empty_log_linear(arrays):
 LOG_LINEAR = Movement(empty=_empty_log_linear, summary=_log_linear_summary, step=_log_linear_step)
 
 
-def is_aligned(L, state, segment_ids):
+def is_aligned(L: int, state: LogLinearState | None, segment_ids: SegmentIds | None) -> bool:
     """Whether every piece of L tokens is a node of the tree over the whole sequence."""
     alone = state is None and segment_ids is None
     return alone and not is_symbolic_dim(L) and L & (L - 1) == 0
 
 
-def aligned_log_linear(run, arrays, axis):
+def aligned_log_linear(
+    run: sequence.Run, arrays: tuple[Any, ...], axis: str
+) -> tuple[jax.Array, LogLinearState]:
     """Log-linear attention where every piece is a node of the tree: no token moves.
 
     A piece is run from position 0. Its tokens read the other pieces through the levels above, of
@@ -184,11 +201,10 @@ def aligned_log_linear(run, arrays, axis):
     size, level = lax.axis_size(axis), (T - 1).bit_length() + 1  # level: of a whole device
     o, _ = run(*arrays, None, None)
 
-    after, _ = _decays_to_end(g, jnp.ones((B, T), bool))
-    written = after[..., None] * v.astype(f32)
-    written = written.reshape(B, T, HK, H // HK, V)
-    tokens = jnp.einsum("btjk,btjhv->bjhkv", k.astype(f32), written).reshape(B, H, K, V)
-    piece = jnp.sum(g, axis=1), tokens
+    # The heads of one key head lie side by side, as if they were one.
+    values = (_decays_to_end(g)[0][..., None] * v.astype(f32)).reshape(B, T, HK, -1)
+    tokens = _written(k, values, k.dtype).reshape(B, HK, K, H // HK, V)
+    piece = jnp.sum(g, axis=1), jnp.moveaxis(tokens, 3, 2).reshape(B, H, K, V)
     # One level for each bit of the number of devices, and level 0, which holds nothing.
     levels = size.bit_length() + 1
     zeros = zero_log_linear_state(k[:, 0], v[:, 0], levels)
@@ -219,7 +235,9 @@ def _device_step(state, piece, _):
 # ABC's running normaliser, a state of its own.
 
 
-def abc_gates(s, segment_ids, axis):
+def abc_gates(
+    s: SlotWrites, segment_ids: SegmentIds | None, axis: str
+) -> tuple[jax.Array, jax.Array]:
     """ABC's writes and decays of a piece, from its logits; see `jla._core.parts.abc_gates`."""
     s = sequence.varying(s, axis)
     starts = None if segment_ids is None else segment_starts(segment_ids)

@@ -10,6 +10,7 @@ tokens of earlier ones. PaTH's state grows with T; there the devices exchange he
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from jax import lax
 
 from jla._core.derivatives import is_reverse_only
 from jla._core.segments import segment_starts
-from jla._core.types import SegmentIds
+from jla._core.types import Array, SegmentIds
 
 i32 = jnp.int32
 
@@ -177,18 +178,22 @@ def by_states(
     """A mechanism on the pieces of a sequence: the outputs of this device's, and the last state.
 
     Args:
-      run: `run(*arrays, state, segment_ids)` is the mechanism on one device.
+      run: `run(*arrays, state, segment_ids)` is the mechanism on one device. If it takes an
+        `axis_name`, it does what this function does, and returns the state that leaves its piece.
       arrays: its arguments, those with tokens [B, L, ...].
       state: before the first token of the sequence, or None; the same on all devices.
       segment_ids: integers [B, L], or None.
       axis: the manual axis.
     """
     B, L = arrays[0].shape[:2]
-    pieces = links(segment_ids, B, L, axis)
     state = movement.empty(arrays) if state is None else state
     arrays, state = varying((arrays, state), axis)
+    if "axis_name" in inspect.signature(run).parameters:  # it exchanges its states by itself
+        o, end = run(*arrays, state, segment_ids, axis_name=axis)
+        return o, from_last(end, axis)
+    pieces = links(segment_ids, B, L, axis)
     if movement.rule and is_reverse_only(run):
-        o, end = _by_rule(run, movement, axis, arrays, state, segment_ids, pieces)
+        o, end = by_rule(run, movement, axis, arrays, state, segment_ids, pieces)
     else:
         summary = movement.summary(run, arrays, state, segment_ids, pieces, axis)
         start = entering(movement.step, summary, state, pieces, axis)
@@ -197,7 +202,7 @@ def by_states(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _by_rule(
+def by_rule(
     run: Run,
     movement: Movement,
     axis: str,
@@ -213,10 +218,10 @@ def _by_rule(
 
         dS_in = M^T dS_out + what the piece's outputs say about S_in;   dS_out = dS_in of the next
     """
-    return _by_rule_forward(run, movement, axis, arrays, state, segment_ids, pieces)[0]
+    return by_rule_forward(run, movement, axis, arrays, state, segment_ids, pieces)[0]
 
 
-def _by_rule_forward(
+def by_rule_forward(
     run: Run,
     movement: Movement,
     axis: str,
@@ -231,7 +236,7 @@ def _by_rule_forward(
     return out, (pull, summary[0], pieces)
 
 
-def _by_rule_backward(
+def by_rule_backward(
     run: Run, movement: Movement, axis: str, kept: Any, cotangents: Any
 ) -> tuple[Any, ...]:
     pull, factor, pieces = kept
@@ -250,7 +255,7 @@ def _by_rule_backward(
     return darrays, jax.tree.map(lambda x: jnp.where(first, x, 0), dstart), None, None
 
 
-_by_rule.defvjp(_by_rule_forward, _by_rule_backward)
+by_rule.defvjp(by_rule_forward, by_rule_backward)
 
 
 def by_heads(
@@ -275,7 +280,7 @@ def by_heads(
     return lax.all_to_all(o, axis, split_axis=1, concat_axis=2, tiled=True)
 
 
-def halo(x: jax.Array, tokens: int, axis: str) -> jax.Array:
+def halo(x: Array, tokens: int, axis: str) -> jax.Array:
     """The left neighbour's last tokens, [B, tokens, ...] of x [B, L, ...]; the first device gets
     zeros. A device must have as many."""
     if x.shape[1] < tokens:
@@ -287,7 +292,7 @@ def halo(x: jax.Array, tokens: int, axis: str) -> jax.Array:
     return lax.ppermute(varying(x[:, x.shape[1] - tokens :], axis), axis, right)
 
 
-def past(x: jax.Array, segment_ids: SegmentIds | None, tokens: int, axis: str) -> jax.Array:
+def past(x: Array, segment_ids: SegmentIds | None, tokens: int, axis: str) -> jax.Array:
     """The `halo` of x, with zeros for tokens of other segments than that of the first own token."""
     before = halo(x, tokens, axis)
     if segment_ids is None:
