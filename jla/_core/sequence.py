@@ -288,8 +288,10 @@ def halo(x: Array, tokens: int, axis: str) -> jax.Array:
             f"each device of axis_name = {axis!r} must have at least {tokens} tokens, which its "
             f"right neighbour reads, got {x.shape[1]}"
         )
-    right = [(i, i + 1) for i in range(lax.axis_size(axis) - 1)]
-    return lax.ppermute(varying(x[:, x.shape[1] - tokens :], axis), axis, right)
+    size = lax.axis_size(axis)
+    right = [(i, (i + 1) % size) for i in range(size)]  # vmap's axes want all of them to send
+    before = lax.ppermute(varying(x[:, x.shape[1] - tokens :], axis), axis, right)
+    return jnp.where(lax.axis_index(axis) > 0, before, jnp.zeros((), x.dtype))
 
 
 def past(x: Array, segment_ids: SegmentIds | None, tokens: int, axis: str) -> jax.Array:
