@@ -67,11 +67,11 @@ def test_is_the_reference(monkeypatch, sizes, number, has_start):
 
 
 @pytest.mark.slow  # two more passes, each interpreted
-@pytest.mark.parametrize("number", [1, 3])
-def test_over_devices(monkeypatch, number):
-    """Pieces of pieces: vmap's axis in the place of a mesh's, each with 5 chunks and a border."""
+@pytest.mark.parametrize("number, chunks", [(1, 4), (3, 5)])  # of other shapes: traces are kept
+def test_over_devices(monkeypatch, number, chunks):
+    """Pieces of pieces: vmap's axis in the place of a mesh's, and a border in the first."""
     monkeypatch.setattr(pieces, "number", lambda *shape, **sizes: number)
-    T = 2 * 5 * 64
+    T = 2 * chunks * 64
     *args, state = arguments(T=T, H=1, HV=2, K=64, V=64)
     cotangents = normal(6, *args[2].shape), 0.1 * state
     ids = (jnp.arange(T) > 100).astype(jnp.int32)[None]
