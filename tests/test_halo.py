@@ -53,6 +53,7 @@ def test_a_piece_shorter_than_the_window_raises():
         over_pieces(run, (normal(0, B, T, H, D),), (normal(1, 8, H, D),))
 
 
+@pytest.mark.slow  # the layers' values show it, too
 def test_kda_from_projection():
     q, k, v, f, beta = (normal(i, B, T, H, D) / 4 for i in range(5))
     tokens = q, k, v, f, jax.nn.sigmoid(beta[..., 0]), IDS
@@ -66,6 +67,7 @@ def test_kda_from_projection():
     np.testing.assert_allclose(got, run(*tokens, *shared), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow  # the layers' values show it, too
 def test_log_linear_mamba2():
     q, k, u = (normal(i, B, T, H, D) for i in range(3))
     logits, g, dt = normal(3, B, T, H, 6), -jnp.exp(normal(4, B, T, H)), jnp.exp(normal(5, B, T, H))
