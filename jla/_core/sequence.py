@@ -218,10 +218,10 @@ def by_rule(
 
         dS_in = M^T dS_out + what the piece's outputs say about S_in;   dS_out = dS_in of the next
     """
-    return by_rule_forward(run, movement, axis, arrays, state, segment_ids, pieces)[0]
+    return _by_rule_forward(run, movement, axis, arrays, state, segment_ids, pieces)[0]
 
 
-def by_rule_forward(
+def _by_rule_forward(
     run: Run,
     movement: Movement,
     axis: str,
@@ -236,7 +236,7 @@ def by_rule_forward(
     return out, (pull, summary[0], pieces)
 
 
-def by_rule_backward(
+def _by_rule_backward(
     run: Run, movement: Movement, axis: str, kept: Any, cotangents: Any
 ) -> tuple[Any, ...]:
     pull, factor, pieces = kept
@@ -255,7 +255,7 @@ def by_rule_backward(
     return darrays, jax.tree.map(lambda x: jnp.where(first, x, 0), dstart), None, None
 
 
-by_rule.defvjp(by_rule_forward, by_rule_backward)
+by_rule.defvjp(_by_rule_forward, _by_rule_backward)
 
 
 def by_heads(
