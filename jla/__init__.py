@@ -9,6 +9,7 @@ from jla.kda import kda, kda_gate, kda_step
 from jla.log_linear import LogLinearState, log_linear_attention, log_linear_step
 from jla.mesa_net import MesaState, mesa_net, mesa_step
 from jla.path_attention import PathCache, path_attention, path_step
+from jla.sharded import sharded
 
 __all__ = [
     "GSAState",
@@ -31,6 +32,7 @@ __all__ = [
     "pallas",
     "path_attention",
     "path_step",
+    "sharded",
 ]
 
 # What a checker sees: a `__getattr__` would let it take any name.

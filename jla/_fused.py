@@ -8,14 +8,16 @@ What is made inside a kernel cannot be looked at, so inside `jla.checking()` the
 around a mechanism are composed of the public function, which checks values.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jla._core import checking
+from jla._core import checking, movement, sequence
 from jla._core.parts import kda_operands, mamba2_operands
+from jla._core.segments import segment_index
 from jla._core.states import LogLinearState, with_rank
 from jla._core.types import (
     Array,
@@ -57,6 +59,7 @@ def kda_from_projection(
     initial_state: KDAState | None = None,
     segment_ids: SegmentIds | None = None,
     real: Array | None = None,
+    axis_name: str | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, KDAState]:
     """Kimi Delta Attention with the decays of a layer's projection f:
@@ -71,7 +74,7 @@ def kda_from_projection(
       f: [B, T, HV, K]. A_log: [HV], float32. dt_bias: [HV, K], float32.
       lower_bound: None, or a negative number, see `jla.kda_gate`.
       real: bool [B, T] or None: other tokens neither decay nor write.
-      q, k, v, beta, initial_state, segment_ids, implementation: see `jla.kda`.
+      q, k, v, beta, initial_state, segment_ids, axis_name, implementation: see `jla.kda`.
 
     Returns:
       o and the state, as `jla.kda`.
@@ -80,12 +83,16 @@ def kda_from_projection(
         g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
         return kda(
             q, k, v, g, beta,
-            initial_state=initial_state, segment_ids=segment_ids, implementation=implementation,
+            initial_state=initial_state, segment_ids=segment_ids, axis_name=axis_name,
+            implementation=implementation,
         )  # fmt: skip
     arrays = q, k, v, f, A_log, dt_bias, beta
-    run = choose("kda_from_projection", implementation, *arrays)
+    chosen = choose("kda_from_projection", implementation, *arrays)
     options = dict(scale=q.shape[3] ** -0.5, lower_bound=lower_bound)
-    return run(*arrays, initial_state, segment_ids, real, **options)
+    run = functools.partial(chosen, real=real, **options)
+    if axis_name is None:
+        return run(*arrays, initial_state, segment_ids)
+    return sequence.by_states(run, movement.KDA, arrays, initial_state, segment_ids, axis_name)
 
 
 def kda_step_from_projection(
@@ -118,6 +125,7 @@ def log_linear_mamba2(
     *,
     initial_state: LogLinearState | None = None,
     segment_ids: SegmentIds | None = None,
+    axis_name: str | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, LogLinearState | None]:
     """Log-linear attention as Mamba-2 has it, with values dt u and a skip:
@@ -126,17 +134,19 @@ def log_linear_mamba2(
 
     The kernels put dt, the softplus and the skip into the weights with which tokens are read. A
     skip of its own for each feature has no place there, and is added to what they give, which is
-    rounded before. With an initial state, the public function and the formula make the same.
+    rounded before. With an initial state or an axis, the public function and the formula make the
+    same.
 
     Args:
       u: [B, T, H, V]. logits: [B, T, H, L]. dt: [B, T, H], float32. skip: [H] or [H, V], float32.
-      q, k, g, initial_state, segment_ids, implementation: see `jla.log_linear_attention`.
+      q, k, g, initial_state, segment_ids, axis_name, implementation: see
+        `jla.log_linear_attention`.
 
     Returns:
       o, [B, T, H, V] in u's dtype; the state after the last token if there is an initial state, and
       else None.
     """
-    if initial_state is None and not checking.on():
+    if initial_state is None and axis_name is None and not checking.on():
         by_head = skip if skip.ndim == 1 else jnp.zeros_like(skip[:, 0])
         arrays = q, k, u, g, logits, dt, by_head
         o = choose("log_linear_mamba2", implementation, *arrays)(*arrays, segment_ids)
@@ -146,7 +156,8 @@ def log_linear_mamba2(
     v, level_scales, skipped = mamba2_operands(u, logits, dt, skip)
     o, state = log_linear_attention(
         q, k, v, g, level_scales,
-        initial_state=initial_state, segment_ids=segment_ids, implementation=implementation,
+        initial_state=initial_state, segment_ids=segment_ids, axis_name=axis_name,
+        implementation=implementation,
     )  # fmt: skip
     o = (o.astype(f32) + skipped).astype(u.dtype)
     return o, None if initial_state is None else state
@@ -271,6 +282,7 @@ def short_convolution(
     *,
     normalize: bool = False,
     silu_twice: bool = False,
+    axis_name: str | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """A depthwise causal convolution over time of W taps, and SiLU:
@@ -283,14 +295,38 @@ def short_convolution(
       x: [B, T, H, D]. taps: [W, H, D]. bias: [H, D], or None for none.
       past: the W - 1 tokens before x, [B, W - 1, H, D]; zeros if None.
       segments: int32 [B, T], numbered 0, 1, ... in order, or None: no window reaches over a border.
-        The past belongs to segment 0.
+        The past belongs to segment 0. With an axis: integers in any order, as `segment_ids`.
       normalize: whether a head's vector is divided by its length, see `parts.l2norm`.
       silu_twice: whether there is a second SiLU upon the first.
+      axis_name: inside shard_map, the manual axis that T is split over: the past is then the end of
+        the left neighbour's tokens, and zeros on the first device.
 
     Returns:
       x's shape and dtype, summed in float32.
     """
-    arrays = x, taps, bias, past, segments
     options = dict(normalize=normalize, silu_twice=silu_twice)
+    if axis_name is not None:
+        past = sequence.past(x, segments, taps.shape[0] - 1, axis_name)
+        if segments is None:
+            return _convolution_from(past, x, taps, bias, implementation, **options)
+        segments = segment_index(segments)
+    arrays = x, taps, bias, past, segments
     run = choose("short_convolution", implementation, *arrays)
     return run(*arrays, **options)
+
+
+def _convolution_from(
+    past: jax.Array,
+    x: Array,
+    taps: Array,
+    bias: Array | None,
+    implementation: Implementation | None,
+    **options: bool,
+) -> jax.Array:
+    """The convolution of x as if nothing came before, which kernels serve, and the first tokens
+    once more, from the past."""
+    few = past.shape[1]
+    run = choose("short_convolution", implementation, x, taps, bias, None, None)
+    formula = choose("short_convolution", "xla", x, taps, bias)
+    first = formula(x[:, :few], taps, bias, past, **options)
+    return run(x, taps, bias, **options).at[:, :few].set(first)

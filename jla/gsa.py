@@ -1,8 +1,10 @@
 """Gated Slot Attention (arXiv 2409.07146)."""
 
+import functools
+
 import jax.numpy as jnp
 
-from jla._core import axes, checking, checks
+from jla._core import axes, checking, checks, movement, sequence
 from jla._core.states import GSAState
 from jla._core.types import (
     Implementation,
@@ -38,6 +40,7 @@ def gsa(
     scale: float | None = None,
     initial_state: GSAState | None = None,
     segment_ids: SegmentIds | None = None,
+    axis_name: str | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, GSAState]:
     """Gated Slot Attention: softmax attention over M slots that forget and are written to.
@@ -83,6 +86,9 @@ def gsa(
         [B, H, M, V], float32; zeros if None. With `segment_ids` it belongs to each row's first
         segment.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
+      axis_name: inside `jax.shard_map`, the manual axis of the mesh that T is split over: each
+        device has the next T / P tokens. `initial_state` and the state returned are the same on all
+        of them. None: T is whole. `jla.sharded` takes whole arrays.
       implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
         "pallas" (kernels for Hopper GPUs; K and V up to 256, up to 128 slots, no float32), "triton"
         (kernels for NVIDIA GPUs from Ampere on, with the extra jla[triton]; K, V and M up to 256;
@@ -113,10 +119,18 @@ def gsa(
         checks.check_state_dtypes("initial_state", initial_state)
     if segment_ids is not None:
         checks.check_segment_ids(segment_ids)
+    if axis_name is not None:
+        sequence.devices_of(axis_name)
     scale = _check_common(q, k, v, s, g, sizes, scale)
     checking.values("jla.gsa", q=q, k=k, v=v, s=s, g=g, initial_state=initial_state)
-    run = choose("gsa", implementation, q, k, v, s, g)
-    return run(q, k, v, s, g, initial_state, segment_ids, scale=scale)
+    chosen = choose("gsa", implementation, q, k, v, s, g)
+    run = functools.partial(chosen, scale=scale)
+    if axis_name is None:
+        return run(q, k, v, s, g, initial_state, segment_ids)
+    if g is None:
+        s, g = movement.abc_gates(s, segment_ids, axis_name)
+    arrays = q, k, v, s, g
+    return sequence.by_states(run, movement.GSA, arrays, initial_state, segment_ids, axis_name)
 
 
 @checks.named

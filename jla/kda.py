@@ -1,9 +1,11 @@
 """Kimi Delta Attention (arXiv 2510.26692)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from jla._core import axes, checking, checks
+from jla._core import axes, checking, checks, movement, sequence
 from jla._core.parts import kda_decays
 from jla._core.types import (
     Array,
@@ -43,6 +45,7 @@ def kda(
     scale: float | None = None,
     initial_state: KDAState | NumpyArray | None = None,
     segment_ids: SegmentIds | None = None,
+    axis_name: str | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, KDAState]:
     """Kimi Delta Attention: the delta rule with one decay per key channel.
@@ -78,6 +81,9 @@ def kda(
       initial_state: the state before the first token, [B, HV, K, V], float32; zeros if None. With
         `segment_ids` it belongs to each row's first segment.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
+      axis_name: inside `jax.shard_map`, the manual axis of the mesh that T is split over: each
+        device has the next T / P tokens. `initial_state` and the state returned are the same on all
+        of them. None: T is whole. `jla.sharded` takes whole arrays.
       implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
         "pallas" (kernels for Hopper GPUs), "triton" (kernels for NVIDIA GPUs from Ampere on, with
         the extra jla[triton]; by name alone for now), or None for the fastest other one that
@@ -99,10 +105,16 @@ def kda(
         checks.check_dtype("initial_state", initial_state, [f32])
     if segment_ids is not None:
         checks.check_segment_ids(segment_ids)
+    if axis_name is not None:
+        sequence.devices_of(axis_name)
     scale = _check_common(q, k, v, g, beta, sizes, scale)
     _check_values("jla.kda", q, k, v, g, beta, initial_state=initial_state)
-    run = choose("kda", implementation, q, k, v, g, beta)
-    return run(q, k, v, g, beta, initial_state, segment_ids, scale=scale)
+    chosen = choose("kda", implementation, q, k, v, g, beta)
+    run = functools.partial(chosen, scale=scale)
+    if axis_name is None:
+        return run(q, k, v, g, beta, initial_state, segment_ids)
+    arrays = q, k, v, g, beta
+    return sequence.by_states(run, movement.KDA, arrays, initial_state, segment_ids, axis_name)
 
 
 @checks.named

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import axes, checking, checks
+from jla._core import axes, checking, checks, movement, sequence
 from jla._core.lengths import is_symbolic_dim
 from jla._core.states import LogLinearState
 from jla._core.types import (
@@ -37,6 +37,7 @@ def log_linear_attention(
     *,
     initial_state: LogLinearState | None = None,
     segment_ids: SegmentIds | None = None,
+    axis_name: str | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, LogLinearState]:
     """Log-linear attention: linear attention that weighs its past by how long ago it was.
@@ -82,6 +83,9 @@ def log_linear_attention(
         [B, H, L, K, V], float32, and [B], int32; empty, at position 0, if None. With `segment_ids`
         it belongs to each row's first segment. Every later segment begins at position 0.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
+      axis_name: inside `jax.shard_map`, the manual axis of the mesh that T is split over: each
+        device has the next T / P tokens. `initial_state` and the state returned are the same on all
+        of them. None: T is whole. `jla.sharded` takes whole arrays.
       implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
         "pallas" (kernels for Hopper GPUs), "triton" (kernels for NVIDIA GPUs from Ampere on, with
         the extra jla[triton]; by name alone for now), or None for the fastest other one that
@@ -109,7 +113,8 @@ def log_linear_attention(
     if segment_ids is not None:
         checks.check_segment_ids(segment_ids)
     _check_common(q, k, v, g, level_scales, sizes)
-    T, L = sizes["T"], sizes["L"]
+    L, devices = sizes["L"], 1 if axis_name is None else sequence.devices_of(axis_name)
+    T = devices * sizes["T"]
     least = 1 if is_symbolic_dim(T) else (T - 1).bit_length() + 1
     if L < least:
         raise ValueError(
@@ -118,7 +123,8 @@ def log_linear_attention(
         )
     if initial_state is not None:
         fits_alone = segment_ids is not None or is_symbolic_dim(T)
-        _check_state("initial_state", initial_state, L, 1 if fits_alone else sizes["T"])
+        tokens = 1 if fits_alone else devices * sizes["T"]
+        _check_state("initial_state", initial_state, L, tokens)
     checking.values(
         "jla.log_linear_attention",
         q=q,
@@ -129,7 +135,13 @@ def log_linear_attention(
         initial_state=initial_state,
     )
     run = choose("log_linear_attention", implementation, q, k, v, g, level_scales)
-    return run(q, k, v, g, level_scales, initial_state, segment_ids)
+    if axis_name is None:
+        return run(q, k, v, g, level_scales, initial_state, segment_ids)
+    arrays = q, k, v, g, level_scales
+    if movement.is_aligned(sizes["T"], initial_state, segment_ids):
+        return movement.aligned_log_linear(run, arrays, axis_name)
+    moves = movement.LOG_LINEAR
+    return sequence.by_states(run, moves, arrays, initial_state, segment_ids, axis_name)
 
 
 @checks.named

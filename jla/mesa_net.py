@@ -1,10 +1,12 @@
 """MesaNet (arXiv 2506.05233)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import axes, checking, checks
+from jla._core import axes, checking, checks, movement, sequence
 from jla._core.states import MesaState
 from jla._core.types import (
     Implementation,
@@ -41,6 +43,7 @@ def mesa_net(
     cg_steps: int = 30,
     initial_state: MesaState | None = None,
     segment_ids: SegmentIds | None = None,
+    axis_name: str | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, MesaState]:
     """MesaNet: every token reads the ridge regression of the past values on the past keys.
@@ -100,6 +103,9 @@ def mesa_net(
         [B, H, K, V], float32; zeros if None. With `segment_ids` it belongs to each row's first
         segment.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
+      axis_name: inside `jax.shard_map`, the manual axis of the mesh that T is split over: each
+        device has the next T / P tokens. `initial_state` and the state returned are the same on all
+        of them. None: T is whole. `jla.sharded` takes whole arrays.
       implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
         "pallas" (kernels for Hopper GPUs), "triton" (kernels for NVIDIA GPUs from Ampere on, with
         the extra jla[triton]; by name alone for now), or None for the fastest other one that
@@ -124,13 +130,19 @@ def mesa_net(
         checks.check_state_dtypes("initial_state", initial_state)
     if segment_ids is not None:
         checks.check_segment_ids(segment_ids)
+    if axis_name is not None:
+        sequence.devices_of(axis_name)
     cg_steps = _check_common(q, k, v, g, beta, lamb, sizes, cg_steps)
     checking.values(
         "jla.mesa_net", q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, initial_state=initial_state
     )
-    run = choose("mesa_net", implementation, q, k, v, g, beta, lamb)
+    chosen = choose("mesa_net", implementation, q, k, v, g, beta, lamb)
+    run = functools.partial(chosen, cg_steps=cg_steps)
     lamb = _nan_unless_positive(lamb)
-    return run(q, k, v, g, beta, lamb, initial_state, segment_ids, cg_steps=cg_steps)
+    if axis_name is None:
+        return run(q, k, v, g, beta, lamb, initial_state, segment_ids)
+    arrays = q, k, v, g, beta, lamb
+    return sequence.by_states(run, movement.MESA_NET, arrays, initial_state, segment_ids, axis_name)
 
 
 @checks.named

@@ -1,11 +1,12 @@
 """PaTH attention (arXiv 2505.16381)."""
 
+import functools
 from typing import overload
 
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import axes, checking, checks
+from jla._core import axes, checking, checks, sequence
 from jla._core.cache import PathCache
 from jla._core.types import (
     Array,
@@ -43,6 +44,7 @@ def path_attention(
     scale: float | None = None,
     cache: None = None,
     segment_ids: SegmentIds | None = None,
+    axis_name: str | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, None]: ...
 
@@ -59,6 +61,7 @@ def path_attention(
     scale: float | None = None,
     cache: PathCache,
     segment_ids: SegmentIds | None = None,
+    axis_name: str | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, PathCache]: ...
 
@@ -75,6 +78,7 @@ def path_attention(
     scale: float | None = None,
     cache: PathCache | None = None,
     segment_ids: SegmentIds | None = None,
+    axis_name: str | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, PathCache | None]:
     """PaTH: causal softmax attention whose position encoding is a product of the tokens' own maps.
@@ -127,6 +131,10 @@ def path_attention(
       cache: the tokens before the first, a `PathCache` (empty for a prefill), with `decay` if and
         only if there is a g; or None. The returned cache is then None too.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
+      axis_name: inside `jax.shard_map`, the manual axis of the mesh that T is split over: each
+        device has the next T / P tokens. For the run the devices exchange heads for time, so H must
+        be a multiple of P, and there can be no cache. None: T is whole. `jla.sharded` takes whole
+        arrays.
       implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
         "pallas" (kernels for Hopper GPUs), "triton" (kernels for NVIDIA GPUs from Ampere on, with
         the extra jla[triton]; by name alone for now), or None for the fastest other one that
@@ -143,9 +151,11 @@ def path_attention(
       NotImplementedError: the named implementation cannot do this; the message says what can.
     """
     factor = _check_run(q, k, v, w, beta, g, cache, segment_ids, scale)
+    if axis_name is not None:
+        _check_exchange(axis_name, k.shape[2], cache)
     if cache is not None:
         check_room(cache, q.shape[1], segment_ids)
-    return run(q, k, v, w, beta, g, cache, segment_ids, factor, implementation)
+    return run(q, k, v, w, beta, g, cache, segment_ids, factor, implementation, axis_name)
 
 
 @checks.named
@@ -205,11 +215,15 @@ def run(
     segment_ids: SegmentIds | None,
     scale: float,
     implementation: Implementation | None,
+    axis_name: str | None = None,
 ) -> tuple[Outputs, PathCache | None]:
     """`path_attention` on arguments that were checked, with room or not."""
     _check_values("jla.path_attention", q, k, v, w, beta, g, cache)
     chosen = choose("path_attention", implementation, q, k, v, w, beta, g, cache)
-    return chosen(q, k, v, w, beta, g, cache, segment_ids, scale=scale)
+    whole = functools.partial(chosen, scale=scale)
+    if axis_name is None:
+        return whole(q, k, v, w, beta, g, cache, segment_ids)
+    return sequence.by_heads(whole, (q, k, v, w, beta, g), segment_ids, axis_name), None
 
 
 def step(
@@ -301,6 +315,21 @@ def _check_run(
     if segment_ids is not None:
         checks.check_segment_ids(segment_ids)
     return _check_common(q, k, v, w, beta, g, cache, sizes, scale)
+
+
+def _check_exchange(axis_name: str, H: int, cache: PathCache | None) -> None:
+    """Raises NotImplementedError unless the devices of an axis can exchange heads for time."""
+    devices = sequence.devices_of(axis_name)
+    if H % devices:
+        raise NotImplementedError(
+            f"H = {H} must be a multiple of the {devices} devices of axis_name = {axis_name!r}, "
+            "which exchange heads for time. Split T over fewer devices, and rows over the others"
+        )
+    if cache is not None:
+        raise NotImplementedError(
+            f"cache must be None with axis_name = {axis_name!r}, got a PathCache: a cache is not "
+            "split over devices. Fill it on one device, without axis_name"
+        )
 
 
 def _check_step(

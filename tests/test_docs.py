@@ -1,9 +1,15 @@
 """The docs keep pace with the files: the map is complete, and what docs name is there."""
 
+import functools
 import pathlib
 import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+import jla
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -79,6 +85,21 @@ def test_pages_of_kernels_are_short_and_alike(page):
     text = page.read_text()
     assert re.findall(r"^## (.*)$", text, re.M) == HEADINGS
     assert len(text.split()) < 1000
+
+
+def test_the_examples_of_scale_run():
+    """Both surfaces give the unsharded call's loss and gradients."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "scale.md").read_text(), re.M | re.S)
+    names = {}
+    exec("\n".join(blocks), names)
+
+    def loss(arrays):
+        return jnp.mean(jla.kda(*arrays)[0] ** 2)
+
+    want = jax.jit(jax.value_and_grad(loss))(tuple(map(np.asarray, names["arrays"])))
+    for value, gradients in (("value", "gradients"), ("same_value", "same_gradients")):
+        got = names[value], names[gradients]
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), got, want)
 
 
 def test_what_is_planned_is_not_there_yet():

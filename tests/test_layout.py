@@ -32,7 +32,8 @@ MAY_IMPORT = {
     **{name: ("_core", "_dispatch") for name in MECHANISMS},
     "_fused": ("_core", "_dispatch", *MECHANISMS),
     "linen": ("_core", "_fused", *MECHANISMS),
-    "": ("_core", "hub", "linen", "models", "pallas", *MECHANISMS),
+    "sharded": ("_core", *MECHANISMS),
+    "": ("_core", "hub", "linen", "models", "pallas", "sharded", *MECHANISMS),
 }
 
 # What programs, and the arguments that tests share with them, may import of jla.

@@ -67,6 +67,58 @@ def test_is_the_reference(monkeypatch, sizes, number, has_start):
             assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
 
 
+@pytest.mark.slow  # two more passes, each interpreted
+@pytest.mark.parametrize("number, chunks", [(1, 4), (3, 5)])  # of other shapes: traces are kept
+def test_over_devices(monkeypatch, number, chunks):
+    """Pieces of pieces: vmap's axis in the place of a mesh's, and a border in the first."""
+    monkeypatch.setattr(pieces, "number", lambda *shape, **sizes: number)
+    T = 2 * chunks * 64
+    *args, state = arguments(T=T, H=1, HV=2, K=64, V=64)
+    cotangents = normal(6, *args[2].shape), 0.1 * state
+    ids = (jnp.arange(T) > 100).astype(jnp.int32)[None]
+
+    def both(implementation, args, state, ids, cotangents, **options):
+        def run(*args):
+            *args, state = args
+            options_ = dict(options, segment_ids=ids, implementation=implementation)
+            return jla.kda(*args, initial_state=state, **options_)
+
+        (o, end), vjp = jax.vjp(run, *args, state)
+        return (o, end), vjp((cotangents[0].astype(o.dtype), cotangents[1]))
+
+    def halves(x):
+        return jnp.stack(jnp.split(x, 2, axis=1))
+
+    def joined(x):
+        return jnp.concatenate(list(x), axis=1)
+
+    of_state = jnp.stack([cotangents[1], jnp.zeros_like(cotangents[1])])
+    mapped = functools.partial(both, "pallas", axis_name="seq")
+    mapped = jax.vmap(mapped, (0, None, 0, 0), axis_name="seq")
+    with jla.pallas.interpret():
+        pieces_ = [*map(halves, args)], state, halves(ids), (halves(cotangents[0]), of_state)
+        (o, end), (*gradients, start) = jax.jit(mapped)(*pieces_)
+        forward = jax.vmap(
+            lambda args, ids: jla.kda(
+                *args,
+                initial_state=state,
+                segment_ids=ids,
+                axis_name="seq",
+                implementation="pallas",
+            ),
+            axis_name="seq",
+        )
+        alone = jax.jit(forward)(pieces_[0], pieces_[2])
+    jax.tree.map(np.testing.assert_array_equal, alone, (o, end))
+    got = (joined(o), end[0]), (*map(joined, gradients), start.sum(0))
+    whole = [x.astype(f32) for x in args], state, ids, cotangents
+    want = jax.jit(functools.partial(both, "reference"))(*whole)
+    for ours, theirs, tolerance in zip(got, want, (1e-2, 2e-2), strict=True):
+        for x, y in zip(ours, theirs, strict=True):
+            x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+            assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
+
+
 def test_only_few_heads_and_long_sequences_run_in_pieces():
     sizes = dict(K=128, V=128)
     assert pieces.number(128, 64, **sizes) == 1  # B=8 T=4096 H=16

@@ -83,6 +83,23 @@ def check_shapes(**arguments: tuple[Any, str]) -> Sizes:
 
 
 def check_axes(axes: Axes, /, **arguments: object) -> Sizes:
+    """`sizes_of`, and raises ValueError if T is split: where types carry shardings, they say so."""
+    sizes = sizes_of(axes, **arguments)
+    for name, x in arguments.items():
+        letters = axes.get(name, "").split()
+        if "T" not in letters or not isinstance(x, jax.Array):
+            continue
+        spec = (*jax.typeof(x).sharding.spec, *(None,) * len(letters))
+        if split := spec[letters.index("T")]:
+            raise ValueError(
+                f"{name} has T split over the mesh's axis {split!r}: on whole arrays call "
+                f"jla.sharded(..., T={split!r}), inside a shard_map over it give "
+                f"axis_name={split!r}; or gather T with jax.sharding.reshard"
+            )
+    return sizes
+
+
+def sizes_of(axes: Axes, /, **arguments: object) -> Sizes:
     """`check_shapes` of arguments whose axes a table of `jla._core.axes` has.
 
     A state is checked array by array.

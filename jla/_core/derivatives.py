@@ -1,6 +1,7 @@
 """Kernels are differentiated once and in reverse; these functions refuse the rest by name."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +46,17 @@ def reverse_only(name):
                 leaves[i] = x
             return function(*tree.unflatten(leaves), **options)
 
+        run.reverse_only = True  # pyright: ignore[reportAttributeAccessIssue]
         return run
 
     return decorate
+
+
+def is_reverse_only(run):
+    """Whether `reverse_only` decorates a function, or that of which it is a partial or a jit."""
+    while isinstance(run, functools.partial):
+        run = run.func
+    return hasattr(inspect.unwrap(run, stop=lambda f: hasattr(f, "reverse_only")), "reverse_only")
 
 
 _tangent_p = Primitive("reverse_only")

@@ -66,7 +66,7 @@ def mamba2_operands(u, logits, dt, skip):
     return values, level_scales, with_rank(skip, u.ndim) * u32
 
 
-def abc_gates(s, starts=None):
+def abc_gates(s, starts=None, past=None):
     """ABC's writes and decays from its logits [B, T, H, M], in float32; see `jla.gsa`.
 
     With z the running logsumexp and d = s_t - z_{t-1}, the decay z_{t-1} - z_t is -softplus(d) and
@@ -75,13 +75,15 @@ def abc_gates(s, starts=None):
     Args:
       s: [B, T, H, M].
       starts: bool [B, T], the first tokens of segments, or None.
+      past: a function of z [B, T, H, M], the running logsumexp of these tokens alone, to that of
+        the tokens before, [B, H, M], and whether there are any, [B]; or None: there are none.
 
     Returns:
       s and g as `jla.gsa` takes them.
     """
     s = s.astype(f32)
-    first = jnp.zeros(s.shape[:2], bool) if starts is None else starts
-    first = first.at[:, 0].set(True)[:, :, None, None]
+    starts = jnp.zeros(s.shape[:2], bool) if starts is None else starts
+    first = starts.at[:, 0].set(True)[:, :, None, None]
 
     def join(left, right):
         (first_left, z_left), (first_right, z_right) = left, right
@@ -92,7 +94,13 @@ def abc_gates(s, starts=None):
         z = _scanned(join, first, s)
     else:
         _, z = lax.associative_scan(join, (first, s), axis=1)
-    d = s - jnp.concatenate([z[:, :1], z[:, :-1]], axis=1)
+    before = z[:, :1]
+    if past is not None:
+        before, there = (x[:, None] for x in past(z))
+        continues = there & (lax.cummax(starts.astype(i32), axis=1) == 0)
+        z = jnp.where(continues[:, :, None, None], jnp.logaddexp(before, z), z)
+        first = starts.at[:, 0].set(~there[:, 0])[:, :, None, None]
+    d = s - jnp.concatenate([before, z[:, :-1]], axis=1)
     return jnp.where(first, 1.0, jax.nn.sigmoid(d)), jnp.where(first, 0.0, -jax.nn.softplus(d))
 
 

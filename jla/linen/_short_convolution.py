@@ -43,6 +43,7 @@ class ShortConvolution(nn.Module):
         cannot serve raises NotImplementedError), None for the fastest that supports the arguments.
       decode: whether to keep the last W - 1 inputs, [B, W - 1, H, D], as "inputs" in the "cache"
         collection.
+      axis_name: inside `jax.shard_map`, the manual axis that T is split over, or None.
     """
 
     size: int
@@ -53,6 +54,7 @@ class ShortConvolution(nn.Module):
     silu_twice: bool = False
     implementation: Implementation | None = None
     decode: bool = False
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -64,7 +66,7 @@ class ShortConvolution(nn.Module):
           x: [B, T, H, D].
           segments: int32 [B, T], segments numbered 0, 1, ... as `segment_index` does it: no window
             reaches over a border. The cache belongs to segment 0 before the call, to the row's last
-            segment after it.
+            segment after it. With `axis_name`, integers in any order: equal neighbours are one.
           lengths: int32 [B]: only the first `lengths` tokens of a row are real; the rest does not
             enter the cache. T for every row if None.
 
@@ -88,6 +90,7 @@ class ShortConvolution(nn.Module):
             _fused.short_convolution,
             normalize=self.normalize,
             silu_twice=self.silu_twice,
+            axis_name=self.axis_name,
             implementation=self.implementation,
         )
         return unless_initializing(self, run)(x, taps, bias, before, segments)

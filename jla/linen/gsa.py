@@ -110,6 +110,7 @@ class GatedSlotAttention(Mixer):
 
         def run(q, k, v, s, g, state=None):
             where = dict(initial_state=state, segment_ids=tokens.segments)
+            where |= dict(axis_name=self.split_over)
             return gsa(q, k, v, s, g, **where, **options)
 
         step = functools.partial(gsa_step, **options)

@@ -141,6 +141,7 @@ class KimiDeltaAttention(Mixer):
                 initial_state=state,
                 segment_ids=tokens.segments,
                 real=tokens.real,
+                axis_name=self.split_over,
                 **options,
             )
 

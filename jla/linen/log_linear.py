@@ -158,6 +158,7 @@ class LogLinearMamba2(Mixer):
                 *(q, k, u, g, logits, dt, skip),
                 initial_state=before,
                 segment_ids=tokens.segments,
+                axis_name=self.split_over,
                 implementation=self.implementation,
             )
             if before is not None and tokens.real is not None:

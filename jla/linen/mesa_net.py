@@ -104,6 +104,7 @@ class MesaNet(Mixer):
         def run(q, k, v, g, beta, state=None):
             options = dict(cg_steps=self.cg_steps, implementation=self.implementation)
             where = dict(initial_state=state, segment_ids=tokens.segments)
+            where |= dict(axis_name=self.split_over)
             return mesa_net(q, k, v, g, beta, lamb, **where, **options)
 
         def step(q, k, v, g, beta, state):

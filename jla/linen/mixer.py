@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jla._core import checks
+from jla._core import checks, sequence
 from jla._core.parts import l2norm
 from jla._core.types import Implementation
 from jla.linen import _arguments
@@ -26,7 +26,8 @@ class Tokens(NamedTuple):
       x: [B, T, D]; padding is zeros.
       real: bool [B, T], True at the real tokens of x; None without a mask.
       lengths: int32 [B], the number of real tokens in each row; None without a mask.
-      segments: int32 [B, T], numbered 0, 1, ... in each row; None without `segment_ids`.
+      segments: int32 [B, T], numbered 0, 1, ... in each row; with `axis_name` the ids as they are;
+        None without `segment_ids`.
       restore: moves outputs [B, T, D] back; they are zero at padding.
     """
 
@@ -119,6 +120,9 @@ class Mixer(nn.Module):
         is "reference" or "xla". Elsewhere they choose for themselves, because their kernels may not
         support what the mechanism's support.
       decode: whether to keep and use a cache.
+      axis_name: inside `jax.shard_map`, the manual axis of the mesh that T is split over, see
+        docs/scale.md: the inputs are one device's tokens. There is then no mask and no cache.
+        `init` ignores it, and runs outside.
     """
 
     num_heads: int
@@ -133,6 +137,7 @@ class Mixer(nn.Module):
     precision: nn.linear.PrecisionLike = None
     implementation: Implementation | None = None
     decode: bool = False
+    axis_name: str | None = None
 
     def sizes(self, T, D):
         """Checks the layer's own attributes; returns what `begin` hands to `__call__`."""
@@ -163,8 +168,22 @@ class Mixer(nn.Module):
         _arguments.check_attributes(self)
         T, D = _arguments.check_inputs(self, inputs, mask, segment_ids)
         _arguments.check_convolution(self.conv_size, self.conv_bias)
-        sizes = self.sizes(T, D)
-        return Tokens(*arrange(inputs, mask, segment_ids)), sizes
+        if self.split_over is None:
+            return Tokens(*arrange(inputs, mask, segment_ids)), self.sizes(T, D)
+        for name, given in (("mask", mask is not None), ("decode", self.decode)):
+            if given:
+                raise NotImplementedError(
+                    f"{name} is not supported with axis_name = {self.axis_name!r}: padding and "
+                    "caches are not split over devices. Padding can be a segment of its own"
+                )
+        sizes = self.sizes(T * sequence.devices_of(self.axis_name), D)
+        # The ids themselves: numbers of segments would begin anew on each device.
+        return Tokens(jnp.asarray(inputs), None, None, segment_ids, lambda y: y), sizes
+
+    @property
+    def split_over(self):
+        """The axis that T is split over; None in `init`, which runs outside of shard_map."""
+        return None if self.is_initializing() else self.axis_name
 
     def finish(self, o, tokens, **options):
         """The output projection of o [B, T, H, V], at the tokens' own places."""
@@ -212,6 +231,7 @@ class Mixer(nn.Module):
             silu_twice=silu_twice,
             implementation=self.own_choice(),
             decode=self.decode,
+            axis_name=self.split_over,
             name=name,
         )
         return convolution(x, tokens.segments, tokens.lengths)

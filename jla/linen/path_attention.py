@@ -102,8 +102,8 @@ class PaTHAttention(Mixer):
 
         def run(*arrays):
             if cache is None:
-                options = dict(segment_ids=tokens.segments, implementation=self.implementation)
-                return path_attention(*arrays, **options)
+                options = dict(segment_ids=tokens.segments, axis_name=self.split_over)
+                return path_attention(*arrays, implementation=self.implementation, **options)
             *arrays, before = arrays
             return self._appended(arrays, before, tokens)
 

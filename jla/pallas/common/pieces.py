@@ -59,49 +59,104 @@ def at_most(most, chunks):
     return -(-chunks // length)  # no piece is empty
 
 
-def forward(q, w, u, kg, decay, aq, beta, initial_state, *, length, keep_states, pieces=None):
+def forward(
+    q, w, u, kg, decay, aq, beta, initial_state, *, length, keep_states, made=None, pieces=None
+):  # fmt: skip
     """As `recurrence.forward`, with the state before the whole sequence, [B, HV, K, V] or None.
 
-    `pieces` is for tests; by default their number follows from the shapes.
+    `made` are the transitions of all pieces, if `summary` has made them. `pieces` is for tests; by
+    default their number follows from the shapes.
     """
     B, TP, HV, K = q.shape
     V = u.shape[-1]
-    pieces = pieces or number(B * HV, TP // CHUNK, K, V)
+    pieces = pieces or (made[0].shape[2] if made else number(B * HV, TP // CHUNK, K, V))
     starts = None if initial_state is None else initial_state[None]
     if pieces > 1:
         if initial_state is None:
             initial_state = jnp.zeros((B, HV, K, V), f32)
-        transitions = _transitions(w, u, kg, decay, beta, pieces)
-        starts = join(*transitions, initial_state, times=_matmul)
+        if made is None:
+            transitions = _transitions(w, u, kg, decay, beta, pieces)
+        else:
+            transitions = (x[:-1] for x in _pieces_first(*made))
+        starts = join(*transitions, initial_state, times=matmul)
     return recurrence.forward(
         q, w, u, kg, decay, aq, beta, starts, length=length, keep_states=keep_states
     )
 
 
-def backward(q, w, kg, do, decay, aq, beta, last_gradient, *, pieces=None):
-    """As `recurrence.backward`, with the last state's gradient, [B, HV, K, V]."""
+def backward(q, w, kg, do, decay, aq, beta, last_gradient, *, made=None, pieces=None):
+    """As `recurrence.backward`, with the last state's gradient, [B, HV, K, V]; `made` are the
+    transitions of all pieces, if `gradient_summary` has made them."""
     B, TP, HV, K = q.shape
-    pieces = pieces or number(B * HV, TP // CHUNK, K, do.shape[-1])
+    pieces = pieces or (made[0].shape[2] if made else number(B * HV, TP // CHUNK, K, do.shape[-1]))
     ends = last_gradient[None]
     if pieces > 1:
-        transitions = _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces)
-        ends = join(*transitions, last_gradient, times=_matmul, reverse=True)
+        if made is None:
+            transitions = _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces)
+        else:
+            transitions = (x[1:] for x in _pieces_first(*made))
+        ends = join(*transitions, last_gradient, times=matmul, reverse=True)
     return recurrence.backward(q, w, kg, do, decay, aq, beta, ends)
 
 
-_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+def summary(w, u, kg, decay, beta):
+    """What the whole sequence does to a state, M [B, HV, K, K] and N [B, HV, K, V], and the same of
+    each piece, [B, HV, P, K, K] and [B, HV, P, K, V]; float32."""
+    (B, TP, HV, K), V = w.shape, u.shape[-1]
+    pieces = number(B * HV, TP // CHUNK, K, V)
+    made = _transitions(w, u, kg, decay, beta, pieces, every=True)
+    whole = _together(*made, jnp.zeros((B, HV, K, V), f32))
+    return *whole, *_rows_first(*made)
 
 
-def _transitions(w, u, kg, decay, beta, pieces):
-    """M [P - 1, B, HV, K, K] and N [P - 1, B, HV, K, V], float32, of all pieces but the last.
+def gradient_summary(q, w, kg, do, decay, aq, beta, last_gradient):
+    """The same of the gradient of the state: M^T, and the gradient of the state before the sequence
+    if that of the state behind it is `last_gradient`; and of each piece."""
+    (B, TP, HV, K), V = q.shape, do.shape[-1]
+    pieces = number(B * HV, TP // CHUNK, K, V)
+    made = _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces, every=True)
+    return *_together(*made, last_gradient, reverse=True), *_rows_first(*made)
+
+
+def _together(factors, terms, state, *, reverse=False):
+    """The product of the factors, and where they and the terms take a state."""
+    K = factors.shape[-1]
+    identity = jnp.broadcast_to(jnp.eye(K, dtype=f32), factors.shape[1:])
+    state = jnp.concatenate([identity, state], axis=-1)
+    terms = jnp.concatenate([jnp.zeros_like(factors), terms], axis=-1)
+    states = join(factors, terms, state, times=matmul, reverse=reverse)
+    state = states[0 if reverse else -1]
+    return state[..., :K], state[..., K:]
+
+
+# Between two kernels' calls the axis of pieces lies behind rows and heads, over which
+# `shardwise` splits.
+
+
+def _rows_first(*arrays):
+    return tuple(jnp.moveaxis(x, 0, 2) for x in arrays)
+
+
+def _pieces_first(*arrays):
+    return tuple(jnp.moveaxis(x, 2, 0) for x in arrays)
+
+
+matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def _transitions(w, u, kg, decay, beta, pieces, *, every=False):
+    """M [P - 1, B, HV, K, K] and N [P - 1, B, HV, K, V], float32, of all pieces but the last; of
+    `every` one, P.
 
     Floor: w, kg, u and little else, half of the recurrence's.
     """
-    length = -(-(w.shape[1] // CHUNK) // pieces)  # only the last piece may be shorter
+    N = w.shape[1] // CHUNK
+    length = -(-N // pieces)  # only the last piece may be shorter
 
     def body(refs):
         p, b, h, block, wg = (lax.axis_index(name) for name in ("p", "b", "h", "block", "wg"))
         K, V = refs.w.shape[3], refs.u.shape[3]
+        count = piece(p, pieces, N)[1] if every else length
 
         def step(_, x, state):
             u_mine = mosaic.where(wg == 0, mosaic.load(x.u.T))
@@ -123,14 +178,14 @@ def _transitions(w, u, kg, decay, beta, pieces):
             decay=(refs.decay, features(chunk, b, h, K)),
             beta=(refs.beta, scalars(chunk, b, h)),
         )
-        recurrence.stream(step, run, length, 2, operands)
+        recurrence.stream(step, run, count, 2, operands)
 
     inputs = dict(w=w, u=u, kg=kg, decay=decay, beta=beta)
-    return _kernel(body, inputs, pieces - 1, u.shape[3])
+    return _kernel(body, inputs, pieces if every else pieces - 1, u.shape[3])
 
 
-def _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces):
-    """M^T and the gradients' N, as `_transitions`, of all pieces but the first.
+def _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces, *, every=False):
+    """M^T and the gradients' N, as `_transitions`, of all pieces but the first, or of `every` one.
 
     M is made again rather than kept: its operands are loaded anyhow.
     """
@@ -138,7 +193,7 @@ def _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces):
 
     def body(refs):
         p, b, h, block, wg = (lax.axis_index(name) for name in ("p", "b", "h", "block", "wg"))
-        first, count = piece(p + 1, pieces, N)
+        first, count = piece(p if every else p + 1, pieces, N)
 
         def step(_, x, gradient):
             do_mine = mosaic.where(wg == 0, plgpu.load(x.do.T, layout=WGMMA_LAYOUT))
@@ -155,7 +210,7 @@ def _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces):
         recurrence.stream(step, run, count, 2, operands)
 
     inputs = dict(q=q, w=w, kg=kg, do=do, decay=decay, aq=aq, beta=beta)
-    return _kernel(body, inputs, pieces - 1, do.shape[3])
+    return _kernel(body, inputs, pieces if every else pieces - 1, do.shape[3])
 
 
 def _kernel(body, inputs, pieces, V):

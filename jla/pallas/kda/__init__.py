@@ -9,8 +9,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jla._core import movement, sequence
 from jla._core.axes import KDA, letters
 from jla._core.derivatives import reverse_only
 from jla._core.parts import kda_operands
@@ -56,28 +58,47 @@ def unsupported(name, q, k, v, *_):
     return None
 
 
-@functools.partial(jax.jit, static_argnames="scale")
+@functools.partial(jax.jit, static_argnames=("scale", "axis_name"))
 @reverse_only("jla.kda")
-def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
-    """Pads to whole tiles and runs the kernels. See `jla.kda`.
+def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale, axis_name=None):
+    """Pads to whole tiles and runs the kernels. See `jla.kda`, and for `axis_name`
+    `jla._core.sequence.by_states`.
 
     All products take bfloat16 operands and add in float32, float16 inputs included.
     """
-    return _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale)
+    if axis_name is not None and q.shape[-1] > NARROW:
+        run = functools.partial(kda, scale=scale)
+        return _wide_over(run, (q, k, v, g, beta), initial_state, segment_ids, axis_name)
+    over = _over(axis_name, q, segment_ids)
+    return _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale, over)
 
 
-def _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale):
+def _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale, over):
     if segment_ids is not None:
         # To start a new segment, set its first token's decay to 0.
         starts = segment_starts(segment_ids)[:, :, None, None]
         g = jnp.where(starts, -jnp.inf, g)
-    return _on_tiles(q, k, v, (g,), beta, initial_state, scale, None)
+    return _on_tiles(q, k, v, (g,), beta, initial_state, scale, None, over)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "lower_bound"))
+def _over(axis_name, q, segment_ids):
+    """The axis over which the sequence is split and how its pieces link, or None."""
+    if axis_name is None:
+        return None
+    return axis_name, sequence.links(segment_ids, *q.shape[:2], axis_name)
+
+
+def _wide_over(run, arrays, initial_state, segment_ids, axis_name):
+    """A run over devices with keys for which there is no first pass, see `pieces.number`."""
+    links = sequence.links(segment_ids, *arrays[0].shape[:2], axis_name)
+    return sequence.by_rule(run, movement.KDA, axis_name, arrays, initial_state, segment_ids, links)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "lower_bound", "axis_name"))
 @reverse_only("jla.kda")
 def kda_from_projection(
-    q, k, v, f, A_log, dt_bias, beta, initial_state, segment_ids, real=None, *, scale, lower_bound
+    q, k, v, f, A_log, dt_bias, beta, initial_state, segment_ids, real=None,
+    *, scale, lower_bound, axis_name=None,
 ):  # fmt: skip
     """`kda` with the log decays that `jla.kda_gate` makes of f [B, T, HV, K], A_log and dt_bias.
 
@@ -85,15 +106,21 @@ def kda_from_projection(
     never in memory. What `gate.unsupported` names, and padding, get them by the formula instead.
     See `jla._fused.kda_from_projection`.
     """
+    if axis_name is not None and q.shape[-1] > NARROW:
+        options = dict(real=real, scale=scale, lower_bound=lower_bound)
+        run = functools.partial(kda_from_projection, **options)
+        arrays = q, k, v, f, A_log, dt_bias, beta
+        return _wide_over(run, arrays, initial_state, segment_ids, axis_name)
+    over = _over(axis_name, q, segment_ids)
     if real is not None or gate.unsupported(f) is not None:
         g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
-        return _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale)
+        return _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale, over)
     coefficients = for_each_row(gate.coefficients(A_log, dt_bias, lower_bound), f)
     source = f, coefficients, gate.borders(segment_ids, *f.shape[:2])
-    return _on_tiles(q, k, v, source, beta, initial_state, scale, lower_bound is not None)
+    return _on_tiles(q, k, v, source, beta, initial_state, scale, lower_bound is not None, over)
 
 
-def _on_tiles(q, k, v, source, beta, initial_state, scale, bounded):
+def _on_tiles(q, k, v, source, beta, initial_state, scale, bounded, over):
     (T, K), V, dtype = q.shape[1::2], v.shape[-1], v.dtype
     keys, values = missing_features(K), missing_features(V)
     # Tokens of zeros neither read, write nor decay; features of zeros stay zero.
@@ -111,26 +138,31 @@ def _on_tiles(q, k, v, source, beta, initial_state, scale, bounded):
         initial_state,
         scale,
         bounded,
+        over,
     )
     return o[:, :T, :, :V].astype(dtype), state[:, :, :K, :V]
 
 
-def _by_narrow_values(q, k, v, source, beta, initial_state, scale, bounded):
-    """`_kda`, with each 128 of a wide head's value columns as a value head of their own.
+def _by_narrow_values(q, k, v, source, beta, initial_state, scale, bounded, over):
+    """`_kda` or `_kda_over`, with each 128 of a wide head's value columns as a value head.
 
     Value columns are independent of one another but for the gradients of q, k, beta and the
     decays, which are sums over them.
     """
     (B, T, HV, V), K = v.shape, q.shape[-1]
+    run = functools.partial(_kda, scale=scale, bounded=bounded)
+    if over is not None:
+        axis, links = over
+        run = functools.partial(_kda_over, links=links, scale=scale, bounded=bounded, axis=axis)
     if V <= NARROW:
-        return _kda(q, k, v, source, beta, initial_state, scale, bounded)
+        return run(q, k, v, source, beta, initial_state)
     parts = V // NARROW
     v = v.reshape(B, T, HV * parts, NARROW)
     beta = repeated(beta, parts, axis=1)
     if initial_state is not None:
         initial_state = initial_state.reshape(B, HV, K, parts, NARROW).swapaxes(2, 3)
         initial_state = initial_state.reshape(B, HV * parts, K, NARROW)
-    o, state = _kda(q, k, v, source, beta, initial_state, scale, bounded)
+    o, state = run(q, k, v, source, beta, initial_state)
     state = state.reshape(B, HV, parts, K, NARROW).swapaxes(2, 3)
     return o.reshape(B, T, HV, V), state.reshape(B, HV, K, V)
 
@@ -165,12 +197,20 @@ def _kda_forward(q, k, v, source, beta, initial_state, scale, bounded):
 
 def _kda_backward(scale, bounded, residuals, cotangents):
     q, k, v, source, beta, kept, has_start = residuals
+    inputs = q, k, v, source, beta, kept, *cotangents
+    *gradients, start = _kda_gradients(scale, bounded, *inputs)
+    return *gradients, start if has_start else None
+
+
+def _kda_gradients(scale, bounded, q, k, v, source, beta, kept, do, dend, *, transitions=()):
+    """The gradients of q, k, v, the source, beta and the state before; `transitions` are those of
+    the state's gradient through all pieces, if they were made before."""
     made = source[0] if bounded is None else _decay_operand(source, bounded)
     run = functools.partial(_backward, scale=scale)
-    axes = (*_INPUTS, *_KEPT.values(), *_OUTPUTS)
+    axes = (*_INPUTS, *_KEPT.values(), *_OUTPUTS, *(_SUMMARY[2:] if transitions else ()))
     results = ("B T HV K", "B T HV K", KDA["v"], "B TP HV K", "B HV T", _STATE)
-    inputs = (q, k, v, _fit(made, q, v), beta)
-    *gradients, dv, dg, dbeta, start = shardwise(run, axes, results)(*inputs, *kept, *cotangents)
+    inputs = (q, k, v, _fit(made, q, v), beta, *kept, do, dend, *transitions)
+    *gradients, dv, dg, dbeta, start = shardwise(run, axes, results)(*inputs)
     # A key head's gradient is the sum of its value heads'.
     for i in range(2):
         per_head = gradients[i].reshape(*q.shape[:3], -1, q.shape[3])
@@ -182,10 +222,97 @@ def _kda_backward(scale, bounded, residuals, cotangents):
         by_source = (dg[:, :T],)
     else:
         by_source = (*gate.gradients(*source, dg, bounded=bounded), None)
-    return *gradients, dv, by_source, dbeta, start if has_start else None
+    return *gradients, dv, by_source, dbeta, start
 
 
 defvjp(_kda, _kda_forward, _kda_backward)
+
+
+# A piece of a sequence on each device. What the piece does to a state is made between `prepare` and
+# the recurrence, and exchanged there; the recurrence uses again what that pass made of its own
+# pieces. Backward likewise, with the gradient of the state from right to left.
+
+_SUMMARY = ("B HV K K", _STATE, "B HV P K K", "B HV P K V")
+# What `recurrence` takes: u, and the first five of `_KEPT`.
+_PREPARED = ("B TP HV V", *list(_KEPT.values())[:5])
+_SOLVER = tuple(_KEPT.values())[5:7]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
+def _kda_over(q, k, v, source, beta, state, links, scale, bounded, axis):
+    """As `_kda`: the outputs of this device's piece, and the state that leaves it; `state` is that
+    before the first piece."""
+    made = _fit(_decay_operand(source, bounded), q, v)
+    return _run_over(q, k, v, made, beta, state, links, scale, axis, keep=False)[0]
+
+
+def _kda_over_forward(q, k, v, source, beta, state, links, scale, bounded, axis):
+    made = _decay_operand(source, bounded)
+    arrays = q, k, v, _fit(made, q, v), beta, state, links
+    out, kept = _run_over(*arrays, scale, axis, keep=True)
+    kept = tuple(map(checkpoint_name, kept, _KEPT))
+    source = (made,) if bounded is None else source
+    return out, (q, k, v, source, beta, kept, links)
+
+
+def _run_over(q, k, v, g, beta, state, links, scale, axis, *, keep):
+    run = functools.partial(_prepare_and_summarise, scale=scale, keep=keep)
+    results = (*_SUMMARY, *_PREPARED, *(_SOLVER if keep else ()))
+    factor, term, *made = shardwise(run, _INPUTS, results)(q, k, v, g, beta)
+    start = sequence.entering(_move, (factor, term), state, links, axis)
+    (factors, terms, *prepared), solver = made[:8], made[8:]
+    run = functools.partial(_forward_from, length=q.shape[1], keep=keep)
+    axes = _heads_alone(*_PREPARED, "B HV T", _STATE, *_SUMMARY[2:])
+    results = _heads_alone(*_OUTPUTS, *((_KEPT["kda_states"],) if keep else ()))
+    arrays = *prepared, beta, start, factors, terms
+    o, end, *states = shardwise(run, axes, results)(*arrays)
+    return (o, end), (*prepared[1:], *solver, *states)
+
+
+def _kda_over_backward(scale, bounded, axis, residuals, cotangents):
+    q, k, v, source, beta, kept, links = residuals
+    do, dend = cotangents
+    axes = _heads_alone(*_PREPARED[1:], "B HV T", *_OUTPUTS)
+    summarise = shardwise(_summarise_gradients, axes, _heads_alone(*_SUMMARY))
+    factor, said, *made = summarise(*kept[:5], beta, do, dend)
+    nothing = jnp.zeros_like(said)
+    after = sequence.entering(_move, (factor, said), nothing, links, axis, reverse=True)
+    inputs = q, k, v, source, beta, kept, do, dend + after
+    *gradients, start = _kda_gradients(scale, bounded, *inputs, transitions=made)
+    first = lax.axis_index(axis) == 0  # the sum over devices is that of the first
+    return *gradients, jnp.where(first, start, 0.0), None
+
+
+def _heads_alone(*letters):
+    """The axes of arrays of value heads, where no array has key heads."""
+    return tuple(x.replace("HV", "H") for x in letters)
+
+
+def _move(state, summary, _):
+    factor, term = summary
+    return pieces.matmul(factor, state) + term
+
+
+def _prepare_and_summarise(q, k, v, g, beta, *, scale, keep):
+    beta = _whole_chunks(beta)
+    query, w, u, kg, decay, scores, *solver = prepare(q, k, v, g, beta, scale=scale, keep=keep)
+    summary = pieces.summary(w, u, kg, decay, beta)
+    return *summary, u, query, w, kg, decay, scores, *solver
+
+
+def _forward_from(u, query, w, kg, decay, scores, beta, start, *made, length, keep):
+    out = pieces.forward(
+        query, w, u, kg, decay, scores, _whole_chunks(beta), start,
+        length=length, keep_states=keep, made=made,
+    )  # fmt: skip
+    return tuple(out)
+
+
+def _summarise_gradients(query, w, kg, decay, scores, beta, do, dend):
+    return pieces.gradient_summary(query, w, kg, do, decay, scores, _whole_chunks(beta), dend)
+
+
+defvjp(_kda_over, _kda_over_forward, _kda_over_backward)
 
 
 def _decay_operand(source, bounded):
@@ -215,12 +342,14 @@ def _forward(q, k, v, g, beta, *start, scale, keep):
 def _backward(
     q, k, v, g, beta,
     query, w, kg, decay, scores, inverse, key_scores, states,
-    do, last_gradient, *, scale,
+    do, last_gradient, *transitions, scale,
 ):  # fmt: skip
     """Both backward kernels: the gradients of q, k (per value head), v, g, beta and the start."""
     T = q.shape[1]
     beta = _whole_chunks(beta)
-    gradients, start = pieces.backward(query, w, kg, do, decay, scores, beta, last_gradient)
+    gradients, start = pieces.backward(
+        query, w, kg, do, decay, scores, beta, last_gradient, made=transitions or None
+    )
     if q.shape[-1] <= NARROW:
         dq, dk, dv, dg, dbeta = chunk_gradients(
             q, k, v, g, beta, do, states, gradients, inverse, key_scores, scores, decay,

@@ -1,0 +1,259 @@
+"""How each mechanism's state moves over a piece of a sequence, for `jla._core.sequence`.
+
+A summary is made of the tokens alone. What it says is exact: the same sums as the mechanism's own,
+in float32. With packed segments the tokens of a piece's last segment are all that is in its state.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jla._core import alignment, parts, sequence
+from jla._core.lengths import is_symbolic_dim
+from jla._core.segments import segment_starts
+from jla._core.sequence import Movement
+from jla._core.states import (
+    GSAState,
+    LogLinearState,
+    MesaState,
+    moved_on,
+    zero_gsa_state,
+    zero_log_linear_state,
+    zero_mesa_state,
+    zero_state,
+)
+from jla._core.types import SegmentIds, SlotWrites
+
+bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
+_exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+def _of_last(pieces, segment_ids, L, axis):
+    """Which tokens belong to the piece's last segment, bool [B, L]; None without segments."""
+    if segment_ids is None:
+        return None
+    length = lax.dynamic_index_in_dim(pieces.length, lax.axis_index(axis), 0, keepdims=False)
+    return jnp.arange(L, dtype=i32)[None] >= L - length[:, None]
+
+
+def _decays_to_end(g, of_last=None):
+    """The decay from each token of the last segment to the piece's end, [B, L, ...], and over all
+    of them, [B, ...].
+
+    Each is the exponential of a sum of its own gates: a difference of two longer sums would keep no
+    digit beside a strong gate.
+    """
+    (g,) = _only(of_last, g)
+    later = jnp.concatenate([g[:, 1:], jnp.zeros_like(g[:, :1])], axis=1)
+    return jnp.exp(lax.cumsum(later, axis=1, reverse=True)), jnp.exp(jnp.sum(g, axis=1))
+
+
+def _only(of_last, *arrays):
+    """The tokens [B, L, ...] of the last segment, and zeros for the others, which may be NaN."""
+    if of_last is None:
+        return arrays
+    zeros = (jnp.zeros((), x.dtype) for x in arrays)
+    tokens = (of_last.reshape(*of_last.shape, *[1] * (x.ndim - 2)) for x in arrays)
+    return tuple(map(jnp.where, tokens, arrays, zeros))
+
+
+def _written(x, y, dtype):
+    """The sum over the tokens of x_t y_t^T, [B, heads, I, J], float32. Of 16-bit inputs (`dtype`)
+    the products are bfloat16's, as in the kernels."""
+    if dtype == f32:
+        return _exact("bthi,bthj->bhij", x.astype(f32), y.astype(f32))
+    x, y = x.astype(bf16), y.astype(bf16)
+    return jnp.einsum("bthi,bthj->bhij", x, y, preferred_element_type=f32)
+
+
+# Kimi Delta Attention: M = prod_t (I - beta_t k_t k_t^T) Diag(exp g_t), a K x K matrix a head.
+# Value columns are independent of one another, so M costs what K more of them cost.
+
+
+def _kda_summary(run, arrays, state, segment_ids, pieces, axis):
+    """The state that the run makes of (0 | I) with values (v | 0): (N | M). After q, k and v the
+    arrays are those that decays and write strengths are made of."""
+    q, k, v, *rest = arrays
+    K, V = k.shape[-1], v.shape[-1]
+    # Selects, so that all of it varies over the mesh's axes as the arrays do.
+    nothing = jnp.where(False, v[..., :1], jnp.zeros((1, 1, 1, K), v.dtype))
+    identity = jnp.where(False, state[..., :1], jnp.eye(K, dtype=f32)[None, None])
+    start = jnp.concatenate([jnp.where(False, state, 0.0), identity], axis=-1)
+    _, end = run(q, k, jnp.concatenate([v, nothing], axis=-1), *rest, start, segment_ids)
+    return end[..., V:], end[..., :V]
+
+
+def _kda_step(state, summary, _):
+    factor, term = summary
+    return _exact("bhij,bhjv->bhiv", factor, state) + term
+
+
+KDA = Movement(
+    empty=lambda arrays: zero_state(arrays[3][:, 0], arrays[2][:, 0]),
+    summary=_kda_summary,
+    step=_kda_step,
+    rule=True,
+)
+
+
+# Gated Slot Attention: neither state depends on the queries or on the softmax.
+
+
+def _gsa_summary(run, arrays, state, segment_ids, pieces, axis):
+    _, k, v, s, g = arrays
+    of_last = _of_last(pieces, segment_ids, k.shape[1], axis)
+    after, total = _decays_to_end(g, of_last)
+    k, v, s = _only(of_last, k, v, s)
+    writes = after * s.astype(f32)
+    return total, GSAState(_written(k, writes, k.dtype), _written(writes, v, k.dtype))
+
+
+def _gsa_step(state, summary, _):
+    total, term = summary
+    hk = state.hk * total[..., None, :] + term.hk
+    return GSAState(hk, total[..., :, None] * state.hv + term.hv)
+
+
+GSA = Movement(
+    empty=lambda arrays: zero_gsa_state(arrays[1][:, 0], arrays[3][:, 0], arrays[2][:, 0]),
+    summary=_gsa_summary,
+    step=_gsa_step,
+)
+
+
+# MesaNet: one decay for both states.
+
+
+def _mesa_summary(run, arrays, state, segment_ids, pieces, axis):
+    _, k, v, g, beta, _ = arrays
+    of_last = _of_last(pieces, segment_ids, k.shape[1], axis)
+    after, total = _decays_to_end(g, of_last)
+    k, v, beta = (x.astype(f32) for x in _only(of_last, k, v, beta))
+    writes = (after * beta)[..., None] * k
+    # Exact for 16-bit inputs, too: rounded, kk would not be symmetric.
+    return total, MesaState(_written(writes, k, f32), _written(writes, v, f32))
+
+
+def _mesa_step(state, summary, _):
+    total, term = summary
+    return jax.tree.map(lambda x, y: total[..., None, None] * x + y, state, term)
+
+
+MESA_NET = Movement(
+    empty=lambda arrays: zero_mesa_state(arrays[1][:, 0], arrays[2][:, 0]),
+    summary=_mesa_summary,
+    step=_mesa_step,
+)
+
+
+# Log-linear attention, from any position: a piece's tokens go to the levels that their positions
+# say, and what entered is merged as later positions see it.
+
+
+def _log_linear_summary(run, arrays, state, segment_ids, pieces, axis):
+    _, k, v, g, _ = arrays
+    L = g.shape[1]
+
+    def advance(position, _, links):
+        return moved_on(position, links.length)
+
+    position = sequence.entering(advance, (), state.position, pieces, axis)
+    start = LogLinearState(jnp.where(False, state.levels, 0.0), position)
+    end = alignment.state_after(jnp.full_like(position, L), k, v, g, start, segment_ids)
+    return jnp.sum(g, axis=1), end.levels
+
+
+def _log_linear_step(state, summary, links):
+    total, levels = summary
+    position = moved_on(state.position, links.length)
+    return LogLinearState(alignment.merged_levels(state, total, position) + levels, position)
+
+
+def _empty_log_linear(arrays):
+    _, k, v, _, level_scales = arrays
+    return zero_log_linear_state(k[:, 0], v[:, 0], level_scales.shape[-1])
+
+
+LOG_LINEAR = Movement(empty=_empty_log_linear, summary=_log_linear_summary, step=_log_linear_step)
+
+
+def is_aligned(L: int, state: LogLinearState | None, segment_ids: SegmentIds | None) -> bool:
+    """Whether every piece of L tokens is a node of the tree over the whole sequence."""
+    alone = state is None and segment_ids is None
+    return alone and not is_symbolic_dim(L) and L & (L - 1) == 0
+
+
+def aligned_log_linear(
+    run: sequence.Run, arrays: tuple[Any, ...], axis: str
+) -> tuple[jax.Array, LogLinearState]:
+    """Log-linear attention where every piece is a node of the tree: no token moves.
+
+    A piece is run from position 0. Its tokens read the other pieces through the levels above, of
+    the tree over the devices: there a device is what a token is below, with the state of all its
+    tokens.
+    """
+    arrays = sequence.varying(arrays, axis)
+    q, k, v, g, level_scales = arrays
+    (B, T, H, V), HK, K = v.shape, k.shape[2], k.shape[3]
+    size, level = lax.axis_size(axis), (T - 1).bit_length() + 1  # level: of a whole device
+    o, _ = run(*arrays, None, None)
+
+    # The heads of one key head lie side by side, as if they were one.
+    values = (_decays_to_end(g)[0][..., None] * v.astype(f32)).reshape(B, T, HK, -1)
+    tokens = _written(k, values, k.dtype).reshape(B, HK, K, H // HK, V)
+    piece = jnp.sum(g, axis=1), jnp.moveaxis(tokens, 3, 2).reshape(B, H, K, V)
+    # One level for each bit of the number of devices, and level 0, which holds nothing.
+    levels = size.bit_length() + 1
+    zeros = zero_log_linear_state(k[:, 0], v[:, 0], levels)
+    pieces = sequence.links(None, B, T, axis)
+    start = sequence.entering(_device_step, piece, zeros, pieces, axis)
+
+    scales = jnp.pad(level_scales[..., level - 1 :], [(0, 0)] * 3 + [(0, levels)])[..., :levels]
+    position = jnp.broadcast_to(start.position[:, None], (B, T))
+    read = alignment.read_levels(q, scales, lax.cumsum(g, axis=1), position, start)
+    end = _device_step(start, piece, pieces).levels[:, :, 1:]
+    L = level_scales.shape[-1]
+    end = jnp.pad(end, [(0, 0), (0, 0), (level, L), (0, 0), (0, 0)])[:, :, :L]
+    state = LogLinearState(end, jnp.full_like(start.position, size * T))
+    return (o.astype(f32) + read).astype(o.dtype), sequence.from_last(state, axis)
+
+
+def _device_step(state, piece, _):
+    """A whole device's tokens as one token of the tree over devices."""
+    total, tokens = piece
+    position = state.position + 1
+    highest = alignment.bit_length(state.position ^ position)
+    level = jnp.arange(state.levels.shape[2], dtype=i32)[None]
+    here = (level == highest[:, None])[:, None, :, None, None]
+    levels = alignment.merged_levels(state, total, position)
+    return LogLinearState(levels + jnp.where(here, tokens[:, :, None], 0.0), position)
+
+
+# ABC's running normaliser, a state of its own.
+
+
+def abc_gates(
+    s: SlotWrites, segment_ids: SegmentIds | None, axis: str
+) -> tuple[jax.Array, jax.Array]:
+    """ABC's writes and decays of a piece, from its logits; see `jla._core.parts.abc_gates`."""
+    s = sequence.varying(s, axis)
+    starts = None if segment_ids is None else segment_starts(segment_ids)
+    return parts.abc_gates(s, starts, functools.partial(_abc_past, segment_ids, axis))
+
+
+def _abc_past(segment_ids, axis, z):
+    """The logsumexp of ABC's logits that the piece's first token continues, [B, H, M], and whether
+    there is one, [B]; z [B, L, H, M] is the running one of the piece alone."""
+    B, L = z.shape[:2]
+
+    def step(state, z, _):
+        before, there = state
+        joined = jnp.where(there[:, None, None], jnp.logaddexp(before, z), z)
+        return joined, jnp.ones_like(there)
+
+    nothing = jnp.zeros_like(z[:, 0]), jnp.zeros(B, bool)
+    pieces = sequence.links(segment_ids, B, L, axis)
+    return sequence.entering(step, z[:, -1], nothing, pieces, axis)
