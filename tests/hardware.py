@@ -14,7 +14,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax._src.pallas.mosaic_gpu.interpret.shared_memory import HostAllocationKey
 
-from jla.pallas.common.mosaic import OPERAND
+from jla.pallas.common.mosaic import OPERAND, RIGHT
 
 
 def check_more():
@@ -90,7 +90,7 @@ def _told_of_barriers(interpret):
 
 def _with_accesses(initialize):
     """The memory of a kernel without such barriers, with what each warpgroup's warps have done
-    to it since they met: {thread: [(key, place, transposition, of a product, stored, frame)]}."""
+    to it since they met: {thread: [(key, place, transposition, by all, stored, frame)]}."""
 
     @functools.wraps(initialize)
     def run(*, interpret_params, **arguments):
@@ -125,8 +125,8 @@ def _warps_have_met(thread, key, transforms, source_info, *, stores):
     """Without Mosaic's barriers no warp may store what another still reads, nor read what another
     has just stored. For the interpreter a warpgroup is one thread.
 
-    A product reads all of its operands in each warp. Else each warp has rows of its own, which are
-    others only where a tile is stored as it is and loaded transposed.
+    A product reads all of its right operand in each warp. Else each warp has rows of its own, which
+    are others only where a tile is stored as it is and read transposed.
     """
     memory = gpu_callbacks._get_shared_memory()
     if thread is None or memory.accesses is None:
@@ -134,19 +134,19 @@ def _warps_have_met(thread, key, transforms, source_info, *, stores):
     key = HostAllocationKey.from_array(key)
     transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
     access = memory.access(key, transforms)
-    of_product = source_info is not None and OPERAND in str(source_info.name_stack)
+    whole = source_info is not None and RIGHT in str(source_info.name_stack)
     frame = "" if source_info is None else source_info_util.summarize(source_info)
     before = memory.accesses.setdefault(thread, [])
-    for other, place, permutation, product, stored, where in before:
+    for other, place, permutation, by_all, stored, where in before:
         if other != key or not (stores or stored):
             continue
-        across = product or of_product or permutation != access.permutation
+        across = by_all or whole or permutation != access.permutation
         if across and race_detection_state._ranges_overlap(access.range, place):
             raise RuntimeError(
                 f"one warp may still {'store' if stored else 'read'} ({where}) what another "
                 f"{'stores' if stores else 'reads'} ({frame}): no `commit_smem` between"
             )
-    before.append((key, access.range, access.permutation, of_product, stores, frame))
+    before.append((key, access.range, access.permutation, whole, stores, frame))
 
 
 def _stays_in_its_row(
