@@ -26,6 +26,14 @@ def refusal(message):
         hardware.gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
+def run_on_a_square(body, message, *, tiles=1, **options):
+    square = jax.ShapeDtypeStruct((64, 64), f32)
+    scratch = [mosaic.tile(64, 64)] * tiles
+    run = mosaic.kernel(body, out_type=square, scratch_types=scratch, **options)
+    with jla.pallas.interpret(), refusal(message):
+        jax.block_until_ready(run(jnp.eye(64, dtype=bf16)))
+
+
 @pytest.mark.parametrize("commits", [True, False])
 def test_a_products_operand_is_committed(commits):
     def body(x_ref, y_ref, tile):
@@ -34,10 +42,52 @@ def test_a_products_operand_is_committed(commits):
             plgpu.commit_smem()
         y_ref[...] = mosaic.product((tile, tile.T))
 
-    square = jax.ShapeDtypeStruct((64, 64), f32)
-    run = mosaic.kernel(body, out_type=square, scratch_types=[mosaic.tile(64, 64)])
-    with jla.pallas.interpret(), refusal(None if commits else "no `commit_smem` before"):
-        jax.block_until_ready(run(jnp.eye(64, dtype=bf16)))
+    run_on_a_square(body, None if commits else "no `commit_smem` before")
+
+
+@pytest.mark.parametrize(
+    "automatic, commits, message",
+    [(True, False, None), (False, True, None), (False, False, "one warp may still read")],
+)
+def test_warps_meet_before_a_store_over_a_products_operand(automatic, commits, message):
+    """The interpreter knows no warps: it calls no such store a race."""
+
+    def body(x_ref, y_ref, tile):
+        tile[...] = x_ref[...]
+        plgpu.commit_smem()
+        y_ref[...] = mosaic.product((mosaic.load(x_ref).astype(bf16), tile))
+        if commits:
+            plgpu.commit_smem()
+        tile[...] = x_ref[...]
+
+    run_on_a_square(body, message, automatic_barriers=automatic)
+
+
+@pytest.mark.parametrize(
+    "write, read, commits, message",
+    [
+        # A left operand's rows are read by the warp that stores them.
+        (False, "left", False, None),
+        (False, "transposed", False, "one warp may still read"),
+        (True, "straight", False, None),
+        (True, "transposed", True, None),
+        (True, "transposed", False, "one warp may still store"),
+    ],
+)
+def test_warps_meet_before_they_touch_anothers_rows(write, read, commits, message):
+    def body(x_ref, y_ref, tile, other):
+        tile[...] = x_ref[...]
+        other[...] = x_ref[...]
+        if commits or not write:
+            plgpu.commit_smem()
+        if read == "left":
+            y_ref[...] = mosaic.product((tile, other))
+        else:
+            y_ref[...] = mosaic.load(tile.T if read == "transposed" else tile)
+        if not write:
+            tile[...] = x_ref[...]
+
+    run_on_a_square(body, message, tiles=2, automatic_barriers=False)
 
 
 @pytest.mark.parametrize(

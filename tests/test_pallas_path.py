@@ -21,7 +21,7 @@ import jla.pallas
 from jla import PathCache
 from jla._core import path_cache as around
 from jla.pallas import path_attention as kernels
-from jla.pallas.path_attention import dyadic, step
+from jla.pallas.path_attention import chains, dyadic, step
 from jla.reference import path_attention as reference
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -110,6 +110,37 @@ def test_several_leaves_are_the_reference(T, H, HQ):
     want = evaluated(definition)(arrays, cotangent, ids)
     assert largest_error(got[0], want[0]) < 5e-3
     assert largest_error(got[1], want[1]) < 1e-2
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_chains_move_each_head_by_its_own_transforms(right):
+    """Four leaves, two heads of queries, or of keys, to each of the transforms'."""
+    leaves, H, heads, K = 4, 2, 4, 64
+    counts = (dyadic.query_counts if right else dyadic.key_counts)(leaves)
+    blocks = dyadic.block_counts(leaves)
+    versions = np.array(normal(0, 1, heads, sum(counts) * dyadic.LEAF, K).astype(f16))
+    transforms = normal(1, 1, H, sum(blocks), K, K).astype(f16) / 8
+    want, moved = versions.astype(np.float32), 0
+    for h, leaf in itertools.product(range(heads), range(leaves)):
+        before = passed = None
+        for m in range(dyadic.number(leaves)):
+            half = leaf >> m
+            sibling = half ^ 1
+            if half % 2 != right or (not right and sibling << m >= leaves):
+                continue  # a query's version is for keys before it, a key's for queries behind it
+            first = dyadic.LEAF * int(dyadic.place(counts, jnp.int32(leaf), m))
+            rows = slice(first, first + dyadic.LEAF)
+            if before is not None:
+                matrix = np.asarray(transforms[0, h // 2, passed], np.float32)
+                want[0, h, rows] = before @ (matrix if right else matrix.T)
+                versions[0, h, rows] = 0
+                moved += 1
+            before, passed = want[0, h, rows], dyadic.offset(blocks, m) + sibling
+    assert moved == heads
+    run = chains.query_chains if right else chains.key_chains
+    with jla.pallas.interpret():
+        got = run(jnp.asarray(versions), transforms, leaves)
+    assert largest_error(got, want) < 1e-3
 
 
 def check_parts(context, monkeypatch, *shape, **sizes):

@@ -30,8 +30,10 @@ WGMMA_TRANSPOSED_LAYOUT = plgpu.Layout.WGMMA_TRANSPOSED
 TILE_ROWS = 8
 TRANSFORMS = (plgpu.TilingTransform((TILE_ROWS, 64)), plgpu.SwizzleTransform(128))
 
-# The scope in which the interpreter reads a product's operands; tests/hardware.py knows them by it.
+# The scopes in which the interpreter reads a product's operands; tests/hardware.py knows them by
+# them. Of the left one each warp reads its rows, of the right one all.
 OPERAND = "operand_of_a_product"
+LEFT, RIGHT = f"left_{OPERAND}", f"right_{OPERAND}"
 
 
 @contextlib.contextmanager
@@ -91,11 +93,12 @@ def product(*pairs, init=None, meanwhile=None):
     """
     if interpreting():
 
-        def value(x):
-            with jax.named_scope(OPERAND):
+        def value(x, scope):
+            with jax.named_scope(scope):
                 return (x if isinstance(x, jax.Array) else x[...]).astype(f32)
 
-        total = sum(jnp.dot(value(a), value(b), precision=lax.Precision.HIGHEST) for a, b in pairs)
+        operands = ((value(a, LEFT), value(b, RIGHT)) for a, b in pairs)
+        total = sum(jnp.dot(a, b, precision=lax.Precision.HIGHEST) for a, b in operands)
         if meanwhile is not None:
             meanwhile()
         return total if init is None else total + init

@@ -112,7 +112,7 @@ def _body(refs, *, group, v_tiles, scale):
     # 3. M^-1, w and u.
     inverse = chunks.unit_triangular_inverse(a * beta, (refs.work.at[0], refs.work.at[1]))
     inverse = inverse.astype(bf16)
-    plgpu.commit_smem()
+    plgpu.commit_smem()  # all warps are done with `work`; with `keep`, `_put` would see to it, too
     if keep:
         _put(spare, inverse, refs.inverse.at[b, h, n])
     for i in range(k_tiles):
@@ -167,7 +167,7 @@ def _scores(sq, sk, work, sg, k_tiles):
     def level_step(level, scores):
         by_key, by_query = scores
         mask = chunks.mask_operand(chunks.level_decay_mask(level))
-        plgpu.commit_smem()
+        plgpu.commit_smem()  # all warps are done with the products of the level before
         queries = []
         for i in tiles:
             decay = chunks.decays(mask, sg.at[i]).astype(bf16)
