@@ -85,9 +85,8 @@ def gsa(
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
       implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
         "pallas" (kernels for Hopper GPUs; K and V up to 256, up to 128 slots, no float32), "triton"
-        (kernels for NVIDIA GPUs from Ampere on, with the extra jla[triton]; K, V and M up to 256;
-        by name alone for now), or None for the fastest other one that supports these arguments
-        here.
+        (kernels for NVIDIA GPUs from Ampere on, with the extra jla[triton]; K, V and M up to 256),
+        or None for the first of "pallas", "triton" and "xla" that supports these arguments here.
 
     Returns:
       The outputs, [B, T, HQ, V], of v's dtype, and the `GSAState` after the last token (with
