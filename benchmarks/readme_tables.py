@@ -24,7 +24,7 @@ MIXERS = {
         "in doubt: it has the smallest state, and Kimi Linear uses it",
         "T",
         "any",
-        "Hopper",
+        "NVIDIA, from Ampere on",
     ),
     "gsa": (
         "GSA",
@@ -33,7 +33,7 @@ MIXERS = {
         "you want a softmax over a few slots instead of all tokens; pass `conv_size=4`",
         "T",
         "any",
-        "Hopper",
+        "NVIDIA, from Ampere on",
     ),
     "mesa": (
         "MesaNet",
@@ -42,7 +42,7 @@ MIXERS = {
         "recall matters most and the state must not grow",
         "T, for each iteration",
         "any",
-        "Hopper",
+        "NVIDIA, from Ampere on",
     ),
     "log_linear": (
         "Log-linear",
@@ -51,7 +51,7 @@ MIXERS = {
         "training must be fast and the longest length is known",
         "T log T",
         LEVELS,
-        "Hopper",
+        "NVIDIA, from Ampere on",
     ),
     "path": (
         "PaTH",
@@ -60,7 +60,7 @@ MIXERS = {
         "you want softmax attention with positions that depend on the data, at moderate lengths",
         "T²",
         CAPACITY,
-        "Hopper",
+        "NVIDIA, from Ampere on",
     ),
     "attention": (
         "Softmax",
