@@ -74,6 +74,11 @@ MIXERS = {
 }
 CG_STEPS = inspect.signature(mesa_net).parameters["cg_steps"].default
 PEERS = ("fla", "jax-linear-attention")
+TRITON = {
+    "triton": '`"triton"`',
+    "triton as sm_80": "compiled for 8.0",
+    "triton as sm_89": "compiled for 8.9",
+}
 
 
 def speed_picture(_):
@@ -122,7 +127,7 @@ def speeds(found):
     row, meta, _ = found["kda", "main", "forward", "pallas"]
     slots = found["gsa", "main", "forward", "pallas"][0]["M"]
     fla, peer = (f"{peer} {versions[peer]}" for peer in PEERS)
-    titles = ["", "jla", fla, "others", peer]
+    titles = ["", "jla", *(TRITON.values()), fla, "others", peer]
     lines = header(titles)
     rows = {
         "KDA": ("kda", "", "FlashKDA"),
@@ -136,15 +141,15 @@ def speeds(found):
     for title, (mechanism, how, other) in rows.items():
         # fla always makes all iterations; ours may stop early.
         fla = "fla" if mechanism != "mesa" or how else None
-        of = [times(found, mechanism, "pallas", how)]
+        of = [times(found, mechanism, who, how) for who in ("pallas", *TRITON)]
         of += [times(found, mechanism, who) for who in (fla, other, "jax-linear-attention")]
         best = [min((t[i] for t in of if t[i]), default=None) for i in range(2)]
         cells = [cell(t, best) for t in of]
         if other:
-            cells[2] = f"{other}: {cells[2]}"
+            cells[-2] = f"{other}: {cells[-2]}"
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     softmax = cell(times(found, "kda", "cudnn attention"), (None, None))
-    lines.append(f"| Softmax attention | | | cuDNN: {softmax} | |")
+    lines.append(f"| Softmax attention | {'| ' * len(TRITON)}| | cuDNN: {softmax} | |")
     about = f"""
         Milliseconds of forward / forward + backward on an {meta["card"]}; {row["dtype"]},
         B={row["B"]} T={row["T"]} H={row["H"]} K=V={row["D"]}; GSA with {slots} slots, log-linear

@@ -78,7 +78,6 @@ SECTIONS = {
         "picture": readme_tables.speed_picture,
         "choice": readme_tables.choice,
         "speeds": lambda folder: readme_tables.speeds(newest(folder)),
-        "triton": lambda folder: triton_tables.readme(newest(folder)),
         "behind": lambda folder: readme_tables.behind(newest(folder), folder),
     },
     "benchmarks/README.md": {

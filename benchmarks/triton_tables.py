@@ -1,16 +1,9 @@
-"""Times of Triton's kernels beside the others', for README and docs/triton.md."""
+"""Times of Triton's kernels beside the others', for docs/triton.md."""
 
 from benchmarks.model_tables import NAMES, header, origin, paragraph, sources
-from benchmarks.readme_tables import MIXERS
+from benchmarks.readme_tables import TRITON
 
-COLUMNS = {
-    '`"triton"`': "triton",
-    "as for 8.0": "triton as sm_80",
-    "as for 8.9": "triton as sm_89",
-    '`"pallas"`': "pallas",
-    '`"xla"`': "xla",
-    "fla": "fla",
-}
+COLUMNS = TRITON | {"pallas": '`"pallas"`', "xla": '`"xla"`', "fla": "fla"}
 # What a row is: its mechanism, its shape, and what stands before its measures' names.
 ROWS = {
     **{name: (name, "main", "") for name in ("kda", "gsa", "mesa")},
@@ -18,41 +11,26 @@ ROWS = {
     **{name: (name, "main", "") for name in ("log_linear", "path", "path_fox")},
 }
 IN_FLOAT32 = "kda", "float32", "bare_"
-AS = {"8.0": "triton as sm_80", "8.9": "triton as sm_89"}
-
-
-def readme(found):
-    """Forward + backward, for README."""
-    names = {name: MIXERS[name][0] for name in ROWS if name in MIXERS}
-    names |= {"mesa, all iterations": "MesaNet, all iterations", "path_fox": "PaTH with gates"}
-    lines = header(["", *COLUMNS])
-    for name, row in ROWS.items():
-        cells = [_shown(_ms(found, *row, "backward", who)) for who in _compared(name)]
-        lines.append(f"| {names[name]} | " + " | ".join(cells) + " |")
-    about = """
-        Forward + backward on the same H200, in the same case: `"triton"` as it runs there, and as
-        it is compiled for compute capability 8.0 (A100) and 8.9 (L4, L40S, RTX 40). Empty: not
-        measured. [docs/triton.md] has the rest."""
-    return "\n".join([*lines, "", paragraph(about)])
+COMPILED_AS = "triton as sm_80", "triton as sm_89"
 
 
 def measured(found):
     """Forward / forward + backward, and how that compares, for docs/triton.md."""
     used = set()
-    lines = header(["", *COLUMNS])
+    lines = header(["", *COLUMNS.values()])
     for name, row in ROWS.items():
         lines.append(_line(_named(name), found, row, _compared(name), used))
-    whose = [who if who in ("triton", "xla") else None for who in COLUMNS.values()]
+    whose = [who if who in ("triton", "xla") else None for who in COLUMNS]
     lines.append(_line("`kda` in float32", found, IN_FLOAT32, whose, used))
-    times = [_times_xla(found, ROWS[name]) for name in ROWS]
-    faster = [f"`{name}` {ratios}" for name, ratios in zip(ROWS, times, strict=True) if ratios]
+    times = {_named(name): _times_xla(found, row) for name, row in ROWS.items()}
+    faster = [f"{name} {ratios}" for name, ratios in times.items() if ratios]
     missing = [_named(name) for name in ROWS if not _ms(found, *ROWS[name], "backward", "xla")]
     missing = [name for name in missing if "iterations" not in name]  # XLA's can stop early alone
     about = f"""Forward + backward, so many times as fast as `"xla"` as compiled for 8.0 and 8.9:
         {", ".join(faster)}. The target is 3."""
     if missing:
-        about += f""" `"xla"` was not timed on an H200 for {", ".join(missing)}, so whether they
-        reach it is not known."""
+        about += f""" `"xla"` was not timed on an H200 for {", ".join(missing)}: whether they reach
+        it is not known."""
     steps = header(["a step, ms", '`"triton"`', '`"pallas"`', '`"xla"`', "fla"])
     for name in ("kda", "gsa", "mesa", "log_linear", "path"):
         cells = []
@@ -74,7 +52,7 @@ def _line(title, found, row, whose, used):
 
 def _compared(name):
     """Whose time a row shows. fla always makes all of MesaNet's iterations."""
-    return [None if (name, who) == ("mesa", "fla") else who for who in COLUMNS.values()]
+    return [None if (name, who) == ("mesa", "fla") else who for who in COLUMNS]
 
 
 def _ms(found, mechanism, shape, how, what, who, used=None):
@@ -93,7 +71,7 @@ def _shown(ms, form="{:.2f}"):
 
 def _times_xla(found, row):
     xla = _ms(found, *row, "backward", "xla")
-    ours = [_ms(found, *row, "backward", who) for who in AS.values()]
+    ours = [_ms(found, *row, "backward", who) for who in COMPILED_AS]
     return " and ".join(f"{xla / t:.1f}" for t in ours) if xla and all(ours) else ""
 
 
