@@ -27,7 +27,7 @@ help:
 	@echo 'make test-oldest  run a selection with the oldest JAX that is supported, in $(OLDEST)'
 	@echo 'make test-gpu  run the tests that need an H100 or H200, on one or two'
 	@echo 'make lint   check style, formatting and types'
-	@echo 'make tables write the tables of both READMEs and draw docs/pictures, from benchmarks/results'
+	@echo 'make tables write the tables of READMEs and docs and draw docs/pictures, from benchmarks/results'
 	@echo 'make clean  remove the virtual environment and the demo'"'"'s output'
 	@echo
 	@echo 'All but clean build $(VENV) when it is missing or pyproject.toml has changed.'

@@ -24,7 +24,7 @@ MIXERS = {
         "in doubt: it has the smallest state, and Kimi Linear uses it",
         "T",
         "any",
-        "Hopper",
+        "NVIDIA, from Ampere on",
     ),
     "gsa": (
         "GSA",
@@ -33,7 +33,7 @@ MIXERS = {
         "you want a softmax over a few slots instead of all tokens; pass `conv_size=4`",
         "T",
         "any",
-        "Hopper",
+        "NVIDIA, from Ampere on",
     ),
     "mesa": (
         "MesaNet",
@@ -42,7 +42,7 @@ MIXERS = {
         "recall matters most and the state must not grow",
         "T, for each iteration",
         "any",
-        "Hopper",
+        "NVIDIA, from Ampere on",
     ),
     "log_linear": (
         "Log-linear",
@@ -51,7 +51,7 @@ MIXERS = {
         "training must be fast and the longest length is known",
         "T log T",
         LEVELS,
-        "Hopper",
+        "NVIDIA, from Ampere on",
     ),
     "path": (
         "PaTH",
@@ -60,7 +60,7 @@ MIXERS = {
         "you want softmax attention with positions that depend on the data, at moderate lengths",
         "T²",
         CAPACITY,
-        "Hopper",
+        "NVIDIA, from Ampere on",
     ),
     "attention": (
         "Softmax",
@@ -74,6 +74,11 @@ MIXERS = {
 }
 CG_STEPS = inspect.signature(mesa_net).parameters["cg_steps"].default
 PEERS = ("fla", "jax-linear-attention")
+TRITON = {
+    "triton": '`"triton"`',
+    "triton as sm_80": "compiled for 8.0",
+    "triton as sm_89": "compiled for 8.9",
+}
 
 
 def speed_picture(_):
@@ -122,7 +127,7 @@ def speeds(found):
     row, meta, _ = found["kda", "main", "forward", "pallas"]
     slots = found["gsa", "main", "forward", "pallas"][0]["M"]
     fla, peer = (f"{peer} {versions[peer]}" for peer in PEERS)
-    titles = ["", "jla", fla, "others", peer]
+    titles = ["", "jla", *(TRITON.values()), fla, "others", peer]
     lines = header(titles)
     rows = {
         "KDA": ("kda", "", "FlashKDA"),
@@ -136,15 +141,15 @@ def speeds(found):
     for title, (mechanism, how, other) in rows.items():
         # fla always makes all iterations; ours may stop early.
         fla = "fla" if mechanism != "mesa" or how else None
-        of = [times(found, mechanism, "pallas", how)]
+        of = [times(found, mechanism, who, how) for who in ("pallas", *TRITON)]
         of += [times(found, mechanism, who) for who in (fla, other, "jax-linear-attention")]
         best = [min((t[i] for t in of if t[i]), default=None) for i in range(2)]
         cells = [cell(t, best) for t in of]
         if other:
-            cells[2] = f"{other}: {cells[2]}"
+            cells[-2] = f"{other}: {cells[-2]}"
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     softmax = cell(times(found, "kda", "cudnn attention"), (None, None))
-    lines.append(f"| Softmax attention | | | cuDNN: {softmax} | |")
+    lines.append(f"| Softmax attention | {'| ' * len(TRITON)}| | cuDNN: {softmax} | |")
     about = f"""
         Milliseconds of forward / forward + backward on an {meta["card"]}; {row["dtype"]},
         B={row["B"]} T={row["T"]} H={row["H"]} K=V={row["D"]}; GSA with {slots} slots, log-linear

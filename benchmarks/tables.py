@@ -1,9 +1,10 @@
-"""Writes the tables of README and of benchmarks/README from benchmarks/results: `make tables`."""
+"""Writes the tables of README, benchmarks/README and docs/triton.md from benchmarks/results:
+`make tables`."""
 
 import json
 import pathlib
 
-from benchmarks import model_tables, readme_tables
+from benchmarks import model_tables, readme_tables, triton_tables
 from benchmarks.model_tables import NAMES, header, origin, sources
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -50,16 +51,20 @@ def times(found):
             yield form.format(row[column]) if row.get(column) is not None else ""
 
     lines = header(["", *(title for title, *_ in COLUMNS)])
-    labels = {"pallas": "", "xla": ', `"xla"`'} | {peer: f", {peer}" for peer in PEERS}
+    labels = {"pallas": "", "triton": ', `"triton"`'}
+    labels |= {f"triton as {x}": f', `"triton"` as {x}' for x in ("sm_80", "sm_89")}
+    labels |= {"xla": ', `"xla"`'} | {peer: f", {peer}" for peer in PEERS}
     for name, title in NAMES.items():
         for implementation, suffix in labels.items():
             values = list(cells(name, implementation))
             if any(values):
                 lines.append(f"| `{title}`{suffix} | " + " | ".join(values) + " |")
     forced = [("main", f"forced_{what}", "ms") for what in ("forward", "backward")]
-    values = list(cells("mesa", "pallas", forced))
-    if any(values):
-        lines.append("| `mesa_net`, all 30 iterations | " + " | ".join(values) + " | | | |")
+    for implementation in ("pallas", "triton"):
+        values = list(cells("mesa", implementation, forced))
+        if any(values):
+            title = f"`mesa_net`, all 30 iterations{labels[implementation]}"
+            lines.append(f"| {title} | " + " | ".join(values) + " | | | |")
     values = list(cells("kda", "cudnn attention"))
     if any(values):
         values[-1] = ""  # it was compiled for another mechanism's comparison
@@ -80,6 +85,9 @@ SECTIONS = {
         "language models": model_tables.language_models,
         "generation": model_tables.generation,
         "recall": model_tables.recall,
+    },
+    "docs/triton.md": {
+        "measured": lambda folder: triton_tables.measured(newest(folder)),
     },
 }
 

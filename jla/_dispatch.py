@@ -17,9 +17,6 @@ from jla._core.types import Array, Implementation, State
 # `unsupported_device()`, and each of its modules `unsupported(name, *arrays)`: why it cannot be
 # imported or cannot serve, or None. "xla" and "reference" serve every call.
 BACKENDS = ("pallas", "triton")
-# Those of them that are taken where no implementation is named. Triton's kernels serve by name
-# alone until all of them have been run on a GPU (docs/triton.md says which were).
-TAKEN = ("pallas",)
 
 # The module, inside the package of each implementation, that holds a function: the public ones, and
 # those of `jla._fused`.
@@ -62,8 +59,8 @@ def choose(
 
     Args:
       name: of a function in `_MODULES`.
-      implementation: "reference", "xla", one of `BACKENDS`, or None for the first of `TAKEN` that
-        serves, and else "xla".
+      implementation: "reference", "xla", one of `BACKENDS`, or None for the first of `BACKENDS`
+        that serves, and else "xla".
       arrays: the function's arrays, caches and None, in its order.
       options: settings that a backend may not have.
 
@@ -76,10 +73,11 @@ def choose(
     if implementation not in (None, *BACKENDS):
         return getattr(_module(implementation, name), name)
     reasons: dict[str, str | None] = {}
-    for backend in TAKEN if implementation is None else (implementation, *BACKENDS):
-        if backend not in reasons:
-            asked_for = backend == implementation
-            reasons[backend] = _why_not(backend, name, arrays, options, asked_for=asked_for)
+    # The named one first, then all others: an error says which of them serve.
+    named = () if implementation is None else (implementation,)
+    for backend in dict.fromkeys((*named, *BACKENDS)):
+        asked_for = backend == implementation
+        reasons[backend] = _why_not(backend, name, arrays, options, asked_for=asked_for)
         if reasons[backend] is None and implementation in (None, backend):
             return getattr(_module(backend, name), name)
     if implementation is None:

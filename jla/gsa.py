@@ -91,9 +91,8 @@ def gsa(
         of them. None: T is whole. `jla.sharded` takes whole arrays.
       implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
         "pallas" (kernels for Hopper GPUs; K and V up to 256, up to 128 slots, no float32), "triton"
-        (kernels for NVIDIA GPUs from Ampere on, with the extra jla[triton]; K, V and M up to 256;
-        by name alone for now), or None for the fastest other one that supports these arguments
-        here.
+        (kernels for NVIDIA GPUs from Ampere on, with the extra jla[triton]; K, V and M up to 256),
+        or None for the first of "pallas", "triton" and "xla" that supports these arguments here.
 
     Returns:
       The outputs, [B, T, HQ, V], of v's dtype, and the `GSAState` after the last token (with

@@ -108,8 +108,8 @@ def mesa_net(
         of them. None: T is whole. `jla.sharded` takes whole arrays.
       implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
         "pallas" (kernels for Hopper GPUs), "triton" (kernels for NVIDIA GPUs from Ampere on, with
-        the extra jla[triton]; by name alone for now), or None for the fastest other one that
-        supports these arguments here.
+        the extra jla[triton]), or None for the first of "pallas", "triton" and "xla" that supports
+        these arguments here.
 
     Returns:
       The outputs, [B, T, H, V], of v's dtype, and the `MesaState` after the last token (with

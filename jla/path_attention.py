@@ -137,8 +137,8 @@ def path_attention(
         arrays.
       implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
         "pallas" (kernels for Hopper GPUs), "triton" (kernels for NVIDIA GPUs from Ampere on, with
-        the extra jla[triton]; by name alone for now), or None for the fastest other one that
-        supports these arguments here.
+        the extra jla[triton]), or None for the first of "pallas", "triton" and "xla" that supports
+        these arguments here.
 
     Returns:
       The outputs, [B, T, HQ, V], of v's dtype, and the `PathCache` after the last token, or None.

@@ -3,6 +3,7 @@ one never falls back. Values of the kernels are in tests/test_pallas_*."""
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable
 
 import jax
@@ -180,5 +181,21 @@ def test_every_backend_gives_its_reason(monkeypatch):
     reasons["triton"] = None
     with pytest.raises(NotImplementedError, match='"triton" or implementation="xla" can'):
         _dispatch.choose("kda", "pallas")
-    # By name alone, for now.
-    assert _dispatch.choose("kda", None) is _dispatch.choose("kda", "xla")
+
+
+def test_without_a_name_the_first_that_serves_is_taken(monkeypatch):
+    """Pallas, Triton, then XLA; and nothing is asked of those behind the one taken."""
+    reasons, asked = {"pallas": None, "triton": None}, []
+
+    def why_not(backend, *_, asked_for, **__):
+        assert not asked_for
+        asked.append(backend)
+        return reasons[backend]
+
+    monkeypatch.setattr(_dispatch, "_why_not", why_not)
+    monkeypatch.setattr(_dispatch, "_module", lambda package, _: types.SimpleNamespace(kda=package))
+    assert _dispatch.choose("kda", None) == "pallas" and asked == ["pallas"]
+    reasons["pallas"] = "too old"
+    assert _dispatch.choose("kda", None) == "triton"
+    reasons["triton"] = "too new"
+    assert _dispatch.choose("kda", None) == "xla"

@@ -59,6 +59,24 @@ def zeros(x):
     return jnp.zeros(x.shape, x.dtype)
 
 
+@pytest.mark.parametrize(
+    "capability, dtype, taken",
+    [
+        ("9.0", jnp.bfloat16, "pallas"),
+        ("9.0", f32, "triton"),
+        ("8.0", jnp.bfloat16, "triton"),
+        ("12.0", f32, "triton"),
+        ("7.5", jnp.bfloat16, "xla"),
+    ],
+)
+def test_what_a_gpu_gets(capability, dtype, taken, monkeypatch, on_a_gpu):
+    """README's table, where no implementation is named."""
+    monkeypatch.setattr(jax, "local_devices", lambda: [device(capability=capability)])
+    monkeypatch.setattr(jla.triton, "_reasons", {"triton": None, "jax_triton": None})
+    arrays = [SDS((1, 2, 1, 16), dtype)] * 3
+    assert jla._dispatch.choose("kda", None, *arrays).__module__.startswith(f"jla.{taken}.")
+
+
 @pytest.mark.parametrize("package", ["triton", "jax_triton"])
 def test_without_a_package(package, monkeypatch, on_a_gpu):
     """By name it says how to get it; the default takes another implementation."""
