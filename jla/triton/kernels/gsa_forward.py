@@ -4,8 +4,6 @@ import triton
 import triton.language as tl
 
 from jla.triton.kernels.gsa_slots import (
-    CHUNK,
-    LEVELS,
     LOG2E,
     NEAR,
     NOT_A_NUMBER,
@@ -31,8 +29,8 @@ from jla.triton.kernels.gsa_slots import (
     program,
     states_of,
     store_tile,
-    zeros,
 )
+from jla.triton.kernels.pieces import CHUNK, LEVELS, zeros
 
 
 @triton.jit

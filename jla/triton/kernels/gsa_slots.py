@@ -38,8 +38,8 @@ whether the inputs are float32. s, p and dlogits have the operands' dtype.
 import triton
 import triton.language as tl
 
-CHUNK = tl.constexpr(64)
-LEVELS = tl.constexpr(6)
+from jla.triton.kernels.pieces import CHUNK, LEVELS, by_row, dot_add, zeros
+
 UNIT = tl.constexpr(2.0**-17)  # of G
 STRONGEST = tl.constexpr(-254.0)
 NOT_A_NUMBER = tl.constexpr(-(2**31))  # in G of a chunk with such a log decay
@@ -59,19 +59,13 @@ def operand(x, FLOAT32: tl.constexpr):
 @triton.jit
 def product(a, b, acc, FLOAT32: tl.constexpr):
     """a @ b + acc, float32."""
-    return tl.dot(operand(a, FLOAT32), operand(b, FLOAT32), acc=acc, input_precision="tf32x3")
+    return dot_add(operand(a, FLOAT32), operand(b, FLOAT32), acc)
 
 
 @triton.jit
 def made(x, FLOAT32: tl.constexpr):
-    """x, [CHUNK, ...], made of what was loaded, as an operand.
-
-    Triton would load each of x's parts in the layout of an operand of mma.sync, in which several
-    warps have the same numbers, and compute there: with twice to four times the registers. It does
-    not where a number depends on its row.
-    """
-    x = operand(x, FLOAT32)
-    return tl.where((tl.arange(0, CHUNK) >= 0)[:, None], x, tl.zeros_like(x))
+    """x, made of what was loaded, as an operand: see `by_row`."""
+    return by_row(operand(x, FLOAT32))
 
 
 @triton.jit
@@ -83,11 +77,6 @@ def sums_from(x, FLOAT32: tl.constexpr):
     if not FLOAT32:
         sums = product(onwards, x - high.to(tl.float32), sums, FLOAT32)
     return sums
-
-
-@triton.jit
-def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    return tl.zeros((ROWS, COLUMNS), tl.float32)
 
 
 @triton.jit

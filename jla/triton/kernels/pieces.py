@@ -1,4 +1,4 @@
-"""What the kernels of all mechanisms share: tiles of tokens, the tree of decays, the inverse.
+"""What the kernels of several mechanisms share: products, tiles, masks, decays, the inverse.
 
 A chunk has 64 tokens. Inside a kernel, `i` and `j` are a chunk's tokens and exponents are in base
 2. Products take operands of the inputs' dtype and add in float32; float32 operands are multiplied
@@ -33,6 +33,26 @@ def dot_add(a, b, acc):
 
 
 @triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where products are added, float32."""
+    return tl.zeros((ROWS, COLUMNS), tl.float32)
+
+
+@triton.jit
+def by_row(x):
+    """x, [64, ...], made of what was loaded, before it becomes an operand.
+
+    Triton would load each of x's parts in the layout of an operand of mma.sync, in which several
+    warps have the same numbers, and compute there: with twice to four times the registers. It does
+    not where a number depends on its row.
+    """
+    return tl.where((tl.arange(0, CHUNK) >= 0)[:, None], x, tl.zeros_like(x))
+
+
+# ------------------------------------------------------------------------------ tiles
+
+
+@triton.jit
 def place(parts: tl.constexpr, N, HV: tl.constexpr):
     """A program's part of a chunk (the fastest), value head, chunk and batch row (the slowest).
 
@@ -47,17 +67,23 @@ def place(parts: tl.constexpr, N, HV: tl.constexpr):
 
 
 @triton.jit
+def tile_at(ptr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers to WIDTH columns of ROWS rows, which are D numbers apart, from `ptr` on."""
+    return ptr + tl.arange(0, ROWS)[:, None] * D + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
 def token_tile(ptr, b, n, h, column, T, H: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
     """Pointers to W columns, from `column`, of a chunk's tokens in an array [B, T, H, D]."""
     base = ptr + ((b * T + n * CHUNK).to(tl.int64) * H + h) * D + column
-    return base + tl.arange(0, CHUNK)[:, None] * (H * D) + tl.arange(0, W)[None, :]
+    return tile_at(base, H * D, CHUNK, W)
 
 
 @triton.jit
 def chunk_tile(ptr, b, n, h, column, N, HV: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
     """As `token_tile`, in an array between kernels, [B, HV, N * 64, D]."""
     base = ptr + ((b * HV + h) * N + n).to(tl.int64) * (CHUNK * D) + column
-    return base + tl.arange(0, CHUNK)[:, None] * D + tl.arange(0, W)[None, :]
+    return tile_at(base, D, CHUNK, W)
 
 
 @triton.jit
