@@ -38,7 +38,15 @@ whether the inputs are float32. s, p and dlogits have the operands' dtype.
 import triton
 import triton.language as tl
 
-from jla.triton.kernels.pieces import CHUNK, LEVELS, by_row, dot_add, zeros
+from jla.triton.kernels.pieces import (
+    CHUNK,
+    LEVELS,
+    by_row,
+    dot_add,
+    load_matrix,
+    same,
+    zeros,
+)
 
 UNIT = tl.constexpr(2.0**-17)  # of G
 STRONGEST = tl.constexpr(-254.0)
@@ -201,6 +209,7 @@ def states_of(
 ):  # fmt: skip
     """Pointers to BD features and BM slots of a chunk's state, of [B, H, chunks, D, M], and their
     mask."""
+    # As `pieces.matrix_tile`, whose order of operations compiles to other code in `gsa_states`.
     d, m = feature + tl.arange(0, BD)[:, None], slot + tl.arange(0, BM)[None, :]
     pointers = ptr + ((b * H + h) * tl.cdiv(T, CHUNK) + n) * (D * M) + (d * M + m)
     return pointers, (d < D) & (m < M)
@@ -211,11 +220,8 @@ def load_states(
     ptr, b, n, h, T, feature, slot, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    pointers, mask = states_of(ptr, b, n, h, T, feature, slot, H, D, M, BD, BM)
-    if D // BD * BD == D and M // BM * BM == M:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=mask, other=0.0)
+    d, m = feature + tl.arange(0, BD), slot + tl.arange(0, BM)
+    return load_matrix(ptr + ((b * H + h) * tl.cdiv(T, CHUNK) + n) * (D * M), d, m, D, M)
 
 
 @triton.jit
@@ -229,11 +235,6 @@ def level_pairs(level):
 def earlier():
     """[i, j]: j < i."""
     return tl.arange(0, CHUNK)[:, None] > tl.arange(0, CHUNK)[None, :]
-
-
-@triton.jit
-def diagonal():
-    return tl.arange(0, CHUNK)[:, None] == tl.arange(0, CHUNK)[None, :]
 
 
 @triton.jit
@@ -259,7 +260,7 @@ def pair_scores(
         w = load_tile(w_ptr, b, n, head, T, slot, HQ, M, BM).to(tl.float32)
         s = load_tile(s_ptr, b, n, h, T, slot, H, M, BM).to(tl.float32)
         sums = load_sums(sums_ptr, b, n, h, T, tl.arange(0, CHUNK), slot, H, M, BM)
-        a += tl.where(diagonal(), tl.sum(w * s, axis=1)[:, None], 0.0)
+        a += tl.where(same(), tl.sum(w * s, axis=1)[:, None], 0.0)
         w, s = made(w * near(sums, 1), FLOAT32), made(s * near(sums, -1), FLOAT32)
         a += tl.where(earlier(), product(w, tl.trans(s), zeros(CHUNK, CHUNK), FLOAT32), 0.0)
         if not all_near(sums_ptr, b, n, h, T, slot, H, M, BM):

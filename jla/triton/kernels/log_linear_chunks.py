@@ -28,7 +28,7 @@ the inputs' dtype, float32 as three TF32 products, and add in float32.
 import triton
 import triton.language as tl
 
-from jla.triton.kernels.pieces import CHUNK, LEVELS, dot, dot_add
+from jla.triton.kernels.pieces import CHUNK, LEVELS, dot, dot_add, matrix_tile, same
 
 
 @triton.jit
@@ -199,7 +199,7 @@ def _levels(REVERSE: tl.constexpr):
 def _pair_weights(weights, REVERSE: tl.constexpr):
     """[i, j]: the weight of a pair, 0 for what is no pair."""
     t, differing = tl.arange(0, CHUNK), _levels(REVERSE)
-    pairs = tl.where(t[:, None] == t[None, :], tl.load(weights + t)[:, None], 0.0)
+    pairs = tl.where(same(), tl.load(weights + t)[:, None], 0.0)
     for level in tl.static_range(LEVELS):
         w = weights + (level + 1) * CHUNK + t
         product = tl.load(w)[:, None] * tl.load(w)[None, :]
@@ -212,7 +212,7 @@ def _pair_gradients(changes, weights, dw, REVERSE: tl.constexpr):
     """Stores the gradients of the weights of the tokens i, from those of the products w[i] w[j]."""
     t, differing = tl.arange(0, CHUNK), _levels(REVERSE)
     if not REVERSE:
-        tl.store(dw + t, tl.sum(tl.where(t[:, None] == t[None, :], changes, 0.0), 1))
+        tl.store(dw + t, tl.sum(tl.where(same(), changes, 0.0), 1))
     for level in range(LEVELS):
         at_level = (level + 1) * CHUNK + t
         change = changes * tl.load(weights + at_level)[None, :]
@@ -313,6 +313,4 @@ def _state_tile(
 ):  # fmt: skip
     """Pointers to [BK, BV] of a node's state, and which there are."""
     rows, columns = at_k + tl.arange(0, BK), at_v + tl.arange(0, BV)
-    base = states + (head * (N - 1) + node).to(tl.int64) * (K * V)
-    inside = (rows < K)[:, None] & (columns < V)[None, :]
-    return base + (rows[:, None] * V + columns[None, :]), inside
+    return matrix_tile(states + (head * (N - 1) + node).to(tl.int64) * (K * V), rows, columns, K, V)

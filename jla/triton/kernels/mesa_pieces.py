@@ -7,6 +7,8 @@ not exist are zeros. A log decay of -inf begins a segment.
 import triton
 import triton.language as tl
 
+from jla.triton.kernels.pieces import load_matrix, store_matrix
+
 
 @triton.jit
 def place(T, H, N, blocks: tl.constexpr, C: tl.constexpr):
@@ -42,22 +44,13 @@ def store_tile(ptr, x, first, token, d, n, T, H, C: tl.constexpr, D: tl.constexp
 @triton.jit
 def load_square(ptr, number, row, column, D: tl.constexpr, E: tl.constexpr):
     """Rows and columns of one of many matrices [D, E]; zeros where there are none."""
-    places = ptr + number * (D * E) + (row[:, None] * E + column[None, :])
-    if (D // row.shape[0] * row.shape[0] != D) | (E // column.shape[0] * column.shape[0] != E):
-        return tl.load(places, mask=(row < D)[:, None] & (column < E)[None, :], other=0.0)
-    else:
-        return tl.load(places)
+    return load_matrix(ptr + number * (D * E), row, column, D, E)
 
 
 @triton.jit
 def store_square(ptr, x, number, row, column, D: tl.constexpr, E: tl.constexpr):
     """Stores what `load_square` loads."""
-    places = ptr + number * (D * E) + (row[:, None] * E + column[None, :])
-    x = x.to(ptr.dtype.element_ty)
-    if (D // row.shape[0] * row.shape[0] != D) | (E // column.shape[0] * column.shape[0] != E):
-        tl.store(places, x, mask=(row < D)[:, None] & (column < E)[None, :])
-    else:
-        tl.store(places, x)
+    store_matrix(ptr + number * (D * E), x, row, column, D, E)
 
 
 @triton.jit

@@ -20,15 +20,13 @@ import triton.language as tl
 from jla.triton.kernels.path_tree import (
     LEAF,
     LN2,
-    before,
     first_key,
     first_query,
     square,
     tile,
     tokens,
-    up_to,
 )
-from jla.triton.kernels.pieces import by_row, dot_add, zeros
+from jla.triton.kernels.pieces import before, by_row, dot_add, up_to, zeros
 
 
 @triton.jit

@@ -15,7 +15,6 @@ import triton.language as tl
 
 from jla.triton.kernels.path_tree import (
     LEAF,
-    before,
     first_key,
     first_query,
     key_place,
@@ -26,9 +25,14 @@ from jla.triton.kernels.path_tree import (
     tile,
     tokens,
     transform_place,
-    up_to,
 )
-from jla.triton.kernels.pieces import dot_add, zeros
+from jla.triton.kernels.pieces import before, dot_add, identity, zeros
+
+
+@triton.jit
+def _up_to():
+    """[t, s]: s <= t. As `pieces.up_to`, whose order of operations compiles to other code here."""
+    return tl.arange(0, LEAF)[None, :] <= tl.arange(0, LEAF)[:, None]
 
 
 @triton.jit
@@ -60,7 +64,7 @@ def path_inverses(
     t = tl.arange(0, LEAF)
     beta = tl.load(beta_ptr + (b * P * LEAF + leaf * LEAF + t).to(tl.int64) * H + h)
     a = beta[:, None] * overlap
-    x = tl.where(t[:, None] == t[None, :], 1.0, 0.0) - tl.where(_level_pairs(0), a, 0.0)
+    x = identity() - tl.where(_level_pairs(0), a, 0.0)
     for level in range(1, 6):
         joined = tl.where(_level_pairs(level), a, 0.0).to(DTYPE)
         rounded = x.to(DTYPE)
@@ -140,7 +144,7 @@ def path_leaf_queries(
         k = tl.load(tokens(k_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)).to(DTYPE)
         passed = dot_add(q, tl.trans(w), passed)
         logits = dot_add(q, tl.trans(k), logits)
-    passed = tl.where(up_to(), passed, 0.0).to(DTYPE)
+    passed = tl.where(_up_to(), passed, 0.0).to(DTYPE)
     logits -= dot_add(passed, tl.load(square(inner_ptr, shared)), zeros(LEAF, LEAF))
     logits *= SCALE
     t = tl.arange(0, LEAF)
@@ -148,7 +152,7 @@ def path_leaf_queries(
         # Sums of those gates alone that lie between key and query.
         g = tl.load(g_ptr + (b * P * LEAF + leaf * LEAF + t).to(tl.int64) * HQ + h)
         logits += tl.cumsum(tl.where(before(), g[:, None], 0.0), axis=0)
-    logits = tl.where(up_to(), logits, float("-inf"))
+    logits = tl.where(_up_to(), logits, float("-inf"))
     highest = tl.max(logits, axis=1)
     tl.store(square(own_ptr, place), tl.exp2(logits - highest[:, None]).to(DTYPE))
     tl.store(highest_ptr + place.to(tl.int64) * LEAF + t, highest)

@@ -108,18 +108,6 @@ def square(ptr, place):
 
 
 @triton.jit
-def up_to():
-    """[t, s]: s <= t."""
-    return tl.arange(0, LEAF)[None, :] <= tl.arange(0, LEAF)[:, None]
-
-
-@triton.jit
-def before():
-    """[t, s]: s < t."""
-    return tl.arange(0, LEAF)[None, :] < tl.arange(0, LEAF)[:, None]
-
-
-@triton.jit
 def normalised(x, DTYPE: tl.constexpr):
     """A tile as numbers of at most 1, and its rows' factors."""
     factor = tl.maximum(tl.max(tl.abs(x), axis=1), LEAST)

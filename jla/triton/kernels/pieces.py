@@ -119,6 +119,38 @@ def load_diagonal(ptr, b, n, h, N, HV: tl.constexpr):
     return tl.load(ptr + tl.arange(0, CHUNK) * (CHUNK + 1)).to(tl.float32)
 
 
+@triton.jit
+def matrix_tile(ptr, rows, columns, D: tl.constexpr, E: tl.constexpr):
+    """Pointers to rows and columns of the matrix [D, E] at `ptr`, and which of them there are."""
+    pointers = ptr + (rows[:, None] * E + columns[None, :])
+    return pointers, (rows < D)[:, None] & (columns < E)[None, :]
+
+
+@triton.jit
+def load_matrix(ptr, rows, columns, D: tl.constexpr, E: tl.constexpr):
+    """What `matrix_tile` points to; zeros where there is nothing."""
+    pointers, real = matrix_tile(ptr, rows, columns, D, E)
+    R: tl.constexpr = rows.shape[0]
+    C: tl.constexpr = columns.shape[0]
+    if D // R * R == D and E // C * C == E:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=real, other=0.0)
+
+
+@triton.jit
+def store_matrix(ptr, x, rows, columns, D: tl.constexpr, E: tl.constexpr):
+    """Stores what `load_matrix` loads."""
+    pointers, real = matrix_tile(ptr, rows, columns, D, E)
+    R: tl.constexpr = rows.shape[0]
+    C: tl.constexpr = columns.shape[0]
+    x = x.to(ptr.dtype.element_ty)
+    if D // R * R == D and E // C * C == E:
+        tl.store(pointers, x)
+    else:
+        tl.store(pointers, x, mask=real)
+
+
 # ------------------------------------------------------------------------------ masks, [64, 64]
 
 
@@ -142,10 +174,16 @@ def before():
 
 
 @triton.jit
+def same():
+    """[i, j]: i = j."""
+    i, j = _tokens()
+    return i == j
+
+
+@triton.jit
 def identity():
     """[i, j]: 1.0 where i = j, else 0.0."""
-    i, j = _tokens()
-    return tl.where(i == j, 1.0, 0.0)
+    return tl.where(same(), 1.0, 0.0)
 
 
 @triton.jit
