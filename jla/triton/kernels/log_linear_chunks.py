@@ -28,7 +28,16 @@ the inputs' dtype, float32 as three TF32 products, and add in float32.
 import triton
 import triton.language as tl
 
-from jla.triton.kernels.pieces import CHUNK, LEVELS, dot, dot_add, matrix_tile, same
+from jla.triton.kernels.pieces import (
+    CHUNK,
+    LEVELS,
+    dot,
+    dot_add,
+    matrix_tile,
+    real_columns,
+    real_tokens,
+    same,
+)
 
 
 @triton.jit
@@ -288,9 +297,7 @@ def _tile(array, b, n, head, column, T, H: tl.constexpr, D: tl.constexpr, BD: tl
     """Pointers to BD columns of a chunk's tokens in [B, T, H, D], and which there are."""
     rows, columns = tl.arange(0, CHUNK), column + tl.arange(0, BD)
     base = array + ((b * T + n * CHUNK).to(tl.int64) * H + head) * D
-    inside = (rows + n * CHUNK < T)[:, None]
-    if D // BD * BD != D:
-        inside = inside & (columns < D)[None, :]
+    inside = real_columns(real_tokens(n, T), columns, D)
     return base + (rows[:, None] * (H * D) + columns[None, :]), inside
 
 

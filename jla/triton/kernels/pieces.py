@@ -87,12 +87,27 @@ def chunk_tile(ptr, b, n, h, column, N, HV: tl.constexpr, D: tl.constexpr, W: tl
 
 
 @triton.jit
+def real_tokens(n, T):
+    """[i, 1]: which tokens of a chunk there are."""
+    return (tl.arange(0, CHUNK) + n * CHUNK < T)[:, None]
+
+
+@triton.jit
+def real_columns(real, columns, D: tl.constexpr):
+    """`real` [rows, 1], and where tiles do not divide D, which of the columns there are."""
+    if D // columns.shape[0] * columns.shape[0] != D:
+        return real & (columns < D)[None, :]
+    else:
+        return real
+
+
+@triton.jit
 def load_tokens(pointers, n, T, WHOLE: tl.constexpr):
     """Loads a tile of tokens; those from T on are zeros. WHOLE: T is whole chunks."""
     if WHOLE:
         return tl.load(pointers)
     else:
-        return tl.load(pointers, mask=(tl.arange(0, CHUNK) + n * CHUNK < T)[:, None], other=0.0)
+        return tl.load(pointers, mask=real_tokens(n, T), other=0.0)
 
 
 @triton.jit
@@ -102,7 +117,7 @@ def store_tokens(pointers, x, n, T, WHOLE: tl.constexpr):
     if WHOLE:
         tl.store(pointers, x)
     else:
-        tl.store(pointers, x, mask=(tl.arange(0, CHUNK) + n * CHUNK < T)[:, None])
+        tl.store(pointers, x, mask=real_tokens(n, T))
 
 
 @triton.jit
@@ -136,19 +151,6 @@ def load_matrix(ptr, rows, columns, D: tl.constexpr, E: tl.constexpr):
         return tl.load(pointers)
     else:
         return tl.load(pointers, mask=real, other=0.0)
-
-
-@triton.jit
-def store_matrix(ptr, x, rows, columns, D: tl.constexpr, E: tl.constexpr):
-    """Stores what `load_matrix` loads."""
-    pointers, real = matrix_tile(ptr, rows, columns, D, E)
-    R: tl.constexpr = rows.shape[0]
-    C: tl.constexpr = columns.shape[0]
-    x = x.to(ptr.dtype.element_ty)
-    if D // R * R == D and E // C * C == E:
-        tl.store(pointers, x)
-    else:
-        tl.store(pointers, x, mask=real)
 
 
 # ------------------------------------------------------------------------------ masks, [64, 64]
