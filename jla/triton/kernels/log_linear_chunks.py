@@ -33,7 +33,6 @@ from jla.triton.kernels.pieces import (
     LEVELS,
     dot,
     dot_add,
-    matrix_tile,
     real_columns,
     real_tokens,
     same,
@@ -320,4 +319,7 @@ def _state_tile(
 ):  # fmt: skip
     """Pointers to [BK, BV] of a node's state, and which there are."""
     rows, columns = at_k + tl.arange(0, BK), at_v + tl.arange(0, BV)
-    return matrix_tile(states + (head * (N - 1) + node).to(tl.int64) * (K * V), rows, columns, K, V)
+    # Not `pieces.matrix_tile`, whose order of operations moves instructions of float32 kernels.
+    base = states + (head * (N - 1) + node).to(tl.int64) * (K * V)
+    inside = (rows < K)[:, None] & (columns < V)[None, :]
+    return base + (rows[:, None] * V + columns[None, :]), inside
