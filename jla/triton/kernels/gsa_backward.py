@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 
 from jla.triton.kernels.gsa_slots import (
-    CHUNK,
-    LEVELS,
     again,
     all_near,
     decay,
@@ -30,8 +28,8 @@ from jla.triton.kernels.gsa_slots import (
     program,
     store_tile,
     sums_from,
-    zeros,
 )
+from jla.triton.kernels.pieces import CHUNK, LEVELS, zeros
 
 
 @triton.jit

@@ -4,8 +4,6 @@ import triton
 import triton.language as tl
 
 from jla.triton.kernels.gsa_slots import (
-    CHUNK,
-    LEVELS,
     LOG2E,
     NEAR,
     NOT_A_NUMBER,
@@ -15,7 +13,6 @@ from jla.triton.kernels.gsa_slots import (
     all_near,
     decay,
     decay_from_start,
-    diagonal,
     earlier,
     level_decay,
     level_pairs,
@@ -31,8 +28,8 @@ from jla.triton.kernels.gsa_slots import (
     program,
     states_of,
     store_tile,
-    zeros,
 )
+from jla.triton.kernels.pieces import CHUNK, LEVELS, same, zeros
 
 
 @triton.jit
@@ -175,7 +172,7 @@ def gsa_read(
         scores = product(x, tl.trans(y), scores, FLOAT32)
         states = load_states(states_ptr, b, n, h, T, feature, slot, H, D, M, BD, BM)
         reads = product(x, states, reads, FLOAT32)
-    own = tl.sum(tl.where(diagonal(), scores, 0.0), axis=1)
+    own = tl.sum(tl.where(same(), scores, 0.0), axis=1)
     scores = operand(scores, FLOAT32)
     sums = load_sums(sums_ptr, b, n, h, T, tl.arange(0, CHUNK), slot, H, M, BM)
     writes = load_tile(s_ptr, b, n, h, T, slot, H, M, BM).to(tl.float32)

@@ -38,8 +38,16 @@ whether the inputs are float32. s, p and dlogits have the operands' dtype.
 import triton
 import triton.language as tl
 
-CHUNK = tl.constexpr(64)
-LEVELS = tl.constexpr(6)
+from jla.triton.kernels.pieces import (
+    CHUNK,
+    LEVELS,
+    by_row,
+    dot_add,
+    load_matrix,
+    same,
+    zeros,
+)
+
 UNIT = tl.constexpr(2.0**-17)  # of G
 STRONGEST = tl.constexpr(-254.0)
 NOT_A_NUMBER = tl.constexpr(-(2**31))  # in G of a chunk with such a log decay
@@ -59,19 +67,13 @@ def operand(x, FLOAT32: tl.constexpr):
 @triton.jit
 def product(a, b, acc, FLOAT32: tl.constexpr):
     """a @ b + acc, float32."""
-    return tl.dot(operand(a, FLOAT32), operand(b, FLOAT32), acc=acc, input_precision="tf32x3")
+    return dot_add(operand(a, FLOAT32), operand(b, FLOAT32), acc)
 
 
 @triton.jit
 def made(x, FLOAT32: tl.constexpr):
-    """x, [CHUNK, ...], made of what was loaded, as an operand.
-
-    Triton would load each of x's parts in the layout of an operand of mma.sync, in which several
-    warps have the same numbers, and compute there: with twice to four times the registers. It does
-    not where a number depends on its row.
-    """
-    x = operand(x, FLOAT32)
-    return tl.where((tl.arange(0, CHUNK) >= 0)[:, None], x, tl.zeros_like(x))
+    """x, made of what was loaded, as an operand: see `by_row`."""
+    return by_row(operand(x, FLOAT32))
 
 
 @triton.jit
@@ -83,11 +85,6 @@ def sums_from(x, FLOAT32: tl.constexpr):
     if not FLOAT32:
         sums = product(onwards, x - high.to(tl.float32), sums, FLOAT32)
     return sums
-
-
-@triton.jit
-def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    return tl.zeros((ROWS, COLUMNS), tl.float32)
 
 
 @triton.jit
@@ -212,6 +209,7 @@ def states_of(
 ):  # fmt: skip
     """Pointers to BD features and BM slots of a chunk's state, of [B, H, chunks, D, M], and their
     mask."""
+    # As `pieces.matrix_tile`, whose order of operations compiles to other code in `gsa_states`.
     d, m = feature + tl.arange(0, BD)[:, None], slot + tl.arange(0, BM)[None, :]
     pointers = ptr + ((b * H + h) * tl.cdiv(T, CHUNK) + n) * (D * M) + (d * M + m)
     return pointers, (d < D) & (m < M)
@@ -222,11 +220,8 @@ def load_states(
     ptr, b, n, h, T, feature, slot, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    pointers, mask = states_of(ptr, b, n, h, T, feature, slot, H, D, M, BD, BM)
-    if D // BD * BD == D and M // BM * BM == M:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=mask, other=0.0)
+    d, m = feature + tl.arange(0, BD), slot + tl.arange(0, BM)
+    return load_matrix(ptr + ((b * H + h) * tl.cdiv(T, CHUNK) + n) * (D * M), d, m, D, M)
 
 
 @triton.jit
@@ -240,11 +235,6 @@ def level_pairs(level):
 def earlier():
     """[i, j]: j < i."""
     return tl.arange(0, CHUNK)[:, None] > tl.arange(0, CHUNK)[None, :]
-
-
-@triton.jit
-def diagonal():
-    return tl.arange(0, CHUNK)[:, None] == tl.arange(0, CHUNK)[None, :]
 
 
 @triton.jit
@@ -270,7 +260,7 @@ def pair_scores(
         w = load_tile(w_ptr, b, n, head, T, slot, HQ, M, BM).to(tl.float32)
         s = load_tile(s_ptr, b, n, h, T, slot, H, M, BM).to(tl.float32)
         sums = load_sums(sums_ptr, b, n, h, T, tl.arange(0, CHUNK), slot, H, M, BM)
-        a += tl.where(diagonal(), tl.sum(w * s, axis=1)[:, None], 0.0)
+        a += tl.where(same(), tl.sum(w * s, axis=1)[:, None], 0.0)
         w, s = made(w * near(sums, 1), FLOAT32), made(s * near(sums, -1), FLOAT32)
         a += tl.where(earlier(), product(w, tl.trans(s), zeros(CHUNK, CHUNK), FLOAT32), 0.0)
         if not all_near(sums_ptr, b, n, h, T, slot, H, M, BM):

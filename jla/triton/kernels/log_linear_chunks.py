@@ -28,8 +28,15 @@ the inputs' dtype, float32 as three TF32 products, and add in float32.
 import triton
 import triton.language as tl
 
-CHUNK: tl.constexpr = tl.constexpr(64)
-INSIDE: tl.constexpr = tl.constexpr(6)  # levels at which tokens of one chunk meet
+from jla.triton.kernels.pieces import (
+    CHUNK,
+    LEVELS,
+    dot,
+    dot_add,
+    real_columns,
+    real_tokens,
+    same,
+)
 
 
 @triton.jit
@@ -68,7 +75,7 @@ def log_linear_sums(
         from_chunk, until = first, first + size
         if REVERSE:
             from_chunk, until = first + size, tl.minimum(first + 2 * size, N)
-        plane = INSIDE + _highest_bit(size) + 1
+        plane = LEVELS + _highest_bit(size) + 1
         weights = w + ((head * N + from_chunk).to(tl.int64) * P + plane) * CHUNK
         acc = tl.zeros((BK, BV), tl.float32)
         for n in range(from_chunk, until):
@@ -76,7 +83,7 @@ def log_linear_sums(
             right = _load(z, b, n, h, at_v, T, HV, V, BV)
             weight = tl.load(weights + tl.arange(0, CHUNK))
             right = (right * weight[:, None]).to(right.dtype)
-            acc = _dot_add(tl.trans(left), right, acc)
+            acc = dot_add(tl.trans(left), right, acc)
             weights += P * CHUNK
         place, inside = _state_tile(states, head, last, N, at_k, at_v, K, V, BK, BV)
         tl.store(place, acc.to(states.dtype.element_ty), inside)
@@ -108,24 +115,24 @@ def log_linear_outputs(
     key_head, head = h // (HV // H), b * HV + h
     weights = w + (head * N + n).to(tl.int64) * (P * CHUNK)
     own = _load(x, b, n, key_head, 0, T, H, K, BK)
-    scores = _dot(own, tl.trans(_load(y, b, n, key_head, 0, T, H, K, BK)))
+    scores = dot(own, tl.trans(_load(y, b, n, key_head, 0, T, H, K, BK)))
     for i in range(1, blocks_k):
         partner = _load(y, b, n, key_head, i * BK, T, H, K, BK)
-        scores = _dot_add(_load(x, b, n, key_head, i * BK, T, H, K, BK), tl.trans(partner), scores)
+        scores = dot_add(_load(x, b, n, key_head, i * BK, T, H, K, BK), tl.trans(partner), scores)
     values = _load(z, b, n, h, at_v, T, HV, V, BV)
-    acc = _dot((scores * _pair_weights(weights, REVERSE)).to(values.dtype), values)
+    acc = dot((scores * _pair_weights(weights, REVERSE)).to(values.dtype), values)
     rest = _partners(n, N, REVERSE)
     for _ in range(_count(rest)):
         height = _lowest_bit(rest)
         rest &= rest - 1
         node = _node(n, height, REVERSE)
         place, inside = _state_tile(states, head, node, N, 0, at_v, K, V, BK, BV)
-        read = _dot(own, tl.load(place, inside, 0.0))
+        read = dot(own, tl.load(place, inside, 0.0))
         for i in range(1, blocks_k):
             place, inside = _state_tile(states, head, node, N, i * BK, at_v, K, V, BK, BV)
             other = _load(x, b, n, key_head, i * BK, T, H, K, BK)
-            read = _dot_add(other, tl.load(place, inside, 0.0), read)
-        weight = tl.load(weights + (INSIDE + 1 + height) * CHUNK + tl.arange(0, CHUNK))
+            read = dot_add(other, tl.load(place, inside, 0.0), read)
+        weight = tl.load(weights + (LEVELS + 1 + height) * CHUNK + tl.arange(0, CHUNK))
         acc += weight[:, None] * read
     _store(o, acc, b, n, h, at_v, T, HV, V, BV)
 
@@ -159,41 +166,28 @@ def log_linear_gradients(
     mine = _load(x, b, n, key_head, at_k, T, H, K, BK)
     partner = _load(y, b, n, key_head, at_k, T, H, K, BK)
     value = _load(own, b, n, h, 0, T, HV, V, BV)
-    u = _dot(value, tl.trans(_load(other, b, n, h, 0, T, HV, V, BV)))
+    u = dot(value, tl.trans(_load(other, b, n, h, 0, T, HV, V, BV)))
     for i in range(1, blocks_v):
         right = tl.trans(_load(other, b, n, h, i * BV, T, HV, V, BV))
-        u = _dot_add(_load(own, b, n, h, i * BV, T, HV, V, BV), right, u)
-    _pair_gradients(u * _dot(mine, tl.trans(partner)), weights, share, REVERSE)
-    acc = _dot((u * _pair_weights(weights, REVERSE)).to(partner.dtype), partner)
+        u = dot_add(_load(own, b, n, h, i * BV, T, HV, V, BV), right, u)
+    _pair_gradients(u * dot(mine, tl.trans(partner)), weights, share, REVERSE)
+    acc = dot((u * _pair_weights(weights, REVERSE)).to(partner.dtype), partner)
     rest = _partners(n, N, REVERSE)
     for _ in range(_count(rest)):
         height = _lowest_bit(rest)
         rest &= rest - 1
         node = _node(n, height, REVERSE)
         place, inside = _state_tile(states, head, node, N, at_k, 0, K, V, BK, BV)
-        through = _dot(value, tl.trans(tl.load(place, inside, 0.0)))
+        through = dot(value, tl.trans(tl.load(place, inside, 0.0)))
         for i in range(1, blocks_v):
             place, inside = _state_tile(states, head, node, N, at_k, i * BV, K, V, BK, BV)
             left = _load(own, b, n, h, i * BV, T, HV, V, BV)
-            through = _dot_add(left, tl.trans(tl.load(place, inside, 0.0)), through)
-        at_level = (INSIDE + 1 + height) * CHUNK + tl.arange(0, CHUNK)
+            through = dot_add(left, tl.trans(tl.load(place, inside, 0.0)), through)
+        at_level = (LEVELS + 1 + height) * CHUNK + tl.arange(0, CHUNK)
         weight = tl.load(weights + at_level)
         tl.store(share + at_level, tl.sum(mine * through, 1))
         acc += weight[:, None] * through
     _store(dx, acc, b, n, h, at_k, T, HV, K, BK)
-
-
-# ------------------------------------------------------------------------------ products
-
-
-@triton.jit
-def _dot(a, b):
-    return tl.dot(a, b, input_precision="tf32x3")
-
-
-@triton.jit
-def _dot_add(a, b, acc):
-    return tl.dot(a, b, acc=acc, input_precision="tf32x3")
 
 
 # ------------------------------------------------------------------------------ pairs of a chunk
@@ -213,8 +207,8 @@ def _levels(REVERSE: tl.constexpr):
 def _pair_weights(weights, REVERSE: tl.constexpr):
     """[i, j]: the weight of a pair, 0 for what is no pair."""
     t, differing = tl.arange(0, CHUNK), _levels(REVERSE)
-    pairs = tl.where(t[:, None] == t[None, :], tl.load(weights + t)[:, None], 0.0)
-    for level in tl.static_range(INSIDE):
+    pairs = tl.where(same(), tl.load(weights + t)[:, None], 0.0)
+    for level in tl.static_range(LEVELS):
         w = weights + (level + 1) * CHUNK + t
         product = tl.load(w)[:, None] * tl.load(w)[None, :]
         pairs = tl.where((differing >> level) == 1, product, pairs)
@@ -226,8 +220,8 @@ def _pair_gradients(changes, weights, dw, REVERSE: tl.constexpr):
     """Stores the gradients of the weights of the tokens i, from those of the products w[i] w[j]."""
     t, differing = tl.arange(0, CHUNK), _levels(REVERSE)
     if not REVERSE:
-        tl.store(dw + t, tl.sum(tl.where(t[:, None] == t[None, :], changes, 0.0), 1))
-    for level in range(INSIDE):
+        tl.store(dw + t, tl.sum(tl.where(same(), changes, 0.0), 1))
+    for level in range(LEVELS):
         at_level = (level + 1) * CHUNK + t
         change = changes * tl.load(weights + at_level)[None, :]
         tl.store(dw + at_level, tl.sum(tl.where((differing >> level) == 1, change, 0.0), 1))
@@ -302,9 +296,7 @@ def _tile(array, b, n, head, column, T, H: tl.constexpr, D: tl.constexpr, BD: tl
     """Pointers to BD columns of a chunk's tokens in [B, T, H, D], and which there are."""
     rows, columns = tl.arange(0, CHUNK), column + tl.arange(0, BD)
     base = array + ((b * T + n * CHUNK).to(tl.int64) * H + head) * D
-    inside = (rows + n * CHUNK < T)[:, None]
-    if D // BD * BD != D:
-        inside = inside & (columns < D)[None, :]
+    inside = real_columns(real_tokens(n, T), columns, D)
     return base + (rows[:, None] * (H * D) + columns[None, :]), inside
 
 
@@ -327,6 +319,7 @@ def _state_tile(
 ):  # fmt: skip
     """Pointers to [BK, BV] of a node's state, and which there are."""
     rows, columns = at_k + tl.arange(0, BK), at_v + tl.arange(0, BV)
+    # Not `pieces.matrix_tile`, whose order of operations moves instructions of float32 kernels.
     base = states + (head * (N - 1) + node).to(tl.int64) * (K * V)
     inside = (rows < K)[:, None] & (columns < V)[None, :]
     return base + (rows[:, None] * V + columns[None, :]), inside

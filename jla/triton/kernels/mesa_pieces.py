@@ -7,6 +7,8 @@ not exist are zeros. A log decay of -inf begins a segment.
 import triton
 import triton.language as tl
 
+from jla.triton.kernels.pieces import load_matrix, matrix_tile, real_columns
+
 
 @triton.jit
 def place(T, H, N, blocks: tl.constexpr, C: tl.constexpr):
@@ -23,9 +25,7 @@ def place(T, H, N, blocks: tl.constexpr, C: tl.constexpr):
 def load_tile(ptr, first, token, d, n, T, H, C: tl.constexpr, D: tl.constexpr):
     """Columns d of these tokens of a chunk in an array [B, T, H, D]; zeros where there are none."""
     ptr += first * D
-    real = (n * C + token < T)[:, None]
-    if D // d.shape[0] * d.shape[0] != D:
-        real &= (d < D)[None, :]
+    real = real_columns((n * C + token < T)[:, None], d, D)
     return tl.load(ptr + (token * H * D)[:, None] + d[None, :], mask=real, other=0.0)
 
 
@@ -33,31 +33,25 @@ def load_tile(ptr, first, token, d, n, T, H, C: tl.constexpr, D: tl.constexpr):
 def store_tile(ptr, x, first, token, d, n, T, H, C: tl.constexpr, D: tl.constexpr):
     """Stores what `load_tile` loads."""
     ptr += first * D
-    real = (n * C + token < T)[:, None]
-    if D // d.shape[0] * d.shape[0] != D:
-        real &= (d < D)[None, :]
+    real = real_columns((n * C + token < T)[:, None], d, D)
     tl.store(ptr + (token * H * D)[:, None] + d[None, :], x.to(ptr.dtype.element_ty), mask=real)
 
 
 @triton.jit
 def load_square(ptr, number, row, column, D: tl.constexpr, E: tl.constexpr):
     """Rows and columns of one of many matrices [D, E]; zeros where there are none."""
-    places = ptr + number * (D * E) + (row[:, None] * E + column[None, :])
-    if (D // row.shape[0] * row.shape[0] != D) | (E // column.shape[0] * column.shape[0] != E):
-        return tl.load(places, mask=(row < D)[:, None] & (column < E)[None, :], other=0.0)
-    else:
-        return tl.load(places)
+    return load_matrix(ptr + number * (D * E), row, column, D, E)
 
 
 @triton.jit
 def store_square(ptr, x, number, row, column, D: tl.constexpr, E: tl.constexpr):
     """Stores what `load_square` loads."""
-    places = ptr + number * (D * E) + (row[:, None] * E + column[None, :])
+    pointers, real = matrix_tile(ptr + number * (D * E), row, column, D, E)
     x = x.to(ptr.dtype.element_ty)
     if (D // row.shape[0] * row.shape[0] != D) | (E // column.shape[0] * column.shape[0] != E):
-        tl.store(places, x, mask=(row < D)[:, None] & (column < E)[None, :])
+        tl.store(pointers, x, mask=real)
     else:
-        tl.store(places, x)
+        tl.store(pointers, x)
 
 
 @triton.jit

@@ -22,13 +22,13 @@ from jla.triton.kernels.path_tree import (
     key_place,
     lowest_bit,
     normalised,
-    product,
     query_place,
     sibling,
     tile,
     tokens,
     transform_place,
 )
+from jla.triton.kernels.pieces import dot_add, zeros
 
 
 @triton.jit
@@ -37,16 +37,16 @@ def _moved_back(
     ROWS: tl.constexpr, BH: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The upper version's gradient times the transposed transform; zeros for a negative row."""
-    x = tl.zeros((ROWS, K), tl.float32)
+    x = zeros(ROWS, K)
     # The number of features must not be what the levels' loop carries: Triton 3.6 takes for unused
     # what is only the end of an inner loop, and makes the loop over no features.
     for k in range(0, tl.where(row < 0, 0, K), BH):
         part = tl.load(tile(gradients_ptr, row, k, K, ROWS, BH))
         if KEYS:
-            x = product(part, tl.load(tile(transforms_ptr, transform + k, 0, K, BH, K)), x)
+            x = dot_add(part, tl.load(tile(transforms_ptr, transform + k, 0, K, BH, K)), x)
         else:
             h = tl.load(tile(transforms_ptr, transform, k, K, K, BH))
-            x = product(part, tl.trans(h), x)
+            x = dot_add(part, tl.trans(h), x)
     return x * factor[:, None]
 
 
@@ -67,15 +67,15 @@ def _attend_back(
     for at in range(0, count, BI):
         k = tl.load(tile(keys_ptr, key + at, 0, K, BI, K))
         v = tl.load(tokens(v_ptr, b, kh, first + at, P, 0, H, V, BI, V))
-        logits = product(q, tl.trans(k), tl.zeros((BLOCK, BI), tl.float32))
-        dp = product(do, tl.trans(v), tl.zeros((BLOCK, BI), tl.float32))
+        logits = dot_add(q, tl.trans(k), zeros(BLOCK, BI))
+        dp = dot_add(do, tl.trans(v), zeros(BLOCK, BI))
         logits += shift[:, None]
         if GATES:
             logits += tl.load(to_middle_ptr + (gate + at).to(tl.int64) + i)[None, :]
         ds = tl.exp2(logits) * (dp * unit - delta[:, None])
         if GATES:
             sums += tl.sum(ds, axis=1)
-        acc = product(ds.to(DTYPE), k, acc)
+        acc = dot_add(ds.to(DTYPE), k, acc)
     return acc, sums
 
 
@@ -168,7 +168,7 @@ def _own_values(
     """The gradient of the values that comes from their own leaves' queries."""
     rows, i = tl.arange(0, BLOCK), tl.arange(0, BI)
     leaf, inside = first // LEAF, first % LEAF
-    dv = tl.zeros((BLOCK, V), tl.float32)
+    dv = zeros(BLOCK, V)
     for h in range(kh * (HQ // H), (kh + 1) * (HQ // H)):
         for n in tl.static_range((BLOCK + 63) // 64):
             mine = (rows // LEAF == n)[:, None] & (i >= 0)[None, :]
@@ -180,7 +180,7 @@ def _own_values(
                 p *= tl.exp2(kept)[None, :]
                 start = (leaf + n) * LEAF + at
                 do = tl.load(tokens(do_ptr, b, h, start, P, 0, HQ, V, BI, V))
-                dv = product(p.to(do.dtype), do, dv)
+                dv = dot_add(p.to(do.dtype), do, dv)
     return dv
 
 
@@ -204,18 +204,18 @@ def _attended_back(
         do = tl.load(tokens(do_ptr, b, h, first + at, P, 0, HQ, V, BI, V))
         shift = -tl.load(lse_ptr + token + at + i)
         delta = tl.load(delta_ptr + token + at + i)
-        logits = product(k, tl.trans(q), tl.zeros((BLOCK, BI), tl.float32))
+        logits = dot_add(k, tl.trans(q), zeros(BLOCK, BI))
         if GATES:
             shift += tl.load(from_middle_ptr + (query + at).to(tl.int64) + i)
         if GATES or MASKED:
             logits += gates[:, None]
         p = tl.exp2(logits + shift[None, :])
-        dv = product(p.to(do.dtype), do, dv)
-        dp = product(v, tl.trans(do), tl.zeros((BLOCK, BI), tl.float32))
+        dv = dot_add(p.to(do.dtype), do, dv)
+        dp = dot_add(v, tl.trans(do), zeros(BLOCK, BI))
         ds = p * (dp * unit - delta[None, :])
         if GATES:
             sums += tl.sum(ds, axis=1)
-        acc = product(ds.to(DTYPE), q, acc)
+        acc = dot_add(ds.to(DTYPE), q, acc)
     return acc, dv, sums
 
 
@@ -356,7 +356,7 @@ def path_transform_gradients(
     block, key_head = program // (tiles * tiles) % blocks, program // (tiles * tiles) // blocks
     row, column = part // tiles * BK, part % tiles * BK
     parent = block >> 1
-    acc = tl.zeros((BK, BK), tl.float32)
+    acc = zeros(BK, BK)
     if (block & 1) == 0:
         start = (block + 1) << level
         upper = level + 1 + lowest_bit(tl.where(parent == 0, 1, parent))

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from jla.triton.kernels.path_tree import LEAF, key_place, product, query_place, tile, tokens
+from jla.triton.kernels.path_tree import LEAF, key_place, query_place, tile, tokens
+from jla.triton.kernels.pieces import dot_add, zeros
 
 
 @triton.jit
@@ -12,7 +13,7 @@ def _attend(highest, total, acc, logits, v):
     new = tl.maximum(highest, tl.max(logits, axis=1))
     p, kept = tl.exp2(logits - new[:, None]), tl.exp2(highest - new)
     total = total * kept + tl.sum(p, axis=1)
-    return new, total, product(p.to(v.dtype), v, acc * kept[:, None])
+    return new, total, dot_add(p.to(v.dtype), v, acc * kept[:, None])
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def path_forward(
     row = (head * P * LEAF + first).to(tl.int64)
     highest = tl.load(highest_ptr + row + rows)
     total = tl.zeros((BLOCK,), tl.float32)
-    acc = tl.zeros((BLOCK, V), tl.float32)
+    acc = zeros(BLOCK, V)
     for n in tl.static_range(LEAVES):
         for at in range(0, LEAF, BI):
             mine = (rows // LEAF == n)[:, None] & (i >= 0)[None, :]
@@ -56,7 +57,7 @@ def path_forward(
             p = tl.load(places, mask=mine, other=0.0)
             v = tl.load(tokens(v_ptr, b, kh, (leaf + n) * LEAF + at, P, 0, H, V, BI, V))
             total += tl.sum(p.to(tl.float32), axis=1)
-            acc = product(p.to(v.dtype), v, acc)
+            acc = dot_add(p.to(v.dtype), v, acc)
 
     if LEAVES == 2:
         right = (rows >= LEAF)[:, None]
@@ -69,7 +70,7 @@ def path_forward(
         for at in range(0, LEAF, BI):
             k = tl.load(tile(keys_ptr, key + at, 0, K, BI, K))
             v = tl.load(tokens(v_ptr, b, kh, leaf * LEAF + at, P, 0, H, V, BI, V))
-            logits = product(q, tl.trans(k), tl.zeros((BLOCK, BI), tl.float32))
+            logits = dot_add(q, tl.trans(k), zeros(BLOCK, BI))
             if GATES:
                 logits += gates[:, None]
                 logits += tl.load(to_middle_ptr + (gate + at).to(tl.int64) + i)[None, :]
@@ -88,7 +89,7 @@ def path_forward(
             for at in range(0, (1 << level) * LEAF, BI):
                 k = tl.load(tile(keys_ptr, key + at, 0, K, BI, K))
                 v = tl.load(tokens(v_ptr, b, kh, start * LEAF + at, P, 0, H, V, BI, V))
-                logits = product(q, tl.trans(k), tl.zeros((BLOCK, BI), tl.float32))
+                logits = dot_add(q, tl.trans(k), zeros(BLOCK, BI))
                 if GATES:
                     logits += gates[:, None]
                     logits += tl.load(to_middle_ptr + (gate + at).to(tl.int64) + i)[None, :]

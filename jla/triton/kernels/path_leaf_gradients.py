@@ -20,15 +20,13 @@ import triton.language as tl
 from jla.triton.kernels.path_tree import (
     LEAF,
     LN2,
-    before,
     first_key,
     first_query,
-    product,
     square,
     tile,
     tokens,
-    up_to,
 )
+from jla.triton.kernels.pieces import before, by_row, dot_add, up_to, zeros
 
 
 @triton.jit
@@ -38,18 +36,8 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _exact(x):
-    """A tile of 64 rows, loaded, as a float32 operand.
-
-    Triton would else convert it in the layout of an operand, in which several warps have the same
-    numbers, and take more registers. It does not where a number depends on its row.
-    """
-    x = x.to(tl.float32)
-    return tl.where((tl.arange(0, LEAF) >= 0)[:, None], x, tl.zeros_like(x))
-
-
-@triton.jit
-def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    return tl.zeros((ROWS, WIDTH), tl.float32)
+    """A tile of 64 rows, loaded, as a float32 operand: see `by_row`."""
+    return by_row(x.to(tl.float32))
 
 
 @triton.jit
@@ -86,11 +74,11 @@ def path_leaf_query_gradients(
     unit = tl.load(unit_ptr + b * H + kh)
     t = tl.arange(0, LEAF)
     row = place.to(tl.int64) * LEAF + t
-    dp = _zeros(LEAF, LEAF)
+    dp = zeros(LEAF, LEAF)
     for column in range(0, V, BV):
         v = tl.load(tokens(v_ptr, b, kh, leaf * LEAF, P, column, H, V, LEAF, BV))
         do = tl.load(tokens(do_ptr, b, h, leaf * LEAF, P, column, HQ, V, LEAF, BV))
-        dp = product(do, tl.trans(v), dp)
+        dp = dot_add(do, tl.trans(v), dp)
     kept = tl.exp2(tl.load(highest_ptr + row) - tl.load(lse_ptr + row))
     p = _exact(tl.load(square(own_ptr, place))) * kept[:, None]
     down = p * (dp * unit - tl.load(delta_ptr + row)[:, None])
@@ -102,7 +90,7 @@ def path_leaf_query_gradients(
         dg = tl.sum(tl.where(before(), later, 0.0), axis=1)
         tl.store(dg_ptr + (b * P * LEAF + leaf * LEAF + t).to(tl.int64) * HQ + h, dg)
     inner = _exact(tl.load(square(inner_ptr, shared)))
-    e, passed = _dot(down, tl.trans(inner), _zeros(LEAF, LEAF), PRECISION), _zeros(LEAF, LEAF)
+    e, passed = _dot(down, tl.trans(inner), zeros(LEAF, LEAF), PRECISION), zeros(LEAF, LEAF)
     version = (head * R + first_query(leaf, P)) * LEAF
     for column in range(0, K, BK):
         moved = _gradient_tile(gradients_ptr, factors_ptr, version, leaf > 0, column, K, BK)
@@ -119,7 +107,7 @@ def path_leaf_query_gradients(
         k = _exact(tl.load(tokens(k_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)))
         w = _exact(tl.load(tokens(w_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)))
         dq = _dot(down, k, dq, PRECISION)
-        dq = (dq - _dot(e, w, _zeros(LEAF, BK), PRECISION)) * (SCALE * LN2 / unit)
+        dq = (dq - _dot(e, w, zeros(LEAF, BK), PRECISION)) * (SCALE * LN2 / unit)
         dq = dq.to(dq_ptr.dtype.element_ty)
         tl.store(tokens(dq_ptr, b, h, leaf * LEAF, P, column, HQ, K, LEAF, BK), dq)
 
@@ -145,7 +133,7 @@ def path_leaf_transform_gradients(
     beta = tl.load(beta_ptr + (b * P * LEAF + leaf * LEAF + t).to(tl.int64) * H + kh)
     m = _exact(tl.load(square(inverse_ptr, place))) * beta[None, :]
     inner = _exact(tl.load(square(inner_ptr, place)))
-    dinner, dm = _zeros(LEAF, LEAF), _zeros(LEAF, LEAF)
+    dinner, dm = zeros(LEAF, LEAF), zeros(LEAF, LEAF)
     for member in range(GROUP):
         own = (b * HQ + kh * GROUP + member) * P + leaf
         passed = tl.load(square(passed_ptr, own)) * SCALE
@@ -156,8 +144,8 @@ def path_leaf_transform_gradients(
         w = _exact(tl.load(tokens(w_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)))
         moved = -_gradient_tile(dkeys_ptr, key_factors_ptr, version, has_version, column, K, BK)
         dinner = _dot(w, tl.trans(moved), dinner, PRECISION)
-        dw = _dot(inner, moved, _zeros(LEAF, BK), PRECISION)
-        dwrites = _zeros(LEAF, BK)
+        dw = _dot(inner, moved, zeros(LEAF, BK), PRECISION)
+        dwrites = zeros(LEAF, BK)
         for member in range(GROUP):
             h = kh * GROUP + member
             own = (b * HQ + h) * P + leaf
@@ -205,7 +193,7 @@ def path_leaf_key_gradients(
     beta = tl.load(beta_ptr + token)
     inverse = _exact(tl.load(square(inverse_ptr, place)))
     dinner = tl.load(square(dinner_ptr, place))
-    y, overlap = _zeros(LEAF, LEAF), _zeros(LEAF, LEAF)
+    y, overlap = zeros(LEAF, LEAF), zeros(LEAF, LEAF)
     for column in range(0, K, BK):
         w = _exact(tl.load(tokens(w_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)))
         k = _exact(tl.load(tokens(k_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)))
@@ -213,11 +201,11 @@ def path_leaf_key_gradients(
         overlap = _dot(w, tl.trans(w), overlap, PRECISION)
     y = tl.where(before(), y, 0.0)
     dm = _dot(dinner, tl.trans(y), tl.load(square(dm_ptr, place)), PRECISION)
-    dy = _dot(tl.trans(inverse * beta[None, :]), dinner, _zeros(LEAF, LEAF), PRECISION)
+    dy = _dot(tl.trans(inverse * beta[None, :]), dinner, zeros(LEAF, LEAF), PRECISION)
     dy = tl.where(before(), dy, 0.0)
     dbeta = tl.sum(inverse * dm, axis=0)
-    da = _dot(tl.trans(inverse), dm * beta[None, :], _zeros(LEAF, LEAF), PRECISION)
-    da = -_dot(da, tl.trans(inverse), _zeros(LEAF, LEAF), PRECISION)
+    da = _dot(tl.trans(inverse), dm * beta[None, :], zeros(LEAF, LEAF), PRECISION)
+    da = -_dot(da, tl.trans(inverse), zeros(LEAF, LEAF), PRECISION)
     da = tl.where(before(), da, 0.0)
     of_rows = tl.sum(da * overlap, axis=1)
     da *= beta[:, None]

@@ -15,25 +15,24 @@ import triton.language as tl
 
 from jla.triton.kernels.path_tree import (
     LEAF,
-    before,
     first_key,
     first_query,
     key_place,
     lowest_bit,
-    product,
     query_place,
     sibling,
     square,
     tile,
     tokens,
     transform_place,
-    up_to,
 )
+from jla.triton.kernels.pieces import before, dot_add, identity, zeros
 
 
 @triton.jit
-def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    return tl.zeros((ROWS, WIDTH), tl.float32)
+def _up_to():
+    """[t, s]: s <= t. As `pieces.up_to`, whose order of operations compiles to other code here."""
+    return tl.arange(0, LEAF)[None, :] <= tl.arange(0, LEAF)[:, None]
 
 
 @triton.jit
@@ -58,19 +57,19 @@ def path_inverses(
     DTYPE: tl.constexpr = inverse_ptr.dtype.element_ty
     place = tl.program_id(0)
     leaf, h, b = place % P, place // P % H, place // P // H
-    overlap = _zeros(LEAF, LEAF)
+    overlap = zeros(LEAF, LEAF)
     for column in range(0, K, BK):
         w = tl.load(tokens(w_ptr, b, h, leaf * LEAF, P, column, H, K, LEAF, BK)).to(DTYPE)
-        overlap = product(w, tl.trans(w), overlap)
+        overlap = dot_add(w, tl.trans(w), overlap)
     t = tl.arange(0, LEAF)
     beta = tl.load(beta_ptr + (b * P * LEAF + leaf * LEAF + t).to(tl.int64) * H + h)
     a = beta[:, None] * overlap
-    x = tl.where(t[:, None] == t[None, :], 1.0, 0.0) - tl.where(_level_pairs(0), a, 0.0)
+    x = identity() - tl.where(_level_pairs(0), a, 0.0)
     for level in range(1, 6):
         joined = tl.where(_level_pairs(level), a, 0.0).to(DTYPE)
         rounded = x.to(DTYPE)
-        part = product(joined, rounded, _zeros(LEAF, LEAF)).to(DTYPE)
-        x -= product(rounded, part, _zeros(LEAF, LEAF))
+        part = dot_add(joined, rounded, zeros(LEAF, LEAF)).to(DTYPE)
+        x -= dot_add(rounded, part, zeros(LEAF, LEAF))
     tl.store(square(inverse_ptr, place), x.to(DTYPE))
 
 
@@ -91,26 +90,26 @@ def path_leaf_keys(
     t = tl.arange(0, LEAF)
     beta = tl.load(beta_ptr + (b * P * LEAF + leaf * LEAF + t).to(tl.int64) * H + h)
     m = (tl.load(square(inverse_ptr, place)).to(tl.float32) * beta[None, :]).to(DTYPE)
-    overlap = _zeros(LEAF, LEAF)
+    overlap = zeros(LEAF, LEAF)
     for column in range(0, K, BK):
         w = tl.load(tokens(w_ptr, b, h, leaf * LEAF, P, column, H, K, LEAF, BK)).to(DTYPE)
         k = tl.load(tokens(k_ptr, b, h, leaf * LEAF, P, column, H, K, LEAF, BK)).to(DTYPE)
-        overlap = product(w, tl.trans(k), overlap)
-    inner = product(m, tl.where(before(), overlap, 0.0).to(DTYPE), _zeros(LEAF, LEAF)).to(DTYPE)
+        overlap = dot_add(w, tl.trans(k), overlap)
+    inner = dot_add(m, tl.where(before(), overlap, 0.0).to(DTYPE), zeros(LEAF, LEAF)).to(DTYPE)
     tl.store(square(inner_ptr, place), inner)
     key = (head * S + first_key(leaf, P)) * LEAF
     transform = (head * N + leaf) * K
     for column in range(0, K, BK):
         w = tl.load(tokens(w_ptr, b, h, leaf * LEAF, P, column, H, K, LEAF, BK)).to(DTYPE)
-        writes = product(m, w, _zeros(LEAF, BK)).to(DTYPE)
+        writes = dot_add(m, w, zeros(LEAF, BK)).to(DTYPE)
         tl.store(tile(writes_ptr, place * LEAF, column, K, LEAF, BK), writes)
         k = tl.load(tokens(k_ptr, b, h, leaf * LEAF, P, column, H, K, LEAF, BK)).to(tl.float32)
-        moved = k - product(tl.trans(inner), w, _zeros(LEAF, BK))
+        moved = k - dot_add(tl.trans(inner), w, zeros(LEAF, BK))
         if leaf + 1 < P:
             tl.store(tile(keys_ptr, key, column, K, LEAF, BK), moved.to(DTYPE))
         for row in range(0, K, BK):
             w = tl.load(tokens(w_ptr, b, h, leaf * LEAF, P, row, H, K, LEAF, BK)).to(DTYPE)
-            x = -product(tl.trans(w), writes, _zeros(BK, BK))
+            x = -dot_add(tl.trans(w), writes, zeros(BK, BK))
             i, j = row + tl.arange(0, BK)[:, None], column + tl.arange(0, BK)[None, :]
             x += tl.where(i == j, 1.0, 0.0)
             tl.store(tile(transforms_ptr, transform + row, column, K, BK, BK), x.to(DTYPE))
@@ -138,22 +137,22 @@ def path_leaf_queries(
     h, b = head % HQ, head // HQ
     kh = h // (HQ // H)
     shared = (b * H + kh) * P + leaf
-    passed, logits = _zeros(LEAF, LEAF), _zeros(LEAF, LEAF)
+    passed, logits = zeros(LEAF, LEAF), zeros(LEAF, LEAF)
     for column in range(0, K, BK):
         q = tl.load(tokens(q_ptr, b, h, leaf * LEAF, P, column, HQ, K, LEAF, BK)).to(DTYPE)
         w = tl.load(tokens(w_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)).to(DTYPE)
         k = tl.load(tokens(k_ptr, b, kh, leaf * LEAF, P, column, H, K, LEAF, BK)).to(DTYPE)
-        passed = product(q, tl.trans(w), passed)
-        logits = product(q, tl.trans(k), logits)
-    passed = tl.where(up_to(), passed, 0.0).to(DTYPE)
-    logits -= product(passed, tl.load(square(inner_ptr, shared)), _zeros(LEAF, LEAF))
+        passed = dot_add(q, tl.trans(w), passed)
+        logits = dot_add(q, tl.trans(k), logits)
+    passed = tl.where(_up_to(), passed, 0.0).to(DTYPE)
+    logits -= dot_add(passed, tl.load(square(inner_ptr, shared)), zeros(LEAF, LEAF))
     logits *= SCALE
     t = tl.arange(0, LEAF)
     if GATES:
         # Sums of those gates alone that lie between key and query.
         g = tl.load(g_ptr + (b * P * LEAF + leaf * LEAF + t).to(tl.int64) * HQ + h)
         logits += tl.cumsum(tl.where(before(), g[:, None], 0.0), axis=0)
-    logits = tl.where(up_to(), logits, float("-inf"))
+    logits = tl.where(_up_to(), logits, float("-inf"))
     highest = tl.max(logits, axis=1)
     tl.store(square(own_ptr, place), tl.exp2(logits - highest[:, None]).to(DTYPE))
     tl.store(highest_ptr + place.to(tl.int64) * LEAF + t, highest)
@@ -162,7 +161,7 @@ def path_leaf_queries(
         for column in range(0, K, BK):
             writes = tl.load(tile(writes_ptr, shared * LEAF, column, K, LEAF, BK))
             q = tl.load(tokens(q_ptr, b, h, leaf * LEAF, P, column, HQ, K, LEAF, BK))
-            moved = q.to(tl.float32) - product(passed, writes, _zeros(LEAF, BK))
+            moved = q.to(tl.float32) - dot_add(passed, writes, zeros(LEAF, BK))
             tl.store(tile(queries_ptr, row, column, K, LEAF, BK), (SCALE * moved).to(DTYPE))
 
 
@@ -186,10 +185,10 @@ def path_joined(transforms_ptr, number, P, N, new_ptr, K: tl.constexpr, BK: tl.c
     head = program // (tiles * tiles) // count
     row, column = part // tiles * BK, part % tiles * BK
     left = (head * N + transform_place(2 * block, level - 1, P)) * K
-    x = _zeros(BK, BK)
+    x = zeros(BK, BK)
     for k in range(0, K, BK):
         right = tl.load(tile(transforms_ptr, left + K + row, k, K, BK, BK))
-        x = product(right, tl.load(tile(transforms_ptr, left + k, column, K, BK, BK)), x)
+        x = dot_add(right, tl.load(tile(transforms_ptr, left + k, column, K, BK, BK)), x)
     new = (head * N + transform_place(block, level, P)) * K
     tl.store(tile(transforms_ptr, new + row, column, K, BK, BK), x.to(DTYPE))
 
@@ -228,13 +227,13 @@ def path_chains(
         if moves:
             source, target = (head * VERSIONS + source) * LEAF, (head * VERSIONS + target) * LEAF
             row = (kh * N + transform_place(other, level, P)) * K
-            x = _zeros(LEAF, K)
+            x = zeros(LEAF, K)
             for k in range(0, K, BK):
                 part = tl.load(tile(versions_ptr, source, k, K, LEAF, BK))
                 if KEYS:
                     factor = tl.trans(tl.load(tile(transforms_ptr, row, k, K, K, BK)))
                 else:
                     factor = tl.load(tile(transforms_ptr, row + k, 0, K, BK, K))
-                x = product(part, factor, x)
+                x = dot_add(part, factor, x)
             tl.store(tile(versions_ptr, target, 0, K, LEAF, K), x.to(DTYPE))
         tl.debug_barrier()

@@ -20,7 +20,9 @@ as compiled by Triton 3.9 for compute capability 8.9, 8.0 and 9.0.
 import triton
 import triton.language as tl
 
-LEAF = tl.constexpr(64)
+from jla.triton.kernels.pieces import CHUNK, tile_at
+
+LEAF = CHUNK
 LN2 = tl.constexpr(0.6931471805599453)
 LEAST = tl.constexpr(1e-30)  # so that no row is divided by zero
 
@@ -89,38 +91,20 @@ def tokens(
 ):  # fmt: skip
     """Pointers to WIDTH features, from `column` on, of ROWS tokens of [B, 64 P, HEADS, D]."""
     ptr += ((b * P * LEAF + first).to(tl.int64) * HEADS + h) * D + column
-    return ptr + tl.arange(0, ROWS)[:, None] * (HEADS * D) + tl.arange(0, WIDTH)[None, :]
+    return tile_at(ptr, HEADS * D, ROWS, WIDTH)
 
 
 @triton.jit
 def tile(ptr, row, column, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Pointers to WIDTH features, from `column` on, of ROWS rows of D features, from `row` on."""
     ptr += row.to(tl.int64) * D + column
-    return ptr + tl.arange(0, ROWS)[:, None] * D + tl.arange(0, WIDTH)[None, :]
+    return tile_at(ptr, D, ROWS, WIDTH)
 
 
 @triton.jit
 def square(ptr, place):
     """Pointers to a [64, 64] tile of an array of them."""
     return tile(ptr, place * LEAF, 0, LEAF, LEAF, LEAF)
-
-
-@triton.jit
-def up_to():
-    """[t, s]: s <= t."""
-    return tl.arange(0, LEAF)[None, :] <= tl.arange(0, LEAF)[:, None]
-
-
-@triton.jit
-def before():
-    """[t, s]: s < t."""
-    return tl.arange(0, LEAF)[None, :] < tl.arange(0, LEAF)[:, None]
-
-
-@triton.jit
-def product(a, b, acc):
-    """a @ b + acc in float32; float32 operands as three TF32 products."""
-    return tl.dot(a, b, acc=acc, input_precision="tf32x3")
 
 
 @triton.jit

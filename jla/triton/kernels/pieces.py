@@ -1,4 +1,4 @@
-"""What the kernels of all mechanisms share: tiles of tokens, the tree of decays, the inverse.
+"""What the kernels of several mechanisms share: products, tiles, masks, decays, the inverse.
 
 A chunk has 64 tokens. Inside a kernel, `i` and `j` are a chunk's tokens and exponents are in base
 2. Products take operands of the inputs' dtype and add in float32; float32 operands are multiplied
@@ -33,6 +33,26 @@ def dot_add(a, b, acc):
 
 
 @triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where products are added, float32."""
+    return tl.zeros((ROWS, COLUMNS), tl.float32)
+
+
+@triton.jit
+def by_row(x):
+    """x, [64, ...], made of what was loaded, before it becomes an operand.
+
+    Triton would load each of x's parts in the layout of an operand of mma.sync, in which several
+    warps have the same numbers, and compute there: with twice to four times the registers. It does
+    not where a number depends on its row.
+    """
+    return tl.where((tl.arange(0, CHUNK) >= 0)[:, None], x, tl.zeros_like(x))
+
+
+# ------------------------------------------------------------------------------ tiles
+
+
+@triton.jit
 def place(parts: tl.constexpr, N, HV: tl.constexpr):
     """A program's part of a chunk (the fastest), value head, chunk and batch row (the slowest).
 
@@ -47,17 +67,38 @@ def place(parts: tl.constexpr, N, HV: tl.constexpr):
 
 
 @triton.jit
+def tile_at(ptr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers to WIDTH columns of ROWS rows, which are D numbers apart, from `ptr` on."""
+    return ptr + tl.arange(0, ROWS)[:, None] * D + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
 def token_tile(ptr, b, n, h, column, T, H: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
     """Pointers to W columns, from `column`, of a chunk's tokens in an array [B, T, H, D]."""
     base = ptr + ((b * T + n * CHUNK).to(tl.int64) * H + h) * D + column
-    return base + tl.arange(0, CHUNK)[:, None] * (H * D) + tl.arange(0, W)[None, :]
+    return tile_at(base, H * D, CHUNK, W)
 
 
 @triton.jit
 def chunk_tile(ptr, b, n, h, column, N, HV: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
     """As `token_tile`, in an array between kernels, [B, HV, N * 64, D]."""
     base = ptr + ((b * HV + h) * N + n).to(tl.int64) * (CHUNK * D) + column
-    return base + tl.arange(0, CHUNK)[:, None] * D + tl.arange(0, W)[None, :]
+    return tile_at(base, D, CHUNK, W)
+
+
+@triton.jit
+def real_tokens(n, T):
+    """[i, 1]: which tokens of a chunk there are."""
+    return (tl.arange(0, CHUNK) + n * CHUNK < T)[:, None]
+
+
+@triton.jit
+def real_columns(real, columns, D: tl.constexpr):
+    """`real` [rows, 1], and where tiles do not divide D, which of the columns there are."""
+    if D // columns.shape[0] * columns.shape[0] != D:
+        return real & (columns < D)[None, :]
+    else:
+        return real
 
 
 @triton.jit
@@ -66,7 +107,7 @@ def load_tokens(pointers, n, T, WHOLE: tl.constexpr):
     if WHOLE:
         return tl.load(pointers)
     else:
-        return tl.load(pointers, mask=(tl.arange(0, CHUNK) + n * CHUNK < T)[:, None], other=0.0)
+        return tl.load(pointers, mask=real_tokens(n, T), other=0.0)
 
 
 @triton.jit
@@ -76,7 +117,7 @@ def store_tokens(pointers, x, n, T, WHOLE: tl.constexpr):
     if WHOLE:
         tl.store(pointers, x)
     else:
-        tl.store(pointers, x, mask=(tl.arange(0, CHUNK) + n * CHUNK < T)[:, None])
+        tl.store(pointers, x, mask=real_tokens(n, T))
 
 
 @triton.jit
@@ -91,6 +132,25 @@ def load_diagonal(ptr, b, n, h, N, HV: tl.constexpr):
     """The diagonal of a chunk's square, [64] float32, of an array [B, HV, N * 64, 64]."""
     ptr += ((b * HV + h) * N + n).to(tl.int64) * (CHUNK * CHUNK)
     return tl.load(ptr + tl.arange(0, CHUNK) * (CHUNK + 1)).to(tl.float32)
+
+
+@triton.jit
+def matrix_tile(ptr, rows, columns, D: tl.constexpr, E: tl.constexpr):
+    """Pointers to rows and columns of the matrix [D, E] at `ptr`, and which of them there are."""
+    pointers = ptr + (rows[:, None] * E + columns[None, :])
+    return pointers, (rows < D)[:, None] & (columns < E)[None, :]
+
+
+@triton.jit
+def load_matrix(ptr, rows, columns, D: tl.constexpr, E: tl.constexpr):
+    """What `matrix_tile` points to; zeros where there is nothing."""
+    pointers, real = matrix_tile(ptr, rows, columns, D, E)
+    R: tl.constexpr = rows.shape[0]
+    C: tl.constexpr = columns.shape[0]
+    if D // R * R == D and E // C * C == E:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=real, other=0.0)
 
 
 # ------------------------------------------------------------------------------ masks, [64, 64]
@@ -116,10 +176,16 @@ def before():
 
 
 @triton.jit
+def same():
+    """[i, j]: i = j."""
+    i, j = _tokens()
+    return i == j
+
+
+@triton.jit
 def identity():
     """[i, j]: 1.0 where i = j, else 0.0."""
-    i, j = _tokens()
-    return tl.where(i == j, 1.0, 0.0)
+    return tl.where(same(), 1.0, 0.0)
 
 
 @triton.jit
