@@ -19,7 +19,9 @@ def test_a_checkpoint_is_written_and_measured(tmp_path):
     options = [*TINY, "--folder", str(folder), "--out", str(out)]
     assert checkpoints.main([*options, "--cases", "load,decode,prefill"]) == 0
     load, decode, prefill = json.loads(out.read_text())["results"]
-    assert load["bytes"] > 2 * load["parameters"] and load["host_peak_gb"] > 0
+    assert load["bytes"] > 2 * load["parameters"]
+    # Beside the process's own coming and going, so small a checkpoint takes nothing.
+    assert -0.01 < load["host_peak_gb"] < 1
     # All but the embedding.
     assert decode["weights_gb"] == 2 * (load["parameters"] - 300 * 32) / 1e9
     assert decode["tokens_per_s"] == pytest.approx(1e3 / decode["step_ms"])

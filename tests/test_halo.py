@@ -34,7 +34,7 @@ def test_short_convolution(W, ids):
     x, taps = normal(0, B, T, H, D), normal(1, W, H, D)
 
     def run(x, ids, taps, **options):
-        return _fused.short_convolution(x, taps, None, ids, normalize=True, **options)
+        return _fused.short_convolution(x, taps, None, None, ids, normalize=True, **options)
 
     numbers = None if ids is None else np.cumsum(np.diff(ids, axis=1, prepend=ids[:, :1]) != 0, 1)
     want = run(x, numbers, taps)

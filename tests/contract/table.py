@@ -87,6 +87,8 @@ TRITON = Backend(
     # About two seconds each; the others take less.
     slow=(
         "test_a_split_and_its_gradients_are_the_whole",
+        # Up to ten seconds: tests/triton/test_steps.py has the steps, and a GPU all tokens.
+        "test_decode_is_forward",
         "test_good_inputs_make_no_nan",
         "test_values_under_x64",
     ),
