@@ -87,6 +87,7 @@ def test_pages_of_kernels_are_short_and_alike(page):
     assert len(text.split()) < 1000
 
 
+@pytest.mark.slow  # 17 s, and tests/contract/test_over_time.py has what they do
 def test_the_examples_of_scale_run():
     """Both surfaces give the unsharded call's loss and gradients."""
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "scale.md").read_text(), re.M | re.S)
