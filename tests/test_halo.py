@@ -31,17 +31,17 @@ def over_pieces(run, tokens, shared):
 @pytest.mark.parametrize("ids", [None, IDS], ids=["one", "packed"])
 def test_short_convolution(W, ids):
     """Windows reach the left neighbour's tokens of the same segment and no others, NaN or not."""
-    x, taps = normal(0, B, T, H, D), normal(1, W, H, D)
+    x, taps, bias = normal(0, B, T, H, D), normal(1, W, H, D), normal(2, H, D)
 
-    def run(x, ids, taps, **options):
-        return _fused.short_convolution(x, taps, None, None, ids, normalize=True, **options)
+    def run(x, ids, taps, bias, **options):
+        return _fused.short_convolution(x, taps, bias, None, ids, normalize=True, **options)
 
     numbers = None if ids is None else np.cumsum(np.diff(ids, axis=1, prepend=ids[:, :1]) != 0, 1)
-    want = run(x, numbers, taps)
-    np.testing.assert_allclose(over_pieces(run, (x, ids), (taps,)), want, rtol=1e-5, atol=1e-6)
+    want = run(x, numbers, taps, bias)
+    np.testing.assert_allclose(over_pieces(run, (x, ids), (taps, bias)), want, rtol=1e-5, atol=1e-6)
     if ids is not None:
         x[0, :6] = np.nan
-        nan = over_pieces(run, (x, ids), (taps,))
+        nan = over_pieces(run, (x, ids), (taps, bias))
         np.testing.assert_allclose(nan[0, 6:], want[0, 6:], rtol=1e-5, atol=1e-6)
 
 
