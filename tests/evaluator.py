@@ -221,7 +221,7 @@ _OF_NUMPY = {
     "not": np.bitwise_not,
     "name": lambda x: x,
     "or": np.bitwise_or,
-    "population_count": lambda x: np.bitwise_count(x).astype(x.dtype),
+    "population_count": lambda x: np.bitwise_count(x.view(f"u{x.itemsize}")).astype(x.dtype),
     "rem": np.fmod,
     "rsqrt": lambda x: np.reciprocal(np.sqrt(x)),
     "shift_left": np.left_shift,

@@ -47,6 +47,10 @@ def test_calls():
     def twice(x):
         return 2 * x
 
+    @twice.def_vmap
+    def _(_, batched, x):
+        return 2 * x, batched[0]
+
     def run(a, b):
         def solve(_, b):
             return jnp.linalg.inv(a) @ b

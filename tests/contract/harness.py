@@ -139,7 +139,9 @@ def value_and_vjp(mechanism, implementation, args, cotangents, segment_ids=None)
     """What `run` returns, and the cotangent of every argument."""
     with implementation.context():
         run = _value_and_vjp(mechanism.name, implementation.name)
-        run = evaluated_if_interpreted(implementation, run)
+        # XLA compiles the definition for `forward`.
+        once = implementation.interpreted or implementation.name == "reference"
+        run = evaluated(run) if once else run
         return jax.device_get(run(args, cotangents, segment_ids))
 
 
