@@ -87,7 +87,7 @@ def evaluated_if_interpreted(implementation, jitted):
     """The jitted function; around interpreted kernels, NumPy evaluates it.
 
     XLA would compile what is around them for seconds, and it runs once or twice. On a GPU, and in
-    the tests of kernels' files, it does compile it.
+    the tests of norms, gates, convolutions and states over devices, it does compile it.
     """
     return evaluated(jitted) if implementation.interpreted else jitted
 
