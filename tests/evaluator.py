@@ -14,6 +14,7 @@ import numpy as np
 from jax._src import core
 
 _RULES = {}
+_KERNELS = "mpmd_map", "pallas_call"  # JAX interprets them, see interpreter.py
 _building = threading.Lock()
 
 
@@ -39,8 +40,8 @@ def evaluated(jitted):
     return run
 
 
-# A kernel's threads and the steps of its grid share one program; a few kernels run at a time.
-@functools.lru_cache(maxsize=64)
+# A kernel's threads and the steps of its grid share one program; so do all runs of one function.
+@functools.lru_cache(maxsize=2048)
 def _program(jaxpr):
     """The jaxpr as a function of its constants and its arguments."""
     places, values = {}, []  # each variable has a place in a list of values
@@ -91,6 +92,9 @@ def _array(x):
 
 def _by_jax(primitive, params):
     params = primitive.get_bind_params(params)
+    if primitive.name in _KERNELS:  # or each call would trace it anew
+        bind = jax.jit(functools.partial(primitive.bind, **params))
+        return lambda *operands: jax.tree.map(_array, bind(*operands))
 
     def run(*operands):
         with jax.enable_x64(True):  # an operand's dtype stays what it is
@@ -130,7 +134,20 @@ def _remat(*, jaxpr, **_):
     return lambda *args: run((), args)
 
 
-@_rule("io_callback")
+@_rule("custom_partitioning", "custom_vmap_call")
+def _custom(*, call, **_):
+    return _closed(call)
+
+
+@_rule("custom_linear_solve")
+def _custom_linear_solve(*, const_lengths, jaxprs, **_):
+    solve, count = _closed(jaxprs.solve), sum(const_lengths)
+    start = const_lengths.matvec + const_lengths.vecmat
+    consts = slice(start, start + const_lengths.solve)
+    return lambda *operands: solve(*operands[consts], *operands[count:])
+
+
+@_rule("io_callback", "pure_callback")
 def _io_callback(*, callback, **_):
     # Copies: what is read from a buffer must not change with it.
     return lambda *operands: [np.array(x) for x in callback(*operands)]
@@ -187,24 +204,31 @@ _OF_NUMPY = {
     "eq": np.equal,
     "exp": np.exp,
     "exp2": np.exp2,
+    "expm1": np.expm1,
     "ge": np.greater_equal,
     "gt": np.greater,
     "le": np.less_equal,
+    "log": np.log,
+    "log1p": np.log1p,
     "log2": np.log2,
     "lt": np.less,
+    "logistic": lambda x: 1 / (1 + np.exp(-x)),
     "max": np.maximum,
     "min": np.minimum,
     "mul": np.multiply,
     "ne": np.not_equal,
     "neg": np.negative,
     "not": np.bitwise_not,
+    "name": lambda x: x,
     "or": np.bitwise_or,
+    "population_count": lambda x: np.bitwise_count(x.view(f"u{x.itemsize}")).astype(x.dtype),
     "rem": np.fmod,
     "rsqrt": lambda x: np.reciprocal(np.sqrt(x)),
     "shift_left": np.left_shift,
     "shift_right_arithmetic": np.right_shift,
     "sign": np.sign,
     "sqrt": np.sqrt,
+    "square": np.square,
     "stop_gradient": lambda x: x,
     "sub": np.subtract,
     "xor": np.bitwise_xor,
@@ -331,9 +355,72 @@ def _iota(*, dtype, shape, dimension, **_):
     return lambda: made
 
 
-@_rule("reduce_max")
-def _reduce_max(*, axes, **_):
-    return lambda x: np.max(x, axes)
+@_rule("pad")
+def _pad(*, padding_config, **_):
+    if any(inner for _, _, inner in padding_config):
+        return _by_jax(jax.lax.pad_p, dict(padding_config=padding_config))
+    ends = [(low, high) for low, high, _ in padding_config]
+    # Not np.pad, which takes long on small arrays. A negative width cuts.
+    inside = tuple(slice(max(low, 0), -max(high, 0) or None) for low, high in ends)
+    kept = tuple(slice(max(-low, 0), -max(-high, 0) or None) for low, high in ends)
+
+    def run(x, value):
+        shape = [n + low + high for n, (low, high) in zip(x.shape, ends, strict=True)]
+        padded = np.full(shape, value, x.dtype)
+        padded[inside] = x[kept]
+        return padded
+
+    return run
+
+
+@_rule("dynamic_update_slice")
+def _dynamic_update_slice(**_):
+    def run(x, update, *starts):
+        rows = zip(map(int, starts), x.shape, update.shape, strict=True)
+        starts = [min(max(start, 0), n - size) for start, n, size in rows]
+        ends = [start + size for start, size in zip(starts, update.shape, strict=True)]
+        x = x.copy()
+        x[tuple(map(slice, starts, ends))] = update
+        return x
+
+    return run
+
+
+@_rule("rev")
+def _rev(*, dimensions, **_):
+    return lambda x: np.flip(x, dimensions)
+
+
+@_rule("split")
+def _split(*, sizes, axis, **_):
+    borders = np.cumsum(sizes)[:-1]
+    return lambda x: np.split(x, borders, axis)
+
+
+def _reduction(function):
+    return lambda *, axes, **_: lambda x: function(x, axes)
+
+
+_RULES.update(
+    reduce_and=_reduction(np.logical_and.reduce),
+    reduce_max=_reduction(np.max),
+    reduce_or=_reduction(np.logical_or.reduce),
+)
+
+
+def _cumulative(function):
+    def make(*, axis, reverse, **_):
+        def run(x):
+            if reverse:
+                return np.flip(function(np.flip(x, axis), axis), axis)
+            return function(x, axis)
+
+        return run
+
+    return make
+
+
+_RULES.update(cummax=_cumulative(np.maximum.accumulate), cummin=_cumulative(np.minimum.accumulate))
 
 
 @_rule("reduce_sum")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparing import normal
+from evaluator import evaluated
 
 import jla
 
@@ -24,10 +25,18 @@ def arguments():
     return args | dict(s=2.0 * args["s"])
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
 def value_and_gradients(args, segment_ids, implementation):
-    """o, the state, and the gradients of a weighted sum of them."""
+    """o, the state, and the gradients of a weighted sum of them; the definition's evaluated."""
+    run = _value_and_gradients(implementation)
+    return (run if implementation == "xla" else evaluated(run))(args, segment_ids)
 
+
+@functools.cache
+def _value_and_gradients(implementation):
+    return jax.jit(functools.partial(_both, implementation))
+
+
+def _both(implementation, args, segment_ids):
     def run(args):
         return jla.gsa(**args, segment_ids=segment_ids, implementation=implementation)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparing import normal
+from evaluator import evaluated
 
 import jla
 from jla.xla.conjugate_gradients import solve
@@ -63,6 +64,7 @@ def assert_first_two_heads_are_nan(x, axis):
 def test_outputs_and_gradients_are_nan(implementation, context, step):
     """Those heads' outputs, and every gradient through them; not their state, nor other heads."""
 
+    @evaluated
     @jax.jit
     def both(args):
         def loss(args):

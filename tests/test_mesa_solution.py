@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparing import normal, uniform
+from evaluator import evaluated
 from jax.sharding import AxisType, PartitionSpec
 
 import jla
@@ -36,7 +37,6 @@ def near(got, want, tolerance):
     assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
 def with_gradients(args, implementation):
     def loss(args):
         o, _ = jla.mesa_net(**args, implementation=implementation)
@@ -54,9 +54,10 @@ def test_half_inputs_converge_where_a_half_state_could_not(dtype):
     args = inputs(0, spread=0.1, ridge=0.03)
     half = {n: x.astype(dtype) if n in "qkv" else x for n, x in args.items()}
 
-    gradients, o = with_gradients(half, "xla")
+    gradients, o = jax.jit(functools.partial(with_gradients, implementation="xla"))(half)
     exact = {n: x.astype(jnp.float32) for n, x in half.items()}
-    wanted, want = with_gradients(exact, "reference")
+    definition = jax.jit(functools.partial(with_gradients, implementation="reference"))
+    wanted, want = evaluated(definition)(exact)
     near(o, want, 1e-2)
     for name, gradient in gradients.items():
         near(gradient, wanted[name], 2e-2)
@@ -110,4 +111,4 @@ def test_rows_on_two_devices():
     specs = dict.fromkeys(args, PartitionSpec("rows")) | dict(lamb=PartitionSpec())
     options = dict(mesh=mesh, in_specs=(specs,), out_specs=(PartitionSpec("rows"), specs))
     got = jax.jit(jax.shard_map(both, **options))(args)
-    jax.tree.map(lambda x, y: near(x, y, 1e-5), got, jax.jit(both)(args))
+    jax.tree.map(lambda x, y: near(x, y, 1e-5), got, evaluated(jax.jit(both))(args))

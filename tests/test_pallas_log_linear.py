@@ -107,7 +107,7 @@ def test_mamba2_values_and_skip(monkeypatch, T, packed):
     # Not the function that is jitted, whose programs may be of another LEAF_BLOCK.
     run = kernels.log_linear_mamba2.__wrapped__
     with jla.pallas.interpret():
-        got = jax.jit(functools.partial(with_gradients, run))(args, ids)
+        got = evaluated(jax.jit(functools.partial(with_gradients, run)))(args, ids)
     definition = functools.partial(mamba2_in_steps, implementation="reference")
     wide = evaluated(jax.jit(functools.partial(with_gradients, definition)))
     want = wide([x.astype(f32) for x in args], ids)
@@ -214,7 +214,7 @@ def test_step_is_the_reference(positions, sizes):
     step = functools.partial(jla.log_linear_step, implementation="reference")
     want_o, want = evaluated(jax.jit(step))(*args)
     with jla.pallas.interpret():
-        o, state = jax.jit(kernels.log_linear_step)(*args)
+        o, state = evaluated(jax.jit(kernels.log_linear_step))(*args)
     check_step((o, state), (want_o, want))
 
 

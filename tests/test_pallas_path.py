@@ -80,7 +80,6 @@ def test_any_two_leaves_meet_once(leaves):
         assert sorted(place for _, place in places) == list(range(sum(count)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def values_and_gradients(implementation, arrays, cotangent, segment_ids):
     def run(*arrays):
         path_attention = functools.partial(jla.path_attention, implementation=implementation)
@@ -104,7 +103,8 @@ def test_several_leaves_are_the_reference(T, H, HQ):
     lengths = jnp.asarray([40, T - 50, 10])
     ids = jnp.repeat(jnp.arange(3), lengths, total_repeat_length=T)[None]
     with jla.pallas.interpret():
-        got = values_and_gradients("pallas", arrays, cotangent, ids)
+        run = evaluated(jax.jit(functools.partial(values_and_gradients, "pallas")))
+        got = run(arrays, cotangent, ids)
     arrays = jax.tree.map(lambda x: x.astype(f32), arrays)
     definition = jax.jit(functools.partial(values_and_gradients, "reference"))
     want = evaluated(definition)(arrays, cotangent, ids)
@@ -192,7 +192,8 @@ def test_cache_in_blocks_is_the_reference(monkeypatch):
     monkeypatch.setattr(around, "KEYS", 8)
     arrays, cache = tokens(2, 20), cached((19, 3), 45)
     with jla.pallas.interpret():
-        got = jax.jit(functools.partial(kernels.path_attention, scale=0.3))(*arrays, cache, None)
+        run = jax.jit(functools.partial(kernels.path_attention, scale=0.3))
+        got = evaluated(run)(*arrays, cache, None)
     want = jla.path_attention(*arrays, cache=cache, scale=0.3, implementation="reference")
     assert largest_error(got, want) < 5e-3
 
@@ -231,9 +232,12 @@ def check_step(context, lengths, sizes):
     cache = cached(lengths, **sizes)
     arrays = tokens(len(lengths), **{n: x for n, x in sizes.items() if n != "capacity"})
     # Under jit no length is known, and none refused.
-    want = jax.jit(functools.partial(reference.path_step, scale=0.3))(*arrays, cache)
+    want, got = (
+        evaluated(jax.jit(functools.partial(x.path_step, scale=0.3))) for x in (reference, kernels)
+    )
+    want = want(*arrays, cache)
     with context():
-        got = jax.jit(functools.partial(kernels.path_step, scale=0.3))(*arrays, cache)
+        got = got(*arrays, cache)
     assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, want)
     assert largest_error(got[0], want[0]) < (2e-6 if got[0].dtype == f32 else 1e-3)
     assert largest_error(got[1], want[1]) < 2e-6
@@ -247,7 +251,7 @@ def test_step_differentiates():
         return jnp.sum(o.astype(f32)) + jnp.sum(new.key**2)
 
     def gradient(step):
-        return jax.jit(jax.grad(functools.partial(loss, step), (0, 1)))(*cache[:2])
+        return evaluated(jax.jit(jax.grad(functools.partial(loss, step), (0, 1))))(*cache[:2])
 
     with jla.pallas.interpret():
         got = gradient(kernels.path_step)

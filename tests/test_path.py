@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparing import normal, uniform
+from evaluator import evaluated
 
 import jla
 
@@ -23,11 +24,11 @@ def arguments(dtype="float32"):
 
 
 def run(implementation, args, cache):
-    """Jitted, so that what does not fit cannot be refused."""
+    """Traced, so that what does not fit cannot be refused. The definition is evaluated."""
     call = jax.jit(
         lambda args, cache: jla.path_attention(*args, cache=cache, implementation=implementation)
     )
-    return call(args, cache)
+    return (call if implementation == "xla" else evaluated(call))(args, cache)
 
 
 def test_without_gates_a_prefill_is_a_run_and_a_split_is_whole():

@@ -83,6 +83,15 @@ def with_gradients(run, args, cotangents):
     return outputs, with_floats(jax.tree.map(jnp.zeros_like, args), *pull(floats(cotangents)))
 
 
+def evaluated_if_interpreted(implementation, jitted):
+    """The jitted function; around interpreted kernels, NumPy evaluates it.
+
+    XLA would compile what is around them for seconds, and it runs once or twice. On a GPU, and in
+    the tests of norms, gates, convolutions and states over devices, it does compile it.
+    """
+    return evaluated(jitted) if implementation.interpreted else jitted
+
+
 @functools.cache
 def _forward(name, implementation):
     run = {m.name: m.run for m in MECHANISMS}[name]
@@ -112,6 +121,7 @@ def forward(mechanism, implementation, args, segment_ids=None):
     with implementation.context():
         if not implementation.linearizes:
             run = _forward(mechanism.name, implementation.name)
+            run = evaluated_if_interpreted(implementation, run)
             return jax.device_get(run(args, segment_ids))
         sizes = {}
         jax.tree.map(
@@ -129,6 +139,9 @@ def value_and_vjp(mechanism, implementation, args, cotangents, segment_ids=None)
     """What `run` returns, and the cotangent of every argument."""
     with implementation.context():
         run = _value_and_vjp(mechanism.name, implementation.name)
+        # XLA compiles the definition for `forward`.
+        once = implementation.interpreted or implementation.name == "reference"
+        run = evaluated(run) if once else run
         return jax.device_get(run(args, cotangents, segment_ids))
 
 

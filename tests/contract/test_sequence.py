@@ -14,6 +14,7 @@ from harness import (
     case,
     cut,
     definition,
+    evaluated_if_interpreted,
     forward,
     inputs,
     is_float,
@@ -147,6 +148,7 @@ def test_decode_is_forward(mechanism, implementation, sizes):
 
         return jax.lax.scan(token, state, tokens)
 
+    decode = evaluated_if_interpreted(implementation, decode)
     with implementation.context():
         state, o = jax.device_get(decode(args[mechanism.state[0]], tokens))
     got, want = (np.moveaxis(o, 0, 1), state), (whole[0][:, :T], whole[1])
@@ -174,6 +176,7 @@ def test_step_in_a_scan_over_layers(mechanism, implementation, sizes):
     stacked = {n: jax.tree.map(lambda *x: np.stack(x), *xs) for n, xs in cut_out.items()}
     turned = jax.tree.map(lambda x: x[::-1], stacked)
     scan = jax.jit(lambda xs: jax.lax.scan(lambda _, x: (None, step(x)), None, xs)[1])
+    scan = evaluated_if_interpreted(implementation, scan)
     with implementation.context():
         got, of_turned = jax.device_get((scan(stacked), scan(turned)))
     # A layer's step is the same as the first and as the second; and it is the run's first token.

@@ -19,6 +19,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+from evaluator import evaluated
 
 import jla.hub
 
@@ -79,7 +80,8 @@ def run(name, dtype):
         gradients, logits = jax.grad(loss, has_aux=True)(params, tokens, mask)
         return logits, gradients
 
-    return functools.partial(jax.jit(logits_and_gradients), params)
+    # XLA compiles the models where they generate.
+    return functools.partial(evaluated(jax.jit(logits_and_gradients)), params)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluator import evaluated
 from layer_gsa import GSA
 from layer_kda import KDA
 from layer_log_linear import LOG_LINEAR
@@ -98,24 +99,35 @@ def trees_close(actual, expected, tolerance=1e-4):
     jax.tree.map(lambda a, b: close(a, b, tolerance), actual, expected)
 
 
-def outside(tree):
-    """As NumPy arrays, if no transformation is under way."""
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
-    return tree if traced else jax.device_get(tree)
+def run(jitted, *args):
+    """What the jitted function returns, as NumPy arrays if no transformation is under way.
+
+    Then NumPy evaluates it: XLA compiles for each case and shape, for seconds, what runs once.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
+        return jitted(*args)
+    return jax.device_get(evaluated(jitted)(*args))
 
 
 def forward(case, params, x, mask=None, segment_ids=None):
-    return outside(_forward(case, params, x, mask, segment_ids))
+    return run(_forward(case), params, x, mask, segment_ids)
 
 
-@functools.partial(jax.jit, static_argnames="case")
-def _forward(case, params, x, mask, segment_ids):
-    return layer(case).apply({"params": params}, x, mask=mask, segment_ids=segment_ids)
+@functools.cache
+def _forward(case):
+    return jax.jit(
+        lambda params, x, mask, segment_ids: layer(case).apply(
+            {"params": params}, x, mask=mask, segment_ids=segment_ids
+        )
+    )
 
 
 def advance(case, params, cache, x, mask=None, segment_ids=None, implementation="reference"):
-    """One decoding call: the output and the advanced cache."""
-    return outside(_advance(case, params, cache, x, mask, segment_ids, implementation))
+    """One decoding call: the output and the advanced cache. XLA compiles "xla"."""
+    jitted = _advance(case, implementation)
+    if implementation == "reference":
+        return run(jitted, params, cache, x, mask, segment_ids)
+    return jax.device_get(jitted(params, cache, x, mask, segment_ids))
 
 
 def advance_without_jit(
@@ -132,7 +144,13 @@ def advance_without_jit(
     return y, variables["cache"]
 
 
-_advance = jax.jit(advance_without_jit, static_argnames=("case", "implementation"))
+@functools.cache
+def _advance(case, implementation):
+    return jax.jit(
+        lambda params, cache, x, mask, segment_ids: advance_without_jit(
+            case, params, cache, x, mask, segment_ids, implementation
+        )
+    )
 
 
 def empty_cache(case, B):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluator import evaluated
 from layers import (
     D,
     advance,
@@ -65,6 +66,7 @@ def test_golden_vectors(implementation):
         implementation=implementation,
     )
 
+    @evaluated
     @jax.jit
     def both(params, x, cotangent):
         y, pull = jax.vjp(lambda x: module.apply({"params": params}, x), x)

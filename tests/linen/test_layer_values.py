@@ -23,6 +23,7 @@ from layers import (
     normal,
     numpy_layer,
     parameters,
+    run,
 )
 
 
@@ -65,7 +66,7 @@ def test_gradients_are_finite_and_reach_every_parameter(case):
     def loss(params):
         return jnp.sum(forward(case, params, x) * target)
 
-    gradients = jax.jit(jax.grad(loss))(parameters(case))
+    gradients = run(jax.jit(jax.grad(loss)), parameters(case))
     chex.assert_tree_all_finite(gradients)
     for path, gradient in jax.tree.leaves_with_path(gradients):
         assert np.linalg.norm(gradient) > 1e-6, jax.tree_util.keystr(path)

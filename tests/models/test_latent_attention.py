@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluator import evaluated
 
 from jla.models.latent_attention import LatentAttention
 
@@ -17,7 +18,7 @@ DECODE = "rotated"  # and its shapes in all that follows: they share compiled pr
 
 @functools.cache
 def made(name, decode=False):
-    """A layer, its parameters and a jitted call `f(variables, x, mask, segment_ids)`."""
+    """A layer, its parameters and an evaluated call `f(variables, x, mask, segment_ids)`."""
     layer = LatentAttention(**CASES[name], decode=decode)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((2, T, D)))["params"]
     draw = np.random.default_rng(1)
@@ -29,7 +30,8 @@ def made(name, decode=False):
     def call(variables, x, mask, segment_ids):
         return layer.apply(variables, x, mask=mask, segment_ids=segment_ids, mutable=["cache"])
 
-    return layer, jax.tree_util.tree_map_with_path(parameter, shapes), jax.jit(call)
+    parameters = jax.tree_util.tree_map_with_path(parameter, shapes)
+    return layer, parameters, evaluated(jax.jit(call))
 
 
 def inputs(seed=0, tokens=T):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparing import close
+from evaluator import evaluated
 from model_formulas import attention, normal, random_params
 
 from jla.models import Attention
@@ -36,17 +37,21 @@ B, T = MASK.shape
 SEGMENTS = np.resize([7, 7, 7, 2, 2, 2, 2, 2, 7, 9, 9], (B, T))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.cache
+def _call(layer):
+    def call(variables, x, mask, segment_ids):
+        return layer.apply(variables, x, mask=mask, segment_ids=segment_ids, mutable=["cache"])
+
+    return evaluated(jax.jit(call))
+
+
 def forward(layer, params, x, mask=None, segment_ids=None):
-    return layer.apply({"params": params}, x, mask=mask, segment_ids=segment_ids)
+    return _call(layer)({"params": params}, x, mask, segment_ids)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def advance(layer, params, cache, x, mask=None, segment_ids=None):
     variables = {"params": params, "cache": cache}
-    y, updated = layer.clone(decode=True).apply(
-        variables, x, mask=mask, segment_ids=segment_ids, mutable=["cache"]
-    )
+    y, updated = _call(layer.clone(decode=True))(variables, x, mask, segment_ids)
     return y, updated["cache"]
 
 
