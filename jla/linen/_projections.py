@@ -37,7 +37,8 @@ def copies(x, split):
     mesh = whole.mesh_with(split)
     if AxisType.Explicit in mesh.axis_types:
         return None
-    place = PartitionSpec(over, split["B"] or None, split["T"] or None, None)
+    place = whole.places(split, mesh, dict(zip("BT", x.shape, strict=False)))
+    place = PartitionSpec(over, place["B"] or None, place["T"] or None, None)
     x = jnp.broadcast_to(x[None], (whole.devices(over), *x.shape))
     return lax.with_sharding_constraint(x, NamedSharding(mesh, place))
 
