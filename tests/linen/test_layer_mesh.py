@@ -71,6 +71,15 @@ def moved(program):
     )
 
 
+def in_loops(program):
+    """The collectives in bodies and conditions of loops: devices would wait at each turn."""
+    text = program.as_text()
+    loops = set(re.findall(r"(?:body|condition)=%?([\w.-]+)", text))
+    parts = dict(re.findall(r"^%?([\w.-]+) (\(.*?^})", text, re.M | re.S))
+    assert loops and loops <= set(parts)
+    return [x for x in loops if re.search(rf" (?:{COLLECTIVES})(?:-start)?\(", parts[x])]
+
+
 def borders():
     """A border inside of a device's tokens and a segment over the edge; a border on the edge."""
     return np.stack([np.arange(T) >= T // 4, np.arange(T) >= T // 2]).astype(np.int32)
@@ -123,6 +132,7 @@ def test_a_layer_on_a_mesh(name):
     if name == "path":  # exchanges heads
         others = {x for x in others if x[0] == "all-reduce"}
     assert others <= {("all-reduce", (b, t, 5)), ("all-reduce", (b, t, 1, 1))}
+    assert not in_loops(program)
     # What is not of tokens is no larger than the largest parameter, or a state.
     sizes = [math.prod(shape) for _, shape in found if (_, shape) not in of_tokens]
     whole = max(map(np.size, jax.tree.leaves(params)))
@@ -198,6 +208,27 @@ def test_inputs_gradient_is_summed_once():
     trees_close(got, want)
     sums = [x for x in moved(program) if x[1] == (B // 2, T, D)]
     assert sums == [("all-reduce", (B // 2, T, D))]
+
+
+def test_the_inside_of_an_mlp_is_split():
+    """One sum of tokens forward, and one backward for both projections."""
+    mesh = mesh_of(2, 1, 2)
+    module = SwiGLU(40)
+    params = {
+        name: dict(kernel=normal(i, *shape) / 5)
+        for i, (name, shape) in enumerate(dict(gate=(D, 40), up=(D, 40), down=(40, D)).items())
+    }
+    places = nn.logical_to_mesh(logical_axes(params), RULES)
+
+    def apply(module):
+        return lambda params, x: module.apply({"params": params}, x)
+
+    arrays = normal(4, B, T, D), params, normal(5, B, T, D)
+    over = module.clone(mesh_axes=dict(B="data", H="model"))
+    program, got = compiled(apply(over), mesh, *arrays, places=(P("data"), places, P("data")))
+    trees_close(got, jax.device_get(jax.jit(with_gradients(apply(module)))(*arrays)))
+    of_tokens = [x for x in moved(program) if T in x[1]]
+    assert of_tokens == [("all-reduce", (B // 2, T, D))] * 2
 
 
 @pytest.mark.parametrize("axes", [AXES, dict(B="data", H="model")], ids=["time", "heads"])
