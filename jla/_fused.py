@@ -10,7 +10,7 @@ around a mechanism are composed of the public function, which checks values.
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -190,6 +190,7 @@ def rms_norm(
     epsilon: float,
     activation: Activation = "sigmoid",
     input_activation: Activation | None = None,
+    over: tuple[str, ...] = (),
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """RMSNorm over the last axes, as many as the scale has, with a gate behind it:
@@ -201,17 +202,32 @@ def rms_norm(
       gate: as x, or None. gate_bias: as a token of the gate, or None.
       activation: of the gate; "sigmoid", "silu" or a function.
       input_activation: the same, of x before it is normalised; None for none.
+      over: inside shard_map, the manual axes over which the first of the normalised axes is split.
+        No kernel serves this.
       implementation: see `jla._dispatch.choose`.
 
     Returns:
       x's shape and dtype, computed in float32 and rounded once.
     """
     arrays = tuple(a for a in (x, scale, gate, gate_bias) if a is not None)
-    options = dict(input_activation=_NAMES.get(input_activation, input_activation))
+    options: dict[str, Any] = dict(input_activation=_NAMES.get(input_activation, input_activation))
     if gate is not None:
         options["activation"] = _NAMES.get(activation, activation)
+    if over:
+        options["over"] = over
+        implementation = _formula(implementation)
     run = choose("rms_norm", implementation, *arrays, **options)
     return run(*arrays, epsilon=epsilon, **options)
+
+
+def _formula(implementation: Implementation | None) -> Implementation:
+    """That of a norm over devices."""
+    if implementation in ("pallas", "triton"):
+        raise NotImplementedError(
+            f'implementation="{implementation}" cannot serve a norm over heads on several devices. '
+            'implementation="xla" or None can.'
+        )
+    return implementation or "xla"
 
 
 def rms_norm_branch(
@@ -250,6 +266,7 @@ def gated_norm(
     epsilon: float,
     groups: int = 1,
     norm_before_gate: bool = False,
+    over: tuple[str, ...] = (),
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """RMSNorm over all heads of a token, behind a gate or before it, as Mamba-2 has it:
@@ -263,12 +280,16 @@ def gated_norm(
       x, gate: [B, T, H, D]. scale: [H, D].
       real: bool [B, T], False where the result is zero whatever x is; or None.
       groups: into so many groups of neighbouring heads, each normalised for itself, H is split.
+      over: inside shard_map, the manual axes over which the heads of one group are split.
 
     Returns:
       The gate's shape and dtype, computed in float32 and rounded once.
     """
     arrays = (x, gate, scale) if real is None else (x, gate, scale, real)
-    options = dict(groups=groups, norm_before_gate=norm_before_gate)
+    options: dict[str, Any] = dict(groups=groups, norm_before_gate=norm_before_gate)
+    if over:
+        options["over"] = over
+        implementation = _formula(implementation)
     run = choose("gated_norm", implementation, *arrays, **options)
     return run(*arrays, epsilon=epsilon, **options)
 

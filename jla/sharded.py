@@ -2,13 +2,13 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jla._core import axes, checks
+from jla._core import axes, checks, whole
+from jla._core.whole import Names
 from jla.gsa import GSAState, gsa
 from jla.kda import kda
 from jla.log_linear import LogLinearState, log_linear_attention
@@ -16,8 +16,6 @@ from jla.mesa_net import MesaState, mesa_net
 from jla.path_attention import PathCache, path_attention
 
 __all__ = ["sharded"]
-
-type Names = str | Sequence[str] | None  # axes of the mesh
 
 # The axes of each function's arguments, and the type of its state; None if that is one array.
 _FUNCTIONS: dict[Any, tuple[axes.Axes, Any]] = {
@@ -70,7 +68,7 @@ def sharded[**A, R](
         raise TypeError(f"function must be one of {known}, got {function!r}")
     table, state_type = _FUNCTIONS[function]
     state = _state(function)
-    names = {"B": _tuple(B), "T": _tuple(T), "H": _tuple(H)}
+    names = whole.split(B, T, H)
     signature = inspect.signature(function)
 
     def call(*args: A.args, **settings: A.kwargs) -> R:
@@ -82,8 +80,9 @@ def sharded[**A, R](
         if state in arrays and state_type is not None:
             checks.check_state(state, arrays[state], state_type)
         options = {n: x for n, x in given.items() if n not in tokens}
-        mesh = _mesh(names)
-        places = _places(table, names, dict(mesh.shape), checks.sizes_of(table, **arrays))
+        mesh = whole.mesh_with(names)
+        sizes = checks.sizes_of(table, **arrays)
+        places = tuple(whole.places(names, mesh, sizes, axes.shared_heads(table)).items())
         program = _program(function, tuple(arrays), tuple(options.items()), T, mesh, places)
         return program(arrays)
 
@@ -93,62 +92,6 @@ def sharded[**A, R](
 
 def _state(function: Any) -> str:
     return "cache" if function is path_attention else "initial_state"
-
-
-def _tuple(names: Names) -> tuple[str, ...]:
-    if names is None:
-        return ()
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _mesh(names: Mapping[str, tuple[str, ...]]) -> Any:
-    """The mesh in force; raises ValueError unless it has these axes, and none of them is manual."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        raise ValueError("no mesh is set: call it inside `with jax.set_mesh(mesh):`")
-    for letter, axes_of_letter in names.items():
-        for name in axes_of_letter:
-            if name not in mesh.axis_names:
-                raise ValueError(
-                    f"{letter} must be an axis of the mesh, one of "
-                    f"{', '.join(map(repr, mesh.axis_names))}, got {name!r}"
-                )
-            if name in mesh.manual_axes:
-                raise ValueError(
-                    f"{letter} = {name!r} is manual here, inside a shard_map over it: arrays are "
-                    "no longer whole. Call the function itself, with axis_name for T"
-                )
-    return mesh
-
-
-def _places(
-    table: axes.Axes,
-    names: Mapping[str, tuple[str, ...]],
-    mesh: Mapping[str, int],
-    sizes: Mapping[str, int],
-) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """The axes of the mesh that split each axis letter.
-
-    Raises ValueError if they are more than the letter's elements can be divided among.
-    """
-    in_state = {x for name, letters in table.items() if "." in name for x in letters.split()}
-    places: dict[str, tuple[str, ...]] = {}
-    for letter, size in sizes.items():
-        over = names.get("H" if letter.startswith("H") else letter, ())
-        devices = 1
-        for name in over:
-            devices *= mesh[name]
-        if letter in ("H", "HK") and size == 1 and letter not in in_state:
-            continue  # all heads share it
-        if size % devices:
-            more = size + -size % devices
-            padding = f"; pad to {more}, the padding a segment of its own" if letter == "T" else ""
-            raise ValueError(
-                f"{letter} = {size} must be a multiple of the {devices} devices of "
-                f"{', '.join(map(repr, over))}{padding}"
-            )
-        places[letter] = over
-    return tuple(places.items())
 
 
 @functools.lru_cache(maxsize=256)
@@ -162,13 +105,11 @@ def _program(
 ) -> Callable[[dict[str, Any]], Any]:
     """The jitted shard_map of a function of these arrays, by name."""
     table, state_type = _FUNCTIONS[function]
-    split = dict(places)
+    place = dict(places)
 
     def spec(name: str) -> Any:
         fields = [x for x in table if x.startswith(f"{name}.")]
-        if fields:
-            return state_type(*map(spec, fields))
-        return PartitionSpec(*(split.get(x) or None for x in table[name].split()))
+        return state_type(*map(spec, fields)) if fields else whole.spec(table[name], place)
 
     in_specs = {name: spec(name) for name in names}
     state = _state(function)
@@ -178,18 +119,4 @@ def _program(
     def run(arrays: dict[str, Any]) -> Any:
         return function(**arrays, **dict(options), axis_name=time)
 
-    inside = jax.shard_map(
-        run,
-        in_specs=(in_specs,),
-        out_specs=(spec("o"), out_state),
-        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
-    )
-    explicit = AxisType.Explicit in mesh.axis_types
-
-    def placed(x: Any, spec: PartitionSpec) -> Any:
-        return jax.sharding.reshard(x, NamedSharding(mesh, spec)) if explicit else x
-
-    def program(arrays: dict[str, Any]) -> Any:
-        return inside(jax.tree.map(placed, arrays, in_specs))
-
-    return jax.jit(program)
+    return jax.jit(whole.mapped(run, mesh, (in_specs,), (spec("o"), out_state)))

@@ -87,12 +87,15 @@ def test_pages_of_kernels_are_short_and_alike(page):
     assert len(text.split()) < 1000
 
 
+def blocks_of_scale():
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / "scale.md").read_text(), re.M | re.S)
+
+
 @pytest.mark.slow  # 17 s, and tests/contract/test_over_time.py has what they do
 def test_the_examples_of_scale_run():
     """Both surfaces give the unsharded call's loss and gradients."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "scale.md").read_text(), re.M | re.S)
     names = {}
-    exec("\n".join(blocks), names)
+    exec("\n".join(blocks_of_scale()[:2]), names)
 
     def loss(arrays):
         return jnp.mean(jla.kda(*arrays)[0] ** 2)
@@ -101,6 +104,22 @@ def test_the_examples_of_scale_run():
     for value, gradients in (("value", "gradients"), ("same_value", "same_gradients")):
         got = names[value], names[gradients]
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), got, want)
+
+
+@pytest.mark.slow  # two programs of a model; tests/linen/test_layer_mesh.py has what they do
+def test_the_model_of_scale_runs():
+    """On eight devices it has the loss and the gradients of one."""
+    first, _, model = blocks_of_scale()
+    names = {}
+    exec(first.partition("\nmesh = ")[0] + model, names)
+    module = names["model"].clone(mesh_axes=None)
+    names["model"] = module  # what `model_loss` calls
+    arrays = jax.device_get((names["params"], names["inputs"], names["targets"]))
+    want = jax.jit(jax.value_and_grad(names["model_loss"]))(*arrays)
+    got = jax.device_get((names["model_value"], names["model_gradients"]))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), got, want)
+    embedding = names["model_gradients"]["embed"]["embedding"]
+    assert embedding.sharding.spec == jax.sharding.PartitionSpec("model", "data")
 
 
 def test_what_is_planned_is_not_there_yet():

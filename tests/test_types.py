@@ -91,7 +91,8 @@ def test_all_functions_outside_of_implementations_are_annotated():
 @pytest.mark.parametrize("name", [*jla.linen.__all__, "Attention", "LanguageModel", "SwiGLU"])
 def test_layers_calls_are_annotated(name):
     layer = getattr(jla.linen, name, None) or getattr(jla.models, name)
-    for method in (layer.__call__, *([layer.branch] if hasattr(layer, "branch") else [])):
+    methods = [layer.__call__] if inspect.isclass(layer) else [layer]
+    for method in (*methods, *([layer.branch] if hasattr(layer, "branch") else [])):
         signature = inspect.signature(method)
         given = [x for x in signature.parameters.values() if x.name != "self"]
         assert signature.return_annotation is not inspect.Signature.empty, name

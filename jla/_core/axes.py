@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 type Axes = Mapping[str, str]
 
-KDA: Axes = {
+KDA: dict[str, str] = {
     "q": "B T H K",
     "k": "B T H K",
     "v": "B T HV V",
@@ -42,7 +42,7 @@ GSA: Axes = {
     "o": "B T HQ V",
 }
 
-LOG_LINEAR: Axes = {
+LOG_LINEAR: dict[str, str] = {
     "q": "B T HK K",
     "k": "B T HK K",
     "v": "B T H V",
@@ -83,6 +83,22 @@ PATH: Axes = {
 }
 
 
+# Of `jla._fused`: with a layer's projections in the place of what they become.
+KDA_FROM_PROJECTION: Axes = KDA | {
+    "f": "B T HV K",
+    "A_log": "HV",
+    "dt_bias": "HV K",
+    "real": "B T",
+}
+
+LOG_LINEAR_MAMBA2: Axes = LOG_LINEAR | {
+    "u": "B T H V",
+    "logits": "B T H L",
+    "dt": "B T H",
+    "skip": "H",
+}
+
+
 def of_step(axes: Axes) -> dict[str, str]:
     """A step's axes: a run's without T. What a run calls `initial_state`, a step calls `state`."""
     return {
@@ -95,6 +111,12 @@ def of_step(axes: Axes) -> dict[str, str]:
 def letters(axes: Axes, names: str) -> tuple[str, ...]:
     """The axes of some arguments, in this order; `names` has spaces between them."""
     return tuple(axes[name] for name in names.split())
+
+
+def shared_heads(axes: Axes) -> tuple[str, ...]:
+    """The letters of key heads of which one may serve all heads: no state has them."""
+    in_state = {x for name, letters in axes.items() if "." in name for x in letters.split()}
+    return tuple(sorted({"H", "HK"} - in_state))
 
 
 def with_value_heads(axes: Axes) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The flax layers (flax.linen)."""
 
+from jla.linen._logical_axes import logical_axes
 from jla.linen._normalize import RMSNorm
 from jla.linen.gsa import GatedSlotAttention
 from jla.linen.kda import KimiDeltaAttention
@@ -14,4 +15,5 @@ __all__ = [
     "MesaNet",
     "PaTHAttention",
     "RMSNorm",
+    "logical_axes",
 ]

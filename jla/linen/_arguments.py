@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import math
 import numbers
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import checks
+from jla._core import checks, whole
 
 
 def check_attributes(layer):
@@ -20,6 +21,37 @@ def check_attributes(layer):
         value = getattr(layer, field.name)
         if isinstance(field.default, bool) and not isinstance(value, bool | np.bool_):
             raise TypeError(f"{field.name} must be True or False, got {value!r}")
+
+
+def split_of(layer):
+    """The axes of the mesh by letter, from a layer's `mesh_axes`; None without, and in `init`.
+
+    Raises TypeError or ValueError for other letters and names.
+    """
+    given = layer.mesh_axes
+    if given is None:
+        return None
+    accepted = 'a dict with some of "B", "T" and "H", such as dict(B="data", T="seq")'
+    if not isinstance(given, Mapping):
+        raise TypeError(f"mesh_axes must be None or {accepted}, got {given!r}")
+    for letter, names in given.items():
+        if letter not in ("B", "T", "H"):
+            raise ValueError(f"mesh_axes must be {accepted}, got {described(given)}")
+        several = isinstance(names, tuple) and letter != "T"
+        if not all(isinstance(x, str) for x in (names if several else [names or ""])):
+            kind = "a string or None" if letter == "T" else "a string, several, or None"
+            raise TypeError(f"mesh_axes[{letter!r}] must be {kind}, got {names!r}")
+    if getattr(layer, "axis_name", None) not in (None, given.get("T")):
+        raise ValueError(
+            f"axis_name = {layer.axis_name!r} and mesh_axes = {described(given)} are given: inside "
+            "a shard_map give axis_name, for whole arrays mesh_axes"
+        )
+    return None if layer.is_initializing() else whole.split(**given)
+
+
+def described(value):
+    """A setting as it was written; flax makes its own kind of dict of dicts."""
+    return repr(dict(value)) if isinstance(value, Mapping) else repr(value)
 
 
 def check_inputs(layer, inputs, mask, segment_ids):

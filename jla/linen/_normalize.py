@@ -1,15 +1,16 @@
 """Normalisation in float32, whatever the dtypes of the inputs and the parameters."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jla import _fused
-from jla._core import checks
+from jla._core import checks, whole
 from jla._core.types import Array, Implementation
+from jla._core.whole import Names
 from jla.linen import _arguments
 
 f32 = jnp.float32
@@ -42,6 +43,9 @@ class RMSNorm(nn.Module):
       input_activation: what is applied to x before it is normalised; None for nothing.
       implementation: "reference" or "xla" for the formula, "pallas" for the GPU kernels (what they
         cannot serve raises NotImplementedError), None for the fastest that supports the arguments.
+      mesh_axes: of whole arrays under `jit`, the axes of the mesh that split rows, time, and the
+        heads of x [B, T, H, D], as in the layers (docs/scale.md). Where a norm is over heads on
+        several devices, the formula sums over them.
     """
 
     epsilon: float = 1e-6
@@ -51,6 +55,7 @@ class RMSNorm(nn.Module):
     activation: Callable = nn.sigmoid
     input_activation: Callable | None = None
     implementation: Implementation | None = None
+    mesh_axes: Mapping[str, Names] | None = None
 
     @checks.named
     def __call__(
@@ -79,7 +84,8 @@ class RMSNorm(nn.Module):
                 f"{gate_bias.shape}"
             )
         options = dict(activation=self.activation, input_activation=self.input_activation)
-        return self._run(_fused.rms_norm, x, self._scale(x), gate, gate_bias, **options)
+        arrays = dict(x=x, scale=self._scale(x), gate=gate, gate_bias=gate_bias)
+        return self._run(_fused.rms_norm, arrays, **options)
 
     @checks.named
     def branch(self, x: Array, update: Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -96,7 +102,8 @@ class RMSNorm(nn.Module):
         """
         self._check(x, update=update)
         options = dict(input_activation=self.input_activation)
-        return self._run(_fused.rms_norm_branch, x, self._scale(x), update, **options)
+        arrays = dict(x=x, scale=self._scale(x), update=update)
+        return self._run(_fused.rms_norm_branch, arrays, results=2, **options)
 
     def _check(self, x, **others):
         """Checks the attributes, x, and arrays of its shape (or None)."""
@@ -113,10 +120,35 @@ class RMSNorm(nn.Module):
         if self.axes > x.ndim:
             raise ValueError(f"axes must be at most x's {x.ndim}, got {self.axes}")
 
-    def _run(self, operation, *arrays, **options):
+    def _run(self, operation, arrays, results=1, **options):
         options |= dict(epsilon=self.epsilon, implementation=self.implementation)
-        operation = functools.partial(operation, **options)
-        return _arguments.unless_initializing(self, operation)(*arrays)
+        arrays = {name: array for name, array in arrays.items() if array is not None}
+        split = _arguments.split_of(self)
+        if split is None:
+            operation = functools.partial(operation, **options)
+            return _arguments.unless_initializing(self, operation)(**arrays)
+        x = arrays["x"]
+        if x.ndim not in (3, 4) or self.axes > x.ndim - 2:
+            raise ValueError(
+                f"mesh_axes are for a norm of x [B, T, D] or [B, T, H, D] over features or heads, "
+                f"got x {list(x.shape)} and axes = {self.axes}"
+            )
+        last = ["H", "V"][4 - x.ndim :]
+        letters = {name: " ".join(["B", "T", *last]) for name in arrays}
+        letters |= dict(real="B T", scale=" ".join(last[-self.axes :]))
+        if "gate_bias" in arrays:
+            letters["gate_bias"] = " ".join(last[-arrays["gate_bias"].ndim :])
+        if self.axes == 2 and split["H"]:
+            options |= self._over_devices(whole.devices(split["H"]))
+            if options.pop("together"):
+                options["over"] = split["H"]
+        run = functools.partial(operation, **options)
+        out = letters["x"] if results == 1 else (letters["x"],) * results
+        return whole.call(run, arrays, letters, out, split)
+
+    def _over_devices(self, devices):
+        """Settings of a norm over heads on several devices, and whether these sum `together`."""
+        return dict(together=True)
 
     @nn.compact
     def _scale(self, x):
@@ -150,4 +182,11 @@ class GatedRMSNorm(RMSNorm):
         is. Returns the gate's shape and dtype.
         """
         options = dict(groups=self.groups, norm_before_gate=self.norm_before_gate)
-        return self._run(_fused.gated_norm, x, gate, self._scale(x), real, **options)
+        arrays = dict(x=x, gate=gate, scale=self._scale(x), real=real)
+        return self._run(_fused.gated_norm, arrays, **options)
+
+    def _over_devices(self, devices):
+        if self.groups == 1:
+            return dict(together=True)
+        checks.check_multiple("groups", self.groups, "the devices of H in mesh_axes", devices)
+        return dict(together=False, groups=self.groups // devices)

@@ -1,12 +1,15 @@
-"""The product of all heads with the output projection."""
+"""Projections of tokens to heads, and of heads to tokens, where heads lie on several devices."""
 
 import jax
+import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jla._core import whole
 
 
 def sum_over_heads():
-    """`dot_general_cls` of that projection, a DenseGeneral over heads and features."""
+    """`dot_general_cls` of the output projection, a DenseGeneral over heads and features."""
     return _product
 
 
@@ -19,3 +22,37 @@ def _product(o, kernel, dimensions, **options):
         spec = PartitionSpec(batch, time, features.spec[2])
         options["out_sharding"] = NamedSharding(rows.mesh, spec)
     return lax.dot_general(o, kernel, dimensions, **options)
+
+
+def copies(x, split):
+    """x [B, T, D] once for each of the devices that heads are split over, [devices, B, T, D]; or
+    None, if they are not, or if types carry shardings.
+
+    Each device has one, and nothing moves. Its gradient is one sum over these devices, however many
+    projections of x there are: of x itself, XLA may sum that of each projection.
+    """
+    over = () if split is None else split["H"]
+    if not over:
+        return None
+    mesh = whole.mesh_with(split)
+    if AxisType.Explicit in mesh.axis_types:
+        return None
+    place = whole.places(split, mesh, dict(zip("BT", x.shape, strict=False)))
+    place = PartitionSpec(over, place["B"] or None, place["T"] or None, None)
+    x = jnp.broadcast_to(x[None], (whole.devices(over), *x.shape))
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, place))
+
+
+def by_heads():
+    """`dot_general_cls` of a projection of `copies` to heads, or to heads and features: its result
+    is [1, B, T, H, ...], for flax adds biases of as many axes as the copies have."""
+    return lambda *arrays, **options: product_by_heads(*arrays, **options)[None]
+
+
+def product_by_heads(x, kernel, _=None, **options):
+    """[B, T, H, ...] of x [devices, B, T, D] and a kernel [D, H, ...]: heads of each device by its
+    own copy."""
+    D, H, *features = kernel.shape
+    kernel = kernel.reshape(D, x.shape[0], -1, *features)
+    y = lax.dot_general(x, kernel, (((3,), (0,)), ((0,), (1,))), **options)
+    return jnp.moveaxis(y, 0, 2).reshape(*x.shape[1:3], H, *features)

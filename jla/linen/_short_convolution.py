@@ -1,17 +1,23 @@
 """The short causal convolution in front of linear attention."""
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jla import _fused
+from jla._core import whole
 from jla._core.types import Array, Implementation
-from jla.linen._arguments import check_cache, uniform, unless_initializing
+from jla._core.whole import Names
+from jla.linen._arguments import check_cache, split_of, uniform, unless_initializing
 from jla.linen._padding import take_tokens
 
 f32 = jnp.float32
+
+
+_LETTERS = dict(x="B T H K", taps="W H K", bias="H K", segments="B T")
 
 
 def default_kernel_init(key, shape, dtype=f32):
@@ -43,7 +49,9 @@ class ShortConvolution(nn.Module):
         cannot serve raises NotImplementedError), None for the fastest that supports the arguments.
       decode: whether to keep the last W - 1 inputs, [B, W - 1, H, D], as "inputs" in the "cache"
         collection.
-      axis_name: inside `jax.shard_map`, the manual axis that T is split over, or None.
+      axis_name: inside `jax.shard_map`, the manual axis that T is split over, or None; with
+        `mesh_axes` their T.
+      mesh_axes: of whole arrays, as in `jla.linen.mixer.Mixer`.
     """
 
     size: int
@@ -55,6 +63,7 @@ class ShortConvolution(nn.Module):
     implementation: Implementation | None = None
     decode: bool = False
     axis_name: str | None = None
+    mesh_axes: Mapping[str, Names] | None = None
 
     @nn.compact
     def __call__(
@@ -93,7 +102,13 @@ class ShortConvolution(nn.Module):
             axis_name=self.axis_name,
             implementation=self.implementation,
         )
-        return unless_initializing(self, run)(x, taps, bias, before, segments)
+        split = split_of(self)
+        if split is None:
+            return unless_initializing(self, run)(x, taps, bias, before, segments)
+        arrays = dict(x=x, taps=taps, bias=bias, segments=segments)
+        arrays = {name: array for name, array in arrays.items() if array is not None}
+        # The taps whole: XLA would gather those that are split one by one.
+        return whole.call(run, arrays, _LETTERS, _LETTERS["x"], split)
 
 
 def _last_inputs(before, x, segments, lengths):

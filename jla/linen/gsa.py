@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jla._core import checks
+from jla._core import axes, checks
 from jla.gsa import HEAD_DIMS, GSAState, gsa, gsa_step
 from jla.linen.mixer import Mixer
 
@@ -89,29 +89,28 @@ class GatedSlotAttention(Mixer):
     ) -> jax.Array:
         """Applies the layer; arguments, result and errors as of all layers, see `Mixer`."""
         tokens, (H, HK, K, V, M) = self.begin(inputs, mask, segment_ids)
-        x, B = tokens.x, tokens.x.shape[0]
+        B = tokens.x.shape[0]
         cache = self.cached(GSAState, hk=((B, HK, K, M), f32), hv=((B, HK, M, V), f32))
         convolve = functools.partial(self.convolve, tokens=tokens, otherwise=lambda x: x)
         # SiLU behind the convolution's own is the convolution's, too.
         swish, feature_map = self.feature_map == "swish", FEATURE_MAPS[self.feature_map]
-        q = convolve(self.dense((H, K), "q_proj")(x), "q_conv1d", silu_twice=swish)
-        k = convolve(self.dense((HK, K), "k_proj")(x), "k_conv1d", silu_twice=swish)
-        v = convolve(self.dense((HK, V), "v_proj")(x), "v_conv1d", silu_twice=True)
+        q = convolve(self.project(tokens, (H, K), "q_proj"), "q_conv1d", silu_twice=swish)
+        k = convolve(self.project(tokens, (HK, K), "k_proj"), "k_conv1d", silu_twice=swish)
+        v = convolve(self.project(tokens, (HK, V), "v_proj"), "v_conv1d", silu_twice=True)
         if self.feature_map == "t2r":
             mapped = self.dense(K, "feature_map")
             q, k = mapped(q), mapped(k)
         if not swish:
             q, k = feature_map(q), feature_map(k)
-        g = nn.log_sigmoid(self.dense((HK, M), "f_proj")(x).astype(f32))
+        g = nn.log_sigmoid(self.project(tokens, (HK, M), "f_proj").astype(f32))
         g = tokens.zero_padding(g / self.gate_logit_normalizer)  # and so s = 0
         s = -jnp.expm1(g)
 
         options = dict(scale=self.scale, implementation=self.implementation)
 
         def run(q, k, v, s, g, state=None):
-            where = dict(initial_state=state, segment_ids=tokens.segments)
-            where |= dict(axis_name=self.split_over)
-            return gsa(q, k, v, s, g, **where, **options)
+            arrays = dict(q=q, k=k, v=v, s=s, g=g, segment_ids=tokens.segments)
+            return self.on_mesh(gsa, axes.GSA, **arrays, initial_state=state, **options)
 
         step = functools.partial(gsa_step, **options)
         o = self.mix(run, step, (q, k, v, s, g), cache)

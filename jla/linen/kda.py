@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jla import _fused
-from jla._core import checks
+from jla._core import axes, checks
 from jla.linen import _arguments
 from jla.linen.mixer import Mixer
 
@@ -116,32 +116,34 @@ class KimiDeltaAttention(Mixer):
         cache = self.cached(lambda recurrent_state: recurrent_state, recurrent_state=entry)
         q, k = (
             self.convolve(
-                self.dense((HK, K), f"{letter}_proj")(x),
+                self.project(tokens, (HK, K), f"{letter}_proj"),
                 f"{letter}_conv1d",
                 tokens,
                 normalize=True,
             )
             for letter in "qk"
         )
-        v = self.convolve(self.dense((H, V), "v_proj")(x), "v_conv1d", tokens)
+        v = self.convolve(self.project(tokens, (H, V), "v_proj"), "v_conv1d", tokens)
         A_log_init = _A_log_init if self.gate_lower_bound is None else nn.initializers.zeros
         A_log = _arguments.float32_parameter(self, "A_log", A_log_init, (H,))
         dt_bias_init = _arguments.dt_bias_init
         dt_bias = _arguments.float32_parameter(self, "dt_bias", dt_bias_init, (H, K))
-        f = self.low_rank((H, K), "f_proj", None if self.full_rank_decay else rank)(x)
-        beta = nn.sigmoid(self.dense(H, "b_proj")(x).astype(f32))
+        f = self.low_rank(tokens, (H, K), "f_proj", None if self.full_rank_decay else rank)
+        beta = nn.sigmoid(self.project(tokens, H, "b_proj").astype(f32))
         if self.allow_negative_eigenvalues:
             beta = 2.0 * beta
 
         options = dict(lower_bound=self.gate_lower_bound, implementation=self.implementation)
 
         def run(q, k, v, f, beta, state=None):
-            return _fused.kda_from_projection(
-                *(q, k, v, f, A_log, dt_bias, beta),
+            arrays = dict(q=q, k=k, v=v, f=f, A_log=A_log, dt_bias=dt_bias, beta=beta)
+            return self.on_mesh(
+                _fused.kda_from_projection,
+                axes.KDA_FROM_PROJECTION,
+                **arrays,
                 initial_state=state,
                 segment_ids=tokens.segments,
                 real=tokens.real,
-                axis_name=self.split_over,
                 **options,
             )
 
@@ -153,7 +155,7 @@ class KimiDeltaAttention(Mixer):
         o = self.mix(run, step, (q, k, v, f, beta), cache)
         gate_rank = None if self.full_rank_gate else rank
         bias = dict(kind=_DenseAndBias, has_bias=self.output_gate_bias)
-        gate, gate_bias = self.low_rank((H, V), "g_proj", gate_rank, **bias)(x)
+        gate, gate_bias = self.low_rank(tokens, (H, V), "g_proj", gate_rank, **bias)
         return self.finish(self.norm("o_norm")(o, gate, gate_bias), tokens)
 
     def sizes(self, T, D):

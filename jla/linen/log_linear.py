@@ -9,12 +9,13 @@ from flax import linen as nn
 from jax import lax
 
 from jla import _fused
-from jla._core import alignment, checks
+from jla._core import alignment, axes, checks
 from jla._core.lengths import is_symbolic_dim
 from jla._core.parts import mamba2_operands
 from jla._core.states import with_rank
 from jla.linen import _arguments
 from jla.linen._normalize import GatedRMSNorm
+from jla.linen._projections import product_by_heads
 from jla.linen.mixer import Mixer
 from jla.log_linear import LogLinearState
 
@@ -134,11 +135,11 @@ class LogLinearMamba2(Mixer):
     ) -> jax.Array:
         """Applies the layer; arguments, result and errors as of all layers, see `Mixer`."""
         tokens, (H, HK, K, V, L) = self.begin(inputs, mask, segment_ids)
-        x, B = tokens.x, tokens.x.shape[0]
+        B = tokens.x.shape[0]
         entries = dict(levels=((B, H, L, K, V), f32), position=((B,), jnp.int32))
         cache = self.cached(LogLinearState, **entries)
         level_weight = _arguments.float32_parameter(self, "L", nn.initializers.ones, (H, L))
-        z, u, q, k, d, logits = self._projections(x, (H, HK, K, V, L), level_weight)
+        z, u, q, k, d, logits = self._projections(tokens, (H, HK, K, V, L), level_weight)
         q, k, u = (
             self.convolve(y, f"{letter}_conv1d", tokens)
             for letter, y in zip("qkv", (q, k, u), strict=True)
@@ -154,11 +155,12 @@ class LogLinearMamba2(Mixer):
 
         def run(q, k, u, d, logits, before=None):
             g, dt = gates(d)
-            o, state = _fused.log_linear_mamba2(
-                *(q, k, u, g, logits, dt, skip),
+            o, state = self.on_mesh(
+                _fused.log_linear_mamba2,
+                axes.LOG_LINEAR_MAMBA2 | {"skip": "H" if skip.ndim == 1 else "H V"},
+                **dict(q=q, k=k, u=u, g=g, logits=logits, dt=dt, skip=skip),
                 initial_state=before,
                 segment_ids=tokens.segments,
-                axis_name=self.split_over,
                 implementation=self.implementation,
             )
             if before is not None and tokens.real is not None:
@@ -189,7 +191,7 @@ class LogLinearMamba2(Mixer):
             o = tokens.zero_padding(o).astype(f32) * nn.silu(z.astype(f32))
         return self.finish(o.astype(z.dtype), tokens, use_bias=self.use_bias)
 
-    def _projections(self, x, sizes, level_weight):
+    def _projections(self, tokens, sizes, level_weight):
         """z, u, q, k, d and the levels' logits, times the levels' weights.
 
         The narrow ones are two products: of the key heads', and of those of all heads. Heads stay
@@ -199,7 +201,7 @@ class LogLinearMamba2(Mixer):
 
         def weights(name, *features):
             options = dict(param_dtype=self.param_dtype, kernel_init=self.kernel_init)
-            return _Weights(features, self.use_bias, **options, name=name)(x.shape[-1])
+            return _Weights(features, self.use_bias, **options, name=name)(tokens.x.shape[-1])
 
         def with_axis(weights):
             return [None if w is None else w[..., None] for w in weights]
@@ -214,7 +216,7 @@ class LogLinearMamba2(Mixer):
         q, k = weights("q_proj", HK, K), weights("k_proj", HK, K)
         d, levels = weights("dt_proj", H), weights("level_proj", H, L)
         groups = [z], [u], [q, k], [with_axis(d), [scaled(w) for w in levels]]
-        z, u, qk, rest = _products(x, groups, self.dtype, self.precision)
+        z, u, qk, rest = _products(tokens, groups, self.dtype, self.precision)
         return z, u, qk[..., :K], qk[..., K:], rest[..., 0], rest[..., 1:]
 
     def sizes(self, T, D):
@@ -231,8 +233,9 @@ class LogLinearMamba2(Mixer):
         return *sizes, L
 
 
-def _products(x, groups, dtype, precision):
-    """x times the kernels of each group side by side, plus their biases: [B, T, heads, features].
+def _products(tokens, groups, dtype, precision):
+    """The tokens times the kernels of each group side by side, plus their biases, [B, T, heads,
+    features].
 
     Args:
       groups: lists of kernels [D, heads, features] and biases [heads, features], or None.
@@ -242,6 +245,9 @@ def _products(x, groups, dtype, precision):
         kernels, biases = zip(*group, strict=True)
         kernel = jnp.concatenate(kernels, axis=-1)
         bias = None if biases[0] is None else jnp.concatenate(biases, axis=-1)
+        copies = tokens.copies
+        alike = copies is None or kernel.shape[1] % copies.shape[0]
+        x = tokens.x if alike else copies
         inputs, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=dtype)
         by = precision
         if by is None and inputs.dtype.itemsize == 2:
@@ -249,6 +255,7 @@ def _products(x, groups, dtype, precision):
             # passes of their own, but not products of different precision. Those of 16-bit numbers
             # are exact at any. The last two may well be merged.
             by = (lax.Precision.DEFAULT, lax.Precision.HIGH, lax.Precision.HIGHEST)[min(i, 2)]
-        y = lax.dot_general(inputs, kernel, (((2,), (0,)), ((), ())), precision=by)
+        product = lax.dot_general if alike else product_by_heads
+        y = product(inputs, kernel, (((2,), (0,)), ((), ())), precision=by)
         products.append(y if bias is None else y + with_rank(bias, y.ndim))
     return products

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jla._core import checks
+from jla._core import axes, checks
 from jla.linen import _arguments
 from jla.linen.mixer import Mixer
 from jla.mesa_net import MesaState, mesa_net, mesa_step
@@ -80,20 +80,20 @@ class MesaNet(Mixer):
     ) -> jax.Array:
         """Applies the layer; arguments, result and errors as of all layers, see `Mixer`."""
         tokens, (H, K, V) = self.begin(inputs, mask, segment_ids)
-        x, B = tokens.x, tokens.x.shape[0]
+        B = tokens.x.shape[0]
         cache = self.cached(MesaState, kk=((B, H, K, K), f32), kv=((B, H, K, V), f32))
         q, k = (
             self.convolve(
-                self.dense((H, K), f"{letter}_proj")(x),
+                self.project(tokens, (H, K), f"{letter}_proj"),
                 f"{letter}_conv1d",
                 tokens,
                 normalize=True,
             )
             for letter in "qk"
         )
-        v = self.dense((H, V), "v_proj")(x)
-        g = nn.log_sigmoid(self.dense(H, "a_proj", use_bias=True)(x).astype(f32))
-        beta = nn.sigmoid(self.dense(H, "b_proj", use_bias=True)(x).astype(f32))
+        v = self.project(tokens, (H, V), "v_proj")
+        g = nn.log_sigmoid(self.project(tokens, H, "a_proj", use_bias=True).astype(f32))
+        beta = nn.sigmoid(self.project(tokens, H, "b_proj", use_bias=True).astype(f32))
         g, beta = tokens.zero_padding(g), tokens.zero_padding(beta)
         bound = float(self.lambda_lower_bound)
         rest = 1 - bound if bound < 1 else bound
@@ -103,9 +103,9 @@ class MesaNet(Mixer):
 
         def run(q, k, v, g, beta, state=None):
             options = dict(cg_steps=self.cg_steps, implementation=self.implementation)
-            where = dict(initial_state=state, segment_ids=tokens.segments)
-            where |= dict(axis_name=self.split_over)
-            return mesa_net(q, k, v, g, beta, lamb, **where, **options)
+            options |= dict(initial_state=state, segment_ids=tokens.segments)
+            arrays = dict(q=q, k=k, v=v, g=g, beta=beta, lamb=lamb)
+            return self.on_mesh(mesa_net, axes.MESA_NET, **arrays, **options)
 
         def step(q, k, v, g, beta, state):
             steps = self.cg_steps if self.cg_steps_decode is None else self.cg_steps_decode
@@ -113,7 +113,7 @@ class MesaNet(Mixer):
             return mesa_step(q, k, v, g, beta, lamb, state, **options)
 
         o = self.mix(run, step, (q, k, v, g, beta), cache)
-        gate = self.dense((H, V), "g_proj")(x) if self.use_output_gate else None
+        gate = self.project(tokens, (H, V), "g_proj") if self.use_output_gate else None
         return self.finish(self.norm("o_norm", activation=nn.silu)(o, gate), tokens)
 
     def sizes(self, T, D):

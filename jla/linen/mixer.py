@@ -1,19 +1,20 @@
 """What the layers share: attributes, projections, convolutions, masks, segments and the cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jla._core import checks, sequence
+from jla._core import axes, checks, sequence, whole
 from jla._core.parts import l2norm
 from jla._core.types import Implementation
+from jla._core.whole import Names
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm
 from jla.linen._padding import arrange
-from jla.linen._projections import sum_over_heads
+from jla.linen._projections import by_heads, copies, sum_over_heads
 from jla.linen._short_convolution import ShortConvolution
 
 f32 = jnp.float32
@@ -29,6 +30,7 @@ class Tokens(NamedTuple):
       segments: int32 [B, T], numbered 0, 1, ... in each row; with `axis_name` the ids as they are;
         None without `segment_ids`.
       restore: moves outputs [B, T, D] back; they are zero at padding.
+      copies: x once for each device that heads are split over, see `_projections.copies`; or None.
     """
 
     x: jax.Array
@@ -36,6 +38,7 @@ class Tokens(NamedTuple):
     lengths: jax.Array | None
     segments: jax.Array | None
     restore: Callable
+    copies: jax.Array | None = None
 
     def zero_padding(self, x, at_padding=0.0):
         """x [B, T, ...] with `at_padding` where the token is not real."""
@@ -123,6 +126,9 @@ class Mixer(nn.Module):
       axis_name: inside `jax.shard_map`, the manual axis of the mesh that T is split over, see
         docs/scale.md: the inputs are one device's tokens. There is then no mask and no cache.
         `init` ignores it, and runs outside.
+      mesh_axes: for whole arrays under `jit`, the axes of the mesh in force that split rows, time
+        and heads, such as `dict(B="data", T="seq", H="model")`, each of which may be left out; see
+        docs/scale.md. There is then no cache, and no mask if time is split. `init` ignores it.
     """
 
     num_heads: int
@@ -138,6 +144,7 @@ class Mixer(nn.Module):
     implementation: Implementation | None = None
     decode: bool = False
     axis_name: str | None = None
+    mesh_axes: Mapping[str, Names] | None = None
 
     def sizes(self, T, D):
         """Checks the layer's own attributes; returns what `begin` hands to `__call__`."""
@@ -168,22 +175,61 @@ class Mixer(nn.Module):
         _arguments.check_attributes(self)
         T, D = _arguments.check_inputs(self, inputs, mask, segment_ids)
         _arguments.check_convolution(self.conv_size, self.conv_bias)
-        if self.split_over is None:
+        split = _arguments.split_of(self)
+        if split is None and self.split_over is None:
             return Tokens(*arrange(inputs, mask, segment_ids)), self.sizes(T, D)
-        for name, given in (("mask", mask is not None), ("decode", self.decode)):
-            if given:
-                raise NotImplementedError(
-                    f"{name} is not supported with axis_name = {self.axis_name!r}: padding and "
-                    "caches are not split over devices. Padding can be a segment of its own"
-                )
-        sizes = self.sizes(T * sequence.devices_of(self.axis_name), D)
-        # The ids themselves: numbers of segments would begin anew on each device.
-        return Tokens(jnp.asarray(inputs), None, None, segment_ids, lambda y: y), sizes
+        self._refuse(mask, split)
+        if split is None:
+            T *= sequence.devices_of(self.axis_name)
+        sizes = self.sizes(T, D)
+        if self.split_over is None:
+            tokens = Tokens(*arrange(inputs, mask, segment_ids))
+        else:
+            # The ids themselves: numbers of segments would begin anew on each device.
+            tokens = Tokens(jnp.asarray(inputs), None, None, segment_ids, lambda y: y)
+        return tokens._replace(copies=copies(tokens.x, split)), sizes
+
+    def _refuse(self, mask, split):
+        """Raises NotImplementedError for what is not supported over devices."""
+        name = "mesh_axes" if split is not None else "axis_name"
+        given = f"with {name} = {_arguments.described(getattr(self, name))}"
+        if self.split_over is not None and mask is not None:
+            raise NotImplementedError(
+                f"mask is not supported {given}: padding is not split over devices. Padding can be "
+                "a segment of its own"
+            )
+        if self.decode:
+            raise NotImplementedError(
+                f"decode is not supported {given}: caches are not split over devices. A clone with "
+                f"{name}=None decodes"
+            )
 
     @property
     def split_over(self):
         """The axis that T is split over; None in `init`, which runs outside of shard_map."""
-        return None if self.is_initializing() else self.axis_name
+        if self.is_initializing():
+            return None
+        return self.axis_name if self.mesh_axes is None else self.mesh_axes.get("T")
+
+    def on_mesh(self, function, table, **arguments):
+        """`function(**arguments)`, outputs and a state; with `mesh_axes` in a shard_map, and then
+        the state is None.
+
+        Args:
+          function: a mechanism, as `table` (of `jla._core.axes`) says.
+        """
+        split = _arguments.split_of(self)
+        if split is None:
+            return function(**arguments, axis_name=self.split_over)
+        arrays = {n: x for n, x in arguments.items() if n in table and x is not None}
+        # Without a cache there is no initial state.
+        options = {n: x for n, x in arguments.items() if n not in table and n != "initial_state"}
+
+        def run(**arrays):
+            return function(**arrays, **options, axis_name=self.split_over)[0]
+
+        shared = axes.shared_heads(table)
+        return whole.call(run, arrays, table, table["o"], split, shared), None
 
     def finish(self, o, tokens, **options):
         """The output projection of o [B, T, H, V], at the tokens' own places."""
@@ -205,16 +251,24 @@ class Mixer(nn.Module):
             **options,
         )
 
-    def low_rank(self, features, name, rank, **options):
+    def project(self, tokens, features, name, **options):
+        """A projection of the tokens to heads, or to heads and their features."""
+        heads = features if isinstance(features, int) else features[0]
+        x = tokens.copies
+        if x is None or heads % x.shape[0]:
+            return self.dense(features, name, **options)(tokens.x)
+        y = self.dense(features, name, dot_general_cls=by_heads, **options)(x)
+        return (y[0][0], *y[1:]) if isinstance(y, tuple) else y[0]
+
+    def low_rank(self, tokens, features, name, rank, **options):
         """A projection by way of `rank` features, `name`_down and `name`_up; None: by one matrix.
 
         The options are those of the one, or of the second of two.
         """
         if rank is None:
-            return self.dense(features, name, **options)
+            return self.project(tokens, features, name, **options)
         down = self.dense(rank, f"{name}_down")
-        up = self.dense(features, f"{name}_up", **options)
-        return lambda x: up(down(x))
+        return self.dense(features, f"{name}_up", **options)(down(tokens.x))
 
     def convolve(self, x, name, tokens, *, normalize=False, silu_twice=False, otherwise=nn.silu):
         """The short convolution of x [B, T, H, D] and SiLU, as `ShortConvolution` has them;
@@ -232,6 +286,7 @@ class Mixer(nn.Module):
             implementation=self.own_choice(),
             decode=self.decode,
             axis_name=self.split_over,
+            mesh_axes=self.mesh_axes,
             name=name,
         )
         return convolution(x, tokens.segments, tokens.lengths)
@@ -242,6 +297,7 @@ class Mixer(nn.Module):
             self.norm_epsilon,
             param_dtype=self.param_dtype,
             implementation=self.own_choice(),
+            mesh_axes=self.mesh_axes,
             name=name,
             **options,
         )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jla._core import checks
+from jla._core import axes, checks
 from jla._core.cache import PathCache, without_rest
 from jla._core.parts import l2norm
 from jla.linen import _arguments
@@ -85,25 +85,28 @@ class PaTHAttention(Mixer):
     ) -> jax.Array:
         """Applies the layer; arguments, result and errors as of all layers, see `Mixer`."""
         tokens, (H, HK, K, V) = self.begin(inputs, mask, segment_ids)
-        x = tokens.x
-        q, k = self.dense((H, K), "q_proj")(x), self.dense((HK, K), "k_proj")(x)
-        v = self.dense((HK, V), "v_proj")(x)
+        q, k = (
+            self.project(tokens, (heads, K), f"{letter}_proj")
+            for letter, heads in (("q", H), ("k", HK))
+        )
+        v = self.project(tokens, (HK, V), "v_proj")
         cache = self._cache(v, H, K)
         if self.use_qk_norm:
             q, k = self.norm("q_norm")(q), self.norm("k_norm")(k)
-        w = self.low_rank((HK, K), "w_proj", self.w_rank)(x)
+        w = self.low_rank(tokens, (HK, K), "w_proj", self.w_rank)
         w = self.convolve(w, "w_conv1d", tokens, otherwise=lambda x: x)
         w = l2norm(w.astype(f32))
-        beta = 2.0 * nn.sigmoid(self.dense(HK, "b_proj", use_bias=True)(x).astype(f32))
+        beta = 2.0 * nn.sigmoid(self.project(tokens, HK, "b_proj", use_bias=True).astype(f32))
         beta, g = tokens.zero_padding(beta), None
         if self.use_forget_gate:
-            g = nn.log_sigmoid(self.dense(H, "g_proj", use_bias=True)(x).astype(f32))
+            g = nn.log_sigmoid(self.project(tokens, H, "g_proj", use_bias=True).astype(f32))
             g = tokens.zero_padding(g)
 
         def run(*arrays):
             if cache is None:
-                options = dict(segment_ids=tokens.segments, axis_name=self.split_over)
-                return path_attention(*arrays, implementation=self.implementation, **options)
+                arrays = dict(zip(("q", "k", "v", "w", "beta", "g"), arrays, strict=True))
+                options = dict(segment_ids=tokens.segments, implementation=self.implementation)
+                return self.on_mesh(path_attention, axes.PATH, **arrays, **options)
             *arrays, before = arrays
             return self._appended(arrays, before, tokens)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.extend.core import Primitive
 
 from jla._core import checks
 from jla._core.types import Implementation
+from jla._core.whole import Names
 from jla.linen import RMSNorm
 from jla.models.config import Config, Layer
 
@@ -74,6 +75,7 @@ class Block(nn.Module):
     param_dtype: Dtype
     implementation: Implementation | None
     decode: bool
+    mesh_axes: Mapping[str, Names] | None
 
     @nn.compact
     def __call__(self, stream, mask, segment_ids):
@@ -87,6 +89,7 @@ class Block(nn.Module):
             self.norm_epsilon,
             param_dtype=self.param_dtype,
             implementation=norms_implementation(self.implementation),
+            mesh_axes=self.mesh_axes,
         )
         # `branch`, not nn.RMSNorm: on a GPU one kernel adds and normalises, and one makes the
         # norm's gradient and adds that of the stream, which XLA would do in five passes.
@@ -98,7 +101,7 @@ class Block(nn.Module):
 
 def shared_fields(template: nn.Module) -> list[str]:
     """The fields of a layer's template that are the model's."""
-    wanted = ("dtype", "param_dtype", "implementation", "decode")
+    wanted = ("dtype", "param_dtype", "implementation", "decode", "mesh_axes")
     return [field.name for field in dataclasses.fields(template) if field.name in wanted]
 
 
@@ -144,6 +147,8 @@ class LanguageModel(nn.Module):
         what is kept for the backward pass stays where it is, and is not copied to and from a stack.
       remat: which results of a block are kept for its backward pass, a policy of `jax.checkpoint`
         such as `jla.models.kept`; None keeps all.
+      mesh_axes: of the norms, and of the mixers and MLPs that have such a field; see the layers.
+        The tokens are whole. A clone with None decodes.
     """
 
     config: Config
@@ -154,6 +159,7 @@ class LanguageModel(nn.Module):
     stacked: bool = False
     unroll: bool = False
     remat: Callable[..., bool] | None = None
+    mesh_axes: Mapping[str, Names] | None = None
 
     @nn.compact
     @checks.named
@@ -193,6 +199,7 @@ class LanguageModel(nn.Module):
             config.norm_epsilon,
             param_dtype=dtypes["param_dtype"],
             implementation=norms_implementation(self.implementation),
+            mesh_axes=self.mesh_axes,
             name="final_norm",
         )
         x, _ = norm.branch(*stream)
@@ -267,6 +274,7 @@ class LanguageModel(nn.Module):
             norm_epsilon=self.config.norm_epsilon,
             implementation=self.implementation,
             decode=self.decode,
+            mesh_axes=self.mesh_axes,
             **self._dtypes(),
         )
         block = Block

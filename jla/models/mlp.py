@@ -1,6 +1,7 @@
 """The dense feed-forward layer."""
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._core import checks
+from jla._core.whole import Names
+from jla.linen import _arguments
+from jla.linen._projections import by_heads, copies
 
 
 class SwiGLU(nn.Module):
@@ -28,12 +32,14 @@ class SwiGLU(nn.Module):
       dtype: the dtype of the computation; inferred from the inputs and parameters if None.
       param_dtype: the dtype of the parameters.
       kernel_init: initializer of the kernels.
+      mesh_axes: as in the layers of `jla.linen`: H are the axes of the mesh that split `hidden`.
     """
 
     hidden: int
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
+    mesh_axes: Mapping[str, Names] | None = None
 
     @nn.compact
     @checks.named
@@ -51,6 +57,12 @@ class SwiGLU(nn.Module):
             param_dtype=self.param_dtype,
             kernel_init=self.kernel_init,
         )
-        y = nn.silu(dense(self.hidden, name="gate")(inputs))
-        y = y * dense(self.hidden, name="up")(inputs)
+        into, x = dense, copies(inputs, _arguments.split_of(self))
+        if x is None or self.hidden % x.shape[0]:
+            x = inputs
+        else:
+            into = functools.partial(dense, dot_general_cls=by_heads)
+        gate, up = (into(self.hidden, name=name)(x) for name in ("gate", "up"))
+        y = nn.silu(gate) * up
+        y = y if x is inputs else y[0]
         return dense(inputs.shape[-1], name="down")(checkpoint_name(y, "hidden"))

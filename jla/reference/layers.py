@@ -14,7 +14,15 @@ ACTIVATIONS = {"sigmoid": jax.nn.sigmoid, "silu": jax.nn.silu}
 
 
 def rms_norm(
-    x, scale, gate=None, gate_bias=None, *, epsilon, activation="sigmoid", input_activation=None
+    x,
+    scale,
+    gate=None,
+    gate_bias=None,
+    *,
+    epsilon,
+    activation="sigmoid",
+    input_activation=None,
+    over=(),
 ):
     """See `jla._fused.rms_norm`."""
     # Not `nn.RMSNorm` and a product, because that does not run with a bfloat16 scale under strict
@@ -22,7 +30,7 @@ def rms_norm(
     x32 = x.astype(f32)
     if input_activation is not None:
         x32 = _function(input_activation)(x32)
-    normed = _normed(x32, scale, epsilon, axes=scale.ndim)
+    normed = _normed(x32, scale, epsilon, axes=scale.ndim, over=over)
     if gate is not None:
         gate = gate.astype(f32)
         if gate_bias is not None:
@@ -38,23 +46,26 @@ def rms_norm_branch(x, scale, update=None, *, epsilon, input_activation=None):
     return rms_norm(x, scale, epsilon=epsilon, input_activation=input_activation), x
 
 
-def gated_norm(x, gate, scale, real=None, *, epsilon, groups=1, norm_before_gate=False):
+def gated_norm(x, gate, scale, real=None, *, epsilon, groups=1, norm_before_gate=False, over=()):
     """See `jla._fused.gated_norm`."""
     if real is not None:
         x = jnp.where(real[..., None, None], x, 0)
     x, factor = x.astype(f32), jax.nn.silu(gate.astype(f32))
     y = x if norm_before_gate else x * factor
     if groups == 1:
-        y = _normed(y, scale, epsilon, axes=2)
+        y = _normed(y, scale, epsilon, axes=2, over=over)
     else:
         y, scale = (a.reshape(*a.shape[:-2], groups, -1, a.shape[-1]) for a in (y, scale))
         y = _normed(y, scale, epsilon, axes=2).reshape(x.shape)
     return (y * factor if norm_before_gate else y).astype(gate.dtype)
 
 
-def _normed(x, scale, epsilon, *, axes):
-    """x over the root of its mean square over the last axes, times the scale; float32."""
+def _normed(x, scale, epsilon, *, axes, over=()):
+    """x over the root of its mean square over the last axes, and over manual axes of the mesh,
+    times the scale; float32."""
     mean_square = jnp.mean(x * x, axis=tuple(range(-axes, 0)), keepdims=True)
+    if over:
+        mean_square = lax.pmean(mean_square, over)
     scale = with_rank(scale.astype(f32), x.ndim)
     return x * lax.rsqrt(mean_square + epsilon) * scale
 

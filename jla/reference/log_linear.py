@@ -66,6 +66,9 @@ def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
         starts = jnp.zeros(v.shape[:2], bool)
     else:
         starts = segment_starts(segment_ids)
+        # Inside shard_map the position varies as the segments do, from the first token on.
+        position = jnp.where(starts[:, 0] & False, 0, initial_state.position)
+        initial_state = initial_state._replace(position=position)
 
     def token(state, inputs):
         *arrays, start = inputs

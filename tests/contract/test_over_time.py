@@ -162,6 +162,15 @@ def test_strong_gates_at_the_edges(mechanism, implementation):
 COLLECTIVES = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
 
 
+# Elements that a device says of its piece, for each row: docs/scale.md's bytes by 4.
+SUMMARIES = {
+    "kda": lambda HV, K, V, **_: HV * K * (K + V),
+    "gsa": lambda H, K, V, M, **_: H * M * (1 + K + V),
+    "log_linear": lambda H, K, V, L, **_: H * (1 + L * K * V),
+    "mesa": lambda H, K, V, **_: H * (1 + K * K + K * V),
+}
+
+
 @pytest.mark.parametrize("mechanism, implementation", XLA)
 def test_devices_exchange_states_and_no_tokens(mechanism, implementation):
     """One all-gather forward and its mirror backward; three integers a row; sums of what all
@@ -182,6 +191,17 @@ def test_devices_exchange_states_and_no_tokens(mechanism, implementation):
         n for x, _ in found for shape in re.findall(r"\[([\d,]*)\]", x) for n in shape.split(",")
     }
     assert not sizes & {str(T), str(T // size)}
+    # The all-gather of states, and its mirror; the sums and the ids are smaller than a state.
+    L = args["level_scales"].shape[-1] if positions else None
+    one = B * SUMMARIES[mechanism.name](**dict(implementation.sizes) | dict(L=L))
+    elements = [(kind, sum(map(count, re.findall(r"\[([\d,]*)\]", x)))) for x, kind in found]
+    assert {x for x in elements if x[0] == "reduce-scatter"} == {("reduce-scatter", one)}
+    assert max(n for kind, n in elements if kind == "all-gather") == size * one
+    assert min(n for kind, n in elements if kind == "all-gather") == 3 * size * B
+
+
+def count(shape):
+    return int(np.prod([int(n) for n in shape.split(",") if n]))
 
 
 @pytest.mark.parametrize("mechanism, implementation", SLOW_XLA)
