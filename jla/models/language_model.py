@@ -144,6 +144,9 @@ class LanguageModel(nn.Module):
         what is kept for the backward pass stays where it is, and is not copied to and from a stack.
       remat: which results of a block are kept for its backward pass, a policy of `jax.checkpoint`
         such as `jla.models.kept`; None keeps all.
+      gather: makes a block's parameters (a dict with "params") whole where it runs, and again in
+        its backward pass if there is `remat`; None for parameters that are whole. Inside
+        `jax.shard_map`, with parameters split over devices; examples/devices.py has one.
     """
 
     config: Config
@@ -154,6 +157,7 @@ class LanguageModel(nn.Module):
     stacked: bool = False
     unroll: bool = False
     remat: Callable[..., bool] | None = None
+    gather: Callable[[Any], Any] | None = None
 
     @nn.compact
     @checks.named
@@ -270,6 +274,8 @@ class LanguageModel(nn.Module):
             **self._dtypes(),
         )
         block = Block
+        if self.gather is not None and not self.is_initializing():
+            block = nn.map_variables(block, "params", trans_in_fn=self.gather)
         if self.remat is not None and not self.decode:
             prevent_cse = self.unroll or not self.stacked
             block = nn.remat(block, policy=self.remat, prevent_cse=prevent_cse)
