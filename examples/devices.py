@@ -149,10 +149,10 @@ class Gather:
     def of(cls, specs, *, behind=0):
         """For a tree of PartitionSpecs; `behind` axes in front are gone where it is called."""
         leaves = jax.tree_util.tree_leaves_with_path(specs)
-        names = ((jax.tree_util.keystr(path, simple=True, separator="/"), s) for path, s in leaves)
-        return cls(
-            tuple((name, list(s).index("data") - behind) for name, s in names if "data" in s)
+        axes = (
+            (path, list(spec).index("data") - behind) for path, spec in leaves if "data" in spec
         )
+        return cls(tuple((joined(path), axis) for path, axis in axes))
 
     def __call__(self, params):
         axes = dict(self.axes)
