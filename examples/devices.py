@@ -55,9 +55,8 @@ def chosen_mesh(options):
         sizes = {"data": len(devices) if jax.process_count() > 1 else 1}
     elif (count := math.prod(sizes.values())) != len(devices):
         raise InputError(
-            f"--mesh {shown(sizes)} is a mesh of {count} devices, but there are {len(devices)}; the "
-            "sizes multiplied must be that, and CUDA_VISIBLE_DEVICES can leave some of a host's "
-            "GPUs out"
+            f"--mesh {shown(sizes)} needs {count} devices, but there are {len(devices)}; the sizes "
+            "multiplied must be that (CUDA_VISIBLE_DEVICES can leave some of a host's GPUs out)"
         )
     if set(sizes.values()) == {1}:
         return None
@@ -112,7 +111,7 @@ def param_shardings(params, mesh):
     """The shardings of a tree of parameters."""
 
     def of(path, x):
-        return placed(mesh, jax.tree_util.keystr(path, simple=True, separator="/"), x.shape)
+        return placed(mesh, joined(path), x.shape)
 
     return jax.tree_util.tree_map_with_path(of, params)
 
@@ -134,6 +133,11 @@ def state_shardings(state, optimizer, mesh, *, whole=False):
         transform_non_params=lambda _: everywhere,
     )
     return {"params": params, "moments": moments}
+
+
+def joined(path):
+    """A path of jax.tree_util as "blocks/mixer/o_proj/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +162,7 @@ class Gather:
         axes = dict(self.axes)
 
         def whole(path, x):
-            axis = axes.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+            axis = axes.get(joined(path))
             return x if axis is None else jax.lax.all_gather(x, "data", axis=axis, tiled=True)
 
         return jax.tree_util.tree_map_with_path(whole, params)

@@ -23,10 +23,11 @@ import train_lm
 
 pytestmark = pytest.mark.optax
 
-TINY = (
-    "--width 32 --depth 2 --heads 2 --length 16 --batch 4 --steps 4 --save-every 2 "
-    "--evaluate-every 4 --sample-length 4 --implementation xla --text"
-).split() + [str(ROOT / "LICENSE")]
+TINY = [
+    *"--width 32 --depth 2 --heads 2 --length 16 --batch 4 --steps 4 --save-every 2".split(),
+    *"--evaluate-every 4 --sample-length 4 --implementation xla --text".split(),
+    str(ROOT / "LICENSE"),
+]
 COLUMNS = ("loss", "gradient_norm", "held_out_bits_per_byte")
 
 
@@ -171,8 +172,10 @@ def test_two_processes_are_one(tmp_path, four):
 @pytest.mark.slow  # as above
 def test_a_signal_to_one_process_ends_both(tmp_path):
     def interrupt(run):
+        lines = tmp_path / "metrics.jsonl"
         for _ in range(1200):
-            if (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").read_text():
+            begun = lines.exists() and lines.read_text()
+            if begun or any(process.poll() is not None for process in run):
                 break
             time.sleep(0.1)
         run[1].send_signal(signal.SIGINT)
