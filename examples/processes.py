@@ -21,8 +21,8 @@ def add_options(parser):
     parser.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help=f"one of several processes: where the first one listens; {FOUND} under Slurm, Open MPI "
-        "and others that jax.distributed.initialize() knows, which then says the rest, too",
+        help=f"one of several processes: where the first one listens; {FOUND} under Slurm, Open "
+        "MPI and others that jax.distributed.initialize() knows, which then says the rest, too",
     )
     parser.add_argument("--processes", type=whole, help="how many there are")
     parser.add_argument("--process", type=number(int, 0), help="which one this is, from 0")

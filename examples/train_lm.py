@@ -9,6 +9,9 @@ checkpoint before it ends the program. With --resume and more --steps a finished
 
     python examples/train_lm.py --resume --steps 480
 
+--mesh data=2,seq=2,model=1 uses several devices, and --coordinator several processes (docs/scale.md
+says how to start them); a run can be resumed on other ones.
+
 What is not given then is as the checkpoint has it, but for --text. Another --lr, --weight-decay,
 --batch or --steps is used from there on, with the learning rate that a run of so many steps has at
 each of them.
@@ -19,11 +22,9 @@ import contextlib
 import functools
 import json
 import math
-import os
 import pathlib
 import sys
 import time
-import zlib
 
 import needs  # noqa: F401
 import checkpoint
@@ -46,6 +47,7 @@ from command_line import (
 from generate import decode, sample
 from model import MIXERS, make_model
 from plot import plot_losses
+from records import MODEL_SETTINGS, SETTINGS, Metrics, check_settings, describe
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from text import batch_at, load_text, ngram_baselines, split_text, windows
@@ -79,7 +81,8 @@ def decays(params):
 
 def cross_entropy(model, params, tokens):
     """Returns the nats of every byte but the first, [B, T], of windows int32 [B, T + 1]."""
-    return nats(model, params, tokens[:, :-1], tokens[:, 1:])
+    logits = model.apply({"params": params}, tokens[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
 
 def nats(model, params, inputs, targets):
@@ -153,48 +156,6 @@ def check_decoding(model, params, prompt, tokens, logits, *, length):
     return distance
 
 
-class Metrics:
-    """The lines of metrics.jsonl, one JSON object each."""
-
-    def __init__(self, path, first_step):
-        """Keeps the lines of steps up to `first_step`: a resumed run repeats what came after.
-
-        Raises:
-          InputError: a line that is to be kept is damaged.
-        """
-        self.path, self.lines = path, []
-        if not processes.is_first():
-            return
-        if not first_step or not path.exists():
-            path.write_bytes(b"")
-            return
-        kept = 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):  # a full disk, or the end of a process, cut it off
-                break
-            try:
-                values = json.loads(line)
-                later = values["step"] > first_step
-            except (ValueError, KeyError, TypeError):
-                raise InputError(
-                    f"{path}: line {len(self.lines) + 1} is damaged; correct it, or move the file "
-                    "away"
-                ) from None
-            if later:
-                break
-            self.lines.append(values)
-            kept += len(line)
-        # The file is cut, not written again: this works on a full disk, too.
-        os.truncate(path, kept)
-
-    def write(self, **line):
-        if not processes.is_first():
-            return
-        self.lines.append(line)
-        with writing(self.path), self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
 def parse(arguments):
     parser = Parser(
         prog="train_lm.py", description="Train a byte-level language model, then sample from it."
@@ -252,20 +213,6 @@ def find_conflict(options):
 
 LAST = 0  # --resume without a step
 
-# What changes the numbers of a run, and what of it a run can be continued with otherwise.
-SETTINGS = ("steps", "batch", "length", "lr", "weight_decay", "seed")
-MODEL_SETTINGS = ("mixer", "width", "depth", "heads", "dtype")
-CHANGEABLE = ("steps", "batch", "lr", "weight_decay")
-
-
-def describe(options, text):
-    """Returns the settings that a checkpoint keeps."""
-    values = vars(options)
-    return {
-        "model": {name: values[name] for name in MODEL_SETTINGS},
-        "training": {name: values[name] for name in SETTINGS} | {"text_crc32": zlib.crc32(text)},
-    }
-
 
 def adopt(options, saved):
     """Sets the options that were not given to those that a checkpoint was made with."""
@@ -274,31 +221,6 @@ def adopt(options, saved):
             setattr(options, name, value)
     if conflict := find_conflict(options):
         raise InputError(conflict)
-
-
-def check_settings(saved, wanted, step):
-    """Returns what differs between a checkpoint's settings and those wanted, in words.
-
-    Raises:
-      InputError: a run cannot be continued with such a difference.
-    """
-    changed, refused = [], []
-    for part in wanted:
-        for name, value in wanted[part].items():
-            if saved[part].get(name) != value:
-                option = "the text" if name == "text_crc32" else "--" + name.replace("_", "-")
-                differences = changed if name in CHANGEABLE else refused
-                differences.append(f"{option} ({saved[part].get(name)}, now {value})")
-    if refused:
-        raise InputError(
-            f"the checkpoint of step {step} was made with other settings: {', '.join(refused)}; "
-            "--steps, --batch, --lr and --weight-decay can change, no others"
-        )
-    if wanted["training"]["steps"] < step:
-        raise InputError(
-            f"--steps {wanted['training']['steps']} is less than the {step} steps of the checkpoint"
-        )
-    return changed
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -1,6 +1,7 @@
 """The training example on a mesh, resumed on others, in two processes, and what it refuses."""
 
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -18,8 +19,8 @@ from programs import assert_fails
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-import devices
-import train_lm
+import devices  # noqa: E402
+import train_lm  # noqa: E402
 
 pytestmark = pytest.mark.optax
 
@@ -49,6 +50,7 @@ def assert_equal_numbers(out, other):
         np.testing.assert_allclose(one, two, rtol=2e-4)
 
 
+@pytest.mark.slow  # three steps and three evaluations to compile: 60 CPU s
 def test_a_run_is_resumed_on_other_meshes(four, tmp_path, capsys):
     """Saved on data=4, restored on data=2,seq=2 and on one device: the numbers go on the same."""
     out = tmp_path / "data"
@@ -77,10 +79,9 @@ def test_parameters_and_moments_are_split():
     for part in (made.shardings["params"], made.shardings["moments"]):
         split = [x.spec for x in jax.tree.leaves(part) if "data" in x.spec]
         assert len(split) >= 14
-    sizes = jax.tree.map(
-        lambda x, s: (np.prod(s.shard_shape(x.shape)), x.size), shapes, made.shardings
-    )
-    kept, whole = np.sum(jax.tree.leaves(sizes, is_leaf=lambda x: isinstance(x, tuple)), axis=0)
+    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(made.shardings), strict=True)
+    kept = sum(math.prod(sharding.shard_shape(x.shape)) for x, sharding in pairs)
+    whole = sum(x.size for x in jax.tree.leaves(shapes))
     assert kept < 0.35 * whole
 
 
@@ -161,7 +162,9 @@ def test_two_processes_are_one(tmp_path, four):
     out, alone = tmp_path / "two", tmp_path / "alone"
     codes, texts = two_processes(out, "--mesh", "data=2,seq=2")
     assert codes == [0, 0], texts
-    assert "held out" in texts[0][0] and texts[1][0] == ""
+    assert "held out" in texts[0][0]
+    printed = texts[1][0].splitlines()  # gloo's own messages cannot be switched off
+    assert all(line.startswith("[Gloo]") for line in printed)
     train_lm.main([*TINY, "--out", str(alone)])
     assert_equal_numbers(out, alone)
     shutil.rmtree(out / "checkpoints" / "4")
