@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from command_line import InputError, writing
+from processes import is_first
 
 # orbax reports every step it takes, and prints the tracebacks of the errors that it also raises.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -43,8 +44,8 @@ sys.unraisablehook = _without_echoes
 def open_manager(directory, *, keep=2, read_only=False):
     """Opens the checkpoints under `directory`.
 
-    To write, one process alone: the folder is made if it is missing, and what a killed process left
-    unfinished is deleted.
+    To write, by one run alone, in all of its processes: the folder is made if it is missing, and
+    what a killed process left unfinished is deleted.
     """
     # Synchronous, for the next training step donates the arrays that are being written.
     options = ocp.CheckpointManagerOptions(
@@ -70,9 +71,11 @@ def save(manager, step, state, settings):
     path = pathlib.Path(manager.directory) / str(step)
     try:
         manager.save(step, args=args)
-        (path / CHECKSUMS).write_text(json.dumps(_checksums(path)))
+        if is_first():
+            (path / CHECKSUMS).write_text(json.dumps(_checksums(path)))
     except BaseException as error:
-        _remove_unfinished(path)
+        if is_first():
+            _remove_unfinished(path)
         if not isinstance(error, Exception):
             raise
         kept = [other for other in _steps(path.parent) if other != step]

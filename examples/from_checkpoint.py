@@ -34,6 +34,7 @@ from command_line import (
     stop_requests,
     writing,
 )
+from devices import mesh_sizes, placed
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 from text import batch_at, load_text
@@ -44,17 +45,6 @@ from jla.models import kept
 BYTES = 256
 AXES = ("data", "model")
 SOURCE = object()  # --tokenizer without a folder
-
-
-def mesh_sizes(string):
-    """An argparse type: "data=2,model=1" as a dict."""
-    try:
-        sizes = {name: int(size) for name, size in (x.split("=") for x in string.split(","))}
-        if not set(sizes) <= set(AXES) or min(sizes.values()) < 1:
-            raise ValueError
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be like data=2,model=1, got {string!r}") from None
-    return sizes
 
 
 def token_ids(string):
@@ -95,7 +85,7 @@ def parse(arguments):
     add("--length", type=whole, default=512, help="tokens in a window")
     add("--lr", type=number(float, 0, exclusive=True), default=1e-5, help="peak learning rate")
     add("--weight-decay", type=number(float, 0), default=0.1)
-    add("--mesh", type=mesh_sizes, help="default: all devices are data=")
+    add("--mesh", type=mesh_sizes(AXES), help="default: all devices are data=")
     options = parser.parse_args(arguments)
     if (options.text is None) != (options.out is None):
         parser.error("--text and --out go together: what to train on, and where the result goes")
@@ -189,36 +179,6 @@ def make_mesh(sizes, batch):
         raise InputError(f"--batch {batch} must be a multiple of data={data} of the mesh (--mesh)")
     devices = jax.devices()[: data * model]
     return jax.make_mesh((data, model), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
-
-
-# Where heads, or what is inside of an MLP, are not the second axis of a kernel.
-FIRST = ("o_proj", "out", "down")
-OF_EXPERTS = {"gate": 2, "up": 2, "down": 1}
-
-
-def placed(mesh, path, shape):
-    """The sharding of a parameter, for `jla.hub.load`.
-
-    Heads, the inside of MLPs and the vocabulary are split over "model", another axis over "data",
-    where their sizes allow it; vectors and the router are on all devices.
-    """
-    parts = path.split("/")
-    behind = int(parts[0] == "blocks")  # of the axis of blocks
-    spec = [None] * len(shape)
-    if len(shape) < 2 + behind or "router" in parts:
-        return NamedSharding(mesh, PartitionSpec())
-    if parts[-1] in OF_EXPERTS:
-        axis = OF_EXPERTS[parts[-1]]
-    else:
-        axis = 0 if parts[-1] == "embedding" or parts[-2] in FIRST else 1
-    axis += behind
-    if shape[axis] % mesh.shape["model"] == 0:
-        spec[axis] = "model"
-    others = [i for i in range(behind, len(shape)) if i != axis]
-    largest = max(others, key=lambda i: shape[i])
-    if shape[largest] % mesh.shape["data"] == 0:
-        spec[largest] = "data"
-    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 @functools.cache  # see train_lm.make_optimizer

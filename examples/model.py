@@ -29,7 +29,9 @@ MIXERS = {
 }
 
 
-def make_model(mixer, width, depth, heads, *, longest=2**14, vocabulary=VOCABULARY, **settings):
+def make_model(
+    mixer, width, depth, heads, *, longest=2**14, vocabulary=VOCABULARY, axis_name=None, **settings
+):
     """A LanguageModel of equal blocks, for training: stacked, and keeping little of each block.
 
     Args:
@@ -37,9 +39,13 @@ def make_model(mixer, width, depth, heads, *, longest=2**14, vocabulary=VOCABULA
       width, depth, heads: the model's size; a head has width // heads dimensions.
       longest: the most tokens in a sequence.
       vocabulary: how many tokens there are.
+      axis_name: inside `jax.shard_map`, the axis of the mesh that splits time; None for none.
       settings: fields of LanguageModel, such as dtype, implementation and unroll.
     """
-    template = MIXERS[mixer](longest, num_heads=heads, key_dim=width // heads)
+    sizes = dict(num_heads=heads, key_dim=width // heads)
+    if axis_name is not None:
+        sizes["axis_name"] = axis_name
+    template = MIXERS[mixer](longest, **sizes)
     # About 8/3 as wide inside as outside.
     layer = Layer(template, SwiGLU(hidden=32 * round(width * 8 / 3 / 32)))
     config = Config(vocabulary, width, layers=(layer,) * depth, norm_epsilon=1e-6)

@@ -9,27 +9,31 @@ checkpoint before it ends the program. With --resume and more --steps a finished
 
     python examples/train_lm.py --resume --steps 480
 
+--mesh data=2,seq=2,model=1 uses several devices, and --coordinator several processes (docs/scale.md
+says how to start them); a run can be resumed on other ones.
+
 What is not given then is as the checkpoint has it, but for --text. Another --lr, --weight-decay,
 --batch or --steps is used from there on, with the learning rate that a run of so many steps has at
 each of them.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
-import os
 import pathlib
 import sys
 import time
-import zlib
 
 import needs  # noqa: F401
 import checkpoint
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import processes
 from command_line import (
     IMPLEMENTATIONS,
     InputError,
@@ -43,6 +47,7 @@ from command_line import (
 from generate import decode, sample
 from model import MIXERS, make_model
 from plot import plot_losses
+from records import MODEL_SETTINGS, SETTINGS, Metrics, check_settings, describe
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from text import batch_at, load_text, ngram_baselines, split_text, windows
@@ -80,15 +85,26 @@ def cross_entropy(model, params, tokens):
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
 
+def nats(model, params, inputs, targets):
+    """Returns those of targets int32 [B, T], each the byte behind its input."""
+    logits = model.apply({"params": params}, inputs)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def advance(state, loss_of, optimizer):
+    """One step down a loss of the parameters; returns as `train_step`."""
+    params, moments = state["params"], state["moments"]
+    loss, gradient = jax.value_and_grad(loss_of)(params)
+    updates, moments = optimizer.update(gradient, moments, params)
+    state = {"params": optax.apply_updates(params, updates), "moments": moments}
+    return state, loss, optax.tree.norm(gradient)
+
+
 # The old state is donated: parameters and moments are updated in place.
 @functools.partial(jax.jit, static_argnames=("model", "optimizer"), donate_argnames="state")
 def train_step(state, tokens, *, model, optimizer):
     """One step on a batch of windows; returns the new state, the loss and the gradient's norm."""
-    params, moments = state["params"], state["moments"]
-    loss, gradient = jax.value_and_grad(lambda p: cross_entropy(model, p, tokens).mean())(params)
-    updates, moments = optimizer.update(gradient, moments, params)
-    state = {"params": optax.apply_updates(params, updates), "moments": moments}
-    return state, loss, optax.tree.norm(gradient)
+    return advance(state, lambda p: cross_entropy(model, p, tokens).mean(), optimizer)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -97,15 +113,18 @@ def forward(params, tokens, *, model):
     return model.apply({"params": params}, tokens)
 
 
-def evaluate(model, params, text, *, batch, length):
+def evaluate(model, params, text, *, batch, length, spread=None):
     """Returns the bits per byte of a text cut into windows; each begins with an empty context."""
     tokens = windows(text, length)
     padding = np.zeros((-len(tokens) % batch, length + 1), np.int32)
-    nats = []
+    scores = []
     for group in np.concatenate([tokens, padding]).reshape(-1, batch, length + 1):
+        if spread is not None:
+            scores.append(spread.scores(params, group))
+            continue
         logits = forward(params, group[:, :-1], model=model)
-        nats.append(optax.softmax_cross_entropy_with_integer_labels(logits, group[:, 1:]))
-    return float(np.concatenate(nats)[: len(tokens)].mean() / math.log(2))
+        scores.append(optax.softmax_cross_entropy_with_integer_labels(logits, group[:, 1:]))
+    return float(np.concatenate(scores)[: len(tokens)].mean() / math.log(2))
 
 
 def check_decoding(model, params, prompt, tokens, logits, *, length):
@@ -137,44 +156,6 @@ def check_decoding(model, params, prompt, tokens, logits, *, length):
     return distance
 
 
-class Metrics:
-    """The lines of metrics.jsonl, one JSON object each."""
-
-    def __init__(self, path, first_step):
-        """Keeps the lines of steps up to `first_step`: a resumed run repeats what came after.
-
-        Raises:
-          InputError: a line that is to be kept is damaged.
-        """
-        self.path, self.lines = path, []
-        if not first_step or not path.exists():
-            path.write_bytes(b"")
-            return
-        kept = 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):  # a full disk, or the end of a process, cut it off
-                break
-            try:
-                values = json.loads(line)
-                later = values["step"] > first_step
-            except (ValueError, KeyError, TypeError):
-                raise InputError(
-                    f"{path}: line {len(self.lines) + 1} is damaged; correct it, or move the file "
-                    "away"
-                ) from None
-            if later:
-                break
-            self.lines.append(values)
-            kept += len(line)
-        # The file is cut, not written again: this works on a full disk, too.
-        os.truncate(path, kept)
-
-    def write(self, **line):
-        self.lines.append(line)
-        with writing(self.path), self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
 def parse(arguments):
     parser = Parser(
         prog="train_lm.py", description="Train a byte-level language model, then sample from it."
@@ -198,6 +179,8 @@ def parse(arguments):
     add("--save-every", type=whole, default=100, metavar="STEPS")
     add("--evaluate-every", type=whole, default=100, metavar="STEPS")
     add("--sample-length", type=whole, default=400, metavar="BYTES")
+    add("--mesh", type=devices.mesh_sizes(), help="several devices, as data=2,seq=2,model=1")
+    processes.add_options(parser)
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--resume",
@@ -225,24 +208,10 @@ def find_conflict(options):
         return f"--width {options.width} must be a multiple of --heads {options.heads}"
     if options.implementation and options.mixer == "attention":
         return "--implementation chooses among jla's; --mixer attention is not one of them"
-    return None
+    return processes.find_conflict(options)
 
 
 LAST = 0  # --resume without a step
-
-# What changes the numbers of a run, and what of it a run can be continued with otherwise.
-SETTINGS = ("steps", "batch", "length", "lr", "weight_decay", "seed")
-MODEL_SETTINGS = ("mixer", "width", "depth", "heads", "dtype")
-CHANGEABLE = ("steps", "batch", "lr", "weight_decay")
-
-
-def describe(options, text):
-    """Returns the settings that a checkpoint keeps."""
-    values = vars(options)
-    return {
-        "model": {name: values[name] for name in MODEL_SETTINGS},
-        "training": {name: values[name] for name in SETTINGS} | {"text_crc32": zlib.crc32(text)},
-    }
 
 
 def adopt(options, saved):
@@ -252,31 +221,6 @@ def adopt(options, saved):
             setattr(options, name, value)
     if conflict := find_conflict(options):
         raise InputError(conflict)
-
-
-def check_settings(saved, wanted, step):
-    """Returns what differs between a checkpoint's settings and those wanted, in words.
-
-    Raises:
-      InputError: a run cannot be continued with such a difference.
-    """
-    changed, refused = [], []
-    for part in wanted:
-        for name, value in wanted[part].items():
-            if saved[part].get(name) != value:
-                option = "the text" if name == "text_crc32" else "--" + name.replace("_", "-")
-                differences = changed if name in CHANGEABLE else refused
-                differences.append(f"{option} ({saved[part].get(name)}, now {value})")
-    if refused:
-        raise InputError(
-            f"the checkpoint of step {step} was made with other settings: {', '.join(refused)}; "
-            "--steps, --batch, --lr and --weight-decay can change, no others"
-        )
-    if wanted["training"]["steps"] < step:
-        raise InputError(
-            f"--steps {wanted['training']['steps']} is less than the {step} steps of the checkpoint"
-        )
-    return changed
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -308,8 +252,11 @@ def steps_shown(console):
     )
 
 
-def train(model, optimizer, rate, state, first_step, options, data, metrics, save, console):
-    """Runs the steps after `first_step`; returns the final state.
+def train(
+    model, optimizer, rate, state, first_step, options, data, metrics, save, console, spread=None
+):
+    """Runs the steps after `first_step`, on the mesh of `spread` if there is one; returns the final
+    state.
 
     Raises:
       Stopped: SIGINT or SIGTERM came. The step that was running is finished and saved.
@@ -323,20 +270,26 @@ def train(model, optimizer, rate, state, first_step, options, data, metrics, sav
         )
         for step in range(first_step + 1, options.steps + 1):
             tokens = batch_at(text, step, seed=options.seed, **windowed)
-            state, loss, norm = train_step(state, tokens, model=model, optimizer=optimizer)
+            if spread is None:
+                state, loss, norm = train_step(state, tokens, model=model, optimizer=optimizer)
+            else:
+                state, loss, norm = spread.train_step(state, tokens)
             pending.append((step, loss, norm))
             evaluating = step % options.evaluate_every == 0 or step == options.steps
-            stopping = bool(signals)  # one that comes later is for the next step
-            saving = step % options.save_every == 0 or step == options.steps or stopping
-
+            saving = step % options.save_every == 0 or step == options.steps
             # Reading a loss waits for the device, so it is done for several steps at once.
-            if step == first_step + 1 or step % 10 == 0 or evaluating or saving:
+            reading = step == first_step + 1 or step % 10 == 0 or evaluating or saving
+            # A signal that comes later is for the next step.
+            stopping = processes.stop_signal(signals, asking=reading)
+            if stopping:
+                reading = saving = True
+            if reading:
                 losses = jax.device_get(pending)
                 elapsed = time.perf_counter() - began
                 speed = len(pending) * options.batch * options.length / elapsed
                 for past, loss, norm in losses:
                     if not math.isfinite(loss):
-                        raise InputError(f"the loss of step {past} is {loss}; try a lower --lr")
+                        processes.fail(f"the loss of step {past} is {loss}; try a lower --lr")
                     metrics.write(
                         step=past,
                         loss=float(loss),
@@ -349,14 +302,14 @@ def train(model, optimizer, rate, state, first_step, options, data, metrics, sav
                 report = f"{losses[-1][1] / math.log(2):.3f} bits/byte, {speed:,.0f} tokens/s"
                 progress.update(task, completed=step, report=report)
             if evaluating:
-                bits = evaluate(model, state["params"], held_out, **windowed)
+                bits = evaluate(model, state["params"], held_out, spread=spread, **windowed)
                 metrics.write(step=step, held_out_bits_per_byte=bits)
                 console.print(f"step {step}: held-out text {bits:.3f} bits/byte; training {report}")
             # Last, so that the metrics of a step that is saved are complete.
             if saving:
                 save(step, state)
             if stopping:
-                raise Stopped(step, signals[0])
+                raise Stopped(step, stopping)
             if not pending:
                 began = time.perf_counter()
     return state
@@ -364,13 +317,19 @@ def train(model, optimizer, rate, state, first_step, options, data, metrics, sav
 
 def run(options):
     out = pathlib.Path(options.out)
-    if options.resume is None:
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-    elif not out.is_dir():
-        raise InputError(f"--resume: there is no folder {out}")
-    with locked(out):
-        first_step, saved = open_run(options, out)
+    with contextlib.ExitStack() as stack:
+        with processes.agreed():
+            if processes.is_first():
+                if options.resume is None:
+                    with writing(out):
+                        out.mkdir(parents=True, exist_ok=True)
+                elif not out.is_dir():
+                    raise InputError(f"--resume: there is no folder {out}")
+                stack.enter_context(locked(out))
+        with processes.agreed():
+            if not out.is_dir():
+                raise InputError(f"there is no folder {out}; all processes need the same files")
+            first_step, saved = open_run(options, out)
         # In float32 also on a GPU, whose default products are coarser; bfloat16 is there for speed.
         precision = "highest" if options.dtype == "float32" else None
         with jax.default_matmul_precision(precision):
@@ -380,23 +339,32 @@ def run(options):
 def run_from(first_step, saved, options, out):
     """Trains and reports, in a folder that is this process's alone. Nothing in it is deleted before
     all that can be wrong with the options has been looked at."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    try:
-        text = load_text(options.text)
-        data = split_text(text, options.length)
-    except ValueError as error:
-        raise InputError(error) from None
-    settings = describe(options, text)
-    changed = check_settings(saved, settings, first_step) if first_step else []
+    quiet = not processes.is_first()
+    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=quiet)
+    with processes.agreed():
+        mesh = devices.chosen_mesh(options)
+        try:
+            text = load_text(options.text)
+            data = split_text(text, options.length)
+        except ValueError as error:
+            raise InputError(error) from None
+        settings = describe(options, text)
+        changed = check_settings(saved, settings, first_step) if first_step else []
+    processes.check_same(json.dumps(settings | dict(mesh=options.mesh)))
 
     # On a GPU, copies to and from a loop's stacks would take a tenth of the time.
     unroll = jax.default_backend() == "gpu"
     model = make_model(**settings["model"], implementation=options.implementation, unroll=unroll)
     optimizer, rate = make_optimizer(options.steps, options.lr, options.weight_decay)
-    state = initialise(model, optimizer, options.seed)
+    spread = None
+    if mesh is None:
+        state = initialise(model, optimizer, options.seed)
+    else:
+        spread, state = spread_over(mesh, model, optimizer, options, settings["model"])
     size = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
+    on = "" if mesh is None else f", mesh {devices.shown(mesh.shape)}"
     console.print(
-        f"{options.mixer} model, {size:,} parameters, on {jax.devices()[0].device_kind}; "
+        f"{options.mixer} model, {size:,} parameters, on {jax.devices()[0].device_kind}{on}; "
         f"{len(data[0]):,} bytes to train on, {len(data[1]):,} held out"
     )
     if first_step:
@@ -406,15 +374,35 @@ def run_from(first_step, saved, options, out):
         if changed:
             console.print(f"from here on with other settings: {', '.join(changed)}")
 
-    metrics = Metrics(out / "metrics.jsonl", first_step)
-    checkpoint.delete_after(out, first_step)
+    with processes.agreed():
+        metrics = Metrics(out / "metrics.jsonl", first_step)
+        if processes.is_first():
+            checkpoint.delete_after(out, first_step)
     manager = checkpoint.open_manager(out)
 
     def save(step, state):
         checkpoint.save(manager, step, state, settings)
 
-    state = train(model, optimizer, rate, state, first_step, options, data, metrics, save, console)
-    report(model, state["params"], options, data, metrics, console)
+    parts = options, data, metrics
+    state = train(model, optimizer, rate, state, first_step, *parts, save, console, spread)
+    report(model, state["params"], *parts, console, spread)
+
+
+def spread_over(mesh, model, optimizer, options, settings):
+    """The step and the scores on a mesh, and the state before the first step, spread over it."""
+    shapes = jax.eval_shape(lambda: initialise(model, optimizer, options.seed))
+    time = "seq" if mesh.shape["seq"] > 1 else None
+    implementation, unroll = model.implementation, model.unroll
+    local = make_model(**settings, implementation=implementation, unroll=unroll, axis_name=time)
+    spread = devices.Spread(mesh, local, optimizer, shapes, nats, advance)
+    # Before anything is deleted: what the mechanism cannot do on such a mesh.
+    windows = np.zeros((options.batch, options.length + 1), np.int32)
+    try:
+        jax.eval_shape(spread.step, shapes, *spread.inputs_and_targets(windows))
+    except (ValueError, NotImplementedError) as error:
+        processes.fail(f"cannot train this model on the mesh: {error}", error)
+    start = jax.jit(lambda: initialise(model, optimizer, options.seed))
+    return spread, devices.place(start(), spread.shardings)
 
 
 def open_run(options, out):
@@ -432,14 +420,19 @@ def open_run(options, out):
     return step, saved
 
 
-def report(model, params, options, data, metrics, console):
+def report(model, params, options, data, metrics, console, spread=None):
     """Compares with the byte models, draws the curve and samples; prints all of it."""
     text, held_out = data
     out = pathlib.Path(options.out)
     # All are scored on the same bytes: those that the model's windows cover.
     scored = held_out[: (len(held_out) - 1) // options.length * options.length + 1]
+    windowed = dict(batch=options.batch, length=options.length)
+    bits = evaluate(model, params, held_out, spread=spread, **windowed)
+    if spread is not None:
+        params = devices.on_one_device(params)
+    if not processes.is_first():
+        return
     baselines = ngram_baselines(text, scored)
-    bits = evaluate(model, params, held_out, batch=options.batch, length=options.length)
     plot_losses(metrics.lines, baselines, out / "loss.png")
 
     # One prompt for each row: the beginnings of held-out windows.
@@ -468,9 +461,12 @@ def main(arguments=None):
     options = parse(arguments)
     with errors_in_one_line("train_lm.py"):
         try:
+            processes.start(options)
             run(options)
         except Stopped as stopped:
             step, number = stopped.args
+            if not processes.is_first():
+                sys.exit(128 + number)
             instead = " in place of --overwrite" if options.overwrite else ""
             print(
                 f"train_lm.py: stopped after step {step}, which is saved; the same command with "

@@ -149,6 +149,9 @@ class LanguageModel(nn.Module):
         such as `jla.models.kept`; None keeps all.
       mesh_axes: of the norms, and of the mixers and MLPs that have such a field; see the layers.
         The tokens are whole. A clone with None decodes.
+      gather: makes a block's parameters (a dict with "params") whole where it runs, and again in
+        its backward pass if there is `remat`; None for parameters that are whole. Inside
+        `jax.shard_map`, with parameters split over devices; examples/devices.py has one.
     """
 
     config: Config
@@ -160,6 +163,7 @@ class LanguageModel(nn.Module):
     unroll: bool = False
     remat: Callable[..., bool] | None = None
     mesh_axes: Mapping[str, Names] | None = None
+    gather: Callable[[Any], Any] | None = None
 
     @nn.compact
     @checks.named
@@ -278,6 +282,8 @@ class LanguageModel(nn.Module):
             **self._dtypes(),
         )
         block = Block
+        if self.gather is not None and not self.is_initializing():
+            block = nn.map_variables(block, "params", trans_in_fn=self.gather)
         if self.remat is not None and not self.decode:
             prevent_cse = self.unroll or not self.stacked
             block = nn.remat(block, policy=self.remat, prevent_cse=prevent_cse)
