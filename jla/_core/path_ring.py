@@ -39,14 +39,14 @@ def with_left(o, logsumexp, q, k, v, w, beta, g, segment_ids, axis, *, scale):
     Returns:
       o, float32.
     """
-    arrays = sequence.varying((o, logsumexp, q, k, v, w, beta, g, segment_ids), axis)
+    gates = _gates(g, segment_ids, logsumexp.shape, axis, scale)
+    arrays = sequence.varying((o, logsumexp, q, k, v, w, beta, gates), axis)
     return jax.checkpoint(functools.partial(_with_left, axis=axis, scale=scale))(*arrays)
 
 
-def _with_left(o, logsumexp, q, k, v, w, beta, g, segment_ids, *, axis, scale):
+def _with_left(o, logsumexp, q, k, v, w, beta, gates, *, axis, scale):
     (B, T, HQ, K), H, dtype = q.shape, k.shape[2], v.dtype
     size, index = lax.axis_size(axis), lax.axis_index(axis)
-    gates = _gates(g, segment_ids, (B, T, HQ), axis, scale)
     before = None if gates is None else jnp.cumsum(gates, axis=1)
     chunk = chunk_size(T, CHUNK)
     _, w, moved, writes, _ = prepare(chunk, k, w, beta)
@@ -60,27 +60,34 @@ def _with_left(o, logsumexp, q, k, v, w, beta, g, segment_ids, *, axis, scale):
         total = jnp.swapaxes(total, 1, 2).reshape(B, 1, HQ)
     keys = blockwise.merge(keys, T)
 
-    def of_block(keys, v, after):
-        return read(queries, before, keys, v, after, scale=scale, exact=dtype == f32)
+    def of_block(block):
+        sent, after = block
+        keys, values = sent[..., :K], sent[..., K:]
+        return read(queries, before, keys, values, after, scale=scale, exact=dtype == f32)
 
-    def nothing(keys, v, after):
+    def nothing(_):
         return jnp.where(False, o, 0.0), jnp.where(False, logsumexp, NEVER)
 
-    for step in range(1, size):
-        # Keys and values, of one dtype, travel together. Devices without so many to their left have
-        # zeros in their place, whatever the last devices hold.
-        sent = jnp.concatenate([keys.astype(dtype), v], axis=-1), after
-        there = index >= step
-        sent, after = jax.tree.map(functools.partial(_from_left, axis, there), sent)
-        keys, v = sent[..., :K], sent[..., K:]
-        of_left, joins = lax.cond(there, of_block, nothing, keys, v, after)
+    def step(carry, number):
+        o, logsumexp, block = carry
+        # Devices without so many to their left have zeros, whatever the last devices hold.
+        there = index >= number
+        block = jax.tree.map(functools.partial(_from_left, axis, there), block)
+        of_left, joins = lax.cond(there, of_block, nothing, block)
         share = jax.nn.sigmoid(joins - logsumexp)[..., None]
         o, logsumexp = o + share * (of_left - o), jnp.logaddexp(logsumexp, joins)
-        if step + 1 < size:
-            with exactly():
-                keys = jnp.einsum("bshk,bhlk->bshl", keys.astype(f32), maps)
-            after = None if after is None else after + total
-    return o
+        sent, after = block
+        with exactly():
+            keys = jnp.einsum("bshk,bhlk->bshl", sent[..., :K].astype(f32), maps)
+        sent = jnp.concatenate([keys.astype(dtype), sent[..., K:]], axis=-1)
+        return (o, logsumexp, (sent, None if after is None else after + total)), None
+
+    # Keys and values, of one dtype, travel together.
+    block = jnp.concatenate([keys.astype(dtype), v], axis=-1), after
+    # A select, so that it varies over a mesh's axes as a loop's carry does.
+    logsumexp = jnp.where(False, o[..., 0], logsumexp)
+    numbers = jnp.arange(1, size, dtype=i32)
+    return lax.scan(step, (o, logsumexp, block), numbers)[0][0]
 
 
 def _from_left(axis, there, x):

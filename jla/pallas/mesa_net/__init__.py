@@ -16,7 +16,7 @@ from jla._core.axes import MESA_NET, letters
 from jla._core.derivatives import reverse_only
 from jla._core.movement import MESA_NET as MESA_STATES
 from jla._core.segments import segment_starts
-from jla._core.shardwise import defvjp, shardwise
+from jla._core.shardwise import defvjp, shardwise, varying_as
 from jla._core.states import MesaState, zero_mesa_state
 from jla.pallas.common.chunks import CHUNK, LOG2E, TILE_WIDTH
 from jla.pallas.common.padding import missing_tokens, pad
@@ -84,7 +84,7 @@ def mesa_net(
         jnp.pad(jnp.swapaxes(x.astype(f32), 1, 2), ((0, 0), (0, 0), (0, -T % CHUNK)))
         for x in (g, beta)
     )
-    lamb = jnp.broadcast_to(lamb, (B, H, K))
+    lamb = jnp.broadcast_to(varying_as(lamb, k), (B, H, K))
     lamb = jnp.pad(lamb, ((0, 0), (0, 0), (0, keys)), constant_values=1.0)
     if initial_state is None:
         initial_state = zero_mesa_state(k[:, 0], v[:, 0])
