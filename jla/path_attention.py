@@ -6,7 +6,7 @@ from typing import overload
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import axes, checking, checks, sequence
+from jla._core import axes, checking, checks, path_ring, sequence
 from jla._core.cache import PathCache
 from jla._core.types import (
     Array,
@@ -132,9 +132,9 @@ def path_attention(
         only if there is a g; or None. The returned cache is then None too.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
       axis_name: inside `jax.shard_map`, the manual axis of the mesh that T is split over: each
-        device has the next T / P tokens. For the run the devices exchange heads for time, so H must
-        be a multiple of P, and there can be no cache. None: T is whole. `jla.sharded` takes whole
-        arrays.
+        device has the next T / P tokens. Where H is a multiple of P the devices exchange heads for
+        time, else keys move from device to device. There can be no cache. None: T is whole.
+        `jla.sharded` takes whole arrays.
       implementation: "reference" (a scan over tokens, float32), "xla" (chunkwise, any device),
         "pallas" (kernels for Hopper GPUs), "triton" (kernels for NVIDIA GPUs from Ampere on, with
         the extra jla[triton]), or None for the first of "pallas", "triton" and "xla" that supports
@@ -152,7 +152,7 @@ def path_attention(
     """
     factor = _check_run(q, k, v, w, beta, g, cache, segment_ids, scale)
     if axis_name is not None:
-        _check_exchange(axis_name, k.shape[2], cache)
+        _check_exchange(axis_name, cache)
     if cache is not None:
         check_room(cache, q.shape[1], segment_ids)
     return run(q, k, v, w, beta, g, cache, segment_ids, factor, implementation, axis_name)
@@ -223,7 +223,13 @@ def run(
     whole = functools.partial(chosen, scale=scale)
     if axis_name is None:
         return whole(q, k, v, w, beta, g, cache, segment_ids)
-    return sequence.by_heads(whole, (q, k, v, w, beta, g), segment_ids, axis_name), None
+    arrays = q, k, v, w, beta, g
+    if k.shape[2] % sequence.devices_of(axis_name) == 0:
+        return sequence.by_heads(whole, arrays, segment_ids, axis_name), None
+    arrays = sequence.varying(arrays, axis_name)
+    of_device = whole(*arrays, None, segment_ids, logsumexps=True)
+    o = path_ring.with_left(*of_device, *arrays, segment_ids, axis_name, scale=scale)
+    return o.astype(v.dtype), None
 
 
 def step(
@@ -317,14 +323,9 @@ def _check_run(
     return _check_common(q, k, v, w, beta, g, cache, sizes, scale)
 
 
-def _check_exchange(axis_name: str, H: int, cache: PathCache | None) -> None:
-    """Raises NotImplementedError unless the devices of an axis can exchange heads for time."""
-    devices = sequence.devices_of(axis_name)
-    if H % devices:
-        raise NotImplementedError(
-            f"H = {H} must be a multiple of the {devices} devices of axis_name = {axis_name!r}, "
-            "which exchange heads for time. Split T over fewer devices, and rows over the others"
-        )
+def _check_exchange(axis_name: str, cache: PathCache | None) -> None:
+    """Raises ValueError without such an axis, and NotImplementedError with a cache."""
+    sequence.devices_of(axis_name)
     if cache is not None:
         raise NotImplementedError(
             f"cache must be None with axis_name = {axis_name!r}, got a PathCache: a cache is not "

@@ -88,8 +88,17 @@ def test_step_lowers_for_cuda_in_place(B, sizes):
     assert aliases == [("1", "5"), ("2", "6")]
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-def test_pieces_are_the_whole(reverse):
+@pytest.mark.parametrize(
+    "reverse, separate",
+    [
+        (False, False),
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+    ],
+)
+def test_pieces_are_the_whole(monkeypatch, reverse, separate):
+    """Also where the first pass is one over all pieces, for an exchange between the two."""
     # Five chunks, the last of 8 tokens; a warpgroup has two tiles of a state.
     B, T, H, HQ, D, M = 1, 264, 1, 2 if reverse else 1, 128, 64
     x = [normal(i, B, T, HQ, D).astype(bf16) for i in range(2)]
@@ -97,11 +106,21 @@ def test_pieces_are_the_whole(reverse):
     gates = chunks.decay_operand(-0.02 * jnp.abs(normal(4, B, T, H, M)))
     starts = normal(5, B, H, D, M), normal(6, B, H, M, D)
 
-    def run(pieces):
+    def run(pieces, **made):
         with jla.pallas.interpret():
-            return states.through_chunks(x, w, gates, starts, reverse=reverse, pieces=pieces)
+            options = dict(reverse=reverse, pieces=pieces, **made)
+            return states.through_chunks(x, w, gates, starts, **options)
 
-    for got, want in zip(run(3), run(1), strict=True):
+    whole, made = run(1), None
+    monkeypatch.setattr(states, "number_of_pairs", lambda *_: 3)
+    if separate:
+        with jla.pallas.interpret():
+            decays, *ends, hk, hv, of_pieces = states.summary(x, w, gates, starts, reverse=reverse)
+        made = hk, hv, of_pieces
+        assert relative_error(decays, jnp.exp2(gates.astype(f32).sum(1))) < 1e-5
+        for got, want in zip(ends, whole[2:], strict=True):
+            assert relative_error(got, want) < 1e-5
+    for got, want in zip(run(None, made=made), whole, strict=True):
         # Up to the last bit of what is rounded to bfloat16 at the chunks' borders.
         assert relative_error(got, want) < (1e-5 if want.dtype == f32 else 1e-3)
 

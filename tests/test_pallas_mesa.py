@@ -69,24 +69,46 @@ def test_pieces_are_the_reference(monkeypatch):
                 assert np.linalg.norm(x[row] - y[row]) <= tolerance * np.linalg.norm(y[row])
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-def test_pieces_are_the_whole(reverse):
+@pytest.mark.parametrize(
+    "reverse, separate",
+    [
+        (False, True),
+        (True, False),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+)
+def test_pieces_are_the_whole(monkeypatch, reverse, separate):
+    """Also where the first pass is one over all pieces, for an exchange between the two."""
     B, T, H, K, V, L = 1, 264, 1, 128, 64, 320  # five chunks, the last of 8 tokens
     vectors = [normal(i, B, T, H, d) for i, d in enumerate((K, K, V))]
     gates = (-0.02 * jnp.abs(normal(3, B, H, L))).reshape(B, H, -1, 64)
     decays = jnp.exp2(jnp.cumsum(gates, -1)).reshape(B, H, L)
     ends = normal(4, B, H, K, K), normal(5, B, H, K, V)
+    if reverse:
+        operands = *(x.astype(bf16) for x in vectors), decays, ends
+        run, summary = states.reverse, states.gradient_summary
+    else:
+        weights = jax.nn.sigmoid(normal(6, B, H, L))
+        operands = *(x.astype(f16) for x in vectors[1:]), decays, weights, ends
+        run, summary = states.forward, states.summary
 
-    def through_chunks(pieces):
+    def through_chunks(pieces, made=None):
         with jla.pallas.interpret():
-            if reverse:
-                vectors16 = (x.astype(bf16) for x in vectors)
-                return states.reverse(*vectors16, decays, ends, pieces=pieces)
-            k, v = (x.astype(f16) for x in vectors[1:])
-            weights = jax.nn.sigmoid(normal(6, B, H, L))
-            return states.forward(k, v, decays, weights, ends, pieces=pieces)
+            return run(*operands, pieces=pieces, made=made)
 
-    for got, want in zip(through_chunks(3), through_chunks(1), strict=True):
+    whole, made = through_chunks(1), None
+    if separate:
+        monkeypatch.setattr(states, "number_of_pairs", lambda *_: 3)
+        with jla.pallas.interpret():
+            decay, *last, kk, kv = summary(*operands[: None if reverse else -1])
+        made = kk, kv
+        assert relative_error(decay, jnp.exp2(gates.sum((2, 3)))) < 1e-5
+        if not reverse:
+            last = [decay[..., None, None] * x + y for x, y in zip(ends, last, strict=True)]
+        for got, want in zip(last, whole[2:4], strict=True):
+            assert relative_error(got, want) < 1e-5
+    for got, want in zip(through_chunks(3, made), whole, strict=True):
         # Up to the last bit of what is rounded to 16 bits at the chunks' borders.
         assert relative_error(got, want) < (1e-5 if want.dtype == f32 else 1e-3)
 

@@ -5,6 +5,7 @@ multiplied on for as long as the row lives. It is what `jla.xla` does, with its 
 shard by shard, as a kernel, for on several GPUs XLA gathers what the branches of a `cond` take.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -109,7 +110,7 @@ def _of_shard(
 
     def with_cached(o):
         queries = blockwise.split(q.reshape(B, T, H, HQ // H, K).reshape(B, T, H, -1), size)
-        queries = blockwise.merge(_at_the_start(queries, w, writes), T)
+        queries = blockwise.merge(at_the_start(queries, w, writes), T)
         gates = None if g is None else scale * g
         if starts is not None:
             gates = jnp.where(starts[..., None], NEVER, f32(0.0) if gates is None else gates)
@@ -126,7 +127,7 @@ def _of_shard(
     return o, *(x for x in cache if x is not None)
 
 
-def _at_the_start(q, w, writes):
+def at_the_start(q, w, writes):
     """The queries as the row's first token sees the keys before it, [N, B, H, C, G K]."""
 
     def chunk(maps, inputs):
@@ -146,25 +147,36 @@ def _at_the_start(q, w, writes):
 
 
 def _read(q, gates, cache, scale):
-    """What queries [B, T, H, G K] read of the cached tokens.
+    """What queries [B, T, H, G K] read of the cached tokens; see `read`. The log-sum-exp is nearly
+    `NEVER` where a row has no cached token."""
+    added = None if cache.decay is None else scale * cache.decay
+    return read(q, gates, cache.key, cache.value, added, cache.length, scale=scale)
+
+
+def read(q, gates, key, value, added, length=None, *, scale, exact=True):
+    """What queries read of keys between which and them there are no maps.
 
     Args:
+      q: [B, T, H, G K].
       gates: the sums of their gates, scaled, [B, T, HQ], or None.
+      key, value: [B, S, H, K] and [B, S, H, V].
+      added: the sums of the keys' gates, scaled, [B, S, HQ], or None.
+      length: how many keys each row has, [B], int32, or None: S.
+      exact: whether logits are products of all digits of float32.
 
     Returns:
-      [B, T, HQ, V] and the log-sum-exp, [B, T, HQ]; nearly `NEVER` where a row has no cached token.
+      [B, T, HQ, V] and the log-sum-exp, [B, T, HQ], float32.
     """
-    (B, T, H, _), (S, K) = q.shape, (cache.key.shape[1], cache.key.shape[-1])
+    (B, T, H, _), (S, K) = q.shape, (key.shape[1], key.shape[-1])
     group = q.shape[-1] // K
     rows, block = min(QUERIES, T), min(KEYS, S)
-    key, value = (blockwise.split(x, block) for x in cache[:2])
+    key, value = (blockwise.split(x, block) for x in (key, value))
     first = block * jnp.arange(len(key), dtype=jnp.int32)
     place = first[:, None] + jnp.arange(block, dtype=jnp.int32)[None]
-    filled = place[:, None] < cache.length[None, :, None]
-    added = f32(0.0)
-    if cache.decay is not None:
-        added = scale * blockwise.split(cache.decay.reshape(B, S, H, group), block)
-    added = jnp.where(filled[:, :, None, :, None], added, NEVER)
+    filled = place[:, None] < (S if length is None else length[None, :, None])
+    if added is not None:
+        added = blockwise.split(added.reshape(B, S, H, group), block)
+    added = jnp.where(filled[:, :, None, :, None], f32(0.0) if added is None else added, NEVER)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def some(inputs):
@@ -173,8 +185,8 @@ def _read(q, gates, cache, scale):
 
         def read(softmax, key, value, added):
             highest, total, o = softmax
-            with exactly():
-                logits = jnp.einsum("bhtgk,bhsk->bhtgs", q, key)
+            with exactly() if exact else contextlib.nullcontext():
+                logits = jnp.einsum("bhtgk,bhsk->bhtgs", q, key.astype(f32))
             logits += jnp.swapaxes(added, -1, -2)[:, :, None]
             if gates is not None:
                 logits += gates[..., None]
@@ -185,13 +197,16 @@ def _read(q, gates, cache, scale):
 
         def visit(softmax, inputs):
             place, *arrays = inputs
+            if length is None:
+                return read(softmax, *arrays), None
             # The first block is always read, so that no sum is 0.
-            filled = (place == 0) | jnp.any(place < cache.length)
+            filled = (place == 0) | jnp.any(place < length)
             return lax.cond(filled, read, lambda x, *_: x, softmax, *arrays), None
 
-        nothing = jnp.full_like(q[..., 0], -jnp.inf)
-        of_values = repeated(jnp.zeros_like(q[..., :1]), value.shape[-1], axis=q.ndim - 1)
-        start = nothing, jnp.zeros_like(nothing), of_values
+        # Selects, so that they vary over a mesh's axes as the queries do.
+        zeros = jnp.where(False, q[..., 0], 0.0)
+        of_values = repeated(zeros[..., None], value.shape[-1], axis=q.ndim - 1)
+        start = jnp.where(False, q[..., 0], -jnp.inf), zeros, of_values
         (highest, total, o), _ = lax.scan(visit, start, (first, key, value, added))
         return (o / total[..., None]).reshape(*q.shape[:3], -1), highest + jnp.log(total)
 

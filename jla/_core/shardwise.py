@@ -243,14 +243,18 @@ def for_each_row(weights: jax.Array, x: jax.Array) -> jax.Array:
     shape = (x.shape[0], *weights.shape)
     mesh, names = _explicit((x, weights))
     if not names:
-        missing = tuple(_varying(x) - _varying(weights))
-        if missing:
-            weights = lax.pcast(weights, missing, to="varying")
-        return jnp.broadcast_to(weights, shape)
+        return jnp.broadcast_to(varying_as(weights, x), shape)
     batch, _, heads, *_ = _split_by_type(x, names)
     weights = jax.sharding.reshard(weights, NamedSharding(mesh, PartitionSpec(None, heads)))
     placed = NamedSharding(mesh, PartitionSpec(batch, None, heads))
     return lax.broadcast_in_dim(weights, shape, (1, 2, 3), out_sharding=placed)
+
+
+def varying_as(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """Weights of a type that varies over all axes of shard_map's mesh over which x's does: the
+    gradient that a kernel makes of them does so, and the transpose is the sum over those axes."""
+    missing = tuple(_varying(x) - _varying(weights))
+    return lax.pcast(weights, missing, to="varying") if missing else weights
 
 
 def _without_varying_types(function: Callable[..., Arrays], arrays: Arrays) -> Arrays:

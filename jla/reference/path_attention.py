@@ -16,9 +16,10 @@ f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
-@functools.partial(jax.jit, static_argnames="scale")
-def path_step(q, k, v, w, beta, g, cache, *, scale):
-    """One token. See `jla.path_step`."""
+@functools.partial(jax.jit, static_argnames=("scale", "logsumexps"))
+def path_step(q, k, v, w, beta, g, cache, *, scale, logsumexps=False):
+    """One token. See `jla.path_step`; with `logsumexps` the first result is o in float32 and the
+    logits' log-sum-exp, [B, HQ]."""
     group = q.shape[1] // k.shape[1]
     dtype = v.dtype
     q, k, w, beta = (x.astype(f32)[:, None] for x in (q, k, w, beta))
@@ -37,16 +38,19 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
     logits = _einsum("bhk,bshk->bsh", q[:, 0], keys)
     if g is not None:
         logits += decay
-    p = jax.nn.softmax(jnp.where(before | here, scale * logits, -jnp.inf), axis=1)
+    logits = jnp.where(before | here, scale * logits, -jnp.inf)
+    p = jax.nn.softmax(logits, axis=1)
     o = _einsum("bsh,bshv->bhv", p, values)
     fits = cache.length < cache.key.shape[1]
     o = jnp.where(fits[:, None, None], o, jnp.nan)
-    return o.astype(dtype), PathCache(key, value, decay, counted(cache.length, 1))
+    o = (o, jax.nn.logsumexp(logits, axis=1)) if logsumexps else o.astype(dtype)
+    return o, PathCache(key, value, decay, counted(cache.length, 1))
 
 
-@functools.partial(jax.jit, static_argnames="scale")
-def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
-    """`lax.scan` over the tokens. See `jla.path_attention`."""
+@functools.partial(jax.jit, static_argnames=("scale", "logsumexps"))
+def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale, logsumexps=False):
+    """`lax.scan` over the tokens. See `jla.path_attention`; with `logsumexps` returns o in float32
+    and the logits' log-sum-exp, [B, T, HQ]."""
     T = q.shape[1]
     if segment_ids is None:
         starts = jnp.zeros(q.shape[:2], bool)
@@ -57,7 +61,8 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     def token(cache, inputs):
         *arrays, start = inputs
         length = jnp.where(start, 0, cache.length)
-        o, cache = path_step(*arrays, cache._replace(length=length), scale=scale)
+        cache = cache._replace(length=length)
+        o, cache = path_step(*arrays, cache, scale=scale, logsumexps=logsumexps)
         return cache, o
 
     def tokens(cache, inputs):
@@ -74,7 +79,9 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
 
     inputs = jax.tree.map(runs, (q, k, v, w, beta, g, starts))
     state, o = lax.scan(jax.checkpoint(tokens, prevent_cse=False), state, inputs)
-    o = jnp.moveaxis(o.reshape(T, *o.shape[2:]), 0, 1)
+    o = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(T, *x.shape[2:]), 0, 1), o)
+    if logsumexps:
+        return o
     return o, None if cache is None else state
 
 

@@ -10,8 +10,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import triton
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jla._core import movement, sequence
 from jla._core.axes import KDA, letters, of_step
 from jla._core.derivatives import reverse_only
 from jla._core.parts import kda_operands
@@ -40,6 +42,11 @@ _KEPT = {
     "kda_inverse": "B HV TP C",
     "kda_states": "B HV N V K",
 }
+_GRADIENTS = (KDA["g"], KDA["g"], KDA["v"], KDA["g"], KDA["beta"], _STATE)
+# What a piece does to a state, and what the recurrence takes, see `_prepare`.
+_SUMMARY = ("B HV K J", _STATE)
+_OPERANDS = ("B HV TP K", "B HV TP K", "B HV TP K", "B HV N K")
+_PREPARED = (*tuple(_KEPT.values())[:3], "B HV TP V", *_OPERANDS)
 _STEP = of_step(KDA)
 _STEP_INPUTS = letters(_STEP, "q k v g beta state")
 _STEP_OUTPUTS = letters(_STEP, "o state")
@@ -56,10 +63,11 @@ def unsupported(name, *arrays):
     return None
 
 
-@functools.partial(jax.jit, static_argnames="scale")
+@functools.partial(jax.jit, static_argnames=("scale", "axis_name"))
 @reverse_only("jla.kda")
-def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
-    """Pads the features to powers of two and runs the kernels. See `jla.kda`.
+def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale, axis_name=None):
+    """Pads the features to powers of two and runs the kernels. See `jla.kda`, and for `axis_name`
+    `jla._core.sequence.by_states`.
 
     Products of 16-bit inputs take bfloat16 operands, those of float32 inputs three TF32 products
     each; all add in float32.
@@ -74,16 +82,23 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
     q, k, g, v = (_padded(x, 3) for x in (q, k, g, v))
     if initial_state is not None:
         initial_state = _padded(_padded(initial_state, 2), 3)
-    o, state = _kda(q, k, v, g, beta.astype(f32), initial_state, scale)
+    arrays = q, k, v, g, beta.astype(f32), initial_state
+    if axis_name is None:
+        o, state = _kda(*arrays, scale)
+    else:
+        links = sequence.links(segment_ids, *q.shape[:2], axis_name)
+        o, state = _kda_over(*arrays, links, scale, axis_name)
     return o[..., :V].astype(dtype), state[:, :, :K, :V]
 
 
 def kda_from_projection(
-    q, k, v, f, A_log, dt_bias, beta, initial_state, segment_ids, real=None, *, scale, lower_bound
+    q, k, v, f, A_log, dt_bias, beta, initial_state, segment_ids, real=None,
+    *, scale, lower_bound, axis_name=None,
 ):  # fmt: skip
     """`kda` with the decays of its formula. See `jla._fused.kda_from_projection`."""
     g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
-    return kda(q, k, v, g, beta, initial_state, segment_ids, scale=scale)
+    options = dict(scale=scale, axis_name=axis_name)
+    return kda(q, k, v, g, beta, initial_state, segment_ids, **options)
 
 
 def _padded(x, axis):
@@ -129,41 +144,138 @@ def _kda_backward(scale, residuals, cotangents):
     q, k, v, g, beta, kept, has_start = residuals
     run = functools.partial(_backward, scale=scale)
     axes = (*_INPUTS, *_KEPT.values(), *_OUTPUTS)
-    of_keys = KDA["g"]
-    results = (of_keys, of_keys, KDA["v"], of_keys, KDA["beta"], _STATE)
-    *gradients, dv, dg, dbeta, start = shardwise(run, axes, results)(
-        *(q, k, v, g, beta), *kept, *cotangents
-    )
+    results = shardwise(run, axes, _GRADIENTS)(*(q, k, v, g, beta), *kept, *cotangents)
+    *gradients, start = _over_value_heads(q, v, *results)
+    return *gradients, start if has_start else None
+
+
+def _over_value_heads(q, v, *gradients):
+    *gradients, dv, dg, dbeta, start = gradients
     # A key head's gradient is the sum of its value heads'.
     if v.shape[2] != q.shape[2]:
         for i in range(2):
             per_head = gradients[i].reshape(*q.shape[:3], -1, q.shape[3])
             gradients[i] = per_head.astype(f32).sum(3).astype(q.dtype)
-    return *gradients, dv, dg, dbeta, start if has_start else None
+    return *gradients, dv, dg, dbeta, start
 
 
 defvjp(_kda, _kda_forward, _kda_backward)
 
 
+# A piece of a sequence on each device. What the piece does to a state is made before the recurrence
+# and exchanged; backward likewise, with the gradient of the state from right to left.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _kda_over(q, k, v, g, beta, state, links, scale, axis):
+    """As `_kda`: the outputs of this device's piece, and the state that leaves it; `state` is that
+    before the first piece."""
+    g = _decay_operand(q, g)
+    return _run_over(q, k, v, g, beta, state, links, scale, axis, keep=False)
+
+
+def _run_over(q, k, v, g, beta, state, links, scale, axis, *, keep):
+    prepare = functools.partial(_prepare_and_summarise, scale=scale)
+    results = (*_SUMMARY, *_PREPARED)
+    factor, term, *made = shardwise(prepare, _INPUTS, results)(q, k, v, g, beta)
+    start = sequence.entering(movement.KDA.step, (factor, term), state, links, axis)
+    # The recurrence knows of value heads alone.
+    axes = (*_PREPARED, KDA["beta"], _STATE, KDA["v"])
+    results = (*_OUTPUTS, _KEPT["kda_states"]) if keep else _OUTPUTS
+    axes, results = ([x.replace("HV", "H") for x in letters] for letters in (axes, results))
+    run = functools.partial(_recurrence, keep=keep)
+    o, end, *states = shardwise(run, axes, results)(*made, beta, start, v)
+    return (o, end, *made[:3], *states) if keep else (o, end)
+
+
+def _kda_over_forward(q, k, v, g, beta, state, links, scale, axis):
+    g = _decay_operand(q, g)
+    o, end, *kept = _run_over(q, k, v, g, beta, state, links, scale, axis, keep=True)
+    kept = tuple(map(checkpoint_name, kept, _KEPT))
+    return (o, end), (q, k, v, g, beta, kept, links)
+
+
+def _kda_over_backward(scale, axis, residuals, cotangents):
+    q, k, v, g, beta, kept, links = residuals
+    do, end = cotangents
+    run = functools.partial(_summarise_gradients, scale=scale)
+    axes = (*_INPUTS, *_KEPT.values(), *_OUTPUTS)
+    arrays = q, k, v, g, beta, *kept, do
+    factor, said, *operands = shardwise(run, axes, (*_SUMMARY, *_OPERANDS))(*arrays, end)
+    nothing = jnp.zeros_like(said)
+    summary = factor, said
+    after = sequence.entering(movement.KDA.step, summary, nothing, links, axis, reverse=True)
+    run = functools.partial(_backward_from, scale=scale)
+    results = shardwise(run, (*axes, *_OPERANDS), _GRADIENTS)(*arrays, end + after, *operands)
+    *gradients, start = _over_value_heads(q, v, *results)
+    first = lax.axis_index(axis) == 0  # the sum over devices is that of the first
+    return *gradients, jnp.where(first, start, 0.0), None
+
+
+defvjp(_kda_over, _kda_over_forward, _kda_over_backward)
+
+
+def _prepare_and_summarise(q, k, v, g, beta, *, scale):
+    """What the piece does to a state, and what `_recurrence` takes."""
+    prepared = _prepare(q, k, v, g, beta, scale)
+    *_, u, _, read, write, decay = prepared
+    arrays = read, write, u, decay, beta
+    return *_transitions(kda_forward.kda_transitions, *arrays, v=v), *prepared
+
+
+def _summarise_gradients(
+    q, k, v, g, beta, scores, key_scores, inverse, states, do, end, *, scale
+):  # fmt: skip
+    query, read, write, decay = operands = _operands(q, k, g, inverse, scale)
+    arrays = query, read, write, do, scores, decay, beta, end
+    return *_transitions(kda_backward.kda_gradient_transitions, *arrays, v=v), *operands
+
+
+def _transitions(kernel, *arrays, v):
+    """A kernel's M and N, float32."""
+    (B, T, HV, V), K = v.shape, arrays[0].shape[-1]
+    config = _config(kda_forward.kda_recurrence, v.dtype, K, B * HV)
+    block = min(config.blocks["BV"], K, V)
+    return launch.call(
+        kernel, *arrays, T, grid=(B * HV * (V + K) // block,), config=config,
+        outputs=[SDS((B, HV, K, K), f32), SDS((B, HV, K, V), f32)],
+        constants=dict(HV=HV, K=K, V=V, BV=block, WHOLE=T % _C == 0),
+    )  # fmt: skip
+
+
 def _forward(q, k, v, g, beta, *start, scale, keep):
     """The forward kernels: o and the last state, with `keep` also what `_KEPT` lists."""
+    B, K, (HV, V) = q.shape[0], q.shape[3], v.shape[2:]
+    prepared = _prepare(q, k, v, g, beta, scale)
+    start = start[0] if start else jnp.zeros((B, HV, K, V), f32)
+    o, state, *states = _recurrence(*prepared, beta, start, v, keep=keep)
+    return (o, state, *prepared[:3], *states) if keep else (o, state)
+
+
+def _prepare(q, k, v, g, beta, scale):
+    """What `_recurrence` takes first: scores, key_scores, inverse, u, query, read, write, decay."""
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     N = triton.cdiv(T, _C)
-    dtype, sizes = q.dtype, dict(HV=HV, K=K, V=V)
-    square, values = SDS((B, HV, N * _C, _C), dtype), SDS((B, HV, N * _C, V), dtype)
+    square, values = SDS((B, HV, N * _C, _C), q.dtype), SDS((B, HV, N * _C, V), q.dtype)
     scores, key_scores, inverse, u = _call(
         kda_forward.kda_scores, *(q, k, v, g, beta, masks(g.dtype)), T=T, programs=B * N * HV,
-        outputs=[square, square, square, values], **sizes, H=H, SCALE=scale,
+        outputs=[square, square, square, values], HV=HV, K=K, V=V, H=H, SCALE=scale,
     )  # fmt: skip
-    query, read, write, decay = _operands(q, k, g, inverse, scale)
-    start = start[0] if start else jnp.zeros((B, HV, K, V), f32)
+    return scores, key_scores, inverse, u, *_operands(q, k, g, inverse, scale)
+
+
+def _recurrence(
+    scores, key_scores, inverse, u, query, read, write, decay, beta, start, v, *, keep
+):  # fmt: skip
+    """o and the last state, with `keep` also the states before the chunks; v for its shape."""
+    (B, T, HV, V), (N, K), dtype = v.shape, decay.shape[2:], query.dtype
     states = SDS((B, HV, N, V, K) if keep else (1,), dtype)
     o, state, states = _call(
         kda_forward.kda_recurrence, *(query, read, write, u, scores, decay, beta, start),
         T=T, programs=B * HV, by="BV",
-        outputs=[SDS(v.shape, dtype), SDS(start.shape, f32), states], **sizes, KEEP=keep,
+        outputs=[SDS(v.shape, dtype), SDS(start.shape, f32), states], HV=HV, K=K, V=V, KEEP=keep,
     )  # fmt: skip
-    return (o, state, scores, key_scores, inverse, states) if keep else (o, state)
+    return (o, state, states) if keep else (o, state)
 
 
 def _operands(q, k, g, inverse, scale):
@@ -180,10 +292,19 @@ def _operands(q, k, g, inverse, scale):
 
 def _backward(q, k, v, g, beta, scores, key_scores, inverse, states, do, end, *, scale):
     """The backward kernels: the gradients of q, k (per value head), v, g, beta and the start."""
+    operands = _operands(q, k, g, inverse, scale)
+    arrays = q, k, v, g, beta, scores, key_scores, inverse, states, do, end
+    return _backward_from(*arrays, *operands, scale=scale)
+
+
+def _backward_from(
+    q, k, v, g, beta, scores, key_scores, inverse, states, do, end, query, read, write, decay,
+    *, scale,
+):  # fmt: skip
+    """As `_backward`, from what `_operands` returns."""
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     programs = B * HV * triton.cdiv(T, _C)
     sizes = dict(HV=HV, K=K, V=V)
-    query, read, write, decay = _operands(q, k, g, inverse, scale)
     gradients, start = _call(
         kda_backward.kda_gradient_recurrence,
         *(query, read, write, do, scores, decay, beta, end), T=T,

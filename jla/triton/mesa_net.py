@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jla._core.axes import MESA_NET, letters, of_step
 from jla._core.derivatives import reverse_only
 from jla._core.segments import segment_starts
-from jla._core.shardwise import defvjp, shardwise
+from jla._core.shardwise import defvjp, shardwise, varying_as
 from jla._core.states import MesaState, zero_mesa_state
 from jla._core.steps import differentiable
 from jla.reference import mesa_net as reference
@@ -80,7 +80,7 @@ def mesa_net(
         jnp.pad(jnp.swapaxes(x.astype(f32), 1, 2), ((0, 0), (0, 0), (0, -T % CHUNK)))
         for x in (g, beta)
     )
-    lamb = jnp.broadcast_to(lamb, (B, H, K))
+    lamb = jnp.broadcast_to(varying_as(lamb, k), (B, H, K))
     if initial_state is None:
         initial_state = zero_mesa_state(k[:, 0], v[:, 0])
     if tolerance is None:

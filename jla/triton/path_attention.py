@@ -46,10 +46,11 @@ def unsupported(name, *arrays):
     return None
 
 
-@functools.partial(jax.jit, static_argnames="scale")
+@functools.partial(jax.jit, static_argnames=("scale", "logsumexps"))
 @reverse_only("jla.path_attention")
-def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
-    """Pads to pairs of leaves and powers of two, and runs the kernels. See `jla.path_attention`.
+def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale, logsumexps=False):
+    """Pads to pairs of leaves and powers of two, and runs the kernels. See `jla.path_attention`;
+    with `logsumexps` returns o in float32 and the logits' log-sum-exp, [B, T, HQ].
 
     Of 16-bit inputs, products of queries and keys take float16 operands and add in float32; of
     float32 inputs all products are three TF32 products. What has to do with a cache is float32, and
@@ -67,6 +68,8 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     g = None if g is None else _padded(g, features=False)
     o, logsumexp = _attention(q, k, v, w, beta, g, scale)
     o = o[:, :T, :, :V]
+    if logsumexps:
+        return o.astype(f32), jnp.swapaxes(logsumexp[:, :, :T], 1, 2) / LOG2E
     if cache is not None:
         logsumexp = jnp.swapaxes(logsumexp[:, :, :T], 1, 2) / LOG2E
         o, cache = carried_on(o, logsumexp, *given, scale=given_scale)

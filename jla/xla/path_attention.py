@@ -51,9 +51,10 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
     return o.astype(dtype), PathCache(key, value, decay, counted(cache.length, 1))
 
 
-@functools.partial(jax.jit, static_argnames="scale")
-def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
-    """A loop over the chunks of queries, in it one over the keys before. See `jla.path_attention`.
+@functools.partial(jax.jit, static_argnames=("scale", "logsumexps"))
+def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale, logsumexps=False):
+    """A loop over the chunks of queries, in it one over the keys before. See `jla.path_attention`;
+    with `logsumexps` returns o in float32 and the logits' log-sum-exp, [B, T, HQ].
 
     The outer loop's body is checkpointed: the backward pass keeps the inputs and what `prepare`
     makes of them, and computes one chunk of queries at a time again.
@@ -76,9 +77,12 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     after, total = (None, None) if gates is None else sums_after(gates)
     past = index, moved, values, w, writes, after, total
     cached = None if cache is None else _cached(cache, scale)
-    chunk = functools.partial(_chunk, scale, past, cached)
+    chunk = functools.partial(_chunk, scale, past, cached, logsumexps)
     chunk = jax.checkpoint(chunk, prevent_cse=False)
     o = lax.map(chunk, (index, queries, k, values, w, writes, inner, gates))
+    if logsumexps:
+        o, logsumexp = (blockwise.merge(x, T).reshape(B, T, H, HQ // H, -1) for x in o)
+        return o.reshape(B, T, HQ, -1), logsumexp.reshape(B, T, HQ)
     o = blockwise.merge(o, T)
     o = o.reshape(B, T, H, HQ // H, -1).reshape(B, T, HQ, -1)
     if cache is None:
@@ -105,8 +109,9 @@ def _cached(cache, scale):
     return jnp.any(cache.length > 0), (key, value, added)
 
 
-def _chunk(scale, past, cached, inputs):
-    """The outputs of one chunk of queries, [B, H, C, G V].
+def _chunk(scale, past, cached, logsumexps, inputs):
+    """The outputs of one chunk of queries, [B, H, C, G V]; with `logsumexps` in float32, and the
+    logits' log-sum-exp, [B, H, C, G].
 
     The rows of a product with the queries are their tokens', G to each. The online softmax keeps
     the largest logit, the sum and the sum of values, all relative to the largest. That one is a
@@ -177,5 +182,7 @@ def _chunk(scale, past, cached, inputs):
         softmax = lax.cond(
             any_there, lambda x: lax.scan(visit_cached, x, blocks)[0], lambda x: x, softmax
         )
-    _, total, o = softmax
+    largest, total, o = softmax
+    if logsumexps:
+        return tuple(x.reshape(*v.shape[:3], -1) for x in (o / total, largest + jnp.log(total)))
     return (o / total).reshape(*v.shape[:3], -1).astype(v.dtype)

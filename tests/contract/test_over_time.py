@@ -1,5 +1,6 @@
 """Time over devices, from docs/contract.md: each device has a piece of every sequence."""
 
+import dataclasses
 import functools
 import re
 
@@ -27,26 +28,35 @@ import jla
 
 P = PartitionSpec
 BY_NAME = {m.name: m for m in MECHANISMS}
+# PaTH exchanges heads where the devices divide them; here they do not, and keys move.
+RING = dataclasses.replace(BY_NAME["path"])
+LABELS = [(m.name, m) for m in MECHANISMS] + [("path_ring", RING)]
 # "xla" shows that the pieces fit together. The others run the same exchange around other runs, and
-# each takes many seconds: the definition's program is large, the kernels are interpreted.
+# each takes many seconds: the definition's program is large, the kernels are interpreted. Where
+# PaTH exchanges heads, each device then runs whole sequences, as other tests do.
 ROWS = [
-    pytest.param(m, m.form(name), id=f"{m.name}-{name}", marks=[pytest.mark.slow] * (name != "xla"))
-    for m in MECHANISMS
+    pytest.param(
+        m,
+        m.form(name),
+        id=f"{label}-{name}",
+        marks=[pytest.mark.slow] * (name != "xla" or label == "path"),
+    )
+    for label, m in LABELS
     for name in ("xla", "reference")
 ]
 KERNELS = [
-    pytest.param(m, i, id=f"{m.name}-{i.name}", marks=pytest.mark.slow)
-    for m in MECHANISMS
+    pytest.param(m, i, id=f"{label}-{i.name}", marks=pytest.mark.slow)
+    for label, m in LABELS
     for i in m.implementations
     if i.interpreted
 ]
 # What one of these functions shows, all do; but each has places where it could go wrong alone.
-XLA = [pytest.param(m, m.form("xla"), id=f"{m.name}-xla") for m in MECHANISMS]
+XLA = [pytest.param(m, m.form("xla"), id=f"{label}-xla") for label, m in LABELS]
 SLOW_XLA = [pytest.param(*row.values, id=row.id, marks=pytest.mark.slow) for row in XLA]
 
 
 def devices_for(mechanism, sizes, most=4):
-    """As many as take part; PaTH exchanges heads, and has few."""
+    """As many as take part; where PaTH exchanges heads, it has few."""
     return min(most, sizes["H"]) if mechanism is BY_NAME["path"] else most
 
 
@@ -171,7 +181,7 @@ SUMMARIES = {
 }
 
 
-@pytest.mark.parametrize("mechanism, implementation", XLA)
+@pytest.mark.parametrize("mechanism, implementation", [x for x in ROWS if "xla" in x.id])
 def test_devices_exchange_states_and_no_tokens(mechanism, implementation):
     """One all-gather forward and its mirror backward; three integers a row; sums of what all
     devices have: the last state, and gradients of what they share."""
@@ -184,6 +194,9 @@ def test_devices_exchange_states_and_no_tokens(mechanism, implementation):
         tokens = sum(x.ndim > 2 for x in args.values())
         assert kinds == ["all-gather"] + (2 * (tokens + 1)) * ["all-to-all"]
         assert [x.split("{")[0] for x, kind in found if kind == "all-gather"] == [f"s32[{B},{T}]"]
+        return
+    if mechanism is RING:
+        assert_keys_move(kinds, found, args, size)
         return
     positions = mechanism is BY_NAME["log_linear"]  # a sum of its own, of integers
     assert kinds == ["all-gather"] * 2 + ["all-reduce"] * (1 + positions) + ["reduce-scatter"]
@@ -204,6 +217,19 @@ def count(shape):
     return int(np.prod([int(n) for n in shape.split(",") if n]))
 
 
+def assert_keys_move(kinds, found, args, size):
+    """To each right neighbour, device by device: keys and values, and their gates. Backward the
+    same once more, and their gradients in the other direction; nothing else has tokens."""
+    B, T, H, K = args["k"].shape
+    L, V, HQ = T // size, args["v"].shape[-1], args["q"].shape[2]
+    assert kinds == ["all-gather"] + 6 * ["collective-permute"]  # each in a loop over devices
+    (ids,) = (x.split("{")[0] for x, kind in found if kind == "all-gather")
+    assert ids == f"s32[{size},3,{B}]"
+    moved = [x.split("{")[0] for x, kind in found if kind == "collective-permute"]
+    shapes = f"f32[{B},{L},{H},{K + V}]", f"f32[{B},{L},{HQ}]"
+    assert [moved.count(x) for x in shapes] == [3, 3]
+
+
 @pytest.mark.parametrize("mechanism, implementation", SLOW_XLA)
 @pytest.mark.parametrize("size", [3, 4])
 def test_one_sequence_without_a_state(mechanism, implementation, size):
@@ -211,6 +237,8 @@ def test_one_sequence_without_a_state(mechanism, implementation, size):
     sizes = dict(implementation.sizes) | dict(T=96 if size == 3 else 100)
     if mechanism is BY_NAME["path"]:
         sizes |= dict(H=size, HQ=2 * size)
+    if mechanism is RING:
+        size, sizes["H"] = (2, 1) if size == 4 else (size, sizes["H"])
     args, cotangents = given(mechanism, sizes, state=False)
     got = over_time(mechanism, implementation, size, args, cotangents, None)
     empty = jax.tree.map(np.zeros_like, inputs(mechanism, sizes)[0][mechanism.state[0]])
@@ -320,7 +348,10 @@ SHARDED = [
 
 
 # Of the kernels, those whose gradients are made by a rule.
-TRACED = [*XLA, pytest.param(BY_NAME["kda"], BY_NAME["kda"].form("pallas"), id="kda-pallas")]
+TRACED = XLA + [
+    pytest.param(BY_NAME[name], BY_NAME[name].form("pallas"), id=f"{name}-pallas")
+    for name in ("kda", "gsa", "mesa")
+]
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
@@ -425,10 +456,6 @@ def test_wrong_axes_raise(mechanism, implementation):
     refused(TypeError, rf"{name}: axis_name .*string.*int", mechanism.run, **args, axis_name=1)
     other = inside(mechanism, mesh, places, axis_name="time")
     refused(ValueError, "manual here: 'data', 'seq', 'model'.*got 'time'", other, args)
-    if mechanism is BY_NAME["path"]:
-        run = inside(mechanism, mesh, places, axis_name="seq")
-        refused(NotImplementedError, "H = 3 must be a multiple of the 2 devices.*'seq'", run, args)
-
     run = jla.sharded(mechanism.run, T="seq")
     refused(ValueError, "jla.sharded: no mesh is set.*jax.set_mesh", run, **args)
     odd = {n: x[:, :15] if n in mechanism.tokenwise() else x for n, x in args.items()}

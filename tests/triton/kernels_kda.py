@@ -8,7 +8,7 @@ _SIZES = dict(WHOLE=False, HV=8, K=128, V=128)
 _WIDE = dict(WHOLE=True, HV=8, K=256, V=256)
 
 
-def _of_kda(path, parameters, constants, *, states=False, **settings):
+def _of_kda(path, parameters, constants, *, states=False, like=None, **settings):
     """A kernel of KDA's for 16-bit inputs and for float32, of which g and masks ("*g") depend.
 
     states: whether it holds states, and has other configs for keys wider than 128, and for few
@@ -26,8 +26,8 @@ def _of_kda(path, parameters, constants, *, states=False, **settings):
             chosen = dict(spills=dict.fromkeys(CAPABILITIES, seen))
             if not (suffix or width):
                 chosen |= settings
-            config = name + suffix + width
-            config = config if config in configs.CONFIGS else name + suffix
+            config = (like or name) + suffix + width
+            config = config if config in configs.CONFIGS else (like or name) + suffix
             named = {x: y for x, y in sizes.items() if x in constants} | {
                 x: y for x, y in constants.items() if y is not None
             }
@@ -47,6 +47,10 @@ _SPILLS = {
     "kda_gradient_recurrence_wide": 8,
     "kda_gradient_recurrence_float32": 8,
     "kda_gradient_recurrence_float32_wide": 64,
+    "kda_transitions_float32_wide": 32,
+    "kda_gradient_transitions": 64,
+    "kda_gradient_transitions_wide": 24,
+    "kda_gradient_transitions_float32_wide": 56,
     "kda_score_gradients_float32": 24,
     "kda_query_gradients": 24,
     "kda_query_gradients_float32": 8,
@@ -92,6 +96,21 @@ KERNELS = (
         "*x *x *x *x *x *fp32 *fp32 *fp32 i32 *x *fp32",
         dict(WHOLE=None, HV=None, K=None, V=None),
         states=True,
+    ),
+    *_of_kda(
+        "kda_forward.kda_transitions",
+        "*x *x *x *fp32 *fp32 i32 *fp32 *fp32",
+        dict(WHOLE=None, HV=None, K=None, V=None),
+        states=True,
+        like="kda_recurrence",
+        smoke=90,
+    ),
+    *_of_kda(
+        "kda_backward.kda_gradient_transitions",
+        "*x *x *x *x *x *fp32 *fp32 *fp32 i32 *fp32 *fp32",
+        dict(WHOLE=None, HV=None, K=None, V=None),
+        states=True,
+        like="kda_recurrence",
     ),
     *_of_kda(
         "kda_backward.kda_errors",

@@ -77,7 +77,7 @@ def forward(
         if made is None:
             transitions = _transitions(w, u, kg, decay, beta, pieces)
         else:
-            transitions = (x[:-1] for x in _pieces_first(*made))
+            transitions = (x[:-1] for x in pieces_first(*made))
         starts = join(*transitions, initial_state, times=matmul)
     return recurrence.forward(
         q, w, u, kg, decay, aq, beta, starts, length=length, keep_states=keep_states
@@ -94,7 +94,7 @@ def backward(q, w, kg, do, decay, aq, beta, last_gradient, *, made=None, pieces=
         if made is None:
             transitions = _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces)
         else:
-            transitions = (x[1:] for x in _pieces_first(*made))
+            transitions = (x[1:] for x in pieces_first(*made))
         ends = join(*transitions, last_gradient, times=matmul, reverse=True)
     return recurrence.backward(q, w, kg, do, decay, aq, beta, ends)
 
@@ -106,7 +106,7 @@ def summary(w, u, kg, decay, beta):
     pieces = number(B * HV, TP // CHUNK, K, V)
     made = _transitions(w, u, kg, decay, beta, pieces, every=True)
     whole = _together(*made, jnp.zeros((B, HV, K, V), f32))
-    return *whole, *_rows_first(*made)
+    return *whole, *rows_first(*made)
 
 
 def gradient_summary(q, w, kg, do, decay, aq, beta, last_gradient):
@@ -115,7 +115,7 @@ def gradient_summary(q, w, kg, do, decay, aq, beta, last_gradient):
     (B, TP, HV, K), V = q.shape, do.shape[-1]
     pieces = number(B * HV, TP // CHUNK, K, V)
     made = _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces, every=True)
-    return *_together(*made, last_gradient, reverse=True), *_rows_first(*made)
+    return *_together(*made, last_gradient, reverse=True), *rows_first(*made)
 
 
 def _together(factors, terms, state, *, reverse=False):
@@ -133,11 +133,11 @@ def _together(factors, terms, state, *, reverse=False):
 # `shardwise` splits.
 
 
-def _rows_first(*arrays):
+def rows_first(*arrays):
     return tuple(jnp.moveaxis(x, 0, 2) for x in arrays)
 
 
-def _pieces_first(*arrays):
+def pieces_first(*arrays):
     return tuple(jnp.moveaxis(x, 2, 0) for x in arrays)
 
 

@@ -9,10 +9,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jla._core import sequence
 from jla._core.axes import GSA, letters
 from jla._core.derivatives import reverse_only
+from jla._core.movement import GSA as GSA_STATES
 from jla._core.parts import abc_gates
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
@@ -22,7 +25,7 @@ from jla.pallas.common.padding import missing_features, missing_tokens, pad, wit
 from jla.pallas.gsa import step
 from jla.pallas.gsa.gradients import chunk_gradients, logit_gradients
 from jla.pallas.gsa.outputs import outputs
-from jla.pallas.gsa.states import through_chunks
+from jla.pallas.gsa.states import summary, through_chunks
 from jla.pallas.gsa.step import gsa_step
 
 __all__ = ["gsa", "gsa_step", "unsupported"]
@@ -57,10 +60,11 @@ def unsupported(name, q, k, v, s, g):
     return None
 
 
-@functools.partial(jax.jit, static_argnames="scale")
+@functools.partial(jax.jit, static_argnames=("scale", "axis_name"))
 @reverse_only("jla.gsa")
-def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale):
-    """Pads to whole tiles and runs the kernels. See `jla.gsa`.
+def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale, axis_name=None):
+    """Pads to whole tiles and runs the kernels. See `jla.gsa`, and for `axis_name`
+    `jla._core.sequence.by_states`.
 
     All products take bfloat16 operands and add in float32, float16 inputs included; s is rounded to
     bfloat16 whatever its dtype.
@@ -81,16 +85,19 @@ def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale):
         hk = pad(pad(hk, features=slots), features=keys, axis=2)
         hv = pad(pad(hv, features=values), features=slots, axis=2)
         initial_state = GSAState(hk, hv)
-    o, hk, hv = _gsa(
+    arrays = (
         pad_tokens(q, features=keys),
         pad_tokens(k, features=keys),
         pad_tokens(v, features=values),
         pad_tokens(s, features=slots),
         pad_tokens(g, features=slots),
         initial_state,
-        scale,
-        M,
     )
+    if axis_name is None:
+        o, hk, hv = _gsa(*arrays, scale, M)
+    else:
+        links = sequence.links(segment_ids, *q.shape[:2], axis_name)
+        o, hk, hv = _gsa_over(*arrays, links, scale, M, axis_name)
     return o[:, :T, :, :V].astype(dtype), GSAState(hk[:, :, :K, :M], hv[:, :, :M, :V])
 
 
@@ -122,19 +129,98 @@ def _gsa_backward(scale, used, residuals, cotangents):
 defvjp(_gsa, _gsa_forward, _gsa_backward)
 
 
+# A piece of a sequence on each device. The states' first pass says what the piece does to them;
+# that is exchanged, and the second pass uses again what the first has made. Backward likewise, with
+# the states' gradients from right to left.
+
+_DECAYS = "B H M"
+_MADE = ("B H P K M", "B H P M V", "B H P M")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
+def _gsa_over(q, k, v, s, g, state, links, scale, used, axis):
+    """As `_gsa`: the outputs of this device's piece, and the states that leave it; `state` is that
+    before the first piece."""
+    return _run_over(q, k, v, s, decay_operand(g), state, links, scale, used, axis, keep=False)
+
+
+def _gsa_over_forward(q, k, v, s, g, state, links, scale, used, axis):
+    inputs = (q, k, v, s, decay_operand(g))
+    o, hk, hv, *kept = _run_over(*inputs, state, links, scale, used, axis, keep=True)
+    kept = tuple(map(checkpoint_name, kept, _KEPT))
+    return (o, hk, hv), (inputs, kept, links)
+
+
+def _run_over(q, k, v, s, log_decays, state, links, scale, used, axis, *, keep):
+    summarise = shardwise(_summarise, _INPUTS[1:], (_DECAYS, *_STATES, *_MADE))
+    decays, hk, hv, *made = summarise(k, v, s, log_decays)
+    start = sequence.entering(GSA_STATES.step, (decays, GSAState(hk, hv)), state, links, axis)
+    run = functools.partial(_forward, scale=scale, used=used, keep=keep)
+    axes = (*_INPUTS, *_STATES, *_MADE)
+    results = (*_OUTPUTS, *_KEPT.values()) if keep else _OUTPUTS
+    return shardwise(run, axes, results)(q, k, v, s, log_decays, *start, *made)
+
+
+def _gsa_over_backward(scale, used, axis, residuals, cotangents):
+    inputs, kept, links = residuals
+    run = functools.partial(_summarise_gradients, scale=scale)
+    axes = (*_INPUTS, *_KEPT.values(), *_OUTPUTS)
+    results = (_KEPT["gsa_probabilities"], _DECAYS, *_STATES, *_MADE)
+    dlogits, decays, hk, hv, *made = shardwise(run, axes, results)(*inputs, *kept, *cotangents)
+    said = GSAState(hk, hv)
+    nothing = jax.tree.map(jnp.zeros_like, said)
+    after = sequence.entering(
+        GSA_STATES.step, (decays, said), nothing, links, axis, reverse=True
+    )  # fmt: skip
+    do, *ends = cotangents
+    ends = map(jnp.add, ends, after)
+    axes = (*axes, _KEPT["gsa_probabilities"], *_MADE)
+    *gradients, hk, hv = shardwise(_backward_from, axes, (*_INPUTS, *_STATES))(
+        *inputs, *kept, do, *ends, dlogits, *made
+    )
+    first = lax.axis_index(axis) == 0  # the sum over devices is that of the first
+    start = GSAState(*(jnp.where(first, x, 0.0) for x in (hk, hv)))
+    return *gradients, start, None
+
+
+defvjp(_gsa_over, _gsa_over_forward, _gsa_over_backward)
+
+
+def _summarise(k, v, s, log_decays):
+    return summary((k, v), (s, s), log_decays)
+
+
+def _summarise_gradients(q, k, v, s, log_decays, p, _, value_states, do, dhk, dhv, *, scale):
+    dlogits = logit_gradients(v, s, log_decays, value_states, p, do, scale=scale)
+    said = summary((q, do), (dlogits, p), log_decays, (dhk, dhv), reverse=True)
+    return dlogits, *said
+
+
 def _forward(q, k, v, s, log_decays, *start, scale, used, keep):
-    """Both forward kernels: o and the last states, with `keep` also what `_KEPT` lists."""
-    *states, hk, hv = through_chunks((k, v), (s, s), log_decays, start or None)
+    """Both forward kernels: o and the last states, with `keep` also what `_KEPT` lists; `start` are
+    the first states, if there are any, and `summary`'s of the pieces, if they were made before."""
+    start, made = start[:2], start[2:]
+    *states, hk, hv = through_chunks(
+        (k, v), (s, s), log_decays, start or None, made=made or None
+    )  # fmt: skip
     o, *p = outputs(q, k, v, s, log_decays, *states, scale=scale, used=used, keep=keep)
     return (o, hk, hv, *p, *states) if keep else (o, hk, hv)
 
 
 def _backward(q, k, v, s, log_decays, p, key_states, value_states, do, dhk, dhv, *, scale):
     """All backward kernels: the gradients of q, k, v, s, g and of the first states."""
-    B, T, H, _ = log_decays.shape
     dlogits = logit_gradients(v, s, log_decays, value_states, p, do, scale=scale)
+    states = key_states, value_states
+    return _backward_from(q, k, v, s, log_decays, p, *states, do, dhk, dhv, dlogits)
+
+
+def _backward_from(
+    q, k, v, s, log_decays, p, key_states, value_states, do, dhk, dhv, dlogits, *made
+):  # fmt: skip
+    """As `_backward`, from the logits' gradients; `made` as of `_forward`."""
+    B, T, H, _ = log_decays.shape
     key_gradients, value_gradients, dhk, dhv = through_chunks(
-        (q, do), (dlogits, p), log_decays, (dhk, dhv), reverse=True
+        (q, do), (dlogits, p), log_decays, (dhk, dhv), reverse=True, made=made or None
     )
     dq, *of_keys = chunk_gradients(
         q, k, dlogits, s, log_decays, key_states, key_gradients, rows_too=True

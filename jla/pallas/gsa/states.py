@@ -25,7 +25,7 @@ from jla._core.exchange import join
 from jla.pallas.common import chunks, mosaic, scratch
 from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
 from jla.pallas.common.mosaic import WGMMA_LAYOUT, bf16, f16, f32
-from jla.pallas.common.pieces import number_of_pairs
+from jla.pallas.common.pieces import number_of_pairs, pieces_first, rows_first
 from jla.pallas.common.recurrence import piece
 from jla.pallas.common.scratch import barrier_for, fetch_each
 from jla.pallas.common.tiles import columns, smem_tiles
@@ -33,7 +33,9 @@ from jla.pallas.common.tiles import columns, smem_tiles
 SDS = jax.ShapeDtypeStruct
 
 
-def through_chunks(features, by_slot, log_decays, starts, *, reverse=False, pieces=None):
+def through_chunks(
+    features, by_slot, log_decays, starts, *, reverse=False, made=None, pieces=None
+):  # fmt: skip
     """Both states before each chunk, and the last; in reverse, the gradients of those after it.
 
     Args:
@@ -42,31 +44,59 @@ def through_chunks(features, by_slot, log_decays, starts, *, reverse=False, piec
       by_slot: w of either state, [B, T, HX, M] bf16.
       log_decays: [B, T, H, M] float16, from `chunks.decay_operand`.
       starts: the first states, [B, H, K, M] and [B, H, M, V] float32, or None for zeros.
+      made: what `summary` has made of each piece, or None.
       pieces: for tests; by default their number follows from the shapes.
 
     Returns:
       X at the chunks' borders, [B, H, N, K, M] and [B, H, N, V, M] bf16, and the last states, as
       `starts`.
     """
-    B, T, H, M = log_decays.shape
-    N = _chunks(T)
+    B, _, H, M = log_decays.shape
     K, V = (x.shape[-1] for x in features)
-    if pieces is None:
-        pieces = number_of_pairs(B * H * _blocks(K, V, M), N)
+    pieces = pieces or (made[0].shape[2] if made else _pieces(features, log_decays))
     if starts is None:
         starts = jnp.zeros((B, H, K, M), f32), jnp.zeros((B, H, M, V), f32)
     starts = tuple(x[None] for x in starts)
     if pieces > 1:
-        *ends, decays = _run(features, by_slot, log_decays, None, pieces, reverse=reverse)
+        if made is None:
+            *ends, decays = _run(features, by_slot, log_decays, None, pieces, reverse=reverse)
+            decays = jnp.exp2(decays[..., 0, :])  # all rows are the same
+        else:
+            followed = slice(1, None) if reverse else slice(-1)
+            *ends, decays = (x[followed] for x in pieces_first(*made))
         starts = _join(ends, decays, starts, reverse=reverse)
     *states, hk, hv = _run(features, by_slot, log_decays, starts, pieces, reverse=reverse)
     last = 0 if reverse else -1
     return (*states, hk[last], hv[last])
 
 
-def _join(ends, log_decays, starts, *, reverse):
+def summary(features, by_slot, log_decays, starts=None, *, reverse=False):
+    """What the whole sequence does to the states: how they decay, [B, H, M], and what it makes of
+    `starts` (None: of zeros), [B, H, K, M] and [B, H, M, V]; float32. And of each piece what it
+    makes of zeros, and how they decay, [B, H, P, ...]. In reverse, of the gradients of the states.
+
+    The arguments are those of `through_chunks`.
+    """
+    B, _, H, M = log_decays.shape
+    K, V = (x.shape[-1] for x in features)
+    if starts is None:
+        starts = jnp.zeros((B, H, K, M), f32), jnp.zeros((B, H, M, V), f32)
+    pieces = _pieces(features, log_decays)
+    *ends, sums = _run(features, by_slot, log_decays, None, pieces, reverse=reverse, every=True)
+    decays, last = jnp.exp2(sums[..., 0, :]), 0 if reverse else -1
+    hk, hv = _join(ends, decays, [x[None] for x in starts], reverse=reverse)
+    return jnp.prod(decays, axis=0), hk[last], hv[last], *rows_first(*ends, decays)
+
+
+def _pieces(features, log_decays):
+    """How many pieces, by the shapes."""
+    B, T, H, M = log_decays.shape
+    K, V = (x.shape[-1] for x in features)
+    return number_of_pairs(B * H * _blocks(K, V, M), _chunks(T))
+
+
+def _join(ends, decays, starts, *, reverse):
     """The states that the pieces start from, by X <- decay X + end over the pieces before."""
-    decays = jnp.exp2(log_decays[..., 0, :])  # all rows are the same
     return tuple(
         join(jnp.expand_dims(decays, axis), end, start[0], reverse=reverse)
         for end, start, axis in zip(ends, starts, (3, 4), strict=True)
@@ -82,11 +112,11 @@ def _blocks(K, V, M):
     return (K + V) // _width(K, V, M)
 
 
-def _run(features, by_slot, log_decays, starts, pieces, *, reverse):
+def _run(features, by_slot, log_decays, starts, pieces, *, reverse, every=False):
     """The kernel: all pieces from `starts`, [P, B, H, ...], with the states at the chunks' borders
     and the pieces' last states, [P, B, H, ...]; or from zeros (None) all pieces that others follow.
     Then it returns their last states, [P - 1, ...], and sums of log decays, [P - 1, B, H, 64, M]
-    in equal rows.
+    in equal rows; of `every` piece, P of them.
 
     One warpgroup has 128 features of either state (64 if M > 64) in registers for a whole piece.
     The chunk's operands are loaded two chunks ahead into a ring of three (two if M > 64); w is
@@ -100,7 +130,7 @@ def _run(features, by_slot, log_decays, starts, pieces, *, reverse):
     tiles, m_tiles = width // TILE_WIDTH, M // TILE_WIDTH
     stages = 3 if M == TILE_WIDTH else 2
     keep = starts is not None
-    P = pieces if keep else pieces - 1
+    P = pieces if keep or every else pieces - 1
     skipped = pieces - P if reverse else 0
     hk_start, hv_start = starts if keep else (None, None)
     out = scratch.kernel(

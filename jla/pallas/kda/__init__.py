@@ -232,7 +232,7 @@ defvjp(_kda, _kda_forward, _kda_backward)
 # the recurrence, and exchanged there; the recurrence uses again what that pass made of its own
 # pieces. Backward likewise, with the gradient of the state from right to left.
 
-_SUMMARY = ("B HV K K", _STATE, "B HV P K K", "B HV P K V")
+_SUMMARY = ("B HV K J", _STATE, "B HV P K J", "B HV P K V")
 # What `recurrence` takes: u, and the first five of `_KEPT`.
 _PREPARED = ("B TP HV V", *list(_KEPT.values())[:5])
 _SOLVER = tuple(_KEPT.values())[5:7]

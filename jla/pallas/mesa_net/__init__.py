@@ -8,12 +8,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jla._core import sequence
 from jla._core.axes import MESA_NET, letters
 from jla._core.derivatives import reverse_only
+from jla._core.movement import MESA_NET as MESA_STATES
 from jla._core.segments import segment_starts
-from jla._core.shardwise import defvjp, shardwise
+from jla._core.shardwise import defvjp, shardwise, varying_as
 from jla._core.states import MesaState, zero_mesa_state
 from jla.pallas.common.chunks import CHUNK, LOG2E, TILE_WIDTH
 from jla.pallas.common.padding import missing_tokens, pad
@@ -43,6 +46,9 @@ _KEPT = {
 }
 
 
+_GRADIENTS = (*letters(MESA_NET, "q k v"), "B H TP", "B H TP", "B H K", *_STATES)
+
+
 def unsupported(name, q, k, v, *_):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     if name == "mesa_step":
@@ -55,12 +61,14 @@ def unsupported(name, q, k, v, *_):
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("cg_steps", "tolerance"))
+@functools.partial(jax.jit, static_argnames=("cg_steps", "tolerance", "axis_name"))
 @reverse_only("jla.mesa_net")
 def mesa_net(
-    q, k, v, g, beta, lamb, initial_state, segment_ids, *, cg_steps, tolerance=solve.TOLERANCE
+    q, k, v, g, beta, lamb, initial_state, segment_ids,
+    *, cg_steps, tolerance=solve.TOLERANCE, axis_name=None,
 ):  # fmt: skip
-    """Pads to whole tiles and runs the kernels. See `jla.mesa_net`.
+    """Pads to whole tiles and runs the kernels. See `jla.mesa_net`, and for `axis_name`
+    `jla._core.sequence.by_states`.
 
     Products take float16 operands and add in float32: keys divided by sqrt(lamb) and values must
     lie in float16's range, beyond which they are cut off. A row stops when its residual is
@@ -76,7 +84,7 @@ def mesa_net(
         jnp.pad(jnp.swapaxes(x.astype(f32), 1, 2), ((0, 0), (0, 0), (0, -T % CHUNK)))
         for x in (g, beta)
     )
-    lamb = jnp.broadcast_to(lamb, (B, H, K))
+    lamb = jnp.broadcast_to(varying_as(lamb, k), (B, H, K))
     lamb = jnp.pad(lamb, ((0, 0), (0, 0), (0, keys)), constant_values=1.0)
     if initial_state is None:
         initial_state = zero_mesa_state(k[:, 0], v[:, 0])
@@ -88,7 +96,12 @@ def mesa_net(
         pad(x, tokens=missing_tokens(T), features=features)
         for x, features in ((q.astype(bf16), keys), (k, keys), (v, values))
     )
-    o, kk, kv = _mesa(q, k, v, g, first, beta, lamb, kk, kv, cg_steps, tolerance, dtype)
+    arrays, options = (q, k, v, g, first, beta, lamb, kk, kv), (cg_steps, tolerance, dtype)
+    if axis_name is None:
+        o, kk, kv = _mesa(*arrays, *options)
+    else:
+        links = sequence.links(segment_ids, B, T, axis_name)
+        o, kk, kv = _mesa_over(*arrays, links, *options, axis_name)
     return o[:, :T, :, :V].astype(dtype), MesaState(kk[:, :, :K, :K], kv[:, :, :K, :V])
 
 
@@ -113,17 +126,24 @@ def _mesa_forward(q, k, v, g, first, beta, lamb, kk, kv, cg_steps, tolerance, dt
 
 def _mesa_backward(cg_steps, tolerance, dtype, residuals, cotangents):
     k, v, cumulated, first, beta, scale, lamb, *kept = residuals
-    do, dkk, dkv = cotangents
-    root = jnp.sqrt(_or_one(lamb))
-    row, column = root[..., None], root[:, :, None]
-    # What the states' kernel carries in Hkk's place is -dHkk^T.
-    ends = -jnp.swapaxes(row * dkk * column, 2, 3), row * dkv
+    do, *ends = cotangents
     run = functools.partial(_backward, steps=cg_steps, tolerance=tolerance)
-    dq, dk, dv, dg, dbeta, products, dkk, dkv = shardwise(
+    results = shardwise(
         run,
         (*_INPUTS[1:6], *_KEPT.values(), *_OUTPUTS),
-        (*letters(MESA_NET, "q k v"), "B H TP", "B H TP", "B H K", *_STATES),
-    )(k, v, cumulated, first, beta, *kept, do, *ends)
+        _GRADIENTS,
+    )(k, v, cumulated, first, beta, *kept, do, *_ends(lamb, *ends))
+    return _unscaled_gradients(scale, dtype, *results)
+
+
+def _ends(lamb, dkk, dkv):
+    """What the states' kernel carries in reverse: in Hkk's place it is -dHkk^T."""
+    root = jnp.sqrt(_or_one(lamb))
+    row, column = root[..., None], root[:, :, None]
+    return -jnp.swapaxes(row * dkk * column, 2, 3), row * dkv
+
+
+def _unscaled_gradients(scale, dtype, dq, dk, dv, dg, dbeta, products, dkk, dkv):
     dq, dk = (x.astype(f32) * scale[:, None] for x in (dq, dk))
     dkk = -scale[..., None] * jnp.swapaxes(dkk, 2, 3) * scale[:, :, None]
     dkv = scale[..., None] * dkv
@@ -132,6 +152,100 @@ def _mesa_backward(cg_steps, tolerance, dtype, residuals, cotangents):
 
 
 defvjp(_mesa, _mesa_forward, _mesa_backward)
+
+
+# A piece of a sequence on each device. The states' first pass says what the piece does to them;
+# that is exchanged, and the second pass uses again what the first has made. Backward likewise,
+# with the states' gradients from right to left. All devices have the same lamb, so that they can
+# exchange the kernels' states, for which it is 1.
+
+_MADE = ("B H P K J", "B H P K V")
+_SUMMARY = ("B H", *_STATES, *_MADE)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(10, 11, 12, 13))
+def _mesa_over(q, k, v, g, first, beta, lamb, kk, kv, links, cg_steps, tolerance, dtype, axis):
+    """As `_mesa`: the outputs of this device's piece, and the states that leave it; `kk` and `kv`
+    are those before the first piece."""
+    inputs = _arranged(_scaled(k, v, lamb, kk, kv), g, first, beta)
+    options = dict(steps=cg_steps, tolerance=tolerance, keep=False)
+    return _unscaled(lamb, _run_over(q, *inputs, links, axis, options))
+
+
+def _mesa_over_forward(
+    q, k, v, g, first, beta, lamb, kk, kv, links, cg_steps, tolerance, dtype, axis
+):  # fmt: skip
+    inputs = _arranged(_scaled(k, v, lamb, kk, kv), g, first, beta)
+    options = dict(steps=cg_steps, tolerance=tolerance, keep=True)
+    *results, x, kk, kk_scale, kv, kv_scale = _run_over(q, *inputs, links, axis, options)
+    kept = map(checkpoint_name, (x, kk, kk_scale, kv, kv_scale), _KEPT)
+    return _unscaled(lamb, results), (*inputs[:6], lamb, *kept, links)
+
+
+def _run_over(q, k, v, cumulated, first, beta, scale, kk, kv, links, axis, options):
+    summarise = shardwise(_summarise, _INPUTS[1:6], _SUMMARY)
+    decay, *term, kk_made, kv_made = summarise(k, v, cumulated, first, beta)
+    state = MesaState(kk, kv)
+    start = sequence.entering(MESA_STATES.step, (decay, MesaState(*term)), state, links, axis)
+    results = (*_OUTPUTS, *_KEPT.values()) if options["keep"] else _OUTPUTS
+    return shardwise(functools.partial(_forward, **options), (*_INPUTS, *_MADE), results)(
+        q, k, v, cumulated, first, beta, scale, *start, kk_made, kv_made
+    )
+
+
+def _mesa_over_backward(cg_steps, tolerance, dtype, axis, residuals, cotangents):
+    k, v, cumulated, first, beta, scale, lamb, *kept, links = residuals
+    do, *ends = cotangents
+    ends = _ends(lamb, *ends)
+    solution = _INPUTS[0], "B H TP", "B H N K"
+    axes = (*_INPUTS[1:6], *_KEPT.values(), _OUTPUTS[0])
+    run = functools.partial(_solve_back, steps=cg_steps, tolerance=tolerance)
+    arrays = k, v, cumulated, first, beta, *kept, do
+    summarise = shardwise(run, (*axes, *_STATES), (*solution, *_SUMMARY))
+    y, through_states, products, decay, kk, kv, *made = summarise(*arrays, *ends)
+    said = MesaState(kk, kv)
+    nothing = jax.tree.map(jnp.zeros_like, said)
+    after = sequence.entering(
+        MESA_STATES.step, (decay, said), nothing, links, axis, reverse=True
+    )  # fmt: skip
+    ends = map(jnp.add, ends, after)
+    results = shardwise(_gradients_from, (*axes, *solution, *_STATES, *_MADE), _GRADIENTS)(
+        *arrays, y, through_states, products, *ends, *made
+    )
+    *gradients, dkk, dkv = _unscaled_gradients(scale, dtype, *results)
+    at_first = lax.axis_index(axis) == 0  # the sum over devices is that of the first
+    return *gradients, *(jnp.where(at_first, x, 0.0) for x in (dkk, dkv)), None
+
+
+defvjp(_mesa_over, _mesa_over_forward, _mesa_over_backward)
+
+
+def _summarise(k, v, cumulated, first, beta):
+    decays, weights = _decays_and_weights(cumulated, first, beta)
+    return states.summary(k, v, decays, weights)
+
+
+def _solve_back(
+    k, v, cumulated, first, beta, x, kk, kk_scale, kv, kv_scale, do, *ends, steps, tolerance
+):  # fmt: skip
+    """The first of the backward kernels, and what the piece does to the states' gradients."""
+    decays = log_decays.from_start(cumulated, first)
+    since, _ = log_decays.reach(first)
+    borders, options = (kk, kk_scale, kv, kv_scale), dict(steps=steps, tolerance=tolerance)
+    solution = solve.output_gradients(
+        k, v, do, x, cumulated, decays, since, beta, *borders, **options
+    )  # fmt: skip
+    return *solution, *states.gradient_summary(x, solution[0], do, decays, ends)
+
+
+def _gradients_from(
+    k, v, cumulated, first, beta, x, kk, kk_scale, kv, kv_scale, do,
+    y, through_states, products, end_kk, end_kv, *made,
+):  # fmt: skip
+    """The other two, from the states' gradients behind the piece."""
+    operands = k, v, cumulated, first, beta, x, kk, kk_scale, kv, kv_scale, do
+    solution, small = (y, through_states, products), _from_decays(cumulated, first)
+    return _backward_from(operands, small, solution, (end_kk, end_kv), made)
 
 
 def _scaled(k, v, lamb, kk, kv):
@@ -166,10 +280,16 @@ def _unscaled(lamb, results):
     return o, row * kk * root[:, :, None], row * kv
 
 
-def _forward(q, k, v, cumulated, first, beta, scale, kk, kv, *, steps, tolerance, keep):
-    """Both forward kernels: o and the last states, with `keep` also what `_KEPT` lists."""
+def _decays_and_weights(cumulated, first, beta):
     decays = log_decays.from_start(cumulated, first)
-    results = states.forward(k, v, decays, beta * log_decays.to_end(cumulated, first), (kk, kv))
+    return decays, beta * log_decays.to_end(cumulated, first)
+
+
+def _forward(q, k, v, cumulated, first, beta, scale, kk, kv, *made, steps, tolerance, keep):
+    """Both forward kernels: o and the last states, with `keep` also what `_KEPT` lists. `made` is
+    `states.summary`'s of the pieces, if they were made before."""
+    decays, weights = _decays_and_weights(cumulated, first, beta)
+    results = states.forward(k, v, decays, weights, (kk, kv), made=made or None)
     kk_states, kv_states, kk, kv, kk_scale, kv_scale = results
     borders = (kk_states, kk_scale, kv_states, kv_scale)
     o, *x = solve.outputs(
@@ -193,23 +313,27 @@ def _backward(
     k, v, cumulated, first, beta, x, kk, kk_scale, kv, kv_scale, do, *ends, steps, tolerance
 ):  # fmt: skip
     """The three backward kernels, and what is small enough for XLA: the log decays' gradient."""
+    decays, _, since, _ = small = _from_decays(cumulated, first)
+    borders, options = (kk, kk_scale, kv, kv_scale), dict(steps=steps, tolerance=tolerance)
+    solution = solve.output_gradients(
+        k, v, do, x, cumulated, decays, since, beta, *borders, **options
+    )  # fmt: skip
+    operands = k, v, cumulated, first, beta, x, *borders, do
+    return _backward_from(operands, small, solution, ends)
+
+
+def _from_decays(cumulated, first):
+    """What the backward kernels take of the log decays."""
     decays, later = log_decays.from_start(cumulated, first), log_decays.to_end(cumulated, first)
-    since, until = log_decays.reach(first)
-    borders = (kk, kk_scale, kv, kv_scale)
-    y, through_states, products = solve.output_gradients(
-        k,
-        v,
-        do,
-        x,
-        cumulated,
-        decays,
-        since,
-        beta,
-        *borders,
-        steps=steps,
-        tolerance=tolerance,
-    )
-    dkk, dkv, *starts = states.reverse(x, y, do, decays, ends)
+    return decays, later, *log_decays.reach(first)
+
+
+def _backward_from(operands, small, solution, ends, made=()):
+    """As `_backward`, from the solves' results; `made` as of `_forward`."""
+    k, v, cumulated, _, beta, x, *borders, do = operands
+    decays, later, _, until = small
+    y, through_states, products = solution
+    dkk, dkv, *starts = states.reverse(x, y, do, decays, ends, made=made or None)
     dk, dv, direct, written, reads, read, border = chunk_gradients(
         k, v, do, x, y, cumulated, until, later, beta, *borders, dkk, dkv
     )

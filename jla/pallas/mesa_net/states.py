@@ -25,7 +25,7 @@ from jla._core.exchange import join
 from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
 from jla.pallas.common.mosaic import PER_COLUMN, WGMMA_LAYOUT, f32, per_column, product
-from jla.pallas.common.pieces import number_of_pairs
+from jla.pallas.common.pieces import number_of_pairs, pieces_first, rows_first
 from jla.pallas.common.recurrence import piece
 from jla.pallas.common.scratch import barrier_for, fetch
 from jla.pallas.common.tiles import SMALLEST, columns, smem_tiles
@@ -34,7 +34,7 @@ SDS = jax.ShapeDtypeStruct
 STAGES = 2
 
 
-def forward(k, v, decays, weights, starts, *, pieces=None):
+def forward(k, v, decays, weights, starts, *, made=None, pieces=None):
     """The states before each chunk, and the last.
 
     Args:
@@ -42,6 +42,7 @@ def forward(k, v, decays, weights, starts, *, pieces=None):
       decays: exp(G), [B, H, TP] float32, G cumulated in each chunk; TP is T in whole chunks.
       weights: w, [B, H, TP] float32.
       starts: the first states, [B, H, K, K] and [B, H, K, V] float32.
+      made: what `summary` has made of each piece, or None.
       pieces: for tests; by default their number follows from the shapes.
 
     Returns:
@@ -49,10 +50,10 @@ def forward(k, v, decays, weights, starts, *, pieces=None):
       largest element of each 64 rows; the last states, as `starts`; and those largest elements,
       [B, H, N, K/64] float32 for either.
     """
-    return _through_chunks(k, (k, v), decays, weights, starts, pieces, reverse=False)
+    return _through_chunks(k, (k, v), decays, weights, starts, made, pieces, reverse=False)
 
 
-def reverse(x, y, do, decays, ends, *, pieces=None):
+def reverse(x, y, do, decays, ends, *, made=None, pieces=None):
     """The gradients of the states after each chunk, and those of the first.
 
     Args:
@@ -60,26 +61,65 @@ def reverse(x, y, do, decays, ends, *, pieces=None):
         pass, the outputs' gradient.
       decays: as in `forward`.
       ends: -dHkk^T and dHkv of the last states, [B, H, K, K] and [B, H, K, V] float32.
-      pieces: as in `forward`.
+      made, pieces: as in `forward`, `made` by `gradient_summary`.
 
     Returns:
       -dHkk^T [B, H, N, K, K] and dHkv [B, H, N, K, V] bf16, after each chunk; those of the first
       states, as `ends`.
     """
-    return _through_chunks(x, (y, do), decays, decays, ends, pieces, reverse=True)
+    return _through_chunks(x, (y, do), decays, decays, ends, made, pieces, reverse=True)
 
 
-def _through_chunks(left, right, decays, weights, starts, pieces, *, reverse):
-    """Both functions, in one pass or two."""
+def summary(k, v, decays, weights):
+    """What the whole sequence does to the states: how they decay, [B, H], and what it makes of
+    zeros, [B, H, K, K] and [B, H, K, V]; float32. And what each piece makes of zeros,
+    [B, H, P, ...].
+
+    The arguments are those of `forward`.
+    """
+    zeros = _zeros(k, k), _zeros(k, v)
+    return _summary(k, (k, v), decays, weights, zeros, reverse=False)
+
+
+def gradient_summary(x, y, do, decays, ends):
+    """The same of the states' gradients, and what it makes of `ends`. The arguments are those of
+    `reverse`."""
+    return _summary(x, (y, do), decays, decays, ends, reverse=True)
+
+
+def _summary(left, right, decays, weights, starts, *, reverse):
+    pieces = _pieces(left, decays)
+    ends = _run(left, right, decays, weights, None, pieces, reverse=reverse, every=True)
+    factors, last = _piece_decays(decays, pieces), 0 if reverse else -1
+    joined = (join(factors, *pair, reverse=reverse) for pair in zip(ends, starts, strict=True))
+    whole = jnp.prod(factors, axis=0)[..., 0, 0]
+    return whole, *(x[last] for x in joined), *rows_first(*ends)
+
+
+def _zeros(x, y):
+    (B, _, H, K), V = x.shape, y.shape[-1]
+    return jnp.zeros((B, H, K, V), f32)
+
+
+def _pieces(left, decays):
+    """How many pieces, by the shapes."""
     B, H, TP = decays.shape
-    if pieces is None:
-        pieces = number_of_pairs(B * H * (left.shape[-1] // TILE_WIDTH), TP // CHUNK)
+    return number_of_pairs(B * H * (left.shape[-1] // TILE_WIDTH), TP // CHUNK)
+
+
+def _through_chunks(left, right, decays, weights, starts, made, pieces, *, reverse):
+    """Both functions, in one pass or two."""
+    pieces = pieces or (made[0].shape[2] if made else _pieces(left, decays))
     operands = left, right, decays, weights
     if pieces == 1:
         starts = [x[None] for x in starts]
     else:
-        ends = _run(*operands, None, pieces, reverse=reverse)
-        factors = _piece_decays(decays, pieces)[slice(1, None) if reverse else slice(-1)]
+        followed = slice(1, None) if reverse else slice(-1)
+        if made is None:
+            ends = _run(*operands, None, pieces, reverse=reverse)
+        else:
+            ends = (x[followed] for x in pieces_first(*made))
+        factors = _piece_decays(decays, pieces)[followed]
         starts = [join(factors, *pair, reverse=reverse) for pair in zip(ends, starts, strict=True)]
     *states, x_end, y_end = _run(*operands, starts, pieces, reverse=reverse)
     last = 0 if reverse else -1
@@ -97,10 +137,10 @@ def _piece_decays(decays, pieces):
     return jnp.moveaxis(of_pieces, 2, 0)[..., None, None]
 
 
-def _run(left, right, decays, weights, starts, pieces, *, reverse):
+def _run(left, right, decays, weights, starts, pieces, *, reverse, every=False):
     """The kernel: all pieces from `starts`, [P, B, H, ...], with the states at the chunks' borders;
-    or all but the last (in reverse: the first) from zeros (None), without them. Returns the pieces'
-    last states, [P, B, H, ...] or [P - 1, B, H, ...], after the others.
+    or all but the last (in reverse: the first), or `every` one, from zeros (None), without them.
+    Returns the pieces' last states, [P, B, H, ...] or [P - 1, B, H, ...], after the others.
 
     In reverse the states are not scaled, for bf16 needs it not.
 
@@ -114,7 +154,7 @@ def _run(left, right, decays, weights, starts, pieces, *, reverse):
     separate = left is not right[0]
     keep = starts is not None
     scaled = keep and not reverse
-    P = pieces if keep else pieces - 1
+    P = pieces if keep or every else pieces - 1
     skipped = pieces - P if reverse else 0
     x_start, y_start = starts if keep else (None, None)
     scales = SDS((B, H, N, k_tiles), f32) if scaled else None

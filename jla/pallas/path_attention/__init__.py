@@ -54,10 +54,11 @@ def unsupported(name, q, k, v, w, beta, g, cache):
     return None
 
 
-@functools.partial(jax.jit, static_argnames="scale")
+@functools.partial(jax.jit, static_argnames=("scale", "logsumexps"))
 @reverse_only("jla.path_attention")
-def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
-    """Pads to whole tiles and runs the kernels. See `jla.path_attention`.
+def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale, logsumexps=False):
+    """Pads to whole tiles and runs the kernels. See `jla.path_attention`; with `logsumexps` returns
+    o in float32 and the logits' log-sum-exp, [B, T, HQ].
 
     Products take float16 operands (bfloat16 with the values) and add in float32. What has to do
     with a cache is float32, and around the kernels.
@@ -77,6 +78,8 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale):
     g = None if g is None else _pad(g, features=False)
     o, logsumexp = _attention(q, k, v, w, beta, g, scale)
     o = o[:, :T, :, :V]
+    if logsumexps:
+        return o.astype(f32), jnp.swapaxes(logsumexp[:, :, :T], 1, 2) / LOG2E
     if cache is not None:
         logsumexp = jnp.swapaxes(logsumexp[:, :, :T], 1, 2) / LOG2E
         o, cache = carried_on(o, logsumexp, *given, scale=given_scale)

@@ -81,6 +81,47 @@ def kda_gradient_recurrence(
 
 
 @triton.jit
+def kda_gradient_transitions(
+    query_ptr, read_ptr, write_ptr, do_ptr, scores_ptr, decay_ptr, beta_ptr, end_ptr, T,
+    factor_ptr, term_ptr,
+    WHOLE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """What all chunks do to the state's gradient, by `kda_gradient_recurrence`'s rule: M^T, and
+    where they take the gradient `end`. Programs and results are as those of `kda_transitions`.
+    """
+    N = tl.cdiv(T, CHUNK)
+    part, h, _, b = place((V + K) // BV, 1, HV)
+    dtype: tl.constexpr = query_ptr.dtype.element_ty
+    of_values = part < V // BV
+    column = tl.where(of_values, part, part - V // BV) * BV
+    of_do = tl.where(of_values, column, 0)
+    kk, vv = tl.arange(0, K), tl.arange(0, BV)
+    matrix = (b * HV + h).to(tl.int64) * K + kk[:, None]
+    own = (kk[None, :] == column + vv[:, None]) & (part >= V // BV)
+    end = tl.trans(tl.load(end_ptr + matrix * V + of_do + vv[None, :]))
+    gradient = tl.where(of_values, end, tl.where(own, 1.0, 0.0))
+    for step in range(0, N):
+        n = N - 1 - step
+        write = tl.load(chunk_tile(write_ptr, b, n, h, 0, N, HV, K, K))
+        of_error = dot(gradient.to(dtype), tl.trans(write))
+        do = load_tokens(token_tile(do_ptr, b, n, h, of_do, T, HV, V, BV), n, T, WHOLE)
+        do = tl.where(of_values, tl.trans(do).to(tl.float32), 0.0).to(dtype)
+        scores = tl.load(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
+        of_error = dot_add(do, scores, of_error)
+        beta = load_scalars(beta_ptr, b, n, h, T, HV)
+        of_error = (of_error * -beta[None, :]).to(dtype)
+        decay = tl.load(decay_ptr + ((b * HV + h) * N + n).to(tl.int64) * K + kk)
+        query = tl.load(chunk_tile(query_ptr, b, n, h, 0, N, HV, K, K))
+        gradient = dot_add(do, query, gradient * decay[None, :])
+        read = tl.load(chunk_tile(read_ptr, b, n, h, 0, N, HV, K, K))
+        gradient = dot_add(of_error, read, gradient)
+    if of_values:
+        tl.store(term_ptr + matrix * V + column + vv[None, :], tl.trans(gradient))
+    else:
+        tl.store(factor_ptr + matrix * K + column + vv[None, :], tl.trans(gradient))
+
+
+@triton.jit
 def kda_errors(
     v_ptr, do_ptr, read_ptr, write_ptr, states_ptr, gradients_ptr,
     inverse_ptr, key_scores_ptr, scores_ptr, beta_ptr, T,

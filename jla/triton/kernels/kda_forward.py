@@ -177,3 +177,41 @@ def kda_recurrence(
         write = tl.load(chunk_tile(write_ptr, b, n, h, 0, N, HV, K, K))
         state = dot_add(error, write, state * decay[None, :])
     tl.store(last_ptr + matrix, tl.trans(state))
+
+
+@triton.jit
+def kda_transitions(
+    read_ptr, write_ptr, u_ptr, decay_ptr, beta_ptr, T,
+    factor_ptr, term_ptr,
+    WHOLE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """What all chunks do to a state, S <- M S + N, by `kda_recurrence`'s rule without outputs.
+
+    A program has BV columns of N, which starts from zeros, or of M, which starts from the identity
+    and with u = 0. Returns M [B, HV, K, K] and N [B, HV, K, V], float32.
+    """
+    N = tl.cdiv(T, CHUNK)
+    part, h, _, b = place((V + K) // BV, 1, HV)
+    dtype: tl.constexpr = read_ptr.dtype.element_ty
+    of_values = part < V // BV
+    column = tl.where(of_values, part, part - V // BV) * BV
+    kk, vv = tl.arange(0, K), tl.arange(0, BV)
+    own = (kk[None, :] == column + vv[:, None]) & (part >= V // BV)
+    state = tl.where(own, 1.0, 0.0)
+    for n in range(0, N):
+        read = tl.load(chunk_tile(read_ptr, b, n, h, 0, N, HV, K, K))
+        # The columns of M read those of u there are, and multiply none of them.
+        u_column = tl.where(of_values, column, 0)
+        u = tl.load(chunk_tile(u_ptr, b, n, h, u_column, N, HV, V, BV))
+        u = tl.where(of_values, tl.trans(u).to(tl.float32), 0.0)
+        error = u - dot(state.to(dtype), tl.trans(read))
+        beta = load_scalars(beta_ptr, b, n, h, T, HV)
+        error = (error * beta[None, :]).to(dtype)
+        decay = tl.load(decay_ptr + ((b * HV + h) * N + n).to(tl.int64) * K + kk)
+        write = tl.load(chunk_tile(write_ptr, b, n, h, 0, N, HV, K, K))
+        state = dot_add(error, write, state * decay[None, :])
+    matrix = (b * HV + h).to(tl.int64) * K + kk[:, None]
+    if of_values:
+        tl.store(term_ptr + matrix * V + column + vv[None, :], tl.trans(state))
+    else:
+        tl.store(factor_ptr + matrix * K + column + vv[None, :], tl.trans(state))
