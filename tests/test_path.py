@@ -9,6 +9,7 @@ from comparing import normal, uniform
 from evaluator import evaluated
 
 import jla
+from jla._core import blockwise, parts
 
 B, T, H, HQ, K, V = 2, 30, 2, 4, 16, 24
 
@@ -104,3 +105,23 @@ def test_empty_caches():
         jla.PathCache.empty(2, 5, 3, 16, 32, query_heads=0)
     with pytest.raises(TypeError, match="dtype must be bfloat16, float16 or float32, got int32"):
         jla.PathCache.empty(2, 5, 3, 16, 32, dtype=jnp.int32)
+
+
+def test_chunks_in_groups_are_the_chunks_one_by_one():
+    """Five chunks are two groups of four, the last ones empty."""
+    N, C = 5, 4
+    arrays = [0.5 * normal(i, N, B, H, C, 3) for i in range(3)]
+    for g in (None, -uniform(3, N, B, H, C, 2)):
+        *ends, maps, total = parts.at_the_end(*arrays, g)
+        *want, maps_wanted, total_wanted = parts._at_the_end(*arrays, g)
+        ends, want = (jax.tree.map(lambda x: blockwise.merge(x, N * C), x) for x in (ends, want))
+        got = (ends, maps, total)
+        chex.assert_trees_all_close(got, (want, maps_wanted, total_wanted), rtol=1e-5, atol=1e-6)
+
+
+def test_unit_lower_inverse():
+    """Its worst: one direction for all tokens, and every map reflects."""
+    for C, matrix in ((64, 2.0 * np.ones((64, 64))), (8, np.asarray(normal(0, 8, 8)))):
+        matrix = np.tril(matrix, -1)
+        got = parts._unit_lower_inverse(jnp.asarray(matrix, jnp.float32)[None])[0]
+        np.testing.assert_allclose(got @ (np.eye(C) + matrix), np.eye(C), atol=1e-4)

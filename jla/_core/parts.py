@@ -140,17 +140,25 @@ def prepare(size, k, w, beta):
 
 @jax.custom_jvp
 def _unit_lower_inverse(matrix):
-    """Inverts I + `matrix`, strictly lower triangular, row by row."""
+    """Inverts I + `matrix`, strictly lower triangular, by blocks that double from level to level.
+
+    With X the inverse of the diagonal blocks and L the part of `matrix` that joins two of them, the
+    inverse of their union is X - X L X. Six steps for 64 rows; row by row there would be 64.
+    """
     C = matrix.shape[-1]
+    place = jnp.arange(C, dtype=i32)
     identity = jnp.expand_dims(jnp.eye(C, dtype=f32), range(matrix.ndim - 2))
 
-    def row(inverse, index):
-        known = lax.dynamic_index_in_dim(matrix, index, -2) @ inverse
-        new = lax.dynamic_index_in_dim(identity, index, -2) - known
-        return lax.dynamic_update_slice_in_dim(inverse, new, index, -2), None
+    def level(n, inverse):
+        block = lax.shift_right_logical(place, jnp.int32(n))
+        joins = (block[:, None] == block[None] + 1) & (block[:, None] % 2 == 1)
+        joined = jnp.where(joins.reshape(identity.shape), matrix, 0.0)
+        with exactly():
+            return inverse - inverse @ (joined @ inverse)
 
-    # A select gives the zeros the matrix's sharding; see jla/_core/states.py.
-    return lax.scan(row, jnp.where(False, matrix, 0.0), jnp.arange(C, dtype=i32))[0]
+    # A select gives the identity the matrix's sharding; see jla/_core/states.py.
+    start = jnp.where(False, matrix, 0.0) + identity
+    return lax.fori_loop(0, (C - 1).bit_length(), level, start)
 
 
 @_unit_lower_inverse.defjvp
@@ -185,12 +193,49 @@ def fits(cache, starts, T):
 
 
 def at_the_end(moved, w, writes, g):
-    """The keys as the row's last token sees them and the sums of the gates after each, [B, T, H, K]
-    and [B, T, H, G]; and all the row's maps as one, [B, H, K, K], and the sum of all its gates,
-    [B, 1, H, G]; None without gates."""
-    first = (w[0, :, :, 0],) * 2
-    identity = jnp.eye(w.shape[-1], dtype=f32)[None, None]
-    start = zero_state(*first) + identity, None if g is None else 0.0 * g[0, :, :, :1]
+    """What the row's last token sees, from the chunks [N, B, H, C, ...].
+
+    About sqrt(N) chunks make a group. All groups' chunks move to their group's end together, then
+    one group after another to the row's: 2 sqrt(N) products follow one another, and not N.
+
+    Returns:
+      The keys and the sums of the gates after each, in spans of tokens as `blockwise.merge` takes
+      them, [spans, B, H, L, K] and [spans, B, H, L, G]; all the row's maps as one, [B, H, K, K];
+      and the sum of all its gates, [B, H, 1, G]. Sums are None without gates.
+    """
+    N = w.shape[0]
+    if is_symbolic_dim(N) or N < 4:
+        return _at_the_end(moved, w, writes, g)
+    size = 1 << -(-(N - 1).bit_length() // 2)
+
+    def groups(x):
+        x = jnp.pad(x, ((0, -N % size), *[(0, 0)] * (x.ndim - 1)))
+        return jnp.swapaxes(x.reshape(-1, size, *x.shape[1:]), 0, 1)
+
+    keys, after, maps, total = _at_the_end(*jax.tree.map(groups, (moved, w, writes, g)))
+
+    def spans(x):
+        x = jnp.moveaxis(x, 0, 3)  # [size, groups, B, H, C, D]
+        return x.reshape(*x.shape[:3], -1, x.shape[-1])
+
+    inputs = *jax.tree.map(spans, (keys, after)), maps, total
+
+    def group(carry, inputs):
+        later, gates = carry
+        keys, after, maps, total = inputs
+        with exactly():
+            keys, maps = blockwise.product(keys, later), later @ maps
+        if after is not None:
+            after, total = gates + after, gates + total
+        return (maps, total), (keys, after)
+
+    start = _nothing_later(w[0, :, :, 0], None if g is None else g[0, :, :, :1])
+    (maps, total), (keys, after) = lax.scan(group, start, inputs, reverse=True)
+    return keys, after, maps, total
+
+
+def _at_the_end(moved, w, writes, g):
+    """`at_the_end`, chunk by chunk; between N and H may be any axes."""
 
     def chunk(carry, inputs):
         maps, later = carry
@@ -200,11 +245,18 @@ def at_the_end(moved, w, writes, g):
             maps = maps - blockwise.product(maps, w) @ writes
         if g is None:
             return (maps, None), (keys, None)
-        after, total = (blockwise.transposed(x[:, :, 0]) for x in sums_after(g))
+        after, total = (blockwise.transposed(x[..., 0, :, :]) for x in sums_after(g))
         return (maps, later + total), (keys, later + after)
 
+    start = _nothing_later(w[0, ..., 0, :], None if g is None else g[0, ..., :1, :])
     (maps, total), ends = lax.scan(chunk, start, (moved, w, writes, g), reverse=True)
     return *ends, maps, total
+
+
+def _nothing_later(w, gates):
+    """The maps and the sum of the gates of no token; `w` [..., K] and `gates` place them."""
+    identity = jnp.expand_dims(jnp.eye(w.shape[-1], dtype=f32), range(w.ndim - 1))
+    return zero_state(w, w) + identity, None if gates is None else 0.0 * gates
 
 
 def appended(cache, v, starts, keys, after, maps, total):
