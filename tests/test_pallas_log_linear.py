@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jla
 import jla.pallas
 from jla import LogLinearState
+from jla._core import alignment
 from jla._core import level_weights as weights
 from jla.linen import LogLinearMamba2
 from jla.pallas import log_linear as kernels
@@ -31,6 +32,16 @@ def arguments(B, T, H=1, HK=1, K=64, V=64, dtype=bf16):
     q, k = (normal(i, B, T, HK, K).astype(dtype) for i in range(2))
     g = -0.1 * jax.nn.softplus(2 * normal(3, B, T, H))
     return q, k, normal(2, B, T, H, V).astype(dtype), g, normal(4, B, T, H, L)
+
+
+def test_an_empty_past_is_not_read():
+    """No product is made for it: one with NaN would show."""
+    q, _, _, g, scales = arguments(2, 4, K=16, V=16)
+    for position in ((0, 0), (0, 5)):
+        state = LogLinearState(jnp.ones((2, 1, 3, 16, 16)), jnp.asarray(position, jnp.int32))
+        at = state.position[:, None] + jnp.arange(4, dtype=jnp.int32)
+        o = alignment.read_levels(jnp.nan * q, scales, g, at, state)
+        np.testing.assert_array_equal(jnp.isnan(o).any(), position != (0, 0))
 
 
 def step_arguments(positions, H=1, HK=1, K=32, V=32, L=8, dtype=bf16):

@@ -308,7 +308,29 @@ def read_levels(
 
     Returns:
       [B, T, H, V], float32.
+
+    Where no row has a past, as where a prompt is read into an empty cache, nothing is computed. The
+    products would be zeros there, so no row's outputs depend on whether another has a past.
     """
+    # A place for the outputs: zeros, sharded as the tokens and heads are.
+    nothing = jnp.broadcast_to(
+        jnp.where(False, decay[..., None], 0.0), (*decay.shape, state.levels.shape[-1])
+    )
+    arrays = nothing, q, level_scales, decay, position, state
+    some = jnp.any(state.position != 0)
+    return lax.cond(some, _read_levels, lambda nothing, *_: nothing, *arrays)
+
+
+@jax.checkpoint
+def _read_levels(
+    nothing: jax.Array,
+    q: Queries,
+    level_scales: LevelScales,
+    decay: jax.Array,
+    position: jax.Array,
+    state: LogLinearState,
+) -> jax.Array:
+    """`read_levels` of rows that may have a past, added to the zeros `nothing`."""
     B, T, HK, K = q.shape
     H, L, V = *level_scales.shape[2:], state.levels.shape[-1]
     scales, level = level_scales.astype(f32), _levels(L, 4)
@@ -326,10 +348,8 @@ def read_levels(
         values = values.reshape(B, T, HK, H // HK, V).reshape(B, T, H, V)
         return o + weights[..., None] * values, None
 
-    # Level 0 holds nothing. The weights' sum is only a place for the outputs: zeros, sharded so.
-    o = jnp.broadcast_to(jnp.where(False, weights[..., :1], 0.0), (B, T, H, V))
-    inputs = jnp.moveaxis(weights, 3, 0)[1:], levels[1:]
-    return lax.scan(jax.checkpoint(read, prevent_cse=False), o, inputs)[0]
+    inputs = jnp.moveaxis(weights, 3, 0)[1:], levels[1:]  # level 0 holds nothing
+    return lax.scan(jax.checkpoint(read, prevent_cse=False), nothing, inputs)[0]
 
 
 def final_levels(
