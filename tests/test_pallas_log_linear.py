@@ -39,7 +39,7 @@ def test_an_empty_past_is_not_read():
     q, _, _, g, scales = arguments(2, 4, K=16, V=16)
     for position in ((0, 0), (0, 5)):
         state = LogLinearState(jnp.ones((2, 1, 3, 16, 16)), jnp.asarray(position, jnp.int32))
-        at = state.position[:, None] + jnp.arange(4, dtype=jnp.int32)
+        at = state.position[:, None] + jnp.arange(4, dtype=jnp.int32)[None]
         o = alignment.read_levels(jnp.nan * q, scales, g, at, state)
         np.testing.assert_array_equal(jnp.isnan(o).any(), position != (0, 0))
 
