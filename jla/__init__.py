@@ -6,13 +6,19 @@ from typing import TYPE_CHECKING
 from jla._core.checking import checking
 from jla.gsa import GSAState, gsa, gsa_step
 from jla.kda import kda, kda_gate, kda_step
-from jla.log_linear import LogLinearState, log_linear_attention, log_linear_step
+from jla.log_linear import (
+    LazyLogLinearState,
+    LogLinearState,
+    log_linear_attention,
+    log_linear_step,
+)
 from jla.mesa_net import MesaState, mesa_net, mesa_step
 from jla.path_attention import PathCache, path_attention, path_step
 from jla.sharded import sharded
 
 __all__ = [
     "GSAState",
+    "LazyLogLinearState",
     "LogLinearState",
     "MesaState",
     "PathCache",

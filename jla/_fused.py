@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jla._core import checking, movement, sequence
 from jla._core.parts import kda_operands, mamba2_operands
 from jla._core.segments import segment_index
-from jla._core.states import LogLinearState, with_rank
+from jla._core.states import LazyLogLinearState, LogLinearState, with_rank
 from jla._core.types import (
     Array,
     GateBiases,
@@ -123,7 +123,7 @@ def log_linear_mamba2(
     dt: Array,
     skip: Array,
     *,
-    initial_state: LogLinearState | None = None,
+    initial_state: LogLinearState | LazyLogLinearState | None = None,
     segment_ids: SegmentIds | None = None,
     axis_name: str | None = None,
     implementation: Implementation | None = None,
@@ -163,7 +163,7 @@ def log_linear_mamba2(
     return o, None if initial_state is None else state
 
 
-def log_linear_mamba2_step(
+def log_linear_mamba2_step[State: (LogLinearState, LazyLogLinearState)](
     q: Queries,
     k: Keys,
     u: Values,
@@ -171,10 +171,10 @@ def log_linear_mamba2_step(
     logits: Array,
     dt: Array,
     skip: Array,
-    state: LogLinearState,
+    state: State,
     *,
     implementation: Implementation | None = None,
-) -> tuple[Outputs, LogLinearState]:
+) -> tuple[Outputs, State]:
     """One token of `log_linear_mamba2`; arrays without the axis of time."""
     v, level_scales, skipped = mamba2_operands(u, logits, dt, skip)
     o, state = log_linear_step(q, k, v, g, level_scales, state, implementation=implementation)

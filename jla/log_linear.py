@@ -5,7 +5,7 @@ import numpy as np
 
 from jla._core import axes, checking, checks, movement, sequence
 from jla._core.lengths import is_symbolic_dim
-from jla._core.states import LogLinearState
+from jla._core.states import LazyLogLinearState, LogLinearState
 from jla._core.types import (
     Implementation,
     Keys,
@@ -19,12 +19,13 @@ from jla._core.types import (
 )
 from jla._dispatch import choose
 
-__all__ = ["LogLinearState", "log_linear_attention", "log_linear_step"]
+__all__ = ["LazyLogLinearState", "LogLinearState", "log_linear_attention", "log_linear_step"]
 
 f32 = jnp.float32
 
 AXES = axes.LOG_LINEAR
-_AXES_OF_STEP = axes.of_step(AXES)
+_AXES_OF_BOTH = {**AXES, **axes.LAZY_LOG_LINEAR}
+_AXES_OF_STEP = axes.of_step(_AXES_OF_BOTH)
 
 
 @checks.named
@@ -35,7 +36,7 @@ def log_linear_attention(
     g: LogDecays,
     level_scales: LevelScales,
     *,
-    initial_state: LogLinearState | None = None,
+    initial_state: LogLinearState | LazyLogLinearState | None = None,
     segment_ids: SegmentIds | None = None,
     axis_name: str | None = None,
     implementation: Implementation | None = None,
@@ -80,8 +81,9 @@ def log_linear_attention(
         in float32. L is at least `ceil(log2 T) + 1` and at most 32. L levels serve the positions
         below `2**(L-1)`.
       initial_state: the state before the first token, `LogLinearState(levels, position)`,
-        [B, H, L, K, V], float32, and [B], int32; empty, at position 0, if None. With `segment_ids`
-        it belongs to each row's first segment. Every later segment begins at position 0.
+        [B, H, L, K, V], float32, and [B], int32; or a `LazyLogLinearState`, which steps left;
+        empty, at position 0, if None. With `segment_ids` it belongs to each row's first segment.
+        Every later segment begins at position 0.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
       axis_name: inside `jax.shard_map`, the manual axis of the mesh that T is split over: each
         device has the next T / P tokens. `initial_state` and the state returned are the same on all
@@ -107,9 +109,11 @@ def log_linear_attention(
       NotImplementedError: the named implementation cannot do this; the message says what can.
     """
     if initial_state is not None:
-        checks.check_state("initial_state", initial_state, LogLinearState)
+        _check_kind("initial_state", initial_state)
     optional = checks.given(initial_state=initial_state, segment_ids=segment_ids)
-    sizes = checks.check_axes(AXES, q=q, k=k, v=v, g=g, level_scales=level_scales, **optional)
+    sizes = checks.check_axes(
+        _AXES_OF_BOTH, q=q, k=k, v=v, g=g, level_scales=level_scales, **optional
+    )
     if segment_ids is not None:
         checks.check_segment_ids(segment_ids)
     _check_common(q, k, v, g, level_scales, sizes)
@@ -134,6 +138,8 @@ def log_linear_attention(
         level_scales=level_scales,
         initial_state=initial_state,
     )
+    if isinstance(initial_state, LazyLogLinearState):
+        initial_state = initial_state.settled()
     run = choose("log_linear_attention", implementation, q, k, v, g, level_scales)
     if axis_name is None:
         return run(q, k, v, g, level_scales, initial_state, segment_ids)
@@ -145,22 +151,25 @@ def log_linear_attention(
 
 
 @checks.named
-def log_linear_step(
+def log_linear_step[State: (LogLinearState, LazyLogLinearState)](
     q: Queries,
     k: Keys,
     v: Values,
     g: LogDecays,
     level_scales: LevelScales,
-    state: LogLinearState,
+    state: State,
     *,
     implementation: Implementation | None = None,
-) -> tuple[Outputs, LogLinearState]:
+) -> tuple[Outputs, State]:
     """One token of `jla.log_linear_attention`, for decoding: `T` steps are one run.
+
+    A step is about as long as what it moves. Of a `LogLinearState` it reads and writes all levels
+    in use; of a lazy one it reads them and writes one.
 
     Example:
       q = k = jnp.ones((2, 1, 16))
       v, g = jnp.ones((2, 4, 16)), jnp.full((2, 4), -0.1)
-      state = jla.LogLinearState(jnp.zeros((2, 4, 15, 16, 16)), jnp.zeros(2, jnp.int32))
+      state = jla.LogLinearState(jnp.zeros((2, 4, 15, 16, 16)), jnp.zeros(2, jnp.int32)).lazy()
       o, state = jla.log_linear_step(q, k, v, g, jnp.ones((2, 4, 15)), state)  # [2, 4, 16]
 
     Args:
@@ -170,18 +179,19 @@ def log_linear_step(
       g: natural-log decays, [B, H], float32, `g <= 0`.
       level_scales: [B, H, L], float32 or q's dtype; L is 1 to 32.
       state: `LogLinearState(levels, position)`, [B, H, L, K, V], float32, and [B], int32: what
-        `log_linear_attention` or the last step returned. Donate it to jit, and it is updated in
-        place.
+        `log_linear_attention` or the last step returned; or `LazyLogLinearState(levels, position,
+        log_decays)`, the last [B, H, L], float32: what `.lazy()` of it is, or the last step
+        returned. Donate it to jit, and it is updated in place.
       implementation: as in `log_linear_attention`.
 
     Returns:
-      The output, [B, H, V], of v's dtype, and the new `LogLinearState`.
+      The output, [B, H, V], of v's dtype, and the new state, of the kind given.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `log_linear_attention`. Rows whose position L
         levels do not serve raise, or are NaN where the position is traced.
     """
-    checks.check_state("state", state, LogLinearState)
+    _check_kind("state", state)
     sizes = checks.check_axes(
         _AXES_OF_STEP, q=q, k=k, v=v, g=g, level_scales=level_scales, state=state
     )
@@ -210,8 +220,16 @@ def _check_common(
         )
 
 
-def _check_state(name: str, state: LogLinearState, L: int, T: int) -> None:
+def _check_kind(name: str, state: object) -> None:
+    """Raises TypeError unless it is a state, lazy or not."""
+    if not isinstance(state, LazyLogLinearState):
+        checks.check_state(name, state, LogLinearState)
+
+
+def _check_state(name: str, state: LogLinearState | LazyLogLinearState, L: int, T: int) -> None:
     """Checks a state's dtypes, and, where its positions are known, that T tokens more fit."""
+    if isinstance(state, LazyLogLinearState):
+        checks.check_dtype(f"{name}.log_decays", state.log_decays, [f32])
     checks.check_dtype(f"{name}.levels", state.levels, [f32])
     checks.check_dtype(f"{name}.position", state.position, [jnp.int32])
     position = state.position

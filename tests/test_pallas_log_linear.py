@@ -17,8 +17,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jla
 import jla.pallas
-from jla import LogLinearState
+from jla import LazyLogLinearState, LogLinearState
+from jla._core import alignment
 from jla._core import level_weights as weights
+from jla._core.states import levels_in_use
 from jla.linen import LogLinearMamba2
 from jla.pallas import log_linear as kernels
 from jla.pallas.log_linear import step, tree
@@ -33,6 +35,16 @@ def arguments(B, T, H=1, HK=1, K=64, V=64, dtype=bf16):
     return q, k, normal(2, B, T, H, V).astype(dtype), g, normal(4, B, T, H, L)
 
 
+def test_an_empty_past_is_not_read():
+    """No product is made for it: one with NaN would show."""
+    q, _, _, g, scales = arguments(2, 4, K=16, V=16)
+    for position in ((0, 0), (0, 5)):
+        state = LogLinearState(jnp.ones((2, 1, 3, 16, 16)), jnp.asarray(position, jnp.int32))
+        at = state.position[:, None] + jnp.arange(4, dtype=jnp.int32)[None]
+        o = alignment.read_levels(jnp.nan * q, scales, g, at, state)
+        np.testing.assert_array_equal(jnp.isnan(o).any(), position != (0, 0))
+
+
 def step_arguments(positions, H=1, HK=1, K=32, V=32, L=8, dtype=bf16):
     B, position = len(positions), jnp.asarray(positions, jnp.int32)
     level = jnp.arange(L)[None]
@@ -42,6 +54,15 @@ def step_arguments(positions, H=1, HK=1, K=32, V=32, L=8, dtype=bf16):
     g = -jax.nn.softplus(normal(3, B, H))
     state = LogLinearState(levels, position)
     return *(x.astype(dtype) for x in arrays), g, normal(4, B, H, L), state
+
+
+def lazy_arguments(positions, **sizes):
+    """Of a state in the midst of decoding; NaN in what is not in use."""
+    *args, (levels, position) = step_arguments(positions, **sizes)
+    used = levels_in_use(position, levels.shape[2])[:, None]
+    decays = jnp.where(used, -jax.nn.softplus(normal(6, *levels.shape[:3])), jnp.nan)
+    levels = jnp.where(used[..., None, None], levels, jnp.nan)
+    return *args, LazyLogLinearState(levels, position, decays)
 
 
 def relative_error(got, want):
@@ -218,6 +239,27 @@ def test_step_is_the_reference(positions, sizes):
     check_step((o, state), (want_o, want))
 
 
+@pytest.mark.parametrize(
+    "positions, sizes",
+    [
+        # One token alone, merges, some levels kept; the last place, and beyond it.
+        ((0, 5, 7, 100), dict(H=4, HK=2, V=48)),
+        ((7, 8, 3), dict(K=16, V=16, L=4, dtype=f16)),
+    ],
+    ids=str,
+)
+def test_lazy_step_is_the_settled_ones(positions, sizes):
+    args = lazy_arguments(positions, **sizes)
+    definition = jax.jit(functools.partial(jla.log_linear_step, implementation="reference"))
+    want = evaluated(definition)(*args[:-1], args[-1].settled())
+    with jla.pallas.interpret():
+        got = jax.jit(kernels.log_linear_step)(*args)
+    for o, state in (got, definition(*args)):
+        # What the step does not write stays; NaN there and in the sums reaches nobody.
+        assert not jnp.isnan(state.log_decays).any()
+        check_step((o, state.settled()), want)
+
+
 def check_step(got, want):
     (o, state), (want_o, want) = got, want
     np.testing.assert_array_equal(state.position, want.position)
@@ -240,6 +282,13 @@ def test_step_into_other_memory(monkeypatch):
     with jla.pallas.interpret():
         got = jax.jit(kernels.log_linear_step)(*args)
     check_step(got, want)
+    # Of a lazy state those that are kept are copied, and none is left unwritten.
+    args = lazy_arguments((5, 7), K=16, V=16, L=5)
+    with jla.pallas.interpret():
+        o, state = jax.jit(kernels.log_linear_step)(*args)
+    assert jnp.isfinite(state.levels).all()
+    definition = jax.jit(functools.partial(jla.log_linear_step, implementation="reference"))
+    check_step((o, state.settled()), definition(*args[:-1], args[-1].settled()))
 
 
 def test_step_differentiates():
@@ -259,9 +308,10 @@ def test_step_differentiates():
     assert relative_error(got, want) < 1e-5
 
 
-def test_step_lowers_for_cuda_in_place():
+@pytest.mark.parametrize("make", [step_arguments, lazy_arguments])
+def test_step_lowers_for_cuda_in_place(make):
     positions = np.full(128, 4095)
-    shapes = jax.eval_shape(lambda: step_arguments(positions, H=16, K=128, V=128, L=14))
+    shapes = jax.eval_shape(lambda: make(positions, H=16, K=128, V=128, L=14))
     step = jax.jit(kernels.log_linear_step, donate_argnames="state")
     text = step.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert re.search(r"%arg5: [^%]*tf.aliasing_output = 1", text)

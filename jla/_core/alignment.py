@@ -30,7 +30,14 @@ from jax import lax
 
 from jla._core.lengths import chunk_size, is_symbolic_dim
 from jla._core.segments import segment_starts
-from jla._core.states import LogLinearState, moved_on, with_rank
+from jla._core.states import (
+    LogLinearState,
+    levels_in_use,
+    moved_on,
+    outgrown,
+    with_outgrown,
+    with_rank,
+)
 from jla._core.types import (
     Array,
     Keys,
@@ -115,8 +122,8 @@ def run_aligned(
         end = jnp.full(B, T, i32)
         o = core(q, k, v, g, level_scales, occupied=None, value_scales=value_scales)
         if is_symbolic_dim(T):  # else the caller knows that L levels do
-            o = jnp.where(_outgrown(jnp.arange(T, dtype=i32), L)[:, None, None], jnp.nan, o)
-        return o, _state(final_levels(k, values(v, value_scales), g, end, end, L), end)
+            o = jnp.where(outgrown(jnp.arange(T, dtype=i32), L)[:, None, None], jnp.nan, o)
+        return o, with_outgrown(final_levels(k, values(v, value_scales), g, end, end, L), end)
     slots, decay = _slots_and_decay(T, g, initial_state, segment_ids)
     cut = jnp.where(slots.starts_segment[..., None], -jnp.inf, g)
     scales = _scales_by_slot(level_scales, slots)
@@ -129,7 +136,7 @@ def run_aligned(
         read = read_levels(q, level_scales, decay, slots.position, initial_state)
         o = (o.astype(f32) + read).astype(dtype)
     if initial_state is not None or is_symbolic_dim(T):
-        o = jnp.where(_outgrown(slots.position, L)[..., None, None], jnp.nan, o)
+        o = jnp.where(outgrown(slots.position, L)[..., None, None], jnp.nan, o)
     _, k, v, cut, _ = arrays
     return o, _state_after(None, slots, k, values(v, value_scales), cut, decay, initial_state, L)
 
@@ -197,7 +204,7 @@ def _state_after(
     levels = final_levels(k, v, g, at_last(slots.slot) + 1, position, L)
     if initial_state is not None:
         levels = levels + merged_levels(initial_state, at_last(decay), position)
-    return _state(levels, position)
+    return with_outgrown(levels, position)
 
 
 def assign_slots(T: int, segment_ids: SegmentIds | None, position: Positions | None) -> Slots:
@@ -308,7 +315,29 @@ def read_levels(
 
     Returns:
       [B, T, H, V], float32.
+
+    Where no row has a past, as where a prompt is read into an empty cache, nothing is computed. The
+    products would be zeros there, so no row's outputs depend on whether another has a past.
     """
+    # A place for the outputs: zeros, sharded as the tokens and heads are.
+    nothing = jnp.broadcast_to(
+        jnp.where(False, decay[..., None], 0.0), (*decay.shape, state.levels.shape[-1])
+    )
+    arrays = nothing, q, level_scales, decay, position, state
+    some = jnp.any(state.position != 0)
+    return lax.cond(some, _read_levels, lambda nothing, *_: nothing, *arrays)
+
+
+@jax.checkpoint
+def _read_levels(
+    nothing: jax.Array,
+    q: Queries,
+    level_scales: LevelScales,
+    decay: jax.Array,
+    position: jax.Array,
+    state: LogLinearState,
+) -> jax.Array:
+    """`read_levels` of rows that may have a past, added to the zeros `nothing`."""
     B, T, HK, K = q.shape
     H, L, V = *level_scales.shape[2:], state.levels.shape[-1]
     scales, level = level_scales.astype(f32), _levels(L, 4)
@@ -326,10 +355,8 @@ def read_levels(
         values = values.reshape(B, T, HK, H // HK, V).reshape(B, T, H, V)
         return o + weights[..., None] * values, None
 
-    # Level 0 holds nothing. The weights' sum is only a place for the outputs: zeros, sharded so.
-    o = jnp.broadcast_to(jnp.where(False, weights[..., :1], 0.0), (B, T, H, V))
-    inputs = jnp.moveaxis(weights, 3, 0)[1:], levels[1:]
-    return lax.scan(jax.checkpoint(read, prevent_cse=False), o, inputs)[0]
+    inputs = jnp.moveaxis(weights, 3, 0)[1:], levels[1:]  # level 0 holds nothing
+    return lax.scan(jax.checkpoint(read, prevent_cse=False), nothing, inputs)[0]
 
 
 def final_levels(
@@ -422,16 +449,9 @@ def _trailing_ones(x: jax.Array) -> jax.Array:
     return lax.population_count(x & ~(x + 1))
 
 
-def _outgrown(position: jax.Array, L: int) -> jax.Array:
-    """Whether L levels do not serve a position: from 2**(L-1) on, and below 0."""
-    return position >> (L - 1) != 0
-
-
 def _used_levels(state: LogLinearState) -> Levels:
     """The levels whose bit of the position is set; the others are zeros."""
-    level = _levels(state.levels.shape[2], 2)
-    bits = state.position[:, None] >> jnp.maximum(level - 1, 0)
-    used = (level > 0) & (bits % 2 == 1)
+    used = levels_in_use(state.position, state.levels.shape[2])
     return jnp.where(used[:, None, :, None, None], state.levels, 0.0)
 
 
@@ -446,9 +466,3 @@ def _scales_by_slot(level_scales: LevelScales, slots: Slots) -> jax.Array:
     scale = jnp.sum(jnp.where(at(slots.level_by_position), level_scales, 0), axis=-1, keepdims=True)
     here = slots.in_first_segment[..., None, None] & at(slots.level_by_slot)
     return jnp.where(here, scale, level_scales)
-
-
-def _state(levels: Levels, position: Positions) -> LogLinearState:
-    """The state; its levels are NaN where L do not serve the last token's position."""
-    outgrown = _outgrown(jnp.where(position > 0, position - 1, position), levels.shape[2])
-    return LogLinearState(jnp.where(outgrown[:, None, None, None, None], jnp.nan, levels), position)

@@ -54,6 +54,9 @@ LOG_LINEAR: dict[str, str] = {
     "o": "B T H V",
 }
 
+# What a `LazyLogLinearState` has beside.
+LAZY_LOG_LINEAR: Axes = {"initial_state.log_decays": "B H L"}
+
 MESA_NET: Axes = {
     "q": "B T H K",
     "k": "B T H K",

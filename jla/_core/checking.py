@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jla._core.cache import PathCache, places
 from jla._core.checks import state_fields
-from jla._core.states import LogLinearState, repeated
+from jla._core.states import LazyLogLinearState, LogLinearState, levels_in_use, repeated
 from jla._core.types import Array, State
 
 f32 = jnp.float32
@@ -142,11 +142,11 @@ def _arrays(
                 if array is not None:
                     shape = used.shape + (1,) * (array.ndim - 2)
                     yield f"{name}.{field}", array, used.reshape(shape)
-        elif isinstance(x, LogLinearState):
-            bits = jnp.arange(x.levels.shape[2] - 1, dtype=jnp.int32)
-            used = (x.position[:, None] >> bits[None]) & 1 == 1
-            used = jnp.pad(used, ((0, 0), (1, 0)))  # level 0 is never read
-            yield f"{name}.levels", x.levels, used[:, None, :, None, None]
+        elif isinstance(x, (LazyLogLinearState, LogLinearState)):
+            used = levels_in_use(x.position, x.levels.shape[2])[:, None]
+            yield f"{name}.levels", x.levels, used[..., None, None]
+            if isinstance(x, LazyLogLinearState):
+                yield f"{name}.log_decays", x.log_decays, used
         elif isinstance(x, tuple):
             for field, array in state_fields(name, x).items():
                 yield field, array, True

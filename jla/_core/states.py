@@ -4,13 +4,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import export
+from jax import export, lax
 
 from jla._core.types import (
     Array,
     KeyProducts,
     Keys,
+    LevelDecays,
     Levels,
+    LogDecays,
     Positions,
     SlotKeys,
     SlotValues,
@@ -40,7 +42,8 @@ class LogLinearState(NamedTuple):
 
     Level `l >= 1` is in use where bit `l - 1` of `position` is set, and then holds the `2**(l-1)`
     tokens of its bucket. The others, level 0 among them, are zeros, and nothing reads them. At
-    position `2**(L-1)` all are zeros: L levels are full, and no token can follow.
+    position `2**(L-1)` all are zeros: L levels are full, and no token can follow. For decoding,
+    `lazy` makes the form of it whose steps move half the bytes.
 
     Example:
       levels = jnp.zeros((2, 4, 15, 16, 16))  # for 16384 tokens
@@ -53,6 +56,43 @@ class LogLinearState(NamedTuple):
 
     levels: Levels
     position: Positions
+
+    def lazy(self) -> "LazyLogLinearState":
+        """The same state in the form that steps change least of."""
+        nothing = jnp.where(False, self.levels[..., 0, 0], 0.0)  # sharded as the levels are
+        return LazyLogLinearState(self.levels, self.position, nothing)
+
+
+class LazyLogLinearState(NamedTuple):
+    """The state of log-linear attention for decoding: a level's decays are summed beside it.
+
+    Where a `LogLinearState` has a level, this has one that is still to be decayed by
+    `exp(log_decays)`. So a token writes one level alone, that into which others merge, and leaves
+    all else in place. What is in use is told by `position` as there; levels that are not in use
+    hold anything, and nothing reads them.
+
+    Example:
+      levels = jnp.zeros((2, 4, 15, 16, 16))  # for 16384 tokens
+      state = jla.LogLinearState(levels, position=jnp.zeros(2, jnp.int32)).lazy()
+      exact = state.settled()
+
+    Attributes:
+      levels: [B, H, L, K, V], float32.
+      position: the number of tokens so far, [B], int32.
+      log_decays: [B, H, L], float32, at most 0.
+    """
+
+    levels: Levels
+    position: Positions
+    log_decays: LevelDecays
+
+    def settled(self) -> LogLinearState:
+        """The `LogLinearState` that this stands for: its levels decayed, zeros where none is."""
+        L = self.levels.shape[2]
+        used = levels_in_use(self.position, L)[:, None]
+        decay = jnp.exp(jnp.where(used, self.log_decays, 0.0))[..., None, None]
+        levels = decay * jnp.where(used[..., None, None], self.levels, 0.0)
+        return with_outgrown(levels, self.position)
 
 
 class MesaState(NamedTuple):
@@ -70,7 +110,7 @@ class MesaState(NamedTuple):
     kv: ValueProducts
 
 
-for _state in (GSAState, LogLinearState, MesaState):
+for _state in (GSAState, LazyLogLinearState, LogLinearState, MesaState):
     export.register_namedtuple_serialization(_state, serialized_name=f"jla.{_state.__name__}")
 
 
@@ -114,6 +154,49 @@ def moved_on(position: Positions, tokens: int | jax.Array) -> jax.Array:
     """The position after so many more tokens. Beyond int32 it is negative and stays so; levels
     serve no negative position."""
     return jnp.where(position < 0, position, position + tokens)
+
+
+def levels_in_use(position: Positions, L: int) -> jax.Array:
+    """Which of L levels hold something after `position` tokens [B]: bool [B, L]."""
+    level = jnp.arange(L, dtype=jnp.int32)[None]
+    bits = position[:, None] >> jnp.maximum(level - 1, 0)
+    return (level > 0) & (bits % 2 == 1)
+
+
+def merging_into(position: Positions) -> jax.Array:
+    """The level into which the token at a position merges those below: 1 plus the number of the
+    position's trailing ones. [B], int32."""
+    return lax.population_count(position & ~(position + 1)) + 1
+
+
+def outgrown(position: Positions, L: int) -> jax.Array:
+    """Whether L levels do not serve a position: from 2**(L-1) on, and below 0."""
+    return position >> (L - 1) != 0
+
+
+def with_outgrown(levels: Levels, position: Positions) -> LogLinearState:
+    """The state; its levels are NaN where L do not serve the last token's position."""
+    last = jnp.where(position > 0, position - 1, position)
+    lost = outgrown(last, levels.shape[2])[:, None, None, None, None]
+    return LogLinearState(jnp.where(lost, jnp.nan, levels), position)
+
+
+def lazy_decays(
+    g: LogDecays, log_decays: LevelDecays, position: Positions
+) -> tuple[LevelDecays, LevelDecays]:
+    """The sums of log decays of a lazy state's levels as a token reads them, and after it.
+
+    Zeros where nothing is in use; sums of numbers of one sign alone.
+
+    Args:
+      g: the token's, [B, H]. log_decays, position: the state's.
+    """
+    L = log_decays.shape[2]
+    used = levels_in_use(position, L)[:, None]
+    sums = jnp.where(used, log_decays + g[..., None], 0.0)
+    level = jnp.arange(L, dtype=jnp.int32)[None]
+    kept = (level > merging_into(position)[:, None])[:, None]
+    return sums, jnp.where(kept, sums, 0.0)
 
 
 def with_rank(x: Array, ndim: int) -> jax.Array:

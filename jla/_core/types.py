@@ -42,6 +42,7 @@ type KDAState = jax.Array  # [B, HV, K, V], float32
 type SlotKeys = jax.Array  # [B, H, K, M], float32
 type SlotValues = jax.Array  # [B, H, M, V], float32
 type Levels = jax.Array  # [B, H, L, K, V], float32
+type LevelDecays = jax.Array  # [B, H, L], float32
 type Positions = jax.Array  # [B], int32
 type KeyProducts = jax.Array  # [B, H, K, K], float32
 type ValueProducts = jax.Array  # [B, H, K, V], float32

@@ -17,7 +17,7 @@ from jla.linen import _arguments
 from jla.linen._normalize import GatedRMSNorm
 from jla.linen._projections import product_by_heads
 from jla.linen.mixer import Mixer
-from jla.log_linear import LogLinearState
+from jla.log_linear import LazyLogLinearState
 
 f32 = jnp.float32
 
@@ -92,7 +92,8 @@ class LogLinearMamba2(Mixer):
     ===================  ===========  ====================================================
 
     Decoding, masks, segments and initial values are as in all layers, see docs/layers.md. The cache
-    holds the state, `levels` [B, H, L, K, V] (float32) and `position` [B] (int32). L levels serve
+    holds a `jla.LazyLogLinearState`: `levels` [B, H, L, K, V] and `log_decays` [B, H, L] (float32),
+    and `position` [B] (int32). L levels serve
     `2**(L-1)` tokens; beyond, the outputs are NaN (or a ValueError, where the position is not
     traced). Padding takes no position.
 
@@ -137,7 +138,7 @@ class LogLinearMamba2(Mixer):
         tokens, (H, HK, K, V, L) = self.begin(inputs, mask, segment_ids)
         B = tokens.x.shape[0]
         entries = dict(levels=((B, H, L, K, V), f32), position=((B,), jnp.int32))
-        cache = self.cached(LogLinearState, **entries)
+        cache = self.cached(LazyLogLinearState, **entries, log_decays=((B, H, L), f32))
         level_weight = _arguments.float32_parameter(self, "L", nn.initializers.ones, (H, L))
         z, u, q, k, d, logits = self._projections(tokens, (H, HK, K, V, L), level_weight)
         q, k, u = (
@@ -163,11 +164,13 @@ class LogLinearMamba2(Mixer):
                 segment_ids=tokens.segments,
                 implementation=self.implementation,
             )
-            if before is not None and tokens.real is not None:
+            if before is None:
+                return o, state
+            if tokens.real is not None:
                 # Padding has taken positions.
-                v = mamba2_operands(u, logits, dt, skip)[0]
+                v, before = mamba2_operands(u, logits, dt, skip)[0], before.settled()
                 state = alignment.state_after(tokens.lengths, k, v, g, before, tokens.segments)
-            return o, state
+            return o, state.lazy()
 
         def step(q, k, u, d, logits, before):
             g, dt = gates(d)
@@ -176,9 +179,10 @@ class LogLinearMamba2(Mixer):
             )
             if tokens.real is not None:
                 real = tokens.real[:, 0]
-                state = LogLinearState(
-                    jnp.where(real[:, None, None, None, None], state.levels, before.levels),
-                    jnp.where(real, state.position, before.position),
+                state = jax.tree.map(
+                    lambda new, old: jnp.where(real.reshape(-1, *[1] * (new.ndim - 1)), new, old),
+                    state,
+                    before,
                 )
             return o, state
 

@@ -9,7 +9,17 @@ from jax import lax
 from jla._core.lengths import is_symbolic_dim
 from jla._core.parts import mamba2_operands
 from jla._core.segments import segment_starts
-from jla._core.states import LogLinearState, moved_on, repeated, zero_log_linear_state
+from jla._core.states import (
+    LazyLogLinearState,
+    LogLinearState,
+    lazy_decays,
+    levels_in_use,
+    merging_into,
+    moved_on,
+    outgrown,
+    repeated,
+    zero_log_linear_state,
+)
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -22,38 +32,58 @@ SPAN = 256
 @jax.jit
 def log_linear_step(q, k, v, g, level_scales, state):
     """One token. See `jla.log_linear_step`."""
-    group, dtype = v.shape[1] // q.shape[1], v.dtype
+    arrays = level_scales, state.levels, state.position
+    if isinstance(state, LazyLogLinearState):
+        decays, after = lazy_decays(g, state.log_decays, state.position)
+        o, levels = token(q, k, v, decays, *arrays, lazy=True)
+        return o, LazyLogLinearState(levels, moved_on(state.position, 1), after)
+    decays = jnp.broadcast_to(g[..., None], level_scales.shape)
+    o, levels = token(q, k, v, decays, *arrays, lazy=False)
+    return o, LogLinearState(levels, moved_on(state.position, 1))
+
+
+def token(q, k, v, decays, level_scales, levels, position, *, lazy):
+    """A token's outputs and the levels after it.
+
+    Args:
+      decays: the log decays that are still to be applied to each level, the token's own included,
+        [B, H, L].
+      lazy: whether the levels that are not merged stay as they are. If not, they are decayed, and
+        levels not in use are zeros.
+    """
+    group, dtype, L = v.shape[1] // q.shape[1], v.dtype, level_scales.shape[-1]
     q, k = (repeated(x.astype(f32), group, axis=1) for x in (q, k))
     v, level_scales = v.astype(f32), level_scales.astype(f32)
-    position = state.position
-    level = jnp.arange(level_scales.shape[-1], dtype=jnp.int32)[None]
+    level = jnp.arange(L, dtype=jnp.int32)[None]
 
     def by_level(mask):
         """[B, L] to [B, 1, L, 1, 1]."""
         return mask[:, None, :, None, None]
 
-    bits = position[:, None] >> jnp.maximum(level - 1, 0)
-    in_use = (level > 0) & (bits % 2 == 1)
+    in_use = levels_in_use(position, L)
     # Before the product: what is not in use may be NaN, and then so would g's gradient be.
-    levels = jnp.where(by_level(in_use), state.levels, 0.0)
-    levels = jnp.exp(g)[..., None, None, None] * levels
+    decayed = jnp.where(by_level(in_use), levels, 0.0)
+    decayed = jnp.exp(jnp.where(in_use[:, None], decays, 0.0))[..., None, None] * decayed
     own = (k[..., :, None] * v[..., None, :])[:, :, None]
-    levels = jnp.where(by_level(level == 0), own, levels)
-    o = _einsum("bhl,bhk,bhlkv->bhv", level_scales, q, levels)
+    decayed = jnp.where(by_level(level == 0), own, decayed)
+    o = _einsum("bhl,bhk,bhlkv->bhv", level_scales, q, decayed)
 
-    ones = lax.population_count(position & ~(position + 1))[:, None]  # trailing ones
-    merged = jnp.sum(jnp.where(by_level(level <= ones), levels, 0.0), axis=2, keepdims=True)
-    levels = jnp.where(by_level(level <= ones), 0.0, levels)
-    levels = jnp.where(by_level(level == ones + 1), merged, levels)
+    target = merging_into(position)[:, None]
+    merged = jnp.sum(jnp.where(by_level(level < target), decayed, 0.0), axis=2, keepdims=True)
+    if not lazy:
+        levels = jnp.where(by_level(level < target), 0.0, decayed)
+    levels = jnp.where(by_level(level == target), merged, levels)
 
     # L levels serve the positions 0 to 2**(L-1) - 1. At others, those beyond int32 included (they
     # are negative, see `moved_on`), outputs are NaN, because a wrong number would look like a right
     # one. Right after the last of these positions all levels are empty, and the position says so.
-    beyond = position >> (level_scales.shape[-1] - 1) != 0
+    # It says of a lazy state, too, that its levels are lost, see `LazyLogLinearState.settled`.
+    beyond = outgrown(position, L)
     o = jnp.where(beyond[:, None, None], jnp.nan, o)
-    position = moved_on(position, 1)
-    lost = (beyond | (position < 0))[:, None, None, None, None]
-    return o.astype(dtype), LogLinearState(jnp.where(lost, jnp.nan, levels), position)
+    if not lazy:
+        lost = (beyond | (moved_on(position, 1) < 0))[:, None, None, None, None]
+        levels = jnp.where(lost, jnp.nan, levels)
+    return o.astype(dtype), levels
 
 
 @jax.jit
@@ -70,14 +100,14 @@ def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
         position = jnp.where(starts[:, 0] & False, 0, initial_state.position)
         initial_state = initial_state._replace(position=position)
 
-    def token(state, inputs):
+    def one(state, inputs):
         *arrays, start = inputs
         levels = jnp.where(start[:, None, None, None, None], 0.0, state.levels)
         position = jnp.where(start, 0, state.position)
         o, state = log_linear_step(*arrays, LogLinearState(levels, position))
         return state, o
 
-    span = functools.partial(lax.scan, token)
+    span = functools.partial(lax.scan, one)
     time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, level_scales, starts))
     # A symbolic T may be shorter than a span.
     whole = 0 if is_symbolic_dim(T) else T // SPAN * SPAN

@@ -114,8 +114,8 @@ class Implementation:
     full: those of the case that runs on the GPU, in tests marked `gpu`; None for none.
     lengths, head_dims: for "Any length, any head dimension": values of T, and edits of `sizes`.
     beyond: the stress cases that its precision does not reach; its documentation says so.
-    ends_together: whether it has a loop that ends when it may for all rows, so that devices tell
-      each other one bit.
+    ends_together: whether it has a loop that ends when it may for all rows, or a part left out when
+      no row needs it, so that devices tell each other one bit.
     slow: as of the backend, for this mechanism.
     """
 

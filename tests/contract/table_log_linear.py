@@ -137,6 +137,7 @@ LOG_LINEAR = Mechanism(
                 dict(T=40, H=3, HK=3, K=63, V=16),
                 dict(T=20, H=4, HK=2, K=256, V=128),
             ),
+            ends_together=True,  # whether any row has a past
         ),
         Implementation(
             PALLAS,
@@ -149,6 +150,7 @@ LOG_LINEAR = Mechanism(
                 dict(B=2, T=20, H=4, HK=2, K=81, V=40),
                 dict(T=20, H=2, HK=1, K=128, V=81),
             ),
+            ends_together=True,
         ),
         Implementation(
             TRITON,
@@ -160,6 +162,7 @@ LOG_LINEAR = Mechanism(
                 dict(B=2, T=20, H=4, HK=2, K=63, V=40),
                 dict(T=70, H=1, HK=1, K=200, V=144),
             ),
+            ends_together=True,
         ),
     ),
     golden=("log_linear_small", "log_linear_odd", "log_linear_256"),

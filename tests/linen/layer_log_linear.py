@@ -111,6 +111,7 @@ LOG_LINEAR = Layer(
     float32_parameters=("A_log", "dt_bias", "D", "L"),
     cache={
         "levels": (2, 4, 7, 16, 32),
+        "log_decays": (2, 4, 7),
         "position": (2,),
         "q_conv1d": {"inputs": (2, 3, 2, 16)},
         "k_conv1d": {"inputs": (2, 3, 2, 16)},

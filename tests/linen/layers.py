@@ -19,6 +19,8 @@ from layer_mesa import MESA
 from layer_path import PATH
 from layers_table import CAPACITY, D
 
+import jla
+
 LAYERS = {entry.name: entry for entry in (KDA, GSA, LOG_LINEAR, MESA, PATH)}
 CASES = [f"{name}-{case}" for name, entry in LAYERS.items() for case in entry.cases]
 PLAIN, RICH = ([f"{name}-{case}" for name in LAYERS] for case in ("plain", "rich"))
@@ -167,6 +169,12 @@ def numpy_layer(case, x, params=None):
 
 
 def row_of(tree, row):
+    """A row of a cache; the levels of log-linear attention settled, as their definition is."""
+    if "log_decays" in tree:
+        given = {name: jnp.asarray(tree[name]) for name in jla.LazyLogLinearState._fields}
+        levels = jla.LazyLogLinearState(**given).settled().levels
+        rest = {name: x for name, x in tree.items() if name != "log_decays"}
+        tree = rest | {"levels": np.asarray(levels)}
     return jax.tree.map(lambda a: a[row], tree)
 
 

@@ -32,10 +32,13 @@ def _log_linear():
 
 KERNELS = (
     *_log_linear(),
-    Kernel(
-        "log_linear_step.log_linear_step",
-        "*x *x *x *fp32 *fp32 *fp32 *i32 *x *fp32",
-        dict(H=1, HV=16, L=14, K=128, V=128, BK=128),
-        registers=168,
+    *(
+        Kernel(
+            "log_linear_step.log_linear_step",
+            "*x *x *x *fp32 *fp32 *fp32 *i32 *x *fp32",
+            dict(H=1, HV=16, L=14, K=128, V=128, LAZY=lazy, BK=128),
+            registers=168,
+        )
+        for lazy in (False, True)
     ),
 )

@@ -6,15 +6,18 @@ import triton.language as tl
 
 @triton.jit
 def log_linear_step(
-    q, k, v, g, level_scales, levels, position,  # pointers, see `jla.log_linear_step`
+    q, k, v,  # pointers, see `jla.log_linear_step`
+    decays,  # [B, HV, L], the log decays still to be applied to the levels
+    level_scales, levels, position,
     o, new_levels,  # [B, HV, V]; the levels', which are written through `levels`
     H: tl.constexpr, HV: tl.constexpr, L: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    LAZY: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """A program updates BV columns of one head's levels [K, V], with all K rows.
 
     The lowest levels in use, as many as the position has trailing ones, merge into the level above
-    them and leave zeros; the others decay. Level 0 is the token itself.
+    them, which is written. Unless LAZY, they leave zeros, and the others decay. Level 0 is the
+    token itself.
 
     BK and BV are powers of 2, BK at least K; what lies beyond K and V is masked.
     """
@@ -32,7 +35,6 @@ def log_linear_step(
     query = tl.load(q + key_head * K + rows, in_k, 0.0).to(tl.float32)
     key = tl.load(k + key_head * K + rows, in_k, 0.0).to(tl.float32)
     value = tl.load(v + head * V + columns, in_v, 0.0).to(tl.float32)
-    decay = tl.exp(tl.load(g + head))
     # Each element's share of the output, which is summed over K once.
     merged = key[:, None] * value[None, :]
     read = tl.load(scales).to(tl.float32) * merged
@@ -42,12 +44,14 @@ def log_linear_step(
         merging = merging & used
         if used:
             level = place + (i + 1) * (K * V)
+            decay = tl.exp(tl.load(decays + head * L + i + 1))
             x = decay * tl.load(level, inside, 0.0)
             read += tl.load(scales + i + 1).to(tl.float32) * x
             if merging:
                 merged += x
                 x = tl.zeros((BK, BV), tl.float32)
-            tl.store(level, x, inside)
+            if not LAZY:
+                tl.store(level, x, inside)
     ones = _trailing_ones(at)
     if ones < top:
         tl.store(place + (ones + 1) * (K * V), merged, inside)
@@ -56,9 +60,10 @@ def log_linear_step(
     beyond = (at >> top) != 0
     out = tl.where(beyond, float("nan"), out)
     tl.store(o + head * V + columns, out.to(o.dtype.element_ty), in_v)
-    if beyond | (at == 2147483647):
-        for i in range(L):
-            tl.store(place + i * (K * V), tl.full((BK, BV), float("nan"), tl.float32), inside)
+    if not LAZY:  # where the position says it
+        if beyond | (at == 2147483647):
+            for i in range(L):
+                tl.store(place + i * (K * V), tl.full((BK, BV), float("nan"), tl.float32), inside)
 
 
 @triton.jit
