@@ -174,6 +174,10 @@ class Attention(nn.Module):
         cache.variables["cached_value"].value = values
         cache.variables["length"].value = length + added
         cache.variables["start"].value = start
+        filled = jnp.arange(S, dtype=jnp.int32)[None] < (length + added)[:, None]
+        values = jnp.where(
+            filled[:, None, :, None], values, 0
+        )  # 0 times what lies behind may be NaN
         if T == 1:
             o = attention_to_cache(q, keys, values, first, place)
         elif is_plain and cudnn_serves(q):
