@@ -174,6 +174,9 @@ class Attention(nn.Module):
         cache.variables["cached_value"].value = values
         cache.variables["length"].value = length + added
         cache.variables["start"].value = start
+        filled = jnp.arange(S, dtype=jnp.int32)[None] < (length + added)[:, None]
+        # 0 times what lies behind could be NaN.
+        values = jnp.where(filled[:, None, :, None], values, 0)
         if T == 1:
             o = attention_to_cache(q, keys, values, first, place)
         elif is_plain and cudnn_serves(q):
