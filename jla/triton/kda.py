@@ -152,7 +152,7 @@ def _forward(q, k, v, g, beta, *start, scale, keep):
     dtype, sizes = q.dtype, dict(HV=HV, K=K, V=V)
     square, values = SDS((B, HV, N * _C, _C), dtype), SDS((B, HV, N * _C, V), dtype)
     scores, key_scores, inverse, u = _call(
-        kda_forward.kda_scores, *(q, k, v, g, beta, masks(g.dtype)), T=T, programs=B * N * HV,
+        kda_forward.kda_scores, *(q, k, v, g, beta, masks(f16)), T=T, programs=B * N * HV,
         outputs=[square, square, square, values], **sizes, H=H, SCALE=scale,
     )  # fmt: skip
     query, read, write, decay = _operands(q, k, g, inverse, scale)
@@ -171,7 +171,7 @@ def _operands(q, k, g, inverse, scale):
     HV, TP = inverse.shape[1:3]
     keys = SDS((B, HV, TP, K), q.dtype)
     return _call(
-        kda_forward.kda_operands, *(q, k, g, inverse, masks(g.dtype)), T=T,
+        kda_forward.kda_operands, *(q, k, g, inverse, masks(f16)), T=T,
         programs=B * HV * (TP // _C), by="BK",
         outputs=[keys, keys, keys, SDS((B, HV, TP // _C, K), f32)],
         H=H, HV=HV, K=K, SCALE=scale,
@@ -200,7 +200,7 @@ def _backward(q, k, v, g, beta, scores, key_scores, inverse, states, do, end, *,
         outputs=[scores, scores], HV=HV, V=V, SCALE=scale,
     )  # fmt: skip
     keys, decays = SDS((B, T, HV, K), q.dtype), SDS((B, T, HV, K), f32)
-    of_decays, of_sums = masks(g.dtype), masks(q.dtype)
+    of_decays, of_sums = masks(f16), masks(bf16)
     dq, part = _call(
         kda_backward.kda_query_gradients,
         *(q, k, g, do, states, dscores, of_decays, of_sums),
