@@ -258,7 +258,7 @@ def _prepare(q, k, v, g, beta, scale):
     N = triton.cdiv(T, _C)
     square, values = SDS((B, HV, N * _C, _C), q.dtype), SDS((B, HV, N * _C, V), q.dtype)
     scores, key_scores, inverse, u = _call(
-        kda_forward.kda_scores, *(q, k, v, g, beta, masks(g.dtype)), T=T, programs=B * N * HV,
+        kda_forward.kda_scores, *(q, k, v, g, beta, masks(f16)), T=T, programs=B * N * HV,
         outputs=[square, square, square, values], HV=HV, K=K, V=V, H=H, SCALE=scale,
     )  # fmt: skip
     return scores, key_scores, inverse, u, *_operands(q, k, g, inverse, scale)
@@ -283,7 +283,7 @@ def _operands(q, k, g, inverse, scale):
     HV, TP = inverse.shape[1:3]
     keys = SDS((B, HV, TP, K), q.dtype)
     return _call(
-        kda_forward.kda_operands, *(q, k, g, inverse, masks(g.dtype)), T=T,
+        kda_forward.kda_operands, *(q, k, g, inverse, masks(f16)), T=T,
         programs=B * HV * (TP // _C), by="BK",
         outputs=[keys, keys, keys, SDS((B, HV, TP // _C, K), f32)],
         H=H, HV=HV, K=K, SCALE=scale,
@@ -321,7 +321,7 @@ def _backward_from(
         outputs=[scores, scores], HV=HV, V=V, SCALE=scale,
     )  # fmt: skip
     keys, decays = SDS((B, T, HV, K), q.dtype), SDS((B, T, HV, K), f32)
-    of_decays, of_sums = masks(g.dtype), masks(q.dtype)
+    of_decays, of_sums = masks(f16), masks(bf16)
     dq, part = _call(
         kda_backward.kda_query_gradients,
         *(q, k, g, do, states, dscores, of_decays, of_sums),

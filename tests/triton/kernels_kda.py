@@ -9,7 +9,7 @@ _WIDE = dict(WHOLE=True, HV=8, K=256, V=256)
 
 
 def _of_kda(path, parameters, constants, *, states=False, like=None, **settings):
-    """A kernel of KDA's for 16-bit inputs and for float32, of which g and masks ("*g") depend.
+    """A kernel of KDA's for 16-bit inputs and for float32, of which g ("*g") depends.
 
     states: whether it holds states, and has other configs for keys wider than 128, and for few
       heads. settings: of 16-bit inputs.
@@ -75,13 +75,13 @@ KERNELS = (
     ),
     *_of_kda(
         "kda_forward.kda_scores",
-        "*x *x *x *g *fp32 *g i32 *x *x *x *x",
+        "*x *x *x *g *fp32 *fp16 i32 *x *x *x *x",
         dict(WHOLE=None, H=4, HV=None, K=None, V=None, SCALE=0.1),
         smoke=80,
     ),
     *_of_kda(
         "kda_forward.kda_operands",
-        "*x *x *g *x *g i32 *x *x *x *fp32",
+        "*x *x *g *x *fp16 i32 *x *x *x *fp32",
         dict(WHOLE=None, H=4, HV=None, K=None, SCALE=0.1),
     ),
     *_of_kda(
@@ -124,12 +124,12 @@ KERNELS = (
     ),
     *_of_kda(
         "kda_backward.kda_query_gradients",
-        "*x *x *g *x *x *x *g *x i32 *x *fp32",
+        "*x *x *g *x *x *x *fp16 *bf16 i32 *x *fp32",
         dict(WHOLE=None, H=4, HV=None, K=None, V=None, SCALE=0.1),
     ),
     *_of_kda(
         "kda_backward.kda_key_gradients",
-        "*x *x *g *x *x *x *x *x *x *g *x *fp32 i32 *x *fp32",
+        "*x *x *g *x *x *x *x *x *x *fp16 *bf16 *fp32 i32 *x *fp32",
         dict(WHOLE=None, H=4, HV=None, K=None, V=None),
         smoke=120,
     ),

@@ -19,8 +19,6 @@ from jla.triton.kernels.pieces import (
     UP_TO,
     before,
     chunk_tile,
-    dot,
-    dot_add,
     level_pairs,
     load_diagonal,
     load_mask,
@@ -29,7 +27,11 @@ from jla.triton.kernels.pieces import (
     near_decays,
     near_pairs,
     place,
+    product,
+    product_add,
     store_tokens,
+    sum_columns,
+    sum_columns_add,
     token_tile,
     up_to,
 )
@@ -66,17 +68,17 @@ def kda_gradient_recurrence(
         base = gradients_ptr + (((b * HV + h) * N + n).to(tl.int64) * V + column) * K
         tl.store(base + vv[:, None] * K + kk[None, :], rounded)
         write = tl.load(chunk_tile(write_ptr, b, n, h, 0, N, HV, K, K))
-        of_error = dot(rounded, tl.trans(write))
+        of_error = product(rounded, tl.trans(write))
         do = tl.trans(load_tokens(token_tile(do_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE))
         scores = tl.load(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
-        of_error = dot_add(do, scores, of_error)
+        of_error = product_add(do, scores, of_error)
         beta = load_scalars(beta_ptr, b, n, h, T, HV)
         of_error = (of_error * -beta[None, :]).to(dtype)
         decay = tl.load(decay_ptr + ((b * HV + h) * N + n).to(tl.int64) * K + kk)
         query = tl.load(chunk_tile(query_ptr, b, n, h, 0, N, HV, K, K))
-        gradient = dot_add(do, query, gradient * decay[None, :])
+        gradient = product_add(do, query, gradient * decay[None, :])
         read = tl.load(chunk_tile(read_ptr, b, n, h, 0, N, HV, K, K))
-        gradient = dot_add(of_error, read, gradient)
+        gradient = product_add(of_error, read, gradient)
     tl.store(start_ptr + matrix, tl.trans(gradient))
 
 
@@ -103,18 +105,18 @@ def kda_gradient_transitions(
     for step in range(0, N):
         n = N - 1 - step
         write = tl.load(chunk_tile(write_ptr, b, n, h, 0, N, HV, K, K))
-        of_error = dot(gradient.to(dtype), tl.trans(write))
+        of_error = product(gradient.to(dtype), tl.trans(write))
         do = load_tokens(token_tile(do_ptr, b, n, h, of_do, T, HV, V, BV), n, T, WHOLE)
         do = tl.where(of_values, tl.trans(do).to(tl.float32), 0.0).to(dtype)
         scores = tl.load(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
-        of_error = dot_add(do, scores, of_error)
+        of_error = product_add(do, scores, of_error)
         beta = load_scalars(beta_ptr, b, n, h, T, HV)
         of_error = (of_error * -beta[None, :]).to(dtype)
         decay = tl.load(decay_ptr + ((b * HV + h) * N + n).to(tl.int64) * K + kk)
         query = tl.load(chunk_tile(query_ptr, b, n, h, 0, N, HV, K, K))
-        gradient = dot_add(do, query, gradient * decay[None, :])
+        gradient = product_add(do, query, gradient * decay[None, :])
         read = tl.load(chunk_tile(read_ptr, b, n, h, 0, N, HV, K, K))
-        gradient = dot_add(of_error, read, gradient)
+        gradient = product_add(of_error, read, gradient)
     if of_values:
         tl.store(term_ptr + matrix * V + column + vv[None, :], tl.trans(gradient))
     else:
@@ -152,23 +154,23 @@ def kda_errors(
     y = tl.zeros((BV, CHUNK), tl.float32)
     for feature in range(0, K, BK):
         write = tl.load(chunk_tile(write_ptr, b, n, h, feature, N, HV, K, BK))
-        y = dot_add(tl.load(gradients_ptr + matrix + feature), tl.trans(write), y)
+        y = product_add(tl.load(gradients_ptr + matrix + feature), tl.trans(write), y)
     scores = tl.load(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
     do = load_tokens(token_tile(do_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE)
-    y = dot_add(tl.trans(do), scores, y)
+    y = product_add(tl.trans(do), scores, y)
     beta = load_scalars(beta_ptr, b, n, h, T, HV)[None, :]
     inverse = tl.load(chunk_tile(inverse_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
-    dv = dot((y * beta).to(dtype), inverse).to(dtype)
+    dv = product((y * beta).to(dtype), inverse).to(dtype)
     dv_pointers = token_tile(dv_ptr, b, n, h, column, T, HV, V, BV)
     store_tokens(dv_pointers, tl.trans(dv), n, T, WHOLE)
     key_scores = tl.load(chunk_tile(key_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
-    z = y - dot(dv, key_scores)
+    z = y - product(dv, key_scores)
     known = tl.zeros((BV, CHUNK), tl.float32)
     for feature in range(0, K, BK):
         read = tl.load(chunk_tile(read_ptr, b, n, h, feature, N, HV, K, BK))
-        known = dot_add(tl.load(states_ptr + matrix + feature), tl.trans(read), known)
+        known = product_add(tl.load(states_ptr + matrix + feature), tl.trans(read), known)
     v = load_tokens(token_tile(v_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE)
-    error = dot(tl.trans(v), tl.trans(inverse)) - known
+    error = product(tl.trans(v), tl.trans(inverse)) - known
     written = (error * beta).to(dtype)
     tl.store(chunk_tile(written_ptr, b, n, h, column, N, HV, V, BV), tl.trans(written))
     t = tl.arange(0, CHUNK) + n * CHUNK
@@ -199,9 +201,9 @@ def kda_score_gradients(
     for column in range(0, V, BV):
         written = tl.trans(tl.load(chunk_tile(written_ptr, b, n, h, column, N, HV, V, BV)))
         do = load_tokens(token_tile(do_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE)
-        by_query = dot_add(do, written, by_query)
+        by_query = product_add(do, written, by_query)
         dv = load_tokens(token_tile(dv_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE)
-        by_key = dot_add(dv, written, by_key)
+        by_key = product_add(dv, written, by_key)
     by_query = tl.where(up_to(), by_query * SCALE, 0.0).to(dtype)
     tl.store(chunk_tile(dscores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), by_query)
     by_key = tl.where(before(), -by_key, 0.0).to(dtype)
@@ -240,29 +242,29 @@ def kda_query_gradients(
     dq = tl.zeros((BK, CHUNK), tl.float32)
     for value in range(0, V, BV):
         do = load_tokens(token_tile(do_ptr, b, n, h, value, T, HV, V, BV), n, T, WHOLE)
-        dq = dot_add(tl.trans(tl.load(states_ptr + matrix + value * K)), tl.trans(do), dq)
+        dq = product_add(tl.trans(tl.load(states_ptr + matrix + value * K)), tl.trans(do), dq)
     g = tl.trans(load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T, WHOLE))
-    dq *= tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, UP_TO)))) * SCALE
+    dq *= tl.exp2(sum_columns(g, tl.trans(load_mask(masks_ptr, UP_TO)))) * SCALE
     q = tl.trans(load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T, WHOLE))
-    dg = dot((q.to(tl.float32) * dq).to(dtype), load_mask(sums_ptr, UP_TO))
+    dg = sum_columns((q.to(tl.float32) * dq).to(dtype), load_mask(sums_ptr, UP_TO))
     # Neighbours.
     k = tl.trans(load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T, WHOLE))
     dscores = tl.load(chunk_tile(dscores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
-    log_decay = dot(g, tl.trans(load_mask(masks_ptr, NEAR_MASK)))
+    log_decay = sum_columns(g, tl.trans(load_mask(masks_ptr, NEAR_MASK)))
     least = tl.min(log_decay, 0)
     far = least < -LIMIT
     read, written = near_decays(log_decay)
     by_query = tl.where(near_pairs(least >= -LIMIT), dscores, 0.0)
-    change = dot(k * written.to(dtype), tl.trans(by_query)) * read
+    change = product(k * written.to(dtype), tl.trans(by_query)) * read
     dq += change
-    dg = dot_add((q.to(tl.float32) * change).to(dtype), load_mask(sums_ptr, NEAR_MASK), dg)
+    dg = sum_columns_add((q.to(tl.float32) * change).to(dtype), load_mask(sums_ptr, NEAR_MASK), dg)
     # All others level by level of the tree.
     for level in range(tl.where(tl.min(least, 0) < -LIMIT, 0, NEAR), LEVELS):
-        decay = tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, level))))
+        decay = tl.exp2(sum_columns(g, tl.trans(load_mask(masks_ptr, level))))
         by_query = tl.where(level_pairs(level, far), dscores, 0.0)
-        change = dot(k * decay.to(dtype), tl.trans(by_query)) * decay
+        change = product(k * decay.to(dtype), tl.trans(by_query)) * decay
         dq += change
-        dg = dot_add((q.to(tl.float32) * change).to(dtype), load_mask(sums_ptr, level), dg)
+        dg = sum_columns_add((q.to(tl.float32) * change).to(dtype), load_mask(sums_ptr, level), dg)
     store_tokens(token_tile(dg_ptr, b, n, h, column, T, HV, K, BK), tl.trans(dg), n, T, WHOLE)
     # The scores' diagonal knows no decay.
     dq += load_diagonal(dscores_ptr, b, n, h, N, HV)[None, :] * k.to(tl.float32)
@@ -304,46 +306,48 @@ def kda_key_gradients(
         gradient = tl.trans(tl.load(gradients_ptr + matrix + value * K))
         carried += state.to(tl.float32) * gradient.to(tl.float32)
         dv = load_tokens(token_tile(dv_ptr, b, n, h, value, T, HV, V, BV), n, T, WHOLE)
-        dread = dot_add(state, tl.trans(dv), dread)
+        dread = product_add(state, tl.trans(dv), dread)
         errors = tl.load(chunk_tile(written_ptr, b, n, h, value, N, HV, V, BV))
-        dwritten = dot_add(gradient, tl.trans(errors), dwritten)
+        dwritten = product_add(gradient, tl.trans(errors), dwritten)
     # A reader's product counts for the decays up to it, a writer's for those after it.
     g = tl.trans(load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T, WHOLE))
     k = tl.trans(load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T, WHOLE))
-    dk = dread * -tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, UP_TO))))
-    dg = dot((k.to(tl.float32) * dk).to(dtype), load_mask(sums_ptr, UP_TO))
-    dwritten *= tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, AFTER))))
+    dk = dread * -tl.exp2(sum_columns(g, tl.trans(load_mask(masks_ptr, UP_TO))))
+    dg = sum_columns((k.to(tl.float32) * dk).to(dtype), load_mask(sums_ptr, UP_TO))
+    dwritten *= tl.exp2(sum_columns(g, tl.trans(load_mask(masks_ptr, AFTER))))
     dk += dwritten
-    dg = dot_add((k.to(tl.float32) * dwritten).to(dtype), load_mask(sums_ptr, AFTER), dg)
+    dg = sum_columns_add((k.to(tl.float32) * dwritten).to(dtype), load_mask(sums_ptr, AFTER), dg)
     dg += (tl.sum(carried, 1) * tl.exp2(tl.sum(g.to(tl.float32), 1)))[:, None]
     # Neighbours: what enters a block of them and does not leave it cancels in its sum.
-    log_decay = dot(g, tl.trans(load_mask(masks_ptr, NEAR_MASK)))
+    log_decay = sum_columns(g, tl.trans(load_mask(masks_ptr, NEAR_MASK)))
     least = tl.min(log_decay, 0)
     far = least < -LIMIT
     read, written = near_decays(log_decay)
     pairs = near_pairs(least >= -LIMIT)
     dkey_scores = tl.load(chunk_tile(dkey_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
     by_key = tl.where(pairs, dkey_scores, 0.0)
-    dread = dot(k * written.to(dtype), tl.trans(by_key)) * read
+    dread = product(k * written.to(dtype), tl.trans(by_key)) * read
     dk += dread
-    dg = dot_add((k.to(tl.float32) * dread).to(dtype), load_mask(sums_ptr, NEAR_MASK), dg)
-    dwritten = dot(k * read.to(dtype), by_key)
+    dg = sum_columns_add((k.to(tl.float32) * dread).to(dtype), load_mask(sums_ptr, NEAR_MASK), dg)
+    dwritten = product(k * read.to(dtype), by_key)
     q = tl.trans(load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T, WHOLE))
     dscores = tl.load(chunk_tile(dscores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
-    dwritten = dot_add(q * read.to(dtype), tl.where(pairs, dscores, 0.0), dwritten) * written
+    dwritten = product_add(q * read.to(dtype), tl.where(pairs, dscores, 0.0), dwritten) * written
     dk += dwritten
-    dg = dot_add((k.to(tl.float32) * -dwritten).to(dtype), load_mask(sums_ptr, NEAR_MASK), dg)
+    dg = sum_columns_add(
+        (k.to(tl.float32) * -dwritten).to(dtype), load_mask(sums_ptr, NEAR_MASK), dg
+    )
     # All others level by level of the tree.
     for level in range(tl.where(tl.min(least, 0) < -LIMIT, 0, NEAR), LEVELS):
-        decay = tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, level))))
+        decay = tl.exp2(sum_columns(g, tl.trans(load_mask(masks_ptr, level))))
         pairs = level_pairs(level, far)
         by_key = tl.where(pairs, dkey_scores, 0.0)
         keys = k * decay.to(dtype)
-        change = dot_add(keys, by_key, dot(keys, tl.trans(by_key)))
+        change = product_add(keys, by_key, product(keys, tl.trans(by_key)))
         queries = q * decay.to(dtype)
-        change = dot_add(queries, tl.where(pairs, dscores, 0.0), change) * decay
+        change = product_add(queries, tl.where(pairs, dscores, 0.0), change) * decay
         dk += change
-        dg = dot_add((k.to(tl.float32) * change).to(dtype), load_mask(sums_ptr, level), dg)
+        dg = sum_columns_add((k.to(tl.float32) * change).to(dtype), load_mask(sums_ptr, level), dg)
     of_queries = load_tokens(token_tile(part_ptr, b, n, h, column, T, HV, K, BK), n, T, WHOLE)
     dg = tl.trans(dg) + of_queries
     store_tokens(token_tile(dg_ptr, b, n, h, column, T, HV, K, BK), dg, n, T, WHOLE)

@@ -18,8 +18,6 @@ from jla.triton.kernels.pieces import (
     NEAR_MASK,
     UP_TO,
     chunk_tile,
-    dot,
-    dot_add,
     identity,
     level_pairs,
     load_mask,
@@ -28,7 +26,11 @@ from jla.triton.kernels.pieces import (
     near_decays,
     near_pairs,
     place,
+    product,
+    product_add,
     store_tokens,
+    sum_columns,
+    sum_rows,
     token_tile,
     unit_lower_inverse,
 )
@@ -66,21 +68,21 @@ def kda_scores(
         g = load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T, WHOLE)
         own += tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
         # Neighbours in one product, where decays allow it.
-        log_decay = dot(load_mask(masks_ptr, NEAR_MASK), g)
+        log_decay = sum_rows(load_mask(masks_ptr, NEAR_MASK), g)
         least = tl.min(log_decay, 1)
         far = least < -LIMIT
         read, written = near_decays(log_decay)
         earlier = tl.trans(k * written.to(dtype))
         pairs = near_pairs(least >= -LIMIT)
-        by_key += tl.where(pairs, dot(k * read.to(dtype), earlier), 0.0)
-        by_query += tl.where(pairs, dot(q * read.to(dtype), earlier), 0.0)
+        by_key += tl.where(pairs, product(k * read.to(dtype), earlier), 0.0)
+        by_query += tl.where(pairs, product(q * read.to(dtype), earlier), 0.0)
         # All others level by level of the tree, without a positive exponent.
         for level in range(tl.where(tl.min(least, 0) < -LIMIT, 0, NEAR), LEVELS):
-            decay = tl.exp2(dot(load_mask(masks_ptr, level), g)).to(dtype)
+            decay = tl.exp2(sum_rows(load_mask(masks_ptr, level), g)).to(dtype)
             earlier = tl.trans(k * decay)
             pairs = level_pairs(level, far)
-            by_key += tl.where(pairs, dot(k * decay, earlier), 0.0)
-            by_query += tl.where(pairs, dot(q * decay, earlier), 0.0)
+            by_key += tl.where(pairs, product(k * decay, earlier), 0.0)
+            by_query += tl.where(pairs, product(q * decay, earlier), 0.0)
     by_query = (by_query + own[:, None] * identity()) * SCALE
     tl.store(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), by_query.to(dtype))
     tl.store(chunk_tile(key_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), by_key.to(dtype))
@@ -89,7 +91,7 @@ def kda_scores(
     tl.store(chunk_tile(inverse_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), inverse)
     for column in range(0, V, BV):
         v = load_tokens(token_tile(v_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE)
-        u = dot(inverse, v).to(dtype)
+        u = product(inverse, v).to(dtype)
         tl.store(chunk_tile(u_ptr, b, n, h, column, N, HV, V, BV), u)
 
 
@@ -117,13 +119,13 @@ def kda_operands(
     g = tl.trans(load_tokens(token_tile(g_ptr, b, n, h, column, T, HV, K, BK), n, T, WHOLE))
     k = tl.trans(load_tokens(token_tile(k_ptr, b, n, key_head, column, T, H, K, BK), n, T, WHOLE))
     q = tl.trans(load_tokens(token_tile(q_ptr, b, n, key_head, column, T, H, K, BK), n, T, WHOLE))
-    decay = tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, UP_TO))))
+    decay = tl.exp2(sum_columns(g, tl.trans(load_mask(masks_ptr, UP_TO))))
     query = (q.to(tl.float32) * decay * SCALE).to(dtype)
     tl.store(chunk_tile(query_ptr, b, n, h, column, N, HV, K, BK), tl.trans(query))
     inverse = tl.load(chunk_tile(inverse_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
-    read = dot((k.to(tl.float32) * decay).to(dtype), tl.trans(inverse)).to(dtype)
+    read = product((k.to(tl.float32) * decay).to(dtype), tl.trans(inverse)).to(dtype)
     tl.store(chunk_tile(read_ptr, b, n, h, column, N, HV, K, BK), tl.trans(read))
-    decay = tl.exp2(dot(g, tl.trans(load_mask(masks_ptr, AFTER))))
+    decay = tl.exp2(sum_columns(g, tl.trans(load_mask(masks_ptr, AFTER))))
     write = (k.to(tl.float32) * decay).to(dtype)
     tl.store(chunk_tile(write_ptr, b, n, h, column, N, HV, K, BK), tl.trans(write))
     total = tl.exp2(tl.sum(g.to(tl.float32), 1))
@@ -165,17 +167,17 @@ def kda_recurrence(
             tl.store(base + vv[:, None] * K + kk[None, :], rounded)
         read = tl.load(chunk_tile(read_ptr, b, n, h, 0, N, HV, K, K))
         u = tl.load(chunk_tile(u_ptr, b, n, h, column, N, HV, V, BV))
-        error = tl.trans(u).to(tl.float32) - dot(rounded, tl.trans(read))
+        error = tl.trans(u).to(tl.float32) - product(rounded, tl.trans(read))
         beta = load_scalars(beta_ptr, b, n, h, T, HV)
         error = (error * beta[None, :]).to(dtype)
         query = tl.load(chunk_tile(query_ptr, b, n, h, 0, N, HV, K, K))
-        o = dot(rounded, tl.trans(query))
+        o = product(rounded, tl.trans(query))
         scores = tl.load(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
-        o = dot_add(error, tl.trans(scores), o)
+        o = product_add(error, tl.trans(scores), o)
         store_tokens(token_tile(o_ptr, b, n, h, column, T, HV, V, BV), tl.trans(o), n, T, WHOLE)
         decay = tl.load(decay_ptr + ((b * HV + h) * N + n).to(tl.int64) * K + kk)
         write = tl.load(chunk_tile(write_ptr, b, n, h, 0, N, HV, K, K))
-        state = dot_add(error, write, state * decay[None, :])
+        state = product_add(error, write, state * decay[None, :])
     tl.store(last_ptr + matrix, tl.trans(state))
 
 
@@ -204,12 +206,12 @@ def kda_transitions(
         u_column = tl.where(of_values, column, 0)
         u = tl.load(chunk_tile(u_ptr, b, n, h, u_column, N, HV, V, BV))
         u = tl.where(of_values, tl.trans(u).to(tl.float32), 0.0)
-        error = u - dot(state.to(dtype), tl.trans(read))
+        error = u - product(state.to(dtype), tl.trans(read))
         beta = load_scalars(beta_ptr, b, n, h, T, HV)
         error = (error * beta[None, :]).to(dtype)
         decay = tl.load(decay_ptr + ((b * HV + h) * N + n).to(tl.int64) * K + kk)
         write = tl.load(chunk_tile(write_ptr, b, n, h, 0, N, HV, K, K))
-        state = dot_add(error, write, state * decay[None, :])
+        state = product_add(error, write, state * decay[None, :])
     matrix = (b * HV + h).to(tl.int64) * K + kk[:, None]
     if of_values:
         tl.store(term_ptr + matrix * V + column + vv[None, :], tl.trans(state))

@@ -33,6 +33,55 @@ def dot_add(a, b, acc):
 
 
 @triton.jit
+def product(a, b):
+    """a @ b in float32; of float32 operands 16 bits count, as three products of bfloat16."""
+    return tl.dot(a, b, input_precision="bf16x3")
+
+
+@triton.jit
+def product_add(a, b, acc):
+    """acc + a @ b, as `product`."""
+    return tl.dot(a, b, acc=acc, input_precision="bf16x3")
+
+
+@triton.jit
+def sum_rows(mask, x):
+    """mask @ x in float32, for a mask of 16 bits; a float32 x is two numbers of its dtype."""
+    if x.dtype == tl.float32:
+        high, low = _split(x, mask.dtype)
+        return dot_add(mask, high, dot(mask, low))
+    else:
+        return dot(mask, x)
+
+
+@triton.jit
+def sum_columns(x, mask):
+    """x @ mask, as `sum_rows`."""
+    if x.dtype == tl.float32:
+        high, low = _split(x, mask.dtype)
+        return dot_add(high, mask, dot(low, mask))
+    else:
+        return dot(x, mask)
+
+
+@triton.jit
+def sum_columns_add(x, mask, acc):
+    """acc + x @ mask, as `sum_rows`."""
+    if x.dtype == tl.float32:
+        high, low = _split(x, mask.dtype)
+        return dot_add(high, mask, dot_add(low, mask, acc))
+    else:
+        return dot_add(x, mask, acc)
+
+
+@triton.jit
+def _split(x, DTYPE: tl.constexpr):
+    """The two numbers of a 16-bit dtype whose sum is x as nearly as they can be."""
+    high = x.to(DTYPE)
+    return high, (x - high.to(tl.float32)).to(DTYPE)
+
+
+@triton.jit
 def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Where products are added, float32."""
     return tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -234,13 +283,6 @@ def near_decays(log_decays):
 
 
 @triton.jit
-def _split(x):
-    """The two bfloat16 numbers whose sum is x to 16 bits."""
-    high = x.to(tl.bfloat16)
-    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
 def unit_lower_inverse(a, DTYPE: tl.constexpr):
     """(I + a)^-1 in float32, for a strictly lower triangular float32 `a`, [64, 64].
 
@@ -256,8 +298,8 @@ def unit_lower_inverse(a, DTYPE: tl.constexpr):
         rounded = x.to(DTYPE)
         x -= dot(rounded, dot(joined, rounded).to(DTYPE))
     if DTYPE != tl.float32:
-        a_high, a_low = _split(a)
-        high, low = _split(x)
+        a_high, a_low = _split(a, tl.bfloat16)
+        high, low = _split(x, tl.bfloat16)
         product = dot_add(a_low, high, dot_add(a_high, low, dot(a_high, high)))
         residual = (identity() - x - product).to(DTYPE)
         x += dot(high.to(DTYPE), residual)
