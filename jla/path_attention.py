@@ -227,8 +227,8 @@ def run(
     if k.shape[2] % sequence.devices_of(axis_name) == 0:
         return sequence.by_heads(whole, arrays, segment_ids, axis_name), None
     arrays = sequence.varying(arrays, axis_name)
-    of_device = whole(*arrays, None, segment_ids, logsumexps=True)
-    o = path_ring.with_left(*of_device, *arrays, segment_ids, axis_name, scale=scale)
+    o, logsumexp = whole(*arrays, None, segment_ids, logsumexps=True)
+    o = path_ring.with_left(o, logsumexp, *arrays, segment_ids, axis_name, scale=scale)
     return o.astype(v.dtype), None
 
 

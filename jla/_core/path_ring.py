@@ -20,11 +20,25 @@ from jla._core.lengths import chunk_size
 from jla._core.parts import CHUNK, NEVER, at_the_end, exactly, prepare
 from jla._core.path_cache import at_the_start, read
 from jla._core.segments import segment_starts
+from jla._core.types import Directions, Keys, LogDecays, Queries, SegmentIds, Strengths, Values
 
 f32, i32 = jnp.float32, jnp.int32
 
 
-def with_left(o, logsumexp, q, k, v, w, beta, g, segment_ids, axis, *, scale):
+def with_left(
+    o: jax.Array,
+    logsumexp: jax.Array,
+    q: Queries,
+    k: Keys,
+    v: Values,
+    w: Directions,
+    beta: Strengths,
+    g: LogDecays | None,
+    segment_ids: SegmentIds | None,
+    axis: str,
+    *,
+    scale: float,
+) -> jax.Array:
     """What a device's tokens read, those of the devices to the left included.
 
     The backward pass moves the keys once more: kept from the forward pass, they would be those of
@@ -55,7 +69,7 @@ def _with_left(o, logsumexp, q, k, v, w, beta, gates, *, axis, scale):
     if gates is not None:
         gates = blockwise.split(gates.reshape(B, T, H, -1), chunk)
     keys, after, maps, total = at_the_end(moved, w, writes, gates)
-    if gates is not None:
+    if after is not None and total is not None:
         after = blockwise.merge(after, T).reshape(B, T, HQ)
         total = jnp.swapaxes(total, 1, 2).reshape(B, 1, HQ)
     keys = blockwise.merge(keys, T)
