@@ -302,9 +302,10 @@ _KEY_HEADS = (
     Shape("dim 64", "grouped", 8, 4096, D=64, measures=(*_TIMES, "errors")),
 )
 
-# Grouped query heads; steps from 8192 cached tokens.
+# Steps at another position.
 _AVERAGE = (Shape("step average", "step", 128, 1, S=_AVERAGE_POSITION, measures=_STEPS),)
 
+# Grouped query heads; steps from 8192 cached tokens.
 _PATH = (
     *(replace(shape, B=64, S=8192) if shape.group == "step" else shape for shape in _FULL),
     Shape("grouped", "grouped", 8, 4096, 8, HQ=32, measures=(*_TIMES, "errors")),
