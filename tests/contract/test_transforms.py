@@ -311,7 +311,7 @@ def test_the_program_does_not_grow_with_the_chunks(mechanism):
         run = functools.partial(mechanism.run, implementation="xla")
         return jax.jit(lambda args: run(**args)).lower(args).as_text().count("\n")
 
-    assert operations(256) <= operations(128)
+    assert operations(512) <= operations(256)  # PaTH takes chunks in groups from four on
 
 
 @pytest.mark.parametrize("mechanism, implementation, sizes", SMALL)
