@@ -174,19 +174,13 @@ class Attention(nn.Module):
         cache.variables["cached_value"].value = values
         cache.variables["length"].value = length + added
         cache.variables["start"].value = start
-        filled = jnp.arange(S, dtype=jnp.int32)[None] < (length + added)[:, None]
-        # 0 times what lies behind could be NaN.
-        values = jnp.where(filled[:, None, :, None], values, 0)
-        if T == 1:
-            o = attention_to_cache(q, keys, values, first, place)
-        elif is_plain and cudnn_serves(q):
-            o = lax.cond(
-                jnp.all(length == 0),
-                lambda: causal_attention(q, k, v),
-                lambda: interval_attention(q, keys, values, first, place),
-            )
+        from_cache = functools.partial(
+            attention_to_cache, q, keys, values, length + added, first, place
+        )
+        if T > 1 and is_plain and cudnn_serves(q):
+            o = lax.cond(jnp.all(length == 0), lambda: causal_attention(q, k, v), from_cache)
         else:
-            o = interval_attention(q, keys, values, first, place)
+            o = from_cache()
         return nan_unless(length + added <= S, o)
 
 
@@ -264,14 +258,17 @@ def interval_attention(q, keys, values, first, last):
     return jnp.moveaxis(o, 0, 1).reshape(B, -1, H, values.shape[-1])[:, :T]
 
 
-def attention_to_cache(q, keys, values, first, last):
-    """`interval_attention` of one query, [B, 1, H, K].
+def attention_to_cache(q, keys, values, length, first, last):
+    """`interval_attention` to a cache, of which each row has the first `length` [B] in use.
 
-    Where every head has keys of its own the products are written as sums, in float32: XLA then
-    reads keys and values once, as they lie, where matrix products with a single row would have
-    them copied or leave most of a GPU idle.
+    For one query, where every head has keys of its own, the products are written as sums, in
+    float32: XLA then reads keys and values once, as they lie, where matrix products with a single
+    row would have them copied or leave most of a GPU idle.
     """
-    if q.shape[2] != keys.shape[1]:
+    filled = jnp.arange(keys.shape[2], dtype=jnp.int32)[None] < length[:, None]
+    # 0 times what lies behind could be NaN.
+    values = jnp.where(filled[:, None, :, None], values, 0)
+    if q.shape[1] > 1 or q.shape[2] != keys.shape[1]:
         return interval_attention(q, keys, values, first, last)
     query = q[:, 0, :, None].astype(f32) * q.shape[-1] ** -0.5
     logits = jnp.sum(query * keys.astype(f32), axis=-1)
@@ -299,6 +296,8 @@ def append(cached, new, length, real):
     """
     T, new = new.shape[1], jnp.swapaxes(new, 1, 2)
     if real is None:
+        if len(length) == 1:  # a batch's write is a scatter, for which XLA checks bounds by kernels
+            return lax.dynamic_update_slice_in_dim(cached, new, length[0], axis=2)
         return jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=1))(
             cached, new, length
         )
