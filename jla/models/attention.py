@@ -174,14 +174,23 @@ class Attention(nn.Module):
         cache.variables["cached_value"].value = values
         cache.variables["length"].value = length + added
         cache.variables["start"].value = start
-        from_cache = functools.partial(
-            attention_to_cache, q, keys, values, length + added, first, place
+        fits = length + added <= S
+
+        def from_cache():
+            o = attention_to_cache(q, keys, values, length + added, first, place)
+            return nan_unless(fits, o)
+
+        if T == 1 or not is_plain or not cudnn_serves(q):
+            return from_cache()
+        # With cuDNN's kernel inside of the condition, or heads in its result, XLA transposes q, k,
+        # v and o. Calls that go on from a cache drop `begun`, a small part of their work.
+        begun = causal_attention(q, k, v)
+        o = lax.cond(
+            jnp.all(length == 0),
+            lambda: nan_unless(fits, begun).reshape(*q.shape[:2], -1),
+            lambda: from_cache().reshape(*q.shape[:2], -1),
         )
-        if T > 1 and is_plain and cudnn_serves(q):
-            o = lax.cond(jnp.all(length == 0), lambda: causal_attention(q, k, v), from_cache)
-        else:
-            o = from_cache()
-        return nan_unless(length + added <= S, o)
+        return o.reshape(q.shape)
 
 
 def intervals(T, segments, before):
