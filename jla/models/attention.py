@@ -13,7 +13,7 @@ from jla._core import checks
 from jla._core.segments import segment_starts
 from jla.linen import _arguments
 from jla.linen._padding import arrange
-from jla.linen._projections import sum_over_heads
+from jla.linen._projections import product, sum_over_heads
 from jla.linen.mixer import Cache, Tokens
 
 f32 = jnp.float32
@@ -97,6 +97,7 @@ class Attention(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=self.kernel_init,
+            dot_general=product,
         )
         project = functools.partial(dense, use_bias=self.use_bias)
         q = project((H, K), name="query")(tokens.x)
