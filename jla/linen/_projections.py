@@ -1,4 +1,6 @@
-"""Projections of tokens to heads, and of heads to tokens, where heads lie on several devices."""
+"""The layers' matrix products, where heads lie on several devices too."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,26 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jla._core import whole
 
+ROWS = 16  # the fewest of a product that a GPU's tensor cores do
+
+
+def product(x, kernel, dimensions, **options):
+    """`lax.dot_general` of x and a kernel, as flax's dense layers ask for it (`dot_general`).
+
+    A single token gets rows of zeros beside it on a GPU. Of a vector and a matrix of less than ten
+    million elements XLA makes a sum of products, which it may write to memory as a matrix. What has
+    rows stays a product, and products of the same x become one where their kernels are small.
+    """
+    (axes, _), (batch, _) = dimensions
+    rows = [i for i in range(x.ndim) if i not in axes]
+    few = rows and not batch and math.prod(x.shape[i] for i in rows) == 1
+    if not few or x.dtype.itemsize != 2 or jax.default_backend() != "gpu":
+        return lax.dot_general(x, kernel, dimensions, **options)
+    # Not `jnp.pad`, which XLA puts into Triton's product and then finds no configuration for.
+    row = lax.broadcasted_iota(jnp.int32, (ROWS, *x.shape[1:]), rows[0])
+    x = jnp.where(row == 0, jnp.broadcast_to(x, row.shape), 0)
+    return lax.dot_general(x, kernel, dimensions, **options)[:1]
+
 
 def sum_over_heads():
     """`dot_general_cls` of the output projection, a DenseGeneral over heads and features."""
@@ -14,14 +36,14 @@ def sum_over_heads():
 
 
 def _product(o, kernel, dimensions, **options):
-    """`lax.dot_general`. If types carry shardings, and heads are split in both arrays, JAX asks
-    where the sum lies: its rows as those of o, its features as those of the kernel."""
+    """`product`. If types carry shardings, and heads are split in both arrays, JAX asks where the
+    sum lies: its rows as those of o, its features as those of the kernel."""
     rows, features = (jax.typeof(x).sharding for x in (o, kernel))
     batch, time, heads, _ = rows.spec
     if heads is not None and heads == features.spec[0]:
         spec = PartitionSpec(batch, time, features.spec[2])
         options["out_sharding"] = NamedSharding(rows.mesh, spec)
-    return lax.dot_general(o, kernel, dimensions, **options)
+    return product(o, kernel, dimensions, **options)
 
 
 def copies(x, split):

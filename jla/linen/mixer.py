@@ -14,7 +14,7 @@ from jla._core.whole import Names
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm
 from jla.linen._padding import arrange
-from jla.linen._projections import by_heads, copies, sum_over_heads
+from jla.linen._projections import by_heads, copies, product, sum_over_heads
 from jla.linen._short_convolution import ShortConvolution
 
 f32 = jnp.float32
@@ -247,6 +247,7 @@ class Mixer(nn.Module):
             param_dtype=self.param_dtype,
             kernel_init=self.kernel_init,
             precision=self.precision,
+            dot_general=product,
             name=name,
             **options,
         )

@@ -13,7 +13,7 @@ from jla._core import checks
 from jla._core.segments import segment_starts
 from jla.linen import _arguments
 from jla.linen._padding import arrange
-from jla.linen._projections import sum_over_heads
+from jla.linen._projections import product, sum_over_heads
 from jla.linen.mixer import Cache, Tokens
 
 f32 = jnp.float32
@@ -97,6 +97,7 @@ class Attention(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=self.kernel_init,
+            dot_general=product,
         )
         project = functools.partial(dense, use_bias=self.use_bias)
         q = project((H, K), name="query")(tokens.x)
@@ -174,20 +175,23 @@ class Attention(nn.Module):
         cache.variables["cached_value"].value = values
         cache.variables["length"].value = length + added
         cache.variables["start"].value = start
-        filled = jnp.arange(S, dtype=jnp.int32)[None] < (length + added)[:, None]
-        # 0 times what lies behind could be NaN.
-        values = jnp.where(filled[:, None, :, None], values, 0)
-        if T == 1:
-            o = attention_to_cache(q, keys, values, first, place)
-        elif is_plain and cudnn_serves(q):
-            o = lax.cond(
-                jnp.all(length == 0),
-                lambda: causal_attention(q, k, v),
-                lambda: interval_attention(q, keys, values, first, place),
-            )
-        else:
-            o = interval_attention(q, keys, values, first, place)
-        return nan_unless(length + added <= S, o)
+        fits = length + added <= S
+
+        def from_cache():
+            o = attention_to_cache(q, keys, values, length + added, first, place)
+            return nan_unless(fits, o)
+
+        if T == 1 or not is_plain or not cudnn_serves(q):
+            return from_cache()
+        # With cuDNN's kernel inside of the condition, or heads in its result, XLA transposes q, k,
+        # v and o. Calls that go on from a cache drop `begun`, a small part of their work.
+        begun = causal_attention(q, k, v)
+        o = lax.cond(
+            jnp.all(length == 0),
+            lambda: nan_unless(fits, begun).reshape(*q.shape[:2], -1),
+            lambda: from_cache().reshape(*q.shape[:2], -1),
+        )
+        return o.reshape(q.shape)
 
 
 def intervals(T, segments, before):
@@ -264,14 +268,17 @@ def interval_attention(q, keys, values, first, last):
     return jnp.moveaxis(o, 0, 1).reshape(B, -1, H, values.shape[-1])[:, :T]
 
 
-def attention_to_cache(q, keys, values, first, last):
-    """`interval_attention` of one query, [B, 1, H, K].
+def attention_to_cache(q, keys, values, length, first, last):
+    """`interval_attention` to a cache, of which each row has the first `length` [B] in use.
 
-    Where every head has keys of its own the products are written as sums, in float32: XLA then
-    reads keys and values once, as they lie, where matrix products with a single row would have
-    them copied or leave most of a GPU idle.
+    For one query, where every head has keys of its own, the products are written as sums, in
+    float32: XLA then reads keys and values once, as they lie, where matrix products with a single
+    row would have them copied or leave most of a GPU idle.
     """
-    if q.shape[2] != keys.shape[1]:
+    filled = jnp.arange(keys.shape[2], dtype=jnp.int32)[None] < length[:, None]
+    # 0 times what lies behind could be NaN.
+    values = jnp.where(filled[:, None, :, None], values, 0)
+    if q.shape[1] > 1 or q.shape[2] != keys.shape[1]:
         return interval_attention(q, keys, values, first, last)
     query = q[:, 0, :, None].astype(f32) * q.shape[-1] ** -0.5
     logits = jnp.sum(query * keys.astype(f32), axis=-1)
@@ -299,6 +306,8 @@ def append(cached, new, length, real):
     """
     T, new = new.shape[1], jnp.swapaxes(new, 1, 2)
     if real is None:
+        if len(length) == 1:  # a batch's write is a scatter, for which XLA checks bounds by kernels
+            return lax.dynamic_update_slice_in_dim(cached, new, length[0], axis=2)
         return jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=1))(
             cached, new, length
         )

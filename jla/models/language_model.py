@@ -15,6 +15,7 @@ from jla._core import checks
 from jla._core.types import Implementation
 from jla._core.whole import Names
 from jla.linen import RMSNorm
+from jla.linen._projections import product
 from jla.models.config import Config, Layer
 
 f32 = jnp.float32
@@ -209,7 +210,8 @@ class LanguageModel(nn.Module):
         x, _ = norm.branch(*stream)
         if config.tied:
             return embed.attend(x).astype(f32)
-        head = nn.Dense(config.vocabulary, use_bias=False, name="head", **dtypes)
+        options: dict[str, Any] = dict(use_bias=False, dot_general=product, **dtypes)
+        head = nn.Dense(config.vocabulary, name="head", **options)
         return head(x).astype(f32)
 
     def _dtypes(self) -> dict[str, Any]:

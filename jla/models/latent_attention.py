@@ -12,7 +12,7 @@ from jla._core import checks
 from jla._core.types import Implementation
 from jla.linen import RMSNorm, _arguments
 from jla.linen._padding import arrange
-from jla.linen._projections import sum_over_heads
+from jla.linen._projections import product, sum_over_heads
 from jla.linen.mixer import Tokens
 from jla.models.attention import (
     append,
@@ -174,6 +174,7 @@ class LatentAttention(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=self.kernel_init,
+            dot_general=product,
             name=name,
             **options,
         )

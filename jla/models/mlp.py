@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jla._core import checks
 from jla._core.whole import Names
 from jla.linen import _arguments
-from jla.linen._projections import by_heads, copies
+from jla.linen._projections import by_heads, copies, product
 
 
 class SwiGLU(nn.Module):
@@ -56,6 +56,7 @@ class SwiGLU(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=self.kernel_init,
+            dot_general=product,
         )
         into, x = dense, copies(inputs, _arguments.split_of(self))
         if x is None or self.hidden % x.shape[0]:

@@ -1,5 +1,6 @@
 """Generating: decoding is the forward, padded prompts, ends, stacked parameters, mistakes."""
 
+import functools
 import importlib
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from model_formulas import random_params
 
 import jla
+from jla.linen import _projections
 from jla.models import (
     Attention,
     Config,
@@ -175,3 +177,19 @@ def assert_raises(run, kind, words):
     message = str(raised.value)
     assert raised.type.__name__ == kind and message.startswith("jla.models."), message
     assert not [word for word in words.split() if word not in message], message
+
+
+def test_a_gpus_products_of_one_token_have_rows(monkeypatch):
+    """Traced: the same shapes, and no product of a single row but in 32 bits; the values equal."""
+    x, kernel = jnp.ones((1, 1, 2, 3), jnp.bfloat16), jnp.ones((2, 3, 4, 5), jnp.bfloat16)
+    dimensions = ((2, 3), (0, 1)), ((), ())
+    run = functools.partial(_projections.product, dimensions=dimensions)
+    plain = run(x, kernel)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_array_equal(run(x, kernel), plain)
+    rows = [
+        jax.make_jaxpr(run)(x.astype(dtype), kernel.astype(dtype)).eqns[-2:]
+        for dtype in ("bfloat16", "float32")
+    ]
+    sizes = [[e.outvars[0].aval.shape[0] for e in eqns] for eqns in rows]
+    assert sizes == [[_projections.ROWS, 1], [1]]

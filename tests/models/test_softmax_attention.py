@@ -170,6 +170,26 @@ def test_unmasked_decoding_needs_no_equal_lengths():
         close(y[row], attention(PLAIN, params, whole)[-4:], 1e-5)
 
 
+def test_one_row_alone_and_a_prompt_for_cudnn(monkeypatch):
+    """The write of one row, and the calls that cuDNN's kernel would serve if it began them."""
+    layer, attend = Attention(num_heads=3), jax.nn.dot_product_attention
+
+    def by_xla(*arrays, implementation, **options):
+        return attend(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(module, "cudnn_serves", lambda q: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    params, x = params_of(layer), normal(6, 1, T, D)
+    cache = jax.tree.map(lambda leaf: leaf[:1], empty_cache(layer, T - 1))
+    outputs = []
+    for part in (slice(0, 5), slice(5, 9), slice(9, 10), slice(10, 11)):
+        y, cache = advance(layer, params, cache, x[:, part])
+        outputs.append(y)
+    y = np.concatenate(outputs, axis=1)
+    close(y[0, :-1], attention(layer, params, x[0, :-1]), 1e-5)
+    assert np.isnan(y[0, -1]).all()  # for which there was no room
+
+
 def test_tokens_without_room():
     params, x, cache = params_of(PLAIN), normal(4, B, T, D), empty_cache(PLAIN, T)
     for part in (slice(0, 5), slice(0, 5), slice(5, 9)):
