@@ -1,9 +1,11 @@
-"""Times a checkpoint of 7 billion parameters: loading it, sampling from it, reading a prompt.
+"""Times a large checkpoint: loading it, sampling from it, reading a prompt, fine-tuning it.
 
     python -m benchmarks.checkpoints --folder /tmp/gsa-7b --out benchmarks/results/checkpoints.json
+    python -m benchmarks.checkpoints --model kimi --folder /tmp/kimi --cases load,decode,tune
 
-It has the shapes of fla's GSA-7B, and random bits for values, which change no speed. `--folder`
-gets the files unless it has them, 14.6 GB in bfloat16, and keeps them.
+It has the shapes of fla's GSA-7B, or of a quarter of Kimi Linear's layers, and random bits for
+values, which change no speed. `--folder` gets the files unless it has them, and keeps them:
+14.6 GB in bfloat16, and 24.0.
 """
 
 import argparse
@@ -21,16 +23,28 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jla.hub
 from benchmarks.device_profile import profile
 from benchmarks.run import IMPLEMENTATIONS
-from benchmarks.side_by_side import Report, size
+from benchmarks.side_by_side import Report, size  # which finds the examples' modules
+from jla.hub._configs import family
+from jla.hub.mapping import of_model, whole_shapes
+from jla.models import Experts, kept
 from jla.models.generate import decoder, decoder_params, draw, empty_cache, feed
 
-KEYS = ("case", "layers")
-CASES = ("load", "decode", "prefill", "decode_xla", "load_again")
-CALLS = 5  # of sampling and of reading: the first warms up
+from devices import placed  # isort: skip
+from from_checkpoint import first_state, make_mesh, make_optimizer  # isort: skip
+
+KEYS = ("model", "devices", "case", "layers")
+CASES = ("load", "decode", "prefill", "decode_xla", "load_again", "tune")
+SIZES = dict(
+    gsa=dict(layers=32, width=4096, heads=32, key_heads=8, hidden=14336, vocabulary=32000),
+    kimi=dict(layers=7, width=2304, heads=32, key_heads=32, hidden=9216, vocabulary=163840),
+)
+CALLS = 5  # of sampling, of reading and of training: the first warms up
+TRAINED = 2048  # tokens in a step, if prompts are as long
 BANDWIDTH = 4.3e12  # bytes a second that an H200 reads from its memory
 FILES = 6
 BLOCK = 2**22  # elements that are drawn and written at once
@@ -51,7 +65,7 @@ def main(argv=None):
         if options.limit is not None and time.monotonic() - start > options.limit:
             print(f"not started, past --limit: {case}", flush=True)
             continue
-        row = dict(case=case, layers=options.layers)
+        row = dict(model=options.model, devices=options.devices, case=case, layers=options.layers)
         row = report.measure(row, RUN[case](options, folder, shared))
         show(row, time.monotonic() - start)
     return 1 if report.failed else 0
@@ -63,12 +77,10 @@ def parse(argv):
     )
     add = parser.add_argument
     add("--folder", required=True, help="where the checkpoint is, or will be")
-    add("--layers", type=int, default=32)
-    add("--width", type=int, default=4096)
-    add("--heads", type=int, default=32)
-    add("--key-heads", type=int, default=8)
-    add("--hidden", type=int, default=14336)
-    add("--vocabulary", type=int, default=32000)
+    add("--model", choices=SIZES, default="gsa")
+    add("--devices", type=int, default=1, help="heads and MLPs are split over the first so many")
+    for name in SIZES["gsa"]:
+        add(f"--{name.replace('_', '-')}", type=int, help="default: the model's")
     add("--prompt", type=int, default=8192, help="tokens that are read")
     add("--tokens", type=int, default=64, help="sampled in one call")
     add("--implementation", choices=IMPLEMENTATIONS, help="default: the fastest")
@@ -76,6 +88,9 @@ def parse(argv):
     add("--limit", type=float, help="start no case after so many seconds")
     add("--out", help="write JSON to this file, after every case; its other rows stay")
     options = parser.parse_args(argv)
+    for name, size_ in SIZES[options.model].items():
+        if getattr(options, name) is None:
+            setattr(options, name, size_)
     options.cases = options.cases.split(",")
     if unknown := [case for case in options.cases if case not in CASES]:
         parser.error(f"--cases: unknown {', '.join(unknown)}; known: {', '.join(CASES)}")
@@ -83,39 +98,50 @@ def parse(argv):
 
 
 def make_config(options):
-    """As fla writes it."""
-    return dict(
-        architectures=["GSAForCausalLM"],
-        model_type="gsa",
+    """As fla writes it, or Kimi Linear's release. What is not here is 48B's by default."""
+    shared = dict(
         dtype="bfloat16",
         hidden_size=options.width,
         intermediate_size=options.hidden,
         num_hidden_layers=options.layers,
-        num_heads=options.heads,
-        num_kv_heads=options.key_heads,
-        num_slots=64,
-        norm_eps=1e-5,
         vocab_size=options.vocabulary,
         tie_word_embeddings=False,
+    )
+    if options.model == "gsa":
+        return shared | dict(
+            architectures=["GSAForCausalLM"],
+            model_type="gsa",
+            num_heads=options.heads,
+            num_kv_heads=options.key_heads,
+            num_slots=64,
+            norm_eps=1e-5,
+        )
+    layers = range(1, options.layers + 1)
+    linear = dict(
+        num_heads=options.heads,
+        head_dim=128,
+        short_conv_kernel_size=4,
+        kda_layers=[i for i in layers if i % 4],
+        full_attn_layers=[i for i in layers if i % 4 == 0],
+    )
+    return shared | dict(
+        architectures=["KimiLinearForCausalLM"],
+        model_type="kimi_linear",
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.key_heads,
+        linear_attn_config=linear,
+        mla_use_nope=True,
+        first_k_dense_replace=1,
+        num_experts=256,
+        num_experts_per_token=8,
+        moe_intermediate_size=options.hidden // 9,
+        rms_norm_eps=1e-5,
     )
 
 
 def tensors(config):
-    """fla's names of a GSA model's tensors, and their shapes [out, in]."""
-    D, I, V = (config[name] for name in ("hidden_size", "intermediate_size", "vocab_size"))
-    HK = D // config["num_heads"] * config["num_kv_heads"]
-    slots = config["num_slots"] * config["num_kv_heads"]
-    attn = dict(q_proj=(D, D), k_proj=(HK, D), v_proj=(HK, D), f_proj=(slots, D))
-    attn |= dict(g_norm=(D,), o_proj=(D, D))
-    mlp = dict(gate_proj=(I, D), up_proj=(I, D), down_proj=(D, I))
-    found = {"model.embeddings.weight": (V, D)}
-    for i in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
-        found[f"{layer}.attn_norm.weight"] = (D,)
-        found |= {f"{layer}.attn.{name}.weight": shape for name, shape in attn.items()}
-        found[f"{layer}.mlp_norm.weight"] = (D,)
-        found |= {f"{layer}.mlp.{name}.weight": shape for name, shape in mlp.items()}
-    return found | {"model.norm.weight": (D,), "lm_head.weight": (V, D)}
+    """The names of the tensors in the original's files, and their shapes."""
+    return whole_shapes(of_model(jla.hub.model(config), family(config)))
 
 
 def write(folder, config):
@@ -176,11 +202,21 @@ def drop(file):
 
 def model_of(options, folder, **more):
     implementation = more.pop("implementation", options.implementation)
-    return jla.hub.model(jla.hub.read_config(folder), implementation=implementation, **more)
+    config = jla.hub.read_config(folder)
+    return jla.hub.model(config, implementation=implementation).clone(**more)
+
+
+def mesh_of(options):
+    return make_mesh(dict(data=1, model=options.devices), batch=1)
+
+
+def on_all(options):
+    """The sharding of what each device has whole; None for a single device."""
+    return None if options.devices == 1 else NamedSharding(mesh_of(options), PartitionSpec())
 
 
 def load(options, folder, shared):
-    """Yields the numbers of loading onto the first device, of which `shared` gets the parameters.
+    """Yields the numbers of loading onto the devices; `shared` gets the parameters.
 
     `cold` is the part that came from the disk, None if that is not known. The peak of the host's
     memory is the process's, less what it had at the start: not below the loading's own.
@@ -193,8 +229,9 @@ def load(options, folder, shared):
             drop(file)
     bytes_ = sum(path.stat().st_size for path in files)
     resident, read = resident_bytes(), disk_bytes()
+    sharding = None if options.devices == 1 else functools.partial(placed, mesh_of(options))
     began = time.perf_counter()
-    params = jax.block_until_ready(jla.hub.load(folder, model))
+    params = jax.block_until_ready(jla.hub.load(folder, model, sharding=sharding))
     seconds = time.perf_counter() - began
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident
     shared["params"] = params
@@ -225,23 +262,24 @@ def disk_bytes():
 def decode(options, folder, shared, implementation=None):
     """Yields the numbers of sampling `options.tokens` tokens at a time, one sequence alone.
 
-    The floor is the time in which the weights are read once, at `BANDWIDTH`; of the embedding one
-    row is.
+    The floor is the time in which the weights are read once, each device's at `BANDWIDTH`.
     """
     model = model_of(options, folder, implementation=implementation or options.implementation)
     decoding, n = decoder(model), options.tokens
     params = decoder_params(model, shared["params"])
-    weights = sum(x.nbytes for x in jax.tree.leaves(params)) - params["embed"]["embedding"].nbytes
-    floor_ms = 1e3 * weights / BANDWIDTH
-    cache = empty_cache(decoding, 1, options.prompt)
+    weights = bytes_of_a_token(model, params)
+    floor_ms = 1e3 * weights / BANDWIDTH / options.devices
     logits = jnp.zeros((1, model.config.vocabulary))
+    everywhere = on_all(options)
+    logits, cache = jax.device_put((logits, empty_cache(decoding, 1, options.prompt)), everywhere)
 
     def several(params, logits, cache):
         tokens, drawn_from, cache = draw(decoding, params, logits, cache, None, 0.0, n)
         return tokens, drawn_from[:, -1], cache
 
     began = time.perf_counter()
-    run = jax.jit(several, donate_argnums=(1, 2)).lower(params, logits, cache).compile()
+    run = jax.jit(several, donate_argnums=(1, 2), out_shardings=everywhere)
+    run = run.lower(params, logits, cache).compile()
     first_call_s = time.perf_counter() - began
     plan = run.memory_analysis()
     ms = []
@@ -265,6 +303,18 @@ def decode(options, folder, shared, implementation=None):
     yield dict(profile=profile(lambda: run(params, logits, cache)))
 
 
+def bytes_of_a_token(model, params):
+    """Those of the weights that one token reads: one row of the embedding, which is not counted,
+    and the experts that it chooses."""
+    read = sum(x.nbytes for x in jax.tree.leaves(params)) - params["embed"]["embedding"].nbytes
+    for i, layer in enumerate(model.config.layers):
+        if isinstance(layer.mlp, Experts):
+            mlp = params[f"block_{i}"]["mlp"]
+            one = sum(mlp[name].nbytes for name in ("gate", "up", "down")) // layer.mlp.num_experts
+            read -= (layer.mlp.num_experts - layer.mlp.experts_per_token) * one
+    return read
+
+
 def prefill(options, folder, shared):
     """Yields the numbers of reading `options.prompt` tokens, to the last one's logits."""
     model = model_of(options, folder)
@@ -272,6 +322,7 @@ def prefill(options, folder, shared):
     params = decoder_params(model, shared["params"])
     cache = empty_cache(decoding, 1, options.prompt)
     prompt = jax.random.randint(jax.random.key(1), (1, options.prompt), 0, model.config.vocabulary)
+    cache, prompt = jax.device_put((cache, prompt), on_all(options))
     began = time.perf_counter()
     run = jax.jit(functools.partial(feed, decoding)).lower(params, prompt, cache).compile()
     first_call_s = time.perf_counter() - began
@@ -294,9 +345,39 @@ def prefill(options, folder, shared):
     yield dict(profile=profile(lambda: run(params, prompt, cache)))
 
 
+def tune(options, folder, shared):
+    """Yields the numbers of AdamW's steps, as examples/from_checkpoint.py makes them, but with
+    parameters and moments in bfloat16. The parameters are gone afterwards."""
+    model, mesh = model_of(options, folder, remat=kept), mesh_of(options)
+    optimizer = make_optimizer(CALLS, 1e-5, 0.1)
+    state, step = first_state(model, shared.pop("params"), optimizer, mesh)
+    shape = 1, min(TRAINED, options.prompt) + 1
+    batch = jax.random.randint(jax.random.key(2), shape, 0, model.config.vocabulary)
+    batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    began = time.perf_counter()
+    run = step.lower(state, batch).compile()
+    first_call_s = time.perf_counter() - began
+    plan = run.memory_analysis()
+    ms = []
+    for _ in range(CALLS):
+        began = time.perf_counter()
+        state, loss, _ = jax.block_until_ready(run(state, batch))
+        ms.append(1e3 * (time.perf_counter() - began))
+    check(loss)
+    yield dict(
+        implementation=model.implementation,
+        trained=shape[1] - 1,
+        loss=float(loss),
+        train_ms=statistics.median(ms[1:]),
+        first_call_s=first_call_s,
+        state_gib=plan.argument_size_in_bytes / 2**30,
+        temporary_gib=plan.temp_size_in_bytes / 2**30,
+    )
+
+
 def check(logits):
     if not jnp.isfinite(logits).all():
-        raise RuntimeError("the logits are not finite")
+        raise RuntimeError("the logits, or the loss, are not finite")
 
 
 RUN = dict(
@@ -304,6 +385,7 @@ RUN = dict(
     load_again=load,
     decode=decode,
     prefill=prefill,
+    tune=tune,
     decode_xla=functools.partial(decode, implementation="xla"),
 )
 
