@@ -1,13 +1,14 @@
 """Trains the example's language model with every mixer side by side: speed, memory, loss, profile.
 
-The step, the optimizer and the batches are those of examples/train_lm.py. Several GPUs share the
-batch through a mesh and shardings alone; each has --batch windows, so the step's tokens grow.
+The step, the optimizer and the batches are those of examples/train_lm.py. With --gpus, several
+share the batch through a mesh and shardings alone; each has --batch windows, so the step's tokens
+grow. With --mesh the step is that of the example on a mesh, and each of data's devices, with those
+that share its windows, has --batch of them.
 """
 
-import collections
+import functools
 import math
 import pathlib
-import re
 import statistics
 import sys
 import sysconfig
@@ -20,14 +21,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import side_by_side
 from benchmarks.device_profile import profile
+from benchmarks.measure import collectives
 
 # Of the examples, whose folder side_by_side has added to the path.
+import devices  # isort: skip
 from text import batch_at, load_text, split_text  # isort: skip
-from train_lm import make_optimizer, train_step  # isort: skip
+from train_lm import advance, make_optimizer, nats, train_step  # isort: skip
 
 PEAK = 989e12  # an H200's dense bfloat16 operations a second, by its data sheet
 GROUP = 5  # steps enqueued together and awaited once
-KEYS = ("mixer", "gpus")
+KEYS = ("mixer", "gpus", "mesh", "replicated", "length")
 
 
 def main(argv=None):
@@ -42,7 +45,9 @@ def main(argv=None):
         if options.limit is not None and time.monotonic() - start > options.limit:
             print(f"not started, past --limit: {mixer}", flush=True)
             continue
-        row = dict(mixer=mixer, gpus=options.gpus) | of_text
+        row = dict(mixer=mixer, gpus=options.gpus, length=options.length) | of_text
+        if options.mesh:
+            row |= dict(mesh=options.mesh, replicated=options.replicated)
         report.measure(row, train(mixer, data, options))
         show(row, time.monotonic() - start)
     return 1 if report.failed else 0
@@ -56,8 +61,19 @@ def parse(argv):
     add("--batch", type=int, default=16, help="windows in a step, for each GPU")
     add("--steps", type=int, default=60)
     add("--lr", type=float, default=1e-3, help="peak learning rate")
-    add("--gpus", type=int, default=1, help="data parallelism over so many (default: 1)")
+    several = made.add_mutually_exclusive_group()
+    help = "data parallelism over so many (default: 1)"
+    several.add_argument("--gpus", type=int, default=1, help=help)
+    help = "the example on a mesh, as data=2,seq=2,model=1"
+    several.add_argument("--mesh", type=devices.mesh_sizes(), help=help)
+    add("--replicated", action="store_true", help="with --mesh: parameters whole on all devices")
     options = side_by_side.parse(made, argv)
+    if options.replicated and not options.mesh:
+        made.error("--replicated goes with --mesh")
+    if options.mesh:
+        options.gpus = math.prod(options.mesh.values())
+        if options.length % options.mesh.get("seq", 1):
+            made.error(f"--length {options.length} must be a multiple of seq in --mesh")
     if not 1 <= options.gpus <= jax.device_count():
         made.error(f"--gpus {options.gpus}: there are {jax.device_count()} devices")
     if options.steps < 2 * GROUP or options.steps % GROUP:
@@ -80,15 +96,19 @@ def corpus(paths):
 
 def train(mixer, data, options):
     """Yields the row's numbers: of the model, of compiling, of `options.steps` steps, a profile."""
-    B, T = options.batch * options.gpus, options.length
-    mesh = Mesh(np.array(jax.devices()[: options.gpus]), ("data",))
-    replicated, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
-
-    model = side_by_side.make_model(mixer, options, unroll=True)
+    sizes = options.mesh or dict(data=options.gpus)
+    B, T = options.batch * sizes.get("data", 1), options.length
+    axis = "seq" if sizes.get("seq", 1) > 1 else None
+    # log_linear has parameters for the levels of so many tokens.
+    model = side_by_side.make_model(
+        mixer, options, unroll=True, axis_name=axis, longest=max(2**14, T)
+    )
     params = side_by_side.make_params(model)
     optimizer, _ = make_optimizer(options.steps, options.lr, weight_decay=0.1)
     state = dict(params=params, moments=optimizer.init(params))
-    state = jax.device_put(state, replicated)
+    arrange = over_mesh if options.mesh else by_shardings
+    places, arrays, lower = arrange(model, optimizer, state, options)
+    state = jax.device_put(state, places)
     operations, parameters = model_operations(mixer, model, params, T), side_by_side.size(params)
     del params
     yield dict(
@@ -98,11 +118,11 @@ def train(mixer, data, options):
         **dict(peak_rate=options.lr, operations_per_token=operations),
     )
 
-    def batch(step):
-        return jax.device_put(batch_at(data, step, seed=0, batch=B, length=T), split)
+    def batch(number):
+        return arrays(batch_at(data, number, seed=0, batch=B, length=T))
 
     began = time.perf_counter()
-    lowered = train_step.lower(state, batch(1), model=model, optimizer=optimizer)
+    lowered = lower(state, *batch(1))
     traced = time.perf_counter()
     run = lowered.compile()
     compiled = time.perf_counter()
@@ -119,11 +139,11 @@ def train(mixer, data, options):
     before = jax.devices()[0].memory_stats() or {}
     losses, ms = [], []
     for first in range(1, options.steps + 1, GROUP):
-        tokens = [batch(step) for step in range(first, first + GROUP)]
+        tokens = [batch(number) for number in range(first, first + GROUP)]
         began = time.perf_counter()
         group = []
         for x in jax.block_until_ready(tokens):
-            state, loss, _ = run(state, x)
+            state, loss, _ = run(state, *x)
             group.append(loss)
         losses += map(float, jax.block_until_ready(group))
         ms.append(1e3 * (time.perf_counter() - began) / GROUP)
@@ -145,7 +165,23 @@ def train(mixer, data, options):
         losses=losses,
     )
     last = batch(options.steps + 1)
-    yield dict(profile=profile(lambda: run(state, last)))
+    yield dict(profile=profile(lambda: run(state, *last)))
+
+
+def by_shardings(model, optimizer, state, options):
+    """Data parallelism by shardings alone. Returns where the state lies, a function of windows that
+    makes a step's arrays, and one of state and arrays that lowers the step."""
+    mesh = Mesh(np.array(jax.devices()[: options.gpus]), ("data",))
+    everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    lower = functools.partial(train_step.lower, model=model, optimizer=optimizer)
+    return everywhere, lambda windows: (jax.device_put(windows, split),), lower
+
+
+def over_mesh(model, optimizer, state, options):
+    """As `by_shardings`, of the example on a mesh."""
+    mesh = devices.make_mesh(options.mesh, jax.devices())
+    spread = devices.Spread(mesh, model, optimizer, state, nats, advance, whole=options.replicated)
+    return spread.shardings, spread.inputs_and_targets, spread.step.lower
 
 
 def model_operations(mixer, model, params, length):
@@ -185,14 +221,11 @@ def mixer_operations(mixer, key_dim, length):
     }[mixer]
 
 
-def collectives(hlo):
-    """How often each collective operation is in a compiled program's text."""
-    words = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
-    return dict(collections.Counter(re.findall(rf" ({words})(?:-start)?\(", hlo)))
-
-
 def show(row, seconds):
     print(f"[{seconds:6.1f} s] {row['mixer']}, {row['gpus']} GPUs", end="")
+    if "mesh" in row:
+        kept = "replicated" if row["replicated"] else "split"
+        print(f", mesh {devices.shown(row['mesh'])}, parameters {kept}", end="")
     if "trace_s" in row:
         print(f", {row['parameters'] / 1e6:.1f} M parameters", end="")
         print(f", trace {row['trace_s']:.1f} s, compile {row['compile_s']:.1f} s", end="")

@@ -1,7 +1,9 @@
 """How a case is measured: device time, first call, memory, errors. A case returns a dict."""
 
+import collections
 import functools
 import math
+import re
 import statistics
 import time
 
@@ -98,7 +100,8 @@ def first_call(function, arguments):
 
     `memory_gib` is what the compiler plans beyond the arguments: temporaries and outputs, less what
     is written over donated arguments. `memory_peak_gib` is what the allocator saw, where it tells,
-    and None if an earlier case of this process had a higher peak.
+    and None if an earlier case of this process had a higher peak. Both are one device's. Programs
+    for several devices also have `collectives`.
     """
     jax.block_until_ready(arguments)
     before = jax.devices()[0].memory_stats() or {}
@@ -114,7 +117,16 @@ def first_call(function, arguments):
         peak = (after["peak_bytes_in_use"] - before["bytes_in_use"]) / 2**30
     memory = planned.temp_size_in_bytes + planned.output_size_in_bytes
     memory -= planned.alias_size_in_bytes
-    return run, dict(first_call_s=seconds, memory_gib=memory / 2**30, memory_peak_gib=peak)
+    numbers = dict(first_call_s=seconds, memory_gib=memory / 2**30, memory_peak_gib=peak)
+    if found := collectives(run.as_text()):
+        numbers["collectives"] = found
+    return run, numbers
+
+
+def collectives(hlo):
+    """How often each collective operation is in a compiled program's text."""
+    words = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+    return dict(collections.Counter(re.findall(rf" ({words})(?:-start)?\(", hlo)))
 
 
 def device_time(call, seconds, steps=1, rounds=2, repeats=5):

@@ -25,7 +25,8 @@ class Shape:
     """One case: its group (a word of --what), its sizes, and what is measured at it.
 
     D is the dimension of keys and values, M the number of slots, HQ that of query heads (H if
-    None), HK that of key heads and S that of cached tokens, of a mechanism that has them.
+    None), HK that of key heads and S that of cached tokens, of a mechanism that has them. In the
+    group "context" T are the tokens of each device; for the measure "layer", those of all.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Mechanism:
       step, state: `step(arguments, state, implementation) -> (o, state)` and `state(key, sizes)`.
       fla, fla_step: make fla's `(forward, inputs)` for a shape; None if it has no such function.
       unbatched: the arguments of the public function that have no batch axis.
+      quadratic: whether the work of a sequence grows with the square of its tokens.
       forced: the function with nothing stopping early, for the measures whose names start with it;
         None if nothing does.
     """
@@ -76,6 +78,7 @@ class Mechanism:
     fla: Callable | None = None
     fla_step: Callable | None = None
     unbatched: tuple = ()
+    quadratic: bool = False
     forced: Callable | None = None
 
 
@@ -266,6 +269,7 @@ _FULL = (
     Shape("step", "step", 128, 1, measures=_STEPS),
     Shape("long 32768", "long", 1, 32768),
     Shape("long 131072", "long", 1, 131072),
+    Shape("context", "context", 1, 131072),
     Shape("ragged", "ragged", 32, 1000, measures=(*_TIMES, "errors")),
     Shape("packed", "packed", 8, 4096, packed=True, measures=(*_TIMES, "errors")),
     *(Shape(f"sweep {T}", "sweep", 32768 // T, T) for T in (512, 1024, 2048, 8192, 16384)),
@@ -274,10 +278,13 @@ _SMALL = (
     Shape("main", "main", 2, 64, 2, 16, measures=_ALL),
     Shape("step", "step", 2, 1, 2, 16, measures=_STEPS),
     Shape("long", "long", 1, 256, 2, 16),
+    Shape("context", "context", 1, 32, 2, 16),
     Shape("ragged", "ragged", 2, 50, 2, 16, measures=(*_TIMES, "errors")),
     Shape("packed", "packed", 2, 64, 2, 16, packed=True, measures=(*_TIMES, "errors")),
     Shape("sweep", "sweep", 1, 128, 2, 16),
 )
+# One sequence over all devices, through a layer.
+_MILLION = Shape("one sequence", "context", 1, 2**20, measures=("layer",))
 
 
 def _with_forced(shapes):
@@ -317,7 +324,7 @@ MECHANISMS = {
         function=jla.kda,
         raw=_kda_raw,
         prepare=_kda_prepare,
-        shapes=dict(full=_FULL, small=_SMALL),
+        shapes=dict(full=(*_FULL, _MILLION), small=(*_SMALL, replace(_MILLION, T=256, H=2, D=16))),
         targets={
             ("main", "forward", "ms"): 0.9,
             ("main", "backward", "ms"): 4.5,
@@ -401,6 +408,7 @@ MECHANISMS = {
         step=_path_step,
         state=_path_state,
         fla=fla.path,
+        quadratic=True,
     ),
     "path_fox": Mechanism(
         function=jla.path_attention,
@@ -417,5 +425,6 @@ MECHANISMS = {
         step=_path_step,
         state=functools.partial(_path_state, gates=True),
         fla=fla.path_fox,
+        quadratic=True,
     ),
 }

@@ -56,7 +56,8 @@ def picture(folder, name, alt):
 def language_models(folder):
     """What benchmarks.language_model has found; empty without its file in this folder."""
     rows, used = rows_of(folder / "language_model.json")
-    rows = [row | derived(row, rows) for row in rows if "tokens_per_s" in row]
+    rows = [row for row in rows if "tokens_per_s" in row and "mesh" not in row]
+    rows = [row | derived(row, rows) for row in rows]
     if not rows:
         return ""
     one = min(rows, key=lambda row: row["gpus"])

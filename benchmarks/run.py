@@ -17,15 +17,15 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import fla
+from benchmarks import context, fla
 from benchmarks.measure import attention, measure
 from benchmarks.mechanisms import MECHANISMS
 
-GROUPS = ("main", "step", "long", "ragged", "packed", "sweep", "slots", "grouped")
-MEASURES = ("forward", "backward", "bare", "forced", "errors")
+GROUPS = ("main", "step", "long", "ragged", "packed", "sweep", "slots", "grouped", "context")
+MEASURES = ("forward", "backward", "bare", "forced", "errors", "layer")
 IMPLEMENTATIONS = ("reference", "xla", "pallas", "triton")  # all of jla's
 FORCED = ("pallas", "triton")  # those that can be kept from stopping early
-COLUMNS = dict(ms="{:.4g}", spread="{:.1%}", per_token_of_main="{:.2f}")
+COLUMNS = dict(ms="{:.4g}", spread="{:.1%}", per_token_of_main="{:.2f}", efficiency="{:.1%}")
 COLUMNS |= dict(memory_gib="{:.3f}", memory_peak_gib="{:.3f}", first_call_s="{:.1f}")
 
 
@@ -77,7 +77,7 @@ def run(argv, options):
 def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     what = f"measures ({', '.join(MEASURES)}) and groups of shapes ({', '.join(GROUPS)}), by "
-    what += "commas; all where none of a kind is named"
+    what += "commas; all where none of a kind is named, but context"
     parser.add_argument("--mechanism", default=",".join(MECHANISMS), help="names, by commas")
     parser.add_argument("--what", default="", help=what)
     parser.add_argument("--shapes", choices=("small", "full"), default="full")
@@ -108,6 +108,8 @@ def cases(options):
         if shape.group == "step":
             return "step" in groups or not options.what
         named = not measures or what in measures or what.split("_")[0] in measures
+        if shape.group == "context":
+            return named and "context" in groups
         return named and (not groups or shape.group in groups)
 
     table = [
@@ -123,7 +125,8 @@ def cases(options):
                 yield *case, implementation
     if not options.peer:
         return
-    timed = [c for c in table if c[2] in ("forward", "backward") and not c[1].packed]
+    others = [c for c in table if not c[1].packed and c[1].group != "context"]
+    timed = [c for c in others if c[2] in ("forward", "backward")]
     if jax.default_backend() == "gpu":
         yield from ((*case, "cudnn attention") for case in timed)
     else:
@@ -144,6 +147,8 @@ def run_case(name, shape, what, implementation, options):
     try:
         if implementation == "fla":
             return fla.measure(fla_maker(name, what), shape, what == "backward")
+        if shape.group == "context":
+            return context.measure(name, shape, what, implementation, options.seconds)
         if implementation == "cudnn attention":
             return attention(name, shape, what, options.seconds)
         return measure(name, shape, what, implementation, options.seconds)
@@ -168,6 +173,8 @@ def cells(row):
     """A row's texts: what was measured, the columns, notes."""
     sizes = " ".join(f"{k}={row[k]}" for k in "BTHDM" if row[k] is not None)
     notes = [f"{name} {error:.1e}" for name, error in row.get("errors", {}).items()]
+    notes += [f"{name} {count}" for name, count in row.get("collectives", {}).items()]
+    notes += [f"{row['devices']} devices"] if "devices" in row else []
     if "error" in row:
         notes.append(f"FAILED {' '.join(row['error'].split())[:300]}")
     for column, goal in row.get("targets", {}).items():

@@ -28,6 +28,7 @@ def parser(program, description):
     add("--width", type=int, default=1024)
     add("--depth", type=int, default=9)
     add("--heads", type=int, default=8)
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
     add("--limit", type=float, help="start no case after so many seconds")
     add("--out", help="write JSON to this file, after every case; its other rows stay")
     return made
@@ -44,12 +45,12 @@ def parse(made, argv):
 
 
 def make_model(mixer, options, **more):
-    """The example's model in bfloat16; on a GPU the kernels are asked for by name."""
+    """The example's model; on a GPU the kernels are asked for by name."""
     implementation = options.implementation
     if implementation is None:
         implementation = "pallas" if jax.default_backend() == "gpu" else "xla"
     sizes = options.width, options.depth, options.heads
-    more |= dict(dtype="bfloat16", implementation=implementation)
+    more |= dict(dtype=options.dtype, implementation=implementation)
     return example.make_model(mixer, *sizes, **more)
 
 
@@ -88,9 +89,9 @@ class Report:
         except Exception as error:  # reported, and the exit code is 1
             message = f"{type(error).__name__}: {error}"
             row |= dict(error=message, traceback=traceback.format_exc())
-            print(*(row[key] for key in self.keys), "FAILED", message[:2000], flush=True)
+            print(*(row.get(key, "") for key in self.keys), "FAILED", message[:2000], flush=True)
             self.failed = True
-        same = [all(old[k] == row[k] for k in self.keys) for old in self.rows]
+        same = [all(old.get(k) == row.get(k) for k in self.keys) for old in self.rows]
         self.rows = [old for old, again in zip(self.rows, same, strict=True) if not again]
         self.rows.append(row | dict(meta=self.meta))
         if self.path:

@@ -12,11 +12,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from command_line import InputError
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from processes import is_first
+
+import jla.linen
 
 AXES = ("data", "seq", "model")
 
@@ -77,62 +78,33 @@ def shown(sizes):
     return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
-# Where heads, or what is inside of an MLP, are not the second axis of a kernel.
-FIRST = ("o_proj", "out", "down")
-OF_EXPERTS = {"gate": 2, "up": 2, "down": 1}
+# What lies where, by the names of `jla.linen.logical_axes`: FSDP, then tensor parallelism. An axis
+# whose name is not here is whole on all devices.
+RULES = {"embed": "data", "heads": "model", "key_heads": "model", "mlp": "model", "vocab": "model"}
 
 
-def placed(mesh, path, shape):
-    """The sharding of a parameter, for `jla.hub.load` too.
+def shardings_of(tree, mesh):
+    """The shardings of parameters, or of their moments, which lie as they do.
 
-    Heads, the inside of MLPs and the vocabulary are split over "model", another axis over "data",
-    where their sizes allow it; vectors and the router are on all devices.
+    One key head for all heads is on all devices.
+
+    Raises:
+      InputError: an axis is no multiple of the devices that split it.
     """
-    parts = path.split("/")
-    behind = int(parts[0] == "blocks")  # of the axis of blocks
-    spec = [None] * len(shape)
-    if len(shape) < 2 + behind or "router" in parts:
-        return NamedSharding(mesh, PartitionSpec())
-    if parts[-1] in OF_EXPERTS:
-        axis = OF_EXPERTS[parts[-1]]
-    else:
-        axis = 0 if parts[-1] == "embedding" or parts[-2] in FIRST else 1
-    axis += behind
-    if shape[axis] % mesh.shape["model"] == 0:
-        spec[axis] = "model"
-    others = [i for i in range(behind, len(shape)) if i != axis]
-    largest = max(others, key=lambda i: shape[i])
-    if shape[largest] % mesh.shape["data"] == 0:
-        spec[largest] = "data"
-    return NamedSharding(mesh, PartitionSpec(*spec))
 
+    def of(path, x, names):
+        spec = []
+        for size, name in zip(x.shape, names, strict=True):
+            axis = None if (name, size) == ("key_heads", 1) else RULES.get(name)
+            if axis and size % mesh.shape[axis]:
+                raise InputError(
+                    f"parameter {joined(path)} has {name} = {size}, which must be a multiple of "
+                    f"the {mesh.shape[axis]} devices of {axis} in --mesh"
+                )
+            spec.append(axis)
+        return NamedSharding(mesh, PartitionSpec(*spec))
 
-def param_shardings(params, mesh):
-    """The shardings of a tree of parameters."""
-
-    def of(path, x):
-        return placed(mesh, joined(path), x.shape)
-
-    return jax.tree_util.tree_map_with_path(of, params)
-
-
-def state_shardings(state, optimizer, mesh, *, whole=False):
-    """Where a state lies: moments as their parameters, a step's number on all devices.
-
-    `whole` has all of it on all devices.
-    """
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    params = param_shardings(state["params"], mesh)
-    if whole:
-        params = jax.tree.map(lambda _: everywhere, params)
-    moments = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        state["moments"],
-        params,
-        transform_non_params=lambda _: everywhere,
-    )
-    return {"params": params, "moments": moments}
+    return jax.tree_util.tree_map_with_path(of, tree, jla.linen.logical_axes(tree))
 
 
 def joined(path):
@@ -184,7 +156,12 @@ class Spread:
 
     def __init__(self, mesh, model, optimizer, state, nats, advance, *, whole=False):
         self.mesh = mesh
-        self.shardings = state_shardings(state, optimizer, mesh, whole=whole)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        if whole:
+            self.shardings = jax.tree.map(lambda _: everywhere, state)
+        else:
+            # Parameters first: these are named, not their moments, if they do not fit.
+            self.shardings = {x: shardings_of(state[x], mesh) for x in ("params", "moments")}
         manual = ("data", "seq")
         specs = jax.tree.map(
             lambda x: PartitionSpec(*(name if name in manual else None for name in x.spec)),
@@ -210,7 +187,6 @@ class Spread:
             return advance(state, lambda p: self.nats(p, inputs, targets).mean(), optimizer)
 
         # The new state lies as the old one: else XLA chooses, and the second step is compiled anew.
-        everywhere = NamedSharding(mesh, PartitionSpec())
         out = (self.shardings, everywhere, everywhere)
         self.step = jax.jit(step, donate_argnums=0, out_shardings=out)
         self.score = jax.jit(self.nats, out_shardings=everywhere)

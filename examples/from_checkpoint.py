@@ -34,7 +34,7 @@ from command_line import (
     stop_requests,
     writing,
 )
-from devices import mesh_sizes, placed
+from devices import mesh_sizes, shardings_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 from text import batch_at, load_text
@@ -154,6 +154,11 @@ def files_dtype(config):
     return config.get("dtype") or config.get("torch_dtype") or "float32"
 
 
+def shapes_of(model):
+    """The shapes of a model's parameters."""
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+
+
 def described(model, shapes):
     """What the model is, in lines."""
     layers = collections.Counter(
@@ -259,17 +264,18 @@ def train_and_save(config, model, coding, options, console):
             f"{options.length + 1}"
         )
     mesh = make_mesh(options.mesh, options.batch)
+    # Equal layers are compiled once; a GPU is faster without the copies of a loop's stacks.
+    layers = model.config.layers
+    equal = all(layer == layers[0] for layer in layers)
+    unroll = jax.default_backend() == "gpu"
+    model = model.clone(stacked=equal, unroll=equal and unroll, remat=kept)
+    shardings = shardings_of(shapes_of(model), mesh)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise InputError(f"--out {out} must be a new or an empty folder")
     with locked(out):
-        # Equal layers are compiled once; a GPU is faster without the copies of a loop's stacks.
-        layers = model.config.layers
-        equal = all(layer == layers[0] for layer in layers)
-        unroll = jax.default_backend() == "gpu"
-        model = model.clone(stacked=equal, unroll=equal and unroll, remat=kept)
-        params = jla.hub.load(options.checkpoint, model, sharding=functools.partial(placed, mesh))
+        params = jla.hub.load(options.checkpoint, model, sharding=shardings)
         console.print(f"{len(tokens):,} tokens to train on; mesh {dict(mesh.shape)}")
         params, stopped = fine_tune(model, params, tokens, mesh, options, console)
         dtype = files_dtype(config)
@@ -311,9 +317,8 @@ def run(options):
         param_dtype="float32" if options.text else dtype,
         implementation=options.implementation,
     )
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     console.print(f"{config['model_type']} model on {jax.devices()[0].device_kind}")
-    for line in described(model, shapes):
+    for line in described(model, shapes_of(model)):
         console.print(f"  {line}")
     coding, stopped = Coding(options, model.config.vocabulary, console), None
     generating = options.tokens is not None or options.prompt is not None

@@ -394,12 +394,12 @@ def spread_over(mesh, model, optimizer, options, settings):
     time = "seq" if mesh.shape["seq"] > 1 else None
     implementation, unroll = model.implementation, model.unroll
     local = make_model(**settings, implementation=implementation, unroll=unroll, axis_name=time)
-    spread = devices.Spread(mesh, local, optimizer, shapes, nats, advance)
-    # Before anything is deleted: what the mechanism cannot do on such a mesh.
+    # Before anything is deleted: what parameters and the mechanism do not allow on such a mesh.
     windows = np.zeros((options.batch, options.length + 1), np.int32)
     try:
+        spread = devices.Spread(mesh, local, optimizer, shapes, nats, advance)
         jax.eval_shape(spread.step, shapes, *spread.inputs_and_targets(windows))
-    except (ValueError, NotImplementedError) as error:
+    except (InputError, ValueError, NotImplementedError) as error:
         processes.fail(f"cannot train this model on the mesh: {error}", error)
     start = jax.jit(lambda: initialise(model, optimizer, options.seed))
     return spread, devices.place(start(), spread.shardings)

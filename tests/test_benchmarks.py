@@ -10,7 +10,7 @@ import sys
 import jax
 import pytest
 
-from benchmarks import layer_kernels, measure, mechanisms, tables
+from benchmarks import context, layer_kernels, measure, mechanisms, tables
 from jla.pallas.mesa_net import solve
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -52,6 +52,43 @@ def test_a_run_measures_and_reports(tmp_path, mechanism):
     assert not rows
     assert "FAILED" in process.stdout
     assert {"card", "compute_capability", "driver", "jax", "date", "command"} <= set(report["meta"])
+
+
+def test_time_is_split_over_devices(monkeypatch):
+    """Each device has as many tokens as one had alone. Traced; the next test runs all."""
+    (shape,) = (s for s in mechanisms.MECHANISMS["gsa"].shapes["small"] if s.group == "context")
+    outputs = []
+
+    def timed(forward, sets, backward, seconds):
+        outputs.append(jax.eval_shape(forward, *sets[0]).shape)
+        return dict(ms=float(len(outputs)), memory_gib=0.0)
+
+    monkeypatch.setattr(context, "timed", timed)
+    with jax.numpy_rank_promotion("allow"):
+        row = context.measure("gsa", shape, "forward", "reference", 0.0)
+    devices = jax.device_count()
+    assert outputs == [(1, 32, 2, 16), (1, 32 * devices, 2, 16)]
+    assert row["mesh"] == {"seq": devices} and row["efficiency"] == 0.5
+
+
+@pytest.mark.slow  # three programs, on four devices
+def test_a_run_over_devices_measures_and_reports(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "4")
+    options = "--mechanism kda --implementations xla --what context".split()
+    process, report = run_harness(tmp_path, *options)
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = {row["measure"]: row for row in report["results"]}
+    assert list(rows) == ["forward", "backward", "layer"]
+    exchanged = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 1}
+    assert rows["forward"]["collectives"] == {"all-gather": 1}
+    assert rows["backward"]["collectives"] == exchanged
+    # The layer's three convolutions read their left neighbours' tokens.
+    assert rows["layer"]["collectives"]["collective-permute"] >= 3
+    for row in rows.values():
+        assert row["devices"] == 4 and row["ms"] > 0
+        assert row["tokens_per_device"] == (64 if row["measure"] == "layer" else 32)
+    for what in ("forward", "backward"):
+        assert rows[what]["efficiency"] == rows[what]["alone_ms"] / rows[what]["ms"]
 
 
 def test_no_case_starts_past_the_limit(tmp_path):

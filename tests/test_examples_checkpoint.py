@@ -1,5 +1,6 @@
 """from_checkpoint.py: what it says of a checkpoint, a short fine-tuning on a mesh, mistakes."""
 
+import functools
 import pathlib
 import sys
 import types
@@ -11,10 +12,13 @@ import pytest
 from programs import assert_fails
 
 import jla.hub
+from jla.linen import PaTHAttention
+from jla.models import Config, Experts, LanguageModel, Layer, SwiGLU
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 import from_checkpoint
+from command_line import InputError
 
 pytestmark = pytest.mark.optax
 
@@ -89,22 +93,34 @@ def test_fine_tuning_on_a_mesh_and_generating_from_the_result(
     assert printed.endswith("\n7,1\n")
 
 
+def shardings_of(mesh, key_heads):
+    mixer = PaTHAttention(num_heads=4, num_key_heads=key_heads, key_dim=16)
+    experts = Experts(num_experts=7, experts_per_token=2, hidden=48)
+    layers = Layer(mixer, SwiGLU(48)), Layer(mixer, experts)
+    shapes = from_checkpoint.shapes_of(LanguageModel(Config(300, 32, layers, tied=False)))
+    return from_checkpoint.shardings_of(shapes, mesh)
+
+
 def test_the_mesh_splits_heads_and_the_inside_of_mlps():
     mesh = from_checkpoint.make_mesh(dict(data=2, model=4), 8)
+    found = shardings_of(mesh, key_heads=1)  # which all heads share
     split = {
-        "embed/embedding": ((300, 32), ("model", "data")),
-        "head/kernel": ((32, 300), ("data", "model")),
-        "blocks/mixer/q_proj/kernel": ((3, 32, 4, 16), (None, "data", "model", None)),
-        "block_0/mixer/o_proj/kernel": ((4, 16, 32), ("model", None, "data")),
-        "block_0/mixer/k_proj/kernel": ((32, 2, 16), ("data", None, None)),
-        "blocks/mlp/down/kernel": ((3, 48, 32), (None, "model", "data")),
-        "block_0/mlp/gate": ((7, 32, 48), (None, "data", "model")),
-        "block_0/mlp/down": ((7, 48, 32), (None, "model", "data")),
-        "block_0/mlp/router/kernel": ((32, 8), ()),
-        "blocks/mixer_norm/scale": ((3, 32), ()),
+        "embed/embedding": ("model", "data"),
+        "head/kernel": ("data", "model"),
+        "block_0/mixer/q_proj/kernel": ("data", "model", None),
+        "block_0/mixer/k_proj/kernel": ("data", None, None),
+        "block_0/mixer/o_proj/kernel": ("model", None, "data"),
+        "block_0/mlp/down/kernel": ("model", "data"),
+        "block_1/mlp/gate": (None, "data", "model"),
+        "block_1/mlp/down": (None, "model", "data"),
+        "block_1/mixer_norm/scale": (None,),
     }
-    for path, (shape, spec) in split.items():
-        assert from_checkpoint.placed(mesh, path, shape).spec == jax.P(*spec), path
+    for path, spec in split.items():
+        at = functools.reduce(lambda tree, name: tree[name], path.split("/"), found)
+        assert at.spec == jax.P(*spec), path
+    words = "parameter block_0/mixer/.* has key_heads = 2, .* of the 4 devices of model in --mesh"
+    with pytest.raises(InputError, match=words):
+        shardings_of(mesh, key_heads=2)
 
 
 def test_correction_biases_are_kept_out_of_the_optimizer():
