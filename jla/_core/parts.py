@@ -267,7 +267,7 @@ def _at_the_end(moved, w, writes, g):
 def _from_the_right(step, carry, inputs):
     """`lax.scan` from the last to the first, a long one by four steps at a time: a GPU takes some
     microseconds to start each operation of a loop, and copies what is carried."""
-    length = len(jax.tree.leaves(inputs)[0])
+    length = jax.tree.leaves(inputs)[0].shape[0]
     unroll = 4 if not is_symbolic_dim(length) and length >= 8 else 1
     return lax.scan(step, carry, inputs, reverse=True, unroll=unroll)
 
