@@ -17,6 +17,9 @@ from jla._core.types import GateBiases, GateRates, RawGates
 f32, i32 = jnp.float32, jnp.int32
 # For what moves queries and keys: a product of hundreds of maps keeps every rounding.
 exactly = functools.partial(jax.default_matmul_precision, "highest")
+# The same for large products: on a GPU, six products of float32's three bfloat16 parts, which its
+# tensor cores do; they lose no more than float32. The CPU multiplies in float32.
+in_parts = functools.partial(jax.default_matmul_precision, "BF16_BF16_F32_X6")
 # The log decay of a segment's first token. Its exponential is 0, as is that of every sum that
 # contains it. It is finite, so 0 times it is 0, and sums can be products with a matrix of 0 and 1.
 NEVER = -1e30
@@ -129,7 +132,7 @@ def prepare(size, k, w, beta):
     length = size * -(-k.shape[1] // size)
     k, w, beta = (blockwise.split(x.astype(f32), length)[0] for x in (k, w, beta[..., None]))
     k, w, beta = (blockwise.blocks(x, size) for x in (k, w, beta))
-    with exactly():
+    with in_parts():
         system = jnp.tril(beta * blockwise.pair_products(w, w), -1)
         triangle = _unit_lower_inverse(system) * blockwise.transposed(beta)
         writes = triangle @ w
@@ -140,25 +143,33 @@ def prepare(size, k, w, beta):
 
 @jax.custom_jvp
 def _unit_lower_inverse(matrix):
-    """Inverts I + `matrix`, strictly lower triangular, by blocks that double from level to level.
+    """Inverts I + `matrix`, strictly lower triangular, [..., C, C], C a power of two, by halves.
 
-    With X the inverse of the diagonal blocks and L the part of `matrix` that joins two of them, the
-    inverse of their union is X - X L X. Six steps for 64 rows; row by row there would be 64.
+    With X and Y the inverses of the two diagonal blocks and L the block below, the whole inverse
+    has -Y L X below. The blocks of one size are inverted together: five steps for 64 rows; row by
+    row there would be 64.
     """
-    C = matrix.shape[-1]
-    place = jnp.arange(C, dtype=i32)
-    identity = jnp.expand_dims(jnp.eye(C, dtype=f32), range(matrix.ndim - 2))
+    half = matrix.shape[-1] // 2
+    if half == 1:
+        diagonal = jnp.expand_dims(jnp.eye(2, dtype=bool), range(matrix.ndim - 2))
+        return jnp.where(diagonal, 1.0, -matrix)
+    left, right = (lax.slice_in_dim(matrix, i, i + half, axis=-1) for i in (0, half))
+    first = lax.slice_in_dim(left, 0, half, axis=-2)
+    below, last = (lax.slice_in_dim(x, half, 2 * half, axis=-2) for x in (left, right))
+    pair = _unit_lower_inverse(jnp.stack([first, last], axis=-3))
+    first, last = (lax.index_in_dim(pair, i, axis=-3, keepdims=False) for i in (0, 1))
+    below = -_small_product(last, _small_product(below, first))
+    above = jnp.where(False, first, 0.0)  # which has its sharding; see jla/_core/states.py
+    rows = [jnp.concatenate(row, axis=-1) for row in ((first, above), (below, last))]
+    return jnp.concatenate(rows, axis=-2)
 
-    def level(n, inverse):
-        block = lax.shift_right_logical(place, jnp.int32(n))
-        joins = (block[:, None] == block[None] + 1) & (block[:, None] % 2 == 1)
-        joined = jnp.where(joins.reshape(identity.shape), matrix, 0.0)
-        with exactly():
-            return inverse - inverse @ (joined @ inverse)
 
-    # A select gives the identity the matrix's sharding; see jla/_core/states.py.
-    start = jnp.where(False, matrix, 0.0) + identity
-    return lax.fori_loop(0, (C - 1).bit_length(), level, start)
+def _small_product(x, y):
+    """x @ y; where they are tiny as sums, into which a GPU's compiler fuses what is around."""
+    if x.shape[-1] <= 8:
+        return jnp.sum(x[..., None] * y[..., None, :, :], axis=-2)
+    with exactly():
+        return x @ y
 
 
 @_unit_lower_inverse.defjvp
@@ -195,8 +206,9 @@ def fits(cache, starts, T):
 def at_the_end(moved, w, writes, g):
     """What the row's last token sees, from the chunks [N, B, H, C, ...].
 
-    About sqrt(N) chunks make a group. All groups' chunks move to their group's end together, then
-    one group after another to the row's: 2 sqrt(N) products follow one another, and not N.
+    About sqrt(N) chunks make a group. All groups' chunks move to their group's end together. The
+    groups' maps are multiplied one after another, and all keys then move to the row's end at once:
+    2 sqrt(N) products follow one another, and not N.
 
     Returns:
       The keys and the sums of the gates after each, in spans of tokens as `blockwise.merge` takes
@@ -214,24 +226,23 @@ def at_the_end(moved, w, writes, g):
 
     keys, after, maps, total = _at_the_end(*jax.tree.map(groups, (moved, w, writes, g)))
 
+    def group(carry, inputs):
+        later, gates = carry
+        maps, total = inputs
+        with in_parts():
+            maps = later @ maps
+        return (maps, None if g is None else gates + total), carry
+
+    start = _nothing_later(w[0, :, :, 0], None if g is None else g[0, :, :, :1])
+    (maps_of_all, total_of_all), (maps, total) = _from_the_right(group, start, (maps, total))
+
     def spans(x):
         x = jnp.moveaxis(x, 0, 3)  # [size, groups, B, H, C, D]
         return x.reshape(*x.shape[:3], -1, x.shape[-1])
 
-    inputs = *jax.tree.map(spans, (keys, after)), maps, total
-
-    def group(carry, inputs):
-        later, gates = carry
-        keys, after, maps, total = inputs
-        with exactly():
-            keys, maps = blockwise.product(keys, later), later @ maps
-        if after is not None:
-            after, total = gates + after, gates + total
-        return (maps, total), (keys, after)
-
-    start = _nothing_later(w[0, :, :, 0], None if g is None else g[0, :, :, :1])
-    (maps, total), (keys, after) = lax.scan(group, start, inputs, reverse=True)
-    return keys, after, maps, total
+    with in_parts():
+        keys = blockwise.product(spans(keys), maps)
+    return keys, None if g is None else spans(after) + total, maps_of_all, total_of_all
 
 
 def _at_the_end(moved, w, writes, g):
@@ -240,7 +251,7 @@ def _at_the_end(moved, w, writes, g):
     def chunk(carry, inputs):
         maps, later = carry
         moved, w, writes, g = inputs
-        with exactly():
+        with in_parts():
             keys = blockwise.product(moved, maps)
             maps = maps - blockwise.product(maps, w) @ writes
         if g is None:
@@ -249,8 +260,16 @@ def _at_the_end(moved, w, writes, g):
         return (maps, later + total), (keys, later + after)
 
     start = _nothing_later(w[0, ..., 0, :], None if g is None else g[0, ..., :1, :])
-    (maps, total), ends = lax.scan(chunk, start, (moved, w, writes, g), reverse=True)
+    (maps, total), ends = _from_the_right(chunk, start, (moved, w, writes, g))
     return *ends, maps, total
+
+
+def _from_the_right(step, carry, inputs):
+    """`lax.scan` from the last to the first, a long one by four steps at a time: a GPU takes some
+    microseconds to start each operation of a loop, and copies what is carried."""
+    length = jax.tree.leaves(inputs)[0].shape[0]
+    unroll = 4 if not is_symbolic_dim(length) and length >= 8 else 1
+    return lax.scan(step, carry, inputs, reverse=True, unroll=unroll)
 
 
 def _nothing_later(w, gates):
@@ -267,17 +286,22 @@ def appended(cache, v, starts, keys, after, maps, total):
         kept = jnp.where(jnp.any(starts, axis=1), 0, kept)
         border = jnp.max(jnp.where(starts, jnp.arange(T, dtype=i32)[None], 0), axis=1)
     length = counted(kept, T - border)
-    # Places in the old cache, followed by the new tokens.
     place = places(cache)
-    source = jnp.where(place < kept[:, None], place, S + place + (border - kept)[:, None])
-    source = jnp.where(place < length[:, None], source, S + T)
+    # Where the tokens padded with S places begin, so that each finds itself at its place.
+    begin = S + border - kept
+
+    @jax.vmap
+    def placed(x, begin):
+        x = jnp.pad(x, ((S, S), *[(0, 0)] * (x.ndim - 1)))
+        return lax.dynamic_slice_in_dim(x, begin, S)
 
     def place_tokens(old, new):
-        x = jnp.concatenate([old, new], axis=1)
-        index = source.reshape(B, S, *[1] * (x.ndim - 2))
-        return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
+        rank = [1] * (old.ndim - 2)
+        is_old, is_new = ((place < n[:, None]).reshape(B, S, *rank) for n in (kept, length))
+        new = jnp.where(is_new, placed(new, begin), 0)
+        return jnp.where(is_old, old, new)
 
-    with exactly():
+    with in_parts():
         old = jnp.einsum("bshk,bhlk->bshl", cache.key, maps)
     key, value = place_tokens(old, blockwise.merge(keys, T)), place_tokens(cache.value, v)
     decay = None
