@@ -11,7 +11,9 @@ def _log_linear():
         gradients="*x *x *x *x *fp32 *x *i32 i32 i32 i32 *x *fp32",
     )
     # Without wgmma: several blocks of K, and float32's operands, each as two.
-    spills = dict(gradients=300, sums_float32=32, outputs_float32=16, gradients_float32=600)
+    spills = dict(
+        gradients=300, outputs=8, sums_float32=32, outputs_float32=40, gradients_float32=600
+    )
     for name, types in parameters.items():
         for dtype, config in (("bf16", name), ("fp32", f"{name}_float32")):
             for reverse, sizes in ((False, dict(K=128, V=128)), (True, dict(K=256, V=200))):

@@ -79,11 +79,11 @@ def log_linear_sums(
         weights = w + ((head * N + from_chunk).to(tl.int64) * P + plane) * CHUNK
         acc = tl.zeros((BK, BV), tl.float32)
         for n in range(from_chunk, until):
-            left = _load(y, b, n, h // (HV // H), at_k, T, H, K, BK)
+            left = _load_columns(y, b, n, h // (HV // H), at_k, T, H, K, BK)
             right = _load(z, b, n, h, at_v, T, HV, V, BV)
             weight = tl.load(weights + tl.arange(0, CHUNK))
             right = (right * weight[:, None]).to(right.dtype)
-            acc = dot_add(tl.trans(left), right, acc)
+            acc = dot_add(left, right, acc)
             weights += P * CHUNK
         place, inside = _state_tile(states, head, last, N, at_k, at_v, K, V, BK, BV)
         tl.store(place, acc.to(states.dtype.element_ty), inside)
@@ -115,24 +115,23 @@ def log_linear_outputs(
     key_head, head = h // (HV // H), b * HV + h
     weights = w + (head * N + n).to(tl.int64) * (P * CHUNK)
     own = _load(x, b, n, key_head, 0, T, H, K, BK)
-    scores = dot(own, tl.trans(_load(y, b, n, key_head, 0, T, H, K, BK)))
+    scores = _apart(own, tl.trans(_load(y, b, n, key_head, 0, T, H, K, BK)), T)
     for i in range(1, blocks_k):
         partner = _load(y, b, n, key_head, i * BK, T, H, K, BK)
         scores = dot_add(_load(x, b, n, key_head, i * BK, T, H, K, BK), tl.trans(partner), scores)
     values = _load(z, b, n, h, at_v, T, HV, V, BV)
-    acc = dot((scores * _pair_weights(weights, REVERSE)).to(values.dtype), values)
+    acc = _apart((scores * _pair_weights(weights, REVERSE)).to(values.dtype), values, T)
     rest = _partners(n, N, REVERSE)
     for _ in range(_count(rest)):
         height = _lowest_bit(rest)
         rest &= rest - 1
         node = _node(n, height, REVERSE)
-        place, inside = _state_tile(states, head, node, N, 0, at_v, K, V, BK, BV)
-        read = dot(own, tl.load(place, inside, 0.0))
-        for i in range(1, blocks_k):
-            place, inside = _state_tile(states, head, node, N, i * BK, at_v, K, V, BK, BV)
-            other = _load(x, b, n, key_head, i * BK, T, H, K, BK)
-            read = dot_add(other, tl.load(place, inside, 0.0), read)
         weight = tl.load(weights + (LEVELS + 1 + height) * CHUNK + tl.arange(0, CHUNK))
+        read = dot(own, _load_state(states, head, node, N, 0, at_v, K, V, BK, BV))
+        for i in range(1, blocks_k):
+            other = _load(x, b, n, key_head, i * BK, T, H, K, BK)
+            state = _load_state(states, head, node, N, i * BK, at_v, K, V, BK, BV)
+            read = dot_add(other, state, read)
         acc += weight[:, None] * read
     _store(o, acc, b, n, h, at_v, T, HV, V, BV)
 
@@ -166,28 +165,41 @@ def log_linear_gradients(
     mine = _load(x, b, n, key_head, at_k, T, H, K, BK)
     partner = _load(y, b, n, key_head, at_k, T, H, K, BK)
     value = _load(own, b, n, h, 0, T, HV, V, BV)
-    u = dot(value, tl.trans(_load(other, b, n, h, 0, T, HV, V, BV)))
+    u = _apart(value, tl.trans(_load(other, b, n, h, 0, T, HV, V, BV)), T)
     for i in range(1, blocks_v):
         right = tl.trans(_load(other, b, n, h, i * BV, T, HV, V, BV))
         u = dot_add(_load(own, b, n, h, i * BV, T, HV, V, BV), right, u)
-    _pair_gradients(u * dot(mine, tl.trans(partner)), weights, share, REVERSE)
-    acc = dot((u * _pair_weights(weights, REVERSE)).to(partner.dtype), partner)
+    _pair_gradients(u * _apart(mine, tl.trans(partner), T), weights, share, REVERSE)
+    acc = _apart((u * _pair_weights(weights, REVERSE)).to(partner.dtype), partner, T)
     rest = _partners(n, N, REVERSE)
     for _ in range(_count(rest)):
         height = _lowest_bit(rest)
         rest &= rest - 1
         node = _node(n, height, REVERSE)
-        place, inside = _state_tile(states, head, node, N, at_k, 0, K, V, BK, BV)
-        through = dot(value, tl.trans(tl.load(place, inside, 0.0)))
-        for i in range(1, blocks_v):
-            place, inside = _state_tile(states, head, node, N, at_k, i * BV, K, V, BK, BV)
-            left = _load(own, b, n, h, i * BV, T, HV, V, BV)
-            through = dot_add(left, tl.trans(tl.load(place, inside, 0.0)), through)
         at_level = (LEVELS + 1 + height) * CHUNK + tl.arange(0, CHUNK)
         weight = tl.load(weights + at_level)
+        state = _load_state(states, head, node, N, at_k, 0, K, V, BK, BV)
+        through = dot(value, tl.trans(state))
+        for i in range(1, blocks_v):
+            left = _load(own, b, n, h, i * BV, T, HV, V, BV)
+            state = _load_state(states, head, node, N, at_k, i * BV, K, V, BK, BV)
+            through = dot_add(left, tl.trans(state), through)
         tl.store(share + at_level, tl.sum(mine * through, 1))
         acc += weight[:, None] * through
     _store(dx, acc, b, n, h, at_k, T, HV, K, BK)
+
+
+@triton.jit
+def _apart(a, b, T):
+    """a @ b, in a region of its own: T is at least 1.
+
+    Of products in one region, of which one uses another's result, Triton lays all warps along the
+    rows or all along the columns. On compute capability 8.x each warp then reads all of an operand.
+    """
+    product = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
+    if T > 0:
+        product = dot(a, b)
+    return product
 
 
 # ------------------------------------------------------------------------------ pairs of a chunk
@@ -307,6 +319,13 @@ def _load(array, b, n, head, column, T, H: tl.constexpr, D: tl.constexpr, BD: tl
 
 
 @triton.jit
+def _load_columns(array, b, n, head, column, T, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """As `_load`, [columns, tokens]: to be transposed, it would pass through registers."""
+    place, inside = _tile(array, b, n, head, column, T, H, D, BD)
+    return tl.load(tl.trans(place), tl.trans(inside), 0.0)
+
+
+@triton.jit
 def _store(array, x, b, n, head, column, T, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     place, inside = _tile(array, b, n, head, column, T, H, D, BD)
     tl.store(place, x.to(array.dtype.element_ty), inside)
@@ -323,3 +342,16 @@ def _state_tile(
     base = states + (head * (N - 1) + node).to(tl.int64) * (K * V)
     inside = (rows < K)[:, None] & (columns < V)[None, :]
     return base + (rows[:, None] * V + columns[None, :]), inside
+
+
+@triton.jit
+def _load_state(
+    states, head, node, N, at_k, at_v,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """What `_state_tile` points to; zeros where there is nothing."""
+    place, inside = _state_tile(states, head, node, N, at_k, at_v, K, V, BK, BV)
+    if K // BK * BK == K and V // BV * BV == V:
+        return tl.load(place)
+    else:
+        return tl.load(place, inside, 0.0)
