@@ -125,8 +125,8 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "mesa_gradients": _everywhere({"BC": 128, "BI": 32}, warps=8, stages=2),
     "mesa_gradients_float32": _everywhere({"BC": 32, "BI": 16}, warps=8, stages=1),
     "mesa_step": _everywhere({"BI": 32, "BV": 64}, warps=8, stages=1),
-    # One block at K = V = 128: scores and states are then read once. Each warp more of a program
-    # takes part in all its sums across warps, so several small programs are faster.
+    # Two or three programs of four warps on a multiprocessor are faster than one of eight. At
+    # K = V = 128 the gradients have one block: tokens and states are then read once.
     "log_linear_gradients": _everywhere({"BK": 128, "BV": 128}, warps=4, stages=2),
     "log_linear_gradients_float32": _everywhere({"BK": 32, "BV": 32}, warps=8, stages=2),
     "log_linear_outputs": _everywhere({"BK": 128, "BV": 64}, warps=4, stages=3),
