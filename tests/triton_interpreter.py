@@ -26,7 +26,7 @@ def repair():
 
     By itself the interpreter keeps bfloat16 as integers: it cuts off where a GPU rounds to the
     nearest, and computes with the integers. Of float32, `tl.dot` with input_precision "tf32" has
-    all digits; "tf32x3" is left so, for a GPU keeps nearly all of them.
+    all digits, and "bf16x3" is refused; "tf32x3" is left with all, for a GPU keeps nearly all.
     """
     import triton.language as tl
     from triton._C.libtriton import ir
@@ -36,6 +36,10 @@ def repair():
     cast, convert = builder.cast_impl, builder.create_fp_to_fp
     binary, unary, dot = builder.binary_op, builder.unary_op, builder.create_dot
     handle = interpreter.TensorHandle
+    accepted = *interpreter.interpreter_builder.options.allowed_dot_input_precisions, "bf16x3"
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, allowed_dot_input_precisions=accepted
+    )
 
     def is_bfloat16(x):
         return x.dtype.scalar == tl.bfloat16
@@ -74,6 +78,9 @@ def repair():
             of = [_tf32(operand) for operand in of]
         if start.dtype.scalar != tl.float32:
             return dot(self, x, y, start, precision, most_imprecise)
+        if x.dtype.scalar == tl.float32 and precision == ir.INPUT_PRECISION.BF16x3:
+            (a, a_low), (b, b_low) = map(_two_bfloat16, of)
+            return handle(a_low @ b + a @ b_low + a @ b + start.data, tl.float32)
         return handle(np.matmul(*of) + start.data, tl.float32)
 
     builder.cast_impl, builder.create_fp_to_fp = cast_impl, create_fp_to_fp
@@ -105,6 +112,12 @@ def hasten():
         return run(self, *args, **constants)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, run_grid
+
+
+def _two_bfloat16(x):
+    """float32 numbers as the two of bfloat16 whose sum they nearly are."""
+    high = x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    return high, (x - high).astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def _tf32(x):
