@@ -94,8 +94,8 @@ CONFIGS: dict[str, dict[int, Config]] = {
         163: Config({"BV": 32}),
         227: Config({"BV": 32}),
     },
-    # float32: three products for each. For 9.0 what took the least time on an H200, though it spills;
-    # eight warps, which do not, took longer. For smaller classes what spills least.
+    # float32: three products for each. The largest class has what took the least time on an H200,
+    # though it spills; eight warps, which do not, took longer. Others have what spills least.
     "kda_scores_float32": _smaller({"BK": 16, "BV": 32})
     | {227: Config({"BK": 32, "BV": 32}, stages=1)},
     "kda_operands_float32": _smaller({"BK": 32}) | {227: Config({"BK": 64})},
