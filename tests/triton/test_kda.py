@@ -16,7 +16,10 @@ def test_equal_keys_in_float32():
     where the recurrence's are."""
     T, K, V = 64, 16, 16
     random = np.random.default_rng(0)
-    draw = lambda *sizes: random.standard_normal((1, T, 1, *sizes), np.float32)
+
+    def draw(*sizes):
+        return random.standard_normal((1, T, 1, *sizes), np.float32)
+
     q, v, k = draw(K) / 4, draw(V), np.broadcast_to(draw(K)[:, :1], (1, T, 1, K))
     k = k / np.linalg.norm(k, axis=-1, keepdims=True)
     zeros, twos = np.zeros_like(k), np.full((1, T, 1), 2, np.float32)
