@@ -53,10 +53,10 @@ _SPILLS = {
     "kda_gradient_recurrence_float32_wide": 152,
     "kda_transitions_float32_wide": 32,
     "kda_gradient_transitions_float32": 120,
-    "kda_gradient_transitions_float32_wide": 112,
-    "kda_errors_float32": 72,
-    "kda_query_gradients_float32": 288,
-    "kda_key_gradients_float32": 896,
+    "kda_gradient_transitions_float32_wide": 144,
+    "kda_errors_float32": 184,
+    "kda_query_gradients_float32": 408,
+    "kda_key_gradients_float32": 1040,
 }
 
 
