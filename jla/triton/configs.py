@@ -43,6 +43,11 @@ def _everywhere(blocks, **settings):
     return dict.fromkeys(CLASSES, Config(blocks, **settings))
 
 
+def _smaller(blocks, **settings):
+    """For all classes but the largest."""
+    return dict.fromkeys(CLASSES[:-1], Config(blocks, **settings))
+
+
 def _path(block, inner, *, warps=8, stages=1, **more):
     """Of PaTH's attention: a program has `block` tokens and reads `inner` at a time."""
     return Config({"BLOCK": block, "BI": inner, **more}, warps=warps, stages=stages)
@@ -89,15 +94,27 @@ CONFIGS: dict[str, dict[int, Config]] = {
         163: Config({"BV": 32}),
         227: Config({"BV": 32}),
     },
-    # float32: three TF32 products for each.
-    "kda_scores_float32": _everywhere({"BK": 16, "BV": 32}),
-    "kda_operands_float32": _everywhere({"BK": 32}, warps=8),
-    "kda_recurrence_float32": _everywhere({"BV": 16}, warps=8, stages=1),
-    "kda_gradient_recurrence_float32": _everywhere({"BV": 16}, warps=8, stages=1),
-    "kda_errors_float32": _everywhere({"BK": 32, "BV": 16}, warps=8),
-    "kda_score_gradients_float32": _everywhere({"BV": 16}),
-    "kda_query_gradients_float32": _everywhere({"BK": 16, "BV": 32}, warps=8),
-    "kda_key_gradients_float32": _everywhere({"BK": 16, "BV": 32}, warps=8),
+    # float32: three products for each. The largest class has what took the least time on an H200,
+    # though it spills; eight warps, which do not, took longer. Others have what spills least.
+    "kda_scores_float32": _smaller({"BK": 16, "BV": 32})
+    | {227: Config({"BK": 32, "BV": 32}, stages=1)},
+    "kda_operands_float32": _smaller({"BK": 32}) | {227: Config({"BK": 64})},
+    **{
+        f"kda_{name}_float32": {
+            99: Config({"BV": 32}, warps=8, stages=1),
+            163: Config({"BV": 32}, warps=8),
+            227: Config({"BV": 32}, warps=8),
+        }
+        for name in ("recurrence", "gradient_recurrence")
+    },
+    "kda_recurrence_float32_wide": _everywhere({"BV": 16}, warps=8, stages=1),
+    "kda_gradient_recurrence_float32_wide": _everywhere({"BV": 16}, warps=8, stages=1),
+    "kda_errors_float32": _smaller({"BK": 32, "BV": 32}) | {227: Config({"BK": 32, "BV": 64})},
+    "kda_score_gradients_float32": _everywhere({"BV": 32}),
+    "kda_query_gradients_float32": _smaller({"BK": 16, "BV": 64})
+    | {227: Config({"BK": 32, "BV": 32})},
+    "kda_key_gradients_float32": _smaller({"BK": 16, "BV": 64})
+    | {227: Config({"BK": 32, "BV": 32})},
     "gsa_sums": _everywhere({"BM": 32}, warps=4, stages=1),
     "gsa_states": _everywhere({"BD": 64, "BM": 64}, warps=4, stages=2),
     "gsa_states_float32": _everywhere({"BD": 32, "BM": 64}, warps=4, stages=1),

@@ -69,8 +69,8 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale, axis_name=None):
     """Pads the features to powers of two and runs the kernels. See `jla.kda`, and for `axis_name`
     `jla._core.sequence.by_states`.
 
-    Products of 16-bit inputs take bfloat16 operands, those of float32 inputs three TF32 products
-    each; all add in float32.
+    Products of 16-bit inputs take bfloat16 operands. Those of float32 inputs are three of bfloat16
+    each, or of TF32 where errors may be multiplied by hundreds. All add in float32.
     """
     (K, V), dtype = (q.shape[-1], v.shape[-1]), v.dtype
     if dtype == f16:

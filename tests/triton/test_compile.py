@@ -63,7 +63,8 @@ def loops(code):
     Triton 3.6 has removed one: what a loop carries, and nothing but an inner loop's end reads, it
     takes for unused, and for what it was at first.
     """
-    return len(re.findall(r"scf\.for .* to %(?!c\d)", code))
+    constants = set(re.findall(r"(%[\w.]+) = arith\.constant", code))
+    return sum(x not in constants for x in re.findall(r"scf\.for .* to (%[\w.]+)", code))
 
 
 def rows():

@@ -19,6 +19,8 @@ from jla.triton.kernels.pieces import (
     UP_TO,
     before,
     chunk_tile,
+    dot,
+    dot_add,
     level_pairs,
     load_diagonal,
     load_mask,
@@ -68,7 +70,7 @@ def kda_gradient_recurrence(
         base = gradients_ptr + (((b * HV + h) * N + n).to(tl.int64) * V + column) * K
         tl.store(base + vv[:, None] * K + kk[None, :], rounded)
         write = tl.load(chunk_tile(write_ptr, b, n, h, 0, N, HV, K, K))
-        of_error = product(rounded, tl.trans(write))
+        of_error = dot(rounded, tl.trans(write))
         do = tl.trans(load_tokens(token_tile(do_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE))
         scores = tl.load(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
         of_error = product_add(do, scores, of_error)
@@ -78,7 +80,7 @@ def kda_gradient_recurrence(
         query = tl.load(chunk_tile(query_ptr, b, n, h, 0, N, HV, K, K))
         gradient = product_add(do, query, gradient * decay[None, :])
         read = tl.load(chunk_tile(read_ptr, b, n, h, 0, N, HV, K, K))
-        gradient = product_add(of_error, read, gradient)
+        gradient = dot_add(of_error, read, gradient)
     tl.store(start_ptr + matrix, tl.trans(gradient))
 
 
@@ -105,7 +107,7 @@ def kda_gradient_transitions(
     for step in range(0, N):
         n = N - 1 - step
         write = tl.load(chunk_tile(write_ptr, b, n, h, 0, N, HV, K, K))
-        of_error = product(gradient.to(dtype), tl.trans(write))
+        of_error = dot(gradient.to(dtype), tl.trans(write))
         do = load_tokens(token_tile(do_ptr, b, n, h, of_do, T, HV, V, BV), n, T, WHOLE)
         do = tl.where(of_values, tl.trans(do).to(tl.float32), 0.0).to(dtype)
         scores = tl.load(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
@@ -116,7 +118,7 @@ def kda_gradient_transitions(
         query = tl.load(chunk_tile(query_ptr, b, n, h, 0, N, HV, K, K))
         gradient = product_add(do, query, gradient * decay[None, :])
         read = tl.load(chunk_tile(read_ptr, b, n, h, 0, N, HV, K, K))
-        gradient = product_add(of_error, read, gradient)
+        gradient = dot_add(of_error, read, gradient)
     if of_values:
         tl.store(term_ptr + matrix * V + column + vv[None, :], tl.trans(gradient))
     else:

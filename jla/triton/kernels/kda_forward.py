@@ -19,6 +19,7 @@ from jla.triton.kernels.pieces import (
     UP_TO,
     chunk_tile,
     dot,
+    dot_add,
     identity,
     level_pairs,
     load_mask,
@@ -168,7 +169,7 @@ def kda_recurrence(
             tl.store(base + vv[:, None] * K + kk[None, :], rounded)
         read = tl.load(chunk_tile(read_ptr, b, n, h, 0, N, HV, K, K))
         u = tl.load(chunk_tile(u_ptr, b, n, h, column, N, HV, V, BV))
-        error = tl.trans(u).to(tl.float32) - product(rounded, tl.trans(read))
+        error = tl.trans(u).to(tl.float32) - dot(rounded, tl.trans(read))
         beta = load_scalars(beta_ptr, b, n, h, T, HV)
         error = (error * beta[None, :]).to(dtype)
         query = tl.load(chunk_tile(query_ptr, b, n, h, 0, N, HV, K, K))
@@ -178,7 +179,7 @@ def kda_recurrence(
         store_tokens(token_tile(o_ptr, b, n, h, column, T, HV, V, BV), tl.trans(o), n, T, WHOLE)
         decay = tl.load(decay_ptr + ((b * HV + h) * N + n).to(tl.int64) * K + kk)
         write = tl.load(chunk_tile(write_ptr, b, n, h, 0, N, HV, K, K))
-        state = product_add(error, write, state * decay[None, :])
+        state = dot_add(error, write, state * decay[None, :])
     tl.store(last_ptr + matrix, tl.trans(state))
 
 
@@ -207,12 +208,12 @@ def kda_transitions(
         u_column = tl.where(of_values, column, 0)
         u = tl.load(chunk_tile(u_ptr, b, n, h, u_column, N, HV, V, BV))
         u = tl.where(of_values, tl.trans(u).to(tl.float32), 0.0)
-        error = u - product(state.to(dtype), tl.trans(read))
+        error = u - dot(state.to(dtype), tl.trans(read))
         beta = load_scalars(beta_ptr, b, n, h, T, HV)
         error = (error * beta[None, :]).to(dtype)
         decay = tl.load(decay_ptr + ((b * HV + h) * N + n).to(tl.int64) * K + kk)
         write = tl.load(chunk_tile(write_ptr, b, n, h, 0, N, HV, K, K))
-        state = product_add(error, write, state * decay[None, :])
+        state = dot_add(error, write, state * decay[None, :])
     matrix = (b * HV + h).to(tl.int64) * K + kk[:, None]
     if of_values:
         tl.store(term_ptr + matrix * V + column + vv[None, :], tl.trans(state))

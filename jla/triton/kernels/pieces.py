@@ -2,7 +2,7 @@
 
 A chunk has 64 tokens. Inside a kernel, `i` and `j` are a chunk's tokens and exponents are in base
 2. Products take operands of the inputs' dtype and add in float32; float32 operands are multiplied
-as three TF32 products.
+as three TF32 products, in KDA's `product` as three of bfloat16.
 """
 
 import triton
