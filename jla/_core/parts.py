@@ -143,7 +143,7 @@ def prepare(size, k, w, beta):
 
 @jax.custom_jvp
 def _unit_lower_inverse(matrix):
-    """Inverts I + `matrix`, strictly lower triangular, [..., C, C], C a power of two."""
+    """Inverts I + `matrix`, strictly lower triangular, [n, ..., C, C], C a power of two."""
     return _inverse_by_halves(-matrix)
 
 
@@ -161,8 +161,7 @@ def _inverse_by_halves(matrix):
     first, below, last = (
         matrix[..., i : i + half, j : j + half] for i, j in ((0, 0), (half, 0), (half, half))
     )
-    pair = _inverse_by_halves(jnp.stack([first, last], axis=-3))
-    first, last = (x.squeeze(-3) for x in jnp.split(pair, 2, axis=-3))
+    first, last = jnp.split(_inverse_by_halves(lax.concatenate([first, last], 0)), 2)
     with exactly():
         below = lax.batch_matmul(last, lax.batch_matmul(below, first))
     upper = lax.pad(first, f32(0.0), [(0, 0, 0)] * (first.ndim - 1) + [(0, half, 0)])
@@ -285,7 +284,7 @@ def appended(cache, v, starts, keys, after, maps, total):
         border = jnp.max(jnp.where(starts, jnp.arange(T, dtype=i32)[None], 0), axis=1)
     length = counted(kept, T - border)
     is_old = places(cache) < kept[:, None]
-    # Where the row begins in its new tokens between S zeros, that each may find itself at its place.
+    # Where a row begins in its new tokens with S zeros on both sides, each of them at its place.
     begin = S + border - kept
 
     def place_tokens(old, new):
