@@ -143,33 +143,30 @@ def prepare(size, k, w, beta):
 
 @jax.custom_jvp
 def _unit_lower_inverse(matrix):
-    """Inverts I + `matrix`, strictly lower triangular, [..., C, C], C a power of two, by halves.
+    """Inverts I + `matrix`, strictly lower triangular, [n, ..., C, C], C a power of two."""
+    return _inverse_by_halves(-matrix)
 
-    With X and Y the inverses of the two diagonal blocks and L the block below, the whole inverse
-    has -Y L X below. The blocks of one size are inverted together: five steps for 64 rows; row by
-    row there would be 64.
+
+def _inverse_by_halves(matrix):
+    """Inverts I - `matrix`.
+
+    With X and Y the inverses of the two diagonal blocks and L the block of `matrix` below, the
+    whole inverse has Y L X below. The blocks of one size are inverted together: five steps for 64
+    rows; row by row there would be 64.
     """
     half = matrix.shape[-1] // 2
     if half == 1:
         diagonal = jnp.expand_dims(jnp.eye(2, dtype=bool), range(matrix.ndim - 2))
-        return jnp.where(diagonal, 1.0, -matrix)
-    left, right = (lax.slice_in_dim(matrix, i, i + half, axis=-1) for i in (0, half))
-    first = lax.slice_in_dim(left, 0, half, axis=-2)
-    below, last = (lax.slice_in_dim(x, half, 2 * half, axis=-2) for x in (left, right))
-    pair = _unit_lower_inverse(jnp.stack([first, last], axis=-3))
-    first, last = (lax.index_in_dim(pair, i, axis=-3, keepdims=False) for i in (0, 1))
-    below = -_small_product(last, _small_product(below, first))
-    above = jnp.where(False, first, 0.0)  # which has its sharding; see jla/_core/states.py
-    rows = [jnp.concatenate(row, axis=-1) for row in ((first, above), (below, last))]
-    return jnp.concatenate(rows, axis=-2)
-
-
-def _small_product(x, y):
-    """x @ y; where they are tiny as sums, into which a GPU's compiler fuses what is around."""
-    if x.shape[-1] <= 8:
-        return jnp.sum(x[..., None] * y[..., None, :, :], axis=-2)
+        return jnp.where(diagonal, 1.0, matrix)
+    first, below, last = (
+        matrix[..., i : i + half, j : j + half] for i, j in ((0, 0), (half, 0), (half, half))
+    )
+    first, last = jnp.split(_inverse_by_halves(lax.concatenate([first, last], 0)), 2)
     with exactly():
-        return x @ y
+        below = lax.batch_matmul(last, lax.batch_matmul(below, first))
+    upper = lax.pad(first, f32(0.0), [(0, 0, 0)] * (first.ndim - 1) + [(0, half, 0)])
+    lower = lax.concatenate([below, last], first.ndim - 1)
+    return lax.concatenate([upper, lower], first.ndim - 2)
 
 
 @_unit_lower_inverse.defjvp
@@ -286,20 +283,14 @@ def appended(cache, v, starts, keys, after, maps, total):
         kept = jnp.where(jnp.any(starts, axis=1), 0, kept)
         border = jnp.max(jnp.where(starts, jnp.arange(T, dtype=i32)[None], 0), axis=1)
     length = counted(kept, T - border)
-    place = places(cache)
-    # Where the tokens padded with S places begin, so that each finds itself at its place.
+    is_old = places(cache) < kept[:, None]
+    # Where a row begins in its new tokens with S zeros on both sides, each of them at its place.
     begin = S + border - kept
 
-    @jax.vmap
-    def placed(x, begin):
-        x = jnp.pad(x, ((S, S), *[(0, 0)] * (x.ndim - 1)))
-        return lax.dynamic_slice_in_dim(x, begin, S)
-
     def place_tokens(old, new):
-        rank = [1] * (old.ndim - 2)
-        is_old, is_new = ((place < n[:, None]).reshape(B, S, *rank) for n in (kept, length))
-        new = jnp.where(is_new, placed(new, begin), 0)
-        return jnp.where(is_old, old, new)
+        new = jnp.pad(new, [(S if i == 1 else 0,) * 2 for i in range(new.ndim)])
+        new = jax.vmap(lambda row, i: lax.dynamic_slice_in_dim(row, i, S))(new, begin)
+        return jnp.where(is_old.reshape(B, S, *[1] * (old.ndim - 2)), old, new)
 
     with in_parts():
         old = jnp.einsum("bshk,bhlk->bshl", cache.key, maps)
