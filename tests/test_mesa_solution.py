@@ -54,7 +54,8 @@ def test_half_inputs_converge_where_a_half_state_could_not(dtype):
     args = inputs(0, spread=0.1, ridge=0.03)
     half = {n: x.astype(dtype) if n in "qkv" else x for n, x in args.items()}
 
-    gradients, o = jax.jit(functools.partial(with_gradients, implementation="xla"))(half)
+    run = jax.jit(functools.partial(with_gradients, implementation="xla"))
+    gradients, o = evaluated(run)(half)
     exact = {n: x.astype(jnp.float32) for n, x in half.items()}
     definition = jax.jit(functools.partial(with_gradients, implementation="reference"))
     wanted, want = evaluated(definition)(exact)
@@ -90,9 +91,12 @@ def test_no_row_depends_on_how_long_another_takes():
 
 def test_the_loop_ends_by_itself():
     args = inputs(3, spread=1.0, ridge=1.0)
-    few, enough, more = (
-        jla.mesa_net(**args, cg_steps=steps, implementation="xla")[0] for steps in (3, 30, 1000)
-    )
+
+    def run(steps):
+        call = jax.jit(functools.partial(jla.mesa_net, cg_steps=steps, implementation="xla"))
+        return evaluated(call)(**args)[0]
+
+    few, enough, more = map(run, (3, 30, 1000))
     np.testing.assert_array_equal(enough, more)
     assert not np.array_equal(few, enough)
 
