@@ -54,6 +54,7 @@ def test_golden_vectors(implementation):
     params = ported({n: arrays[n] for n in arrays if n.startswith("param_")}, heads=2)
     module = MesaNet(num_heads=2, precision="highest", implementation=implementation)
 
+    @evaluated
     @jax.jit
     def both(params, x, cotangent):
         y, pull = jax.vjp(lambda x: module.apply({"params": params}, x), x)
