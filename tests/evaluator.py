@@ -32,9 +32,10 @@ def evaluated(jitted):
     if jax.default_backend() == "gpu":
         return jitted
 
-    def run(*args):
-        traced = jitted.trace(*args)
-        values = evaluate(traced.jaxpr.jaxpr, traced.jaxpr.consts, jax.tree.leaves(args))
+    def run(*args, **named):
+        traced = jitted.trace(*args, **named)
+        leaves = jax.tree.leaves((args, named))
+        values = evaluate(traced.jaxpr.jaxpr, traced.jaxpr.consts, leaves)
         return jax.tree.unflatten(jax.tree.structure(traced.out_info), values)
 
     return run

@@ -26,9 +26,8 @@ def arguments():
 
 
 def value_and_gradients(args, segment_ids, implementation):
-    """o, the state, and the gradients of a weighted sum of them; the definition's evaluated."""
-    run = _value_and_gradients(implementation)
-    return (run if implementation == "xla" else evaluated(run))(args, segment_ids)
+    """o, the state, and the gradients of a weighted sum of them; `test_export` compiles "xla"."""
+    return evaluated(_value_and_gradients(implementation))(args, segment_ids)
 
 
 @functools.cache
@@ -94,7 +93,8 @@ def test_formulas_and_segments(implementation):
 def test_no_segments_is_one_segment(implementation):
     args = arguments()
     want = value_and_gradients(args, jnp.zeros_like(IDS), implementation)[:2]
-    close(jla.gsa(**args, implementation=implementation), want, 1e-6)
+    alone = evaluated(jax.jit(functools.partial(jla.gsa, implementation=implementation)))
+    close(alone(**args), want, 1e-6)
 
 
 @pytest.mark.slow
@@ -153,7 +153,7 @@ def test_extreme_logits(logits):
 )
 def test_low_precision_inputs(implementation, dtype):
     args = jax.tree.map(lambda x: x.astype(dtype), arguments())
-    o, state = jla.gsa(**args, implementation=implementation)
+    o, state = evaluated(jax.jit(functools.partial(jla.gsa, implementation=implementation)))(**args)
     chex.assert_type([o, *state], [dtype, jnp.float32, jnp.float32])
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), args)
     want = value_and_gradients(exact, jnp.zeros_like(IDS), "reference")[:2]

@@ -1,5 +1,7 @@
 """PaTH attention beside the contract: no gates, a narrow w, a cache that overflows, PathCache."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -25,18 +27,19 @@ def arguments(dtype="float32"):
 
 
 def run(implementation, args, cache):
-    """Traced, so that what does not fit cannot be refused. The definition is evaluated."""
+    """Traced, so that what does not fit cannot be refused; the contract's tests compile it."""
     call = jax.jit(
         lambda args, cache: jla.path_attention(*args, cache=cache, implementation=implementation)
     )
-    return (call if implementation == "xla" else evaluated(call))(args, cache)
+    return evaluated(call)(args, cache)
 
 
 def test_without_gates_a_prefill_is_a_run_and_a_split_is_whole():
     args = arguments()
     cache = jla.PathCache.empty(B, 40, H, K, V)
     for implementation in ("reference", "xla"):
-        alone, none = jla.path_attention(*args, implementation=implementation)
+        call = jax.jit(functools.partial(jla.path_attention, implementation=implementation))
+        alone, none = evaluated(call)(*args)
         assert none is None
         o, whole = run(implementation, args, cache)
         assert whole.decay is None
@@ -50,9 +53,10 @@ def test_a_narrow_w_and_beta_are_used_in_float32():
     q, k, v, w, beta = arguments("bfloat16")
     wide = [x.astype(jnp.float32) for x in (q, k, v, w, beta)]
     want, _ = jla.path_attention(*wide, implementation="reference")
-    got, _ = jla.path_attention(q, k, v, w, beta, implementation="xla")
+    call = jax.jit(functools.partial(jla.path_attention, implementation="xla"))
+    got, _ = evaluated(call)(q, k, v, w, beta)
     assert got.dtype == jnp.bfloat16
-    got = got.astype(jnp.float32)
+    got = jnp.asarray(got, jnp.float32)
     assert jnp.linalg.norm(got - want) < 1e-2 * jnp.linalg.norm(want)
 
 
@@ -82,7 +86,7 @@ def test_tokens_that_find_no_room():
                 *token, None, cache, implementation=implementation
             )
         )
-        o, again = step(after)
+        o, again = evaluated(step)(after)
         assert np.isnan(o[0]).all() and np.isfinite(o[1]).all()
         np.testing.assert_array_equal(again.value[0], after.value[0])
         assert np.array_equal(again.length, [51, 36])
@@ -112,8 +116,8 @@ def test_chunks_in_groups_are_the_chunks_one_by_one():
     N, C = 5, 4
     arrays = [0.5 * normal(i, N, B, H, C, 3) for i in range(3)]
     for g in (None, -uniform(3, N, B, H, C, 2)):
-        *ends, maps, total = parts.at_the_end(*arrays, g)
-        *want, maps_wanted, total_wanted = parts._at_the_end(*arrays, g)
+        *ends, maps, total = evaluated(jax.jit(parts.at_the_end))(*arrays, g)
+        *want, maps_wanted, total_wanted = evaluated(jax.jit(parts._at_the_end))(*arrays, g)
         ends, want = (jax.tree.map(lambda x: blockwise.merge(x, N * C), x) for x in (ends, want))
         got = (ends, maps, total)
         chex.assert_trees_all_close(got, (want, maps_wanted, total_wanted), rtol=1e-5, atol=1e-6)
@@ -123,5 +127,6 @@ def test_unit_lower_inverse():
     """Its worst: one direction for all tokens, and every map reflects."""
     for C, matrix in ((64, 2.0 * np.ones((64, 64))), (8, np.asarray(normal(0, 8, 8)))):
         matrix = np.tril(matrix, -1)
-        got = parts._unit_lower_inverse(jnp.asarray(matrix, jnp.float32)[None])[0]
+        inverse = evaluated(jax.jit(parts._unit_lower_inverse))
+        got = inverse(jnp.asarray(matrix, jnp.float32)[None])[0]
         np.testing.assert_allclose(got @ (np.eye(C) + matrix), np.eye(C), atol=1e-4)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluator import evaluated
 from layers import D, close, empty_cache, layer, normal, numpy_layer, parameters
 
 import jla
@@ -53,6 +54,7 @@ def test_golden_vectors(implementation):
     params = ported({n: arrays[n] for n in arrays if n.startswith("param_")}, heads=2)
     module = MesaNet(num_heads=2, precision="highest", implementation=implementation)
 
+    @evaluated
     @jax.jit
     def both(params, x, cotangent):
         y, pull = jax.vjp(lambda x: module.apply({"params": params}, x), x)
@@ -80,7 +82,7 @@ def run(variables, x, **settings):
 def test_one_token_has_its_own_number_of_iterations(settings):
     """One iteration is far from the solution; it is taken where it was asked for, nowhere else."""
     variables, x = arguments()
-    got = jax.jit(functools.partial(run, **settings))(variables, x)
+    got = evaluated(jax.jit(functools.partial(run, **settings)))(variables, x)
     want = jnp.stack([numpy_layer("mesa-plain", row)[0] for row in x])
     for y, exact, steps in zip(
         got,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from equations import equations
+from evaluator import evaluated
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -121,7 +122,7 @@ def test_a_layer_on_a_mesh(name):
 
     arrays = normal(3, B, T, D), params, normal(2, B, T, D)
     program, got = compiled(apply_(over), mesh, *arrays, places=(tokens, places, tokens))
-    trees_close(got, jax.device_get(jax.jit(with_gradients(apply_(module)))(*arrays)))
+    trees_close(got, evaluated(jax.jit(with_gradients(apply_(module))))(*arrays))
 
     found = moved(program)
     b, t = B // 2, T // 2
@@ -203,7 +204,7 @@ def test_inputs_gradient_is_summed_once():
     def apply(over):
         return lambda params, x: Three(over).apply({"params": params}, x)
 
-    want = jax.device_get(jax.jit(with_gradients(apply(False)))(*arrays))
+    want = evaluated(jax.jit(with_gradients(apply(False))))(*arrays)
     program, got = compiled(apply(True), mesh, *arrays, places=places)
     trees_close(got, want)
     sums = [x for x in moved(program) if x[1] == (B // 2, T, D)]
@@ -226,7 +227,7 @@ def test_the_inside_of_an_mlp_is_split():
     arrays = normal(4, B, T, D), params, normal(5, B, T, D)
     over = module.clone(mesh_axes=dict(B="data", H="model"))
     program, got = compiled(apply(over), mesh, *arrays, places=(P("data"), places, P("data")))
-    trees_close(got, jax.device_get(jax.jit(with_gradients(apply(module)))(*arrays)))
+    trees_close(got, evaluated(jax.jit(with_gradients(apply(module))))(*arrays))
     of_tokens = [x for x in moved(program) if T in x[1]]
     assert of_tokens == [("all-reduce", (B // 2, T, D))] * 2
 
@@ -247,7 +248,7 @@ def test_a_convolutions_taps_are_gathered_at_once(axes):
     arrays = normal(2, B, T, H, V), params, normal(3, B, T, H, V)
     over = module.clone(mesh_axes=axes, axis_name=axes.get("T"))
     program, got = compiled(apply(over), mesh, *arrays, places=(tokens, fsdp, tokens))
-    trees_close(got, jax.device_get(jax.jit(with_gradients(apply(module)))(*arrays)))
+    trees_close(got, evaluated(jax.jit(with_gradients(apply(module))))(*arrays))
     found = moved(program)
     assert [x for x in found if x[0] == "all-gather"] == [
         ("all-gather", (W, H // 2, V)),
@@ -283,7 +284,7 @@ def test_a_norm_over_heads_moves_a_number_for_each_token(kind):
     places = [tokens, P("model") if len(shape) == 2 else P(), *[tokens] * len(names.split())]
     over = module.clone(mesh_axes=AXES)
     program, got = compiled(apply(over), mesh, *arrays, places=tuple(places))
-    trees_close(got, jax.device_get(jax.jit(with_gradients(apply(module)))(*arrays)))
+    trees_close(got, evaluated(jax.jit(with_gradients(apply(module))))(*arrays))
     shapes = {shape for _, shape in moved(program)}
     number = {(B, T // 2, 1, 1)} if kind in ("heads", "mamba2") else set()
     # The scale's gradient, a device's heads of it or what all heads have.
