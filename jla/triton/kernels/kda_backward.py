@@ -156,23 +156,23 @@ def kda_errors(
     y = tl.zeros((BV, CHUNK), tl.float32)
     for feature in range(0, K, BK):
         write = tl.load(chunk_tile(write_ptr, b, n, h, feature, N, HV, K, BK))
-        y = product_add(tl.load(gradients_ptr + matrix + feature), tl.trans(write), y)
+        y = dot_add(tl.load(gradients_ptr + matrix + feature), tl.trans(write), y)
     scores = tl.load(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
     do = load_tokens(token_tile(do_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE)
-    y = product_add(tl.trans(do), scores, y)
+    y = dot_add(tl.trans(do), scores, y)
     beta = load_scalars(beta_ptr, b, n, h, T, HV)[None, :]
     inverse = tl.load(chunk_tile(inverse_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
-    dv = product((y * beta).to(dtype), inverse).to(dtype)
+    dv = dot((y * beta).to(dtype), inverse).to(dtype)
     dv_pointers = token_tile(dv_ptr, b, n, h, column, T, HV, V, BV)
     store_tokens(dv_pointers, tl.trans(dv), n, T, WHOLE)
     key_scores = tl.load(chunk_tile(key_scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK))
-    z = y - product(dv, key_scores)
+    z = y - dot(dv, key_scores)
     known = tl.zeros((BV, CHUNK), tl.float32)
     for feature in range(0, K, BK):
         read = tl.load(chunk_tile(read_ptr, b, n, h, feature, N, HV, K, BK))
-        known = product_add(tl.load(states_ptr + matrix + feature), tl.trans(read), known)
+        known = dot_add(tl.load(states_ptr + matrix + feature), tl.trans(read), known)
     v = load_tokens(token_tile(v_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE)
-    error = product(tl.trans(v), tl.trans(inverse)) - known
+    error = dot(tl.trans(v), tl.trans(inverse)) - known
     written = (error * beta).to(dtype)
     tl.store(chunk_tile(written_ptr, b, n, h, column, N, HV, V, BV), tl.trans(written))
     t = tl.arange(0, CHUNK) + n * CHUNK
@@ -203,9 +203,9 @@ def kda_score_gradients(
     for column in range(0, V, BV):
         written = tl.trans(tl.load(chunk_tile(written_ptr, b, n, h, column, N, HV, V, BV)))
         do = load_tokens(token_tile(do_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE)
-        by_query = product_add(do, written, by_query)
+        by_query = dot_add(do, written, by_query)
         dv = load_tokens(token_tile(dv_ptr, b, n, h, column, T, HV, V, BV), n, T, WHOLE)
-        by_key = product_add(dv, written, by_key)
+        by_key = dot_add(dv, written, by_key)
     by_query = tl.where(up_to(), by_query * SCALE, 0.0).to(dtype)
     tl.store(chunk_tile(dscores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), by_query)
     by_key = tl.where(before(), -by_key, 0.0).to(dtype)
@@ -345,7 +345,7 @@ def kda_key_gradients(
         pairs = level_pairs(level, far)
         by_key = tl.where(pairs, dkey_scores, 0.0)
         keys = k * decay.to(dtype)
-        change = product_add(keys, by_key, product(keys, tl.trans(by_key)))
+        change = dot_add(keys, by_key, dot(keys, tl.trans(by_key)))
         queries = q * decay.to(dtype)
         change = product_add(queries, tl.where(pairs, dscores, 0.0), change) * decay
         dk += change
