@@ -34,8 +34,8 @@ from jla.hub.mapping import of_model, whole_shapes
 from jla.models import Experts, kept
 from jla.models.generate import decoder, decoder_params, draw, empty_cache, feed
 
-from devices import placed  # isort: skip
-from from_checkpoint import first_state, make_mesh, make_optimizer  # isort: skip
+from devices import shardings_of  # isort: skip
+from from_checkpoint import first_state, make_mesh, make_optimizer, shapes_of  # isort: skip
 
 KEYS = ("model", "devices", "case", "layers")
 CASES = ("load", "decode", "prefill", "decode_xla", "load_again", "tune")
@@ -229,7 +229,8 @@ def load(options, folder, shared):
             drop(file)
     bytes_ = sum(path.stat().st_size for path in files)
     resident, read = resident_bytes(), disk_bytes()
-    sharding = None if options.devices == 1 else functools.partial(placed, mesh_of(options))
+    over = options.devices > 1
+    sharding = shardings_of(shapes_of(model), mesh_of(options)) if over else None
     began = time.perf_counter()
     params = jax.block_until_ready(jla.hub.load(folder, model, sharding=sharding))
     seconds = time.perf_counter() - began
