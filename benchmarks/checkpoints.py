@@ -29,6 +29,8 @@ import jla.hub
 from benchmarks.device_profile import profile
 from benchmarks.run import IMPLEMENTATIONS
 from benchmarks.side_by_side import Report, size  # which finds the examples' modules
+
+# The files are written by no jla.hub.save, which would need all parameters at once.
 from jla.hub._configs import family
 from jla.hub.mapping import of_model, whole_shapes
 from jla.models import Experts, kept

@@ -71,7 +71,7 @@ def test_a_caches_docstring_has_the_axes_of_the_table():
 # Mathematics that implementations share and rules of JAX's own, bare as the implementations are.
 BARE = (
     *("blockwise", "derivatives", "dyadic", "exchange", "interpreter", "level_weights", "parts"),
-    *("movement", "path_cache", "path_step", "steps"),
+    *("movement", "path_cache", "path_ring", "path_step", "steps"),
 )
 
 

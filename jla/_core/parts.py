@@ -17,9 +17,6 @@ from jla._core.types import GateBiases, GateRates, RawGates
 f32, i32 = jnp.float32, jnp.int32
 # For what moves queries and keys: a product of hundreds of maps keeps every rounding.
 exactly = functools.partial(jax.default_matmul_precision, "highest")
-# The same for large products: on a GPU, six products of float32's three bfloat16 parts, which its
-# tensor cores do; they lose no more than float32. The CPU multiplies in float32.
-in_parts = functools.partial(jax.default_matmul_precision, "BF16_BF16_F32_X6")
 # The log decay of a segment's first token. Its exponential is 0, as is that of every sum that
 # contains it. It is finite, so 0 times it is 0, and sums can be products with a matrix of 0 and 1.
 NEVER = -1e30
@@ -132,7 +129,7 @@ def prepare(size, k, w, beta):
     length = size * -(-k.shape[1] // size)
     k, w, beta = (blockwise.split(x.astype(f32), length)[0] for x in (k, w, beta[..., None]))
     k, w, beta = (blockwise.blocks(x, size) for x in (k, w, beta))
-    with in_parts():
+    with exactly():
         system = jnp.tril(beta * blockwise.pair_products(w, w), -1)
         triangle = _unit_lower_inverse(system) * blockwise.transposed(beta)
         writes = triangle @ w
@@ -161,7 +158,7 @@ def _inverse_by_halves(matrix):
     first, below, last = (
         matrix[..., i : i + half, j : j + half] for i, j in ((0, 0), (half, 0), (half, half))
     )
-    first, last = jnp.split(_inverse_by_halves(lax.concatenate([first, last], 0)), 2)
+    first, last = _inverse_by_halves(jnp.stack([first, last]))
     with exactly():
         below = lax.batch_matmul(last, lax.batch_matmul(below, first))
     upper = lax.pad(first, f32(0.0), [(0, 0, 0)] * (first.ndim - 1) + [(0, half, 0)])
@@ -226,7 +223,7 @@ def at_the_end(moved, w, writes, g):
     def group(carry, inputs):
         later, gates = carry
         maps, total = inputs
-        with in_parts():
+        with exactly():
             maps = later @ maps
         return (maps, None if g is None else gates + total), carry
 
@@ -237,7 +234,7 @@ def at_the_end(moved, w, writes, g):
         x = jnp.moveaxis(x, 0, 3)  # [size, groups, B, H, C, D]
         return x.reshape(*x.shape[:3], -1, x.shape[-1])
 
-    with in_parts():
+    with exactly():
         keys = blockwise.product(spans(keys), maps)
     return keys, None if g is None else spans(after) + total, maps_of_all, total_of_all
 
@@ -248,7 +245,7 @@ def _at_the_end(moved, w, writes, g):
     def chunk(carry, inputs):
         maps, later = carry
         moved, w, writes, g = inputs
-        with in_parts():
+        with exactly():
             keys = blockwise.product(moved, maps)
             maps = maps - blockwise.product(maps, w) @ writes
         if g is None:
@@ -292,7 +289,7 @@ def appended(cache, v, starts, keys, after, maps, total):
         new = jax.vmap(lambda row, i: lax.dynamic_slice_in_dim(row, i, S))(new, begin)
         return jnp.where(is_old.reshape(B, S, *[1] * (old.ndim - 2)), old, new)
 
-    with in_parts():
+    with exactly():
         old = jnp.einsum("bshk,bhlk->bshl", cache.key, maps)
     key, value = place_tokens(old, blockwise.merge(keys, T)), place_tokens(cache.value, v)
     decay = None

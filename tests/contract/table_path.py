@@ -147,7 +147,7 @@ PATH = Mechanism(
     },
     undamped={"reflections": 500},
     later=_later,
-    operations=1010,
+    operations=1040,
     heads=("H", "HQ"),
     optional=("g",),
     state=("cache", "cache"),

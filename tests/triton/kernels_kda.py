@@ -54,9 +54,10 @@ _SPILLS = {
     "kda_transitions_float32_wide": 32,
     "kda_gradient_transitions_float32": 120,
     "kda_gradient_transitions_float32_wide": 144,
-    "kda_errors_float32": 184,
+    "kda_errors_float32": 264,
+    "kda_score_gradients_float32": 184,
     "kda_query_gradients_float32": 408,
-    "kda_key_gradients_float32": 1040,
+    "kda_key_gradients_float32": 1424,
 }
 
 
