@@ -22,7 +22,7 @@ GPU_PYTHON := $(VENV)/bin/python
 
 help:
 	@echo 'make demo   train a small language model on the CPU (about three minutes), then sample from it'
-	@echo 'make test   run the tests on the CPU (about 11 minutes on two cores)'
+	@echo 'make test   run the tests on the CPU (about 10 minutes on two cores)'
 	@echo 'make test-all  also run the sweeps that are marked slow'
 	@echo 'make test-oldest  run a selection with the oldest JAX that is supported, in $(OLDEST)'
 	@echo 'make test-gpu  run the tests that need an H100 or H200, on one or two'
