@@ -51,7 +51,7 @@ class Metrics:
     """The lines of metrics.jsonl, one JSON object each."""
 
     def __init__(self, path, first_step):
-        """Keeps the lines of steps up to `first_step`: a resumed run repeats what came after.
+        """Keeps the lines of steps up to `first_step`: a resumed run repeats the later ones.
 
         Raises:
           InputError: a line that is to be kept is damaged.

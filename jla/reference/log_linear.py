@@ -32,14 +32,21 @@ SPAN = 256
 @jax.jit
 def log_linear_step(q, k, v, g, level_scales, state):
     """One token. See `jla.log_linear_step`."""
-    arrays = level_scales, state.levels, state.position
-    if isinstance(state, LazyLogLinearState):
+    return stepped(token, q, k, v, g, level_scales, state)
+
+
+def stepped(token, q, k, v, g, level_scales, state):
+    """A step from a state of either kind, by `token` or a kernel in its place."""
+    lazy = isinstance(state, LazyLogLinearState)
+    if lazy:
         decays, after = lazy_decays(g, state.log_decays, state.position)
-        o, levels = token(q, k, v, decays, *arrays, lazy=True)
-        return o, LazyLogLinearState(levels, moved_on(state.position, 1), after)
-    decays = jnp.broadcast_to(g[..., None], level_scales.shape)
-    o, levels = token(q, k, v, decays, *arrays, lazy=False)
-    return o, LogLinearState(levels, moved_on(state.position, 1))
+    else:
+        decays = jnp.broadcast_to(g[..., None], level_scales.shape)
+    o, levels = token(q, k, v, decays, level_scales, state.levels, state.position, lazy=lazy)
+    position = moved_on(state.position, 1)
+    if lazy:
+        return o, LazyLogLinearState(levels, position, after)
+    return o, LogLinearState(levels, position)
 
 
 def token(q, k, v, decays, level_scales, levels, position, *, lazy):

@@ -10,7 +10,6 @@ from jla._core import alignment, level_weights
 from jla._core.axes import LOG_LINEAR, letters, of_step, with_value_heads
 from jla._core.derivatives import reverse_only
 from jla._core.shardwise import defvjp, shardwise
-from jla._core.states import LazyLogLinearState, LogLinearState, lazy_decays, moved_on
 from jla._core.steps import differentiable
 from jla.reference import log_linear as reference
 from jla.triton import configs, launch
@@ -212,18 +211,12 @@ def log_linear_step(q, k, v, g, level_scales, state):
 
     Derivatives are those of the reference's formula, in XLA.
     """
-    lazy = isinstance(state, LazyLogLinearState)
-    if lazy:
-        decays, after = lazy_decays(g, state.log_decays, state.position)
-    else:
-        decays = jnp.broadcast_to(g[..., None], level_scales.shape)
-    run, formula = (functools.partial(f, lazy=lazy) for f in (_step, reference.token))
-    run = differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
-    o, levels = run(q, k, v, decays, level_scales, state.levels, state.position)
-    position = moved_on(state.position, 1)
-    if lazy:
-        return o, LazyLogLinearState(levels, position, after)
-    return o, LogLinearState(levels, position)
+
+    def token(*arrays, lazy):
+        run, formula = (functools.partial(f, lazy=lazy) for f in (_step, reference.token))
+        return differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)(*arrays)
+
+    return reference.stepped(token, q, k, v, g, level_scales, state)
 
 
 def _step(q, k, v, decays, level_scales, levels, position, *, lazy):

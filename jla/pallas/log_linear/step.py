@@ -9,7 +9,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla._core.axes import LOG_LINEAR, letters, of_step, with_value_heads
-from jla._core.states import LazyLogLinearState, LogLinearState, lazy_decays, moved_on
 from jla._core.steps import differentiable
 from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.mosaic import f32, per_column, per_row
@@ -69,18 +68,12 @@ def log_linear_step(q, k, v, g, level_scales, state):
 
     Derivatives are those of the reference's formula, in XLA.
     """
-    lazy = isinstance(state, LazyLogLinearState)
-    if lazy:
-        decays, after = lazy_decays(g, state.log_decays, state.position)
-    else:
-        decays = jnp.broadcast_to(g[..., None], level_scales.shape)
-    run, formula = (functools.partial(f, lazy=lazy) for f in (_run, reference.token))
-    step = differentiable(run, formula, _INPUTS, _OUTPUTS)
-    o, levels = step(q, k, v, decays, level_scales, state.levels, state.position)
-    position = moved_on(state.position, 1)
-    if lazy:
-        return o, LazyLogLinearState(levels, position, after)
-    return o, LogLinearState(levels, position)
+
+    def token(*arrays, lazy):
+        run, formula = (functools.partial(f, lazy=lazy) for f in (_run, reference.token))
+        return differentiable(run, formula, _INPUTS, _OUTPUTS)(*arrays)
+
+    return reference.stepped(token, q, k, v, g, level_scales, state)
 
 
 def _run(q, k, v, decays, level_scales, levels, position, *, lazy):
