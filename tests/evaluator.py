@@ -16,6 +16,7 @@ from jax._src import core
 _RULES = {}
 _KERNELS = "mpmd_map", "pallas_call"  # JAX interprets them, see interpreter.py
 _building = threading.Lock()
+_flushing = False  # see assert_no_nan
 
 
 def evaluate(jaxpr, consts, args):
@@ -41,9 +42,24 @@ def evaluated(jitted):
     return run
 
 
+def assert_no_nan(function, *args):
+    """What JAX's debug_nans does where a function is not jitted: it looks at all that is computed,
+    but not into functions that are jitted. As XLA does, it takes the smallest numbers for zero."""
+    global _flushing
+    closed = jax.make_jaxpr(function)(*args)
+    with _building:
+        run = _program(closed.jaxpr, looking=True)
+    _flushing = True
+    try:
+        with np.errstate(all="ignore"):
+            run(closed.consts, jax.tree.leaves(args))
+    finally:
+        _flushing = False
+
+
 # A kernel's threads and the steps of its grid share one program; so do all runs of one function.
 @functools.lru_cache(maxsize=2048)
-def _program(jaxpr):
+def _program(jaxpr, looking=False):
     """The jaxpr as a function of its constants and its arguments."""
     places, values = {}, []  # each variable has a place in a list of values
 
@@ -62,10 +78,14 @@ def _program(jaxpr):
     inputs = [place(var) for var in (*jaxpr.constvars, *jaxpr.invars)]
     steps = []
     for eqn in jaxpr.eqns:
-        make = _RULES.get(eqn.primitive.name)
+        name = eqn.primitive.name
+        make = _LOOKED_INTO.get(name) if looking else None
+        make = make or _RULES.get(name)
         run = make(**eqn.params) if make else _by_jax(eqn.primitive, eqn.params)
         if not eqn.primitive.multiple_results:
             run = _several(run)
+        if looking:
+            run = _without_nan(run, eqn)
         operands = [read(x) for x in eqn.invars]
         steps.append((run, operands, [place(var) for var in eqn.outvars]))
     results = [read(x) for x in jaxpr.outvars]
@@ -76,7 +96,7 @@ def _program(jaxpr):
             known[i] = _array(x) if hasattr(x, "dtype") else np.asarray(x)
         for step, operands, outputs in steps:
             for i, x in zip(outputs, step(*[known[i] for i in operands]), strict=True):
-                known[i] = x
+                known[i] = _flushed(x) if _flushing else x
         return [known[i] for i in results]
 
     return run
@@ -84,6 +104,24 @@ def _program(jaxpr):
 
 def _several(run):
     return lambda *operands: (run(*operands),)
+
+
+def _without_nan(run, eqn):
+    def looked_at(*operands):
+        results = run(*operands)
+        for x in results:
+            floating = jax.dtypes.issubdtype(x.dtype, np.floating)
+            assert not (floating and np.isnan(x).any()), f"NaN of {eqn}"
+        return results
+
+    return looked_at
+
+
+def _flushed(x):
+    """Numbers below the smallest normal one are zero, as in XLA's programs."""
+    if x.dtype not in (np.float32, jax.numpy.bfloat16):
+        return x
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.zeros_like(x), x)
 
 
 def _array(x):
@@ -114,8 +152,8 @@ def _rule(*names):
     return register
 
 
-def _closed(closed):
-    run = _program(closed.jaxpr)
+def _closed(closed, looking=False):
+    run = _program(closed.jaxpr, looking)
     return lambda *args: run(closed.consts, args)
 
 
@@ -133,6 +171,13 @@ def _call(*, call_jaxpr, **_):
 def _remat(*, jaxpr, **_):
     run = _program(jaxpr)
     return lambda *args: run((), args)
+
+
+# JAX, too, calls these one operation at a time.
+_LOOKED_INTO = dict.fromkeys(
+    ("custom_jvp_call", "custom_vjp_call"),
+    lambda *, call_jaxpr, **_: _closed(call_jaxpr, looking=True),
+)
 
 
 @_rule("custom_partitioning", "custom_vmap_call")
