@@ -12,6 +12,7 @@ import threading
 import jax
 import numpy as np
 from jax._src import core
+from jax._src.random import prng
 
 _RULES = {}
 _KERNELS = "mpmd_map", "pallas_call"  # JAX interprets them, see interpreter.py
@@ -497,5 +498,47 @@ def _dot_general(*, dimension_numbers, preferred_element_type, **_):
         x, rows = matrices(x, inner[0], batch[0], True)
         y, columns = matrices(y, inner[1], batch[1], False)
         return np.matmul(x, y).reshape(*sizes, *rows, *columns).astype(dtype)
+
+    return run
+
+
+@_rule("threefry2x32")
+def _threefry2x32(**_):
+    """JAX's random bits: XLA compiles them for each array that is drawn."""
+
+    def run(key, other, x, y):
+        keys = key, other, key ^ other ^ np.uint32(0x1BD11BDA)
+        x, y = x + keys[0], y + keys[1]
+        for i in range(1, 6):
+            for left in (13, 15, 26, 6) if i % 2 else (17, 29, 16, 24):
+                x = x + y
+                y = x ^ (y << np.uint32(left) | y >> np.uint32(32 - left))
+            x, y = x + keys[i % 3], y + keys[(i + 1) % 3] + np.uint32(i)
+        return x, y
+
+    return run
+
+
+@_rule("iota_2x32_shape")
+def _iota_2x32_shape(*, shape):
+    numbers = np.arange(math.prod(shape), dtype=np.uint64).reshape(shape)
+    made = (numbers >> np.uint64(32)).astype(np.uint32), numbers.astype(np.uint32)
+    return lambda: made
+
+
+@_rule("random_bits")
+def _random_bits(**params):
+    @functools.cache
+    def program(impl, shape):
+        """What JAX makes of the keys' numbers."""
+
+        def bits(numbers):
+            return prng.random_bits_impl_base(impl, numbers, len(shape) - 1, **params)
+
+        return jax.make_jaxpr(bits)(np.zeros(shape, np.uint32))
+
+    def run(keys):
+        numbers = np.asarray(jax.random.key_data(keys))
+        return _closed(program(keys.dtype._impl, numbers.shape))(numbers)[0]
 
     return run

@@ -63,6 +63,15 @@ def test_calls():
     _same(run, random[:, :3] + 4 * np.eye(3, dtype=np.float32), random[:, 3])
 
 
+def test_random_numbers():
+    def run(key):
+        keys = jax.random.split(key, 3)
+        many = jax.vmap(lambda key: jax.random.bits(key, (4, 5)))(keys)
+        return many, jax.random.bits(key, (7,), "uint8"), jax.random.normal(keys[0], (3,))
+
+    _same(run, jax.random.key(3))
+
+
 def test_nan_is_looked_for_where_jax_does():
     def masked(x):
         return jnp.where(x == 0, 0.0, x / x)
