@@ -51,7 +51,7 @@ def forward(q, w, u, kg, decay, aq, beta, starts, *, length, keep_states):
     """
     B, TP, HV, K = q.shape
     V, N, P = u.shape[-1], TP // CHUNK, 1 if starts is None else starts.shape[0]
-    warpgroups = _warpgroups(P * B * HV, V)
+    warpgroups = warpgroups_of_cta(P * B * HV, V)
     out = kernel(
         functools.partial(_forward_body, chunks=N, pieces=P, warpgroups=warpgroups),
         inputs=dict(q=q, w=w, u=u, kg=kg, decay=decay, aq=aq, beta=beta, starts=starts),
@@ -150,7 +150,7 @@ def backward(q, w, kg, do, decay, aq, beta, ends):
     """
     B, TP, HV, K = q.shape
     V, N, P = do.shape[-1], TP // CHUNK, ends.shape[0]
-    warpgroups = _warpgroups(P * B * HV, V)
+    warpgroups = warpgroups_of_cta(P * B * HV, V)
     out = kernel(
         functools.partial(_backward_body, chunks=N, pieces=P, warpgroups=warpgroups),
         inputs=dict(q=q, w=w, kg=kg, do=do, decay=decay, aq=aq, beta=beta, ends=ends),
@@ -235,7 +235,7 @@ def piece(p, pieces, chunks):
     return first, jnp.minimum(length, chunks - first)
 
 
-def _warpgroups(heads, V):
+def warpgroups_of_cta(heads, V):
     """Compute warpgroups of a CTA: two share a chunk's operands, but also the tensor cores, so that
     with few heads, when the chain of chunks is all the time there is, each has a CTA of its own."""
     full = heads * V // (2 * COLUMNS) >= PROCESSORS // 2
