@@ -298,11 +298,20 @@ def rotate(x, position, theta):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def appended(cache, name, new, length, real):
-    """The call's rows of a variable of a cache, which gets these tokens; see `append`."""
-    variable = cache.variables[name]
-    variable.value = append(variable.value, new, length, real, cache.slots)
-    return cache.rows(name)
+def appended(cache, name, new, length, real, *, has_heads=True):
+    """The call's rows of a variable of a cache, which gets these tokens; see `append`.
+
+    Args:
+      has_heads: whether the variable is [B, HK, S, K] and new [B, T, HK, K]; without there is no
+        HK.
+    """
+    x, slots = cache.variables[name].value, cache.slots
+    if has_heads:
+        x = append(x, new, length, real, slots)
+    else:
+        x = append(x[:, None], new[:, :, None], length, real, slots)[:, 0]
+    cache.variables[name].value = x
+    return x if slots is None else pools.read(x, slots)
 
 
 def append(cached, new, length, real, slots=None):

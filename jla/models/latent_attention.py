@@ -14,7 +14,7 @@ from jla.linen import RMSNorm, _arguments
 from jla.linen._projections import product, sum_over_heads
 from jla.linen.mixer import Cache, arranged
 from jla.models.attention import (
-    append,
+    appended,
     check_room,
     interval_attention,
     intervals,
@@ -146,10 +146,8 @@ class LatentAttention(nn.Module):
         filled = (jnp.arange(S)[None] < (length + added)[:, None])[:, :, None]
 
         def advance(name, new):
-            variable = cache.variables[name]
-            arrays = variable.value[:, None], new[:, :, None]
-            variable.value = append(*arrays, length, tokens.real, cache.slots)[:, 0]
-            return jnp.where(filled, cache.rows(name), 0)  # 0 times what lies behind could be NaN
+            x = appended(cache, name, new, length, tokens.real, has_heads=False)
+            return jnp.where(filled, x, 0)  # 0 times what lies behind could be NaN
 
         latent, shared = advance("latent", latent), advance("shared_key", shared)
         cache.set_rows("length", length + added)
