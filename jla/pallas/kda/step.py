@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jla._core.axes import KDA, letters, of_step
 from jla._core.pools import of_pool
 from jla._core.shardwise import shardwise
+from jla._core.steps import by_slots
 from jla.pallas.common import mosaic, pools, scratch
 from jla.pallas.common.mosaic import f32, per_column, per_row
 from jla.reference import kda as reference
@@ -73,15 +74,11 @@ def _differentiable(scale, inputs, outputs):
 
     @step.defjvp
     def _(primals, tangents):
-        formula = functools.partial(_formula, scale=scale)
+        formula = functools.partial(reference.kda_step, scale=scale)
+        formula = by_slots(formula) if len(primals) > len(_INPUTS) else formula
         return step(*primals), jax.jvp(formula, primals, tangents)[1]
 
     return step
-
-
-def _formula(*arrays, scale):
-    *arrays, slots = arrays if len(arrays) > len(_INPUTS) else (*arrays, None)
-    return reference.kda_step(*arrays, scale=scale, slots=slots)
 
 
 def _step(q, k, v, g, beta, state, slots=None, *, scale, width=None):

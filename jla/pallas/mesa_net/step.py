@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla._core.axes import MESA_NET, letters, of_step
-from jla._core.pools import of_pool, on_rows
+from jla._core.pools import of_pool
 from jla._core.shardwise import shardwise
 from jla._core.states import MesaState
 from jla.pallas.common import mosaic, pools, scratch
@@ -74,16 +74,9 @@ def _differentiable(steps, tolerance, inputs, outputs):
     run = functools.partial(_step, steps=steps, tolerance=tolerance)
     step = jax.custom_jvp(lambda *arrays: shardwise(run, inputs, outputs)(*arrays))
 
-    @on_rows(shared=[5])
-    def by_row(q, k, v, g, beta, lamb, state):
-        one = jax.vmap(functools.partial(reference.mesa_step, cg_steps=steps))
-        # The reference has one lamb for all rows.
-        rows = [x[:, None] for x in (q, k, v, g, beta)]
-        o, state = one(*rows, lamb, MesaState(*(x[:, None] for x in state)))
-        return o[:, 0], (state.kk[:, 0], state.kv[:, 0])
-
     def formula(q, k, v, g, beta, lamb, kk, kv, slots=None):
-        o, state = by_row(q, k, v, g, beta, lamb, (kk, kv), slots=slots)
+        arrays = q, k, v, g, beta, lamb, MesaState(kk, kv)
+        o, state = reference.mesa_step_by_row(*arrays, cg_steps=steps, slots=slots)
         return o, *state
 
     @step.defjvp
