@@ -348,9 +348,9 @@ def _step_formula(q, k, v, g, beta, lamb, kk, kv, slots=None, *, steps):
 def _step(q, k, v, g, beta, lamb, kk, kv, slots=None, *, steps, tolerance):
     """The kernel call."""
     (B, H, K), V = q.shape, v.shape[-1]
-    kernel, on_pool = step.mesa_step, ()
+    kernel, on_pool, heads = step.mesa_step, (), {}
     if slots is not None:
-        kernel, on_pool = step.mesa_step_on_pool, (slots, kk.shape[0], H)
+        kernel, on_pool, heads = step.mesa_step_on_pool, (slots, kk.shape[0]), dict(H=H)
     config = configs.config("mesa_step", launch.target())
     rows = _wide(K)
     whole = rows <= 128
@@ -366,7 +366,7 @@ def _step(q, k, v, g, beta, lamb, kk, kv, slots=None, *, steps, tolerance):
             SDS(kv.shape, f32),
         ],
         config=config,
-        constants=dict(K=K, V=V, BK=rows, BV=part, WHOLE=whole, TOLERANCE=tolerance),
+        constants=dict(K=K, V=V, BK=rows, BV=part, WHOLE=whole, TOLERANCE=tolerance) | heads,
         in_place={6: 2, 7: 3},
     )
     return o, kk, kv

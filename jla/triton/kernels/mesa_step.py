@@ -32,16 +32,17 @@ def mesa_step(
 
 @triton.jit
 def mesa_step_on_pool(
-    q, k, v, g, beta, lamb, kk, kv, steps, slots, R, H, o, work, new_kk, new_kv,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BI: tl.constexpr, BV: tl.constexpr,
-    WHOLE: tl.constexpr, TOLERANCE: tl.constexpr,
+    q, k, v, g, beta, lamb, kk, kv, steps, slots, R, o, work, new_kk, new_kv,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BI: tl.constexpr,
+    BV: tl.constexpr, WHOLE: tl.constexpr, TOLERANCE: tl.constexpr,
 ):  # fmt: skip
     """`mesa_step` of a pool of R rows, of which a program has the one that `slots`, [B], names."""
-    head = tl.program_id(0).to(tl.int64)
-    row = tl.load(slots + head // H)
+    program = tl.program_id(0)
+    head, row = program.to(tl.int64), tl.load(slots + program // H)
     if (row >= 0) & (row < R):
+        of_state = (row * H + program % H).to(tl.int64)
         _advance(
-            q, k, v, g, beta, lamb, kk, kv, steps, o, work, head, row * H + head % H,
+            q, k, v, g, beta, lamb, kk, kv, steps, o, work, head, of_state,
             K, V, BK, BI, BV, WHOLE, TOLERANCE,
         )  # fmt: skip
     else:
