@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._core import pools
 from jla._core.segments import segment_starts
 from jla._core.states import MesaState, zero_mesa_state
 
@@ -13,6 +14,7 @@ f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
+@pools.on_rows(shared=[5])
 @functools.partial(jax.jit, static_argnames="cg_steps")
 def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
     """One token. See `jla.mesa_step`."""
@@ -27,6 +29,15 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
     x = jnp.linalg.solve(kk + ridge[None], q[..., None])[..., 0]
     o = _einsum("bhk,bhkv->bhv", x, kv)
     return o.astype(dtype), MesaState(kk, kv)
+
+
+@pools.on_rows(shared=[5])
+def mesa_step_by_row(q, k, v, g, beta, lamb, state, *, cg_steps):
+    """`mesa_step` with a ridge for each row, [B, H, K]."""
+    one = jax.vmap(functools.partial(mesa_step, cg_steps=cg_steps))
+    rows = [x[:, None] for x in (q, k, v, g, beta)]
+    o, state = one(*rows, lamb, MesaState(*(x[:, None] for x in state)))
+    return o[:, 0], MesaState(*(x[:, 0] for x in state))
 
 
 @functools.partial(jax.jit, static_argnames="cg_steps")

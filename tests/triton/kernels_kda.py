@@ -75,6 +75,14 @@ KERNELS = (
         dict(scale=0.1, H=4, HV=8, K=200, V=40, BK=256, BV=32),
         registers=168,
     ),
+    Kernel(
+        "kda_step.kda_step_on_pool",
+        "*x *x *x *fp32 *fp32 *fp32 *i32 i32 *x *fp32",
+        dict(scale=0.1, H=4, HV=8, K=128, V=128, BK=128),
+        config="kda_step",
+        registers=168,
+        smoke=89,
+    ),
     *_of_kda(
         "kda_forward.kda_scores",
         "*x *x *x *g *fp32 *fp16 i32 *x *x *x *x",
