@@ -11,10 +11,11 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from jla._core.axes import Axes
+from jla._core.axes import Axes, of_segments
 from jla._core.types import Array, Implementation, Sizes
 
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -244,10 +245,65 @@ def check_count(name: str, value: object) -> int:
     return int(value)
 
 
-def check_segment_ids(segment_ids: Array) -> None:
-    """Raises TypeError unless `segment_ids` holds integers."""
+def check_segment_ids(segment_ids: Array, sizes: Sizes | None = None) -> None:
+    """Raises TypeError unless `segment_ids` holds integers; ValueError if these are known not to
+    name the states, `sizes["N"]` of them where the initial state has an axis of segments."""
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise TypeError(f"segment_ids must be integers, got {segment_ids.dtype.name}")
+    if sizes is not None and "N" in sizes:
+        _check_ids_of_states(segment_ids, sizes["N"])
+
+
+def axes_of_run(
+    axes: Axes, initial_state: Any, segment_ids: Array | None, axis_name: str | None
+) -> Axes:
+    """The axes of a run's arguments: its initial state may have an axis of segments, N.
+
+    Raises:
+      ValueError: it has one, and there are no segments.
+      NotImplementedError: it has one, and the sequence is split over devices.
+    """
+    if initial_state is None:
+        return axes
+    fields = {"initial_state": initial_state}
+    if isinstance(initial_state, tuple):
+        fields = state_fields("initial_state", initial_state)
+    name, x = next(iter(fields.items()))
+    given = axes[name].split()
+    if jnp.ndim(x) != len(given) + 1:
+        return axes
+    if segment_ids is None:
+        raise ValueError(
+            f"{name} must have axes [{', '.join(given)}] without segment_ids, got shape "
+            f"{jnp.shape(x)}; an axis of segments after the batch goes with segment_ids"
+        )
+    if axis_name is not None:
+        raise NotImplementedError(
+            f"{name} has an axis of segments (shape {jnp.shape(x)}), which is not supported with "
+            f"axis_name: give [{', '.join(given)}], the state of each row's first segment, or run "
+            "each row on one device"
+        )
+    return of_segments(axes)
+
+
+def _check_ids_of_states(segment_ids: Array, N: int) -> None:
+    """Raises ValueError unless ids, where known, are -1 to N - 1, and each in one place."""
+    if not known(segment_ids):
+        return
+    ids = np.asarray(segment_ids)
+    if ids.min() < -1 or ids.max() >= N:
+        raise ValueError(
+            f"segment_ids must be 0 to {N - 1}, for the N = {N} segments of initial_state, or -1 "
+            f"(padding), got {ids.min()} to {ids.max()}"
+        )
+    for row, x in enumerate(ids):
+        runs = x[np.flatnonzero(np.diff(x, prepend=x[0] - 1))]
+        names, counts = np.unique(runs[runs >= 0], return_counts=True)
+        if np.any(counts > 1):
+            raise ValueError(
+                "segment_ids must have each segment's tokens side by side where initial_state has "
+                f"an axis of segments, got id {names[counts > 1][0]} in several places of row {row}"
+            )
 
 
 def check_implementation(implementation: object) -> None:
