@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._core import packed
+from jla._core import packed, pools
 from jla._core.states import MesaState, zero_mesa_state
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
+@pools.on_rows(shared=[5])
 @functools.partial(jax.jit, static_argnames="cg_steps")
 def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
     """One token. See `jla.mesa_step`."""
