@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jla._core.axes import Axes, of_segments
-from jla._core.types import Array, Implementation, Sizes
+from jla._core.types import Array, Implementation, NumpyArray, Sizes
 
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 HEAD_DIMS = range(16, 257)  # and slots; where a mechanism accepts more, its own file says so
@@ -250,8 +250,8 @@ def check_segment_ids(segment_ids: Array, sizes: Sizes | None = None) -> None:
     name the states, `sizes["N"]` of them where the initial state has an axis of segments."""
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise TypeError(f"segment_ids must be integers, got {segment_ids.dtype.name}")
-    if sizes is not None and "N" in sizes:
-        _check_ids_of_states(segment_ids, sizes["N"])
+    if sizes is not None and "N" in sizes and known(segment_ids):
+        check_ids_of_states(list(np.asarray(segment_ids)), sizes["N"])
 
 
 def axes_of_run(
@@ -286,22 +286,20 @@ def axes_of_run(
     return of_segments(axes)
 
 
-def _check_ids_of_states(segment_ids: Array, N: int) -> None:
-    """Raises ValueError unless ids, where known, are -1 to N - 1, and each in one place."""
-    if not known(segment_ids):
-        return
-    ids = np.asarray(segment_ids)
-    if ids.min() < -1 or ids.max() >= N:
+def check_ids_of_states(rows: list[NumpyArray], N: int, states: str = "initial_state") -> None:
+    """Raises ValueError unless each row's ids are -1 to N - 1, and each in one place of the row."""
+    lowest, highest = min(x.min(initial=0) for x in rows), max(x.max(initial=0) for x in rows)
+    if lowest < -1 or highest >= N:
         raise ValueError(
-            f"segment_ids must be 0 to {N - 1}, for the N = {N} segments of initial_state, or -1 "
-            f"(padding), got {ids.min()} to {ids.max()}"
+            f"segment_ids must be 0 to {N - 1}, for the N = {N} segments of {states}, or -1 "
+            f"(padding), got {lowest} to {highest}"
         )
-    for row, x in enumerate(ids):
-        runs = x[np.flatnonzero(np.diff(x, prepend=x[0] - 1))]
+    for row, x in enumerate(rows):
+        runs = x[np.flatnonzero(np.diff(x, prepend=-2))]
         names, counts = np.unique(runs[runs >= 0], return_counts=True)
         if np.any(counts > 1):
             raise ValueError(
-                "segment_ids must have each segment's tokens side by side where initial_state has "
+                f"segment_ids must have each segment's tokens side by side where {states} has "
                 f"an axis of segments, got id {names[counts > 1][0]} in several places of row {row}"
             )
 
