@@ -130,16 +130,23 @@ class Places(NamedTuple):
     owner: jax.Array
 
 
-def places(segment_ids: SegmentIds, N: int, C: int, offset: jax.Array | None = None) -> Places:
+def places(
+    segment_ids: SegmentIds,
+    N: int,
+    C: int,
+    *,
+    offset: jax.Array | None = None,
+    M: int | None = None,
+) -> Places:
     """Assigns places to the tokens of N segments, in chunks of C.
 
     A segment that is there takes at most C - 1 places beside its tokens', so that M = (T + N
-    (C - 1)) // C chunks are enough; with an offset, [B, N] below C, it is that place of its first
-    chunk that a segment starts at, and M = (T + 2 N (C - 1)) // C.
+    (C - 1)) // C chunks are enough; with an offset, [B, N] below C, it starts at that place of its
+    first chunk, and M = (T + 2 N (C - 1)) // C. Another M must not be less.
     """
     T: int = segment_ids.shape[1]
     runs = min(N, T) * (1 if offset is None else 2)
-    M = (T + runs * (C - 1)) // C
+    M = M or (T + runs * (C - 1)) // C
     owner, time = owners(segment_ids, N), jnp.arange(T, dtype=i32)[None]
     begins = segment_starts(owner) | (time == 0)
     since = time - lax.cummax(jnp.where(begins, time, 0), axis=1)
@@ -195,6 +202,52 @@ def by_chunks(
     where = places(segment_ids, N, C)
     o, states = run(*(pick(x, where.token) for x in arrays), states, where.owner)
     return pick(o, where.place), states
+
+
+# Kernels carry states through several pieces of a sequence at once; here a segment is one. Each has
+# a chunk, an empty one if it is absent, and a last piece has those that are left, so that all are
+# written, and by one piece. P = N + 1, M = T // C + N + 1.
+
+
+def by_pieces(
+    run: Callable[..., tuple[jax.Array, Any]],
+    arrays: Sequence[Array],
+    states: Any,
+    segment_ids: SegmentIds,
+    C: int,
+) -> tuple[jax.Array, Any]:
+    """`by_chunks` for kernels.
+
+    Args:
+      run: `run(*arrays, states, spans)` returns outputs [B, M C, ...] and states. The states are
+        [B, H, P, ...], where each piece starts from and ends; spans are each piece's first chunk
+        and its number of chunks, at least 1, [B, P, 2], int32.
+    """
+    N: int = jax.tree.leaves(states)[0].shape[1]
+    M = segment_ids.shape[1] // C + N + 1
+    where = places(segment_ids, N, C, M=M)
+    mine = where.owner[..., None] == jnp.arange(N, dtype=i32)[None, None]
+    number, begin = jnp.sum(mine, axis=1, dtype=i32), jnp.argmax(mine, axis=1).astype(i32)
+    absent, used = number == 0, jnp.sum(number, axis=1, keepdims=True, dtype=i32)
+    empty = used + jnp.cumsum(absent, axis=1, dtype=i32)
+    begin = jnp.where(absent, empty - 1, begin)
+    begin = jnp.concatenate([begin, empty[:, -1:]], axis=1)
+    number = jnp.concatenate([jnp.maximum(number, 1), M - empty[:, -1:]], axis=1)
+    spans = jnp.stack([begin, number], axis=2)
+
+    def there(x):
+        return ~absent.reshape(-1, N, *[1] * (x.ndim - 2))
+
+    def start(x):
+        x = jnp.where(there(x), x, 0.0)
+        return jnp.moveaxis(jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2)), 1, 2)
+
+    def end(after, x):
+        return jnp.where(there(x), jnp.moveaxis(after, 2, 1)[:, :N], x)
+
+    placed = (pick(x, where.token) for x in arrays)
+    o, after = run(*placed, jax.tree.map(start, states), spans)
+    return pick(o, where.place), jax.tree.map(end, after, states)
 
 
 class Extended(NamedTuple):
