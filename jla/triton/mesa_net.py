@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import triton
 from jax.ad_checkpoint import checkpoint_name
 
+from jla._core import packed
 from jla._core.axes import MESA_NET, letters, of_step
 from jla._core.derivatives import reverse_only
 from jla._core.segments import segment_starts
@@ -48,10 +49,9 @@ _POOL_INPUTS = (*_STEP_INPUTS[:6], *_POOL_STATES, "B")
 _POOL_OUTPUTS = (_STEP["o"], *_POOL_STATES)
 
 
-def unsupported(name, *arrays, slots=None):
-    """Why the kernels of the function `name` cannot serve these arguments, or None: they serve
-    all that the public function takes."""
-    return None
+def unsupported(name, *arrays, slots=None, segments=None):
+    """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    return None if segments is None else packed.REFUSAL
 
 
 def _tolerance(dtype):
