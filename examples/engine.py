@@ -1,0 +1,184 @@
+"""The two programs of continuous batching: a prefill of some slots of a pool, a step of all.
+
+Both are compiled before the first request, and no request compiles anything. What a request needs
+for its draws stays in the pool too, so that a step can start before the host knows the last tokens.
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jla.models.generate import decoder, decoder_params, empty_cache, restrict
+
+# Of a prefill's rows, as columns of its integers and floats.
+INTEGERS = ("slot", "length", "begins", "ends", "seed", "top_k")
+FLOATS = ("temperature", "top_p")
+BITS = 2**32  # of seeds
+
+
+class Engine:
+    """A pool of sequences, and the compiled programs that advance it.
+
+    Args:
+      model, params: a LanguageModel and its parameters, stacked or not.
+      slots: S, the sequences in the pool, and the rows of a decoding step.
+      capacity: the most tokens of a sequence, its prompt's and the new ones.
+      rows, chunk: a prefill's rows, and the tokens in each.
+      steps: how many tokens a decoding call draws, one after the other.
+    """
+
+    def __init__(self, model, params, *, slots, capacity, rows=4, chunk=512, steps=1):
+        self.slots, self.rows, self.chunk, self.steps = slots, rows, chunk, steps
+        self.vocabulary = model.config.vocabulary
+        self.params = jax.jit(functools.partial(decoder_params, model))(params)
+        self.pool = {
+            "cache": empty_cache(model, slots, capacity),
+            "token": np.zeros(slots, np.int32),
+            "drawn": np.zeros(slots, np.int32),
+            "seed": np.zeros(slots, np.uint32),
+            "top_k": np.zeros(slots, np.int32),
+            **{name: np.zeros(slots, np.float32) for name in FLOATS},
+        }
+        self.pool = jax.device_put(self.pool, jax.devices()[0])
+        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self.pool)) / slots
+        began = time.perf_counter()
+        model = decoder(model)
+        prefill_rows = (
+            np.zeros((rows, chunk), np.int32),
+            np.zeros((rows, len(INTEGERS)), np.uint32),
+            np.zeros((rows, len(FLOATS)), np.float32),
+        )
+        self._prefill = self._compiled(functools.partial(prefill, model), *prefill_rows)
+        decoding = functools.partial(decode, model, steps=steps)
+        self._decode = self._compiled(decoding, np.zeros(slots, np.int32))
+        self.compile_s = time.perf_counter() - began
+
+    def _compiled(self, program, *arguments):
+        jitted = jax.jit(program, donate_argnums=1)
+        return jitted.lower(self.params, self.pool, *arguments).compile()
+
+    def memory_bytes(self):
+        """The most that one of the programs needs: parameters, the pool and temporaries."""
+        plans = [program.memory_analysis() for program in (self._prefill, self._decode)]
+        return max(
+            plan.argument_size_in_bytes
+            + plan.temp_size_in_bytes
+            + plan.output_size_in_bytes
+            - plan.alias_size_in_bytes
+            for plan in plans
+        )
+
+    def prefill(self, pieces):
+        """Reads `scheduler.Piece`s of prompts; returns the next tokens [rows] on the device.
+
+        They mean something for the pieces that end their prompt.
+        """
+        tokens = np.zeros((self.rows, self.chunk), np.int32)
+        integers = np.zeros((self.rows, len(INTEGERS)), np.uint32)
+        floats = np.zeros((self.rows, len(FLOATS)), np.float32)
+        integers[:, 0] = BITS - 1  # as int32, -1
+        for i, piece in enumerate(pieces):
+            request, length = piece.running.request, piece.stop - piece.start
+            tokens[i, :length] = piece.tokens
+            top_k = self.vocabulary if request.top_k is None else request.top_k
+            top_k = min(top_k, self.vocabulary)
+            integers[i] = piece.slot, length, piece.begins, piece.ends, request.seed, top_k
+            floats[i] = request.temperature, 1 if request.top_p is None else request.top_p
+        self.pool, drawn = self._prefill(self.params, self.pool, tokens, integers, floats)
+        drawn.copy_to_host_async()
+        return drawn
+
+    def decode(self, counts):
+        """Draws `counts[slot]` tokens, at most `steps`, for each of these slots; returns tokens
+        [steps, slots], on the device."""
+        array = np.zeros(self.slots, np.int32)
+        for slot, count in counts.items():
+            array[slot] = count
+        self.pool, drawn = self._decode(self.params, self.pool, array)
+        drawn.copy_to_host_async()
+        return drawn
+
+
+def prefill(model, params, pool, tokens, integers, floats):
+    """Tokens [P, C] of P sequences into the pool; where a prompt ends, its first new token.
+
+    `integers` and `floats` have the columns INTEGERS and FLOATS. A slot of -1 is none.
+    """
+    row = dict(zip(INTEGERS, integers.T, strict=True)) | dict(zip(FLOATS, floats.T, strict=True))
+    slots, length, top_k = (row[name].astype(jnp.int32) for name in ("slot", "length", "top_k"))
+    begins, ends = row["begins"] > 0, row["ends"] > 0
+    S = pool["token"].shape[0]
+    new = jnp.where(begins & (slots >= 0), slots, S)
+    cache = jax.tree.map(lambda x: x.at[new].set(0, mode="drop"), pool["cache"])
+    mask = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < length[:, None]
+    logits, cache = feed(model, params, cache, tokens, slots, mask)
+    own = dict(seed=row["seed"], top_k=top_k, temperature=row["temperature"], top_p=row["top_p"])
+    drawn = choose(logits, jnp.zeros_like(slots), **own)
+
+    def put(name, rows, values):
+        place = jnp.where(rows & (slots >= 0), slots, S)
+        return pool[name].at[place].set(values, mode="drop")
+
+    pool = pool | {name: put(name, begins, values) for name, values in own.items()}
+    pool |= dict(token=put("token", ends, drawn), drawn=put("drawn", ends, jnp.ones_like(slots)))
+    return pool | dict(cache=cache), drawn
+
+
+def decode(model, params, pool, counts, *, steps):
+    """Draws `counts` [S] tokens more for the pool's sequences, at most `steps`: [steps, S]."""
+    places = jnp.arange(counts.shape[0], dtype=jnp.int32)
+    own = {name: pool[name] for name in ("seed", "top_k", *FLOATS)}
+
+    def step(carry, i):
+        cache, token, drawn = carry
+        active = i < counts
+        slots = jnp.where(active, places, -1)
+        logits, cache = feed(model, params, cache, token[:, None], slots)
+        # Finished requests' temperatures are still there, and sampling costs more than it need.
+        settings = own | dict(temperature=jnp.where(active, own["temperature"], 0.0))
+        token = jnp.where(active, choose(logits, drawn, **settings), token)
+        return (cache, token, drawn + active), token
+
+    carry = pool["cache"], pool["token"], pool["drawn"]
+    if steps == 1:
+        carry, tokens = step(carry, 0)
+        tokens = tokens[None]
+    else:
+        carry, tokens = jax.lax.scan(step, carry, jnp.arange(steps, dtype=jnp.int32))
+    return pool | dict(zip(("cache", "token", "drawn"), carry, strict=True)), tokens
+
+
+def feed(model, params, cache, tokens, slots, mask=None):
+    """The logits [B, V] behind each row's last token, and the pool with the rows' tokens."""
+    rows = jax.tree.map(lambda x: x[jnp.maximum(slots, 0)], cache)
+    logits, updated = model.apply(
+        {"params": params, "cache": rows}, tokens, mask, last_only=True, mutable=["cache"]
+    )
+
+    def put(x, new):
+        return x.at[jnp.where(slots < 0, x.shape[0], slots)].set(new, mode="drop")
+
+    return logits[:, 0], jax.tree.map(put, cache, updated["cache"])
+
+
+def choose(logits, drawn, *, seed, temperature, top_k, top_p):
+    """A token for each row, by its own settings [B]; `drawn` counts those that it has drawn.
+
+    The key depends on the seed and the count alone, and is the one that `jla.models.generate` has
+    for this token of a single row with `key=jax.random.key(seed)`.
+    """
+
+    def sample():
+        divided = logits / jnp.maximum(temperature, 1e-6)[:, None]
+        restricted = jnp.any((temperature > 0) & ((top_k < logits.shape[1]) | (top_p < 1)))
+        # Sorting a large vocabulary takes longer than the rest of a step.
+        divided = jax.lax.cond(restricted, restrict, lambda x, *_: x, divided, top_k, top_p)
+        keys = jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(seed, drawn)
+        return jax.vmap(jax.random.categorical)(keys, divided).astype(jnp.int32)
+
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    sampled = jax.lax.cond(jnp.any(temperature > 0), sample, lambda: likeliest)
+    return jnp.where(temperature > 0, sampled, likeliest)
