@@ -31,6 +31,7 @@ from jla._core.types import (
     Queries,
     RawGates,
     SegmentIds,
+    Slots,
     Strengths,
     Values,
 )
@@ -107,11 +108,12 @@ def kda_step_from_projection(
     *,
     lower_bound: float | None = None,
     real: Array | None = None,
+    slots: Slots | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, KDAState]:
     """One token of `kda_from_projection`; arrays without the axis of time, `real` is [B]."""
     g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
-    return kda_step(q, k, v, g, beta, state, implementation=implementation)
+    return kda_step(q, k, v, g, beta, state, slots=slots, implementation=implementation)
 
 
 def log_linear_mamba2(
@@ -173,11 +175,13 @@ def log_linear_mamba2_step[State: (LogLinearState, LazyLogLinearState)](
     skip: Array,
     state: State,
     *,
+    slots: Slots | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, State]:
     """One token of `log_linear_mamba2`; arrays without the axis of time."""
     v, level_scales, skipped = mamba2_operands(u, logits, dt, skip)
-    o, state = log_linear_step(q, k, v, g, level_scales, state, implementation=implementation)
+    options: dict[str, Any] = dict(slots=slots, implementation=implementation)
+    o, state = log_linear_step(q, k, v, g, level_scales, state, **options)
     return (o.astype(f32) + skipped).astype(u.dtype), state
 
 

@@ -4,7 +4,7 @@ import functools
 
 import jax.numpy as jnp
 
-from jla._core import axes, checking, checks, movement, sequence
+from jla._core import axes, checking, checks, movement, pools, sequence
 from jla._core.states import GSAState
 from jla._core.types import (
     Implementation,
@@ -14,6 +14,7 @@ from jla._core.types import (
     Queries,
     SegmentIds,
     Sizes,
+    Slots,
     SlotWrites,
     Values,
 )
@@ -142,6 +143,7 @@ def gsa_step(
     state: GSAState,
     *,
     scale: float | None = None,
+    slots: Slots | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, GSAState]:
     """One token of `jla.gsa`, for decoding: `T` steps are one run over `T` tokens.
@@ -161,13 +163,18 @@ def gsa_step(
       state: `GSAState(hk, hv)`, [B, H, K, M] and [B, H, M, V], float32: what `gsa` or the last step
         returned. Donate it to jit, and it is updated in place.
       scale: as in `gsa`.
+      slots: None, or int32 [B]: `state` is then a pool of R rows, [R, H, K, M] and [R, H, M, V],
+        and row i goes on from the state in row `slots[i]` and writes there. -1 is a row without a
+        sequence: its output is zero, and nothing is written. All else of the pool stays as it is;
+        see docs/pools.md.
       implementation: as in `gsa`.
 
     Returns:
-      The output, [B, HQ, V], of v's dtype, and the new `GSAState`.
+      The output, [B, HQ, V], of v's dtype, and the new `GSAState`; with slots the whole pool.
 
     Raises:
-      TypeError, ValueError, NotImplementedError: as `gsa`.
+      TypeError, ValueError, NotImplementedError: as `gsa`. ValueError: slots that are known and
+        equal, or outside -1 to R - 1.
     """
     if g is None:  # pyright: ignore[reportUnnecessaryComparison]
         raise TypeError(
@@ -175,12 +182,13 @@ def gsa_step(
             "is not in the state"
         )
     checks.check_state("state", state, GSAState)
-    sizes = checks.check_axes(_AXES_OF_STEP, q=q, k=k, v=v, s=s, g=g, state=state)
+    sizes = pools.check_axes(_AXES_OF_STEP, slots, q=q, k=k, v=v, s=s, g=g, state=state)
     checks.check_state_dtypes("state", state)
     scale = _check_common(q, k, v, s, g, sizes, scale)
-    checking.values("jla.gsa_step", q=q, k=k, v=v, s=s, g=g, state=state)
-    run = choose("gsa_step", implementation, q, k, v, s, g)
-    return run(q, k, v, s, g, state, scale=scale)
+    checking.values("jla.gsa_step", q=q, k=k, v=v, s=s, g=g, state=state, slots=slots)
+    on_pool = checks.given(slots=slots)
+    run = choose("gsa_step", implementation, q, k, v, s, g, **on_pool)
+    return run(q, k, v, s, g, state, scale=scale, **on_pool)
 
 
 def _check_common(

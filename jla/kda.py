@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jla._core import axes, checking, checks, movement, sequence
+from jla._core import axes, checking, checks, movement, pools, sequence
 from jla._core.parts import kda_decays
 from jla._core.types import (
     Array,
@@ -21,6 +21,7 @@ from jla._core.types import (
     RawGates,
     SegmentIds,
     Sizes,
+    Slots,
     Strengths,
     Values,
 )
@@ -127,6 +128,7 @@ def kda_step(
     state: KDAState | NumpyArray,
     *,
     scale: float | None = None,
+    slots: Slots | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, KDAState]:
     """One token of `jla.kda`, for decoding: `T` steps are one run over `T` tokens.
@@ -146,20 +148,26 @@ def kda_step(
       state: [B, HV, K, V], float32: what `kda` or the last step returned. Donate it to jit, and it
         is updated in place.
       scale: as in `kda`.
+      slots: None, or int32 [B]: `state` is then a pool of R rows, [R, HV, K, V], and row i goes on
+        from `state[slots[i]]` and writes there. -1 is a row without a sequence: its output is zero,
+        and nothing is written. All else of the pool stays as it is; see docs/pools.md.
       implementation: as in `kda`.
 
     Returns:
-      The output, [B, HV, V], of v's dtype, and the new state, [B, HV, K, V], float32.
+      The output, [B, HV, V], of v's dtype, and the new state, [B, HV, K, V], float32; with
+      slots the whole pool.
 
     Raises:
-      TypeError, ValueError, NotImplementedError: as `kda`.
+      TypeError, ValueError, NotImplementedError: as `kda`. ValueError: slots that are known and
+        equal, or outside -1 to R - 1.
     """
-    sizes = checks.check_axes(_AXES_OF_STEP, q=q, k=k, v=v, g=g, beta=beta, state=state)
+    sizes = pools.check_axes(_AXES_OF_STEP, slots, q=q, k=k, v=v, g=g, beta=beta, state=state)
     checks.check_dtype("state", state, [f32])
     scale = _check_common(q, k, v, g, beta, sizes, scale)
-    _check_values("jla.kda_step", q, k, v, g, beta, state=state)
-    run = choose("kda_step", implementation, q, k, v, g, beta)
-    return run(q, k, v, g, beta, state, scale=scale)
+    _check_values("jla.kda_step", q, k, v, g, beta, state=state, slots=slots)
+    on_pool = checks.given(slots=slots)
+    run = choose("kda_step", implementation, q, k, v, g, beta, **on_pool)
+    return run(q, k, v, g, beta, state, scale=scale, **on_pool)
 
 
 def _check_common(

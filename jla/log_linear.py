@@ -1,9 +1,8 @@
 """Log-linear attention (arXiv 2506.04761)."""
 
 import jax.numpy as jnp
-import numpy as np
 
-from jla._core import axes, checking, checks, movement, sequence
+from jla._core import axes, checking, checks, movement, pools, sequence
 from jla._core.lengths import is_symbolic_dim
 from jla._core.states import LazyLogLinearState, LogLinearState
 from jla._core.types import (
@@ -15,6 +14,7 @@ from jla._core.types import (
     Queries,
     SegmentIds,
     Sizes,
+    Slots,
     Values,
 )
 from jla._dispatch import choose
@@ -159,6 +159,7 @@ def log_linear_step[State: (LogLinearState, LazyLogLinearState)](
     level_scales: LevelScales,
     state: State,
     *,
+    slots: Slots | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, State]:
     """One token of `jla.log_linear_attention`, for decoding: `T` steps are one run.
@@ -182,26 +183,30 @@ def log_linear_step[State: (LogLinearState, LazyLogLinearState)](
         `log_linear_attention` or the last step returned; or `LazyLogLinearState(levels, position,
         log_decays)`, the last [B, H, L], float32: what `.lazy()` of it is, or the last step
         returned. Donate it to jit, and it is updated in place.
+      slots: None, or int32 [B]: `state` is then a pool of R rows, [R, H, L, K, V] and so on, and
+        row i goes on from the state in row `slots[i]` and writes there. -1 is a row without a
+        sequence: its output is zero, and nothing is written. All else of the pool stays as it is;
+        see docs/pools.md.
       implementation: as in `log_linear_attention`.
 
     Returns:
-      The output, [B, H, V], of v's dtype, and the new state, of the kind given.
+      The output, [B, H, V], of v's dtype, and the new state, of the kind given; with slots the
+      whole pool.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `log_linear_attention`. Rows whose position L
-        levels do not serve raise, or are NaN where the position is traced.
+        levels do not serve raise, or are NaN where the position is traced. ValueError: slots that
+        are known and equal, or outside -1 to R - 1.
     """
     _check_kind("state", state)
-    sizes = checks.check_axes(
-        _AXES_OF_STEP, q=q, k=k, v=v, g=g, level_scales=level_scales, state=state
-    )
+    given = dict(q=q, k=k, v=v, g=g, level_scales=level_scales, state=state)
+    sizes = pools.check_axes(_AXES_OF_STEP, slots, **given)
     _check_common(q, k, v, g, level_scales, sizes)
-    _check_state("state", state, sizes["L"], 1)
-    checking.values(
-        "jla.log_linear_step", q=q, k=k, v=v, g=g, level_scales=level_scales, state=state
-    )
-    run = choose("log_linear_step", implementation, q, k, v, g, level_scales)
-    return run(q, k, v, g, level_scales, state)
+    _check_state("state", state, sizes["L"], 1, slots)
+    checking.values("jla.log_linear_step", **given, slots=slots)
+    on_pool = checks.given(slots=slots)
+    run = choose("log_linear_step", implementation, q, k, v, g, level_scales, **on_pool)
+    return run(q, k, v, g, level_scales, state, **on_pool)
 
 
 def _check_common(
@@ -226,7 +231,13 @@ def _check_kind(name: str, state: object) -> None:
         checks.check_state(name, state, LogLinearState)
 
 
-def _check_state(name: str, state: LogLinearState | LazyLogLinearState, L: int, T: int) -> None:
+def _check_state(
+    name: str,
+    state: LogLinearState | LazyLogLinearState,
+    L: int,
+    T: int,
+    slots: Slots | None = None,
+) -> None:
     """Checks a state's dtypes, and, where its positions are known, that T tokens more fit."""
     if isinstance(state, LazyLogLinearState):
         checks.check_dtype(f"{name}.log_decays", state.log_decays, [f32])
@@ -235,7 +246,9 @@ def _check_state(name: str, state: LogLinearState | LazyLogLinearState, L: int, 
     position = state.position
     if not checks.known(position):
         return
-    position = np.asarray(position)
+    position = pools.row_values(position, slots)
+    if not position.size:
+        return
     if position.min() < 0:
         raise ValueError(f"{name}.position must not be negative, got {position.min()}")
     last = int(position.max()) + T - 1

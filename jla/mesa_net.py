@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import axes, checking, checks, movement, sequence
+from jla._core import axes, checking, checks, movement, pools, sequence
 from jla._core.states import MesaState
 from jla._core.types import (
     Implementation,
@@ -17,6 +17,7 @@ from jla._core.types import (
     Ridge,
     SegmentIds,
     Sizes,
+    Slots,
     Strengths,
     Values,
     jitted,
@@ -156,6 +157,7 @@ def mesa_step(
     state: MesaState,
     *,
     cg_steps: int = 30,
+    slots: Slots | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, MesaState]:
     """One token of `jla.mesa_net`, for decoding: `T` steps are one run over `T` tokens.
@@ -176,22 +178,29 @@ def mesa_step(
       state: `MesaState(kk, kv)`, [B, H, K, K] and [B, H, K, V], float32: what `mesa_net` or the
         last step returned. Donate it to jit, and it is updated in place.
       cg_steps: as in `mesa_net`; it need not be the same.
+      slots: None, or int32 [B]: `state` is then a pool of R rows, [R, H, K, K] and [R, H, K, V],
+        and row i goes on from the state in row `slots[i]` and writes there. -1 is a row without a
+        sequence: its output is zero, and nothing is written. All else of the pool stays as it is;
+        see docs/pools.md.
       implementation: as in `mesa_net`.
 
     Returns:
-      The output, [B, H, V], of v's dtype, and the new `MesaState`.
+      The output, [B, H, V], of v's dtype, and the new `MesaState`; with slots the whole pool.
 
     Raises:
-      TypeError, ValueError, NotImplementedError: as `mesa_net`.
+      TypeError, ValueError, NotImplementedError: as `mesa_net`. ValueError: slots that are known
+        and equal, or outside -1 to R - 1.
     """
     checks.check_state("state", state, MesaState)
-    sizes = checks.check_axes(_AXES_OF_STEP, q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, state=state)
+    given = dict(q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, state=state)
+    sizes = pools.check_axes(_AXES_OF_STEP, slots, **given)
     checks.check_state_dtypes("state", state)
     cg_steps = _check_common(q, k, v, g, beta, lamb, sizes, cg_steps)
-    checking.values("jla.mesa_step", q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, state=state)
-    run = choose("mesa_step", implementation, q, k, v, g, beta, lamb)
+    checking.values("jla.mesa_step", **given, slots=slots)
+    on_pool = checks.given(slots=slots)
+    run = choose("mesa_step", implementation, q, k, v, g, beta, lamb, **on_pool)
     lamb = _nan_unless_positive(lamb)
-    return run(q, k, v, g, beta, lamb, state, cg_steps=cg_steps)
+    return run(q, k, v, g, beta, lamb, state, cg_steps=cg_steps, **on_pool)
 
 
 def _check_common(

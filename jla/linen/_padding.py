@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from jla._core import pools
 from jla._core.segments import segment_index
 
 
@@ -61,3 +62,22 @@ def arrange(inputs, mask, segment_ids):
         return jnp.where(mask[..., None], take_tokens(y, inverse), 0.0)
 
     return x, real, lengths, segments, restore
+
+
+def of_live_rows(inputs, mask, slots):
+    """The inputs, the mask and the slots of a call on a pool.
+
+    Rows without a sequence become zeros, and so they stay: see `zeros_elsewhere`. A row whose only
+    token is padding has nothing to say to its sequence, and counts as one without.
+    """
+    slots = jnp.asarray(slots)
+    if mask is not None and inputs.shape[1] == 1:
+        slots, mask = jnp.where(mask[:, 0], slots, -1), None
+    if mask is not None:
+        mask = mask & (slots >= 0)[:, None]
+    return pools.zero_unless(slots >= 0, jnp.asarray(inputs)), mask, slots
+
+
+def zeros_elsewhere(restore, slots):
+    """`restore`, then zeros in the rows without a sequence."""
+    return lambda y: pools.zero_unless(slots >= 0, restore(y))

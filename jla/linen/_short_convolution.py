@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jla import _fused
-from jla._core import whole
+from jla._core import pools, whole
 from jla._core.types import Array, Implementation
 from jla._core.whole import Names
 from jla.linen._arguments import check_cache, split_of, uniform, unless_initializing
@@ -67,7 +67,11 @@ class ShortConvolution(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, segments: Array | None = None, lengths: Array | None = None
+        self,
+        x: Array,
+        segments: Array | None = None,
+        lengths: Array | None = None,
+        slots: Array | None = None,
     ) -> jax.Array:
         """Convolves.
 
@@ -78,6 +82,8 @@ class ShortConvolution(nn.Module):
             segment after it. With `axis_name`, integers in any order: equal neighbours are one.
           lengths: int32 [B]: only the first `lengths` tokens of a row are real; the rest does not
             enter the cache. T for every row if None.
+          slots: int32 [B], the rows of the cache that x's rows go on from; None if they are the
+            same.
 
         Returns:
           [B, T, H, D] in x's dtype.
@@ -88,13 +94,14 @@ class ShortConvolution(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, tuple(channels), self.param_dtype)
-        check_cache(self, inputs=((B, past, *channels), x.dtype))
+        check_cache(self, slots, inputs=((B, past, *channels), x.dtype))
         before = None
         if self.decode:
             cache = self.variable("cache", "inputs", jnp.zeros, (B, past, *channels), x.dtype)
-            before = cache.value
+            before = cache.value if slots is None else pools.take(cache.value, slots)
             if not self.is_initializing():
-                cache.value = _last_inputs(before, x, segments, lengths)
+                last = _last_inputs(before, x, segments, lengths)
+                cache.value = last if slots is None else pools.put(cache.value, last, slots)
         run = functools.partial(
             _fused.short_convolution,
             normalize=self.normalize,

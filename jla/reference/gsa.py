@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._core import pools
 from jla._core.segments import segment_starts
 from jla._core.states import GSAState, repeated, zero_gsa_state
 
@@ -13,6 +14,7 @@ f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
+@pools.on_rows()
 @functools.partial(jax.jit, static_argnames="scale")
 def gsa_step(q, k, v, s, g, state, *, scale):
     """One token. See `jla.gsa_step`."""

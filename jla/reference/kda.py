@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._core import pools
 from jla._core.parts import kda_operands
 from jla._core.segments import segment_starts
 from jla._core.states import repeated, zero_state
@@ -14,6 +15,7 @@ f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
+@pools.on_rows()
 @functools.partial(jax.jit, static_argnames="scale")
 def kda_step(q, k, v, g, beta, state, *, scale):
     """One token. See `jla.kda_step`."""

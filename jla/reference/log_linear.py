@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._core import pools
 from jla._core.lengths import is_symbolic_dim
 from jla._core.parts import mamba2_operands
 from jla._core.segments import segment_starts
@@ -29,6 +30,7 @@ _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 SPAN = 256
 
 
+@pools.on_rows()
 @jax.jit
 def log_linear_step(q, k, v, g, level_scales, state):
     """One token. See `jla.log_linear_step`."""

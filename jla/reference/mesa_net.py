@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._core import pools
 from jla._core.segments import segment_starts
 from jla._core.states import MesaState, zero_mesa_state
 
@@ -13,6 +14,7 @@ f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
+@pools.on_rows(shared=[5])
 @functools.partial(jax.jit, static_argnames="cg_steps")
 def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
     """One token. See `jla.mesa_step`."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._core import blockwise
+from jla._core import blockwise, pools
 from jla._core.lengths import chunk_size
 from jla._core.segments import segment_starts
 from jla._core.states import MesaState, hidden, zero_mesa_state
@@ -32,6 +32,7 @@ def tolerance(dtype):
     return 1e-6 if jnp.dtype(dtype) == f32 else 1e-4
 
 
+@pools.on_rows(shared=[5])
 @functools.partial(jax.jit, static_argnames="cg_steps")
 def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
     """One token. See `jla.mesa_step`."""
