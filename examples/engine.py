@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jla.linen
 from jla.models.generate import decoder, decoder_params, empty_cache, restrict
 
 # Of a prefill's rows, as columns of its integers and floats.
@@ -110,13 +111,12 @@ def prefill(model, params, pool, tokens, integers, floats):
     row = dict(zip(INTEGERS, integers.T, strict=True)) | dict(zip(FLOATS, floats.T, strict=True))
     slots, length, top_k = (row[name].astype(jnp.int32) for name in ("slot", "length", "top_k"))
     begins, ends = row["begins"] > 0, row["ends"] > 0
-    S = pool["token"].shape[0]
-    new = jnp.where(begins & (slots >= 0), slots, S)
-    cache = jax.tree.map(lambda x: x.at[new].set(0, mode="drop"), pool["cache"])
+    cache = jla.linen.clear(pool["cache"], jnp.where(begins, slots, -1))
     mask = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < length[:, None]
     logits, cache = feed(model, params, cache, tokens, slots, mask)
     own = dict(seed=row["seed"], top_k=top_k, temperature=row["temperature"], top_p=row["top_p"])
     drawn = choose(logits, jnp.zeros_like(slots), **own)
+    S = pool["token"].shape[0]
 
     def put(name, rows, values):
         place = jnp.where(rows & (slots >= 0), slots, S)
@@ -153,15 +153,15 @@ def decode(model, params, pool, counts, *, steps):
 
 def feed(model, params, cache, tokens, slots, mask=None):
     """The logits [B, V] behind each row's last token, and the pool with the rows' tokens."""
-    rows = jax.tree.map(lambda x: x[jnp.maximum(slots, 0)], cache)
     logits, updated = model.apply(
-        {"params": params, "cache": rows}, tokens, mask, last_only=True, mutable=["cache"]
+        {"params": params, "cache": cache},
+        tokens,
+        mask,
+        slots=slots,
+        last_only=True,
+        mutable=["cache"],
     )
-
-    def put(x, new):
-        return x.at[jnp.where(slots < 0, x.shape[0], slots)].set(new, mode="drop")
-
-    return logits[:, 0], jax.tree.map(put, cache, updated["cache"])
+    return logits[:, 0], updated["cache"]
 
 
 def choose(logits, drawn, *, seed, temperature, top_k, top_p):
