@@ -8,7 +8,8 @@ import numpy as np
 def summary(finished, seconds, *, refused=0):
     """The numbers of a run as a dict; None for what has no number.
 
-    Tokens count when the host has them. "between_tokens" are the waits between two such moments of
+    Tokens count when the host has them. "queue" is the wait for a slot, "reading" from there to the
+    first token, "first_token" both. "between_tokens" are the waits between two such moments of
     one request: with several tokens in a decoding call they arrive together, and a wait is that for
     all of them.
 
@@ -35,6 +36,7 @@ def summary(finished, seconds, *, refused=0):
         prompt_tokens_per_s=read / seconds,
         new_tokens_per_s=drawn / seconds,
         queue_s=spread(r.admitted - r.request.arrival for r in finished if r.admitted is not None),
+        reading_s=spread(r.times[0] - r.admitted for r in started),
         first_token_s=spread(r.times[0] - r.request.arrival for r in started),
         between_tokens_s=spread(gaps),
     )

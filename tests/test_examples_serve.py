@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from comparing import random_parameters
 from programs import assert_fails
 
 from jla.models import generate
@@ -18,9 +19,11 @@ from jla.models.generate import restrict
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
+import checkpoint
 import latency
 import serve
 import workload
+from model import MIXERS, make_model
 from scheduler import Request, Running, Scheduler
 
 pytestmark = pytest.mark.optax
@@ -176,20 +179,30 @@ def write_requests(path):
     return lines
 
 
-TINY = "--width 32 --depth 1 --heads 2 --implementation reference --new-tokens 6 --seed 5".split()
-POOL = "--slots 3 --capacity 32 --rows 2 --chunk 8".split()
+TINY = dict(width=32, depth=1, heads=2)
+POOL = "--new-tokens 6 --seed 5 --slots 3 --capacity 32 --rows 2 --chunk 8".split()
 
 
-def test_tokens_are_those_of_generate(tmp_path, capsys, monkeypatch, caplog):
+def tiny(mixer):
+    model = make_model(mixer, **TINY, longest=32, implementation="reference")
+    return model, random_parameters(model, np.zeros((1, 2), np.int32))["params"]
+
+
+@pytest.mark.parametrize(
+    "mixer, steps",
+    [
+        ("kda", 1),
+        *[pytest.param(mixer, 1, marks=pytest.mark.slow) for mixer in MIXERS if mixer != "kda"],
+        pytest.param("attention", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_tokens_are_those_of_generate(mixer, steps, tmp_path, capsys, monkeypatch, caplog):
     """Whatever runs beside, and without a third program; bad requests are refused one by one."""
     lines = write_requests(tmp_path / "requests.jsonl")
-    out, models, compiled = tmp_path / "out.json", [], []
+    out, compiled = tmp_path / "out.json", []
+    model, params = tiny(mixer)
 
     class Engine(serve.Engine):
-        def __init__(self, model, params, **sizes):
-            models.append((model, jax.tree.map(np.asarray, params)))
-            super().__init__(model, params, **sizes)
-
         def _compiled(self, *arguments):
             compiled.append(super()._compiled(*arguments))
             return compiled[-1]
@@ -199,10 +212,12 @@ def test_tokens_are_those_of_generate(tmp_path, capsys, monkeypatch, caplog):
             return serving(*arguments, **options)
 
     serving = serve.serve
+    monkeypatch.setattr(serve, "load", lambda options: (model, params, []))
     monkeypatch.setattr(serve, "Engine", Engine)
     monkeypatch.setattr(serve, "serve", watched)
     prompts = str(tmp_path / "requests.jsonl")
-    serve.main([*TINY, *POOL, "--prompts", prompts, "--json", str(out)])
+    arguments = [*POOL, "--decode-steps", str(steps), "--prompts", prompts, "--json", str(out)]
+    serve.main(arguments)
     assert len(compiled) == 2
     assert [record for record in caplog.records if "ompil" in record.getMessage()] == []
 
@@ -216,9 +231,9 @@ def test_tokens_are_those_of_generate(tmp_path, capsys, monkeypatch, caplog):
     assert [result["name"] for result in results] == [f"{prompts}:{i + 1}" for i, _ in good]
     ends = ["length"] * (len(good) - 1) + ["stop"]
     assert [result["end"] for result in results] == ends
-    assert report["dropped_tokens"] == 2  # of the two calls that were started before it was read
+    # Of the two calls that were started before the first token was read.
+    assert report["dropped_tokens"] == 2 * steps
     assert report["new_tokens"] == 6 * 4 + 4 + 1 + 1
-    ((model, params),) = models
     for (i, line), result in zip(good, results, strict=True):
         expected = generated(model, params, line["tokens"], i, line)
         wanted = 1 if "stop" in line else line.get("new_tokens", 6)
@@ -249,7 +264,7 @@ def test_ctrl_c_ends_in_good_order(tmp_path, monkeypatch, capsys):
             return super().decode(counts)
 
     monkeypatch.setattr(serve, "Engine", Engine)
-    monkeypatch.setattr(serve, "load", lambda options: (serve.make_model("kda", 32, 1, 2), {}, []))
+    monkeypatch.setattr(serve, "load", lambda options: (make_model("kda", **TINY), {}, []))
     arguments = "--slots 1 --synthetic 3 --prompt-length 2:5 --json".split()
     with pytest.raises(SystemExit) as exit:
         serve.main([*arguments, str(out)])
@@ -279,7 +294,7 @@ def test_the_numbers_of_a_run():
     assert [numbers[end] for end in ("length", "stop", "cut_off")] == [1, 1, 1]
     assert numbers["new_tokens_per_s"] == 6 / 4 and numbers["prompt_tokens_per_s"] == 6 / 4
     assert numbers["queue_s"] == dict(median=0.5, p99=0.5)
-    assert numbers["first_token_s"]["median"] == 0.75
+    assert numbers["first_token_s"]["median"] == 0.75 and numbers["reading_s"]["median"] == 0.25
     assert numbers["between_tokens_s"]["median"] == pytest.approx(0.5)
     first = next(latency.lines(numbers))
     assert first.endswith("1 finished, 1 ended by a stop token, 1 cut off, 2 refused")
@@ -289,15 +304,15 @@ def test_the_numbers_of_a_run():
 
 
 def test_random_requests():
-    options = dict(rate=4.0, lengths=(100, 4000), vocabulary=50, settings=SETTINGS)
-    requests = workload.synthetic(400, **options)
-    assert requests[7].prompt == workload.synthetic(400, **options)[7].prompt
-    assert 100 <= min(len(r.prompt) for r in requests) < 150
-    assert 3900 < max(len(r.prompt) for r in requests) <= 4000
-    assert np.mean([len(r.prompt) for r in requests]) == pytest.approx(2050, rel=0.05)
-    assert requests[-1].arrival == pytest.approx(100, rel=0.1)
+    options = dict(rate=4.0, lengths=(10, 400), vocabulary=50, settings=SETTINGS)
+    requests = workload.synthetic(100, **options)
+    assert requests[7].prompt == workload.synthetic(100, **options)[7].prompt
+    lengths = [len(request.prompt) for request in requests]
+    assert 10 <= min(lengths) < 20 and 390 < max(lengths) <= 400
+    assert np.mean(lengths) == pytest.approx(205, rel=0.1)
+    assert requests[-1].arrival == pytest.approx(25, rel=0.2)
     assert [r.seed for r in requests[:3]] == [5, 6, 7]
-    assert {workload.reason_to_refuse(r, 50, 4006) for r in requests} == {None}
+    assert {workload.reason_to_refuse(r, 50, 406) for r in requests} == {None}
     at_once = workload.synthetic(3, **options | dict(rate=None))
     assert [r.arrival for r in at_once] == [0.0] * 3
 
@@ -317,3 +332,22 @@ def test_mistakes(tmp_path, capsys):
     for path, words in ((empty, "is empty"), ("missing", "cannot read the prompts missing")):
         with pytest.raises(workload.InputError, match=words):
             workload.read([path], str.encode, SETTINGS)
+
+
+def test_models_of_runs_and_of_checkpoints(tmp_path):
+    model, params = tiny("kda")
+    settings = dict(mixer="kda", **TINY, dtype="float32")
+    manager = checkpoint.open_manager(tmp_path)
+    checkpoint.save(manager, 3, dict(params=params), dict(model=settings, training={}))
+    arguments = ["--implementation", "reference", "--run", str(tmp_path)]
+    loaded, same, ends = serve.load(serve.parse(arguments))
+    assert loaded == make_model(**settings, implementation="reference") and ends == []
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    folder = str(pathlib.Path(__file__).parent / "hub" / "models" / "fla_kda")
+    model, params, ends = serve.load(serve.parse(["--checkpoint", folder, "--dtype", "bfloat16"]))
+    assert params["embed"]["embedding"].shape[0] == model.config.vocabulary
+    assert model.dtype == "bfloat16" and ends == [json.loads(read(folder))["eos_token_id"]]
+
+
+def read(folder):
+    return (pathlib.Path(folder) / "config.json").read_text()
