@@ -18,6 +18,9 @@ from jla.models.generate import decoder, decoder_params, empty_cache, restrict
 INTEGERS = ("slot", "length", "begins", "ends", "seed", "top_k")
 FLOATS = ("temperature", "top_p")
 BITS = 2**32  # of seeds
+# Of more tokens the logits are sorted only if a request wants it: it would take longer than the
+# rest of a step. But a condition makes the host wait for a GPU.
+SMALL_VOCABULARY = 4096
 
 
 class Engine:
@@ -55,6 +58,8 @@ class Engine:
         self._prefill = self._compiled(functools.partial(prefill, model), *prefill_rows)
         decoding = functools.partial(decode, model, steps=steps)
         self._decode = self._compiled(decoding, np.zeros(slots, np.int32))
+        # Once without a request: a device loads a program when it runs first.
+        jax.block_until_ready((self.prefill([]), self.decode({})))
         self.compile_s = time.perf_counter() - began
 
     def _compiled(self, program, *arguments):
@@ -137,7 +142,7 @@ def decode(model, params, pool, counts, *, steps):
         active = i < counts
         slots = jnp.where(active, places, -1)
         logits, cache = feed(model, params, cache, token[:, None], slots)
-        # Finished requests' temperatures are still there, and sampling costs more than it need.
+        # What finished requests wanted is still there.
         settings = own | dict(temperature=jnp.where(active, own["temperature"], 0.0))
         token = jnp.where(active, choose(logits, drawn, **settings), token)
         return (cache, token, drawn + active), token
@@ -171,14 +176,14 @@ def choose(logits, drawn, *, seed, temperature, top_k, top_p):
     for this token of a single row with `key=jax.random.key(seed)`.
     """
 
-    def sample():
-        divided = logits / jnp.maximum(temperature, 1e-6)[:, None]
-        restricted = jnp.any((temperature > 0) & ((top_k < logits.shape[1]) | (top_p < 1)))
-        # Sorting a large vocabulary takes longer than the rest of a step.
-        divided = jax.lax.cond(restricted, restrict, lambda x, *_: x, divided, top_k, top_p)
-        keys = jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(seed, drawn)
-        return jax.vmap(jax.random.categorical)(keys, divided).astype(jnp.int32)
-
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    sampled = jax.lax.cond(jnp.any(temperature > 0), sample, lambda: likeliest)
-    return jnp.where(temperature > 0, sampled, likeliest)
+    divided = logits / jnp.maximum(temperature, 1e-6)[:, None]
+    V = logits.shape[1]
+    if V <= SMALL_VOCABULARY:
+        divided = restrict(divided, top_k, top_p)
+    else:
+        wanted = jnp.any((temperature > 0) & ((top_k < V) | (top_p < 1)))
+        divided = jax.lax.cond(wanted, restrict, lambda x, *_: x, divided, top_k, top_p)
+    keys = jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(seed, drawn)
+    sampled = jax.vmap(jax.random.categorical)(keys, divided)
+    likeliest = jnp.argmax(logits, axis=-1)
+    return jnp.where(temperature > 0, sampled, likeliest).astype(jnp.int32)
