@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jla._core import checking, movement, sequence
+from jla._core import checking, movement, packed, sequence
 from jla._core.parts import kda_operands, mamba2_operands
 from jla._core.segments import segment_index
 from jla._core.states import LazyLogLinearState, LogLinearState, with_rank
@@ -88,7 +88,8 @@ def kda_from_projection(
             implementation=implementation,
         )  # fmt: skip
     arrays = q, k, v, f, A_log, dt_bias, beta
-    chosen = choose("kda_from_projection", implementation, *arrays)
+    segments = packed.told(initial_state)
+    chosen = choose("kda_from_projection", implementation, *arrays, **segments)
     options = dict(scale=q.shape[3] ** -0.5, lower_bound=lower_bound)
     run = functools.partial(chosen, real=real, **options)
     if axis_name is None:
@@ -338,6 +339,43 @@ def short_convolution(
     arrays = x, taps, bias, past, segments
     run = choose("short_convolution", implementation, *arrays)
     return run(*arrays, **options)
+
+
+def short_convolution_of_segments(
+    x: Array,
+    taps: Array,
+    bias: Array | None,
+    past: Array,
+    segment_ids: SegmentIds,
+    *,
+    normalize: bool = False,
+    silu_twice: bool = False,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`short_convolution` of segments that continue, each from its own past.
+
+    The tokens are moved behind their segment's past; no window then reaches over a border, and all
+    is one convolution without segments.
+
+    Args:
+      past: [B, N, W - 1, H, D].
+      segment_ids: -1 to N - 1, as the mechanisms' are where states have an axis of segments.
+
+    Returns:
+      The outputs, zeros at tokens of no segment, and each segment's last W - 1 inputs.
+    """
+    (B, N, W1), token = past.shape[:3], x.shape[2:]
+    where = packed.extended(segment_ids, N, W1)
+    past = past.reshape(B, N * W1, *token)
+    inputs = packed.pick(jnp.concatenate([x, past], axis=1), where.source)
+    y = short_convolution(
+        inputs, taps, bias,
+        normalize=normalize, silu_twice=silu_twice, implementation=implementation,
+    )  # fmt: skip
+    last = packed.pick(inputs, where.last, unique=False)
+    absent = where.last >= inputs.shape[1]
+    last = jnp.where(absent[..., None, None], past, last)
+    return packed.pick(y, where.place), last.reshape(B, N, W1, *token)
 
 
 def _convolution_from(

@@ -4,7 +4,7 @@ import functools
 
 import jax.numpy as jnp
 
-from jla._core import axes, checking, checks, movement, pools, sequence
+from jla._core import axes, checking, checks, movement, packed, pools, sequence
 from jla._core.states import GSAState
 from jla._core.types import (
     Implementation,
@@ -85,8 +85,12 @@ def gsa(
       scale: factor of the slots' logits, a Python number; `K**-0.5` if None.
       initial_state: the state before the first token, `GSAState(hk, hv)`, [B, H, K, M] and
         [B, H, M, V], float32; zeros if None. With `segment_ids` it belongs to each row's first
-        segment.
+        segment. With an axis of segments after the batch, [B, N, ...], segment n starts from its
+        row's state n.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
+        With an axis of segments in the state they are 0 to N - 1, each in one place of its row, or
+        -1 for padding: no state is read or written there, and the output is zero. Others raise
+        outside of jit, and inside count as -1; an id in two places has no meaning inside jit.
       axis_name: inside `jax.shard_map`, the manual axis of the mesh that T is split over: each
         device has the next T / P tokens. `initial_state` and the state returned are the same on all
         of them. None: T is whole. `jla.sharded` takes whole arrays.
@@ -97,7 +101,8 @@ def gsa(
 
     Returns:
       The outputs, [B, T, HQ, V], of v's dtype, and the `GSAState` after the last token (with
-      `segment_ids`, of each row's last segment).
+      `segment_ids`, of each row's last segment). With an axis of segments, [B, N, ...]: what each
+      segment left, or what it was given where a row has no such one.
 
     Raises:
       TypeError: an argument is no array or has a dtype that is not listed here, or `initial_state`
@@ -114,16 +119,18 @@ def gsa(
             )
         checks.check_state("initial_state", initial_state, GSAState)
     optional = checks.given(g=g, initial_state=initial_state, segment_ids=segment_ids)
-    sizes = checks.check_axes(AXES, q=q, k=k, v=v, s=s, **optional)
+    table = checks.axes_of_run(AXES, initial_state, segment_ids, axis_name)
+    sizes = checks.check_axes(table, q=q, k=k, v=v, s=s, **optional)
     if initial_state is not None:
         checks.check_state_dtypes("initial_state", initial_state)
     if segment_ids is not None:
-        checks.check_segment_ids(segment_ids)
+        checks.check_segment_ids(segment_ids, sizes)
     if axis_name is not None:
         sequence.devices_of(axis_name)
     scale = _check_common(q, k, v, s, g, sizes, scale)
     checking.values("jla.gsa", q=q, k=k, v=v, s=s, g=g, initial_state=initial_state)
-    chosen = choose("gsa", implementation, q, k, v, s, g)
+    segments = packed.told(initial_state)
+    chosen = choose("gsa", implementation, q, k, v, s, g, **segments)
     run = functools.partial(chosen, scale=scale)
     if axis_name is None:
         return run(q, k, v, s, g, initial_state, segment_ids)

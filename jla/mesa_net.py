@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import axes, checking, checks, movement, pools, sequence
+from jla._core import axes, checking, checks, movement, packed, pools, sequence
 from jla._core.states import MesaState
 from jla._core.types import (
     Implementation,
@@ -102,8 +102,12 @@ def mesa_net(
         "reference" ignores it.
       initial_state: the state before the first token, `MesaState(kk, kv)`, [B, H, K, K] and
         [B, H, K, V], float32; zeros if None. With `segment_ids` it belongs to each row's first
-        segment.
+        segment. With an axis of segments after the batch, [B, N, ...], segment n starts from its
+        row's state n.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
+        With an axis of segments in the state they are 0 to N - 1, each in one place of its row, or
+        -1 for padding: no state is read or written there, and the output is zero. Others raise
+        outside of jit, and inside count as -1; an id in two places has no meaning inside jit.
       axis_name: inside `jax.shard_map`, the manual axis of the mesh that T is split over: each
         device has the next T / P tokens. `initial_state` and the state returned are the same on all
         of them. None: T is whole. `jla.sharded` takes whole arrays.
@@ -114,7 +118,8 @@ def mesa_net(
 
     Returns:
       The outputs, [B, T, H, V], of v's dtype, and the `MesaState` after the last token (with
-      `segment_ids`, of each row's last segment).
+      `segment_ids`, of each row's last segment). With an axis of segments, [B, N, ...]: what each
+      segment left, or what it was given where a row has no such one.
 
     Raises:
       TypeError: an argument is no array or has a dtype that is not listed here, `initial_state` is
@@ -126,18 +131,20 @@ def mesa_net(
     if initial_state is not None:
         checks.check_state("initial_state", initial_state, MesaState)
     optional = checks.given(initial_state=initial_state, segment_ids=segment_ids)
-    sizes = checks.check_axes(AXES, q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, **optional)
+    table = checks.axes_of_run(AXES, initial_state, segment_ids, axis_name)
+    sizes = checks.check_axes(table, q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, **optional)
     if initial_state is not None:
         checks.check_state_dtypes("initial_state", initial_state)
     if segment_ids is not None:
-        checks.check_segment_ids(segment_ids)
+        checks.check_segment_ids(segment_ids, sizes)
     if axis_name is not None:
         sequence.devices_of(axis_name)
     cg_steps = _check_common(q, k, v, g, beta, lamb, sizes, cg_steps)
     checking.values(
         "jla.mesa_net", q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, initial_state=initial_state
     )
-    chosen = choose("mesa_net", implementation, q, k, v, g, beta, lamb)
+    segments = packed.told(initial_state)
+    chosen = choose("mesa_net", implementation, q, k, v, g, beta, lamb, **segments)
     run = functools.partial(chosen, cg_steps=cg_steps)
     lamb = _nan_unless_positive(lamb)
     if axis_name is None:

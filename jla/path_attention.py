@@ -331,6 +331,12 @@ def _check_run(
     optional = checks.given(g=g)
     if cache is not None:
         optional |= _cache_fields(cache, g)
+        if jnp.ndim(cache.length) == 2:
+            raise NotImplementedError(
+                f"cache has an axis of segments (length of shape {jnp.shape(cache.length)}), which "
+                "is not supported: give each segment a row and a cache of its own, [B, S, ...], "
+                "without segment_ids"
+            )
     optional |= checks.given(segment_ids=segment_ids)
     sizes = checks.check_axes(AXES, q=q, k=k, v=v, w=w, beta=beta, **optional)
     if segment_ids is not None:

@@ -73,7 +73,7 @@ def check_inputs(layer, inputs, mask, segment_ids):
     return sizes["T"], sizes["D"]
 
 
-def check_slots(layer, slots, inputs):
+def check_slots(layer, slots, inputs, mask, segment_ids):
     """Checks the slots of a call, without the size of the pool; None is for no pool."""
     if slots is None:
         return
@@ -83,8 +83,31 @@ def check_slots(layer, slots, inputs):
         raise ValueError(
             "slots must be None in init: the rows of its inputs become the rows of the cache"
         )
-    checks.check_shapes(inputs=(inputs, "B T D"), slots=(slots, "B"))
+    axes = "B N" if jnp.ndim(slots) == 2 else "B"
+    sizes = checks.check_shapes(inputs=(inputs, "B T D"), slots=(slots, axes))
     checks.check_dtype("slots", slots, [jnp.int32])
+    if "N" in sizes:
+        _check_slots_of_segments(layer, sizes["N"], mask, segment_ids)
+
+
+def _check_slots_of_segments(layer, N, mask, segment_ids):
+    """Checks a call whose slots are [B, N], one for each segment of a row."""
+    if not getattr(layer, "packs_states", False):
+        raise NotImplementedError(
+            "slots of shape [B, N], one for each segment of a row, are not supported by this "
+            "layer: give each segment a row of its own, with slots [B], mask= for those that are "
+            "shorter than others, and no segment_ids"
+        )
+    if segment_ids is None:
+        raise ValueError(
+            "segment_ids must be given with slots of shape [B, N]: they say which of a row's N "
+            "slots each token goes on from. Slots of shape [B] are for rows of one sequence"
+        )
+    if checks.known(segment_ids) and (mask is None or checks.known(mask)):
+        ids = np.asarray(segment_ids)
+        real = np.ones(ids.shape, bool) if mask is None else np.asarray(mask)
+        rows = [x[here] for x, here in zip(ids, real, strict=True)]
+        checks.check_ids_of_states(rows, N, "slots")
 
 
 def check_size(name, size, least, hint=""):

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from jla._core import pools
+from jla._core import packed, pools
 from jla._core.segments import segment_index
 
 
@@ -76,6 +76,32 @@ def of_live_rows(inputs, mask, slots):
     if mask is not None:
         mask = mask & (slots >= 0)[:, None]
     return pools.zero_unless(slots >= 0, jnp.asarray(inputs)), mask, slots
+
+
+def of_live_segments(inputs, mask, segment_ids, slots):
+    """A call on a pool with a slot for each segment, [B, N]: its inputs, zeros at padding; the ids,
+    -1 there; the slots; and what undoes the arrangement of outputs, as in `arrange`.
+
+    Tokens of a segment without a slot are padding. A segment without tokens gets the slot -1: its
+    row of the pool is not touched.
+    """
+    slots, N = jnp.asarray(slots), slots.shape[1]
+    owner = packed.owners(segment_ids, N)
+    real = packed.pick(slots >= 0, owner, unique=False)
+    if mask is not None:
+        real = real & mask
+    ids = jnp.where(real, owner, -1)
+    there = jnp.any(ids[..., None] == jnp.arange(N, dtype=jnp.int32)[None, None], axis=1)
+    x = jnp.where(real[..., None], jnp.asarray(inputs), 0.0)
+    if mask is not None:  # there may be padding between a segment's tokens
+        order, inverse, _ = pack_left(mask)
+        x, ids = take_tokens(x, order), take_tokens(ids, order)
+
+    def restore(y):
+        y = y if mask is None else take_tokens(y, inverse)
+        return jnp.where(real[..., None], y, 0.0)
+
+    return x, ids, jnp.where(there, slots, -1), restore
 
 
 def zeros_elsewhere(restore, slots):

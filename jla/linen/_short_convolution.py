@@ -83,7 +83,7 @@ class ShortConvolution(nn.Module):
           lengths: int32 [B]: only the first `lengths` tokens of a row are real; the rest does not
             enter the cache. T for every row if None.
           slots: int32 [B], the rows of the cache that x's rows go on from; None if they are the
-            same.
+            same. Or [B, N], those of each row's segments, whose ids are 0 to N - 1 or, padding, -1.
 
         Returns:
           [B, T, H, D] in x's dtype.
@@ -95,6 +95,8 @@ class ShortConvolution(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, tuple(channels), self.param_dtype)
         check_cache(self, slots, inputs=((B, past, *channels), x.dtype))
+        if slots is not None and slots.ndim == 2:
+            return self._by_segment(x, taps, bias, segments, slots)
         before = None
         if self.decode:
             cache = self.variable("cache", "inputs", jnp.zeros, (B, past, *channels), x.dtype)
@@ -116,6 +118,22 @@ class ShortConvolution(nn.Module):
         arrays = {name: array for name, array in arrays.items() if array is not None}
         # The taps whole: XLA would gather those that are split one by one.
         return whole.call(run, arrays, _LETTERS, _LETTERS["x"], split)
+
+    def _by_segment(self, x, taps, bias, segments, slots):
+        """The convolution of segments that go on from rows of the cache."""
+        cache = self.variable("cache", "inputs", jnp.zeros, (), x.dtype)
+        y, last = _fused.short_convolution_of_segments(
+            x,
+            taps,
+            bias,
+            pools.take(cache.value, slots),
+            segments,
+            normalize=self.normalize,
+            silu_twice=self.silu_twice,
+            implementation=self.implementation,
+        )
+        cache.value = pools.put(cache.value, last, slots)
+        return y
 
 
 def _last_inputs(before, x, segments, lengths):

@@ -13,7 +13,7 @@ from jla._core.types import Implementation
 from jla._core.whole import Names
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm
-from jla.linen._padding import arrange, of_live_rows, zeros_elsewhere
+from jla.linen._padding import arrange, of_live_rows, of_live_segments, zeros_elsewhere
 from jla.linen._projections import by_heads, copies, product, sum_over_heads
 from jla.linen._short_convolution import ShortConvolution
 
@@ -28,10 +28,11 @@ class Tokens(NamedTuple):
       real: bool [B, T], True at the real tokens of x; None without a mask.
       lengths: int32 [B], the number of real tokens in each row; None without a mask.
       segments: int32 [B, T], numbered 0, 1, ... in each row; with `axis_name` the ids as they are;
-        None without `segment_ids`.
+        None without `segment_ids`. With slots for each segment the ids, -1 at padding.
       restore: moves outputs [B, T, D] back; they are zero at padding.
       copies: x once for each device that heads are split over, see `_projections.copies`; or None.
       slots: int32 [B], the rows of the cache that the rows go on from; None if they are the same.
+        Or [B, N], those of each row's segments.
     """
 
     x: jax.Array
@@ -53,6 +54,9 @@ def arranged(inputs, mask, segment_ids, slots=None):
     """The tokens of a call whose arguments were checked."""
     if slots is None:
         return Tokens(*arrange(inputs, mask, segment_ids))
+    if slots.ndim == 2:
+        x, ids, slots, restore = of_live_segments(inputs, mask, segment_ids, slots)
+        return Tokens(x, None, None, ids, restore, slots=slots)
     inputs, mask, slots = of_live_rows(inputs, mask, slots)
     tokens = Tokens(*arrange(inputs, mask, segment_ids), slots=slots)
     return tokens._replace(restore=zeros_elsewhere(tokens.restore, slots))
@@ -64,7 +68,8 @@ class Cache(NamedTuple):
     Attributes:
       make: makes the state of the variables' values, given by name.
       variables: by name, in the order of the state's leaves.
-      slots: int32 [B], the rows of the variables that a call goes on from; None for all.
+      slots: int32 [B], or [B, N] for segments, the rows of the variables that a call goes on from;
+        None for all. Those rows' states have the axes of the slots.
     """
 
     make: Callable
@@ -121,7 +126,9 @@ class Mixer(nn.Module):
         first segment, and is that of its last segment afterwards.
       slots: int32 [B], with `decode`: the rows of the cache that the inputs' rows go on from. The
         cache then is a pool of any number of rows, that of `init`'s inputs. -1 is a row without a
-        sequence: its output is zero, and nothing is written. See docs/pools.md.
+        sequence: its output is zero, and nothing is written. Or int32 [B, N], with segment_ids
+        0 to N - 1: those of each row's segments, each in one place of its row; a segment that is
+        absent or has the slot -1, and tokens with the id -1, write nothing. See docs/pools.md.
 
     It returns [B, T, D] in the dtype of the computation, and raises TypeError or ValueError, with
     the layer's name and the argument's, for wrong dtypes, shapes that disagree, attributes that the
@@ -184,6 +191,8 @@ class Mixer(nn.Module):
     axis_name: str | None = None
     mesh_axes: Mapping[str, Names] | None = None
 
+    packs_states = True  # whether slots may be [B, N]; no attribute of the dataclass
+
     def sizes(self, T, D):
         """Checks the layer's own attributes; returns what `begin` hands to `__call__`."""
         raise NotImplementedError(f"{type(self).__name__} must define sizes(T, D); see Mixer")
@@ -213,7 +222,7 @@ class Mixer(nn.Module):
         _arguments.check_attributes(self)
         T, D = _arguments.check_inputs(self, inputs, mask, segment_ids)
         _arguments.check_convolution(self.conv_size, self.conv_bias)
-        _arguments.check_slots(self, slots, inputs)
+        _arguments.check_slots(self, slots, inputs, mask, segment_ids)
         split = _arguments.split_of(self)
         if split is None and self.split_over is None:
             return arranged(inputs, mask, segment_ids, slots), self.sizes(T, D)
@@ -378,7 +387,8 @@ class Mixer(nn.Module):
         run = _arguments.unless_initializing(self, run)
         if cache is None:
             return run(*arrays)[0]
-        if step is not None and arrays[0].shape[1] == 1:
+        by_segment = cache.slots is not None and cache.slots.ndim == 2
+        if step is not None and arrays[0].shape[1] == 1 and not by_segment:
             step = _arguments.unless_initializing(self, step)
             one = (None if x is None else x[:, 0] for x in arrays)
             slots = {} if cache.slots is None else dict(slots=cache.slots)

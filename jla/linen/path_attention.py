@@ -122,6 +122,8 @@ class PaTHAttention(Mixer):
         one = None if tokens.slots is None else on_pool
         return self.finish(self.mix(run, one, arrays, cache), tokens)
 
+    packs_states = False
+
     def sizes(self, T, D):
         if self.w_rank is not None:
             _arguments.check_size("w_rank", self.w_rank, 1, "; None is for full rank")

@@ -91,7 +91,7 @@ class Attention(nn.Module):
         """Applies the layer; arguments, result and errors as of all layers, see docs/layers.md."""
         _, D = _arguments.check_inputs(self, inputs, mask, segment_ids)
         H, HK, K = self._sizes(D)
-        _arguments.check_slots(self, slots, inputs)
+        _arguments.check_slots(self, slots, inputs, mask, segment_ids)
         tokens = arranged(inputs, mask, segment_ids, slots)
         dense = functools.partial(
             nn.DenseGeneral,

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jax.extend.core import Primitive
 
-from jla._core import checks
+from jla._core import checks, packed
 from jla._core.types import Implementation
 from jla._core.whole import Names
 from jla.linen import RMSNorm
@@ -187,8 +187,11 @@ class LanguageModel(nn.Module):
           segment_ids: integers [B, T]: equal neighbours are one segment, as in the layers.
           slots: int32 [B], with `decode`: the rows of the cache, a pool, that the rows of tokens go
             on from, as in the layers; -1 is a row without a sequence, whose logits mean nothing.
+            Or int32 [B, N], with segment_ids 0 to N - 1: those of each row's segments.
           last_only: whether only the logits of each row's last real token are wanted, [B, 1,
-            vocabulary]: those of a whole prompt take vocabulary * T * 4 bytes a row.
+            vocabulary]: those of a whole prompt take vocabulary * T * 4 bytes a row. With slots
+            [B, N], of each segment's last token, [B, N, vocabulary]; those of a segment that is
+            absent mean nothing.
 
         Raises:
           TypeError, ValueError: arguments of other types or shapes; a template that sets what the
@@ -203,7 +206,10 @@ class LanguageModel(nn.Module):
         x = self._embedded(embed, tokens)
         stream = self._blocks((x, jnp.zeros_like(x)), mask, segment_ids, slots)
         if last_only:
-            stream = tuple(last_token(x, mask) for x in stream)
+            if slots is not None and slots.ndim == 2:
+                stream = tuple(last_of_segments(x, mask, segment_ids, slots) for x in stream)
+            else:
+                stream = tuple(last_token(x, mask) for x in stream)
         norm = RMSNorm(
             config.norm_epsilon,
             param_dtype=dtypes["param_dtype"],
@@ -337,3 +343,16 @@ def last_token(x, mask):
     T = x.shape[1]
     last = T - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return jnp.take_along_axis(x, last[:, None, None], axis=1, mode="promise_in_bounds")
+
+
+def last_of_segments(x, mask, segment_ids, slots):
+    """The last real token of each segment of x [B, T, D], [B, N, D]; the first of the row for a
+    segment that is absent."""
+    T, N = x.shape[1], slots.shape[1]
+    owner = packed.owners(segment_ids, N)
+    mine = owner[..., None] == jnp.arange(N, dtype=jnp.int32)[None, None]
+    if mask is not None:
+        mine = mine & mask[..., None]
+    place = jnp.arange(T, dtype=jnp.int32)[None, :, None]
+    last = jnp.max(jnp.where(mine, place, 0), axis=1)
+    return jnp.take_along_axis(x, last[..., None], axis=1, mode="promise_in_bounds")

@@ -111,7 +111,7 @@ class LatentAttention(nn.Module):
         """Applies the layer; arguments, result and errors as of jla's layers."""
         _, D = _arguments.check_inputs(self, inputs, mask, segment_ids)
         self._check()
-        _arguments.check_slots(self, slots, inputs)
+        _arguments.check_slots(self, slots, inputs, mask, segment_ids)
         tokens = arranged(inputs, mask, segment_ids, slots)
         q = self._queries(tokens.x)
         parts = self._dense(self.latent_dim + self.rope_dim, "latent_down")(tokens.x)

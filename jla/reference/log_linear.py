@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._core import pools
+from jla._core import packed, pools
 from jla._core.lengths import is_symbolic_dim
 from jla._core.parts import mamba2_operands
-from jla._core.segments import segment_starts
 from jla._core.states import (
     LazyLogLinearState,
     LogLinearState,
@@ -101,23 +100,15 @@ def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
     T = v.shape[1]
     if initial_state is None:
         initial_state = zero_log_linear_state(k[:, 0], v[:, 0], level_scales.shape[-1])
-    if segment_ids is None:
-        starts = jnp.zeros(v.shape[:2], bool)
-    else:
-        starts = segment_starts(segment_ids)
+    if segment_ids is not None:
         # Inside shard_map the position varies as the segments do, from the first token on.
-        position = jnp.where(starts[:, 0] & False, 0, initial_state.position)
+        position = initial_state.position
+        first = segment_ids[:, 0].reshape(-1, *[1] * (position.ndim - 1))
+        position = jnp.where((first == 0) & False, 0, position)
         initial_state = initial_state._replace(position=position)
-
-    def one(state, inputs):
-        *arrays, start = inputs
-        levels = jnp.where(start[:, None, None, None, None], 0.0, state.levels)
-        position = jnp.where(start, 0, state.position)
-        o, state = log_linear_step(*arrays, LogLinearState(levels, position))
-        return state, o
-
+    one, marks = packed.by_token(log_linear_step, initial_state, segment_ids, v, rank=5)
     span = functools.partial(lax.scan, one)
-    time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, level_scales, starts))
+    time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, level_scales, marks))
     # A symbolic T may be shorter than a span.
     whole = 0 if is_symbolic_dim(T) else T // SPAN * SPAN
     state, outputs = initial_state, []

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._core import pools
-from jla._core.segments import segment_starts
+from jla._core import packed, pools
 from jla._core.states import MesaState, zero_mesa_state
 
 f32 = jnp.float32
@@ -34,19 +33,14 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
 @functools.partial(jax.jit, static_argnames="cg_steps")
 def mesa_net(q, k, v, g, beta, lamb, initial_state, segment_ids, *, cg_steps):
     """`lax.scan` over the tokens. See `jla.mesa_net`."""
-    if segment_ids is None:
-        starts = jnp.zeros(v.shape[:2], bool)
-    else:
-        starts = segment_starts(segment_ids)
     if initial_state is None:
         initial_state = zero_mesa_state(k[:, 0], v[:, 0])
 
-    def token(state, inputs):
-        *arrays, start = inputs
-        state = jax.tree.map(lambda x: jnp.where(start[:, None, None, None], 0.0, x), state)
-        o, state = mesa_step(*arrays, lamb, state, cg_steps=cg_steps)
-        return state, o
+    def step(*arrays):
+        *arrays, state = arrays
+        return mesa_step(*arrays, lamb, state, cg_steps=cg_steps)
 
-    time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta, starts))
+    token, marks = packed.by_token(step, initial_state, segment_ids, v)
+    time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta, marks))
     state, o = lax.scan(token, initial_state, time_major)
     return jnp.moveaxis(o, 0, 1), state

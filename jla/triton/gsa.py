@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import triton
 from jax.ad_checkpoint import checkpoint_name
 
+from jla._core import packed
 from jla._core.axes import GSA, letters, of_step
 from jla._core.derivatives import reverse_only
 from jla._core.parts import abc_gates
@@ -51,8 +52,10 @@ _STEP_INPUTS = letters(_STEP, "q k v s g state.hk state.hv")
 _STEP_OUTPUTS = letters(_STEP, "o state.hk state.hv")
 
 
-def unsupported(name, q, k, v, s, *_):
+def unsupported(name, q, k, v, s, *_, segments=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    if segments is not None:
+        return packed.REFUSAL
     K, V, M = (x.shape[-1] for x in (q, v, s))
     if max(K, V, M) > WIDEST:
         return f"K={K}, V={V} and M={M}, and the kernels take at most {WIDEST}"

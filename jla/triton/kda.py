@@ -13,7 +13,7 @@ import triton
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._core import movement, sequence
+from jla._core import movement, packed, sequence
 from jla._core.axes import KDA, letters, of_step
 from jla._core.derivatives import reverse_only
 from jla._core.parts import kda_operands
@@ -57,10 +57,9 @@ _LOG2E = 1.4426950408889634
 _STRONGEST = -3e4  # of a log decay: finite sums in float16, and an exp2 of zero
 
 
-def unsupported(name, *arrays):
-    """Why the kernels of the function `name` cannot serve these arguments, or None: they serve
-    all that the public function takes."""
-    return None
+def unsupported(name, *arrays, segments=None):
+    """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    return None if segments is None else packed.REFUSAL
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "axis_name"))

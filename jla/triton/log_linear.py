@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import triton
 
-from jla._core import alignment, level_weights
+from jla._core import alignment, level_weights, packed_levels
 from jla._core.axes import LOG_LINEAR, letters, of_step, with_value_heads
 from jla._core.derivatives import reverse_only
 from jla._core.shardwise import defvjp, shardwise
@@ -41,7 +41,7 @@ def unsupported(name, *arrays):
 @reverse_only("jla.log_linear_attention")
 def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
     """Tokens in aligned slots, and the kernels over them. See `jla.log_linear_attention`."""
-    return alignment.run_aligned(_core, q, k, v, g, level_scales, initial_state, segment_ids)
+    return packed_levels.run_aligned(_core, q, k, v, g, level_scales, initial_state, segment_ids)
 
 
 @jax.jit

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import triton
 from jax.ad_checkpoint import checkpoint_name
 
+from jla._core import packed
 from jla._core.axes import MESA_NET, letters, of_step
 from jla._core.derivatives import reverse_only
 from jla._core.segments import segment_starts
@@ -45,10 +46,9 @@ _STEP_INPUTS = (*letters(_STEP, "q k v g beta"), "B H K", *_STATES)
 _STEP_OUTPUTS = (_STEP["o"], *_STATES)
 
 
-def unsupported(name, *arrays):
-    """Why the kernels of the function `name` cannot serve these arguments, or None: they serve
-    all that the public function takes."""
-    return None
+def unsupported(name, *arrays, segments=None):
+    """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    return None if segments is None else packed.REFUSAL
 
 
 def _tolerance(dtype):

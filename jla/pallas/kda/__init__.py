@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._core import movement, sequence
+from jla._core import movement, packed, sequence
 from jla._core.axes import KDA, letters
 from jla._core.derivatives import reverse_only
 from jla._core.parts import kda_operands
@@ -49,8 +49,10 @@ _KEPT = {
 }
 
 
-def unsupported(name, q, k, v, *_):
+def unsupported(name, q, k, v, *_, segments=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    if segments is not None:
+        return packed.REFUSAL
     if name == "kda_step":
         return step.unsupported(q, k, v)
     if q.dtype == f32:
