@@ -16,6 +16,7 @@ from benchmarks import side_by_side  # which finds the examples
 import serve  # isort: skip
 
 KEYS = ("mixer",)
+PACKED = ("kda", "gsa", "log_linear", "mesa")  # the others read prompts in rows
 # What a row keeps of the report of serve.py.
 LEFT_OUT = ("results", "command", "device", "jax", "vocabulary")
 
@@ -45,6 +46,7 @@ def parse(argv):
     made.add_argument("--slots", type=int, default=128, help="requests that run at once")
     made.add_argument("--rows", type=int, default=4, help="prompts that a prefill reads")
     made.add_argument("--chunk", type=int, default=512, help="tokens that it reads of each")
+    made.add_argument("--prefill", choices=("packed", "rows"), help="default: as serve.py has it")
     made.add_argument("--decode-steps", type=int, default=1, help="tokens of a decoding call")
     return side_by_side.parse(made, argv)
 
@@ -76,6 +78,8 @@ def served(mixer, options):
         )
         if implementation and mixer != "attention":
             arguments["implementation"] = implementation
+        if options.prefill and mixer in PACKED:
+            arguments["prefill"] = options.prefill
         line = [
             text
             for name, value in arguments.items()

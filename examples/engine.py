@@ -30,12 +30,15 @@ class Engine:
       model, params: a LanguageModel and its parameters, stacked or not.
       slots: S, the sequences in the pool, and the rows of a decoding step.
       capacity: the most tokens of a sequence, its prompt's and the new ones.
-      rows, chunk: a prefill's rows, and the tokens in each.
+      rows, chunk: the pieces of prompts in a prefill, and the tokens in each.
       steps: how many tokens a decoding call draws, one after the other.
+      packed: whether the pieces lie behind one another, rows * chunk tokens together, so that no
+        room is lost; the model's mixers must support it, see `packs`.
     """
 
-    def __init__(self, model, params, *, slots, capacity, rows=4, chunk=512, steps=1):
-        self.slots, self.rows, self.chunk, self.steps = slots, rows, chunk, steps
+    def __init__(self, model, params, *, slots, capacity, rows=4, chunk=512, steps=1, packed=False):
+        self.slots, self.rows, self.steps = slots, rows, steps
+        self.shape = (1, rows * chunk) if packed else (rows, chunk)  # of a prefill's tokens
         self.vocabulary = model.config.vocabulary
         self.params = jax.jit(functools.partial(decoder_params, model))(params)
         self.pool = {
@@ -51,11 +54,12 @@ class Engine:
         began = time.perf_counter()
         model = decoder(model)
         prefill_rows = (
-            np.zeros((rows, chunk), np.int32),
+            np.zeros(self.shape, np.int32),
             np.zeros((rows, len(INTEGERS)), np.uint32),
             np.zeros((rows, len(FLOATS)), np.float32),
         )
-        self._prefill = self._compiled(functools.partial(prefill, model), *prefill_rows)
+        reading = functools.partial(prefill, model, packed=packed)
+        self._prefill = self._compiled(reading, *prefill_rows)
         decoding = functools.partial(decode, model, steps=steps)
         self._decode = self._compiled(decoding, np.zeros(slots, np.int32))
         # Once without a request: a device loads a program when it runs first.
@@ -82,13 +86,16 @@ class Engine:
 
         They mean something for the pieces that end their prompt.
         """
-        tokens = np.zeros((self.rows, self.chunk), np.int32)
+        tokens = np.zeros(self.shape, np.int32)
         integers = np.zeros((self.rows, len(INTEGERS)), np.uint32)
         floats = np.zeros((self.rows, len(FLOATS)), np.float32)
         integers[:, 0] = BITS - 1  # as int32, -1
+        place = 0
         for i, piece in enumerate(pieces):
             request, length = piece.running.request, piece.stop - piece.start
-            tokens[i, :length] = piece.tokens
+            row = i % self.shape[0]
+            tokens[row, place : place + length] = piece.tokens
+            place += length if self.shape[0] == 1 else 0
             top_k = self.vocabulary if request.top_k is None else request.top_k
             top_k = min(top_k, self.vocabulary)
             integers[i] = piece.slot, length, piece.begins, piece.ends, request.seed, top_k
@@ -108,17 +115,32 @@ class Engine:
         return drawn
 
 
-def prefill(model, params, pool, tokens, integers, floats):
-    """Tokens [P, C] of P sequences into the pool; where a prompt ends, its first new token.
+def packs(model):
+    """Whether all mixers of a model read packed prompts from a slot for each."""
+    mixers = (layer.mixer for layer in model.config.layers)
+    return all(getattr(mixer, "packs_states", False) for mixer in mixers)
 
-    `integers` and `floats` have the columns INTEGERS and FLOATS. A slot of -1 is none.
+
+def prefill(model, params, pool, tokens, integers, floats, *, packed):
+    """Tokens of P sequences into the pool, [P, C] or packed [1, P * C]; where a prompt ends, its
+    first new token.
+
+    `integers` and `floats` have P rows and the columns INTEGERS and FLOATS. A slot of -1 is none.
     """
     row = dict(zip(INTEGERS, integers.T, strict=True)) | dict(zip(FLOATS, floats.T, strict=True))
     slots, length, top_k = (row[name].astype(jnp.int32) for name in ("slot", "length", "top_k"))
     begins, ends = row["begins"] > 0, row["ends"] > 0
     cache = jla.linen.clear(pool["cache"], jnp.where(begins, slots, -1))
-    mask = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < length[:, None]
-    logits, cache = feed(model, params, cache, tokens, slots, mask)
+    place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    if packed:
+        ids = jnp.sum(place >= jnp.cumsum(length)[:, None], axis=0, dtype=jnp.int32)
+        ids = jnp.where(ids < slots.shape[0], ids, -1)[None]
+        logits, cache = feed(model, params, cache, tokens, slots[None], segment_ids=ids)
+        logits = logits[0]
+    else:
+        mask = place < length[:, None]
+        logits, cache = feed(model, params, cache, tokens, slots, mask=mask)
+        logits = logits[:, 0]
     own = dict(seed=row["seed"], top_k=top_k, temperature=row["temperature"], top_p=row["top_p"])
     drawn = choose(logits, jnp.zeros_like(slots), **own)
     S = pool["token"].shape[0]
@@ -142,6 +164,7 @@ def decode(model, params, pool, counts, *, steps):
         active = i < counts
         slots = jnp.where(active, places, -1)
         logits, cache = feed(model, params, cache, token[:, None], slots)
+        logits = logits[:, 0]
         # What finished requests wanted is still there.
         settings = own | dict(temperature=jnp.where(active, own["temperature"], 0.0))
         token = jnp.where(active, choose(logits, drawn, **settings), token)
@@ -156,17 +179,12 @@ def decode(model, params, pool, counts, *, steps):
     return pool | dict(zip(("cache", "token", "drawn"), carry, strict=True)), tokens
 
 
-def feed(model, params, cache, tokens, slots, mask=None):
-    """The logits [B, V] behind each row's last token, and the pool with the rows' tokens."""
-    logits, updated = model.apply(
-        {"params": params, "cache": cache},
-        tokens,
-        mask,
-        slots=slots,
-        last_only=True,
-        mutable=["cache"],
-    )
-    return logits[:, 0], updated["cache"]
+def feed(model, params, cache, tokens, slots, **options):
+    """The logits behind the last token of each row or segment, and the pool with the tokens."""
+    variables = {"params": params, "cache": cache}
+    options |= dict(slots=slots, last_only=True, mutable=["cache"])
+    logits, updated = model.apply(variables, tokens, **options)
+    return logits, updated["cache"]
 
 
 def choose(logits, drawn, *, seed, temperature, top_k, top_p):

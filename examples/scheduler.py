@@ -93,12 +93,13 @@ class Scheduler:
     Args:
       slots: how many requests run at once.
       rows: how many prompts a prefill reads.
-      chunk: of each the most tokens.
+      chunk: of each the most tokens; if they are packed, rows * chunk is the most of all together.
       steps: how many tokens a decoding call draws for each request.
+      packed: whether a prefill's pieces lie one behind the other, and not in a row each.
     """
 
-    def __init__(self, slots, rows, chunk, steps=1):
-        self.rows, self.chunk, self.steps = rows, chunk, steps
+    def __init__(self, slots, rows, chunk, steps=1, packed=False):
+        self.rows, self.chunk, self.steps, self.packed = rows, chunk, steps, packed
         self.free = list(range(slots))
         self.waiting = collections.deque()
         self.reading = []
@@ -120,11 +121,14 @@ class Scheduler:
             running = self.waiting.popleft()
             running.slot, running.admitted = heapq.heappop(self.free), now
             self.reading.append(running)
-        pieces = []
+        pieces, room = [], self.rows * self.chunk
         for running in self.reading[: self.rows]:
             start = running.read
-            running.read = min(start + self.chunk, len(running.request.prompt))
-            pieces.append(Piece(running, running.slot, start, running.read))
+            most = room if self.packed else self.chunk
+            running.read = min(start + most, len(running.request.prompt))
+            if running.read > start:
+                pieces.append(Piece(running, running.slot, start, running.read))
+            room -= running.read - start
         for piece in pieces:
             if piece.ends:
                 self.reading.remove(piece.running)

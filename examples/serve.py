@@ -37,7 +37,7 @@ from command_line import (
     stop_requests,
     writing,
 )
-from engine import Engine
+from engine import Engine, packs
 from model import MIXERS, make_model
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -97,7 +97,12 @@ def parse(arguments):
     add("--slots", type=whole, default=16, help="requests that run at once")
     add("--capacity", type=whole, default=2048, help="tokens in a slot, prompt and new ones")
     add("--rows", type=whole, default=4, help="prompts that a prefill reads")
-    add("--chunk", type=number(int, 2), default=256, help="tokens that it reads of each")
+    add("--chunk", type=number(int, 2), default=256, help="tokens that it has room for of each")
+    add(
+        "--prefill",
+        choices=("packed", "rows"),
+        help="prompts one behind the other, or in a row each; default: packed if the model can",
+    )
     add("--decode-steps", type=whole, default=1, help="tokens that a decoding call draws")
     add("--json", metavar="FILE", help="write the numbers and the tokens here")
     options = parser.parse_args(arguments)
@@ -294,6 +299,16 @@ def coding_of(options, vocabulary, console):
     return str.encode, coding.decode
 
 
+def packs_prompts(options, model):
+    """Whether prompts are packed; raises InputError if they are to be and cannot."""
+    if options.prefill == "packed" and not packs(model):
+        raise InputError(
+            "--prefill packed: the model has layers that keep every token (softmax attention, "
+            "PaTH), which read a prompt a row; use --prefill rows"
+        )
+    return packs(model) if options.prefill is None else options.prefill == "packed"
+
+
 def run(options):
     """Does what was asked for; returns the signal that ended it early, or None."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -308,11 +323,11 @@ def run(options):
         console.print(f"{request.name} refused: {request.reason}")
 
     sizes = dict(slots=options.slots, rows=options.rows, chunk=options.chunk)
-    sizes |= dict(capacity=options.capacity, steps=options.decode_steps)
+    sizes |= dict(steps=options.decode_steps, packed=packs_prompts(options, model))
     # As in training: float32 also on a GPU, whose default products are coarser.
     precise = jnp.dtype(model.dtype) == jnp.float32
     with jax.default_matmul_precision("highest" if precise else None):
-        engine = Engine(model, params, **sizes)
+        engine = Engine(model, params, capacity=options.capacity, **sizes)
     facts = dict(
         device=jax.devices()[0].device_kind,
         jax=jax.__version__,
@@ -320,6 +335,7 @@ def run(options):
         vocabulary=vocabulary,
         slots=options.slots,
         capacity=options.capacity,
+        prefill="packed" if sizes["packed"] else "rows",
         slot_mib=engine.state_bytes / 2**20,
         memory_gib=engine.memory_bytes() / 2**30,
         compile_s=engine.compile_s,
@@ -330,7 +346,7 @@ def run(options):
         f"in all; two programs compiled in {facts['compile_s']:.1f} s"
     )
     del params
-    scheduler = Scheduler(options.slots, options.rows, options.chunk, options.decode_steps)
+    scheduler = Scheduler(**sizes)
     display = Display(scheduler, len(requests), console)
     with stop_requests() as signals, display.progress:
         became, seconds, calls = serve(engine, scheduler, requests, signals=signals, show=display)

@@ -23,7 +23,7 @@ import checkpoint
 import latency
 import serve
 import workload
-from model import MIXERS, make_model
+from model import make_model
 from scheduler import Request, Running, Scheduler
 
 pytestmark = pytest.mark.optax
@@ -35,8 +35,9 @@ class Pretended:
     """An engine without a model: the next token is a function of the slot's content, as it is on a
     device where calls run in their order. It checks each plan."""
 
-    def __init__(self, model=None, params=None, *, slots, capacity=99, rows, chunk, steps=1):
-        self.slots, self.rows, self.chunk, self.steps = slots, rows, chunk, steps
+    def __init__(self, *model, slots, rows, chunk, steps=1, capacity=99, packed=False):
+        self.slots, self.rows, self.steps = slots, rows, steps
+        self.chunk, self.room = rows * chunk if packed else chunk, rows * chunk
         self.content, self.alive, self.most = {}, 0, 0
         self.state_bytes, self.compile_s = 1, 0.0
 
@@ -45,6 +46,7 @@ class Pretended:
 
     def prefill(self, pieces):
         assert 0 < len(pieces) <= self.rows
+        assert sum(len(piece.tokens) for piece in pieces) <= self.room
         assert len({piece.slot for piece in pieces}) == len(pieces)
         drawn = np.full(self.rows, -1)
         for i, piece in enumerate(pieces):
@@ -85,9 +87,9 @@ def alone(request):
     return content[len(request.prompt) :]
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps, packed", [(1, False), (1, True), (3, True)])
 @pytest.mark.parametrize("slots, rows, chunk", [(1, 1, 2), (3, 2, 4), (8, 3, 5)])
-def test_plans_give_each_request_its_own_tokens(slots, rows, chunk, steps):
+def test_plans_give_each_request_its_own_tokens(slots, rows, chunk, steps, packed):
     draw = random.Random(0)
     requests = [
         Request(
@@ -99,7 +101,7 @@ def test_plans_give_each_request_its_own_tokens(slots, rows, chunk, steps):
         )
         for i in range(40)
     ]
-    sizes = dict(slots=slots, rows=rows, chunk=chunk, steps=steps)
+    sizes = dict(slots=slots, rows=rows, chunk=chunk, steps=steps, packed=packed)
     engine, scheduler = Pretended(**sizes), Scheduler(**sizes)
     became, _, calls = serve.serve(engine, scheduler, requests)
     assert [running.request for running in became] == requests
@@ -110,7 +112,9 @@ def test_plans_give_each_request_its_own_tokens(slots, rows, chunk, steps):
         assert running.times == sorted(running.times) and running.times[0] > running.admitted
     assert scheduler.dropped > 0 and scheduler.unfinished == 0
     assert sorted(scheduler.free) == list(range(slots)) and not scheduler.drawing
-    assert calls["prefill"] >= sum(-(-len(r.prompt) // chunk) for r in requests) / rows
+    unit = 1 if packed else chunk
+    read = sum(-(-len(request.prompt) // unit) * unit for request in requests)
+    assert calls["prefill"] >= read / (rows * chunk)
     assert engine.most > 1 or slots == 1
 
 
@@ -188,15 +192,21 @@ def tiny(mixer):
     return model, random_parameters(model, np.zeros((1, 2), np.int32))["params"]
 
 
+SLOW = [
+    ("kda", "rows", 3),
+    ("gsa", "packed", 1),
+    ("log_linear", "packed", 1),
+    ("mesa", "packed", 1),
+    ("path", "rows", 1),
+    ("attention", "rows", 1),
+]
+
+
 @pytest.mark.parametrize(
-    "mixer, steps",
-    [
-        ("kda", 1),
-        *[pytest.param(mixer, 1, marks=pytest.mark.slow) for mixer in MIXERS if mixer != "kda"],
-        pytest.param("attention", 3, marks=pytest.mark.slow),
-    ],
+    "mixer, prefill, steps",
+    [("kda", "packed", 1), *[pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]],
 )
-def test_tokens_are_those_of_generate(mixer, steps, tmp_path, capsys, monkeypatch, caplog):
+def test_tokens_are_those_of_generate(mixer, prefill, steps, tmp_path, capsys, monkeypatch, caplog):
     """Whatever runs beside, and without a third program; bad requests are refused one by one."""
     lines = write_requests(tmp_path / "requests.jsonl")
     out, compiled = tmp_path / "out.json", []
@@ -216,12 +226,13 @@ def test_tokens_are_those_of_generate(mixer, steps, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(serve, "Engine", Engine)
     monkeypatch.setattr(serve, "serve", watched)
     prompts = str(tmp_path / "requests.jsonl")
-    arguments = [*POOL, "--decode-steps", str(steps), "--prompts", prompts, "--json", str(out)]
-    serve.main(arguments)
+    arguments = [*POOL, "--decode-steps", str(steps), "--prefill", prefill]
+    serve.main([*arguments, "--prompts", prompts, "--json", str(out)])
     assert len(compiled) == 2
     assert [record for record in caplog.records if "ompil" in record.getMessage()] == []
 
     report = json.loads(out.read_text())
+    assert report["prefill"] == prefill
     printed = capsys.readouterr().out
     for i, (_, reason) in enumerate(lines, 1):
         assert reason is None or f"{prompts}:{i} refused: {reason}" in printed
@@ -325,6 +336,8 @@ def test_mistakes(tmp_path, capsys):
         capsys, 2, "--prompt-length: must be like 100:4000", main, "--prompt-length", "9:3"
     )
     assert_fails(capsys, 2, "not allowed with argument", main, "--run", "a", "--checkpoint", "b")
+    with pytest.raises(workload.InputError, match=r"--prefill packed: .* use --prefill rows"):
+        serve.packs_prompts(serve.parse(["--prefill", "packed"]), make_model("path", **TINY))
     assert_fails(capsys, 1, "no checkpoint in nowhere", main, "--run", "nowhere")
     assert_fails(
         capsys, 1, "--json nowhere/x: there is no such folder", main, "--json", "nowhere/x"

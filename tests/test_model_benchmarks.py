@@ -75,8 +75,9 @@ def test_serving_is_measured(tmp_path, monkeypatch):
     class Engine:
         state_bytes, compile_s = 3 * 2**20, 1.5
 
-        def __init__(self, model, params, *, slots, capacity, rows, chunk, steps):
+        def __init__(self, model, params, *, slots, capacity, rows, chunk, steps, packed):
             self.slots, self.rows, self.steps = slots, rows, steps
+            assert packed == (type(model.config.layers[0].mixer).__name__ != "Attention")
             assert capacity == 9 + 4 and model.config.width == 32
 
         def memory_bytes(self):
