@@ -101,6 +101,7 @@ def test_the_examples_of_serving_run():
     names = {}
     exec("\n".join(blocks_of("serving.md")), names)  # which compares with `generate`
     assert len(names["text"]) == 10 and names["calls"] == 3
+    np.testing.assert_allclose(names["packed"][0, :2], names["first"], atol=1e-4)
 
 
 @pytest.mark.slow  # 17 s, and tests/contract/test_over_time.py has what they do
