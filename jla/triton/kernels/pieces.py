@@ -33,6 +33,25 @@ def dot_add(a, b, acc):
 
 
 @triton.jit
+def dot_whole(a, b):
+    """a @ b as `dot`, and for float32 with the product of what TF32 cuts off of both.
+
+    It is 1e-7 of the whole, and of equal rows and columns never negative: no sum evens it out.
+    """
+    if a.dtype == tl.float32:
+        return tl.dot(_below_tf32(a), _below_tf32(b), acc=dot(a, b))
+    else:
+        return dot(a, b)
+
+
+@triton.jit
+def _below_tf32(x):
+    """What TF32 cuts off of float32 numbers, in bfloat16."""
+    high = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return (x - high.to(tl.float32, bitcast=True)).to(tl.bfloat16)
+
+
+@triton.jit
 def product(a, b):
     """a @ b in float32; of float32 operands 16 bits count, as three products of bfloat16."""
     return tl.dot(a, b, input_precision="bf16x3")
