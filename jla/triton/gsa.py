@@ -56,7 +56,7 @@ _STEP_OUTPUTS = letters(_STEP, "o state.hk state.hv")
 _OF_PIECES, _SPANS = ("B H P K M", "B H P M V"), "B P two"
 
 
-def unsupported(name, q, k, v, s, *_, segments=None):
+def unsupported(name, q, k, v, s, *_):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     K, V, M = (x.shape[-1] for x in (q, v, s))
     if max(K, V, M) > WIDEST:

@@ -59,8 +59,9 @@ _LOG2E = 1.4426950408889634
 _STRONGEST = -3e4  # of a log decay: finite sums in float16, and an exp2 of zero
 
 
-def unsupported(name, *arrays, segments=None):
-    """Why the kernels of the function `name` cannot serve these arguments, or None."""
+def unsupported(name, *arrays):
+    """Why the kernels of the function `name` cannot serve these arguments, or None: they serve
+    all that the public function takes."""
     return None
 
 
