@@ -88,8 +88,7 @@ def kda_from_projection(
             implementation=implementation,
         )  # fmt: skip
     arrays = q, k, v, f, A_log, dt_bias, beta
-    segments = packed.told(initial_state)
-    chosen = choose("kda_from_projection", implementation, *arrays, **segments)
+    chosen = choose("kda_from_projection", implementation, *arrays)
     options = dict(scale=q.shape[3] ** -0.5, lower_bound=lower_bound)
     run = functools.partial(chosen, real=real, **options)
     if axis_name is None:

@@ -4,7 +4,7 @@ import functools
 
 import jax.numpy as jnp
 
-from jla._core import axes, checking, checks, movement, packed, pools, sequence
+from jla._core import axes, checking, checks, movement, pools, sequence
 from jla._core.states import GSAState
 from jla._core.types import (
     Implementation,
@@ -129,8 +129,7 @@ def gsa(
         sequence.devices_of(axis_name)
     scale = _check_common(q, k, v, s, g, sizes, scale)
     checking.values("jla.gsa", q=q, k=k, v=v, s=s, g=g, initial_state=initial_state)
-    segments = packed.told(initial_state)
-    chosen = choose("gsa", implementation, q, k, v, s, g, **segments)
+    chosen = choose("gsa", implementation, q, k, v, s, g)
     run = functools.partial(chosen, scale=scale)
     if axis_name is None:
         return run(q, k, v, s, g, initial_state, segment_ids)

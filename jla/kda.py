@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jla._core import axes, checking, checks, movement, packed, pools, sequence
+from jla._core import axes, checking, checks, movement, pools, sequence
 from jla._core.parts import kda_decays
 from jla._core.types import (
     Array,
@@ -116,8 +116,7 @@ def kda(
         sequence.devices_of(axis_name)
     scale = _check_common(q, k, v, g, beta, sizes, scale)
     _check_values("jla.kda", q, k, v, g, beta, initial_state=initial_state)
-    segments = packed.told(initial_state)
-    chosen = choose("kda", implementation, q, k, v, g, beta, **segments)
+    chosen = choose("kda", implementation, q, k, v, g, beta)
     run = functools.partial(chosen, scale=scale)
     if axis_name is None:
         return run(q, k, v, g, beta, initial_state, segment_ids)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import axes, checking, checks, movement, packed, pools, sequence
+from jla._core import axes, checking, checks, movement, pools, sequence
 from jla._core.states import MesaState
 from jla._core.types import (
     Implementation,
@@ -144,8 +144,7 @@ def mesa_net(
     checking.values(
         "jla.mesa_net", q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, initial_state=initial_state
     )
-    segments = packed.told(initial_state)
-    chosen = choose("mesa_net", implementation, q, k, v, g, beta, lamb, **segments)
+    chosen = choose("mesa_net", implementation, q, k, v, g, beta, lamb)
     run = functools.partial(chosen, cg_steps=cg_steps)
     lamb = _nan_unless_positive(lamb)
     if axis_name is None:

@@ -26,19 +26,11 @@ from jla._core.types import Array, SegmentIds
 
 i32 = jnp.int32
 
-REFUSAL = "initial_state has an axis of segments, and its kernels take one state of each row"
-
 
 def count(state: Any, rank: int = 4) -> int | None:
     """N, or None where there is no axis of segments; `rank` is the first leaf's without one."""
     leaves = jax.tree.leaves(state)
     return leaves[0].shape[1] if leaves and leaves[0].ndim > rank else None
-
-
-def told(state: Any, rank: int = 4) -> dict[str, int]:
-    """What `jla._dispatch.choose` is told of the axis of segments: nothing where there is none."""
-    N = count(state, rank)
-    return {} if N is None else {"segments": N}
 
 
 def owners(segment_ids: SegmentIds, N: int) -> jax.Array:

@@ -17,7 +17,7 @@ from harness import (
     value_and_vjp,
     with_gradients,
 )
-from mechanisms import DEFINITIONS, MECHANISMS, SMALL, SMALL_AGAINST_REFERENCE
+from mechanisms import AGAINST_REFERENCE, DEFINITIONS, MECHANISMS, SMALL
 
 import jla
 from jla import _fused
@@ -34,12 +34,14 @@ def with_states(rows):
 # order, and of each row's some are absent.
 ROWS = (
     ((2, 33), (0, 31), (5, 1), (-1, 10), (4, 2), (1, 23)),
-    ((0, 32), (3, 64), (-1, 4)),
+    ((0, 32), (-1, 4), (3, 64)),
 )
 
 
-def ids_of(rows):
-    return np.stack([np.repeat(*np.transpose(row)) for row in rows]).astype(np.int32)
+def ids_of(rows, T=None):
+    """The ids of these rows, the last run of each up to T."""
+    ids = np.stack([np.repeat(*np.transpose(row)) for row in rows]).astype(np.int32)
+    return ids if T is None else np.pad(ids, ((0, 0), (0, T - ids.shape[1])), mode="edge")
 
 
 def packed(mechanism, sizes, dtype="float32"):
@@ -104,12 +106,12 @@ def test_each_segment_is_a_row_of_its_own(mechanism, implementation, sizes):
         assert_close(gradients[n], shared[n], 1e-4)
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", with_states(SMALL_AGAINST_REFERENCE))
+@pytest.mark.parametrize("mechanism, implementation, sizes", with_states(AGAINST_REFERENCE))
 def test_packed_states_are_the_definition(mechanism, implementation, sizes):
     """And the state of a segment that is absent comes back as it was, though it is NaN."""
     dtype, name = implementation.dtypes[0], mechanism.state[0]
     args, cotangents = packed(mechanism, sizes, dtype)
-    ids = ids_of(ROWS[: sizes["B"]])
+    ids = ids_of(ROWS[: sizes["B"]], sizes["T"])
     nan = args | {name: at_absent(ids, args[name], np.nan)}
     (o, states), gradients = value_and_vjp(
         mechanism, implementation, nan, cotangents, ids, compiled=False
@@ -152,6 +154,25 @@ def test_packed_states_keep_dtypes_under_x64(mechanism, implementation, sizes):
     want = shapes()
     with jax.enable_x64(True):
         assert shapes() == want
+
+
+@pytest.mark.slow  # half a minute each; a GPU runs them
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes",
+    with_states([row for row in SMALL if row.values[1].name == "pallas"]),
+)
+def test_packed_states_lower_for_cuda(mechanism, implementation, sizes, monkeypatch):
+    monkeypatch.setattr(jla.pallas, "unsupported_device", lambda: None)
+    args, cotangents = packed(mechanism, sizes, implementation.dtypes[0])
+    run = functools.partial(mechanism.run, implementation=implementation.name)
+
+    @jax.jit
+    def both(args, cotangents, ids):
+        return with_gradients(lambda args: run(**args, segment_ids=ids), args, cotangents)
+
+    ids = ids_of(ROWS[: sizes["B"]])
+    lowered = both.trace(args, cotangents, ids).lower(lowering_platforms=("cuda",))
+    assert "@mosaic_gpu" in lowered.as_text()
 
 
 MISTAKES = (

@@ -65,13 +65,13 @@ KERNELS = (
     Kernel("gsa_forward.gsa_sums", "*fp32 i32 *i32 *fp32", dict(H=8, M=100), dtypes=("fp32",)),
     *_of_gsa(
         "gsa_forward.gsa_states",
-        "*x *x *x *x *i32 *fp32 *fp32 *fp32 i32 *x *x *fp32 *fp32",
-        **dict(KEYS=1, VALUES=1, START=True, REVERSE=True),
+        "*x *x *x *x *i32 *fp32 *fp32 *fp32 *fp32 i32 *x *x *fp32 *fp32",
+        **dict(P=0, KEYS=1, VALUES=1, START=True, REVERSE=True),
     ),
     *_of_gsa(
         "gsa_forward.gsa_states",
-        "*x *x *x *x *i32 *fp32 *fp32 *fp32 i32 *x *x *fp32 *fp32",
-        **dict(KEYS=1, VALUES=1, START=False, REVERSE=False),
+        "*x *x *x *x *i32 *fp32 *fp32 *fp32 *fp32 i32 *x *x *fp32 *fp32",
+        **dict(P=0, KEYS=1, VALUES=1, START=False, REVERSE=False),
     ),
     *_of_gsa(
         "gsa_forward.gsa_read",

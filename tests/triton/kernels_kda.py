@@ -96,15 +96,15 @@ KERNELS = (
     ),
     *_of_kda(
         "kda_forward.kda_recurrence",
-        "*x *x *x *x *x *fp32 *fp32 *fp32 i32 *x *fp32 *x",
-        dict(WHOLE=None, HV=None, K=None, V=None, KEEP=True),
+        "*x *x *x *x *x *fp32 *fp32 *fp32 *fp32 i32 *x *fp32 *x",
+        dict(WHOLE=None, HV=None, K=None, V=None, KEEP=True, P=0),
         states=True,
         smoke=89,
     ),
     *_of_kda(
         "kda_backward.kda_gradient_recurrence",
-        "*x *x *x *x *x *fp32 *fp32 *fp32 i32 *x *fp32",
-        dict(WHOLE=None, HV=None, K=None, V=None),
+        "*x *x *x *x *x *fp32 *fp32 *fp32 *fp32 i32 *x *fp32",
+        dict(WHOLE=None, HV=None, K=None, V=None, P=0),
         states=True,
     ),
     *_of_kda(

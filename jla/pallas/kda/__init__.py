@@ -50,7 +50,7 @@ _KEPT = {
 }
 
 
-def unsupported(name, q, k, v, *_, slots=None, segments=None):
+def unsupported(name, q, k, v, *_, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     if name == "kda_step":
         return step.unsupported(q, k, v)

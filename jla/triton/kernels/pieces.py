@@ -213,6 +213,30 @@ def load_matrix(ptr, rows, columns, D: tl.constexpr, E: tl.constexpr):
         return tl.load(pointers, mask=real, other=0.0)
 
 
+@triton.jit
+def chunks_of_piece(spans_ptr, b, N, P: tl.constexpr):
+    """The first of the chunks that a program runs, the one after the last, and the piece's number.
+
+    With P pieces, the second axis of programs, `spans` [B, P, 2] has each one's first chunk and
+    their number. With P = 0 there is one of all N chunks, and `spans` is not read.
+    """
+    if P == 0:
+        return 0, N, 0
+    else:
+        p = tl.program_id(1)
+        first = tl.load(spans_ptr + (b * P + p) * 2)
+        return first, first + tl.load(spans_ptr + (b * P + p) * 2 + 1), p
+
+
+@triton.jit
+def state_of_piece(bh, p, P: tl.constexpr):
+    """The number of a piece's state, of row and head bh, in an array [B, H, P, ...]."""
+    if P == 0:
+        return bh
+    else:
+        return bh * P + p
+
+
 # ------------------------------------------------------------------------------ masks, [64, 64]
 
 
