@@ -290,6 +290,18 @@ def test_ctrl_c_ends_in_good_order(tmp_path, monkeypatch, capsys):
     assert {result["end"] for result in report["results"]} == {"cut off"}
 
 
+def test_a_second_ctrl_c_ends_at_once(monkeypatch, capsys):
+    class Engine(Pretended):
+        def decode(self, counts):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("not reached")
+
+    monkeypatch.setattr(serve, "Engine", Engine)
+    monkeypatch.setattr(serve, "load", lambda options: (make_model("kda", **TINY), {}, []))
+    assert_fails(capsys, 128 + signal.SIGINT, "serve.py: interrupted", serve.main)
+
+
 def test_the_numbers_of_a_run():
     def running(arrival, times, end):
         request = Request("", [1, 2, 3], len(times), arrival=arrival)

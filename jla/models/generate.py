@@ -304,5 +304,5 @@ def _generate(
     B, T = tokens.shape
     cache = empty_cache(decoding, B, T + length)
     logits, cache = feed(decoding, params, tokens, cache, mask)
-    options = dict(eos=eos, top_k=top_k, top_p=top_p)
+    options: dict[str, Any] = dict(eos=eos, top_k=top_k, top_p=top_p)
     return draw(decoding, params, logits, cache, key, temperature, length, **options)[0]
