@@ -18,7 +18,7 @@ import serve  # isort: skip
 KEYS = ("mixer", "prefill")
 PACKED = ("kda", "gsa", "log_linear", "mesa")  # the others read prompts in rows
 # What a row keeps of the report of serve.py.
-LEFT_OUT = ("results", "command", "device", "jax", "vocabulary")
+LEFT_OUT = ("results", "options", "device", "jax", "vocabulary")
 
 
 def main(argv=None):

@@ -7,6 +7,7 @@ import pathlib
 import random
 import signal
 import sys
+import types
 
 import jax
 import numpy as np
@@ -372,6 +373,26 @@ def test_models_of_runs_and_of_checkpoints(tmp_path):
     model, params, ends = serve.load(serve.parse(["--checkpoint", folder, "--dtype", "bfloat16"]))
     assert params["embed"]["embedding"].shape[0] == model.config.vocabulary
     assert model.dtype == "bfloat16" and ends == [json.loads(read(folder))["eos_token_id"]]
+
+
+def test_text_goes_through_the_tokenizer(monkeypatch):
+    class Words:
+        words = ("a", "rose", "is")
+        from_pretrained = classmethod(lambda cls, folder, **options: cls())
+
+        def encode(self, text):
+            return [self.words.index(word) for word in text.split()]
+
+        def decode(self, tokens):
+            return " ".join(self.words[token] for token in tokens)
+
+    module = types.SimpleNamespace(AutoTokenizer=Words)
+    monkeypatch.setitem(sys.modules, "transformers", module)
+    options = serve.parse(["--checkpoint", "x", "--tokenizer", "--prompts", "y"])
+    encode, decode = serve.coding_of(options, 3, None)
+    assert encode("a rose is") == [0, 1, 2] and decode(np.array([1, 0])) == "rose a"
+    encode, decode = serve.coding_of(serve.parse(["--run", "x"]), 256, None)
+    assert list(encode("ab")) == [97, 98] and decode(np.array([98])) == "b"
 
 
 def read(folder):
