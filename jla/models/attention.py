@@ -164,7 +164,7 @@ class Attention(nn.Module):
                 return causal_attention(q, k, v)
             return interval_attention(q, *(jnp.swapaxes(x, 1, 2) for x in (k, v)), first, place)
 
-        length = before[0]
+        length = cache.rows("length")
         added = jnp.full_like(length, T) if tokens.lengths is None else tokens.lengths
         S = cache.variables["cached_key"].value.shape[2]
         check_room(length, added, S)

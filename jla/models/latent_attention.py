@@ -139,7 +139,7 @@ class LatentAttention(nn.Module):
             shared = turn(shared[:, :, None])[:, :, 0]
         if cache is None:
             return attend_to_all(q, latent, shared, up, first, place)
-        length = before[0]
+        length = cache.rows("length")
         added = jnp.full_like(length, T) if tokens.lengths is None else tokens.lengths
         S = cache.variables["latent"].value.shape[1]
         check_room(length, added, S)

@@ -11,7 +11,6 @@ from jla._core.lengths import is_symbolic_dim
 from jla._core.parts import mamba2_operands
 from jla._core.states import (
     LazyLogLinearState,
-    LogLinearState,
     lazy_decays,
     levels_in_use,
     merging_into,
