@@ -130,10 +130,11 @@ def serving(folder):
         The same models behind examples/serve.py: {one["requests"]} requests, all there from the
         start, with prompts of {least} to {most} tokens and {one["new_tokens"] // one["requests"]}
         new tokens each, of which {one["slots"]} run at once. A prefill has room for {one["chunk"]}
-        tokens of {one["rows"]} prompts, in rows or packed, beside each decoding step. Times are
+        tokens of {one["rows"]} prompts, packed or in rows, beside each decoding step. Times are
         median / 99th percentile, as the host sees them; that to the first token counts from the
         start, and is mostly the queue. Memory: parameters, the pool and temporaries."""
     columns = {
+        "prompts": ("prefill", 1, "{}"),
         "new tokens/s": ("new_tokens_per_s", 1, "{:,.0f}"),
         "prompt tokens/s": ("prompt_tokens_per_s", 1, "{:,.0f}"),
         "to first token, s": ("first_token", 1, "{}"),

@@ -15,10 +15,10 @@ from benchmarks import side_by_side  # which finds the examples
 
 import serve  # isort: skip
 
-KEYS = ("mixer",)
+KEYS = ("mixer", "prefill")
 PACKED = ("kda", "gsa", "log_linear", "mesa")  # the others read prompts in rows
 # What a row keeps of the report of serve.py.
-LEFT_OUT = ("results", "command", "device", "jax", "vocabulary")
+LEFT_OUT = ("results", "options", "device", "jax", "vocabulary")
 
 
 def main(argv=None):
@@ -32,7 +32,8 @@ def main(argv=None):
             print(f"not started, past --limit: {mixer}", flush=True)
             continue
         print(f"[{time.monotonic() - start:6.1f} s] {mixer}", flush=True)
-        report.measure(dict(mixer=mixer), served(mixer, options))
+        prefill = options.prefill if mixer in PACKED else "rows"
+        report.measure(dict(mixer=mixer, prefill=prefill), served(mixer, prefill, options))
         gc.collect()  # the pool, before the next one is made
     print(f"[{time.monotonic() - start:6.1f} s] end", flush=True)
     return 1 if report.failed else 0
@@ -46,12 +47,12 @@ def parse(argv):
     made.add_argument("--slots", type=int, default=128, help="requests that run at once")
     made.add_argument("--rows", type=int, default=4, help="prompts that a prefill reads")
     made.add_argument("--chunk", type=int, default=512, help="tokens that it reads of each")
-    made.add_argument("--prefill", choices=("packed", "rows"), help="default: as serve.py has it")
+    made.add_argument("--prefill", choices=("packed", "rows"), default="packed")
     made.add_argument("--decode-steps", type=int, default=1, help="tokens of a decoding call")
     return side_by_side.parse(made, argv)
 
 
-def served(mixer, options):
+def served(mixer, prefill, options):
     """Yields the numbers of one run, the tokens drawn at temperature 1."""
     least, most = options.prompt_length
     implementation = options.implementation
@@ -74,12 +75,11 @@ def served(mixer, options):
             temperature=1.0,
             **dict(slots=options.slots, rows=options.rows, chunk=options.chunk),
             decode_steps=options.decode_steps,
+            prefill=prefill,
             json=out,
         )
         if implementation and mixer != "attention":
             arguments["implementation"] = implementation
-        if options.prefill and mixer in PACKED:
-            arguments["prefill"] = options.prefill
         line = [
             text
             for name, value in arguments.items()

@@ -19,6 +19,7 @@ def summary(finished, seconds, *, refused=0):
       refused: how many requests were not submitted.
     """
     ends = [running.end for running in finished]
+    kinds = ("length", "stop", "cut_off", "not_started")
     read = sum(running.read for running in finished)
     drawn = sum(len(running.tokens) for running in finished)
     started = [running for running in finished if running.times]
@@ -28,7 +29,7 @@ def summary(finished, seconds, *, refused=0):
         gaps += [after - before for before, after in itertools.pairwise(moments)]
     return dict(
         requests=len(finished) + refused,
-        **{name: ends.count(name.replace("_", " ")) for name in ("length", "stop", "cut_off")},
+        **{name: ends.count(name.replace("_", " ")) for name in kinds},
         refused=refused,
         seconds=seconds,
         prompt_tokens=read,
@@ -53,10 +54,14 @@ def spread(values):
 
 def lines(summary):
     """The summary in words."""
-    ends = dict(length="finished", stop="ended by a stop token", cut_off="cut off")
+    ends = dict(
+        length="finished",
+        stop="ended by a stop token",
+        cut_off="cut off",
+        not_started="not started",
+        refused="refused",
+    )
     counts = [f"{summary[name]:,} {words}" for name, words in ends.items() if summary[name]]
-    if summary["refused"]:
-        counts.append(f"{summary['refused']:,} refused")
     yield f"requests         {', '.join(counts) or 'none'}"
     yield (
         f"throughput       {summary['new_tokens_per_s']:,.1f} new tokens/s and "

@@ -45,7 +45,7 @@ class Running:
       tokens: the new tokens that arrived.
       times: of each of them the seconds after the start.
       admitted: when it got a slot; None before.
-      end: why it ended: "length", "stop" or "cut off"; None before.
+      end: why it ended: "length", "stop", "cut off" or "not started"; None before.
     """
 
     request: Request
@@ -173,7 +173,9 @@ class Scheduler:
 
     def cut_off(self):
         """Ends all that are running or waiting; no more is planned."""
-        for running in [*self.reading, *self.drawing.values(), *self.waiting]:
+        for running in [*self.reading, *self.drawing.values()]:
             running.end = "cut off"
+        for running in self.waiting:
+            running.end = "not started"
         self.reading, self.drawing, self.unfinished = [], {}, 0
         self.waiting.clear()

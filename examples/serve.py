@@ -359,7 +359,9 @@ def run(options):
         console.print(line)
     if options.json:
         report = facts | numbers | dict(calls=calls, dropped_tokens=scheduler.dropped)
-        report["command"] = vars(options) | dict(tokenizer=str(options.tokenizer))
+        own = options.tokenizer is from_checkpoint.SOURCE
+        tokenizer = options.checkpoint if own else options.tokenizer
+        report["options"] = vars(options) | dict(tokenizer=tokenizer)
         report["results"] = [as_json(running) for running in became]
         report["results"] += [dict(name=one.name, refused=one.reason) for one in refused]
         with writing(options.json):

@@ -7,6 +7,7 @@ import pathlib
 import random
 import signal
 import sys
+import types
 
 import jax
 import numpy as np
@@ -265,7 +266,7 @@ def generated(model, params, tokens, i, line):
 
 
 def test_ctrl_c_ends_in_good_order(tmp_path, monkeypatch, capsys):
-    """The running request is cut off, the waiting too; what there is of it is reported."""
+    """The running request is cut off, and what there is of it is reported."""
     out = tmp_path / "out.json"
 
     class Engine(Pretended):
@@ -282,12 +283,24 @@ def test_ctrl_c_ends_in_good_order(tmp_path, monkeypatch, capsys):
     assert exit.value.code == 128 + signal.SIGINT
     captured = capsys.readouterr()
     assert captured.err == "serve.py: stopped; what was running is cut off\n"
-    assert "3 cut off" in captured.out and "0/3 requests" in captured.out
+    assert "1 cut off, 2 not started" in captured.out and "0/3 requests" in captured.out
     report = json.loads(out.read_text())
     first, *others = report["results"]
     assert len(first["tokens"]) == 21 - first["prompt_tokens"] == report["new_tokens"]
     assert [other["tokens"] for other in others] == [[], []]
-    assert {result["end"] for result in report["results"]} == {"cut off"}
+    assert [result["end"] for result in report["results"]] == ["cut off", *["not started"] * 2]
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch, capsys):
+    class Engine(Pretended):
+        def decode(self, counts):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("not reached")
+
+    monkeypatch.setattr(serve, "Engine", Engine)
+    monkeypatch.setattr(serve, "load", lambda options: (make_model("kda", **TINY), {}, []))
+    assert_fails(capsys, 128 + signal.SIGINT, "serve.py: interrupted", serve.main)
 
 
 def test_the_numbers_of_a_run():
@@ -360,6 +373,26 @@ def test_models_of_runs_and_of_checkpoints(tmp_path):
     model, params, ends = serve.load(serve.parse(["--checkpoint", folder, "--dtype", "bfloat16"]))
     assert params["embed"]["embedding"].shape[0] == model.config.vocabulary
     assert model.dtype == "bfloat16" and ends == [json.loads(read(folder))["eos_token_id"]]
+
+
+def test_text_goes_through_the_tokenizer(monkeypatch):
+    class Words:
+        words = ("a", "rose", "is")
+        from_pretrained = classmethod(lambda cls, folder, **options: cls())
+
+        def encode(self, text):
+            return [self.words.index(word) for word in text.split()]
+
+        def decode(self, tokens):
+            return " ".join(self.words[token] for token in tokens)
+
+    module = types.SimpleNamespace(AutoTokenizer=Words)
+    monkeypatch.setitem(sys.modules, "transformers", module)
+    options = serve.parse(["--checkpoint", "x", "--tokenizer", "--prompts", "y"])
+    encode, decode = serve.coding_of(options, 3, None)
+    assert encode("a rose is") == [0, 1, 2] and decode(np.array([1, 0])) == "rose a"
+    encode, decode = serve.coding_of(serve.parse(["--run", "x"]), 256, None)
+    assert list(encode("ab")) == [97, 98] and decode(np.array([98])) == "b"
 
 
 def read(folder):
