@@ -1,6 +1,8 @@
 """Layers on a pool of caches (docs/pools.md): `slots`, and `clear`."""
 
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +90,15 @@ def test_slots_are_checked(case):
     refuses(of(1, 0, 2), ValueError, "decode=True", layer(case))
     with pytest.raises(ValueError, match="slots must be None in init"):
         jax.eval_shape(functools.partial(module.init, slots=of(0, 1, 2)), jax.random.key(0), x)
+
+
+@pytest.mark.slow  # compiles a layer; the tests above show what it does
+def test_the_examples_of_the_page_run():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "pools.md"
+    names = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+    exec("\n".join(blocks), names)
+    assert names["y"].shape == (3, 1, 32)
 
 
 def test_clear():
