@@ -2,14 +2,19 @@
 else of the pool changes."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from evaluator import evaluated
-from harness import inputs, is_float
-from mechanisms import GRID
+from harness import assert_close, floats, inputs, is_float, with_floats
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from mechanisms import GRID, MECHANISMS, SMALL
+
+import jla
+import jla.pallas
 
 # The slots of each row of the call, and the rows of the pool.
 MORE_ROWS = (2, -1, 0), 4
@@ -17,11 +22,11 @@ FEWER_ROWS = (-1, 1, -1), 2
 POOLS = {"more rows": MORE_ROWS, "fewer rows": FEWER_ROWS}
 
 
-def arguments(mechanism, implementation, sizes, slots, rows):
+def arguments(mechanism, implementation, sizes, slots, rows, seed=0):
     """One token for each slot, its other arguments, and a pool of so many rows."""
     most = max(len(slots), rows)
     whole = dict(sizes) | dict(B=most)
-    args, _ = inputs(mechanism, whole, implementation.dtypes[0])
+    args, _ = inputs(mechanism, whole, implementation.dtypes[0], seed)
     token = {n: args[n][: len(slots), 0] for n in mechanism.tokenwise()}
     pool = jax.tree.map(lambda x: x[:rows], args[mechanism.state[0]])
     return token, {n: args[n] for n in mechanism.shared()}, pool
@@ -73,6 +78,163 @@ def test_a_step_on_a_pool_is_the_step_of_its_rows(mechanism, implementation, siz
     assert not np.any(np.asarray(o)[~live])
     jax.tree.map(lambda x, y: same(x[slots[live]], y[live]), new, wanted[1])
     jax.tree.map(lambda x, y: same(x[unused], y[unused]), new, given)
+
+
+KERNELS = [row for row in SMALL if row.values[1].interpreted]
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes", KERNELS)
+def test_pools_under_vmap(mechanism, implementation, sizes):
+    """Each of two pools has slots of its own; kernels fold both in one."""
+    slots = np.array([[1, -1], [0, 2]], np.int32)
+    parts = [arguments(mechanism, implementation, sizes, x, 3, seed=i) for i, x in enumerate(slots)]
+    tokens, pools = (
+        jax.tree.map(lambda *x: np.stack(x), *(part[i] for part in parts)) for i in (0, 2)
+    )
+    step = stepping(mechanism, implementation, parts[0][1])
+    with implementation.context():
+        got = evaluated(jax.jit(jax.vmap(step)))(tokens, pools, slots)
+        for n, (token, _, pool) in enumerate(parts):
+            wanted = evaluated(jax.jit(step))(token, pool, slots[n])
+            jax.tree.map(lambda x, y, n=n: same(x[n], y), got, wanted)
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes", SMALL)
+def test_types_of_pools(mechanism, implementation, sizes):
+    """The pool's, whatever the flags are; and a derivative, the definition's."""
+    slots = np.array(MORE_ROWS[0], np.int32)
+    token, shared, pool = arguments(mechanism, implementation, sizes, slots, MORE_ROWS[1])
+    step = stepping(mechanism, implementation, shared)
+
+    def with_tangent(floats_of):
+        return jax.jvp(lambda x: floats(step(*with_floats((token, pool), x), slots)), *floats_of)
+
+    with implementation.context():
+        o, new = jax.eval_shape(step, token, pool, slots)
+        with jax.enable_x64(True):
+            wide = jax.eval_shape(step, token, pool, slots)
+        jax.eval_shape(with_tangent, ((floats((token, pool)),),) * 2)
+    assert wide == (o, new)
+    assert (o.shape[0], o.dtype) == (len(slots), token["v"].dtype)
+    assert all(x.shape == y.shape and x.dtype == y.dtype for x, y in leaves_of(new, pool))
+
+
+def leaves_of(*trees):
+    return zip(*map(jax.tree.leaves, trees), strict=True)
+
+
+PLAIN = [row for row in SMALL if not row.values[1].interpreted]
+
+
+@pytest.mark.parametrize("mechanism, implementation, sizes", PLAIN[1::2])
+def test_a_donated_pool_stays_where_it_is(mechanism, implementation, sizes):
+    """XLA makes no copy of it. Kernels show this on a GPU, and below."""
+    slots = np.array(MORE_ROWS[0], np.int32)
+    token, shared, pool = arguments(mechanism, implementation, sizes, slots, 64)
+    run = jax.jit(stepping(mechanism, implementation, shared), donate_argnums=1)
+    text = run.lower(token, pool, slots).compile().as_text()
+    for x in jax.tree.leaves(pool):
+        shape = ",".join(map(str, x.shape))
+        assert not re.search(rf"\[{shape}\]\S* copy\(", text) or x.ndim < 3
+    aliased = re.search(r"input_output_alias=\{(.*?) \}", text).group(1)
+    assert aliased.count("may-alias") == len(jax.tree.leaves(pool))
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
+def test_kernels_take_a_pool_in_place(mechanism, monkeypatch):
+    """In the program for a GPU the arrays that the kernel writes are its operands."""
+    monkeypatch.setattr(jla.pallas, "unsupported_device", lambda: None)
+    implementation = mechanism.form("pallas")
+    slots = np.array(MORE_ROWS[0], np.int32)
+    args = arguments(mechanism, implementation, implementation.sizes, slots, MORE_ROWS[1])
+    run = jax.jit(stepping(mechanism, implementation.compiled(), args[1]), donate_argnums=1)
+    lowered = run.trace(args[0], args[2], slots).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert text.count("tf.aliasing_output") == len(jax.tree.leaves(args[2]))
+    (call,) = [line for line in text.splitlines() if "@mosaic_gpu" in line]
+    large = [x for x in jax.tree.leaves(args[2]) if x.ndim > 3]
+    # PaTH's values are written by XLA.
+    assert call.count("operand_index") == len(large) - (mechanism.name == "path")
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
+def test_slots_are_checked(mechanism):
+    implementation = mechanism.form("reference")
+    slots, rows = MORE_ROWS
+    args = arguments(mechanism, implementation, implementation.sizes, slots, rows)
+    step = stepping(mechanism, implementation, args[1])
+    name = f"jla.{mechanism.step.__name__}: slots "
+
+    def refuses(slots, exception, message):
+        with pytest.raises(exception, match=f"^{name}{message}"):
+            step(args[0], args[2], slots)
+
+    def of(*slots):
+        return np.array(slots, np.int32)
+
+    refuses(of(1, 2, 1), ValueError, r"must differ .* got 1 in rows 0, 2")
+    refuses(of(-1, rows, 0), ValueError, rf"must be -1 .* to {rows - 1}, .* got {rows} in row 1")
+    refuses(of(-2, 0, 1), ValueError, "must be -1 .* got -2 in row 0")
+    refuses(of(0, 1), ValueError, "has B = 2 .* but q has B = 3")
+    refuses(of([0], [1], [2]), ValueError, r"must have axes \[B\]")
+    refuses([0, 1, 2], TypeError, r"must be an array \[B\]")
+    refuses(np.array([0, 1, 2]), TypeError, "must be int32, got int64")
+    # Inside of jit nobody knows them; what is outside is nobody's.
+    step = jax.jit(step)
+    run = evaluated(step)
+    o, new = run(args[0], args[2], of(1, rows, -7))
+    wanted = run(args[0], args[2], of(1, -1, -1))
+    jax.tree.map(same, (o, new), wanted)
+
+
+def test_rows_of_a_pool_may_be_split_in_plain_jax():
+    """XLA's partitioner finds them; kernels refuse it (tests/test_shardwise.py)."""
+    mechanism = MECHANISMS[0]
+    implementation = mechanism.form("xla")
+    slots = np.array([3, -1, 0], np.int32)
+    token, shared, pool = arguments(mechanism, implementation, implementation.sizes, slots, 4)
+    step = jax.jit(stepping(mechanism, implementation, shared))
+    mesh = jax.make_mesh((2,), ("rows",), (AxisType.Auto,), devices=jax.devices("cpu")[:2])
+    split = NamedSharding(mesh, PartitionSpec("rows"))
+    got = step(token, jax.device_put(pool, split), slots)
+    assert got[1].sharding.is_equivalent_to(split, 4)
+    assert_close(jax.device_get(got), evaluated(step)(token, pool, slots), 1e-6)
+
+
+def test_gradients_of_pools():
+    """Those of the rows by themselves; a NaN in a row without a sequence reaches nothing that rows
+    share."""
+    mechanism = next(m for m in MECHANISMS if m.shared())
+    implementation = mechanism.form("xla")
+    slots, live = np.array([2, -1, 0], np.int32), np.array([0, 2])
+    token, shared, pool = arguments(mechanism, implementation, implementation.sizes, slots, 4)
+
+    def loss(shared, token, state, slots=None):
+        outputs = stepping(mechanism, implementation, shared)(token, state, slots)
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(outputs))
+
+    gradients = evaluated(jax.jit(jax.grad(loss, (0, 1))))
+    got = gradients(shared, with_nan(token, [1]), pool, slots)
+    of_rows = [
+        jax.tree.map(lambda x, n=n: x[n], y) for n, y in ((live, token), (slots[live], pool))
+    ]
+    wanted = gradients(shared, *of_rows)
+    assert_close(got[0], wanted[0], 1e-5)
+    assert_close(jax.tree.map(lambda x: x[live], got[1]), wanted[1], 1e-5)
+    assert not any(np.any(x[1]) for x in jax.tree.leaves(got[1]))
+
+
+def test_checking_looks_at_the_rows_in_use():
+    """Not at rows of the pool that no slot names, nor at arguments of rows without a sequence."""
+    mechanism = MECHANISMS[0]
+    implementation = mechanism.form("reference")
+    slots = np.array([2, -1, 0], np.int32)
+    token, shared, pool = arguments(mechanism, implementation, implementation.sizes, slots, 4)
+    step = jax.jit(stepping(mechanism, implementation, shared))
+    with jla.checking():
+        step(with_nan(token, [1]), with_nan(pool, [1, 3]), slots)
+    with pytest.raises(ValueError, match="state must be finite"), jla.checking():
+        step(token, with_nan(pool, [2]), slots)
 
 
 FULL = [row for row in GRID if row.marks]
