@@ -19,6 +19,7 @@ from jla._core.states import (
     GSAState,
     LogLinearState,
     MesaState,
+    bit_length,
     moved_on,
     zero_gsa_state,
     zero_log_linear_state,
@@ -246,7 +247,7 @@ def _device_step(state, piece, _):
     """A whole device's tokens as one token of the tree over devices."""
     total, tokens = piece
     position = state.position + 1
-    highest = alignment.bit_length(state.position ^ position)
+    highest = bit_length(state.position ^ position)
     level = jnp.arange(state.levels.shape[2], dtype=i32)[None]
     here = (level == highest[:, None])[:, None, :, None, None]
     levels = alignment.merged_levels(state, total, position)

@@ -10,12 +10,11 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jax import lax
 
-from jla._core import checks, sequence, whole
+from jla._core import checks, pools, sequence, whole
 from jla._core.whole import Names
 from jla.linen import _arguments
-from jla.linen._padding import arrange
 from jla.linen._projections import by_heads, copies, product, sum_over_heads
-from jla.linen.mixer import Cache, Tokens
+from jla.linen.mixer import Cache, Tokens, arranged
 from jla.models.intervals import from_left, interval_attention, intervals, intervals_over
 
 f32 = jnp.float32
@@ -94,13 +93,15 @@ class Attention(nn.Module):
         *,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        slots: jax.Array | None = None,
     ) -> jax.Array:
         """Applies the layer; arguments, result and errors as of all layers, see docs/layers.md."""
         _, D = _arguments.check_inputs(self, inputs, mask, segment_ids)
         H, HK, K = self._sizes(D)
+        _arguments.check_slots(self, slots, inputs, mask, segment_ids)
         split = _arguments.split_of(self)
         _arguments.refuse_over_devices(self, mask)
-        tokens = tokens_of(self, inputs, mask, segment_ids)
+        tokens = tokens_of(self, inputs, mask, segment_ids, slots)
         dense = functools.partial(
             nn.DenseGeneral,
             dtype=self.dtype,
@@ -117,7 +118,7 @@ class Attention(nn.Module):
             return dense((heads, K), dot_general_cls=by_heads, **options)(once)[0]
 
         q, k, v = project(H, "query"), project(HK, "key"), project(HK, "value")
-        cache = self._cache(v) if self.decode else None
+        cache = self._cache(v, tokens.slots) if self.decode else None
         if self.is_initializing():
             o = jnp.zeros_like(q)
         elif cache is not None:
@@ -149,7 +150,7 @@ class Attention(nn.Module):
                 )
         return H, HK, K
 
-    def _cache(self, v):
+    def _cache(self, v, slots):
         """The cache for these values, with room for as many tokens in `init`."""
         B, S, HK, K = v.shape
         if self.has_variable("cache", "cached_key"):
@@ -157,11 +158,11 @@ class Attention(nn.Module):
         # Heads before tokens: what one query reads of a head lies in one piece.
         tokens, rows = ((B, HK, S, K), v.dtype), ((B,), jnp.int32)
         entries = dict(cached_key=tokens, cached_value=tokens, length=rows, start=rows)
-        _arguments.check_cache(self, **entries)
+        _arguments.check_cache(self, slots, **entries)
         variables = {
             name: self.variable("cache", name, jnp.zeros, *entry) for name, entry in entries.items()
         }
-        return Cache(tuple, variables)
+        return Cache(lambda **state: state, variables, slots)
 
     def _attend_over(self, q, k, v, segments=None, *, axis):
         """The outputs [B, T, H, K] without a cache; `axis` splits time, or is None."""
@@ -197,24 +198,22 @@ class Attention(nn.Module):
     def _attend(self, q, k, v, tokens, cache):
         """The outputs [B, T, H, K], from the cache, which advances."""
         T = q.shape[1]
-        before = tuple(cache.variables[name].value for name in ("length", "start"))
+        before = cache.rows("length"), cache.rows("start")
         first, place, start = intervals(T, tokens.segments, before)
         q, k = self._rotated(q, k, place - first)
         if self.window is not None:
             first = jnp.maximum(first, place - (self.window - 1))
         is_plain = self.window is None and tokens.segments is None
-        length = cache.variables["length"].value
+        length = cache.rows("length")
         added = jnp.full_like(length, T) if tokens.lengths is None else tokens.lengths
         S = cache.variables["cached_key"].value.shape[2]
         check_room(length, added, S)
         keys, values = (
-            append(cache.variables[name].value, new, length, tokens.real)
+            appended(cache, name, new, length, tokens.real)
             for name, new in (("cached_key", k), ("cached_value", v))
         )
-        cache.variables["cached_key"].value = keys
-        cache.variables["cached_value"].value = values
-        cache.variables["length"].value = length + added
-        cache.variables["start"].value = start
+        cache.set_rows("length", length + added)
+        cache.set_rows("start", start)
         fits = length + added <= S
 
         def from_cache():
@@ -234,10 +233,10 @@ class Attention(nn.Module):
         return o.reshape(q.shape)
 
 
-def tokens_of(layer, inputs, mask, segment_ids):
+def tokens_of(layer, inputs, mask, segment_ids, slots):
     """The layer's tokens; over devices the segments are the ids themselves, see `Tokens`."""
     if _arguments.split_over(layer) is None:
-        return Tokens(*arrange(inputs, mask, segment_ids))
+        return arranged(inputs, mask, segment_ids, slots)
     return Tokens(jnp.asarray(inputs), None, None, segment_ids, lambda y: y)
 
 
@@ -293,12 +292,36 @@ def rotate(x, position, theta):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def append(cached, new, length, real):
+def appended(cache, name, new, length, real, *, has_heads=True):
+    """The call's rows of a variable of a cache, which gets these tokens; see `append`.
+
+    Args:
+      has_heads: whether the variable is [B, HK, S, K] and new [B, T, HK, K]; without there is no
+        HK.
+    """
+    x, slots = cache.variables[name].value, cache.slots
+    if has_heads:
+        x = append(x, new, length, real, slots)
+    else:
+        x = append(x[:, None], new[:, :, None], length, real, slots)[:, 0]
+    cache.variables[name].value = x
+    return x if slots is None else pools.read(x, slots)
+
+
+def append(cached, new, length, real, slots=None):
     """The cache [B, HK, S, K] with new tokens [B, T, HK, K] behind each row's first `length`.
 
     With `real`, bool [B, T] or None for all, only those are written. What finds no room is lost.
+    With `slots`, int32 [B], the cache is a pool and these are its rows.
     """
     T, new = new.shape[1], jnp.swapaxes(new, 1, 2)
+    if slots is not None:
+        place = length[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+        if real is not None:
+            place = jnp.where(real, place, cached.shape[2])
+        head = jnp.arange(new.shape[1], dtype=jnp.int32)[None, :, None]
+        row = pools.rows(slots, cached.shape[0])[:, None, None]
+        return cached.at[row, head, place[:, None]].set(new, mode="drop")
     if real is None:
         if len(length) == 1:  # a batch's write is a scatter, for which XLA checks bounds by kernels
             return lax.dynamic_update_slice_in_dim(cached, new, length[0], axis=2)

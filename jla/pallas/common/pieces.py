@@ -76,13 +76,22 @@ def at_most(most, chunks):
 
 
 def forward(
-    q, w, u, kg, decay, aq, beta, initial_state, *, length, keep_states, made=None, pieces=None
+    q, w, u, kg, decay, aq, beta, initial_state,
+    *, length, keep_states, made=None, pieces=None, spans=None,
 ):  # fmt: skip
     """As `recurrence.forward`, with the state before the whole sequence, [B, HV, K, V] or None.
+    With spans it is that of each piece, [B, HV, P, K, V], and so is the last state.
 
     `made` is what the tokens before each piece do, if `summary` has made it. `pieces` is for tests;
     by default their number follows from the shapes.
     """
+    options = dict(length=length, keep_states=keep_states)
+    if spans is not None:
+        (starts,) = pieces_first(initial_state)
+        o, ends, *states = recurrence.forward(
+            q, w, u, kg, decay, aq, beta, starts, spans=spans, **options
+        )
+        return [o, *rows_first(ends), *states]
     B, TP, HV, K = q.shape
     V = u.shape[-1]
     pieces = pieces or number(B * HV, TP // CHUNK, K, V)
@@ -94,17 +103,22 @@ def forward(
             initial_state = jnp.zeros((B, HV, K, V), f32)
         transitions = _transitions(w, u, kg, decay, beta, pieces)
         starts = join(*transitions, initial_state, times=matmul)
-    return recurrence.forward(
-        q, w, u, kg, decay, aq, beta, starts, length=length, keep_states=keep_states
-    )
+    return recurrence.forward(q, w, u, kg, decay, aq, beta, starts, **options)
 
 
-def backward(q, w, kg, do, decay, aq, beta, last_gradient, *, made=None, pieces=None):
-    """As `recurrence.backward`, with the last state's gradient, [B, HV, K, V].
+def backward(
+    q, w, kg, do, decay, aq, beta, last_gradient, *, made=None, pieces=None, spans=None
+):  # fmt: skip
+    """As `recurrence.backward`, with the last state's gradient, [B, HV, K, V]. With spans the
+    gradients of each piece's states, [B, HV, P, K, V].
 
     `made` is what the tokens behind each piece do, if `gradient_summary` has made it; the last
     state's gradient is then what comes to the one that is in there.
     """
+    if spans is not None:
+        (ends,) = pieces_first(last_gradient)
+        gradients, starts = recurrence.backward(q, w, kg, do, decay, aq, beta, ends, spans)
+        return gradients, *rows_first(starts)
     B, TP, HV, K = q.shape
     pieces = pieces or number(B * HV, TP // CHUNK, K, do.shape[-1])
     ends = last_gradient[None]

@@ -27,6 +27,16 @@ def dot(a, b):
 
 
 @triton.jit
+def exact_dot(a, b):
+    """a @ b in float32; of float32 operands by float32 products, each sum rounded to the nearest.
+
+    Tensor cores cut sums off. Where equal rows multiply each other, they cut the same from every
+    entry, and what follows from the entries adds that up.
+    """
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
 def dot_add(a, b, acc):
     """acc + a @ b in float32."""
     return tl.dot(a, b, acc=acc, input_precision="tf32x3")
