@@ -181,7 +181,7 @@ class Attention(nn.Module):
         if self.window is not None:
             first = jnp.maximum(first, place - (self.window - 1))
         kv = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        return from_left(q, kv, lambda kv: kv, first, place, axis, self.window)
+        return from_left(q, kv, (), lambda kv, _: kv, first, place, axis, self.window)
 
     def _attend_whole(self, q, k, v, first, place, segments):
         if self.window is None and segments is None:

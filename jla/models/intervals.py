@@ -6,6 +6,7 @@ from jax import lax
 
 from jla._core import sequence
 from jla._core.segments import segment_starts
+from jla._core.shardwise import alike
 
 f32, i32 = jnp.float32, jnp.int32
 QUERIES_AT_ONCE = 256  # in `interval_attention`, so that its logits are [B, H, 256, S] at most
@@ -96,7 +97,7 @@ def with_logsumexp(q, keys, values, first, last, dtype):
     return of_heads(o, total)
 
 
-def from_left(q, block, expand, first, last, axis, window=None):
+def from_left(q, block, held, expand, first, last, axis, window=None):
     """`interval_attention` over devices: each device's keys and values move to the right, and the
     log-sum-exps of the parts join what a device reads of each.
 
@@ -105,7 +106,8 @@ def from_left(q, block, expand, first, last, axis, window=None):
     Args:
       q: this device's queries, [B, T, H, K].
       block: a tree of arrays that has this device's keys and values.
-      expand: makes keys [B, HK, T, K] and values [B, HK, T, V] of it.
+      held: a tree of other arrays, which stay.
+      expand: `expand(block, held)` makes keys [B, HK, T, K] and values [B, HK, T, V].
       first, last: the places, in the whole sequence, that each query sees.
       axis: the manual axis.
       window: how many tokens each sees at most, or None.
@@ -114,12 +116,12 @@ def from_left(q, block, expand, first, last, axis, window=None):
     further = size - 1 if window is None else min(size - 1, -(-(window - 1) // T))
     right = [(i, (i + 1) % size) for i in range(size)]  # vmap's axes want all of them to send
 
-    def run(q, block, first, last):
+    def run(q, block, held, first, last):
         index = lax.axis_index(axis)
 
         def read(block, number):
             start = (index - number) * T
-            return with_logsumexp(q, *expand(block), first - start, last - start, f32)
+            return with_logsumexp(q, *expand(block, held), first - start, last - start, f32)
 
         def step(carry, number):
             o, total, block = carry
@@ -139,5 +141,7 @@ def from_left(q, block, expand, first, last, axis, window=None):
         carry = *read(block, 0), block
         return lax.scan(step, carry, jnp.arange(1, further + 1, dtype=i32))[0][0]
 
-    arrays = sequence.varying((q, block, first, last), axis)
-    return jax.checkpoint(run)(*arrays).astype(q.dtype)
+    # All of them are each device's own: the gradient of what others have, too, would be summed over
+    # devices inside of a condition that some of them do not enter.
+    leaves, tree = jax.tree.flatten(sequence.varying((q, block, held, first, last), axis))
+    return jax.checkpoint(run)(*tree.unflatten(alike(*leaves))).astype(q.dtype)

@@ -143,8 +143,11 @@ class LatentAttention(nn.Module):
             return attend_to_all(q, latent, shared, up, first, place)
         n = self.nope_dim
         if q.shape[2] % lax.axis_size(axis):
-            latents = latent, shared
-            return from_left(q, latents, lambda x: keys_and_values(*x, up, n), first, place, axis)
+
+            def expand(latents, up):
+                return keys_and_values(*latents, up, n)
+
+            return from_left(q, (latent, shared), up, expand, first, place, axis)
 
         def run(q, k, v, _, segments):
             first, place, _ = intervals(q.shape[1], segments, None)
