@@ -79,8 +79,12 @@ def input_sets(name, shape, bare):
     return jax.block_until_ready([first] + [make(key(i)) for i in range(1, count)])
 
 
-def timed(forward, sets, backward, seconds):
-    """Compiles and times `forward(inputs, segments)`, or it and its gradients together."""
+def timed(forward, sets, backward, seconds, place=None):
+    """Compiles and times `forward(inputs, segments)`, or it and its gradients together.
+
+    place: the sharding of its result, and so of the cotangent; None for one device. One that lies
+    elsewhere would be moved at every call.
+    """
 
     def forward_and_backward(inputs, segments, cotangent):
         o, pull = jax.vjp(lambda x: forward(x, segments), inputs)
@@ -89,7 +93,8 @@ def timed(forward, sets, backward, seconds):
     arguments = sets
     if backward:
         o = jax.eval_shape(forward, *sets[0])
-        cotangent = jax.random.normal(key(99), o.shape, o.dtype)
+        draw = jax.jit(lambda: jax.random.normal(key(99), o.shape, o.dtype), out_shardings=place)
+        cotangent = draw()
         arguments = [(*pair, cotangent) for pair in sets]
         jax.clear_caches()  # the first call is to trace all, whatever ran before
     run, numbers = first_call(jax.jit(forward_and_backward if backward else forward), arguments[0])

@@ -70,8 +70,6 @@ def chosen_mesh(options):
                 f"--{option} {size} must be a multiple of the {parts} devices of {axis} in "
                 f"--mesh {shown(sizes)}"
             )
-    if options.mixer == "attention" and sizes.get("seq", 1) > 1:
-        raise InputError("--mixer attention cannot be split over time; use seq=1 in --mesh")
     return make_mesh(sizes, devices)
 
 

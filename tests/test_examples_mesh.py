@@ -123,7 +123,6 @@ def test_targets_at_a_border_are_the_neighbours_first():
         ("--mesh data=4 --batch 6", "--batch 6 must be a multiple of the 4 devices of data"),
         ("--mesh seq=4 --length 18", "--length 18 must be a multiple of the 4 devices of seq"),
         ("--mesh model=4", "--heads 2 must be a multiple of the 4 devices of model"),
-        ("--mesh data=2,seq=2 --mixer attention", "--mixer attention cannot be split over time"),
         (
             "--mesh data=4 --width 34",
             "cannot train this model on the mesh: parameter blocks/mixer/b_proj/kernel has "

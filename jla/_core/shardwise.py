@@ -274,6 +274,16 @@ def varying_as(weights: jax.Array, x: jax.Array) -> jax.Array:
     return lax.pcast(weights, missing, to="varying") if missing else weights
 
 
+def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays of types that vary over the same axes of shard_map's mesh, see `varying_as`."""
+    axes = frozenset().union(*map(_varying, arrays))
+    missing = (tuple(axes - _varying(x)) for x in arrays)
+    return tuple(
+        lax.pcast(x, names, to="varying") if names else x
+        for x, names in zip(arrays, missing, strict=True)
+    )
+
+
 def _without_varying_types(function: Callable[..., Arrays], arrays: Arrays) -> Arrays:
     """Calls a function that knows nothing of the mesh axes over which shard_map's values vary.
 

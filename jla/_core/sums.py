@@ -11,18 +11,20 @@ from jax import lax
 def running_sum(x: jax.Array, reverse: bool = False) -> jax.Array:
     """The sum up to each token (in reverse: from it on) along axis 1 of x [B, T, ...].
 
-    By `lax.cumsum` in reverse alone, which is a tree of sums. Forwards, JAX 0.11.2 has a GPU do a
-    loop of T turns where T is not the last axis: 0.35 s for 131072 tokens.
+    By `lax.cumsum` forwards alone, which JAX 0.11.2 has a GPU do in one pass. In reverse it is a
+    window of T tokens, which XLA puts into every fusion that reads the sums and sums up there anew:
+    0.24 s for [1, 131072, 16], where forwards takes 0.13 ms.
     """
-    if reverse:
-        return lax.cumsum(x, axis=1, reverse=True)
-    return jnp.flip(lax.cumsum(jnp.flip(x, 1), axis=1, reverse=True), 1)
+    if not reverse:
+        return lax.cumsum(x, axis=1)
+    return jnp.flip(lax.cumsum(jnp.flip(x, 1), axis=1), 1)
 
 
 @running_sum.defjvp
 def _jvp(reverse, primals, tangents):
     (x,), (change,) = primals, tangents
-    # Forwards, as its transpose, which gradients are made of, is in reverse.
-    if reverse:
-        return running_sum(x, True), jnp.flip(lax.cumsum(jnp.flip(change, 1), axis=1), 1)
-    return running_sum(x), lax.cumsum(change, axis=1)
+    # In reverse, as its transpose, which gradients are made of, is forwards.
+    if not reverse:
+        change = jnp.flip(lax.cumsum(jnp.flip(change, 1), axis=1, reverse=True), 1)
+        return running_sum(x), change
+    return running_sum(x, True), lax.cumsum(change, axis=1, reverse=True)
