@@ -1,10 +1,12 @@
 """Settings of the whole suite; they must be made before JAX starts a backend."""
 
+import functools
 import gc
 import importlib.util
 import os
 import pathlib
 import re
+import sys
 
 import blas  # noqa: F401, first of all
 import hardware
@@ -12,6 +14,8 @@ import interpreter
 import jax
 import pytest
 import triton_interpreter
+from evaluator import evaluated
+from jax._src.core import trace_state_clean
 
 from jla import _dispatch
 from jla._core.checks import IMPLEMENTATIONS
@@ -191,3 +195,30 @@ def only_kernels_of(monkeypatch):
         monkeypatch.setattr(_dispatch, "_why_not", patched)
 
     return only
+
+
+@pytest.fixture(scope="session")
+def begun_by_numpy():
+    """What the examples have before the first step: XLA compiles it for as long as the step.
+
+    It is put on a device, as is what a checkpoint had: the step is compiled once for both.
+    """
+    functions = dict(train_lm="initialise", recall="initialise")
+    functions["benchmarks.side_by_side"] = "make_params"
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in functions.items():
+            if module in sys.modules:
+                function = getattr(sys.modules[module], name)
+                patch.setattr(sys.modules[module], name, _by_numpy(function))
+        yield
+
+
+def _by_numpy(function):
+    @functools.wraps(function)
+    def run(*args):
+        if not trace_state_clean():
+            return function(*args)
+        made = evaluated(jax.jit(lambda: function(*args)))()
+        return jax.device_put(made, jax.devices()[0])
+
+    return run

@@ -11,6 +11,7 @@ import threading
 
 import jax
 import numpy as np
+import scipy.special
 from jax._src import core
 from jax._src.random import prng
 
@@ -249,6 +250,7 @@ _OF_NUMPY = {
     "and": np.bitwise_and,
     "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
     "eq": np.equal,
+    "erf_inv": lambda x: scipy.special.erfinv(_wide(x)).astype(x.dtype),
     "exp": np.exp,
     "exp2": np.exp2,
     "expm1": np.expm1,
@@ -280,6 +282,10 @@ _OF_NUMPY = {
     "sub": np.subtract,
     "xor": np.bitwise_xor,
 }
+
+
+def _wide(x):
+    return x.astype(np.float32) if x.dtype.itemsize == 2 else x
 
 
 def _of_numpy(function):
@@ -489,8 +495,7 @@ def _dot_general(*, dimension_numbers, preferred_element_type, **_):
         order = (*batch, *outer, *inner) if left else (*batch, *inner, *outer)
         depth = math.prod(x.shape[i] for i in inner)
         shape = [x.shape[i] for i in batch] + ([-1, depth] if left else [depth, -1])
-        wide = x.astype(np.float32) if x.dtype.itemsize == 2 else x
-        return wide.transpose(order).reshape(shape), [x.shape[i] for i in outer]
+        return _wide(x).transpose(order).reshape(shape), [x.shape[i] for i in outer]
 
     def run(x, y):
         dtype = preferred_element_type or x.dtype
