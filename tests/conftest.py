@@ -12,6 +12,7 @@ import blas  # noqa: F401, first of all
 import hardware
 import interpreter
 import jax
+import layouts
 import pytest
 import triton_interpreter
 from evaluator import evaluated
@@ -32,6 +33,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune
 # Kernels that only the interpreter runs right are wrong.
 hardware.check_more()
 interpreter.mend()
+layouts.hasten()
 # Traces are many small objects that live long, and Python would look through all of them for
 # garbage after every 700 new ones: an eighth of the time of what is only traced. After 50,000 it
 # would still be a fortieth.
