@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import devices  # noqa: E402
 import train_lm  # noqa: E402
 
-pytestmark = pytest.mark.optax
+pytestmark = [pytest.mark.optax, pytest.mark.usefixtures("begun_by_numpy")]
 
 TINY = [
     *"--width 32 --depth 2 --heads 2 --length 16 --batch 4 --steps 4 --save-every 2".split(),

@@ -15,7 +15,7 @@ from benchmarks import (
     side_by_side,
 )
 
-pytestmark = pytest.mark.optax
+pytestmark = [pytest.mark.optax, pytest.mark.usefixtures("begun_by_numpy")]
 
 TINY = ["--implementation", "reference", "--width", "32", "--depth", "1", "--heads", "2"]
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparing import normal
+from evaluator import evaluated
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jla._core.shardwise import shardwise
@@ -110,7 +111,7 @@ def with_gradients(function):
 
 @functools.cache
 def plain_of(kind):
-    return jax.jit(with_gradients(FUNCTIONS[kind][1]))
+    return evaluated(jax.jit(with_gradients(FUNCTIONS[kind][1])))
 
 
 P = PartitionSpec
