@@ -124,8 +124,6 @@ def _why_not(
     module = _module(backend, name)
     if not hasattr(module, name):
         return "it has no kernel for this function"
-    if "slots" in options:
-        return "its steps take no slots"
     return module.unsupported(name, *arrays, **options) or package.unsupported_device()
 
 

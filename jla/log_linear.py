@@ -1,5 +1,7 @@
 """Log-linear attention (arXiv 2506.04761)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,7 +212,7 @@ def log_linear_step[State: (LogLinearState, LazyLogLinearState)](
         are known and equal, or outside -1 to R - 1.
     """
     _check_kind("state", state)
-    given = dict(q=q, k=k, v=v, g=g, level_scales=level_scales, state=state)
+    given: dict[str, Any] = dict(q=q, k=k, v=v, g=g, level_scales=level_scales, state=state)
     sizes = pools.check_axes(_AXES_OF_STEP, slots, **given)
     _check_common(q, k, v, g, level_scales, sizes)
     _check_state("state", state, sizes["L"], 1, slots)

@@ -1,6 +1,7 @@
 """MesaNet (arXiv 2506.05233)."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +199,7 @@ def mesa_step(
         and equal, or outside -1 to R - 1.
     """
     checks.check_state("state", state, MesaState)
-    given = dict(q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, state=state)
+    given: dict[str, Any] = dict(q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, state=state)
     sizes = pools.check_axes(_AXES_OF_STEP, slots, **given)
     checks.check_state_dtypes("state", state)
     cg_steps = _check_common(q, k, v, g, beta, lamb, sizes, cg_steps)

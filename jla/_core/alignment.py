@@ -41,6 +41,7 @@ from jla._core.states import (
     with_outgrown,
     with_rank,
 )
+from jla._core.sums import running_sum
 from jla._core.types import (
     Array,
     Keys,
@@ -201,7 +202,7 @@ def _slots_and_decay(
     """The slots, and the sum of the gates from the initial state to each token (its own included),
     -inf from where a later segment starts, [B, T, H]."""
     slots = assign_slots(T, segment_ids, None if initial_state is None else initial_state.position)
-    return slots, lax.cumsum(jnp.where(slots.continues[..., None], g, -jnp.inf), axis=1)
+    return slots, running_sum(jnp.where(slots.continues[..., None], g, -jnp.inf))
 
 
 def _state_after(
@@ -277,9 +278,9 @@ def assign_slots(T: int, segment_ids: SegmentIds | None, position: Positions | N
     sizes = 32 if symbolic else (T - 1).bit_length() + (1 if position is None else 2)
     exponent = jnp.arange(sizes, dtype=i32)
     of_size = block[..., None] == exponent[None, None]
-    count = jnp.cumsum(starts_segment[..., None] & of_size, axis=1, dtype=i32)
+    count = running_sum((starts_segment[..., None] & of_size).astype(i32))
     room = count[:, -1] << exponent[None]
-    base = lax.cumsum(room, axis=1, reverse=True) - room
+    base = running_sum(room, True) - room
     start = base[:, None] + ((count - 1) << exponent[None, None])
     slot = jnp.sum(jnp.where(of_size, start, 0), axis=2, dtype=i32) + offset + time[None] - begin
     # XLA would compute the sum anew for every number that is gathered from a slot.
@@ -431,7 +432,7 @@ def final_levels(
     # The sum of the gates after each token, up to `end`; -inf for other segments' tokens.
     earlier = jnp.arange(n * size, dtype=i32)[None] < end[:, None]
     later_gates = jnp.where(earlier[..., None], g, 0.0)[:, 1:]
-    decay = lax.cumsum(jnp.pad(later_gates, [(0, 0), (0, 1), (0, 0)]), axis=1, reverse=True)
+    decay = running_sum(jnp.pad(later_gates, [(0, 0), (0, 1), (0, 0)]), True)
     weight = jnp.where(earlier[..., None], jnp.exp(decay), 0.0)
     # Where types carry shardings, no reshape may merge and split at once.
     v = (weight[..., None] * v.astype(f32)).reshape(B, -1, HK, H // HK, V)

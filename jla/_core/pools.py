@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jla._core import checks
 from jla._core.axes import Axes
@@ -82,14 +83,23 @@ def rows(slots: Slots, size: int) -> jax.Array:
     return jnp.where(live(slots, size), slots, size)
 
 
-def take(pool: Any, slots: Slots) -> Any:
+def read(pool: Any, slots: Slots) -> Any:
     """The states in these slots, a tree; zeros for a slot that is no row of the pool."""
 
-    def read(x: jax.Array) -> jax.Array:
+    def rows_of(x: jax.Array) -> jax.Array:
         x = jnp.asarray(x)
         return x.at[rows(slots, x.shape[0])].get(mode="fill", fill_value=0)
 
-    return jax.tree.map(read, pool)
+    return jax.tree.map(rows_of, pool)
+
+
+def take(pool: Any, slots: Slots) -> Any:
+    """What `read` returns, for states that `put` writes back.
+
+    A barrier: if XLA read the pool in several operations, it would copy the pool before it wrote to
+    it, for what reads it afterwards.
+    """
+    return jax.tree.map(lax.optimization_barrier, read(pool, slots))
 
 
 def put(pool: Any, new: Any, slots: Slots) -> Any:

@@ -49,6 +49,31 @@ def split_of(layer):
     return None if layer.is_initializing() else whole.split(**given)
 
 
+def split_over(layer):
+    """The axis that T is split over; None in `init`, which runs outside of shard_map."""
+    if layer.is_initializing():
+        return None
+    return layer.axis_name if layer.mesh_axes is None else layer.mesh_axes.get("T")
+
+
+def refuse_over_devices(layer, mask):
+    """Raises NotImplementedError for what is not supported over devices."""
+    name = "axis_name" if layer.mesh_axes is None else "mesh_axes"
+    if layer.is_initializing() or getattr(layer, name) is None:
+        return
+    given = f"with {name} = {described(getattr(layer, name))}"
+    if split_over(layer) is not None and mask is not None:
+        raise NotImplementedError(
+            f"mask is not supported {given}: padding is not split over devices. Padding can be a "
+            "segment of its own"
+        )
+    if layer.decode:
+        raise NotImplementedError(
+            f"decode is not supported {given}: caches are not split over devices. A clone with "
+            f"{name}=None decodes"
+        )
+
+
 def described(value):
     """A setting as it was written; flax makes its own kind of dict of dicts."""
     return repr(dict(value)) if isinstance(value, Mapping) else repr(value)

@@ -226,7 +226,7 @@ class Mixer(nn.Module):
         split = _arguments.split_of(self)
         if split is None and self.split_over is None:
             return arranged(inputs, mask, segment_ids, slots), self.sizes(T, D)
-        self._refuse(mask, split)
+        _arguments.refuse_over_devices(self, mask)
         if split is None:
             T *= sequence.devices_of(self.axis_name)
         sizes = self.sizes(T, D)
@@ -237,27 +237,10 @@ class Mixer(nn.Module):
             tokens = Tokens(jnp.asarray(inputs), None, None, segment_ids, lambda y: y)
         return tokens._replace(copies=copies(tokens.x, split)), sizes
 
-    def _refuse(self, mask, split):
-        """Raises NotImplementedError for what is not supported over devices."""
-        name = "mesh_axes" if split is not None else "axis_name"
-        given = f"with {name} = {_arguments.described(getattr(self, name))}"
-        if self.split_over is not None and mask is not None:
-            raise NotImplementedError(
-                f"mask is not supported {given}: padding is not split over devices. Padding can be "
-                "a segment of its own"
-            )
-        if self.decode:
-            raise NotImplementedError(
-                f"decode is not supported {given}: caches are not split over devices. A clone with "
-                f"{name}=None decodes"
-            )
-
     @property
     def split_over(self):
         """The axis that T is split over; None in `init`, which runs outside of shard_map."""
-        if self.is_initializing():
-            return None
-        return self.axis_name if self.mesh_axes is None else self.mesh_axes.get("T")
+        return _arguments.split_over(self)
 
     def on_mesh(self, function, table, **arguments):
         """`function(**arguments)`, outputs and a state; with `mesh_axes` in a shard_map, and then

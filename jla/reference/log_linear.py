@@ -11,7 +11,6 @@ from jla._core.lengths import is_symbolic_dim
 from jla._core.parts import mamba2_operands
 from jla._core.states import (
     LazyLogLinearState,
-    LogLinearState,
     lazy_decays,
     levels_in_use,
     merging_into,
@@ -36,18 +35,38 @@ def log_linear_step(q, k, v, g, level_scales, state):
     return stepped(token, q, k, v, g, level_scales, state)
 
 
-def stepped(token, q, k, v, g, level_scales, state):
-    """A step from a state of either kind, by `token` or a kernel in its place."""
-    lazy = isinstance(state, LazyLogLinearState)
+def stepped(token, q, k, v, g, level_scales, state, slots=None):
+    """A step from a state of either kind, by `token` or a kernel in its place.
+
+    With slots the state is a pool. Then `token` gets all of its levels, the rows' positions and the
+    slots; the little that lies beside the levels is gathered and scattered here.
+    """
+    lazy, on_pool = isinstance(state, LazyLogLinearState), {}
+    rows = state
+    if slots is not None:
+        rows, on_pool = pools.take(state._replace(levels=None), slots), dict(slots=slots)
     if lazy:
-        decays, after = lazy_decays(g, state.log_decays, state.position)
+        decays, after = lazy_decays(g, rows.log_decays, rows.position)
     else:
         decays = jnp.broadcast_to(g[..., None], level_scales.shape)
-    o, levels = token(q, k, v, decays, level_scales, state.levels, state.position, lazy=lazy)
-    position = moved_on(state.position, 1)
+    arrays = q, k, v, decays, level_scales, state.levels, rows.position
+    o, levels = token(*arrays, lazy=lazy, **on_pool)
+    new = rows._replace(levels=None, position=moved_on(rows.position, 1))
     if lazy:
-        return o, LazyLogLinearState(levels, position, after)
-    return o, LogLinearState(levels, position)
+        new = new._replace(log_decays=after)
+    if slots is not None:
+        new = pools.put(state._replace(levels=None), new, slots)
+    return o, new._replace(levels=levels)
+
+
+def token_of_pool(q, k, v, decays, level_scales, levels, position, slots, *, lazy):
+    """`token` of rows of a pool of levels."""
+
+    @pools.on_rows()
+    def of_rows(q, k, v, decays, level_scales, position, levels):
+        return token(q, k, v, decays, level_scales, levels, position, lazy=lazy)
+
+    return of_rows(q, k, v, decays, level_scales, position, levels, slots=slots)
 
 
 def token(q, k, v, decays, level_scales, levels, position, *, lazy):

@@ -30,6 +30,15 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
     return o.astype(dtype), MesaState(kk, kv)
 
 
+@pools.on_rows(shared=[5])
+def mesa_step_by_row(q, k, v, g, beta, lamb, state, *, cg_steps):
+    """`mesa_step` with a ridge for each row, [B, H, K]."""
+    one = jax.vmap(functools.partial(mesa_step, cg_steps=cg_steps))
+    rows = [x[:, None] for x in (q, k, v, g, beta)]
+    o, state = one(*rows, lamb, MesaState(*(x[:, None] for x in state)))
+    return o[:, 0], MesaState(*(x[:, 0] for x in state))
+
+
 @functools.partial(jax.jit, static_argnames="cg_steps")
 def mesa_net(q, k, v, g, beta, lamb, initial_state, segment_ids, *, cg_steps):
     """`lax.scan` over the tokens. See `jla.mesa_net`."""

@@ -54,7 +54,7 @@ def forward(q, w, u, kg, decay, aq, beta, starts, *, length, keep_states, spans=
     """
     B, TP, HV, K = q.shape
     V, N, P = u.shape[-1], TP // CHUNK, 1 if starts is None else starts.shape[0]
-    warpgroups = _warpgroups(P * B * HV, V)
+    warpgroups = warpgroups_of_cta(P * B * HV, V)
     out = kernel(
         functools.partial(_forward_body, chunks=N, pieces=P, warpgroups=warpgroups),
         inputs=dict(
@@ -154,7 +154,7 @@ def backward(q, w, kg, do, decay, aq, beta, ends, spans=None):
     """
     B, TP, HV, K = q.shape
     V, N, P = do.shape[-1], TP // CHUNK, ends.shape[0]
-    warpgroups = _warpgroups(P * B * HV, V)
+    warpgroups = warpgroups_of_cta(P * B * HV, V)
     out = kernel(
         functools.partial(_backward_body, chunks=N, pieces=P, warpgroups=warpgroups),
         inputs=dict(
@@ -261,7 +261,7 @@ def _store_end(ref, spans, p, last, place, mine, state):
         mosaic.store_transposed(ref.at[*place, :, mine], state)
 
 
-def _warpgroups(heads, V):
+def warpgroups_of_cta(heads, V):
     """Compute warpgroups of a CTA: two share a chunk's operands, but also the tensor cores, so that
     with few heads, when the chain of chunks is all the time there is, each has a CTA of its own."""
     full = heads * V // (2 * COLUMNS) >= PROCESSORS // 2

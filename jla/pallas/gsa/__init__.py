@@ -47,7 +47,7 @@ _KEPT = {
 }
 
 
-def unsupported(name, q, k, v, s, g):
+def unsupported(name, q, k, v, s, g, *, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     K, V, M = (x.shape[-1] for x in (q, v, s))
     if max(K, V, M) > WIDEST:

@@ -50,7 +50,7 @@ _KEPT = {
 }
 
 
-def unsupported(name, q, k, v, *_):
+def unsupported(name, q, k, v, *_, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     if name == "kda_step":
         return step.unsupported(q, k, v)
@@ -244,17 +244,17 @@ def _kda_backward(scale, bounded, residuals, cotangents):
 
 
 def _kda_gradients(
-    scale, bounded, q, k, v, source, beta, kept, do, dend, *, transitions=(), spans=()
+    scale, bounded, q, k, v, source, beta, kept, do, dend, *, behind=(), spans=()
 ):  # fmt: skip
-    """The gradients of q, k, v, the source, beta and the state before; `transitions` are those of
-    the state's gradient through all pieces, if they were made before. `spans` as in `_kda`."""
+    """The gradients of q, k, v, the source, beta and the state before; `behind` is what the tokens
+    behind each piece do to the state's gradient, if it was made before. `spans` as in `_kda`."""
     made = source[0] if bounded is None else _decay_operand(source, bounded)
     run = functools.partial(_backward, scale=scale)
     state = _OF_PIECES if spans else _STATE
     axes = (*_INPUTS, *_KEPT.values(), KDA["o"], state)
-    axes = (*axes, *(_SUMMARY[2:] if transitions else ()), *(_SPANS for _ in spans))
+    axes = (*axes, *(_SUMMARY[2:] if behind else ()), *(_SPANS for _ in spans))
     results = ("B T HV K", "B T HV K", KDA["v"], "B TP HV K", "B HV T", state)
-    inputs = (q, k, v, _fit(made, q, v), beta, *kept, do, dend, *transitions, *spans)
+    inputs = (q, k, v, _fit(made, q, v), beta, *kept, do, dend, *behind, *spans)
     *gradients, dv, dg, dbeta, start = shardwise(run, axes, results)(*inputs)
     # A key head's gradient is the sum of its value heads'.
     for i in range(2):
@@ -275,9 +275,11 @@ defvjp(_kda, _kda_forward, _kda_backward)
 
 # A piece of a sequence on each device. What the piece does to a state is made between `prepare` and
 # the recurrence, and exchanged there; the recurrence uses again what that pass made of its own
-# pieces. Backward likewise, with the gradient of the state from right to left.
+# pieces. Backward likewise, with the gradient of the state from right to left; what a piece does to
+# it is the transpose of what it does to the state, and is kept.
 
 _SUMMARY = ("B HV K J", _STATE, "B HV P K J", "B HV P K V")
+_FACTORS = _SUMMARY[2]  # of the device's own pieces, for the backward pass
 # What `recurrence` takes: u, and the first five of `_KEPT`.
 _PREPARED = ("B TP HV V", *list(_KEPT.values())[:5])
 _SOLVER = tuple(_KEPT.values())[5:7]
@@ -294,36 +296,36 @@ def _kda_over(q, k, v, source, beta, state, links, scale, bounded, axis):
 def _kda_over_forward(q, k, v, source, beta, state, links, scale, bounded, axis):
     made = _decay_operand(source, bounded)
     arrays = q, k, v, _fit(made, q, v), beta, state, links
-    out, kept = _run_over(*arrays, scale, axis, keep=True)
+    out, kept, factors = _run_over(*arrays, scale, axis, keep=True)
     kept = tuple(map(checkpoint_name, kept, _KEPT))
+    factors = checkpoint_name(factors, "kda_factors")
     source = (made,) if bounded is None else source
-    return out, (q, k, v, source, beta, kept, links)
+    return out, (q, k, v, source, beta, kept, factors, links)
 
 
 def _run_over(q, k, v, g, beta, state, links, scale, axis, *, keep):
     run = functools.partial(_prepare_and_summarise, scale=scale, keep=keep)
-    results = (*_SUMMARY, *_PREPARED, *(_SOLVER if keep else ()))
+    results = (*_SUMMARY, _FACTORS, *_PREPARED, *(_SOLVER if keep else ()))
     factor, term, *made = shardwise(run, _INPUTS, results)(q, k, v, g, beta)
     start = sequence.entering(_move, (factor, term), state, links, axis)
-    (factors, terms, *prepared), solver = made[:8], made[8:]
+    (*before, factors), prepared, solver = made[:3], made[3:9], made[9:]
     run = functools.partial(_forward_from, length=q.shape[1], keep=keep)
     axes = _heads_alone(*_PREPARED, "B HV T", _STATE, *_SUMMARY[2:])
     results = _heads_alone(*_OUTPUTS, *((_KEPT["kda_states"],) if keep else ()))
-    arrays = *prepared, beta, start, factors, terms
-    o, end, *states = shardwise(run, axes, results)(*arrays)
-    return (o, end), (*prepared[1:], *solver, *states)
+    o, end, *states = shardwise(run, axes, results)(*prepared, beta, start, *before)
+    return (o, end), (*prepared[1:], *solver, *states), factors
 
 
 def _kda_over_backward(scale, bounded, axis, residuals, cotangents):
-    q, k, v, source, beta, kept, links = residuals
+    q, k, v, source, beta, kept, factors, links = residuals
     do, dend = cotangents
-    axes = _heads_alone(*_PREPARED[1:], "B HV T", *_OUTPUTS)
+    axes = _heads_alone(*_PREPARED[1:], "B HV T", *_OUTPUTS, _FACTORS)
     summarise = shardwise(_summarise_gradients, axes, _heads_alone(*_SUMMARY))
-    factor, said, *made = summarise(*kept[:5], beta, do, dend)
+    factor, said, *behind = summarise(*kept[:5], beta, do, dend, factors)
     nothing = jnp.zeros_like(said)
     after = sequence.entering(_move, (factor, said), nothing, links, axis, reverse=True)
-    inputs = q, k, v, source, beta, kept, do, dend + after
-    *gradients, start = _kda_gradients(scale, bounded, *inputs, transitions=made)
+    inputs = q, k, v, source, beta, kept, do, after
+    *gradients, start = _kda_gradients(scale, bounded, *inputs, behind=behind)
     first = lax.axis_index(axis) == 0  # the sum over devices is that of the first
     return *gradients, jnp.where(first, start, 0.0), None
 
@@ -353,8 +355,9 @@ def _forward_from(u, query, w, kg, decay, scores, beta, start, *made, length, ke
     return tuple(out)
 
 
-def _summarise_gradients(query, w, kg, decay, scores, beta, do, dend):
-    return pieces.gradient_summary(query, w, kg, do, decay, scores, _whole_chunks(beta), dend)
+def _summarise_gradients(query, w, kg, decay, scores, beta, do, dend, factors):
+    beta = _whole_chunks(beta)
+    return pieces.gradient_summary(query, w, kg, do, decay, scores, beta, dend, factors)
 
 
 defvjp(_kda_over, _kda_over_forward, _kda_over_backward)

@@ -41,7 +41,7 @@ _AXES = dict(
 )
 
 
-def unsupported(name, q, k, v, *_):
+def unsupported(name, q, k, v, *_, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     if name == "log_linear_step":
         return step.unsupported(q, v)

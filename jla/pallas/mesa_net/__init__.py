@@ -52,7 +52,7 @@ _GRADIENTS = (*letters(MESA_NET, "q k v"), "B H TP", "B H TP", "B H K", *_STATES
 _OF_PIECES, _SPANS = ("B H P K J", "B H P K V"), "B P two"
 
 
-def unsupported(name, q, k, v, *_):
+def unsupported(name, q, k, v, *_, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     if name == "mesa_step":
         return step.unsupported(q, k, v)

@@ -27,6 +27,17 @@ def dot(a, b):
 
 
 @triton.jit
+def exact_dot(a, b):
+    """a @ b in float32; of float32 operands by float32 products, each sum rounded to the nearest.
+
+    TF32's three products leave out that of what TF32 cuts off of both operands, and tensor cores
+    cut sums off. Both are 1e-7 of the whole where equal rows multiply each other, and always in
+    one direction, so that no later sum evens them out.
+    """
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
 def dot_add(a, b, acc):
     """acc + a @ b in float32."""
     return tl.dot(a, b, acc=acc, input_precision="tf32x3")
