@@ -162,7 +162,9 @@ def _arrays(
                     shape = used.shape + (1,) * (array.ndim - 2)
                     yield f"{name}.{field}", array, used.reshape(shape)
         elif isinstance(x, (LazyLogLinearState, LogLinearState)):
-            used = levels_in_use(x.position, x.levels.shape[2])[:, None]
+            in_use = functools.partial(levels_in_use, L=x.levels.shape[-3])
+            # With an axis of segments, those of each.
+            used = (in_use if x.position.ndim == 1 else jax.vmap(in_use))(x.position)[..., None, :]
             yield f"{name}.levels", x.levels, used[..., None, None]
             if isinstance(x, LazyLogLinearState):
                 yield f"{name}.log_decays", x.log_decays, used

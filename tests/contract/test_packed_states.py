@@ -241,3 +241,13 @@ def test_a_lazy_state_with_segments():
     run = functools.partial(jla.log_linear_attention, **args, implementation="xla")
     run = evaluated(jax.jit(functools.partial(run, segment_ids=ids)))
     assert_close(run(initial_state=lazy), run(initial_state=state), 1e-6)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS[:4], ids=lambda m: m.name)
+def test_checking_traces(mechanism):
+    """The values of such states are looked at, too."""
+    args, _ = packed(mechanism, dict(mechanism.implementations[0].sizes) | dict(T=20))
+    ids = np.zeros((2, 20), np.int32)
+    run = functools.partial(mechanism.run, segment_ids=ids, implementation="xla")
+    with jla.checking():
+        jax.eval_shape(run, **args)
