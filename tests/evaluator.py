@@ -12,10 +12,12 @@ import threading
 import jax
 import numpy as np
 from jax._src import core
+from jax._src.random import prng
 
 _RULES = {}
 _KERNELS = "mpmd_map", "pallas_call"  # JAX interprets them, see interpreter.py
 _building = threading.Lock()
+_flushing = False  # see assert_no_nan
 
 
 def evaluate(jaxpr, consts, args):
@@ -41,9 +43,24 @@ def evaluated(jitted):
     return run
 
 
+def assert_no_nan(function, *args):
+    """What JAX's debug_nans does where a function is not jitted: it looks at all that is computed,
+    but not into functions that are jitted. As XLA does, it takes the smallest numbers for zero."""
+    global _flushing
+    closed = jax.make_jaxpr(function)(*args)
+    with _building:
+        run = _program(closed.jaxpr, looking=True)
+    _flushing = True
+    try:
+        with np.errstate(all="ignore"):
+            run(closed.consts, jax.tree.leaves(args))
+    finally:
+        _flushing = False
+
+
 # A kernel's threads and the steps of its grid share one program; so do all runs of one function.
 @functools.lru_cache(maxsize=2048)
-def _program(jaxpr):
+def _program(jaxpr, looking=False):
     """The jaxpr as a function of its constants and its arguments."""
     places, values = {}, []  # each variable has a place in a list of values
 
@@ -62,10 +79,14 @@ def _program(jaxpr):
     inputs = [place(var) for var in (*jaxpr.constvars, *jaxpr.invars)]
     steps = []
     for eqn in jaxpr.eqns:
-        make = _RULES.get(eqn.primitive.name)
+        name = eqn.primitive.name
+        make = _LOOKED_INTO.get(name) if looking else None
+        make = make or _RULES.get(name)
         run = make(**eqn.params) if make else _by_jax(eqn.primitive, eqn.params)
         if not eqn.primitive.multiple_results:
             run = _several(run)
+        if looking:
+            run = _without_nan(run, eqn)
         operands = [read(x) for x in eqn.invars]
         steps.append((run, operands, [place(var) for var in eqn.outvars]))
     results = [read(x) for x in jaxpr.outvars]
@@ -76,7 +97,7 @@ def _program(jaxpr):
             known[i] = _array(x) if hasattr(x, "dtype") else np.asarray(x)
         for step, operands, outputs in steps:
             for i, x in zip(outputs, step(*[known[i] for i in operands]), strict=True):
-                known[i] = x
+                known[i] = _flushed(x) if _flushing else x
         return [known[i] for i in results]
 
     return run
@@ -84,6 +105,24 @@ def _program(jaxpr):
 
 def _several(run):
     return lambda *operands: (run(*operands),)
+
+
+def _without_nan(run, eqn):
+    def looked_at(*operands):
+        results = run(*operands)
+        for x in results:
+            floating = jax.dtypes.issubdtype(x.dtype, np.floating)
+            assert not (floating and np.isnan(x).any()), f"NaN of {eqn}"
+        return results
+
+    return looked_at
+
+
+def _flushed(x):
+    """Numbers below the smallest normal one are zero, as in XLA's programs."""
+    if x.dtype not in (np.float32, jax.numpy.bfloat16):
+        return x
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.zeros_like(x), x)
 
 
 def _array(x):
@@ -114,8 +153,8 @@ def _rule(*names):
     return register
 
 
-def _closed(closed):
-    run = _program(closed.jaxpr)
+def _closed(closed, looking=False):
+    run = _program(closed.jaxpr, looking)
     return lambda *args: run(closed.consts, args)
 
 
@@ -133,6 +172,13 @@ def _call(*, call_jaxpr, **_):
 def _remat(*, jaxpr, **_):
     run = _program(jaxpr)
     return lambda *args: run((), args)
+
+
+# JAX, too, calls these one operation at a time.
+_LOOKED_INTO = dict.fromkeys(
+    ("custom_jvp_call", "custom_vjp_call"),
+    lambda *, call_jaxpr, **_: _closed(call_jaxpr, looking=True),
+)
 
 
 @_rule("custom_partitioning", "custom_vmap_call")
@@ -452,5 +498,47 @@ def _dot_general(*, dimension_numbers, preferred_element_type, **_):
         x, rows = matrices(x, inner[0], batch[0], True)
         y, columns = matrices(y, inner[1], batch[1], False)
         return np.matmul(x, y).reshape(*sizes, *rows, *columns).astype(dtype)
+
+    return run
+
+
+@_rule("threefry2x32")
+def _threefry2x32(**_):
+    """JAX's random bits: XLA compiles them for each array that is drawn."""
+
+    def run(key, other, x, y):
+        keys = key, other, key ^ other ^ np.uint32(0x1BD11BDA)
+        x, y = x + keys[0], y + keys[1]
+        for i in range(1, 6):
+            for left in (13, 15, 26, 6) if i % 2 else (17, 29, 16, 24):
+                x = x + y
+                y = x ^ (y << np.uint32(left) | y >> np.uint32(32 - left))
+            x, y = x + keys[i % 3], y + keys[(i + 1) % 3] + np.uint32(i)
+        return x, y
+
+    return run
+
+
+@_rule("iota_2x32_shape")
+def _iota_2x32_shape(*, shape):
+    numbers = np.arange(math.prod(shape), dtype=np.uint64).reshape(shape)
+    made = (numbers >> np.uint64(32)).astype(np.uint32), numbers.astype(np.uint32)
+    return lambda: made
+
+
+@_rule("random_bits")
+def _random_bits(**params):
+    @functools.cache
+    def program(impl, shape):
+        """What JAX makes of the keys' numbers."""
+
+        def bits(numbers):
+            return prng.random_bits_impl_base(impl, numbers, len(shape) - 1, **params)
+
+        return jax.make_jaxpr(bits)(np.zeros(shape, np.uint32))
+
+    def run(keys):
+        numbers = np.asarray(jax.random.key_data(keys))
+        return _closed(program(keys.dtype._impl, numbers.shape))(numbers)[0]
 
     return run

@@ -4,7 +4,8 @@ wrong rule would not show where they are compared."""
 import jax
 import jax.numpy as jnp
 import numpy as np
-from evaluator import evaluated
+import pytest
+from evaluator import assert_no_nan, evaluated
 from jax import lax
 
 
@@ -60,6 +61,33 @@ def test_calls():
 
     random = np.random.default_rng(2).standard_normal((3, 4), np.float32)
     _same(run, random[:, :3] + 4 * np.eye(3, dtype=np.float32), random[:, 3])
+
+
+def test_random_numbers():
+    def run(key):
+        keys = jax.random.split(key, 3)
+        many = jax.vmap(lambda key: jax.random.bits(key, (4, 5)))(keys)
+        return many, jax.random.bits(key, (7,), "uint8"), jax.random.normal(keys[0], (3,))
+
+    _same(run, jax.random.key(3))
+
+
+def test_nan_is_looked_for_where_jax_does():
+    def masked(x):
+        return jnp.where(x == 0, 0.0, x / x)
+
+    gated = jax.custom_vjp(masked)
+    gated.defvjp(lambda x: (masked(x), None), lambda *_: None)
+    assert_no_nan(jax.jit(masked), 0.0)
+    for run in (masked, gated):
+        with pytest.raises(AssertionError, match=r"NaN of .* div"):
+            assert_no_nan(run, 0.0)
+        with pytest.raises(FloatingPointError), jax.debug_nans(True):
+            run(jnp.float32(0))
+    with pytest.raises(AssertionError, match=r"NaN of .* div"):
+        assert_no_nan(lambda x: masked(0.1 * x + 0.1 * x), jnp.float32(2e-38))
+    with pytest.raises(AssertionError, match=r"NaN of .* log"):
+        assert_no_nan(lambda x: x + jnp.log(-jnp.ones(1)), 0.0)
 
 
 def _same(run, *args):

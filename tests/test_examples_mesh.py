@@ -12,8 +12,10 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from equations import equations
 from programs import assert_fails
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -84,6 +86,23 @@ def test_parameters_and_moments_are_split():
     kept = sum(math.prod(sharding.shard_shape(x.shape)) for x, sharding in pairs)
     whole = sum(x.size for x in jax.tree.leaves(shapes))
     assert kept < 0.35 * whole
+
+
+def test_gradients_of_16_bits_are_summed_in_float32():
+    """Those of parameters that all devices have, and of parameters gathered from them."""
+    mesh = devices.make_mesh(dict(data=2), jax.devices())
+    model = train_lm.make_model("attention", 32, 2, 2, dtype=jnp.bfloat16)
+    made, shapes = spread(mesh, model, 2, 8)
+    tokens = jax.ShapeDtypeStruct((2, 8), np.int32)
+
+    def gradient(params, inputs, targets):
+        return jax.grad(lambda p: made.nats(p, inputs, targets).mean())(params)
+
+    jaxpr = jax.make_jaxpr(gradient)(shapes["params"], tokens, tokens).jaxpr
+    sums = [x for x in equations(jaxpr) if x.primitive.name in ("psum_invariant", "reduce_scatter")]
+    names = {x.primitive.name for x in sums}
+    dtypes = {v.aval.dtype for x in sums for v in x.invars}
+    assert names == {"psum_invariant", "reduce_scatter"} and dtypes == {np.dtype(np.float32)}
 
 
 def test_targets_at_a_border_are_the_neighbours_first():

@@ -19,12 +19,14 @@ from jla._core.states import (
     GSAState,
     LogLinearState,
     MesaState,
+    bit_length,
     moved_on,
     zero_gsa_state,
     zero_log_linear_state,
     zero_mesa_state,
     zero_state,
 )
+from jla._core.sums import running_sum
 from jla._core.types import SegmentIds, SlotWrites
 
 bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
@@ -48,7 +50,7 @@ def _decays_to_end(g, of_last=None):
     """
     (g,) = _only(of_last, g)
     later = jnp.concatenate([g[:, 1:], jnp.zeros_like(g[:, :1])], axis=1)
-    return jnp.exp(lax.cumsum(later, axis=1, reverse=True)), jnp.exp(jnp.sum(g, axis=1))
+    return jnp.exp(running_sum(later, True)), jnp.exp(jnp.sum(g, axis=1))
 
 
 def _only(of_last, *arrays):
@@ -213,7 +215,7 @@ def aligned_log_linear(
 
     scales = jnp.pad(level_scales[..., level - 1 :], [(0, 0)] * 3 + [(0, levels)])[..., :levels]
     position = jnp.broadcast_to(start.position[:, None], (B, T))
-    read = alignment.read_levels(q, scales, lax.cumsum(g, axis=1), position, start)
+    read = alignment.read_levels(q, scales, running_sum(g), position, start)
     end = _device_step(start, piece, pieces).levels[:, :, 1:]
     L = level_scales.shape[-1]
     end = jnp.pad(end, [(0, 0), (0, 0), (level, L), (0, 0), (0, 0)])[:, :, :L]
@@ -225,7 +227,7 @@ def _device_step(state, piece, _):
     """A whole device's tokens as one token of the tree over devices."""
     total, tokens = piece
     position = state.position + 1
-    highest = alignment.bit_length(state.position ^ position)
+    highest = bit_length(state.position ^ position)
     level = jnp.arange(state.levels.shape[2], dtype=i32)[None]
     here = (level == highest[:, None])[:, None, :, None, None]
     levels = alignment.merged_levels(state, total, position)

@@ -9,12 +9,11 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jax import lax
 
-from jla._core import checks
+from jla._core import checks, pools
 from jla._core.segments import segment_starts
 from jla.linen import _arguments
-from jla.linen._padding import arrange
 from jla.linen._projections import product, sum_over_heads
-from jla.linen.mixer import Cache, Tokens
+from jla.linen.mixer import Cache, arranged
 
 f32 = jnp.float32
 QUERIES_AT_ONCE = 256  # in `interval_attention`, so that its logits are [B, H, 256, S] at most
@@ -87,11 +86,13 @@ class Attention(nn.Module):
         *,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        slots: jax.Array | None = None,
     ) -> jax.Array:
         """Applies the layer; arguments, result and errors as of all layers, see docs/layers.md."""
         _, D = _arguments.check_inputs(self, inputs, mask, segment_ids)
         H, HK, K = self._sizes(D)
-        tokens = Tokens(*arrange(inputs, mask, segment_ids))
+        _arguments.check_slots(self, slots, inputs, mask, segment_ids)
+        tokens = arranged(inputs, mask, segment_ids, slots)
         dense = functools.partial(
             nn.DenseGeneral,
             dtype=self.dtype,
@@ -103,7 +104,7 @@ class Attention(nn.Module):
         q = project((H, K), name="query")(tokens.x)
         k = project((HK, K), name="key")(tokens.x)
         v = project((HK, K), name="value")(tokens.x)
-        cache = self._cache(v) if self.decode else None
+        cache = self._cache(v, tokens.slots) if self.decode else None
         if self.is_initializing():
             o = jnp.zeros_like(q)
         else:
@@ -132,7 +133,7 @@ class Attention(nn.Module):
                 )
         return H, HK, K
 
-    def _cache(self, v):
+    def _cache(self, v, slots):
         """The cache for these values, with room for as many tokens in `init`."""
         B, S, HK, K = v.shape
         if self.has_variable("cache", "cached_key"):
@@ -140,18 +141,18 @@ class Attention(nn.Module):
         # Heads before tokens: what one query reads of a head lies in one piece.
         tokens, rows = ((B, HK, S, K), v.dtype), ((B,), jnp.int32)
         entries = dict(cached_key=tokens, cached_value=tokens, length=rows, start=rows)
-        _arguments.check_cache(self, **entries)
+        _arguments.check_cache(self, slots, **entries)
         variables = {
             name: self.variable("cache", name, jnp.zeros, *entry) for name, entry in entries.items()
         }
-        return Cache(tuple, variables)
+        return Cache(lambda **state: state, variables, slots)
 
     def _attend(self, q, k, v, tokens, cache):
         """The outputs [B, T, H, K]; with a cache it advances."""
         T = q.shape[1]
         before = None
         if cache is not None:
-            before = tuple(cache.variables[name].value for name in ("length", "start"))
+            before = cache.rows("length"), cache.rows("start")
         first, place, start = intervals(T, tokens.segments, before)
         if self.rope_theta is not None:
             q, k = (rotate(x, place - first, self.rope_theta) for x in (q, k))
@@ -163,18 +164,16 @@ class Attention(nn.Module):
                 return causal_attention(q, k, v)
             return interval_attention(q, *(jnp.swapaxes(x, 1, 2) for x in (k, v)), first, place)
 
-        length = cache.variables["length"].value
+        length = cache.rows("length")
         added = jnp.full_like(length, T) if tokens.lengths is None else tokens.lengths
         S = cache.variables["cached_key"].value.shape[2]
         check_room(length, added, S)
         keys, values = (
-            append(cache.variables[name].value, new, length, tokens.real)
+            appended(cache, name, new, length, tokens.real)
             for name, new in (("cached_key", k), ("cached_value", v))
         )
-        cache.variables["cached_key"].value = keys
-        cache.variables["cached_value"].value = values
-        cache.variables["length"].value = length + added
-        cache.variables["start"].value = start
+        cache.set_rows("length", length + added)
+        cache.set_rows("start", start)
         fits = length + added <= S
 
         def from_cache():
@@ -299,12 +298,36 @@ def rotate(x, position, theta):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def append(cached, new, length, real):
+def appended(cache, name, new, length, real, *, has_heads=True):
+    """The call's rows of a variable of a cache, which gets these tokens; see `append`.
+
+    Args:
+      has_heads: whether the variable is [B, HK, S, K] and new [B, T, HK, K]; without there is no
+        HK.
+    """
+    x, slots = cache.variables[name].value, cache.slots
+    if has_heads:
+        x = append(x, new, length, real, slots)
+    else:
+        x = append(x[:, None], new[:, :, None], length, real, slots)[:, 0]
+    cache.variables[name].value = x
+    return x if slots is None else pools.read(x, slots)
+
+
+def append(cached, new, length, real, slots=None):
     """The cache [B, HK, S, K] with new tokens [B, T, HK, K] behind each row's first `length`.
 
     With `real`, bool [B, T] or None for all, only those are written. What finds no room is lost.
+    With `slots`, int32 [B], the cache is a pool and these are its rows.
     """
     T, new = new.shape[1], jnp.swapaxes(new, 1, 2)
+    if slots is not None:
+        place = length[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+        if real is not None:
+            place = jnp.where(real, place, cached.shape[2])
+        head = jnp.arange(new.shape[1], dtype=jnp.int32)[None, :, None]
+        row = pools.rows(slots, cached.shape[0])[:, None, None]
+        return cached.at[row, head, place[:, None]].set(new, mode="drop")
     if real is None:
         if len(length) == 1:  # a batch's write is a scatter, for which XLA checks bounds by kernels
             return lax.dynamic_update_slice_in_dim(cached, new, length[0], axis=2)

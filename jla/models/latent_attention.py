@@ -11,11 +11,10 @@ from flax.typing import Dtype
 from jla._core import checks
 from jla._core.types import Implementation
 from jla.linen import RMSNorm, _arguments
-from jla.linen._padding import arrange
 from jla.linen._projections import product, sum_over_heads
-from jla.linen.mixer import Tokens
+from jla.linen.mixer import Cache, arranged
 from jla.models.attention import (
-    append,
+    appended,
     check_room,
     interval_attention,
     intervals,
@@ -107,18 +106,20 @@ class LatentAttention(nn.Module):
         *,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        slots: jax.Array | None = None,
     ) -> jax.Array:
         """Applies the layer; arguments, result and errors as of jla's layers."""
         _, D = _arguments.check_inputs(self, inputs, mask, segment_ids)
         self._check()
-        tokens = Tokens(*arrange(inputs, mask, segment_ids))
+        _arguments.check_slots(self, slots, inputs, mask, segment_ids)
+        tokens = arranged(inputs, mask, segment_ids, slots)
         q = self._queries(tokens.x)
         parts = self._dense(self.latent_dim + self.rope_dim, "latent_down")(tokens.x)
         latent, shared = jnp.split(parts, [self.latent_dim], axis=-1)
         latent = self._norm("latent_norm")(latent)
         shape = self.latent_dim, self.num_heads, self.nope_dim + self.value_dim
         up = Kernel(shape, self.kernel_init, self.param_dtype, name="latent_up")()
-        cache = self._cache(latent, shared)
+        cache = self._cache(latent, shared, tokens.slots)
         if self.is_initializing():
             o = jnp.zeros((*q.shape[:3], self.value_dim), q.dtype)
         else:
@@ -129,7 +130,7 @@ class LatentAttention(nn.Module):
     def _attend(self, q, latent, shared, up, tokens, cache):
         """The outputs [B, T, H, v]; with a cache it advances."""
         T = q.shape[1]
-        before = None if cache is None else tuple(cache[name].value for name in ROWS)
+        before = None if cache is None else tuple(map(cache.rows, ROWS))
         first, place, start = intervals(T, tokens.segments, before)
         if self.rope_theta is not None:
             turn = functools.partial(rotate, position=place - first, theta=self.rope_theta)
@@ -138,19 +139,19 @@ class LatentAttention(nn.Module):
             shared = turn(shared[:, :, None])[:, :, 0]
         if cache is None:
             return attend_to_all(q, latent, shared, up, first, place)
-        length = cache["length"].value
+        length = cache.rows("length")
         added = jnp.full_like(length, T) if tokens.lengths is None else tokens.lengths
-        S = cache["latent"].value.shape[1]
+        S = cache.variables["latent"].value.shape[1]
         check_room(length, added, S)
         filled = (jnp.arange(S)[None] < (length + added)[:, None])[:, :, None]
 
         def advance(name, new):
-            x = append(cache[name].value[:, None], new[:, :, None], length, tokens.real)[:, 0]
-            cache[name].value = x
+            x = appended(cache, name, new, length, tokens.real, has_heads=False)
             return jnp.where(filled, x, 0)  # 0 times what lies behind could be NaN
 
         latent, shared = advance("latent", latent), advance("shared_key", shared)
-        cache["length"].value, cache["start"].value = length + added, start
+        cache.set_rows("length", length + added)
+        cache.set_rows("start", start)
         attend = attend_to_latents if T == 1 else attend_to_all
         return nan_unless(length + added <= S, attend(q, latent, shared, up, first, place))
 
@@ -193,8 +194,8 @@ class LatentAttention(nn.Module):
         z = self._norm("query_norm")(self._dense(self.query_latent_dim, "query_down")(x))
         return self._dense(features, "query_up")(z)
 
-    def _cache(self, latent, shared):
-        """The variables of the cache by name; None without `decode`."""
+    def _cache(self, latent, shared, slots):
+        """The cache, its state by name; None without `decode`."""
         if not self.decode:
             return None
         B, S, _ = latent.shape
@@ -206,10 +207,11 @@ class LatentAttention(nn.Module):
             length=((B,), jnp.int32),
             start=((B,), jnp.int32),
         )
-        _arguments.check_cache(self, **entries)
-        return {
+        _arguments.check_cache(self, slots, **entries)
+        variables = {
             name: self.variable("cache", name, jnp.zeros, *entry) for name, entry in entries.items()
         }
+        return Cache(lambda **state: state, variables, slots)
 
 
 class Kernel(nn.Module):

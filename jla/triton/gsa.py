@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import triton
 from jax.ad_checkpoint import checkpoint_name
 
+from jla._core import packed
 from jla._core.axes import GSA, letters, of_step
 from jla._core.derivatives import reverse_only
 from jla._core.parts import abc_gates
+from jla._core.pools import of_pool
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import GSAState
@@ -49,10 +51,14 @@ _KEPT = {
 _STEP = of_step(GSA)
 _STEP_INPUTS = letters(_STEP, "q k v s g state.hk state.hv")
 _STEP_OUTPUTS = letters(_STEP, "o state.hk state.hv")
+_POOL_INPUTS = letters(of_pool(_STEP), "q k v s g state.hk state.hv slots")
+_POOL_OUTPUTS = letters(of_pool(_STEP), "o state.hk state.hv")
 
 
-def unsupported(name, q, k, v, s, *_):
+def unsupported(name, q, k, v, s, *_, slots=None, segments=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    if segments is not None:
+        return packed.REFUSAL
     K, V, M = (x.shape[-1] for x in (q, v, s))
     if max(K, V, M) > WIDEST:
         return f"K={K}, V={V} and M={M}, and the kernels take at most {WIDEST}"
@@ -290,7 +296,7 @@ def _width(size, most):
 
 
 @functools.partial(jax.jit, static_argnames="scale")
-def gsa_step(q, k, v, s, g, state, *, scale):
+def gsa_step(q, k, v, s, g, state, *, scale, slots=None):
     """One token in one kernel. See `jla.gsa_step`.
 
     All arithmetic is float32, whatever the inputs' dtype. The states are overwritten where their
@@ -303,24 +309,32 @@ def gsa_step(q, k, v, s, g, state, *, scale):
     Derivatives are those of the reference's formula, in XLA.
     """
     run, formula = (functools.partial(x, scale=scale) for x in (_step, _formula_of_step))
-    step = differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
-    o, hk, hv = step(q, k, v, s, g, *state)
+    if slots is None:
+        step = differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
+        o, hk, hv = step(q, k, v, s, g, *state)
+    else:
+        step = differentiable(run, formula, _POOL_INPUTS, _POOL_OUTPUTS)
+        o, hk, hv = step(q, k, v, s, g, *state, slots)
     return o, GSAState(hk, hv)
 
 
-def _formula_of_step(*arrays, scale):
-    o, state = reference.gsa_step(*arrays[:5], GSAState(*arrays[5:]), scale=scale)
+def _formula_of_step(q, k, v, s, g, hk, hv, slots=None, *, scale):
+    options = dict(scale=scale, slots=slots)
+    o, state = reference.gsa_step(q, k, v, s, g, GSAState(hk, hv), **options)
     return o, *state
 
 
-def _step(q, k, v, s, g, hk, hv, *, scale):
-    (B, H, K, M), V, HQ = hk.shape, v.shape[-1], q.shape[1]
+def _step(q, k, v, s, g, hk, hv, slots=None, *, scale):
+    (H, K, M), V, (B, HQ, _) = hk.shape[1:], v.shape[-1], q.shape
+    kernel, on_pool = step_kernel.gsa_step, ()
+    if slots is not None:
+        kernel, on_pool = step_kernel.gsa_step_on_pool, (slots, hk.shape[0])
     power = triton.next_power_of_2
     BM = power(M)
     return tuple(
         launch.call(
-            step_kernel.gsa_step,
-            *(q, k, v, s, g, hk, hv),
+            kernel,
+            *(q, k, v, s, g, hk, hv, *on_pool),
             grid=(B * H,),
             outputs=[SDS((B, HQ, V), v.dtype), SDS(hk.shape, f32), SDS(hv.shape, f32)],
             config=configs.config("gsa_step", launch.target()),

@@ -13,13 +13,14 @@ import triton
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._core import movement, sequence
+from jla._core import movement, packed, sequence
 from jla._core.axes import KDA, letters, of_step
 from jla._core.derivatives import reverse_only
 from jla._core.parts import kda_operands
+from jla._core.pools import of_pool
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
-from jla._core.steps import differentiable
+from jla._core.steps import by_slots, differentiable
 from jla.reference import kda as reference
 from jla.triton import configs, launch
 from jla.triton.kernels import kda_backward, kda_forward
@@ -50,6 +51,8 @@ _PREPARED = (*tuple(_KEPT.values())[:3], "B HV TP V", *_OPERANDS)
 _STEP = of_step(KDA)
 _STEP_INPUTS = letters(_STEP, "q k v g beta state")
 _STEP_OUTPUTS = letters(_STEP, "o state")
+_POOL_INPUTS = letters(of_pool(_STEP), "q k v g beta state slots")
+_POOL_OUTPUTS = letters(of_pool(_STEP), "o state")
 
 _C = CHUNK.value
 _FEW = 32  # sequences and heads that leave most of a GPU idle
@@ -57,10 +60,9 @@ _LOG2E = 1.4426950408889634
 _STRONGEST = -3e4  # of a log decay: finite sums in float16, and an exp2 of zero
 
 
-def unsupported(name, *arrays):
-    """Why the kernels of the function `name` cannot serve these arguments, or None: they serve
-    all that the public function takes."""
-    return None
+def unsupported(name, *arrays, slots=None, segments=None):
+    """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    return None if segments is None else packed.REFUSAL
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "axis_name"))
@@ -367,7 +369,7 @@ def _config(kernel, dtype, K, programs):
 
 
 @functools.partial(jax.jit, static_argnames="scale")
-def kda_step(q, k, v, g, beta, state, *, scale):
+def kda_step(q, k, v, g, beta, state, *, scale, slots=None):
     """One token in one kernel. See `jla.kda_step`.
 
     All arithmetic is float32, whatever the inputs' dtype. The state is overwritten where its buffer
@@ -381,19 +383,25 @@ def kda_step(q, k, v, g, beta, state, *, scale):
     Derivatives are those of the reference's formula, in XLA.
     """
     run, formula = (functools.partial(x, scale=scale) for x in (_step, reference.kda_step))
-    return differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)(q, k, v, g, beta, state)
+    if slots is None:
+        return differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)(q, k, v, g, beta, state)
+    step = differentiable(run, by_slots(formula), _POOL_INPUTS, _POOL_OUTPUTS)
+    return step(q, k, v, g, beta, state, slots)
 
 
-def _step(q, k, v, g, beta, state, *, scale):
-    B, HV, K, V = state.shape
+def _step(q, k, v, g, beta, state, slots=None, *, scale):
+    (B, HV, V), K = v.shape, state.shape[2]
+    kernel, on_pool = step.kda_step, ()
+    if slots is not None:
+        kernel, on_pool = step.kda_step_on_pool, (slots, state.shape[0])
     config = configs.config("kda_step", launch.target())
     rows = triton.next_power_of_2(K)
     # Of twice as many rows half as many columns: what a program holds in registers stays the same.
     width = min(config.blocks["BV"] * 128 // max(rows, 128), triton.next_power_of_2(V))
     return tuple(
         launch.call(
-            step.kda_step,
-            *(q, k, v, g, beta, state),
+            kernel,
+            *(q, k, v, g, beta, state, *on_pool),
             grid=(B * HV * triton.cdiv(V, width),),
             outputs=[SDS(v.shape, v.dtype), SDS(state.shape, state.dtype)],
             config=config,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import triton
 from jax.ad_checkpoint import checkpoint_name
 
+from jla._core import packed
 from jla._core.axes import MESA_NET, letters, of_step
 from jla._core.derivatives import reverse_only
 from jla._core.segments import segment_starts
@@ -43,12 +44,14 @@ _KEPT = {"mesa_solution": MESA_NET["k"], "mesa_solution_scale": "B H TP"}
 _STEP = of_step(MESA_NET)
 _STEP_INPUTS = (*letters(_STEP, "q k v g beta"), "B H K", *_STATES)
 _STEP_OUTPUTS = (_STEP["o"], *_STATES)
+_POOL_STATES = tuple(x.replace("B", "R") for x in _STATES)
+_POOL_INPUTS = (*_STEP_INPUTS[:6], *_POOL_STATES, "B")
+_POOL_OUTPUTS = (_STEP["o"], *_POOL_STATES)
 
 
-def unsupported(name, *arrays):
-    """Why the kernels of the function `name` cannot serve these arguments, or None: they serve
-    all that the public function takes."""
-    return None
+def unsupported(name, *arrays, slots=None, segments=None):
+    """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    return None if segments is None else packed.REFUSAL
 
 
 def _tolerance(dtype):
@@ -315,7 +318,7 @@ def _common(dtype):
 
 
 @functools.partial(jax.jit, static_argnames="cg_steps")
-def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
+def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps, slots=None):
     """One token in one kernel. See `jla.mesa_step`.
 
     All arithmetic is float32, whatever the inputs' dtype. The states are overwritten where their
@@ -327,29 +330,34 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
     tolerance = 1e-6 if q.dtype == f32 else 1e-4
     run = functools.partial(_step, steps=cg_steps, tolerance=tolerance)
     formula = functools.partial(_step_formula, steps=cg_steps)
-    one = differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
-    o, kk, kv = one(q, k, v, g, beta, lamb, *state)
+    if slots is None:
+        one = differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
+        o, kk, kv = one(q, k, v, g, beta, lamb, *state)
+    else:
+        one = differentiable(run, formula, _POOL_INPUTS, _POOL_OUTPUTS)
+        o, kk, kv = one(q, k, v, g, beta, lamb, *state, slots)
     return o, MesaState(kk, kv)
 
 
-def _step_formula(q, k, v, g, beta, lamb, kk, kv, *, steps):
-    one = jax.vmap(functools.partial(reference.mesa_step, cg_steps=steps))
-    # The reference has one lamb for all rows.
-    rows = [x[:, None] for x in (q, k, v, g, beta)]
-    o, state = one(*rows, lamb, MesaState(kk[:, None], kv[:, None]))
-    return o[:, 0], state.kk[:, 0], state.kv[:, 0]
+def _step_formula(q, k, v, g, beta, lamb, kk, kv, slots=None, *, steps):
+    arrays = q, k, v, g, beta, lamb, MesaState(kk, kv)
+    o, state = reference.mesa_step_by_row(*arrays, cg_steps=steps, slots=slots)
+    return o, *state
 
 
-def _step(q, k, v, g, beta, lamb, kk, kv, *, steps, tolerance):
+def _step(q, k, v, g, beta, lamb, kk, kv, slots=None, *, steps, tolerance):
     """The kernel call."""
-    B, H, K, V = kv.shape
+    (B, H, K), V = q.shape, v.shape[-1]
+    kernel, on_pool, heads = step.mesa_step, (), {}
+    if slots is not None:
+        kernel, on_pool, heads = step.mesa_step_on_pool, (slots, kk.shape[0]), dict(H=H)
     config = configs.config("mesa_step", launch.target())
     rows = _wide(K)
     whole = rows <= 128
     part = min(config.blocks["BV"] // (1 if whole else 4), _wide(V))
     o, _, kk, kv = launch.call(
-        step.mesa_step,
-        *(q, k, v, g, beta, lamb, kk, kv, steps),
+        kernel,
+        *(q, k, v, g, beta, lamb, kk, kv, steps, *on_pool),
         grid=(B * H,),
         outputs=[
             SDS(v.shape, v.dtype),
@@ -358,7 +366,7 @@ def _step(q, k, v, g, beta, lamb, kk, kv, *, steps, tolerance):
             SDS(kv.shape, f32),
         ],
         config=config,
-        constants=dict(K=K, V=V, BK=rows, BV=part, WHOLE=whole, TOLERANCE=tolerance),
+        constants=dict(K=K, V=V, BK=rows, BV=part, WHOLE=whole, TOLERANCE=tolerance) | heads,
         in_place={6: 2, 7: 3},
     )
     return o, kk, kv

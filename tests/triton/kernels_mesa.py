@@ -102,4 +102,10 @@ KERNELS = (
         registers=144,
         spills={89: 8},  # in float32 with triton 3.6, whose code has 96 registers there
     ),
+    Kernel(
+        "mesa_step.mesa_step_on_pool",
+        "*x *x *x *fp32 *fp32 *fp32 *fp32 *fp32 i32 *i32 i32 *x *fp32 *fp32 *fp32",
+        dict(H=16, K=128, V=128, BK=128, WHOLE=True, TOLERANCE=1e-4),
+        config="mesa_step",
+    ),
 )

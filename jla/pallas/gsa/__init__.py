@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._core import sequence
+from jla._core import packed, sequence
 from jla._core.axes import GSA, letters
 from jla._core.derivatives import reverse_only
 from jla._core.movement import GSA as GSA_STATES
@@ -46,8 +46,10 @@ _KEPT = {
 }
 
 
-def unsupported(name, q, k, v, s, g):
+def unsupported(name, q, k, v, s, g, *, slots=None, segments=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    if segments is not None:
+        return packed.REFUSAL
     K, V, M = (x.shape[-1] for x in (q, v, s))
     if max(K, V, M) > WIDEST:
         return f"K={K}, V={V} and M={M}, and the kernels take at most {WIDEST}"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._core import sequence
+from jla._core import packed, sequence
 from jla._core.axes import MESA_NET, letters
 from jla._core.derivatives import reverse_only
 from jla._core.movement import MESA_NET as MESA_STATES
@@ -49,8 +49,10 @@ _KEPT = {
 _GRADIENTS = (*letters(MESA_NET, "q k v"), "B H TP", "B H TP", "B H K", *_STATES)
 
 
-def unsupported(name, q, k, v, *_):
+def unsupported(name, q, k, v, *_, slots=None, segments=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    if segments is not None:
+        return packed.REFUSAL
     if name == "mesa_step":
         return step.unsupported(q, k, v)
     if q.dtype == f32:

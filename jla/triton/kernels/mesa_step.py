@@ -26,13 +26,46 @@ def mesa_step(
     bytes on sm_89 in float32.
     """
     head = tl.program_id(0).to(tl.int64)
+    _advance(
+        q, k, v, g, beta, lamb, kk, kv, steps, o, work, head, head,
+        K, V, BK, BI, BV, WHOLE, TOLERANCE,
+    )  # fmt: skip
+
+
+@triton.jit
+def mesa_step_on_pool(
+    q, k, v, g, beta, lamb, kk, kv, steps, slots, R, o, work, new_kk, new_kv,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BI: tl.constexpr,
+    BV: tl.constexpr, WHOLE: tl.constexpr, TOLERANCE: tl.constexpr,
+):  # fmt: skip
+    """`mesa_step` of a pool of R rows, of which a program has the one that `slots`, [B], names."""
+    program = tl.program_id(0)
+    head, row = program.to(tl.int64), tl.load(slots + program // H)
+    if (row >= 0) & (row < R):
+        of_state = (row * H + program % H).to(tl.int64)
+        _advance(
+            q, k, v, g, beta, lamb, kk, kv, steps, o, work, head, of_state,
+            K, V, BK, BI, BV, WHOLE, TOLERANCE,
+        )  # fmt: skip
+    else:
+        for i in range(0, V, BV):
+            part = i + tl.arange(0, BV)
+            tl.store(o + head * V + part, tl.zeros((BV,), o.dtype.element_ty), part < V)
+
+
+@triton.jit
+def _advance(
+    q, k, v, g, beta, lamb, kk, kv, steps, o, work, head, head_of_state,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BI: tl.constexpr, BV: tl.constexpr,
+    WHOLE: tl.constexpr, TOLERANCE: tl.constexpr,
+):  # fmt: skip
     column = tl.arange(0, BK)
     inside = column < K
     decay = tl.exp(tl.load(g + head))
     strength = tl.load(beta + head).to(tl.float32)
     key = tl.load(k + head * K + column, inside, 0.0).to(tl.float32)
     written = strength * key
-    kk += head * (K * K)
+    kk += head_of_state * (K * K)
     if WHOLE:
         place = column[:, None] * K + column[None, :]
         both = inside[:, None] & inside[None, :]
@@ -68,7 +101,7 @@ def mesa_step(
         step += 1
     x *= scale * largest
 
-    kv += head * (K * V)
+    kv += head_of_state * (K * V)
     for i in range(0, V, BV):
         part = i + tl.arange(0, BV)
         kv_place = column[:, None] * V + part[None, :]
