@@ -46,7 +46,7 @@ _SPILLS = {
     "kda_gradient_transitions_wide": 24,
     "kda_query_gradients": 24,
     "kda_key_gradients": 336,
-    "kda_scores_float32": 408,
+    "kda_scores_float32": 392,
     "kda_recurrence_float32": 32,
     "kda_recurrence_float32_wide": 272,
     "kda_gradient_recurrence_float32": 104,

@@ -20,7 +20,7 @@ from jla.triton.kernels.pieces import (
     chunk_tile,
     dot,
     dot_add,
-    exact_dot,
+    dot_whole,
     identity,
     level_pairs,
     load_mask,
@@ -77,14 +77,14 @@ def kda_scores(
         read, written = near_decays(log_decay)
         earlier = tl.trans(k * written.to(dtype))
         pairs = near_pairs(least >= -LIMIT)
-        by_key += tl.where(pairs, exact_dot(k * read.to(dtype), earlier), 0.0)
+        by_key += tl.where(pairs, dot_whole(k * read.to(dtype), earlier), 0.0)
         by_query += tl.where(pairs, product(q * read.to(dtype), earlier), 0.0)
         # All others level by level of the tree, without a positive exponent.
         for level in range(tl.where(tl.min(least, 0) < -LIMIT, 0, NEAR), LEVELS):
             decay = tl.exp2(sum_rows(load_mask(masks_ptr, level), g)).to(dtype)
             earlier = tl.trans(k * decay)
             pairs = level_pairs(level, far)
-            by_key += tl.where(pairs, exact_dot(k * decay, earlier), 0.0)
+            by_key += tl.where(pairs, dot_whole(k * decay, earlier), 0.0)
             by_query += tl.where(pairs, product(q * decay, earlier), 0.0)
     by_query = (by_query + own[:, None] * identity()) * SCALE
     tl.store(chunk_tile(scores_ptr, b, n, h, 0, N, HV, CHUNK, CHUNK), by_query.to(dtype))

@@ -27,19 +27,28 @@ def dot(a, b):
 
 
 @triton.jit
-def exact_dot(a, b):
-    """a @ b in float32; of float32 operands by float32 products, each sum rounded to the nearest.
-
-    Tensor cores cut sums off. Where equal rows multiply each other, they cut the same from every
-    entry, and what follows from the entries adds that up.
-    """
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
 def dot_add(a, b, acc):
     """acc + a @ b in float32."""
     return tl.dot(a, b, acc=acc, input_precision="tf32x3")
+
+
+@triton.jit
+def dot_whole(a, b):
+    """a @ b as `dot`, and for float32 with the product of what TF32 cuts off of both.
+
+    It is 1e-7 of the whole, and of equal rows and columns never negative: no sum evens it out.
+    """
+    if a.dtype == tl.float32:
+        return tl.dot(_below_tf32(a), _below_tf32(b), acc=dot(a, b))
+    else:
+        return dot(a, b)
+
+
+@triton.jit
+def _below_tf32(x):
+    """What TF32 cuts off of float32 numbers, in bfloat16."""
+    high = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return (x - high.to(tl.float32, bitcast=True)).to(tl.bfloat16)
 
 
 @triton.jit
