@@ -107,7 +107,5 @@ KERNELS = (
         "*x *x *x *fp32 *fp32 *fp32 *fp32 *fp32 i32 *i32 i32 *x *fp32 *fp32 *fp32",
         dict(H=16, K=128, V=128, BK=128, WHOLE=True, TOLERANCE=1e-4),
         config="mesa_step",
-        registers=200,
-        spills={80: 16, 90: 8},
     ),
 )

@@ -94,3 +94,13 @@ def test_every_kernel_is_in_the_table():
     """And has a config for every class."""
     assert {kernel.name for kernel in KERNELS} == set(configs.CONFIGS)
     assert all(set(by_class) == set(configs.CLASSES) for by_class in configs.CONFIGS.values())
+
+
+def test_docstrings_say_what_a_kernel_takes():
+    """Its floor or time, registers and shared memory. A pool's step refers to the other one."""
+    for path in {kernel.path for kernel in KERNELS if not kernel.path.endswith("_on_pool")}:
+        module, _, name = path.rpartition(".")
+        module = importlib.import_module(f"jla.triton.kernels.{module}")
+        says = " ".join(getattr(module, name).fn.__doc__.split())
+        for item in (r"[Ff]loor| ms\b", r"registers", r"\bKB\b"):
+            assert re.search(item, says), f"{path}: its docstring has no {item}"

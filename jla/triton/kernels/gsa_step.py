@@ -18,6 +18,9 @@ def gsa_step(
 
     BM and BG, powers of two, hold the slots and the query heads of a head; what lies beyond is
     masked.
+
+    Floor: both states once in and once out, 8 M (K + V) bytes a head: B=128 H=16 K=V=128 M=64 has
+    0.27 GB, 0.062 ms at 4.3 TB/s. 128 to 168 registers, 1 to 2 KB of shared memory.
     """
     head = tl.program_id(0)  # b * H + the head
     _advance(

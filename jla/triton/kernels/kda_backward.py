@@ -98,6 +98,9 @@ def kda_gradient_transitions(
 ):  # fmt: skip
     """What all chunks do to the state's gradient, by `kda_gradient_recurrence`'s rule: M^T, and
     where they take the gradient `end`. Programs and results are as those of `kda_transitions`.
+
+    Floor, as above: 0.53 GB, 0.12 ms. 210 to 255 registers, up to 64 bytes spilled, 80 to 144 KB of
+    shared memory.
     """
     N = tl.cdiv(T, CHUNK)
     part, h, _, b = place((V + K) // BV, 1, HV)

@@ -200,6 +200,9 @@ def kda_transitions(
 
     A program has BV columns of N, which starts from zeros, or of M, which starts from the identity
     and with u = 0. Returns M [B, HV, K, K] and N [B, HV, K, V], float32.
+
+    Floor, as above: read, write and u, 0.40 GB, 0.09 ms; 0.07 TFLOP. 160 to 240 registers, 48 to 68
+    KB of shared memory.
     """
     N = tl.cdiv(T, CHUNK)
     part, h, _, b = place((V + K) // BV, 1, HV)

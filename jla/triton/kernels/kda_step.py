@@ -19,6 +19,9 @@ def kda_step(
         e = v - D^T k;   S = D + beta k e^T;   S^T q = D^T q + (q . k) beta e
 
     BK and BV are powers of 2, BK at least K; what lies beyond K and V is masked.
+
+    Floor: the state once in and once out, 8 K V bytes a head: B=128 HV=16 K=V=128 has 0.27 GB,
+    0.062 ms at 4.3 TB/s. 118 to 132 registers, 1 KB of shared memory.
     """
     blocks: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)

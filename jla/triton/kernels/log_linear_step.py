@@ -20,6 +20,10 @@ def log_linear_step(
     token itself.
 
     BK and BV are powers of 2, BK at least K; what lies beyond K and V is masked.
+
+    Floor: the levels in use once in and once out, 8 K V bytes each (LAZY: only the level that is
+    written goes out): B=128 HV=16 K=V=128 with twelve has 3.2 GB, 0.75 ms at 4.3 TB/s, LAZY half.
+    115 to 164 registers, less than 1 KB of shared memory.
     """
     blocks: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)

@@ -49,7 +49,7 @@ def solve_kernel(
     registers (530 bytes spilled, as wgmma too), so that it is mma.sync everywhere: 1.7 ms at what
     that reaches on an H200. Shared memory is read 224 KB a chunk and iteration, 2.2 ms. With two
     programs on a multiprocessor, between whose products lie five barriers, 4 to 6 ms were expected.
-    At K=128: 72 KB of shared memory; 250 registers with 4 warps (sm_80, 90, 100), 190 to 200 with
+    At K=128: 72 KB of shared memory; 250 registers with 4 warps (sm_80, 90, 100), 188 to 202 with
     8 (sm_89, 120), nothing spilled. Without WHOLE 16 to 22 KB, 200 to 255 registers.
     """
     block, n, bh, number, first = place(T, H, N, C // ROWS, C)

@@ -232,7 +232,7 @@ def path_key_gradients(
     A program has BLOCK keys of one head, as `path_forward` has queries; queries come BI at a time.
 
     1.10 TFLOP, floor 1.41 ms, predicted 4, as sm_80 6; 255 registers, of which 120, 96,
-    304 bytes spill with gates, 80, 80, 129 KB.
+    296 bytes spill with gates, 80, 80, 129 KB.
     """
     DTYPE: tl.constexpr = gradients_ptr.dtype.element_ty
     LEAVES: tl.constexpr = (BLOCK + 63) // 64

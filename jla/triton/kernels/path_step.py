@@ -23,6 +23,10 @@ def path_step(
     that no warp waits for another's before the end. All arithmetic is float32. What lies behind the
     row's tokens is neither read nor written.
 
+    Floor: keys once in and once out, in float32, and values once in, so 8 K + 2 V bytes a token and
+    key head with values of 16 bits, at 4.3 TB/s 0.3 ms a million of them at K=V=128. 128 to 149
+    registers, 4 KB of shared memory.
+
     Args:
       key: [B, S, H, K] float32, written through. value: [B, S, H, V], with the new token's.
       length: [B] int32, before this token. added: decays of the logits in base 2, [B, S, HQ].
