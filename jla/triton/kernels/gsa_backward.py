@@ -132,6 +132,21 @@ def gsa_gradients(
         store_tile(dg_ptr, dg, b, n, head, T, slot, HQ, M, BM)
 
     # 3.
+    _of_features(
+        x_ptr, y_ptr, w_ptr, s_ptr, sums_ptr, states_ptr, gradients_ptr, T, dx_ptr, dy_ptr,
+        b, n, head, h, is_first, HQ, H, D, M, BD, BM, ROWS, FLOAT32,
+    )  # fmt: skip
+
+
+@triton.jit
+def _of_features(
+    x_ptr, y_ptr, w_ptr, s_ptr, sums_ptr, states_ptr, gradients_ptr, T, dx_ptr, dy_ptr,
+    b, n, head, h, is_first,
+    HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, ROWS: tl.constexpr, FLOAT32: tl.constexpr,
+):  # fmt: skip
+    """dx with ROWS, and dy, of `gsa_gradients`."""
+    rows = tl.arange(0, CHUNK)
     a = pair_scores(w_ptr, s_ptr, sums_ptr, b, n, head, h, T, HQ, H, M, BM, FLOAT32)
     for feature in range(0, D, BD):
         x = load_tile(x_ptr, b, n, head, T, feature, HQ, D, BD)
