@@ -3,58 +3,148 @@ the pieces in which the kernel reads the cache."""
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._core.axes import PATH, letters, of_step
-from jla._core.cache import PathCache, counted
+from jla._core.axes import LAZY_PATH, PATH, letters, of_step
+from jla._core.cache import (
+    RECENT,
+    LazyPathCache,
+    counted,
+    first_recent,
+    moved_by,
+    rows_from,
+    with_rows,
+)
+from jla._core.path_lazy import after_token, emptied, is_full
 from jla._core.steps import differentiable
 
 MOST_QUERIES = 8  # query heads of a key head in one pass
 LOG2E = 1.4426950408889634
+NEVER = -1e30  # below all logits, and finite
 
-_AXES = of_step(PATH)
-_OUTPUTS = letters(_AXES, "o cache.key cache.value")
-_DECAY = _AXES["cache.decay"]
-_INPUTS = letters(_AXES, "q k v w beta cache.key cache.value cache.length g cache.decay")
+_AXES = of_step({**PATH, **LAZY_PATH})
 
 
 def path_step(attend, formula, q, k, v, w, beta, g, cache, *, scale):
-    """`jla.path_step` with a kernel.
+    """`jla.path_step` with a kernel, from a cache of either kind.
 
     The value goes to its place by a scatter before the kernel, and the decays are a sum: XLA does
     both in place where it may.
 
     Args:
       attend: the kernel, for some of each key head's query heads at a time:
-        `attend(q, k, w, beta, key, value, length, added, scale=, first=)`, with `value` and the
-        decays `added` (times `scale`, in base 2, [B, S, HQ]; or None) as they are after this token,
-        and `key` as `first`, the number of the pass's first query head in its group, says: 0, then
-        the kernel moves the keys, and else an earlier pass has. It returns for each piece of the
-        cache the sum of values, [B, H, group, pieces, V], the largest logit in base 2 and the sum
-        of exponentials, [B, H, group, pieces]; and the new keys.
+        `attend(q, k, w, beta, key, value, length, added, scale=, first=, moved=)`, with `value` and
+        the decays `added` (times `scale`, in base 2, [B, S, HQ]; or None) as they are after this
+        token; `first` is the number of the pass's first query head in its group, and `moved` says
+        that `key` is as after this token, too, and is not to be written. If not, the kernel moves
+        the keys and adds the token's. It reads the places up to `length` and with it. It returns
+        for each piece of the cache the sum of values, [B, H, group, pieces, V], the largest logit
+        in base 2 and the sum of exponentials, [B, H, group, pieces]; and the new keys.
       formula: the definition's function, for derivatives.
     """
-    arrays, results = [q, k, v, w, beta, cache.key, cache.value, cache.length], list(_OUTPUTS)
-    if g is not None:
-        arrays += [g, cache.decay]
-        results.append(_DECAY)
-    run = functools.partial(_run, attend, scale=scale)
-    derived = functools.partial(_formula, formula, scale=scale)
-    step = differentiable(run, derived, _INPUTS[: len(arrays)], tuple(results))
-    o, key, value, *decay = step(*arrays)
-    return o, PathCache(key, value, decay[0] if decay else None, counted(cache.length, 1))
+    kind, given = type(cache), cache._asdict()
+    if g is None:
+        del given["decay"]
+    arrays = dict(q=q, k=k, v=v, w=w, beta=beta) | given | ({} if g is None else dict(g=g))
+    results = tuple(name for name in given if name != "length")
+    by_kernel = functools.partial(_lazy if kind is LazyPathCache else _eager, attend)
+    run, derived = (
+        functools.partial(_named, f, kind, tuple(arrays), results, scale=scale)
+        for f in (by_kernel, formula)
+    )
+    operands = tuple(_AXES.get(name, _AXES.get(f"cache.{name}")) for name in arrays)
+    outputs = letters(_AXES, " ".join(("o", *(f"cache.{name}" for name in results))))
+    o, *new = differentiable(run, derived, operands, outputs)(*arrays.values())
+    after = dict(decay=None) | dict(zip(results, new, strict=True))
+    return o, kind(**after, length=counted(cache.length, 1))
 
 
-def _formula(formula, q, k, v, w, beta, key, value, length, g=None, decay=None, *, scale):
-    cache = PathCache(key, value, decay, length)
-    o, cache = formula(q, k, v, w, beta, g, cache, scale=scale)
-    return tuple(x for x in (o, *cache[:3]) if x is not None)
+def _named(step, kind, names, results, *arrays, scale):
+    """A step of arrays with these names: the output, and those of the cache's arrays after it."""
+    given = dict(decay=None, g=None) | dict(zip(names, arrays, strict=True))
+    cache = kind(**{name: given.pop(name) for name in kind._fields})
+    o, cache = step(**given, cache=cache, scale=scale)
+    return o, *(getattr(cache, name) for name in results)
 
 
-def _run(attend, q, k, v, w, beta, key, value, length, g=None, decay=None, *, scale):
-    """The output and the cache's arrays, for the rows and heads of one device."""
-    (B, S, H, V), HQ = value.shape, q.shape[1]
+def _eager(attend, q, k, v, w, beta, g, cache, *, scale):
+    """The output and the `PathCache` (but for its length), for the rows and heads of one device."""
+    value, decay, added = _appended(v, g, cache, scale)
+    key, pieces = cache.key, []
+    for first in range(0, q.shape[1] // k.shape[1], MOST_QUERIES):
+        arrays = q, k, w, beta, key, value, cache.length, added
+        *softmax, key = attend(*arrays, scale=scale, first=first, moved=first > 0)
+        pieces.append(softmax)
+    o = _joined(pieces, cache, v)
+    return o, cache._replace(key=key, value=value, decay=decay)
+
+
+def _lazy(attend, q, k, v, w, beta, g, cache, *, scale):
+    """The same from and to a `LazyPathCache`.
+
+    The kernel reads the settled keys alone, and writes none. The recent keys, one of 128 bytes of
+    a long row's, are XLA's; so are the keys of those rows that move on, one row after another.
+    """
+    S, group = cache.value.shape[1], q.shape[1] // k.shape[1]
+    value, decay, added = _appended(v, g, cache, scale)
+    of_token = (x.astype(jnp.float32) for x in (q, k, w, beta))
+    recent, change, back = after_token(cache.recent, cache.change, cache.length, S, *of_token)
+    settled = first_recent(cache.length, S)
+    arrays = back, k, w, beta, cache.key, value, settled - 1, added
+    pieces = [
+        attend(*arrays, scale=scale, first=first, moved=True)[:3]
+        for first in range(0, group, MOST_QUERIES)
+    ]
+    own = _read_recent(q, recent, value, added, settled, cache.length, scale)
+    o = _joined(pieces, cache, v, own)
+    full = is_full(counted(cache.length, 1), S)
+    key = _moved_on(cache.key, recent, change, settled, full)
+    recent, change = emptied(full, recent, change)
+    return o, cache._replace(key=key, value=value, decay=decay, recent=recent, change=change)
+
+
+def _read_recent(q, recent, value, added, first, length, scale):
+    """What the queries read of the recent keys, as one piece; `first` and `length` of the cache."""
+    (B, HQ, K), H = q.shape, recent.shape[2]
+    place = first[:, None] + jnp.arange(RECENT, dtype=jnp.int32)[None]
+    there = place <= jnp.minimum(length, value.shape[1] - 1)[:, None]
+    q = q.astype(jnp.float32).reshape(B, H, HQ // H, K)
+    with jax.default_matmul_precision("highest"):
+        s = scale * LOG2E * jnp.einsum("bhgk,brhk->bhgr", q, recent)
+    if added is not None:
+        added = rows_from(added, first, RECENT).reshape(B, RECENT, H, -1)
+        s += jnp.moveaxis(added, 1, 3)
+    s = jnp.where(there[:, None, None], s, NEVER)
+    highest = jnp.max(s, axis=-1, keepdims=True)
+    p = jnp.where(there[:, None, None], jnp.exp2(s - highest), 0.0)
+    values = jnp.where(there[..., None, None], rows_from(value, first, RECENT), 0)
+    with jax.default_matmul_precision("highest"):
+        o = jnp.einsum("bhgr,brhv->bhgv", p, values.astype(jnp.float32))
+    return o[..., None, :], highest, jnp.sum(p, axis=-1, keepdims=True)
+
+
+def _moved_on(key, recent, change, first, full):
+    """The keys with those of the `full` rows moved on to the last token, in place, row by row."""
+    S = key.shape[1]
+    rows = jnp.argsort(~full).astype(jnp.int32)
+    settled = jnp.arange(S, dtype=jnp.int32)[None] < first[:, None]
+
+    def move(i, key):
+        def of(x):
+            return lax.dynamic_slice_in_dim(x, rows[i], 1)
+
+        moved = jnp.where(of(settled)[..., None, None], of(key), 0).astype(jnp.float32)
+        moved = with_rows(moved_by(moved, of(change)), of(recent), of(first))
+        return lax.dynamic_update_slice_in_dim(key, moved.astype(key.dtype), rows[i], 0)
+
+    return lax.fori_loop(0, jnp.sum(full, dtype=jnp.int32), move, key)
+
+
+def _appended(v, g, cache, scale):
+    """The values and decays after this token, and the latter as the kernels add them to logits."""
+    (B, S), length, decay, value = cache.value.shape[:2], cache.length, cache.decay, cache.value
     value = value.at[jnp.arange(B, dtype=jnp.int32), length].set(v, mode="drop")
     added = None
     if g is not None:
@@ -62,13 +152,19 @@ def _run(attend, q, k, v, w, beta, key, value, length, g=None, decay=None, *, sc
         # A barrier, so that the kernel's operand reads the sums and they can be made in place.
         decay = lax.optimization_barrier(jnp.where(before, decay + g[:, None], 0.0))
         added = scale * LOG2E * decay
+    return value, decay, added
+
+
+def _joined(passes, cache, v, *more):
+    """The output from the pieces [B, H, group, pieces, ...] of each pass, and `more` of all."""
+    B, S, _, V = cache.value.shape
     outputs = []
-    for first in range(0, HQ // H, MOST_QUERIES):
-        *softmax, key = attend(q, k, w, beta, key, value, length, added, scale=scale, first=first)
-        o, highest, total = softmax
+    for i, pieces in enumerate(passes):
+        here = slice(i * MOST_QUERIES, (i + 1) * MOST_QUERIES)
+        rest = [[x[:, :, here] for x in piece] for piece in more]
+        o, highest, total = (jnp.concatenate(x, axis=3) for x in zip(pieces, *rest, strict=True))
         weight = jnp.exp2(highest - jnp.max(highest, axis=-1, keepdims=True))
         total = jnp.sum(weight * total, axis=-1, keepdims=True)
         outputs.append(jnp.sum(weight[..., None] * o, axis=-2) / total)
-    o = jnp.concatenate(outputs, axis=2).reshape(B, HQ, V)
-    o = jnp.where((length < S)[:, None, None], o, jnp.nan).astype(v.dtype)
-    return (o, key, value) if g is None else (o, key, value, decay)
+    o = jnp.concatenate(outputs, axis=2).reshape(B, -1, V)
+    return jnp.where((cache.length < S)[:, None, None], o, jnp.nan).astype(v.dtype)

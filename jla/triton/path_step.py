@@ -35,7 +35,7 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
     return around.path_step(_pass, reference.path_step, q, k, v, w, beta, g, cache, scale=scale)
 
 
-def _pass(q, k, w, beta, key, value, length, added, *, scale, first):
+def _pass(q, k, w, beta, key, value, length, added, *, scale, first, moved):
     """The kernel call for some query heads of every group; see `around.path_step`."""
     (B, S, H, K), V, HQ = key.shape, value.shape[-1], q.shape[1]
     group = min(around.MOST_QUERIES, HQ // H - first)
@@ -53,7 +53,7 @@ def _pass(q, k, w, beta, key, value, length, added, *, scale, first):
             **dict(SCALE=scale * around.LOG2E, HQ=HQ, H=H, K=K, V=V),
             **dict(GROUP=group, FIRST=first, PIECE=size),
             **dict(BG=BG, BK=BK, BV=BV, BS=max(1, TILE // (BG * max(BK, BV)))),
-            **dict(MOVED=first > 0, GATES=added is not None),
+            **dict(MOVED=moved, GATES=added is not None),
         ),
         in_place={4: 3},
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._core import blockwise
-from jla._core.cache import PathCache, counted, places, without_rest
+from jla._core.cache import LazyPathCache, PathCache, counted, places, without_rest
 from jla._core.lengths import chunk_size, is_symbolic_dim
 from jla._core.parts import (
     CHUNK,
@@ -21,6 +21,7 @@ from jla._core.parts import (
     sums_after,
 )
 from jla._core.segments import segment_starts
+from jla.reference import path_attention as reference
 
 __all__ = ["path_attention", "path_step"]
 
@@ -33,6 +34,8 @@ BLOCK = 256
 @functools.partial(jax.jit, static_argnames="scale")
 def path_step(q, k, v, w, beta, g, cache, *, scale):
     """One token. See `jla.path_step`."""
+    if isinstance(cache, LazyPathCache):
+        return reference.path_step(q, k, v, w, beta, g, cache, scale=scale)
     (B, HQ, K), H, dtype = q.shape, k.shape[1], v.dtype
     q, k, w, beta = (x.astype(f32) for x in (q, k, w, beta))
     place = places(cache) - cache.length[:, None]

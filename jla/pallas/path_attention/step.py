@@ -84,7 +84,7 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
 _load = functools.partial(mosaic.load, optimized=False)
 
 
-def _attend(q, k, w, beta, key, value, length, added, *, scale, first):
+def _attend(q, k, w, beta, key, value, length, added, *, scale, first, moved):
     """The kernel for some query heads of every group; see `around.path_step`."""
     (B, S, H, _), HQ = key.shape, q.shape[1]
 
@@ -96,7 +96,7 @@ def _attend(q, k, w, beta, key, value, length, added, *, scale, first):
         # TMA wants rows of whole 16 bytes.
         added = heads(jnp.pad(jnp.swapaxes(added, 1, 2), ((0, 0), (0, 0), (0, -S % 4))))
     arrays = heads(q), k, w, beta, key, value, length, added
-    *softmax, key = _pass(*arrays, scale=scale, moved=first > 0)
+    *softmax, key = _pass(*arrays, scale=scale, moved=moved)
     return *(x.reshape(B, H, -1, *x.shape[2:]) for x in softmax), key
 
 
@@ -127,7 +127,7 @@ def _pass(q, k, w, beta, key, value, length, added, *, scale, moved):
             new_key=None if moved else SDS(key.shape, f32),
         ),
         scratch=dict(
-            keys=_tiles((stages, rows, K), f32),
+            keys=_tiles((stages, rows, K), key.dtype),
             values=_tiles((stages, rows, V), value.dtype),
             sums=None if added is None else plgpu.SMEM((stages, group, rows), f32),
             loaded=barrier_for(dict(key=1, value=1, added=added is not None), stages),

@@ -53,7 +53,7 @@ def path_step(
         at = start + place
         there = at < end
         address = (row + at) * H + h
-        keys = tl.load(key_ptr + address * K + kk, there & (kk < K), 0.0)
+        keys = tl.load(key_ptr + address * K + kk, there & (kk < K), 0.0).to(tl.float32)
         values = tl.load(value_ptr + address * V + vv, there & (vv < V), 0.0).to(tl.float32)
         if not MOVED:
             keys -= beta * tl.sum(keys * w, axis=2, keep_dims=True) * w
