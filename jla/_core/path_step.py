@@ -3,7 +3,6 @@ the pieces in which the kernel reads the cache."""
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -99,47 +98,52 @@ def _lazy(attend, q, k, v, w, beta, g, cache, *, scale):
     ]
     own = _read_recent(q, recent, value, added, settled, cache.length, scale)
     o = _joined(pieces, cache, v, own)
-    full = is_full(counted(cache.length, 1), S)
+    # A barrier, so that the kernel has read the keys and they can be moved in place.
+    o, full = lax.optimization_barrier((o, is_full(counted(cache.length, 1), S)))
     key = _moved_on(cache.key, recent, change, settled, full)
     recent, change = emptied(full, recent, change)
     return o, cache._replace(key=key, value=value, decay=decay, recent=recent, change=change)
 
 
 def _read_recent(q, recent, value, added, first, length, scale):
-    """What the queries read of the recent keys, as one piece; `first` and `length` of the cache."""
+    """What the queries read of the recent keys, as one piece; `first` and `length` of the cache.
+
+    Sums rather than products: XLA makes them where the keys and values lie.
+    """
     (B, HQ, K), H = q.shape, recent.shape[2]
     place = first[:, None] + jnp.arange(RECENT, dtype=jnp.int32)[None]
-    there = place <= jnp.minimum(length, value.shape[1] - 1)[:, None]
-    q = q.astype(jnp.float32).reshape(B, H, HQ // H, K)
-    with jax.default_matmul_precision("highest"):
-        s = scale * LOG2E * jnp.einsum("bhgk,brhk->bhgr", q, recent)
+    there = (place <= jnp.minimum(length, value.shape[1] - 1)[:, None])[..., None, None]
+    q = q.astype(jnp.float32).reshape(B, 1, H, HQ // H, K)
+    s = scale * LOG2E * jnp.sum(q * recent[:, :, :, None], axis=-1)  # [B, 64, H, group]
     if added is not None:
-        added = rows_from(added, first, RECENT).reshape(B, RECENT, H, -1)
-        s += jnp.moveaxis(added, 1, 3)
-    s = jnp.where(there[:, None, None], s, NEVER)
-    highest = jnp.max(s, axis=-1, keepdims=True)
-    p = jnp.where(there[:, None, None], jnp.exp2(s - highest), 0.0)
-    values = jnp.where(there[..., None, None], rows_from(value, first, RECENT), 0)
-    with jax.default_matmul_precision("highest"):
-        o = jnp.einsum("bhgr,brhv->bhgv", p, values.astype(jnp.float32))
-    return o[..., None, :], highest, jnp.sum(p, axis=-1, keepdims=True)
+        s += rows_from(added, first, RECENT).reshape(s.shape)
+    s = jnp.where(there, s, NEVER)
+    highest = jnp.max(s, axis=1, keepdims=True)
+    p = jnp.where(there, jnp.exp2(s - highest), 0.0)
+    values = jnp.where(there, rows_from(value, first, RECENT), 0).astype(jnp.float32)
+    o = jnp.sum(p[..., None] * values[:, :, :, None], axis=1)
+    total = jnp.sum(p, axis=1, keepdims=True)
+    return o[..., None, :], *(jnp.moveaxis(x, 1, 3) for x in (highest, total))
 
 
 def _moved_on(key, recent, change, first, full):
     """The keys with those of the `full` rows moved on to the last token, in place, row by row."""
     S = key.shape[1]
-    rows = jnp.argsort(~full).astype(jnp.int32)
     settled = jnp.arange(S, dtype=jnp.int32)[None] < first[:, None]
 
-    def move(i, key):
+    def move(left):
+        key, full = left
+        row = jnp.argmax(full).astype(jnp.int32)
+
         def of(x):
-            return lax.dynamic_slice_in_dim(x, rows[i], 1)
+            return lax.dynamic_slice_in_dim(x, row, 1)
 
         moved = jnp.where(of(settled)[..., None, None], of(key), 0).astype(jnp.float32)
         moved = with_rows(moved_by(moved, of(change)), of(recent), of(first))
-        return lax.dynamic_update_slice_in_dim(key, moved.astype(key.dtype), rows[i], 0)
+        key = lax.dynamic_update_slice_in_dim(key, moved.astype(key.dtype), row, 0)
+        return key, full & (jnp.arange(full.shape[0], dtype=jnp.int32) != row)
 
-    return lax.fori_loop(0, jnp.sum(full, dtype=jnp.int32), move, key)
+    return lax.while_loop(lambda left: jnp.any(left[1]), move, (key, full))[0]
 
 
 def _appended(v, g, cache, scale):
