@@ -317,7 +317,7 @@ _AVERAGE = (Shape("step average", "step", 128, 1, S=_AVERAGE_POSITION, measures=
 # Grouped query heads; steps from 8192 cached tokens, and the one in 64 that moves all keys on.
 _PATH = (
     *(replace(shape, B=64, S=8192) if shape.group == "step" else shape for shape in _FULL),
-    Shape("step 64th", "step", 64, 1, S=8191, measures=_STEPS),
+    Shape("step 64th", "step", 64, 1, S=8191, measures=("step",)),
     Shape("grouped", "grouped", 8, 4096, 8, HQ=32, measures=(*_TIMES, "errors")),
 )
 _PATH_SMALL = tuple(replace(shape, S=20) if shape.group == "step" else shape for shape in _SMALL)
