@@ -91,16 +91,16 @@ def _lazy(attend, q, k, v, w, beta, g, cache, *, scale):
     of_token = (x.astype(jnp.float32) for x in (q, k, w, beta))
     recent, change, back = after_token(cache.recent, cache.change, cache.length, S, *of_token)
     settled = first_recent(cache.length, S)
-    arrays = back, k, w, beta, cache.key, value, settled - 1, added
-    pieces = [
-        attend(*arrays, scale=scale, first=first, moved=True)[:3]
-        for first in range(0, group, MOST_QUERIES)
-    ]
+    key, pieces = cache.key, []
+    for first in range(0, group, MOST_QUERIES):
+        arrays = back, k, w, beta, key, value, settled - 1, added
+        *softmax, key = attend(*arrays, scale=scale, first=first, moved=True)
+        pieces.append(softmax)
     own = _read_recent(q, recent, value, added, settled, cache.length, scale)
     o = _joined(pieces, cache, v, own)
     # A barrier, so that the kernel has read the keys and they can be moved in place.
     o, full = lax.optimization_barrier((o, is_full(counted(cache.length, 1), S)))
-    key = _moved_on(cache.key, recent, change, settled, full)
+    key = _moved_on(key, recent, change, settled, full)
     recent, change = emptied(full, recent, change)
     return o, cache._replace(key=key, value=value, decay=decay, recent=recent, change=change)
 

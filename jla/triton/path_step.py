@@ -42,7 +42,7 @@ def _pass(q, k, w, beta, key, value, length, added, *, scale, first, moved):
     size = min(LONGEST, max(SHORTEST, S * B * H // PROGRAMS // SHORTEST * SHORTEST))
     shape = B, H, triton.cdiv(S, size), group
     BG, BK, BV = map(triton.next_power_of_2, (group, K, V))
-    outputs = [SDS((*shape, V), f32), SDS(shape, f32), SDS(shape, f32), SDS(key.shape, f32)]
+    outputs = [SDS((*shape, V), f32), SDS(shape, f32), SDS(shape, f32), SDS(key.shape, key.dtype)]
     *softmax, key = launch.call(
         kernels.path_step,
         *(q, k, w, beta, key, value, length, q if added is None else added, S),
