@@ -329,8 +329,10 @@ def appended(cache, v, starts, keys, after, maps, total, *, empty=False):
 
     def place_tokens(old, new):
         if empty and starts is None and not is_symbolic_dim(S) and not is_symbolic_dim(T):
-            return jnp.pad(
-                new[:, :S], [(0, max(S - T, 0) if i == 1 else 0) for i in range(new.ndim)]
+            return lax.pad(
+                new[:, :S],
+                jnp.zeros((), new.dtype),
+                [(0, max(S - T, 0) if i == 1 else 0, 0) for i in range(new.ndim)],
             )
         new = jnp.pad(new, [(S if i == 1 else 0,) * 2 for i in range(new.ndim)])
         new = jax.vmap(lambda row, i: lax.dynamic_slice_in_dim(row, i, S))(new, begin)

@@ -2,6 +2,7 @@
 the pieces in which the kernel reads the cache."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -56,7 +57,7 @@ def path_step(attend, formula, q, k, v, w, beta, g, cache, *, scale):
     operands = tuple(_AXES.get(name, _AXES.get(f"cache.{name}")) for name in arrays)
     outputs = letters(_AXES, " ".join(("o", *(f"cache.{name}" for name in results))))
     o, *new = differentiable(run, derived, operands, outputs)(*arrays.values())
-    after = dict(decay=None) | dict(zip(results, new, strict=True))
+    after: dict[str, Any] = dict(decay=None) | dict(zip(results, new, strict=True))
     return o, kind(**after, length=counted(cache.length, 1))
 
 
