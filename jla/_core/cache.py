@@ -180,9 +180,9 @@ def _are_recent(cache: PathCache | LazyPathCache, first: jax.Array) -> jax.Array
     return (jnp.arange(RECENT, dtype=jnp.int32)[None] < (held - first)[:, None])[..., None, None]
 
 
-def moved_by(key: CachedKeys, change: MapChanges) -> jax.Array:
+def moved_by(key: CachedKeys, change: MapChanges, precision: str = "highest") -> jax.Array:
     """The keys [B, S, H, K], float32, multiplied by `I + change`."""
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision(precision):
         return key + jnp.einsum("bshk,bhlk->bshl", key, change)
 
 

@@ -131,6 +131,9 @@ def _moved_on(key, recent, change, first, full):
     """The keys with those of the `full` rows moved on to the last token, in place, row by row."""
     S = key.shape[1]
     settled = jnp.arange(S, dtype=jnp.int32)[None] < first[:, None]
+    # On tensor cores: products of three parts of 8 bits have all digits of float32, of two parts
+    # more than those of the keys.
+    precision = "BF16_BF16_F32_X6" if key.dtype == jnp.float32 else "BF16_BF16_F32_X3"
 
     def move(left):
         key, full = left
@@ -140,7 +143,7 @@ def _moved_on(key, recent, change, first, full):
             return lax.dynamic_slice_in_dim(x, row, 1)
 
         moved = jnp.where(of(settled)[..., None, None], of(key), 0).astype(jnp.float32)
-        moved = with_rows(moved_by(moved, of(change)), of(recent), of(first))
+        moved = with_rows(moved_by(moved, of(change), precision), of(recent), of(first))
         key = lax.dynamic_update_slice_in_dim(key, moved.astype(key.dtype), row, 0)
         return key, full & (jnp.arange(full.shape[0], dtype=jnp.int32) != row)
 
