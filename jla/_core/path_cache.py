@@ -121,7 +121,9 @@ def _of_shard(
         None if x is None else blockwise.split(x, size) for x in (k, w, beta[..., None], gates)
     ]
     k, w, beta, gates = in_groups(*(None if x is None else x.astype(f32) for x in chunks))
-    moved, writes, _ = prepare(k, w, beta)
+    # As one axis of chunks: with more, XLA takes twice as long to compile this.
+    chunks = prepare(*(x.reshape(-1, *x.shape[-2:]) for x in (k, w, beta)))
+    moved, writes = (x.reshape(w.shape) for x in chunks[:2])
     new = v, starts, *at_the_end(moved, w, writes, gates)
 
     def with_cached(o):
