@@ -327,7 +327,7 @@ def appended(cache, v, starts, keys, after, maps, total, *, empty=False):
     # Where a row begins in its new tokens with S zeros on both sides, each of them at its place.
     begin = S + border - kept
 
-    at_the_front = empty and starts is None and not is_symbolic_dim(S) and not is_symbolic_dim(T)
+    at_the_front = empty and starts is None and not any(map(is_symbolic_dim, (S, T)))
 
     def place_tokens(old, new):
         if at_the_front:
