@@ -53,7 +53,8 @@ def mechanism(name, shape, backward, implementation, mesh, seconds):
     over = jax.shard_map(
         functools.partial(run, axis_name=AXIS), mesh=mesh, in_specs=(specs,), out_specs=TOKENS
     )
-    numbers = timed(lambda raw, _: over(raw), [(raw, {})], backward, seconds)
+    place = NamedSharding(mesh, TOKENS)
+    numbers = timed(lambda raw, _: over(raw), [(raw, {})], backward, seconds, place)
     work = mesh.size if entry.quadratic else 1
     return numbers | dict(
         tokens_per_device=shape.T,
@@ -90,6 +91,10 @@ def layer(shape, implementation, mesh, seconds):
     places = dict(params=NamedSharding(mesh, WHOLE), x=NamedSharding(mesh, TOKENS))
     inputs = jax.jit(make, out_shardings=places)()
     numbers = timed(
-        lambda inputs, _: run(inputs["params"], inputs["x"]), [(inputs, {})], True, seconds
+        lambda inputs, _: run(inputs["params"], inputs["x"]),
+        [(inputs, {})],
+        True,
+        seconds,
+        places["x"],
     )
     return numbers | dict(tokens_per_device=shape.T // mesh.size)

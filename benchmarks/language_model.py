@@ -30,7 +30,7 @@ from train_lm import advance, make_optimizer, nats, train_step  # isort: skip
 
 PEAK = 989e12  # an H200's dense bfloat16 operations a second, by its data sheet
 GROUP = 5  # steps enqueued together and awaited once
-KEYS = ("mixer", "gpus", "mesh", "replicated", "length")
+KEYS = ("mixer", "gpus", "mesh", "replicated", "scan", "length")
 
 
 def main(argv=None):
@@ -48,6 +48,8 @@ def main(argv=None):
         row = dict(mixer=mixer, gpus=options.gpus, length=options.length) | of_text
         if options.mesh:
             row |= dict(mesh=options.mesh, replicated=options.replicated)
+        if options.scan:
+            row |= dict(scan=True)
         report.measure(row, train(mixer, data, options))
         show(row, time.monotonic() - start)
     return 1 if report.failed else 0
@@ -66,6 +68,7 @@ def parse(argv):
     several.add_argument("--gpus", type=int, default=1, help=help)
     help = "the example on a mesh, as data=2,seq=2,model=1"
     several.add_argument("--mesh", type=devices.mesh_sizes(), help=help)
+    add("--scan", action="store_true", help="blocks in a scan: compiled once, and a little slower")
     add("--replicated", action="store_true", help="with --mesh: parameters whole on all devices")
     options = side_by_side.parse(made, argv)
     if options.replicated and not options.mesh:
@@ -101,7 +104,7 @@ def train(mixer, data, options):
     axis = "seq" if sizes.get("seq", 1) > 1 else None
     # log_linear has parameters for the levels of so many tokens.
     model = side_by_side.make_model(
-        mixer, options, unroll=True, axis_name=axis, longest=max(2**14, T)
+        mixer, options, unroll=not options.scan, axis_name=axis, longest=max(2**14, T)
     )
     params = side_by_side.make_params(model)
     optimizer, _ = make_optimizer(options.steps, options.lr, weight_decay=0.1)

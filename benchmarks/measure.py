@@ -74,12 +74,17 @@ def input_sets(name, shape, bare):
 
     first = make(key(0))
     size = sum(x.nbytes for x in jax.tree.leaves(first))
-    count = 16 if shape.group == "step" else min(16, math.ceil(LARGER_THAN_L2 / size))
+    is_step = shape.group in ("step", "step_slots")
+    count = 16 if is_step else min(16, math.ceil(LARGER_THAN_L2 / size))
     return jax.block_until_ready([first] + [make(key(i)) for i in range(1, count)])
 
 
-def timed(forward, sets, backward, seconds):
-    """Compiles and times `forward(inputs, segments)`, or it and its gradients together."""
+def timed(forward, sets, backward, seconds, place=None):
+    """Compiles and times `forward(inputs, segments)`, or it and its gradients together.
+
+    place: the sharding of its result, and so of the cotangent; None for one device. One that lies
+    elsewhere would be moved at every call.
+    """
 
     def forward_and_backward(inputs, segments, cotangent):
         o, pull = jax.vjp(lambda x: forward(x, segments), inputs)
@@ -88,7 +93,8 @@ def timed(forward, sets, backward, seconds):
     arguments = sets
     if backward:
         o = jax.eval_shape(forward, *sets[0])
-        cotangent = jax.random.normal(key(99), o.shape, o.dtype)
+        draw = jax.jit(lambda: jax.random.normal(key(99), o.shape, o.dtype), out_shardings=place)
+        cotangent = draw()
         arguments = [(*pair, cotangent) for pair in sets]
         jax.clear_caches()  # the first call is to trace all, whatever ran before
     run, numbers = first_call(jax.jit(forward_and_backward if backward else forward), arguments[0])
@@ -160,24 +166,28 @@ def step(name, shape, implementation, count, bare, seconds):
     groups = [inputs[i : i + count] for i in range(0, 16, count)]
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def steps(state, inputs):
+    def steps(state, inputs, slots):
         outputs = []
         for x in inputs:
             if outputs:
                 # A token is known only after the one before: keeps XLA from preparing all at once.
                 x, outputs[-1] = jax.lax.optimization_barrier((x, outputs[-1]))
             arguments = x if bare else mechanism.prepare(x)
-            o, state = mechanism.step(arguments, state, implementation)
+            o, state = mechanism.step(arguments, state, implementation, **slots)
             outputs.append(o)
         return state, outputs
 
-    state = jax.jit(lambda draw: mechanism.state(draw, shape.sizes))(key(7))
+    sizes, slots = shape.sizes, {}
+    if shape.R is not None:
+        rows = jax.random.permutation(jax.random.key(3), shape.R)[: shape.B]
+        sizes, slots = sizes | dict(B=shape.R, R=shape.R), dict(slots=rows.astype(jnp.int32))
+    state = jax.jit(lambda draw: mechanism.state(draw, sizes))(key(7))
     # A copy for the first call, which consumes its state.
-    run, numbers = first_call(steps, (jax.tree.map(jnp.copy, state), groups[0]))
+    run, numbers = first_call(steps, (jax.tree.map(jnp.copy, state), groups[0], slots))
 
     def call(i):
         nonlocal state
-        state, outputs = run(state, groups[i % len(groups)])
+        state, outputs = run(state, groups[i % len(groups)], slots)
         return state, outputs
 
     return numbers | device_time(call, seconds, steps=count)

@@ -25,8 +25,9 @@ class Shape:
     """One case: its group (a word of --what), its sizes, and what is measured at it.
 
     D is the dimension of keys and values, M the number of slots, HQ that of query heads (H if
-    None), HK that of key heads and S that of cached tokens, of a mechanism that has them. In the
-    group "context" T are the tokens of each device; for the measure "layer", those of all.
+    None), HK that of key heads and S that of cached tokens, of a mechanism that has them. R are the
+    rows of the pool that a step's B rows are in; None for no pool. In the group "context" T are the
+    tokens of each device; for the measure "layer", those of all.
     """
 
     name: str
@@ -39,13 +40,14 @@ class Shape:
     HQ: int | None = None
     HK: int = 1
     S: int | None = None
+    R: int | None = None
     packed: bool = False
     measures: tuple = ("forward", "backward")
 
     @property
     def sizes(self):
         """The letters of the mechanisms' axes, for `cases`. A step's arguments have no T."""
-        time = {} if self.group == "step" else dict(T=self.T)
+        time = {} if self.group in ("step", "step_slots") else dict(T=self.T)
         heads = dict(H=self.H, HV=self.H, HQ=self.HQ or self.H, HK=self.HK)
         return time | heads | dict(B=self.B, K=self.D, V=self.D, M=self.M, S=self.S)
 
@@ -60,7 +62,8 @@ class Mechanism:
       prepare: turns such a dict into the public function's arguments, also a dict.
       shapes: the lists of cases, by the words of --shapes.
       targets: the goal for (shape, measure, column), on one H200, for the "pallas" implementation.
-      step, state: `step(arguments, state, implementation) -> (o, state)` and `state(key, sizes)`.
+      step, state: `step(arguments, state, implementation, slots=None) -> (o, state)` and
+        `state(key, sizes)`.
       fla, fla_step: make fla's `(forward, inputs)` for a shape; None if it has no such function.
       unbatched: the arguments of the public function that have no batch axis.
       quadratic: whether the work of a sequence grows with the square of its tokens.
@@ -118,8 +121,8 @@ def _kda_prepare(raw):
     )
 
 
-def _kda_step(arguments, state, implementation):
-    return jla.kda_step(**arguments, state=state, implementation=implementation)
+def _kda_step(arguments, state, implementation, **slots):
+    return jla.kda_step(**arguments, state=state, implementation=implementation, **slots)
 
 
 def _kda_state(key, sizes):
@@ -137,8 +140,9 @@ def _gsa_prepare(raw):
     return dict(q=raw["q"], k=raw["k"], v=raw["v"], s=-jnp.expm1(g).astype(bf16), g=g)
 
 
-def _gsa_step(arguments, state, implementation):
-    return jla.gsa_step(**arguments, state=state, scale=1.0, implementation=implementation)
+def _gsa_step(arguments, state, implementation, **slots):
+    options = dict(scale=1.0, implementation=implementation)
+    return jla.gsa_step(**arguments, state=state, **options, **slots)
 
 
 def _gsa_state(key, sizes):
@@ -173,10 +177,11 @@ def _log_linear(**arguments):
     return jla.log_linear_attention(**arguments)[0], None
 
 
-def _log_linear_step(arguments, state, implementation):
+def _log_linear_step(arguments, state, implementation, **slots):
     """Always at the same position, so that as many levels are in use; what a step leaves there of
     the sums of log decays is that of one token more."""
-    o, after = jla.log_linear_step(**arguments, state=state, implementation=implementation)
+    options = dict(implementation=implementation) | slots
+    o, after = jla.log_linear_step(**arguments, state=state, **options)
     return o, after._replace(position=state.position)
 
 
@@ -203,8 +208,8 @@ def _mesa_prepare(raw):
     return raw | dict(q=_l2norm(raw["q"]), k=_l2norm(raw["k"]))
 
 
-def _mesa_step(arguments, state, implementation):
-    return jla.mesa_step(**arguments, state=state, implementation=implementation)
+def _mesa_step(arguments, state, implementation, **slots):
+    return jla.mesa_step(**arguments, state=state, implementation=implementation, **slots)
 
 
 def _mesa_state(key, sizes):
@@ -241,16 +246,18 @@ def _path_raw(key, sizes, gates=False):
     return raw
 
 
-def _path_step(arguments, state, implementation):
+def _path_step(arguments, state, implementation, **slots):
     """The same place is written at every step, so that the cache stays as long as it is."""
     arguments = dict(g=None) | arguments
-    o, cache = jla.path_step(**arguments, cache=state, implementation=implementation)
-    return o, cache._replace(length=cache.length - 1)
+    options = dict(implementation=implementation) | slots
+    o, cache = jla.path_step(**arguments, cache=state, **options)
+    return o, cache._replace(length=state.length if slots else cache.length - 1)
 
 
 def _path_state(key, sizes, gates=False, key_dtype=f32):
-    """A lazy cache of S tokens; of 31 more, if all the keys of S would be settled."""
-    keys = jax.random.split(key)
+    """A lazy cache of S tokens; of 31 more, if all the keys of S would be settled. A pool is
+    not lazy."""
+    keys, is_pool = jax.random.split(key), "R" in sizes
     tokens = sizes["S"] if sizes["S"] % 64 else sizes["S"] + 31
     length, sizes = np.full(sizes["B"], tokens), dict(sizes) | dict(S=tokens // 64 * 64 + 64)
 
@@ -259,16 +266,20 @@ def _path_state(key, sizes, gates=False, key_dtype=f32):
 
     normal = cases.jax_normal(keys[0])
     cache = cases.path.cache(sizes, normal, bf16, length, decays if gates else None)
-    return jax.tree.map(jnp.asarray, cache).lazy(key_dtype)
+    cache = jax.tree.map(jnp.asarray, cache)
+    return cache if is_pool else cache.lazy(key_dtype)
 
 
 # The sweep has main's number of tokens; main and long belong to its curve.
 _ALL = ("forward", "backward", "bare_forward", "bare_backward", "errors")
 _TIMES = ("forward", "backward")
 _STEPS = ("step", "step16", "step16_bare")
+# The step's rows somewhere in a pool of eight times as many.
+_SLOTTED = ("step16", "step16_bare")
 _FULL = (
     Shape("main", "main", 8, 4096, measures=_ALL),
     Shape("step", "step", 128, 1, measures=_STEPS),
+    Shape("step slots", "step_slots", 128, 1, R=1024, measures=_SLOTTED),
     Shape("long 32768", "long", 1, 32768),
     Shape("long 131072", "long", 1, 131072),
     Shape("context", "context", 1, 131072),
@@ -279,6 +290,7 @@ _FULL = (
 _SMALL = (
     Shape("main", "main", 2, 64, 2, 16, measures=_ALL),
     Shape("step", "step", 2, 1, 2, 16, measures=_STEPS),
+    Shape("step slots", "step_slots", 2, 1, 2, 16, R=5, measures=_SLOTTED),
     Shape("long", "long", 1, 256, 2, 16),
     Shape("context", "context", 1, 32, 2, 16),
     Shape("ragged", "ragged", 2, 50, 2, 16, measures=(*_TIMES, "errors")),
@@ -314,13 +326,26 @@ _KEY_HEADS = (
 # Steps at another position.
 _AVERAGE = (Shape("step average", "step", 128, 1, S=_AVERAGE_POSITION, measures=_STEPS),)
 
-# Grouped query heads; steps from 8192 cached tokens, and the one in 64 that moves all keys on.
+
+def _with_cache(shapes, S, **more):
+    """Steps from S cached tokens; `more` by group."""
+
+    def changed(shape):
+        if shape.group not in ("step", "step_slots"):
+            return shape
+        return replace(shape, S=S, **more.get(shape.group, {}))
+
+    return tuple(map(changed, shapes))
+
+
+# Grouped query heads; steps from 8192 cached tokens, lazily, and the one in 64 that moves all keys
+# on; steps of a pool, whose 256 rows have 26 GB.
 _PATH = (
-    *(replace(shape, B=64, S=8192) if shape.group == "step" else shape for shape in _FULL),
+    *_with_cache(_FULL, 8192, step=dict(B=64), step_slots=dict(B=64, R=256)),
     Shape("step 64th", "step", 64, 1, S=8191, measures=("step",)),
     Shape("grouped", "grouped", 8, 4096, 8, HQ=32, measures=(*_TIMES, "errors")),
 )
-_PATH_SMALL = tuple(replace(shape, S=20) if shape.group == "step" else shape for shape in _SMALL)
+_PATH_SMALL = _with_cache(_SMALL, 20)
 
 MECHANISMS = {
     "kda": Mechanism(

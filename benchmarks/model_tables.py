@@ -1,5 +1,5 @@
-"""The tables of whole models in benchmarks/README, from what language_model.py, generation.py and
-the recall example wrote; and what all tables are made with."""
+"""The tables of whole models in benchmarks/README, from what language_model.py, generation.py,
+serving.py and the recall example wrote; and what all tables are made with."""
 
 import json
 import re
@@ -118,6 +118,47 @@ def generation(folder):
     return "\n".join([paragraph(about), "", *table(prompts, columns), "", drawn, "", *used])
 
 
+def serving(folder):
+    """What benchmarks.serving has found; empty without its file in this folder."""
+    rows, used = rows_of(folder / "serving.json")
+    rows = [row | latencies(row) for row in rows if "new_tokens_per_s" in row]
+    if not rows:
+        return ""
+    one = rows[0]
+    least, most = one["prompt_length"]
+    about = f"""
+        The same models behind examples/serve.py: {one["requests"]} requests, all there from the
+        start, with prompts of {least} to {most} tokens and {one["new_tokens"] // one["requests"]}
+        new tokens each, of which {one["slots"]} run at once. A prefill has room for {one["chunk"]}
+        tokens of {one["rows"]} prompts, packed or in rows, beside each decoding step. Times are
+        median / 99th percentile, as the host sees them; that to the first token counts from the
+        start, and is mostly the queue. Memory: parameters, the pool and temporaries."""
+    columns = {
+        "prompts": ("prefill", 1, "{}"),
+        "new tokens/s": ("new_tokens_per_s", 1, "{:,.0f}"),
+        "prompt tokens/s": ("prompt_tokens_per_s", 1, "{:,.0f}"),
+        "to first token, s": ("first_token", 1, "{}"),
+        "without the queue, s": ("reading", 1, "{}"),
+        "between tokens, ms": ("between_tokens", 1, "{}"),
+        "memory GiB": ("memory_gib", 1, "{:.1f}"),
+        "slot, MiB": ("slot_mib", 1, "{:.1f}"),
+    }
+    return "\n".join([paragraph(about), "", *table(rows, columns), "", *used])
+
+
+def latencies(row):
+    """The latencies of a row of `serving` as text, which a multiplication by 1 leaves as it is."""
+
+    def both(name, factor, form):
+        return " / ".join(form.format(row[name][of] * factor) for of in ("median", "p99"))
+
+    return dict(
+        first_token=both("first_token_s", 1, "{:.2f}"),
+        reading=both("reading_s", 1, "{:.2f}"),
+        between_tokens=both("between_tokens_s", 1e3, "{:.2f}"),
+    )
+
+
 def recall(folder):
     """What examples/recall.py has found on a GPU; empty without its file in this folder."""
     path = folder / "recall_full.json"
@@ -148,7 +189,8 @@ def recall(folder):
 def rows_of(path):
     """The rows of a file, and the lines that say where they come from; none without the file."""
     rows = json.loads(path.read_text())["results"] if path.exists() else []
-    metas = [row["meta"] for row in rows if {"step_ms", "prefill_ms"} & row.keys()]
+    measured = {"step_ms", "prefill_ms", "new_tokens_per_s"}
+    metas = [row["meta"] for row in rows if measured & row.keys()]
     return rows, list(sources({origin(path.name, meta) for meta in metas}))
 
 

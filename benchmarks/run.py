@@ -21,10 +21,12 @@ from benchmarks import context, fla
 from benchmarks.measure import attention, measure
 from benchmarks.mechanisms import MECHANISMS
 
-GROUPS = ("main", "step", "long", "ragged", "packed", "sweep", "slots", "grouped", "context")
+GROUPS = ("main", "step", "step_slots", "long", "ragged", "packed", "sweep", "slots", "grouped")
+GROUPS += ("context",)
 MEASURES = ("forward", "backward", "bare", "forced", "errors", "layer")
 IMPLEMENTATIONS = ("reference", "xla", "pallas", "triton")  # all of jla's
 FORCED = ("pallas", "triton")  # those that can be kept from stopping early
+WITH_SLOTS = 1.05  # the most that a step on a pool takes, in steps without
 COLUMNS = dict(ms="{:.4g}", spread="{:.1%}", per_token_of_main="{:.2f}", efficiency="{:.1%}")
 COLUMNS |= dict(memory_gib="{:.3f}", memory_peak_gib="{:.3f}", first_call_s="{:.1f}")
 
@@ -77,7 +79,7 @@ def run(argv, options):
 def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     what = f"measures ({', '.join(MEASURES)}) and groups of shapes ({', '.join(GROUPS)}), by "
-    what += "commas; all where none of a kind is named, but context"
+    what += "commas; all where none of a kind is named, but context and step_slots"
     parser.add_argument("--mechanism", default=",".join(MECHANISMS), help="names, by commas")
     parser.add_argument("--what", default="", help=what)
     parser.add_argument("--shapes", choices=("small", "full"), default="full")
@@ -107,6 +109,8 @@ def cases(options):
     def chosen(shape, what):
         if shape.group == "step":
             return "step" in groups or not options.what
+        if shape.group == "step_slots":
+            return "step_slots" in groups
         named = not measures or what in measures or what.split("_")[0] in measures
         if shape.group == "context":
             return named and "context" in groups
@@ -167,6 +171,9 @@ def compare(row, results):
         if same and other["shape"] == "main" and "ms" in other and "ms" in row:
             ratio = row["ms"] / (row["B"] * row["T"]) * (other["B"] * other["T"]) / other["ms"]
             row["per_token_of_main"] = ratio
+        is_step = other["shape"] == "step" and row.get("R") is not None
+        if same and is_step and "ms" in other and "ms" in row:
+            row["per_step"] = row["ms"] / other["ms"]
 
 
 def cells(row):
@@ -175,6 +182,9 @@ def cells(row):
     notes = [f"{name} {error:.1e}" for name, error in row.get("errors", {}).items()]
     notes += [f"{name} {count}" for name, count in row.get("collectives", {}).items()]
     notes += [f"{row['devices']} devices"] if "devices" in row else []
+    if "per_step" in row:
+        wanted = "met" if row["per_step"] <= WITH_SLOTS else "MISSED"
+        notes.append(f"{row['per_step']:.3f} of the step without slots <= {WITH_SLOTS} {wanted}")
     if "error" in row:
         notes.append(f"FAILED {' '.join(row['error'].split())[:300]}")
     for column, goal in row.get("targets", {}).items():

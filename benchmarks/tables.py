@@ -84,6 +84,7 @@ SECTIONS = {
         "times": lambda folder: times(newest(folder)),
         "language models": model_tables.language_models,
         "generation": model_tables.generation,
+        "serving": model_tables.serving,
         "recall": model_tables.recall,
     },
     "docs/triton.md": {

@@ -7,6 +7,7 @@ model   splits heads, and the inside of MLPs
 
 import argparse
 import dataclasses
+import functools
 import math
 
 import jax
@@ -69,8 +70,6 @@ def chosen_mesh(options):
                 f"--{option} {size} must be a multiple of the {parts} devices of {axis} in "
                 f"--mesh {shown(sizes)}"
             )
-    if options.mixer == "attention" and sizes.get("seq", 1) > 1:
-        raise InputError("--mixer attention cannot be split over time; use seq=1 in --mesh")
     return make_mesh(sizes, devices)
 
 
@@ -116,7 +115,8 @@ def joined(path):
 class Gather:
     """Makes whole the parameters that are split over "data": those at `axes`' paths.
 
-    Its transpose sums the devices' gradients, and leaves each device the part that it keeps.
+    Its transpose sums the devices' gradients, and leaves each device the part that it keeps. They
+    are summed in float32, whatever they are: 16 bits would round at every addition.
     """
 
     axes: tuple[tuple[str, int], ...]
@@ -135,9 +135,39 @@ class Gather:
 
         def whole(path, x):
             axis = axes.get(joined(path))
-            return x if axis is None else jax.lax.all_gather(x, "data", axis=axis, tiled=True)
+            return x if axis is None else gathered(x, axis)
 
         return jax.tree_util.tree_map_with_path(whole, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(x, axis):
+    return jax.lax.all_gather(x, "data", axis=axis, tiled=True)
+
+
+def _gathered_backward(axis, _, gradient):
+    part = jax.lax.psum_scatter(
+        gradient.astype(jnp.float32), "data", scatter_dimension=axis, tiled=True
+    )
+    return (part.astype(gradient.dtype),)
+
+
+gathered.defvjp(lambda x, axis: (gathered(x, axis), None), _gathered_backward)
+
+
+def own(params, axes):
+    """Parameters as each device's own along these manual axes, and its gradients as well.
+
+    The sum of the devices' gradients is the transpose. It is taken here, of the parameters as they
+    are kept, and not where they have been cast: of 16 bits it would be rounded at every addition,
+    and XLA's CPU aborts on it (JAX 0.11 and 0.12).
+    """
+
+    def vary(x):
+        missing = tuple(set(axes) - set(jax.typeof(x).manual_axis_type.varying))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, params)
 
 
 class Spread:
@@ -162,7 +192,8 @@ class Spread:
         else:
             # Parameters first: these are named, not their moments, if they do not fit.
             self.shardings = {x: shardings_of(state[x], mesh) for x in ("params", "moments")}
-        manual = ("data", "seq")
+        # XLA's partitioner refuses sums over manual axes that have one device (JAX 0.12).
+        manual = tuple(name for name in ("data", "seq") if mesh.shape[name] > 1)
         specs = jax.tree.map(
             lambda x: PartitionSpec(*(name if name in manual else None for name in x.spec)),
             self.shardings["params"],
@@ -170,18 +201,21 @@ class Spread:
         blocks = {"params": specs["blocks"]}
         model = model.clone(gather=Gather.of(blocks, behind=1))
         others = Gather.of({name: specs[name] for name in specs if name != "blocks"})
-        tokens = PartitionSpec(*manual)
+        tokens = PartitionSpec(*(x if x in manual else None for x in ("data", "seq")))
 
         def of_device(params, inputs, targets):
+            params = own(params, manual)
             return nats(model, others(params), inputs, targets)
 
-        self.nats = jax.shard_map(
-            of_device,
-            mesh=mesh,
-            in_specs=(specs, tokens, tokens),
-            out_specs=tokens,
-            axis_names=set(manual),
-        )
+        self.nats = of_device
+        if manual:
+            self.nats = jax.shard_map(
+                of_device,
+                mesh=mesh,
+                in_specs=(specs, tokens, tokens),
+                out_specs=tokens,
+                axis_names=set(manual),
+            )
 
         def step(state, inputs, targets):
             return advance(state, lambda p: self.nats(p, inputs, targets).mean(), optimizer)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jla._core import checking, movement, sequence
+from jla._core import checking, movement, packed, sequence
 from jla._core.parts import kda_operands, mamba2_operands
 from jla._core.segments import segment_index
 from jla._core.states import LazyLogLinearState, LogLinearState, with_rank
@@ -31,6 +31,7 @@ from jla._core.types import (
     Queries,
     RawGates,
     SegmentIds,
+    Slots,
     Strengths,
     Values,
 )
@@ -107,11 +108,12 @@ def kda_step_from_projection(
     *,
     lower_bound: float | None = None,
     real: Array | None = None,
+    slots: Slots | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, KDAState]:
     """One token of `kda_from_projection`; arrays without the axis of time, `real` is [B]."""
     g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
-    return kda_step(q, k, v, g, beta, state, implementation=implementation)
+    return kda_step(q, k, v, g, beta, state, slots=slots, implementation=implementation)
 
 
 def log_linear_mamba2(
@@ -173,11 +175,13 @@ def log_linear_mamba2_step[State: (LogLinearState, LazyLogLinearState)](
     skip: Array,
     state: State,
     *,
+    slots: Slots | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, State]:
     """One token of `log_linear_mamba2`; arrays without the axis of time."""
     v, level_scales, skipped = mamba2_operands(u, logits, dt, skip)
-    o, state = log_linear_step(q, k, v, g, level_scales, state, implementation=implementation)
+    options: dict[str, Any] = dict(slots=slots, implementation=implementation)
+    o, state = log_linear_step(q, k, v, g, level_scales, state, **options)
     return (o.astype(f32) + skipped).astype(u.dtype), state
 
 
@@ -334,6 +338,43 @@ def short_convolution(
     arrays = x, taps, bias, past, segments
     run = choose("short_convolution", implementation, *arrays)
     return run(*arrays, **options)
+
+
+def short_convolution_of_segments(
+    x: Array,
+    taps: Array,
+    bias: Array | None,
+    past: Array,
+    segment_ids: SegmentIds,
+    *,
+    normalize: bool = False,
+    silu_twice: bool = False,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`short_convolution` of segments that continue, each from its own past.
+
+    The tokens are moved behind their segment's past; no window then reaches over a border, and all
+    is one convolution without segments.
+
+    Args:
+      past: [B, N, W - 1, H, D].
+      segment_ids: -1 to N - 1, as the mechanisms' are where states have an axis of segments.
+
+    Returns:
+      The outputs, zeros at tokens of no segment, and each segment's last W - 1 inputs.
+    """
+    (B, N, W1), token = past.shape[:3], x.shape[2:]
+    where = packed.extended(segment_ids, N, W1)
+    past = past.reshape(B, N * W1, *token)
+    inputs = packed.pick(jnp.concatenate([x, past], axis=1), where.source)
+    y = short_convolution(
+        inputs, taps, bias,
+        normalize=normalize, silu_twice=silu_twice, implementation=implementation,
+    )  # fmt: skip
+    last = packed.pick(inputs, where.last, unique=False)
+    absent = where.last >= inputs.shape[1]
+    last = jnp.where(absent[..., None, None], past, last)
+    return packed.pick(y, where.place), last.reshape(B, N, W1, *token)
 
 
 def _convolution_from(

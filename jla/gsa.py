@@ -4,7 +4,7 @@ import functools
 
 import jax.numpy as jnp
 
-from jla._core import axes, checking, checks, movement, sequence
+from jla._core import axes, checking, checks, movement, pools, sequence
 from jla._core.states import GSAState
 from jla._core.types import (
     Implementation,
@@ -14,6 +14,7 @@ from jla._core.types import (
     Queries,
     SegmentIds,
     Sizes,
+    Slots,
     SlotWrites,
     Values,
 )
@@ -84,8 +85,12 @@ def gsa(
       scale: factor of the slots' logits, a Python number; `K**-0.5` if None.
       initial_state: the state before the first token, `GSAState(hk, hv)`, [B, H, K, M] and
         [B, H, M, V], float32; zeros if None. With `segment_ids` it belongs to each row's first
-        segment.
+        segment. With an axis of segments after the batch, [B, N, ...], segment n starts from its
+        row's state n.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
+        With an axis of segments in the state they are 0 to N - 1, each in one place of its row, or
+        -1 for padding: no state is read or written there, and the output is zero. Others raise
+        outside of jit, and inside count as -1; an id in two places has no meaning inside jit.
       axis_name: inside `jax.shard_map`, the manual axis of the mesh that T is split over: each
         device has the next T / P tokens. `initial_state` and the state returned are the same on all
         of them. None: T is whole. `jla.sharded` takes whole arrays.
@@ -96,7 +101,8 @@ def gsa(
 
     Returns:
       The outputs, [B, T, HQ, V], of v's dtype, and the `GSAState` after the last token (with
-      `segment_ids`, of each row's last segment).
+      `segment_ids`, of each row's last segment). With an axis of segments, [B, N, ...]: what each
+      segment left, or what it was given where a row has no such one.
 
     Raises:
       TypeError: an argument is no array or has a dtype that is not listed here, or `initial_state`
@@ -113,11 +119,12 @@ def gsa(
             )
         checks.check_state("initial_state", initial_state, GSAState)
     optional = checks.given(g=g, initial_state=initial_state, segment_ids=segment_ids)
-    sizes = checks.check_axes(AXES, q=q, k=k, v=v, s=s, **optional)
+    table = checks.axes_of_run(AXES, initial_state, segment_ids, axis_name)
+    sizes = checks.check_axes(table, q=q, k=k, v=v, s=s, **optional)
     if initial_state is not None:
         checks.check_state_dtypes("initial_state", initial_state)
     if segment_ids is not None:
-        checks.check_segment_ids(segment_ids)
+        checks.check_segment_ids(segment_ids, sizes)
     if axis_name is not None:
         sequence.devices_of(axis_name)
     scale = _check_common(q, k, v, s, g, sizes, scale)
@@ -142,6 +149,7 @@ def gsa_step(
     state: GSAState,
     *,
     scale: float | None = None,
+    slots: Slots | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, GSAState]:
     """One token of `jla.gsa`, for decoding: `T` steps are one run over `T` tokens.
@@ -161,13 +169,18 @@ def gsa_step(
       state: `GSAState(hk, hv)`, [B, H, K, M] and [B, H, M, V], float32: what `gsa` or the last step
         returned. Donate it to jit, and it is updated in place.
       scale: as in `gsa`.
+      slots: None, or int32 [B]: `state` is then a pool of R rows, [R, H, K, M] and [R, H, M, V],
+        and row i goes on from the state in row `slots[i]` and writes there. -1 is a row without a
+        sequence: its output is zero, and nothing is written. All else of the pool stays as it is;
+        see docs/pools.md.
       implementation: as in `gsa`.
 
     Returns:
-      The output, [B, HQ, V], of v's dtype, and the new `GSAState`.
+      The output, [B, HQ, V], of v's dtype, and the new `GSAState`; with slots the whole pool.
 
     Raises:
-      TypeError, ValueError, NotImplementedError: as `gsa`.
+      TypeError, ValueError, NotImplementedError: as `gsa`. ValueError: slots that are known and
+        equal, or outside -1 to R - 1.
     """
     if g is None:  # pyright: ignore[reportUnnecessaryComparison]
         raise TypeError(
@@ -175,12 +188,13 @@ def gsa_step(
             "is not in the state"
         )
     checks.check_state("state", state, GSAState)
-    sizes = checks.check_axes(_AXES_OF_STEP, q=q, k=k, v=v, s=s, g=g, state=state)
+    sizes = pools.check_axes(_AXES_OF_STEP, slots, q=q, k=k, v=v, s=s, g=g, state=state)
     checks.check_state_dtypes("state", state)
     scale = _check_common(q, k, v, s, g, sizes, scale)
-    checking.values("jla.gsa_step", q=q, k=k, v=v, s=s, g=g, state=state)
-    run = choose("gsa_step", implementation, q, k, v, s, g)
-    return run(q, k, v, s, g, state, scale=scale)
+    checking.values("jla.gsa_step", q=q, k=k, v=v, s=s, g=g, state=state, slots=slots)
+    on_pool = checks.given(slots=slots)
+    run = choose("gsa_step", implementation, q, k, v, s, g, **on_pool)
+    return run(q, k, v, s, g, state, scale=scale, **on_pool)
 
 
 def _check_common(

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jla._core import axes, checking, checks, movement, sequence
+from jla._core import axes, checking, checks, movement, pools, sequence
 from jla._core.parts import kda_decays
 from jla._core.types import (
     Array,
@@ -21,6 +21,7 @@ from jla._core.types import (
     RawGates,
     SegmentIds,
     Sizes,
+    Slots,
     Strengths,
     Values,
 )
@@ -79,8 +80,12 @@ def kda(
       beta: write strengths, [B, T, HV], float32 or q's dtype; used in float32.
       scale: factor of the output, a Python number; `K**-0.5` if None.
       initial_state: the state before the first token, [B, HV, K, V], float32; zeros if None. With
-        `segment_ids` it belongs to each row's first segment.
+        `segment_ids` it belongs to each row's first segment. With an axis of segments,
+        [B, N, HV, K, V], segment n starts from its row's state n.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
+        With an axis of segments in the state they are 0 to N - 1, each in one place of its row, or
+        -1 for padding: no state is read or written there, and the output is zero. Others raise
+        outside of jit, and inside count as -1; an id in two places has no meaning inside jit.
       axis_name: inside `jax.shard_map`, the manual axis of the mesh that T is split over: each
         device has the next T / P tokens. `initial_state` and the state returned are the same on all
         of them. None: T is whole. `jla.sharded` takes whole arrays.
@@ -91,7 +96,8 @@ def kda(
 
     Returns:
       The outputs, [B, T, HV, V], of v's dtype, and the state after the last token, [B, HV, K, V],
-      float32 (with `segment_ids`, of each row's last segment).
+      float32 (with `segment_ids`, of each row's last segment). With an axis of segments,
+      [B, N, HV, K, V]: what each segment left, or what it was given where a row has no such one.
 
     Raises:
       TypeError: an argument is no array or has a dtype that is not listed here.
@@ -100,11 +106,12 @@ def kda(
       NotImplementedError: the named implementation cannot do this; the message says what can.
     """
     optional = checks.given(initial_state=initial_state, segment_ids=segment_ids)
-    sizes = checks.check_axes(AXES, q=q, k=k, v=v, g=g, beta=beta, **optional)
+    table = checks.axes_of_run(AXES, initial_state, segment_ids, axis_name)
+    sizes = checks.check_axes(table, q=q, k=k, v=v, g=g, beta=beta, **optional)
     if initial_state is not None:
         checks.check_dtype("initial_state", initial_state, [f32])
     if segment_ids is not None:
-        checks.check_segment_ids(segment_ids)
+        checks.check_segment_ids(segment_ids, sizes)
     if axis_name is not None:
         sequence.devices_of(axis_name)
     scale = _check_common(q, k, v, g, beta, sizes, scale)
@@ -127,6 +134,7 @@ def kda_step(
     state: KDAState | NumpyArray,
     *,
     scale: float | None = None,
+    slots: Slots | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, KDAState]:
     """One token of `jla.kda`, for decoding: `T` steps are one run over `T` tokens.
@@ -146,20 +154,26 @@ def kda_step(
       state: [B, HV, K, V], float32: what `kda` or the last step returned. Donate it to jit, and it
         is updated in place.
       scale: as in `kda`.
+      slots: None, or int32 [B]: `state` is then a pool of R rows, [R, HV, K, V], and row i goes on
+        from `state[slots[i]]` and writes there. -1 is a row without a sequence: its output is zero,
+        and nothing is written. All else of the pool stays as it is; see docs/pools.md.
       implementation: as in `kda`.
 
     Returns:
-      The output, [B, HV, V], of v's dtype, and the new state, [B, HV, K, V], float32.
+      The output, [B, HV, V], of v's dtype, and the new state, [B, HV, K, V], float32; with
+      slots the whole pool.
 
     Raises:
-      TypeError, ValueError, NotImplementedError: as `kda`.
+      TypeError, ValueError, NotImplementedError: as `kda`. ValueError: slots that are known and
+        equal, or outside -1 to R - 1.
     """
-    sizes = checks.check_axes(_AXES_OF_STEP, q=q, k=k, v=v, g=g, beta=beta, state=state)
+    sizes = pools.check_axes(_AXES_OF_STEP, slots, q=q, k=k, v=v, g=g, beta=beta, state=state)
     checks.check_dtype("state", state, [f32])
     scale = _check_common(q, k, v, g, beta, sizes, scale)
-    _check_values("jla.kda_step", q, k, v, g, beta, state=state)
-    run = choose("kda_step", implementation, q, k, v, g, beta)
-    return run(q, k, v, g, beta, state, scale=scale)
+    _check_values("jla.kda_step", q, k, v, g, beta, state=state, slots=slots)
+    on_pool = checks.given(slots=slots)
+    run = choose("kda_step", implementation, q, k, v, g, beta, **on_pool)
+    return run(q, k, v, g, beta, state, scale=scale, **on_pool)
 
 
 def _check_common(

@@ -1,9 +1,12 @@
 """Log-linear attention (arXiv 2506.04761)."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import axes, checking, checks, movement, sequence
+from jla._core import axes, checking, checks, movement, pools, sequence
 from jla._core.lengths import is_symbolic_dim
 from jla._core.states import LazyLogLinearState, LogLinearState
 from jla._core.types import (
@@ -11,10 +14,12 @@ from jla._core.types import (
     Keys,
     LevelScales,
     LogDecays,
+    NumpyArray,
     Outputs,
     Queries,
     SegmentIds,
     Sizes,
+    Slots,
     Values,
 )
 from jla._dispatch import choose
@@ -83,8 +88,12 @@ def log_linear_attention(
       initial_state: the state before the first token, `LogLinearState(levels, position)`,
         [B, H, L, K, V], float32, and [B], int32; or a `LazyLogLinearState`, which steps left;
         empty, at position 0, if None. With `segment_ids` it belongs to each row's first segment.
-        Every later segment begins at position 0.
+        Every later segment begins at position 0. With an axis of segments after the batch,
+        [B, N, ...] and positions [B, N], segment n starts from its row's state n.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
+        With an axis of segments in the state they are 0 to N - 1, each in one place of its row, or
+        -1 for padding: no state is read or written there, and the output is zero. Others raise
+        outside of jit, and inside count as -1; an id in two places has no meaning inside jit.
       axis_name: inside `jax.shard_map`, the manual axis of the mesh that T is split over: each
         device has the next T / P tokens. `initial_state` and the state returned are the same on all
         of them. None: T is whole. `jla.sharded` takes whole arrays.
@@ -97,7 +106,8 @@ def log_linear_attention(
       The outputs, [B, T, H, V], of v's dtype, and the `LogLinearState` after the last token (with
       `segment_ids`, of each row's last segment). L levels hold no state of `2**(L-1)` tokens: after
       a run of so many its levels are zeros, and its position says that every further output is NaN.
-      After more tokens its levels are NaN, too, row by row.
+      After more tokens its levels are NaN, too, row by row. With an axis of segments, [B, N, ...]:
+      what each segment left, or what it was given where a row has no such one.
 
     Raises:
       TypeError: an argument is no array or has a dtype that is not listed here, or `initial_state`
@@ -111,11 +121,10 @@ def log_linear_attention(
     if initial_state is not None:
         _check_kind("initial_state", initial_state)
     optional = checks.given(initial_state=initial_state, segment_ids=segment_ids)
-    sizes = checks.check_axes(
-        _AXES_OF_BOTH, q=q, k=k, v=v, g=g, level_scales=level_scales, **optional
-    )
+    table = checks.axes_of_run(_AXES_OF_BOTH, initial_state, segment_ids, axis_name)
+    sizes = checks.check_axes(table, q=q, k=k, v=v, g=g, level_scales=level_scales, **optional)
     if segment_ids is not None:
-        checks.check_segment_ids(segment_ids)
+        checks.check_segment_ids(segment_ids, sizes)
     _check_common(q, k, v, g, level_scales, sizes)
     L, devices = sizes["L"], 1 if axis_name is None else sequence.devices_of(axis_name)
     T = devices * sizes["T"]
@@ -128,6 +137,9 @@ def log_linear_attention(
     if initial_state is not None:
         fits_alone = segment_ids is not None or is_symbolic_dim(T)
         tokens = 1 if fits_alone else devices * sizes["T"]
+        if "N" in sizes and checks.known(segment_ids):
+            mine = np.asarray(segment_ids)[..., None] == np.arange(sizes["N"])
+            tokens = mine.sum(axis=1)
         _check_state("initial_state", initial_state, L, tokens)
     checking.values(
         "jla.log_linear_attention",
@@ -139,7 +151,8 @@ def log_linear_attention(
         initial_state=initial_state,
     )
     if isinstance(initial_state, LazyLogLinearState):
-        initial_state = initial_state.settled()
+        settled = LazyLogLinearState.settled
+        initial_state = (jax.vmap(settled) if "N" in sizes else settled)(initial_state)
     run = choose("log_linear_attention", implementation, q, k, v, g, level_scales)
     if axis_name is None:
         return run(q, k, v, g, level_scales, initial_state, segment_ids)
@@ -159,6 +172,7 @@ def log_linear_step[State: (LogLinearState, LazyLogLinearState)](
     level_scales: LevelScales,
     state: State,
     *,
+    slots: Slots | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, State]:
     """One token of `jla.log_linear_attention`, for decoding: `T` steps are one run.
@@ -182,26 +196,30 @@ def log_linear_step[State: (LogLinearState, LazyLogLinearState)](
         `log_linear_attention` or the last step returned; or `LazyLogLinearState(levels, position,
         log_decays)`, the last [B, H, L], float32: what `.lazy()` of it is, or the last step
         returned. Donate it to jit, and it is updated in place.
+      slots: None, or int32 [B]: `state` is then a pool of R rows, [R, H, L, K, V] and so on, and
+        row i goes on from the state in row `slots[i]` and writes there. -1 is a row without a
+        sequence: its output is zero, and nothing is written. All else of the pool stays as it is;
+        see docs/pools.md.
       implementation: as in `log_linear_attention`.
 
     Returns:
-      The output, [B, H, V], of v's dtype, and the new state, of the kind given.
+      The output, [B, H, V], of v's dtype, and the new state, of the kind given; with slots the
+      whole pool.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `log_linear_attention`. Rows whose position L
-        levels do not serve raise, or are NaN where the position is traced.
+        levels do not serve raise, or are NaN where the position is traced. ValueError: slots that
+        are known and equal, or outside -1 to R - 1.
     """
     _check_kind("state", state)
-    sizes = checks.check_axes(
-        _AXES_OF_STEP, q=q, k=k, v=v, g=g, level_scales=level_scales, state=state
-    )
+    given: dict[str, Any] = dict(q=q, k=k, v=v, g=g, level_scales=level_scales, state=state)
+    sizes = pools.check_axes(_AXES_OF_STEP, slots, **given)
     _check_common(q, k, v, g, level_scales, sizes)
-    _check_state("state", state, sizes["L"], 1)
-    checking.values(
-        "jla.log_linear_step", q=q, k=k, v=v, g=g, level_scales=level_scales, state=state
-    )
-    run = choose("log_linear_step", implementation, q, k, v, g, level_scales)
-    return run(q, k, v, g, level_scales, state)
+    _check_state("state", state, sizes["L"], 1, slots)
+    checking.values("jla.log_linear_step", **given, slots=slots)
+    on_pool = checks.given(slots=slots)
+    run = choose("log_linear_step", implementation, q, k, v, g, level_scales, **on_pool)
+    return run(q, k, v, g, level_scales, state, **on_pool)
 
 
 def _check_common(
@@ -226,8 +244,15 @@ def _check_kind(name: str, state: object) -> None:
         checks.check_state(name, state, LogLinearState)
 
 
-def _check_state(name: str, state: LogLinearState | LazyLogLinearState, L: int, T: int) -> None:
-    """Checks a state's dtypes, and, where its positions are known, that T tokens more fit."""
+def _check_state(
+    name: str,
+    state: LogLinearState | LazyLogLinearState,
+    L: int,
+    T: int | NumpyArray,
+    slots: Slots | None = None,
+) -> None:
+    """Checks a state's dtypes, and, where its positions are known, that T tokens more fit, if there
+    are any; T is an integer or an array like the position."""
     if isinstance(state, LazyLogLinearState):
         checks.check_dtype(f"{name}.log_decays", state.log_decays, [f32])
     checks.check_dtype(f"{name}.levels", state.levels, [f32])
@@ -235,10 +260,13 @@ def _check_state(name: str, state: LogLinearState | LazyLogLinearState, L: int, 
     position = state.position
     if not checks.known(position):
         return
-    position = np.asarray(position)
+    position = pools.row_values(position, slots)
+    if not position.size:
+        return
+    position = np.where(np.asarray(T) > 0, position.astype(np.int64), 0)
     if position.min() < 0:
         raise ValueError(f"{name}.position must not be negative, got {position.min()}")
-    last = int(position.max()) + T - 1
+    last = int((position + T).max()) - 1
     if last >> (L - 1):
         raise ValueError(
             f"{name}.position is {position.max()}, so that the tokens reach position {last}, but "

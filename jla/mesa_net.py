@@ -1,12 +1,13 @@
 """MesaNet (arXiv 2506.05233)."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import axes, checking, checks, movement, sequence
+from jla._core import axes, checking, checks, movement, pools, sequence
 from jla._core.states import MesaState
 from jla._core.types import (
     Implementation,
@@ -17,6 +18,7 @@ from jla._core.types import (
     Ridge,
     SegmentIds,
     Sizes,
+    Slots,
     Strengths,
     Values,
     jitted,
@@ -101,8 +103,12 @@ def mesa_net(
         "reference" ignores it.
       initial_state: the state before the first token, `MesaState(kk, kv)`, [B, H, K, K] and
         [B, H, K, V], float32; zeros if None. With `segment_ids` it belongs to each row's first
-        segment.
+        segment. With an axis of segments after the batch, [B, N, ...], segment n starts from its
+        row's state n.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
+        With an axis of segments in the state they are 0 to N - 1, each in one place of its row, or
+        -1 for padding: no state is read or written there, and the output is zero. Others raise
+        outside of jit, and inside count as -1; an id in two places has no meaning inside jit.
       axis_name: inside `jax.shard_map`, the manual axis of the mesh that T is split over: each
         device has the next T / P tokens. `initial_state` and the state returned are the same on all
         of them. None: T is whole. `jla.sharded` takes whole arrays.
@@ -113,7 +119,8 @@ def mesa_net(
 
     Returns:
       The outputs, [B, T, H, V], of v's dtype, and the `MesaState` after the last token (with
-      `segment_ids`, of each row's last segment).
+      `segment_ids`, of each row's last segment). With an axis of segments, [B, N, ...]: what each
+      segment left, or what it was given where a row has no such one.
 
     Raises:
       TypeError: an argument is no array or has a dtype that is not listed here, `initial_state` is
@@ -125,11 +132,12 @@ def mesa_net(
     if initial_state is not None:
         checks.check_state("initial_state", initial_state, MesaState)
     optional = checks.given(initial_state=initial_state, segment_ids=segment_ids)
-    sizes = checks.check_axes(AXES, q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, **optional)
+    table = checks.axes_of_run(AXES, initial_state, segment_ids, axis_name)
+    sizes = checks.check_axes(table, q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, **optional)
     if initial_state is not None:
         checks.check_state_dtypes("initial_state", initial_state)
     if segment_ids is not None:
-        checks.check_segment_ids(segment_ids)
+        checks.check_segment_ids(segment_ids, sizes)
     if axis_name is not None:
         sequence.devices_of(axis_name)
     cg_steps = _check_common(q, k, v, g, beta, lamb, sizes, cg_steps)
@@ -156,6 +164,7 @@ def mesa_step(
     state: MesaState,
     *,
     cg_steps: int = 30,
+    slots: Slots | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, MesaState]:
     """One token of `jla.mesa_net`, for decoding: `T` steps are one run over `T` tokens.
@@ -176,22 +185,29 @@ def mesa_step(
       state: `MesaState(kk, kv)`, [B, H, K, K] and [B, H, K, V], float32: what `mesa_net` or the
         last step returned. Donate it to jit, and it is updated in place.
       cg_steps: as in `mesa_net`; it need not be the same.
+      slots: None, or int32 [B]: `state` is then a pool of R rows, [R, H, K, K] and [R, H, K, V],
+        and row i goes on from the state in row `slots[i]` and writes there. -1 is a row without a
+        sequence: its output is zero, and nothing is written. All else of the pool stays as it is;
+        see docs/pools.md.
       implementation: as in `mesa_net`.
 
     Returns:
-      The output, [B, H, V], of v's dtype, and the new `MesaState`.
+      The output, [B, H, V], of v's dtype, and the new `MesaState`; with slots the whole pool.
 
     Raises:
-      TypeError, ValueError, NotImplementedError: as `mesa_net`.
+      TypeError, ValueError, NotImplementedError: as `mesa_net`. ValueError: slots that are known
+        and equal, or outside -1 to R - 1.
     """
     checks.check_state("state", state, MesaState)
-    sizes = checks.check_axes(_AXES_OF_STEP, q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, state=state)
+    given: dict[str, Any] = dict(q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, state=state)
+    sizes = pools.check_axes(_AXES_OF_STEP, slots, **given)
     checks.check_state_dtypes("state", state)
     cg_steps = _check_common(q, k, v, g, beta, lamb, sizes, cg_steps)
-    checking.values("jla.mesa_step", q=q, k=k, v=v, g=g, beta=beta, lamb=lamb, state=state)
-    run = choose("mesa_step", implementation, q, k, v, g, beta, lamb)
+    checking.values("jla.mesa_step", **given, slots=slots)
+    on_pool = checks.given(slots=slots)
+    run = choose("mesa_step", implementation, q, k, v, g, beta, lamb, **on_pool)
     lamb = _nan_unless_positive(lamb)
-    return run(q, k, v, g, beta, lamb, state, cg_steps=cg_steps)
+    return run(q, k, v, g, beta, lamb, state, cg_steps=cg_steps, **on_pool)
 
 
 def _check_common(

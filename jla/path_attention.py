@@ -6,7 +6,7 @@ from typing import overload
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import axes, checking, checks, path_ring, sequence
+from jla._core import axes, checking, checks, path_ring, pools, sequence
 from jla._core.cache import RECENT, LazyPathCache, PathCache
 from jla._core.types import (
     Array,
@@ -18,6 +18,7 @@ from jla._core.types import (
     Queries,
     SegmentIds,
     Sizes,
+    Slots,
     Strengths,
     Values,
 )
@@ -173,6 +174,7 @@ def path_step[Cache: (PathCache, LazyPathCache)](
     cache: Cache,
     *,
     scale: float | None = None,
+    slots: Slots | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Outputs, Cache]:
     """One token of `jla.path_attention`, for decoding: `T` steps are one run over `T` tokens.
@@ -197,17 +199,23 @@ def path_step[Cache: (PathCache, LazyPathCache)](
         Or a `LazyPathCache`: what `.lazy()` of it is, or the last step returned. Donate it to jit,
         and it is updated in place. A full one is treated as in `path_attention`.
       scale: as in `path_attention`.
+      slots: None, or int32 [B]: `cache` is then a pool of R rows, [R, S, H, K] and so on, and row i
+        goes on from the cache in row `slots[i]` and writes there. -1 is a row without a sequence:
+        its output is zero, and nothing is written. All else of the pool stays as it is; see
+        docs/pools.md. A `LazyPathCache` is no pool.
       implementation: as in `path_attention`.
 
     Returns:
-      The output, [B, HQ, V], of v's dtype, and the new cache, of the kind given.
+      The output, [B, HQ, V], of v's dtype, and the new cache, of the kind given; with slots the
+      whole pool.
 
     Raises:
-      TypeError, ValueError, NotImplementedError: as `path_attention`.
+      TypeError, ValueError, NotImplementedError: as `path_attention`. ValueError: slots that are
+        known and equal, or outside -1 to R - 1.
     """
-    factor = _check_step(q, k, v, w, beta, g, cache, scale)
-    check_room(cache, 1)
-    return step(q, k, v, w, beta, g, cache, factor, implementation)
+    factor = _check_step(q, k, v, w, beta, g, cache, scale, slots)
+    check_room(cache, 1, slots=slots)
+    return step(q, k, v, w, beta, g, cache, factor, implementation, slots)
 
 
 def run(
@@ -248,11 +256,19 @@ def step[Cache: (PathCache, LazyPathCache)](
     cache: Cache,
     scale: float,
     implementation: Implementation | None,
+    slots: Slots | None = None,
 ) -> tuple[Outputs, Cache]:
     """`path_step` on arguments that were checked, with room or not."""
-    _check_values("jla.path_step", q, k, v, w, beta, g, cache)
-    chosen = choose("path_step", implementation, q, k, v, w, beta, g, cache)
-    return chosen(q, k, v, w, beta, g, cache, scale=scale)
+    if slots is not None and isinstance(cache, LazyPathCache):
+        raise NotImplementedError(
+            "slots must be None with a LazyPathCache, got an array: a pool's rows are those of a "
+            "PathCache; make the pool without .lazy() (the layer without lazy_keys), or call with "
+            "the whole cache"
+        )
+    _check_values("jla.path_step", q, k, v, w, beta, g, cache, slots)
+    on_pool = checks.given(slots=slots)
+    chosen = choose("path_step", implementation, q, k, v, w, beta, g, cache, **on_pool)
+    return chosen(q, k, v, w, beta, g, cache, scale=scale, **on_pool)
 
 
 def _check_values(
@@ -264,9 +280,10 @@ def _check_values(
     beta: Strengths,
     g: LogDecays | None,
     cache: PathCache | LazyPathCache | None,
+    slots: Slots | None = None,
 ) -> None:
     arguments = dict(q=q, k=k, v=v, w=w, beta=beta, g=g, cache=cache)
-    checking.values(name, unit="w", most_beta=2, **arguments)
+    checking.values(name, unit="w", most_beta=2, slots=slots, **arguments)
 
 
 def check_room(
@@ -274,6 +291,7 @@ def check_room(
     tokens: int | Array,
     segment_ids: SegmentIds | None = None,
     *,
+    slots: Slots | None = None,
     set_by: str = "the capacity of PathCache.empty",
 ) -> None:
     """Raises ValueError if the cache is known to be too small.
@@ -281,13 +299,17 @@ def check_room(
     Args:
       cache: a `PathCache`.
       tokens: how many each row will get, an integer or int32 [B].
+      slots: of rows of a pool, or None. Those without a sequence need no room.
       segment_ids: integers [B, T], of these tokens first of all, or None.
       set_by: what the caller sets the room by, for the message.
     """
-    known = [cache.length, tokens] + ([] if segment_ids is None else [segment_ids])
+    known = [cache.length, tokens, *checks.given(segment_ids=segment_ids, slots=slots).values()]
     if not all(map(checks.known, known)):
         return
     length, tokens = np.asarray(cache.length, np.int64), np.asarray(tokens)
+    if slots is not None:
+        rows = np.asarray(slots)
+        length = np.where(rows < 0, -tokens, length[rows])
     needed = length + tokens
     if segment_ids is not None:
         # How far each row's segments reach, the first of them from the cached tokens on.
@@ -322,6 +344,12 @@ def _check_run(
     optional = checks.given(g=g)
     if cache is not None:
         optional |= _cache_fields(cache, g)
+        if jnp.ndim(cache.length) == 2:
+            raise NotImplementedError(
+                f"cache has an axis of segments (length of shape {jnp.shape(cache.length)}), which "
+                "is not supported: give each segment a row and a cache of its own, [B, S, ...], "
+                "without segment_ids"
+            )
     optional |= checks.given(segment_ids=segment_ids)
     sizes = checks.check_axes(_AXES_WITH_LAZY, q=q, k=k, v=v, w=w, beta=beta, **optional)
     if segment_ids is not None:
@@ -348,10 +376,11 @@ def _check_step(
     g: LogDecays | None,
     cache: PathCache | LazyPathCache,
     scale: float | None,
+    slots: Slots | None,
 ) -> float:
     """Checks the arguments of a step; returns the scale."""
     optional = checks.given(g=g) | _cache_fields(cache, g)
-    sizes = checks.check_axes(_AXES_OF_STEP, q=q, k=k, v=v, w=w, beta=beta, **optional)
+    sizes = pools.check_axes(_AXES_OF_STEP, slots, q=q, k=k, v=v, w=w, beta=beta, **optional)
     return _check_common(q, k, v, w, beta, g, cache, sizes, scale)
 
 

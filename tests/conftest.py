@@ -1,17 +1,22 @@
 """Settings of the whole suite; they must be made before JAX starts a backend."""
 
+import functools
 import gc
 import importlib.util
 import os
 import pathlib
 import re
+import sys
 
 import blas  # noqa: F401, first of all
 import hardware
 import interpreter
 import jax
+import layouts
 import pytest
 import triton_interpreter
+from evaluator import evaluated
+from jax._src.core import trace_state_clean
 
 from jla import _dispatch
 from jla._core.checks import IMPLEMENTATIONS
@@ -28,10 +33,12 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune
 # Kernels that only the interpreter runs right are wrong.
 hardware.check_more()
 interpreter.mend()
+layouts.hasten()
 # Traces are many small objects that live long, and Python would look through all of them for
-# garbage after every 700 new ones: an eighth of the time of what is only traced.
+# garbage after every 700 new ones: an eighth of the time of what is only traced. After 50,000 it
+# would still be a fortieth.
 gc.freeze()
-gc.set_threshold(50_000, 20, 20)
+gc.set_threshold(1_000_000, 10, 10)
 if triton_interpreter.INTERPRETED:
     triton_interpreter.repair()
     triton_interpreter.hasten()
@@ -190,3 +197,30 @@ def only_kernels_of(monkeypatch):
         monkeypatch.setattr(_dispatch, "_why_not", patched)
 
     return only
+
+
+@pytest.fixture(scope="session")
+def begun_by_numpy():
+    """What the examples have before the first step: XLA compiles it for as long as the step.
+
+    It is put on a device, as is what a checkpoint had: the step is compiled once for both.
+    """
+    functions = dict(train_lm="initialise", recall="initialise")
+    functions["benchmarks.side_by_side"] = "make_params"
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in functions.items():
+            if module in sys.modules:
+                function = getattr(sys.modules[module], name)
+                patch.setattr(sys.modules[module], name, _by_numpy(function))
+        yield
+
+
+def _by_numpy(function):
+    @functools.wraps(function)
+    def run(*args):
+        if not trace_state_clean():
+            return function(*args)
+        made = evaluated(jax.jit(lambda: function(*args)))()
+        return jax.device_put(made, jax.devices()[0])
+
+    return run

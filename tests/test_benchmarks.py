@@ -57,9 +57,10 @@ def test_a_run_measures_and_reports(tmp_path, mechanism):
 def test_time_is_split_over_devices(monkeypatch):
     """Each device has as many tokens as one had alone. Traced; the next test runs all."""
     (shape,) = (s for s in mechanisms.MECHANISMS["gsa"].shapes["small"] if s.group == "context")
-    outputs = []
+    outputs, places = [], []
 
-    def timed(forward, sets, backward, seconds):
+    def timed(forward, sets, backward, seconds, place=None):
+        places.append(place)
         outputs.append(jax.eval_shape(forward, *sets[0]).shape)
         return dict(ms=float(len(outputs)), memory_gib=0.0)
 
@@ -69,6 +70,8 @@ def test_time_is_split_over_devices(monkeypatch):
     devices = jax.device_count()
     assert outputs == [(1, 32, 2, 16), (1, 32 * devices, 2, 16)]
     assert row["mesh"] == {"seq": devices} and row["efficiency"] == 0.5
+    # The cotangent lies as the outputs do: it would be moved at every call.
+    assert places[0] is None and places[1].spec == context.TOKENS
 
 
 @pytest.mark.slow  # three programs, on four devices

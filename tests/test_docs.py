@@ -87,8 +87,21 @@ def test_pages_of_kernels_are_short_and_alike(page):
     assert len(text.split()) < 1000
 
 
+def blocks_of(page):
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
+
+
 def blocks_of_scale():
-    return re.findall(r"^```python\n(.*?)^```", (DOCS / "scale.md").read_text(), re.M | re.S)
+    return blocks_of("scale.md")
+
+
+@pytest.mark.optax  # a user's settings
+@pytest.mark.slow  # seven programs; tests/test_examples_serve.py has what they do
+def test_the_examples_of_serving_run():
+    names = {}
+    exec("\n".join(blocks_of("serving.md")), names)  # which compares with `generate`
+    assert len(names["text"]) == 10 and names["calls"] == 3
+    np.testing.assert_allclose(names["packed"][0, :2], names["first"], atol=1e-4)
 
 
 @pytest.mark.slow  # 17 s, and tests/contract/test_over_time.py has what they do

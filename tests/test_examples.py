@@ -27,7 +27,7 @@ import generate
 import train_lm
 from model import MIXERS, make_model
 
-pytestmark = pytest.mark.optax
+pytestmark = [pytest.mark.optax, pytest.mark.usefixtures("begun_by_numpy")]
 
 # The reference compiles in a fraction of the chunked implementation's time; a short text is quickly
 # evaluated.
@@ -50,7 +50,7 @@ def load_state(out, step):
 
 # Not of the module: pytest-xdist sends a process its tests in parts, and ends the module with each.
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, begun_by_numpy):
     """A finished run of four steps, with checkpoints of steps 2 and 4."""
     out = tmp_path_factory.mktemp("run")
     train("--out", out)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 import from_checkpoint
 from command_line import InputError
 
-pytestmark = pytest.mark.optax
+pytestmark = [pytest.mark.optax, pytest.mark.usefixtures("begun_by_numpy")]
 
 TEXT = str(pathlib.Path(__file__).parents[1] / "LICENSE")
 # Of fla's hybrid models; softmax attention compiles in a fraction of the others' time.

@@ -12,8 +12,10 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from equations import equations
 from programs import assert_fails
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -22,7 +24,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import devices  # noqa: E402
 import train_lm  # noqa: E402
 
-pytestmark = pytest.mark.optax
+pytestmark = [pytest.mark.optax, pytest.mark.usefixtures("begun_by_numpy")]
 
 TINY = [
     *"--width 32 --depth 2 --heads 2 --length 16 --batch 4 --steps 4 --save-every 2".split(),
@@ -86,6 +88,23 @@ def test_parameters_and_moments_are_split():
     assert kept < 0.35 * whole
 
 
+def test_gradients_of_16_bits_are_summed_in_float32():
+    """Those of parameters that all devices have, and of parameters gathered from them."""
+    mesh = devices.make_mesh(dict(data=2), jax.devices())
+    model = train_lm.make_model("attention", 32, 2, 2, dtype=jnp.bfloat16)
+    made, shapes = spread(mesh, model, 2, 8)
+    tokens = jax.ShapeDtypeStruct((2, 8), np.int32)
+
+    def gradient(params, inputs, targets):
+        return jax.grad(lambda p: made.nats(p, inputs, targets).mean())(params)
+
+    jaxpr = jax.make_jaxpr(gradient)(shapes["params"], tokens, tokens).jaxpr
+    sums = [x for x in equations(jaxpr) if x.primitive.name in ("psum_invariant", "reduce_scatter")]
+    names = {x.primitive.name for x in sums}
+    dtypes = {v.aval.dtype for x in sums for v in x.invars}
+    assert names == {"psum_invariant", "reduce_scatter"} and dtypes == {np.dtype(np.float32)}
+
+
 def test_targets_at_a_border_are_the_neighbours_first():
     mesh = devices.make_mesh(dict(seq=4), jax.devices())
     model = train_lm.make_model("attention", 32, 1, 2)
@@ -104,7 +123,6 @@ def test_targets_at_a_border_are_the_neighbours_first():
         ("--mesh data=4 --batch 6", "--batch 6 must be a multiple of the 4 devices of data"),
         ("--mesh seq=4 --length 18", "--length 18 must be a multiple of the 4 devices of seq"),
         ("--mesh model=4", "--heads 2 must be a multiple of the 4 devices of model"),
-        ("--mesh data=2,seq=2 --mixer attention", "--mixer attention cannot be split over time"),
         (
             "--mesh data=4 --width 34",
             "cannot train this model on the mesh: parameter blocks/mixer/b_proj/kernel has "

@@ -19,7 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 import recall
 
-pytestmark = pytest.mark.optax
+pytestmark = [pytest.mark.optax, pytest.mark.usefixtures("begun_by_numpy")]
 
 TASK = recall.Task(pairs=(1, 3, 6), length=27, vocabulary=16)
 

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from benchmarks import (
@@ -10,10 +11,11 @@ from benchmarks import (
     generation,
     language_model,
     model_tables,
+    serving,
     side_by_side,
 )
 
-pytestmark = pytest.mark.optax
+pytestmark = [pytest.mark.optax, pytest.mark.usefixtures("begun_by_numpy")]
 
 TINY = ["--implementation", "reference", "--width", "32", "--depth", "1", "--heads", "2"]
 
@@ -67,8 +69,48 @@ def test_generation_is_measured(tmp_path):
     assert "| softmax attention |" in text and "| sampling, batch 3, tokens/s |" in text
 
 
+def test_serving_is_measured(tmp_path, monkeypatch):
+    """By an engine that draws nothing but ones: the programs are compiled in the server's tests."""
+
+    class Engine:
+        state_bytes, compile_s = 3 * 2**20, 1.5
+
+        def __init__(self, model, params, *, slots, capacity, rows, chunk, steps, packed):
+            self.slots, self.rows, self.steps = slots, rows, steps
+            assert packed == (type(model.config.layers[0].mixer).__name__ != "Attention")
+            assert capacity == 9 + 4 and model.config.width == 32
+
+        def memory_bytes(self):
+            return 2**30
+
+        def prefill(self, pieces):
+            return np.ones(self.rows, np.int32)
+
+        def decode(self, counts):
+            return np.ones((self.steps, self.slots), np.int32)
+
+    monkeypatch.setattr(serving.serve, "Engine", Engine)
+    monkeypatch.setattr(serving.serve, "initial_params", lambda key, model: {"w": np.ones(7)})
+    out = tmp_path / "serving.json"
+    options = [*TINY, "--requests", "5", "--prompt-length", "2:9", "--new-tokens", "4"]
+    options += ["--slots", "2", "--chunk", "4", "--out", str(out)]
+    assert serving.main(["--mixers", "kda,attention", *options]) == 0
+    kda, attention = read(out)
+    assert kda["implementation"] == "reference" and attention["implementation"] is None
+    for row in (kda, attention):
+        assert row["requests"] == row["length"] == 5 and row["new_tokens"] == 20
+        assert row["slot_mib"] == 3 and row["memory_gib"] == 1 and row["parameters"] == 7
+        assert row["new_tokens_per_s"] == pytest.approx(20 / row["seconds"])
+        assert {"card", "jax", "date", "command"} <= set(row["meta"]) and "results" not in row
+    text = model_tables.serving(tmp_path)
+    assert "5 requests" in text and "4 new tokens each" in " ".join(text.split())
+    assert "| `kda` | packed |" in text and "| softmax attention | rows |" in text
+    assert "| 1.0 | 3.0 |" in text
+
+
 def test_without_files_there_are_no_tables(tmp_path):
-    for written in (model_tables.language_models, model_tables.generation, model_tables.recall):
+    one, other = model_tables.language_models, model_tables.generation
+    for written in (one, other, model_tables.serving, model_tables.recall):
         assert written(tmp_path) == ""
 
 

@@ -71,7 +71,7 @@ def test_is_the_reference(monkeypatch, sizes, number, has_start):
 @pytest.mark.parametrize("number, chunks", [(1, 4), (3, 5)])  # of other shapes: traces are kept
 def test_over_devices(monkeypatch, number, chunks):
     """Pieces of pieces: vmap's axis in the place of a mesh's, and a border in the first."""
-    monkeypatch.setattr(pieces, "number", lambda *shape, **sizes: number)
+    monkeypatch.setattr(pieces, "number_of_all", lambda *shape, **sizes: number)
     T = 2 * chunks * 64
     *args, state = arguments(T=T, H=1, HV=2, K=64, V=64)
     cotangents = normal(6, *args[2].shape), 0.1 * state
@@ -131,6 +131,33 @@ def test_only_few_heads_and_long_sequences_run_in_pieces():
         count = pieces.number(1, chunks, **sizes)
         length = -(-chunks // count)
         assert (count - 1) * length < chunks  # none is empty
+
+
+def test_pieces_of_a_device_fill_the_gpu():
+    sizes = dict(K=128, V=128)
+    # All of 4, or half of 8, run at once: half as many are next to each other in the second pass.
+    assert pieces.number_of_all(16, 2048, **sizes) == 8
+    assert pieces.number_of_all(128, 64, **sizes) == 1
+    assert pieces.number_of_all(16, 2048, K=256, V=128) == 1
+    for chunks in range(1, 3000, 97):
+        count = pieces.number_of_all(1, chunks, **sizes)
+        assert (count - 1) * -(-chunks // count) < chunks  # none is empty
+
+
+@pytest.mark.slow  # two seconds
+def test_first_passes_of_a_device_lower_for_cuda():
+    B, H, N, K = 1, 16, 256, 128
+    tokens = jax.ShapeDtypeStruct((B, N * 64, H, K), bf16)
+    squares = jax.ShapeDtypeStruct((B, H, N, 64, 64), bf16)
+    decay, beta = (jax.ShapeDtypeStruct((B, H, *x), f32) for x in ((N, K), (N * 64,)))
+    state = jax.ShapeDtypeStruct((B, H, K, K), f32)
+
+    def both(q, w, u, kg, do, decay, aq, beta, last_gradient):
+        *made, factors = pieces.summary(w, u, kg, decay, beta)
+        return made, pieces.gradient_summary(q, w, kg, do, decay, aq, beta, last_gradient, factors)
+
+    traced = jax.jit(both).trace(*[tokens] * 5, decay, squares, beta, state)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 2
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparing import normal
+from evaluator import evaluated
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jla._core.shardwise import shardwise
@@ -110,7 +111,7 @@ def with_gradients(function):
 
 @functools.cache
 def plain_of(kind):
-    return jax.jit(with_gradients(FUNCTIONS[kind][1]))
+    return evaluated(jax.jit(with_gradients(FUNCTIONS[kind][1])))
 
 
 P = PartitionSpec
@@ -235,3 +236,66 @@ def test_folds_vmap_into_the_batch(arrays):
     q, v = arrays
     out = jax.jit(jax.vmap(run, in_axes=(None, 0)))(q, jnp.stack([v, 2 * v]))
     np.testing.assert_allclose(out, np.stack([want(q, v), want(q, 2 * v)]), rtol=1e-6)
+
+
+# A step on a pool: tokens, the pool, and for each token the row that it goes on from.
+TOKEN, POOL = "B H K", "R H K"
+
+
+def on_pool(q, pool, slots):
+    rows = jnp.where(slots < 0, len(pool), slots)
+    new = pool.at[rows].add(q, mode="drop")
+    return jnp.where((slots >= 0)[:, None, None], new[slots], 0), new
+
+
+wrapped_on_pool = shardwise(on_pool, (TOKEN, POOL, "B"), (TOKEN, POOL))
+
+
+@pytest.fixture
+def on_a_pool():
+    slots = np.array([3, -1, 0, 5], np.int32)
+    return normal(0, 4, 2, 5), normal(1, 6, 2, 5), slots
+
+
+def placed_on(kind, pool, token):
+    whole = jax.make_mesh((2, 2), ("x", "y"), (kind,) * 2, devices=mesh().devices.ravel())
+    return whole, [NamedSharding(whole, spec) for spec in (token, pool, P())]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_heads_of_a_pool_are_split(on_a_pool, kind):
+    """Its rows are whole, and so are the tokens, wherever they lie."""
+    whole, shardings = placed_on(kind, P(None, "y"), P("x", "y"))
+    with jax.set_mesh(whole):
+        o, new = jax.jit(wrapped_on_pool)(*map(jax.device_put, on_a_pool, shardings))
+    assert new.sharding.is_equivalent_to(shardings[1], 3)
+    for x, y in zip((o, new), on_pool(*map(jnp.asarray, on_a_pool)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_split_rows_of_a_pool_are_refused(on_a_pool, kind):
+    whole, shardings = placed_on(kind, P("x"), P())
+    with jax.set_mesh(whole), pytest.raises(Exception, match="rows of the pool are split"):
+        jax.jit(wrapped_on_pool)(*map(jax.device_put, on_a_pool, shardings))
+
+
+def test_devices_have_pools_of_their_own(on_a_pool):
+    """Inside shard_map, with slots that are numbered in each."""
+    slots = np.array([2, -1, 0, 1], np.int32)
+    args, spec = (*on_a_pool[:2], slots), P("x")
+    run = jax.shard_map(wrapped_on_pool, mesh=mesh(), in_specs=spec, out_specs=spec)
+    o, new = jax.jit(run)(*args)
+    of_all = slots + np.array([0, 0, 3, 3]) * (slots >= 0)
+    for x, y in zip((o, new), on_pool(*map(jnp.asarray, (*args[:2], of_all))), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_vmap_makes_one_pool_of_all(on_a_pool):
+    q, pool, slots = on_a_pool
+    args = np.stack([q, 2 * q]), np.stack([pool, -pool]), np.stack([slots, slots[::-1]])
+    o, new = jax.jit(jax.vmap(wrapped_on_pool))(*args)
+    for n in range(2):
+        wanted = on_pool(*(jnp.asarray(x[n]) for x in args))
+        for x, y in zip((o[n], new[n]), wanted, strict=True):
+            np.testing.assert_array_equal(x, y)

@@ -26,7 +26,8 @@ def repair():
 
     By itself the interpreter keeps bfloat16 as integers: it cuts off where a GPU rounds to the
     nearest, and computes with the integers. Of float32, `tl.dot` with input_precision "tf32" has
-    all digits, and "bf16x3" is refused; "tf32x3" is left with all, for a GPU keeps nearly all.
+    all digits, and "bf16x3" is refused; "tf32x3" has the product of what TF32 cuts off of both
+    operands, which a GPU leaves out.
     """
     import triton.language as tl
     from triton._C.libtriton import ir
@@ -81,7 +82,10 @@ def repair():
         if x.dtype.scalar == tl.float32 and precision == ir.INPUT_PRECISION.BF16x3:
             (a, a_low), (b, b_low) = map(_two_bfloat16, of)
             return handle(a_low @ b + a @ b_low + a @ b + start.data, tl.float32)
-        return handle(np.matmul(*of) + start.data, tl.float32)
+        products = np.matmul(*of)
+        if x.dtype.scalar == tl.float32 and precision == ir.INPUT_PRECISION.TF32x3:
+            products -= np.matmul(*(operand - _tf32(operand) for operand in of))
+        return handle(products + start.data, tl.float32)
 
     builder.cast_impl, builder.create_fp_to_fp = cast_impl, create_fp_to_fp
     builder.binary_op, builder.unary_op, builder.create_dot = binary_op, unary_op, create_dot

@@ -13,12 +13,12 @@ Each segment's size is rounded up to a power of two. The segments lie in the ord
 the largest first, so that each starts at a multiple of its own size; together they take less than
 twice the row. The segments are data: one compiled program serves all.
 
-A row's first segment may continue from a state at position p. It then starts at an offset, p modulo
-its size, so that the low bits are right again. It may cross one multiple of its size, where the
-carry can run through higher bits of the position than there are slots: for the tokens after it, one
-level's scale replaces another's (`_scales_by_slot`). What the tokens read from the state, and the
-state after the last token, are products outside of the core (`read_levels`, `final_levels`,
-`merged_levels`).
+A row's first segment may continue from a state at position p, and where states have an axis of
+segments (`packed_levels`), each may. It then starts at an offset, p modulo its size, so that the
+low bits are right again. It may cross one multiple of its size, where the carry can run through
+higher bits of the position than there are slots: for the tokens after it, one level's scale
+replaces another's (`_scales_by_slot`). What the tokens read from the state, and the state after the
+last token, are products outside of the core (`read_levels`, `final_levels`, `merged_levels`).
 """
 
 from collections.abc import Callable
@@ -28,16 +28,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._core import packed
 from jla._core.lengths import chunk_size, is_symbolic_dim
 from jla._core.segments import segment_starts
 from jla._core.states import (
     LogLinearState,
-    levels_in_use,
+    bit_length,
+    merging_into,
     moved_on,
     outgrown,
+    used_levels,
     with_outgrown,
     with_rank,
 )
+from jla._core.sums import running_sum
 from jla._core.types import (
     Array,
     Keys,
@@ -65,16 +69,20 @@ class Slots(NamedTuple):
       slot: each token's slot, [B, T], int32.
       token: the token in each slot, [B, N], int32; T or more where there is none.
       starts_segment: the first tokens of segments, the row's first token included, [B, T], bool.
-      in_first_segment: the tokens of the row's first segment, [B, T], bool.
+      continues: the tokens of segments that continue from a state, [B, T], bool: of the row's first
+        segment, or of all that have one.
+      before: the position of that state, [B, T], int32; 0 for the others.
       position: each token's position, [B, T], int32.
-      level_by_slot, level_by_position: the level that two tokens of the first segment have by their
-        slots, and by their positions, where a multiple of its size lies between them, [B], int32.
+      level_by_slot, level_by_position: the level that two tokens of a segment that continues have
+        by their slots, and by their positions, where a multiple of its size lies between them,
+        [B, T], int32.
     """
 
     slot: jax.Array
     token: jax.Array
     starts_segment: jax.Array
-    in_first_segment: jax.Array
+    continues: jax.Array
+    before: jax.Array
     position: jax.Array
     level_by_slot: jax.Array
     level_by_position: jax.Array
@@ -125,20 +133,35 @@ def run_aligned(
             o = jnp.where(outgrown(jnp.arange(T, dtype=i32), L)[:, None, None], jnp.nan, o)
         return o, with_outgrown(final_levels(k, values(v, value_scales), g, end, end, L), end)
     slots, decay = _slots_and_decay(T, g, initial_state, segment_ids)
-    cut = jnp.where(slots.starts_segment[..., None], -jnp.inf, g)
-    scales = _scales_by_slot(level_scales, slots)
-    arrays = [to_slots(x, slots) for x in (q, k, v, cut, scales)]
-    if value_scales is not None:
-        value_scales = to_slots(value_scales, slots)
-    o = core(*arrays, occupied=slots.token < T, value_scales=value_scales)
-    o = from_slots(o, slots)
+    o, k, v, cut, value_scales = through_slots(core, q, k, v, g, level_scales, slots, value_scales)
     if initial_state is not None:
         read = read_levels(q, level_scales, decay, slots.position, initial_state)
         o = (o.astype(f32) + read).astype(dtype)
     if initial_state is not None or is_symbolic_dim(T):
         o = jnp.where(outgrown(slots.position, L)[..., None, None], jnp.nan, o)
-    _, k, v, cut, _ = arrays
     return o, _state_after(None, slots, k, values(v, value_scales), cut, decay, initial_state, L)
+
+
+def through_slots(
+    core: Callable[..., jax.Array],
+    q: Queries,
+    k: Keys,
+    v: Values,
+    g: LogDecays,
+    level_scales: LevelScales,
+    slots: Slots,
+    value_scales: jax.Array | None = None,
+) -> tuple[Outputs, jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """What the tokens read from one another by `core`, see `run_aligned`; and k, v, the gates and
+    the values' scales in their slots."""
+    cut = jnp.where(slots.starts_segment[..., None], -jnp.inf, g)
+    scales = _scales_by_slot(level_scales, slots)
+    q, k, v, cut, scales = (to_slots(x, slots) for x in (q, k, v, cut, scales))
+    if value_scales is not None:
+        value_scales = to_slots(value_scales, slots)
+    occupied = slots.token < level_scales.shape[1]
+    o = core(q, k, v, cut, scales, occupied=occupied, value_scales=value_scales)
+    return from_slots(o, slots), k, v, cut, value_scales
 
 
 def state_after(
@@ -179,7 +202,7 @@ def _slots_and_decay(
     """The slots, and the sum of the gates from the initial state to each token (its own included),
     -inf from where a later segment starts, [B, T, H]."""
     slots = assign_slots(T, segment_ids, None if initial_state is None else initial_state.position)
-    return slots, lax.cumsum(jnp.where(slots.in_first_segment[..., None], g, -jnp.inf), axis=1)
+    return slots, running_sum(jnp.where(slots.continues[..., None], g, -jnp.inf))
 
 
 def _state_after(
@@ -213,7 +236,9 @@ def assign_slots(T: int, segment_ids: SegmentIds | None, position: Positions | N
     Args:
       T: the number of tokens.
       segment_ids: integers [B, T], or None: each row is one segment.
-      position: of the row's first token, [B], int32, or None: 0. Not both are None.
+      position: of the row's first token, [B], int32, or None: 0. Not both are None. With an axis of
+        segments, [B, N], of the first token of each, and tokens of no segment sit nowhere: their
+        `slot` is another token's or empty.
 
     Returns:
       `Slots`. N is 2T - 1 without a position, and else, without segments, T - 1 plus T rounded up
@@ -234,10 +259,18 @@ def assign_slots(T: int, segment_ids: SegmentIds | None, position: Positions | N
             jnp.where(starts_segment, time, T)[:, 1:], ((0, 0), (0, 1)), constant_values=T
         )
         end = lax.cummin(ends, axis=1, reverse=True)
-    length, in_first_segment = end - begin, begin == 0
+    length, continues, real = end - begin, begin == 0, None
     size = bit_length(length - 1)  # as an exponent of 2
-    before = jnp.zeros(B, i32) if position is None else position
-    offset = jnp.where(in_first_segment, before[:, None] & ((1 << size) - 1), 0)
+    if position is None:
+        before = jnp.zeros((B, T), i32)
+    elif position.ndim == 1:
+        before = jnp.where(continues, position[:, None], 0)
+    else:
+        assert segment_ids is not None
+        owner = packed.owners(segment_ids, position.shape[1])
+        before = packed.pick(position, owner, unique=False)
+        real = continues = owner < position.shape[1]
+    offset = before & ((1 << size) - 1)
     block = bit_length(offset + length - 1)  # with the offset; also an exponent
 
     # Blocks lie in the order of their sizes, the largest first, and then of time. A token's rank
@@ -245,9 +278,9 @@ def assign_slots(T: int, segment_ids: SegmentIds | None, position: Positions | N
     sizes = 32 if symbolic else (T - 1).bit_length() + (1 if position is None else 2)
     exponent = jnp.arange(sizes, dtype=i32)
     of_size = block[..., None] == exponent[None, None]
-    count = jnp.cumsum(starts_segment[..., None] & of_size, axis=1, dtype=i32)
+    count = running_sum((starts_segment[..., None] & of_size).astype(i32))
     room = count[:, -1] << exponent[None]
-    base = lax.cumsum(room, axis=1, reverse=True) - room
+    base = running_sum(room, True) - room
     start = base[:, None] + ((count - 1) << exponent[None, None])
     slot = jnp.sum(jnp.where(of_size, start, 0), axis=2, dtype=i32) + offset + time[None] - begin
     # XLA would compute the sum anew for every number that is gathered from a slot.
@@ -264,14 +297,18 @@ def assign_slots(T: int, segment_ids: SegmentIds | None, position: Positions | N
     def tokens(slot: jax.Array) -> jax.Array:
         return empty.at[slot].set(time, unique_indices=True, mode="promise_in_bounds")
 
+    token = jax.vmap(tokens)(slot)
+    if real is not None:
+        token = jnp.where(packed.pick(real, token), token, empty[None])
     return Slots(
         slot=slot,
-        token=jax.vmap(tokens)(slot),
+        token=token,
         starts_segment=starts_segment,
-        in_first_segment=in_first_segment,
-        position=moved_on(jnp.where(in_first_segment, before[:, None], 0), time[None] - begin),
-        level_by_slot=size[:, 0] + 1,
-        level_by_position=size[:, 0] + 1 + _trailing_ones(before >> size[:, 0]),
+        continues=continues,
+        before=before,
+        position=moved_on(before, time[None] - begin),
+        level_by_slot=size + 1,
+        level_by_position=size + merging_into(before >> size),
     )
 
 
@@ -328,6 +365,17 @@ def read_levels(
     return lax.cond(some, _read_levels, lambda nothing, *_: nothing, *arrays)
 
 
+def read_weights(
+    level_scales: LevelScales, decay: jax.Array, position: jax.Array, before: jax.Array
+) -> jax.Array:
+    """The weight with which each token reads each level of a state at the position `before`, [B, T]
+    or [B, 1]: [B, T, H, L], float32. The others as in `read_levels`."""
+    scales, level = level_scales.astype(f32), _levels(level_scales.shape[-1], 4)
+    above = bit_length(position ^ before)[..., None, None]
+    one = jnp.sum(jnp.where(level == above, scales, 0.0), axis=-1, keepdims=True)
+    return jnp.exp(decay)[..., None] * jnp.where(level > above, scales, one)
+
+
 @jax.checkpoint
 def _read_levels(
     nothing: jax.Array,
@@ -340,12 +388,9 @@ def _read_levels(
     """`read_levels` of rows that may have a past, added to the zeros `nothing`."""
     B, T, HK, K = q.shape
     H, L, V = *level_scales.shape[2:], state.levels.shape[-1]
-    scales, level = level_scales.astype(f32), _levels(L, 4)
-    above = bit_length(position ^ state.position[:, None])[..., None, None]
-    one = jnp.sum(jnp.where(level == above, scales, 0.0), axis=-1, keepdims=True)
-    weights = jnp.exp(decay)[..., None] * jnp.where(level > above, scales, one)
+    weights = read_weights(level_scales, decay, position, state.position[:, None])
     # The heads of one key head lie side by side, as if they were one.
-    levels = _used_levels(state).reshape(B, HK, H // HK, L, K, V)
+    levels = used_levels(state).reshape(B, HK, H // HK, L, K, V)
     levels = jnp.moveaxis(levels, (3, 4), (0, 3)).reshape(L, B, HK, K, -1)
     q = q.astype(f32)
 
@@ -387,7 +432,7 @@ def final_levels(
     # The sum of the gates after each token, up to `end`; -inf for other segments' tokens.
     earlier = jnp.arange(n * size, dtype=i32)[None] < end[:, None]
     later_gates = jnp.where(earlier[..., None], g, 0.0)[:, 1:]
-    decay = lax.cumsum(jnp.pad(later_gates, [(0, 0), (0, 1), (0, 0)]), axis=1, reverse=True)
+    decay = running_sum(jnp.pad(later_gates, [(0, 0), (0, 1), (0, 0)]), True)
     weight = jnp.where(earlier[..., None], jnp.exp(decay), 0.0)
     # Where types carry shardings, no reshape may merge and split at once.
     v = (weight[..., None] * v.astype(f32)).reshape(B, -1, HK, H // HK, V)
@@ -429,7 +474,7 @@ def merged_levels(state: LogLinearState, decay: jax.Array, position: Positions) 
     def by_level(mask: jax.Array) -> jax.Array:
         return mask[:, None, :, None, None]
 
-    levels = jnp.exp(decay)[..., None, None, None] * _used_levels(state)
+    levels = jnp.exp(decay)[..., None, None, None] * used_levels(state)
     merged = jnp.sum(jnp.where(by_level(level < highest), levels, 0.0), axis=2, keepdims=True)
     levels = jnp.where(by_level(level > highest), levels, 0.0)
     return jnp.where(by_level(level == highest), merged, levels)
@@ -440,29 +485,14 @@ def _levels(L: int, ndim: int) -> jax.Array:
     return with_rank(jnp.arange(L, dtype=i32), ndim)
 
 
-def bit_length(x: jax.Array) -> jax.Array:
-    """As `int.bit_length`, of int32 that are not negative."""
-    return 32 - lax.clz(x)
-
-
-def _trailing_ones(x: jax.Array) -> jax.Array:
-    return lax.population_count(x & ~(x + 1))
-
-
-def _used_levels(state: LogLinearState) -> Levels:
-    """The levels whose bit of the position is set; the others are zeros."""
-    used = levels_in_use(state.position, state.levels.shape[2])
-    return jnp.where(used[:, None, :, None, None], state.levels, 0.0)
-
-
 def _scales_by_slot(level_scales: LevelScales, slots: Slots) -> jax.Array:
-    """The scales, with that of `level_by_position` in the place of `level_by_slot`, in the first
-    segments."""
+    """The scales, with that of `level_by_position` in the place of `level_by_slot`, in the segments
+    that continue from a state."""
     level = _levels(level_scales.shape[-1], 4)
 
     def at(target: jax.Array) -> jax.Array:
-        return level == target[:, None, None, None]
+        return level == target[..., None, None]
 
     scale = jnp.sum(jnp.where(at(slots.level_by_position), level_scales, 0), axis=-1, keepdims=True)
-    here = slots.in_first_segment[..., None, None] & at(slots.level_by_slot)
+    here = slots.continues[..., None, None] & at(slots.level_by_slot)
     return jnp.where(here, scale, level_scales)

@@ -8,6 +8,7 @@
     HK  key heads, a divisor of H
     HV  value heads, a multiple of H (kda, where H are the heads of q and k)
     C   tokens whose keys a lazy cache keeps apart (PaTH)
+    N   segments of a row, where states have an axis of them
 
 The public functions check their arguments against these tables, the kernels' wrappers tell from
 them what can be split over devices, and the contract's tests make their arguments' shapes of them.
@@ -111,6 +112,14 @@ def of_step(axes: Axes) -> dict[str, str]:
         name.removeprefix("initial_"): " ".join(x for x in letters.split() if x != "T")
         for name, letters in axes.items()
         if name != "segment_ids"
+    }
+
+
+def of_segments(axes: Axes) -> dict[str, str]:
+    """A run's axes where the initial state has an axis of segments after the batch."""
+    return {
+        name: letters.replace("B", "B N", 1) if name.startswith("initial_state") else letters
+        for name, letters in axes.items()
     }
 
 

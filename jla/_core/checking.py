@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jla._core import pools
 from jla._core.cache import LazyPathCache, PathCache, first_recent, places
 from jla._core.checks import state_fields
 from jla._core.states import LazyLogLinearState, LogLinearState, levels_in_use, repeated
-from jla._core.types import Array, State
+from jla._core.types import Array, Slots, State
 
 f32 = jnp.float32
 
@@ -87,6 +88,7 @@ def values(
     *,
     unit: str | None = None,
     most_beta: float | None = None,
+    slots: Slots | None = None,
     **arguments: Array | State | None,
 ) -> None:
     """Checks the values of a call's arguments, if the caller is inside `checking()`.
@@ -95,10 +97,14 @@ def values(
       function: the public function's name, for the message.
       unit: the name of the argument whose rows have length 1.
       most_beta: the largest beta, or None.
+      slots: the rows of a pool that a step goes on from; nothing else of the pool is checked, and
+        nothing of the rows of arguments that have no sequence.
       **arguments: arrays, states, a cache or None, by name.
     """
     if not _on.value:
         return
+    if slots is not None:
+        arguments = _of_live_rows(arguments, slots)
     # (argument, what it must be) to where it is not, and what to show of it
     checks: dict[tuple[str, str], tuple[jax.Array, jax.Array]] = {}
     for name, array, used in _arrays(arguments):
@@ -128,6 +134,19 @@ def values(
         for wrong, shown in checks.values()
     ]
     jax.debug.callback(functools.partial(_record, function, list(checks)), results)
+
+
+def _of_live_rows(arguments: Mapping[str, Any], slots: Slots) -> dict[str, Any]:
+    """The arguments of a step, zeros in rows without a sequence, and the states of its rows."""
+
+    def rows(name: str, x: Any) -> Any:
+        if name in pools.STATES:
+            return pools.take(x, slots)
+        if x is None or name == "lamb":  # which all rows share
+            return x
+        return pools.zero_unless(jnp.asarray(slots) >= 0, jnp.asarray(x))
+
+    return {name: rows(name, x) for name, x in arguments.items()}
 
 
 def _arrays(

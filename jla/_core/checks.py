@@ -11,11 +11,12 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from jla._core.axes import Axes
-from jla._core.types import Array, Implementation, Sizes
+from jla._core.axes import Axes, of_segments
+from jla._core.types import Array, Implementation, NumpyArray, Sizes
 
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 HEAD_DIMS = range(16, 257)  # and slots; where a mechanism accepts more, its own file says so
@@ -244,10 +245,63 @@ def check_count(name: str, value: object) -> int:
     return int(value)
 
 
-def check_segment_ids(segment_ids: Array) -> None:
-    """Raises TypeError unless `segment_ids` holds integers."""
+def check_segment_ids(segment_ids: Array, sizes: Sizes | None = None) -> None:
+    """Raises TypeError unless `segment_ids` holds integers; ValueError if these are known not to
+    name the states, `sizes["N"]` of them where the initial state has an axis of segments."""
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise TypeError(f"segment_ids must be integers, got {segment_ids.dtype.name}")
+    if sizes is not None and "N" in sizes and known(segment_ids):
+        check_ids_of_states(list(np.asarray(segment_ids)), sizes["N"])
+
+
+def axes_of_run(
+    axes: Axes, initial_state: Any, segment_ids: Array | None, axis_name: str | None
+) -> Axes:
+    """The axes of a run's arguments: its initial state may have an axis of segments, N.
+
+    Raises:
+      ValueError: it has one, and there are no segments.
+      NotImplementedError: it has one, and the sequence is split over devices.
+    """
+    if initial_state is None:
+        return axes
+    fields = {"initial_state": initial_state}
+    if isinstance(initial_state, tuple):
+        fields = state_fields("initial_state", initial_state)
+    name, x = next(iter(fields.items()))
+    given = axes[name].split()
+    if jnp.ndim(x) != len(given) + 1:
+        return axes
+    if segment_ids is None:
+        raise ValueError(
+            f"{name} must have axes [{', '.join(given)}] without segment_ids, got shape "
+            f"{jnp.shape(x)}; an axis of segments after the batch goes with segment_ids"
+        )
+    if axis_name is not None:
+        raise NotImplementedError(
+            f"{name} has an axis of segments (shape {jnp.shape(x)}), which is not supported with "
+            f"axis_name: give [{', '.join(given)}], the state of each row's first segment, or run "
+            "each row on one device"
+        )
+    return of_segments(axes)
+
+
+def check_ids_of_states(rows: list[NumpyArray], N: int, states: str = "initial_state") -> None:
+    """Raises ValueError unless each row's ids are -1 to N - 1, and each in one place of the row."""
+    lowest, highest = min(x.min(initial=0) for x in rows), max(x.max(initial=0) for x in rows)
+    if lowest < -1 or highest >= N:
+        raise ValueError(
+            f"segment_ids must be 0 to {N - 1}, for the N = {N} segments of {states}, or -1 "
+            f"(padding), got {lowest} to {highest}"
+        )
+    for row, x in enumerate(rows):
+        runs = x[np.flatnonzero(np.diff(x, prepend=-2))]
+        names, counts = np.unique(runs[runs >= 0], return_counts=True)
+        if np.any(counts > 1):
+            raise ValueError(
+                f"segment_ids must have each segment's tokens side by side where {states} has "
+                f"an axis of segments, got id {names[counts > 1][0]} in several places of row {row}"
+            )
 
 
 def check_implementation(implementation: object) -> None:

@@ -19,12 +19,14 @@ from jla._core.states import (
     GSAState,
     LogLinearState,
     MesaState,
+    bit_length,
     moved_on,
     zero_gsa_state,
     zero_log_linear_state,
     zero_mesa_state,
     zero_state,
 )
+from jla._core.sums import running_sum
 from jla._core.types import SegmentIds, SlotWrites
 
 bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
@@ -48,7 +50,7 @@ def _decays_to_end(g, of_last=None):
     """
     (g,) = _only(of_last, g)
     later = jnp.concatenate([g[:, 1:], jnp.zeros_like(g[:, :1])], axis=1)
-    return jnp.exp(lax.cumsum(later, axis=1, reverse=True)), jnp.exp(jnp.sum(g, axis=1))
+    return jnp.exp(running_sum(later, True)), jnp.exp(jnp.sum(g, axis=1))
 
 
 def _only(of_last, *arrays):
@@ -211,9 +213,10 @@ def aligned_log_linear(
     pieces = sequence.links(None, B, T, axis)
     start = sequence.entering(_device_step, piece, zeros, pieces, axis)
 
-    scales = jnp.pad(level_scales[..., level - 1 :], [(0, 0)] * 3 + [(0, levels)])[..., :levels]
-    position = jnp.broadcast_to(start.position[:, None], (B, T))
-    read = alignment.read_levels(q, scales, lax.cumsum(g, axis=1), position, start)
+    above = range((size - 1).bit_length())  # the levels of other devices that have readers
+    scales = level_scales[..., level : level + len(above)].astype(f32)
+    weights = jnp.exp(running_sum(g))[..., None] * scales
+    read = _read_devices(q, weights, start.levels[:, :, 1 : len(above) + 1])
     end = _device_step(start, piece, pieces).levels[:, :, 1:]
     L = level_scales.shape[-1]
     end = jnp.pad(end, [(0, 0), (0, 0), (level, L), (0, 0), (0, 0)])[:, :, :L]
@@ -221,11 +224,30 @@ def aligned_log_linear(
     return (o.astype(f32) + read).astype(o.dtype), sequence.from_last(state, axis)
 
 
+@jax.checkpoint
+def _read_devices(q, weights, levels):
+    """What the tokens read of other devices' states, [B, T, H, V] float32: weights [B, T, H, n] and
+    levels [B, H, n, K, V]. Of 16-bit queries the products are bfloat16's, as in the kernels."""
+    (B, H, n, K, V), (T, HK) = levels.shape, q.shape[1:3]
+    product = _exact
+    if q.dtype != f32:
+        q, levels = q.astype(bf16), levels.astype(bf16)
+        product = functools.partial(jnp.einsum, preferred_element_type=bf16)
+    # The heads of one key head lie side by side, as if they were one.
+    levels = jnp.moveaxis(levels.reshape(B, HK, H // HK, n, K, V), (3, 4), (0, 3))
+    read = jnp.zeros((), f32)
+    for i in range(n):
+        values = product("btjk,bjkv->btjv", q, levels[i].reshape(B, HK, K, -1))
+        values = values.reshape(B, T, HK, H // HK, V).reshape(B, T, H, V)
+        read = read + weights[..., i, None] * values.astype(f32)
+    return read
+
+
 def _device_step(state, piece, _):
     """A whole device's tokens as one token of the tree over devices."""
     total, tokens = piece
     position = state.position + 1
-    highest = alignment.bit_length(state.position ^ position)
+    highest = bit_length(state.position ^ position)
     level = jnp.arange(state.levels.shape[2], dtype=i32)[None]
     here = (level == highest[:, None])[:, None, :, None, None]
     levels = alignment.merged_levels(state, total, position)

@@ -30,6 +30,7 @@ from jla._core.parts import (
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import repeated, zero_state
+from jla._core.sums import running_sum
 
 f32 = jnp.float32
 
@@ -134,7 +135,7 @@ def _of_shard(
         if starts is not None:
             gates = jnp.where(starts[..., None], NEVER, f32(0.0) if gates is None else gates)
         if gates is not None:
-            gates = jnp.broadcast_to(jnp.cumsum(gates, axis=1), (B, T, HQ))
+            gates = jnp.broadcast_to(running_sum(gates), (B, T, HQ))
         read, of_cached = _read(queries, gates, cache, scale)
         share = jax.nn.sigmoid(of_cached - logsumexp)[..., None]
         return o + share * (read - o), *appended(cache, *new)

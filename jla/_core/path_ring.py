@@ -20,6 +20,7 @@ from jla._core.lengths import chunk_size
 from jla._core.parts import CHUNK, NEVER, at_the_end, exactly, in_groups, prepare
 from jla._core.path_cache import at_the_start, read
 from jla._core.segments import segment_starts
+from jla._core.sums import running_sum
 from jla._core.types import Directions, Keys, LogDecays, Queries, SegmentIds, Strengths, Values
 
 f32, i32 = jnp.float32, jnp.int32
@@ -61,7 +62,7 @@ def with_left(
 def _with_left(o, logsumexp, q, k, v, w, beta, gates, *, axis, scale):
     (B, T, HQ, K), H, dtype = q.shape, k.shape[2], v.dtype
     size, index = lax.axis_size(axis), lax.axis_index(axis)
-    before = None if gates is None else jnp.cumsum(gates, axis=1)
+    before = None if gates is None else running_sum(gates)
     chunk = chunk_size(T, CHUNK)
     k, w, beta = (blockwise.split(x.astype(f32), chunk) for x in (k, w, beta[..., None]))
     moved, writes, _ = prepare(k, w, beta)

@@ -7,10 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from jla._core import pools
 from jla._core.axes import LAZY_PATH, PATH, letters, of_step
 from jla._core.cache import (
     RECENT,
     LazyPathCache,
+    PathCache,
     counted,
     first_recent,
     moved_by,
@@ -25,10 +27,12 @@ LOG2E = 1.4426950408889634
 NEVER = -1e30  # below all logits, and finite
 
 _AXES = of_step({**PATH, **LAZY_PATH})
+_OUTPUTS = "o cache.key cache.value"
+_INPUTS = "q k v w beta cache.key cache.value cache.length"
 
 
-def path_step(attend, formula, q, k, v, w, beta, g, cache, *, scale):
-    """`jla.path_step` with a kernel, from a cache of either kind.
+def path_step(attend, formula, q, k, v, w, beta, g, cache, *, scale, slots=None):
+    """`jla.path_step` with a kernel, from a cache of either kind; of a lazy one there are no pools.
 
     The value goes to its place by a scatter before the kernel, and the decays are a sum: XLA does
     both in place where it may.
@@ -41,66 +45,155 @@ def path_step(attend, formula, q, k, v, w, beta, g, cache, *, scale):
         that `key` is as after this token, too, and is not to be written. If not, the kernel moves
         the keys and adds the token's. It reads the places up to `length` and with it. It returns
         for each piece of the cache the sum of values, [B, H, group, pieces, V], the largest logit
-        in base 2 and the sum of exponentials, [B, H, group, pieces]; and the new keys.
+        in base 2 and the sum of exponentials, [B, H, group, pieces]; and the new keys. With
+        `slots=` key and value are pools; length and added are the rows'. Of a row without a
+        sequence it may return anything.
       formula: the definition's function, for derivatives.
     """
-    kind, given = type(cache), cache._asdict()
+    if isinstance(cache, LazyPathCache):
+        return _lazy_step(attend, formula, q, k, v, w, beta, g, cache, scale)
+    arrays, inputs, outputs = [q, k, v, w, beta, *cache[:2], cache.length], _INPUTS, _OUTPUTS
+    axes, options = _AXES, dict(scale=scale)
+    if g is not None:
+        arrays += [g, cache.decay]
+        inputs, outputs = f"{inputs} g cache.decay", f"{outputs} cache.decay"
+    if slots is not None:
+        arrays.append(slots)
+        axes, inputs = pools.of_pool(_AXES), f"{inputs} slots"
+        options |= dict(on_pool=True)
+    run = functools.partial(_run, attend, **options)
+    derived = functools.partial(_formula, formula, **options)
+    step = differentiable(run, derived, letters(axes, inputs), letters(axes, outputs))
+    o, key, value, *decay = step(*arrays)
+    if slots is None:
+        length = counted(cache.length, 1)
+    else:
+        length = pools.put(cache.length, counted(pools.take(cache.length, slots), 1), slots)
+    return o, PathCache(key, value, decay[0] if decay else None, length)
+
+
+def _optional(rest, on_pool):
+    """g, the decays and the slots, or None, of the operands behind the cache's length."""
+    *gates, slots = rest if on_pool else (*rest, None)
+    return *(gates or (None, None)), slots
+
+
+def _formula(formula, q, k, v, w, beta, key, value, length, *rest, scale, on_pool=False):
+    g, decay, slots = _optional(rest, on_pool)
+    cache = PathCache(key, value, decay, length)
+    o, cache = formula(q, k, v, w, beta, g, cache, scale=scale, slots=slots)
+    return tuple(x for x in (o, *cache[:3]) if x is not None)
+
+
+def _run(attend, q, k, v, w, beta, key, value, length, *rest, scale, on_pool=False):
+    """The output and the cache's arrays, for the rows and heads of one device."""
+    g, decay, slots = _optional(rest, on_pool)
+    if slots is not None:
+        return _run_on_pool(attend, q, k, v, w, beta, key, value, length, g, decay, slots, scale)
+    S = value.shape[1]
+    value, decay, added = _appended(v, g, value, decay, length, scale)
+    attend = functools.partial(attend, scale=scale)
+    o, key = _joined(attend, q, k, w, beta, key, value, length, added)
+    o = jnp.where((length < S)[:, None, None], o, jnp.nan).astype(v.dtype)
+    return (o, key, value) if g is None else (o, key, value, decay)
+
+
+def _run_on_pool(attend, q, k, v, w, beta, key, value, length, g, decay, slots, scale):
+    """`_run` of a pool's rows. Of its decays, a small part of it, the rows are gathered."""
+    R, S = value.shape[:2]
+    length = pools.take(length, slots)
+    value = value.at[pools.rows(slots, R), length].set(v, mode="drop")
+    added = None
+    if g is not None:
+        before = (jnp.arange(S, dtype=jnp.int32)[None] < length[:, None])[..., None]
+        of_rows = jnp.where(before, pools.take(decay, slots) + g[:, None], 0.0)
+        of_rows = lax.optimization_barrier(of_rows)  # as in `_run`
+        decay, added = pools.put(decay, of_rows, slots), scale * LOG2E * of_rows
+    attend = functools.partial(attend, scale=scale, slots=slots)
+    o, key = _joined(attend, q, k, w, beta, key, value, length, added)
+    o = jnp.where((length < S)[:, None, None], o, jnp.nan).astype(v.dtype)
+    o = pools.zero_unless(pools.live(slots, R), o)
+    return (o, key, value) if g is None else (o, key, value, decay)
+
+
+def _appended(v, g, value, decay, length, scale):
+    """The values and decays after this token, and the latter as the kernels add them to logits."""
+    B, S = value.shape[:2]
+    value = value.at[jnp.arange(B, dtype=jnp.int32), length].set(v, mode="drop")
+    if g is None:
+        return value, None, None
+    before = (jnp.arange(S, dtype=jnp.int32)[None] < length[:, None])[..., None]
+    # A barrier, so that the kernel's operand reads the sums and they can be made in place.
+    decay = lax.optimization_barrier(jnp.where(before, decay + g[:, None], 0.0))
+    return value, decay, scale * LOG2E * decay
+
+
+def _joined(attend, q, k, w, beta, key, value, length, added, more=None):
+    """The outputs in float32, of all query heads, and the new keys.
+
+    Args:
+      more: one piece more of what the queries read, as `attend` returns it of all heads; then the
+        keys are moved already.
+    """
+    (H, V), (B, HQ, _) = value.shape[2:], q.shape
+    outputs = []
+    for first in range(0, HQ // H, MOST_QUERIES):
+        moved = first > 0 or more is not None
+        *softmax, key = attend(q, k, w, beta, key, value, length, added, first=first, moved=moved)
+        if more is not None:
+            rest = (x[:, :, first : first + MOST_QUERIES] for x in more)
+            softmax = [jnp.concatenate(x, axis=3) for x in zip(softmax, rest, strict=True)]
+        o, highest, total = softmax
+        weight = jnp.exp2(highest - jnp.max(highest, axis=-1, keepdims=True))
+        total = jnp.sum(weight * total, axis=-1, keepdims=True)
+        outputs.append(jnp.sum(weight[..., None] * o, axis=-2) / total)
+    return jnp.concatenate(outputs, axis=2).reshape(B, HQ, V), key
+
+
+def _lazy_step(attend, formula, q, k, v, w, beta, g, cache, scale):
+    """`path_step` from and to a `LazyPathCache`."""
+    given = cache._asdict()
     if g is None:
         del given["decay"]
     arrays = dict(q=q, k=k, v=v, w=w, beta=beta) | given | ({} if g is None else dict(g=g))
     results = tuple(name for name in given if name != "length")
-    by_kernel = functools.partial(_lazy if kind is LazyPathCache else _eager, attend)
     run, derived = (
-        functools.partial(_named, f, kind, tuple(arrays), results, scale=scale)
-        for f in (by_kernel, formula)
+        functools.partial(_named, f, tuple(arrays), results, scale=scale)
+        for f in (functools.partial(_lazy, attend), formula)
     )
     operands = tuple(_AXES.get(name, _AXES.get(f"cache.{name}")) for name in arrays)
     outputs = letters(_AXES, " ".join(("o", *(f"cache.{name}" for name in results))))
     o, *new = differentiable(run, derived, operands, outputs)(*arrays.values())
     after: dict[str, Any] = dict(decay=None) | dict(zip(results, new, strict=True))
-    return o, kind(**after, length=counted(cache.length, 1))
+    return o, LazyPathCache(**after, length=counted(cache.length, 1))
 
 
-def _named(step, kind, names, results, *arrays, scale):
+def _named(step, names, results, *arrays, scale):
     """A step of arrays with these names: the output, and those of the cache's arrays after it."""
     given = dict(decay=None, g=None) | dict(zip(names, arrays, strict=True))
-    cache = kind(**{name: given.pop(name) for name in kind._fields})
+    cache = LazyPathCache(**{name: given.pop(name) for name in LazyPathCache._fields})
     o, cache = step(**given, cache=cache, scale=scale)
     return o, *(getattr(cache, name) for name in results)
 
 
-def _eager(attend, q, k, v, w, beta, g, cache, *, scale):
-    """The output and the `PathCache` (but for its length), for the rows and heads of one device."""
-    value, decay, added = _appended(v, g, cache, scale)
-    key, pieces = cache.key, []
-    for first in range(0, q.shape[1] // k.shape[1], MOST_QUERIES):
-        arrays = q, k, w, beta, key, value, cache.length, added
-        *softmax, key = attend(*arrays, scale=scale, first=first, moved=first > 0)
-        pieces.append(softmax)
-    o = _joined(pieces, cache, v)
-    return o, cache._replace(key=key, value=value, decay=decay)
-
-
 def _lazy(attend, q, k, v, w, beta, g, cache, *, scale):
-    """The same from and to a `LazyPathCache`.
+    """The output and the cache's arrays, for the rows and heads of one device.
 
     The kernel reads the settled keys alone, and writes none. The recent keys, one of 128 bytes of
     a long row's, are XLA's; so are the keys of those rows that move on, one row after another.
     """
-    S, group = cache.value.shape[1], q.shape[1] // k.shape[1]
-    value, decay, added = _appended(v, g, cache, scale)
+    S, length = cache.value.shape[1], cache.length
+    value, decay, added = _appended(v, g, cache.value, cache.decay, length, scale)
     of_token = (x.astype(jnp.float32) for x in (q, k, w, beta))
-    recent, change, back = after_token(cache.recent, cache.change, cache.length, S, *of_token)
-    settled = first_recent(cache.length, S)
-    key, pieces = cache.key, []
-    for first in range(0, group, MOST_QUERIES):
-        arrays = back, k, w, beta, key, value, settled - 1, added
-        *softmax, key = attend(*arrays, scale=scale, first=first, moved=True)
-        pieces.append(softmax)
-    own = _read_recent(q, recent, value, added, settled, cache.length, scale)
-    o = _joined(pieces, cache, v, own)
+    recent, change, back = after_token(cache.recent, cache.change, length, S, *of_token)
+    settled = first_recent(length, S)
+    own = _read_recent(q, recent, value, added, settled, length, scale)
+    attend = functools.partial(attend, scale=scale)
+    arrays = back, k, w, beta, cache.key, value, settled - 1, added
+    o, key = _joined(attend, *arrays, more=own)
+    o = jnp.where((length < S)[:, None, None], o, jnp.nan).astype(v.dtype)
     # A barrier, so that the kernel has read the keys and they can be moved in place.
-    o, full = lax.optimization_barrier((o, is_full(counted(cache.length, 1), S)))
+    o, full = lax.optimization_barrier((o, is_full(counted(length, 1), S)))
     key = _moved_on(key, recent, change, settled, full)
     recent, change = emptied(full, recent, change)
     return o, cache._replace(key=key, value=value, decay=decay, recent=recent, change=change)
@@ -148,31 +241,3 @@ def _moved_on(key, recent, change, first, full):
         return key, full & (jnp.arange(full.shape[0], dtype=jnp.int32) != row)
 
     return lax.while_loop(lambda left: jnp.any(left[1]), move, (key, full))[0]
-
-
-def _appended(v, g, cache, scale):
-    """The values and decays after this token, and the latter as the kernels add them to logits."""
-    (B, S), length, decay, value = cache.value.shape[:2], cache.length, cache.decay, cache.value
-    value = value.at[jnp.arange(B, dtype=jnp.int32), length].set(v, mode="drop")
-    added = None
-    if g is not None:
-        before = (jnp.arange(S, dtype=jnp.int32)[None] < length[:, None])[..., None]
-        # A barrier, so that the kernel's operand reads the sums and they can be made in place.
-        decay = lax.optimization_barrier(jnp.where(before, decay + g[:, None], 0.0))
-        added = scale * LOG2E * decay
-    return value, decay, added
-
-
-def _joined(passes, cache, v, *more):
-    """The output from the pieces [B, H, group, pieces, ...] of each pass, and `more` of all."""
-    B, S, _, V = cache.value.shape
-    outputs = []
-    for i, pieces in enumerate(passes):
-        here = slice(i * MOST_QUERIES, (i + 1) * MOST_QUERIES)
-        rest = [[x[:, :, here] for x in piece] for piece in more]
-        o, highest, total = (jnp.concatenate(x, axis=3) for x in zip(pieces, *rest, strict=True))
-        weight = jnp.exp2(highest - jnp.max(highest, axis=-1, keepdims=True))
-        total = jnp.sum(weight * total, axis=-1, keepdims=True)
-        outputs.append(jnp.sum(weight[..., None] * o, axis=-2) / total)
-    o = jnp.concatenate(outputs, axis=2).reshape(B, -1, V)
-    return jnp.where((cache.length < S)[:, None, None], o, jnp.nan).astype(v.dtype)

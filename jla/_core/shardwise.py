@@ -43,6 +43,10 @@ def shardwise(
     gathered. `vmap` folds the mapped axis into the batch. docs/sharding.md says what is split if
     there are fewer key heads than devices.
 
+    A step on a pool has arrays of R rows, `R` in the place of `B`; the last operand is then
+    `slots`, the row of the pool for each batch row. Any batch row may need any row of the pool, so
+    both stay whole: a pool whose rows are split raises NotImplementedError.
+
     Args:
       function: takes arrays, returns a tuple of arrays.
       operands, results: each array's axis letters, the first of them `B`. `H` are key heads; `HV`
@@ -79,6 +83,17 @@ def shardwise(
                 array = jnp.broadcast_to(array, (size, *array.shape))
             array = jnp.moveaxis(array, 0, int(last))
             return array.reshape(-1, *array.shape[2:])
+
+        behind = [x.shape[int(one_more) :] for x, one_more in zip(arrays, in_batched, strict=True)]
+        rows = _sizes_of_shapes(operands, behind).get("R")
+        if rows is not None:
+            # Slots of the pool that all pools together are.
+            *arrays, slots = arrays
+            slots = slots if in_batched[-1] else jnp.broadcast_to(slots, (size, *slots.shape))
+            number = jnp.arange(size, dtype=jnp.int32)[:, None]
+            of_all = slots * size + number if last else number * rows + slots
+            arrays = *arrays, jnp.where((slots >= 0) & (slots < rows), of_all, -1)
+            in_batched = [*in_batched[:-1], True]
 
         def unmerge(array):
             parts = (-1, size) if last else (size, -1)
@@ -160,7 +175,8 @@ class _Call:
         Pallas refuses refs whose types carry shardings; shard_map's have none.
         """
         axes = {name: mesh.shape[name] for name in names}
-        in_specs, out_specs = self._specs(axes, [_split_by_type(x, names) for x in arrays])
+        splits = [_split_by_type(x, names) for x in arrays]
+        in_specs, out_specs = self._specs(axes, splits)
         by_shard = jax.shard_map(
             functools.partial(self._of_shards, run),
             mesh=mesh,
@@ -211,6 +227,7 @@ class _Call:
         self, axes: Mapping[str, int], splits: Sequence[Split]
     ) -> tuple[tuple[PartitionSpec, ...], ...]:
         """The PartitionSpecs of operands and of results. See `_placement`."""
+        _refuse_split_pools(self.letters, splits, axes)
         place = _placement(self.letters, splits, axes, self.sizes, self.results)
         return tuple(
             tuple(PartitionSpec(*(place.get(x) for x in axes.split())) for axes in arrays)
@@ -255,6 +272,16 @@ def varying_as(weights: jax.Array, x: jax.Array) -> jax.Array:
     gradient that a kernel makes of them does so, and the transpose is the sum over those axes."""
     missing = tuple(_varying(x) - _varying(weights))
     return lax.pcast(weights, missing, to="varying") if missing else weights
+
+
+def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays of types that vary over the same axes of shard_map's mesh, see `varying_as`."""
+    axes = frozenset().union(*map(_varying, arrays))
+    missing = (tuple(axes - _varying(x)) for x in arrays)
+    return tuple(
+        lax.pcast(x, names, to="varying") if names else x
+        for x, names in zip(arrays, missing, strict=True)
+    )
 
 
 def _without_varying_types(function: Callable[..., Arrays], arrays: Arrays) -> Arrays:
@@ -311,11 +338,28 @@ def _lowered(
     return export.export(jax.jit(run), platforms=[platform], disabled_checks=checks)(*arrays)
 
 
+def _refuse_split_pools(letters: Letters, splits: Sequence[Split], axes: Mapping[str, int]) -> None:
+    """Raises NotImplementedError if several devices have a part of a pool's rows each."""
+    for of_array, split in zip(letters, splits, strict=True):
+        for letter, names in zip(of_array.split(), split, strict=True):
+            if letter == "R" and math.prod(axes[name] for name in names) > 1:
+                raise NotImplementedError(
+                    "slots: the rows of the pool are split over devices, and a kernel reads those "
+                    "of one device. Keep the rows whole and split heads; or call the step in "
+                    "jax.shard_map, each device with slots of its own rows; or use "
+                    'implementation="xla"'
+                )
+
+
 def _sizes(letters: Letters, arrays: Sequence[jax.Array]) -> Sizes:
     """The size of each axis letter."""
+    return _sizes_of_shapes(letters, [x.shape for x in arrays])
+
+
+def _sizes_of_shapes(letters: Letters, shapes: Sequence[tuple[int, ...]]) -> Sizes:
     sizes: Sizes = {}
-    for axes, array in zip(letters, arrays, strict=True):
-        sizes |= dict(zip(axes.split(), array.shape, strict=True))
+    for axes, shape in zip(letters, shapes, strict=True):
+        sizes |= dict(zip(axes.split(), shape, strict=True))
     return sizes
 
 
@@ -352,7 +396,8 @@ def _placement(
     """
     grouped = _grouped(sizes)
     found: dict[str, tuple[str, ...]] = {"B": (), "heads": ()}
-    most = {"B": sizes["B"], "heads": sizes["H"]}
+    # Of a pool any row may be needed.
+    most = {"B": 1 if "R" in sizes else sizes["B"], "heads": sizes["H"]}
     if _shares_key_heads(sizes, results):
         most["heads"] = sizes[grouped]
     arrays = [(x.split(), split) for x, split in zip(letters, splits, strict=True)]
@@ -456,7 +501,10 @@ def _split_in_order(sharding: Any, shape: tuple[int, ...], mesh: Mesh) -> Split:
 
 
 def _rule(letters: Letters, results: Letters, sizes: Sizes) -> dict[str, Any]:
-    """Shardy's rule: batch and heads are split everywhere, all else stays whole."""
+    """Shardy's rule: batch and heads are split everywhere, all else stays whole.
+
+    With a pool the batch stays whole; if its rows are split, that is refused, and not gathered.
+    """
     grouped = _grouped(sizes)
     # Not `(h group)` for all heads: what divides them need not divide key heads.
     of_groups = "h" if sizes[grouped] == sizes["H"] else "groups"
@@ -471,7 +519,8 @@ def _rule(letters: Letters, results: Letters, sizes: Sizes) -> dict[str, Any]:
     rule = f"{side(letters)} -> {side(results)}"
     # Shardy wants the factors in the order in which they first appear.
     factors = dict.fromkeys(re.findall(r"\w+", rule))
-    whole = tuple(x for x in factors if x not in ("b", "h", "groups"))
+    rows = "r" if "R" in sizes else "b"
+    whole = tuple(x for x in factors if x not in (rows, "h", "groups"))
     return dict(sharding_rule=rule, need_replication_factors=whole)
 
 

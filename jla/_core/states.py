@@ -163,10 +163,21 @@ def levels_in_use(position: Positions, L: int) -> jax.Array:
     return (level > 0) & (bits % 2 == 1)
 
 
+def bit_length(x: jax.Array) -> jax.Array:
+    """As `int.bit_length`, of int32 that are not negative."""
+    return 32 - lax.clz(x)
+
+
 def merging_into(position: Positions) -> jax.Array:
     """The level into which the token at a position merges those below: 1 plus the number of the
     position's trailing ones. [B], int32."""
     return lax.population_count(position & ~(position + 1)) + 1
+
+
+def used_levels(state: LogLinearState) -> Levels:
+    """The levels whose bit of the position is set; the others are zeros."""
+    used = levels_in_use(state.position, state.levels.shape[2])
+    return jnp.where(used[:, None, :, None, None], state.levels, 0.0)
 
 
 def outgrown(position: Positions, L: int) -> jax.Array:

@@ -5,6 +5,11 @@ import jax
 from jla._core.shardwise import shardwise
 
 
+def by_slots(formula):
+    """A formula of steps in plain JAX, whose last operand is the slots."""
+    return lambda *arrays, **options: formula(*arrays[:-1], slots=arrays[-1], **options)
+
+
 def differentiable(run, formula, operands, results):
     """A step of kernels: run shard by shard, its derivatives those of a formula in XLA.
 

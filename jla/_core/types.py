@@ -26,6 +26,7 @@ type Values = Array  # [B, T, H, V] or [B, T, HV, V]
 type LogDecays = Array
 type Strengths = Array  # beta: [B, T, H] or [B, T, HV]
 type SegmentIds = Array  # [B, T], integers: equal neighbours are one segment
+type Slots = Array  # [B], int32: the row of a pool for each row of a step, or -1 for none
 
 # Arguments of one mechanism.
 type SlotWrites = Array  # gsa's s: [B, T, H, M]

@@ -2,6 +2,7 @@
 
 from jla.linen._logical_axes import logical_axes
 from jla.linen._normalize import RMSNorm
+from jla.linen._pools import clear
 from jla.linen.gsa import GatedSlotAttention
 from jla.linen.kda import KimiDeltaAttention
 from jla.linen.log_linear import LogLinearMamba2
@@ -15,5 +16,6 @@ __all__ = [
     "MesaNet",
     "PaTHAttention",
     "RMSNorm",
+    "clear",
     "logical_axes",
 ]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jla._core import checks, whole
+from jla._core import checks, pools, whole
 
 
 def check_attributes(layer):
@@ -49,6 +49,31 @@ def split_of(layer):
     return None if layer.is_initializing() else whole.split(**given)
 
 
+def split_over(layer):
+    """The axis that T is split over; None in `init`, which runs outside of shard_map."""
+    if layer.is_initializing():
+        return None
+    return layer.axis_name if layer.mesh_axes is None else layer.mesh_axes.get("T")
+
+
+def refuse_over_devices(layer, mask):
+    """Raises NotImplementedError for what is not supported over devices."""
+    name = "axis_name" if layer.mesh_axes is None else "mesh_axes"
+    if layer.is_initializing() or getattr(layer, name) is None:
+        return
+    given = f"with {name} = {described(getattr(layer, name))}"
+    if split_over(layer) is not None and mask is not None:
+        raise NotImplementedError(
+            f"mask is not supported {given}: padding is not split over devices. Padding can be a "
+            "segment of its own"
+        )
+    if layer.decode:
+        raise NotImplementedError(
+            f"decode is not supported {given}: caches are not split over devices. A clone with "
+            f"{name}=None decodes"
+        )
+
+
 def described(value):
     """A setting as it was written; flax makes its own kind of dict of dicts."""
     return repr(dict(value)) if isinstance(value, Mapping) else repr(value)
@@ -71,6 +96,43 @@ def check_inputs(layer, inputs, mask, segment_ids):
     if segment_ids is not None:
         checks.check_segment_ids(segment_ids)
     return sizes["T"], sizes["D"]
+
+
+def check_slots(layer, slots, inputs, mask, segment_ids):
+    """Checks the slots of a call, without the size of the pool; None is for no pool."""
+    if slots is None:
+        return
+    if not layer.decode:
+        raise ValueError("slots need decode=True, got False: they are rows of a cache")
+    if layer.is_initializing():
+        raise ValueError(
+            "slots must be None in init: the rows of its inputs become the rows of the cache"
+        )
+    axes = "B N" if jnp.ndim(slots) == 2 else "B"
+    sizes = checks.check_shapes(inputs=(inputs, "B T D"), slots=(slots, axes))
+    checks.check_dtype("slots", slots, [jnp.int32])
+    if "N" in sizes:
+        _check_slots_of_segments(layer, sizes["N"], mask, segment_ids)
+
+
+def _check_slots_of_segments(layer, N, mask, segment_ids):
+    """Checks a call whose slots are [B, N], one for each segment of a row."""
+    if not getattr(layer, "packs_states", False):
+        raise NotImplementedError(
+            "slots of shape [B, N], one for each segment of a row, are not supported by this "
+            "layer: give each segment a row of its own, with slots [B], mask= for those that are "
+            "shorter than others, and no segment_ids"
+        )
+    if segment_ids is None:
+        raise ValueError(
+            "segment_ids must be given with slots of shape [B, N]: they say which of a row's N "
+            "slots each token goes on from. Slots of shape [B] are for rows of one sequence"
+        )
+    if checks.known(segment_ids) and (mask is None or checks.known(mask)):
+        ids = np.asarray(segment_ids)
+        real = np.ones(ids.shape, bool) if mask is None else np.asarray(mask)
+        rows = [x[here] for x, here in zip(ids, real, strict=True)]
+        checks.check_ids_of_states(rows, N, "slots")
 
 
 def check_size(name, size, least, hint=""):
@@ -148,11 +210,12 @@ def dt_bias_init(key, shape, dtype):
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
-def check_cache(layer, **entries):
+def check_cache(layer, slots=None, /, **entries):
     """Raises ValueError or TypeError unless a decoding call of `layer` has a fitting cache.
 
     Args:
       layer: a module with `decode`.
+      slots: the call's, or None. With them the cache may have any number of rows.
       entries: for each name in its cache, the shape and the dtype.
     """
     if not layer.decode or layer.is_initializing():
@@ -164,6 +227,9 @@ def check_cache(layer, **entries):
                 'init(key, inputs)["cache"] and pass it to apply beside "params"'
             )
         cached, path = layer.get_variable("cache", name), "/".join((*layer.path, name))
+        if slots is not None and cached.ndim:
+            shape = (cached.shape[0], *shape[1:])
+            pools.check(slots, cached.shape[0])
         if cached.shape != shape:
             raise ValueError(
                 f"the cache's {path} must have shape {shape} for these inputs, got {cached.shape}; "

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from jla._core import packed, pools
 from jla._core.segments import segment_index
 
 
@@ -61,3 +62,48 @@ def arrange(inputs, mask, segment_ids):
         return jnp.where(mask[..., None], take_tokens(y, inverse), 0.0)
 
     return x, real, lengths, segments, restore
+
+
+def of_live_rows(inputs, mask, slots):
+    """The inputs, the mask and the slots of a call on a pool.
+
+    Rows without a sequence become zeros, and so they stay: see `zeros_elsewhere`. A row whose only
+    token is padding has nothing to say to its sequence, and counts as one without.
+    """
+    slots = jnp.asarray(slots)
+    if mask is not None and inputs.shape[1] == 1:
+        slots, mask = jnp.where(mask[:, 0], slots, -1), None
+    if mask is not None:
+        mask = mask & (slots >= 0)[:, None]
+    return pools.zero_unless(slots >= 0, jnp.asarray(inputs)), mask, slots
+
+
+def of_live_segments(inputs, mask, segment_ids, slots):
+    """A call on a pool with a slot for each segment, [B, N]: its inputs, zeros at padding; the ids,
+    -1 there; the slots; and what undoes the arrangement of outputs, as in `arrange`.
+
+    Tokens of a segment without a slot are padding. A segment without tokens gets the slot -1: its
+    row of the pool is not touched.
+    """
+    slots, N = jnp.asarray(slots), slots.shape[1]
+    owner = packed.owners(segment_ids, N)
+    real = packed.pick(slots >= 0, owner, unique=False)
+    if mask is not None:
+        real = real & mask
+    ids = jnp.where(real, owner, -1)
+    there = jnp.any(ids[..., None] == jnp.arange(N, dtype=jnp.int32)[None, None], axis=1)
+    x = jnp.where(real[..., None], jnp.asarray(inputs), 0.0)
+    if mask is not None:  # there may be padding between a segment's tokens
+        order, inverse, _ = pack_left(mask)
+        x, ids = take_tokens(x, order), take_tokens(ids, order)
+
+    def restore(y):
+        y = y if mask is None else take_tokens(y, inverse)
+        return jnp.where(real[..., None], y, 0.0)
+
+    return x, ids, jnp.where(there, slots, -1), restore
+
+
+def zeros_elsewhere(restore, slots):
+    """`restore`, then zeros in the rows without a sequence."""
+    return lambda y: pools.zero_unless(slots >= 0, restore(y))

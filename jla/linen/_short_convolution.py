@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jla import _fused
-from jla._core import whole
+from jla._core import pools, whole
 from jla._core.types import Array, Implementation
 from jla._core.whole import Names
 from jla.linen._arguments import check_cache, split_of, uniform, unless_initializing
@@ -67,7 +67,11 @@ class ShortConvolution(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, segments: Array | None = None, lengths: Array | None = None
+        self,
+        x: Array,
+        segments: Array | None = None,
+        lengths: Array | None = None,
+        slots: Array | None = None,
     ) -> jax.Array:
         """Convolves.
 
@@ -78,6 +82,8 @@ class ShortConvolution(nn.Module):
             segment after it. With `axis_name`, integers in any order: equal neighbours are one.
           lengths: int32 [B]: only the first `lengths` tokens of a row are real; the rest does not
             enter the cache. T for every row if None.
+          slots: int32 [B], the rows of the cache that x's rows go on from; None if they are the
+            same. Or [B, N], those of each row's segments, whose ids are 0 to N - 1 or, padding, -1.
 
         Returns:
           [B, T, H, D] in x's dtype.
@@ -88,13 +94,16 @@ class ShortConvolution(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, tuple(channels), self.param_dtype)
-        check_cache(self, inputs=((B, past, *channels), x.dtype))
+        check_cache(self, slots, inputs=((B, past, *channels), x.dtype))
+        if slots is not None and slots.ndim == 2:
+            return self._by_segment(x, taps, bias, segments, slots)
         before = None
         if self.decode:
             cache = self.variable("cache", "inputs", jnp.zeros, (B, past, *channels), x.dtype)
-            before = cache.value
+            before = cache.value if slots is None else pools.take(cache.value, slots)
             if not self.is_initializing():
-                cache.value = _last_inputs(before, x, segments, lengths)
+                last = _last_inputs(before, x, segments, lengths)
+                cache.value = last if slots is None else pools.put(cache.value, last, slots)
         run = functools.partial(
             _fused.short_convolution,
             normalize=self.normalize,
@@ -109,6 +118,22 @@ class ShortConvolution(nn.Module):
         arrays = {name: array for name, array in arrays.items() if array is not None}
         # The taps whole: XLA would gather those that are split one by one.
         return whole.call(run, arrays, _LETTERS, _LETTERS["x"], split)
+
+    def _by_segment(self, x, taps, bias, segments, slots):
+        """The convolution of segments that go on from rows of the cache."""
+        cache = self.variable("cache", "inputs", jnp.zeros, (), x.dtype)
+        y, last = _fused.short_convolution_of_segments(
+            x,
+            taps,
+            bias,
+            pools.take(cache.value, slots),
+            segments,
+            normalize=self.normalize,
+            silu_twice=self.silu_twice,
+            implementation=self.implementation,
+        )
+        cache.value = pools.put(cache.value, last, slots)
+        return y
 
 
 def _last_inputs(before, x, segments, lengths):

@@ -86,11 +86,12 @@ class GatedSlotAttention(Mixer):
         *,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        slots: jax.Array | None = None,
     ) -> jax.Array:
         """Applies the layer; arguments, result and errors as of all layers, see `Mixer`."""
-        tokens, (H, HK, K, V, M) = self.begin(inputs, mask, segment_ids)
+        tokens, (H, HK, K, V, M) = self.begin(inputs, mask, segment_ids, slots)
         B = tokens.x.shape[0]
-        cache = self.cached(GSAState, hk=((B, HK, K, M), f32), hv=((B, HK, M, V), f32))
+        cache = self.cached(GSAState, tokens, hk=((B, HK, K, M), f32), hv=((B, HK, M, V), f32))
         convolve = functools.partial(self.convolve, tokens=tokens, otherwise=lambda x: x)
         # SiLU behind the convolution's own is the convolution's, too.
         swish, feature_map = self.feature_map == "swish", FEATURE_MAPS[self.feature_map]

@@ -108,12 +108,13 @@ class KimiDeltaAttention(Mixer):
         *,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        slots: jax.Array | None = None,
     ) -> jax.Array:
         """Applies the layer; arguments, result and errors as of all layers, see `Mixer`."""
-        tokens, (H, HK, K, V, rank) = self.begin(inputs, mask, segment_ids)
+        tokens, (H, HK, K, V, rank) = self.begin(inputs, mask, segment_ids, slots)
         x = tokens.x
         entry = (x.shape[0], H, K, V), f32
-        cache = self.cached(lambda recurrent_state: recurrent_state, recurrent_state=entry)
+        cache = self.cached(lambda recurrent_state: recurrent_state, tokens, recurrent_state=entry)
         q, k = (
             self.convolve(
                 self.project(tokens, (HK, K), f"{letter}_proj"),
@@ -147,10 +148,10 @@ class KimiDeltaAttention(Mixer):
                 **options,
             )
 
-        def step(q, k, v, f, beta, state):
+        def step(q, k, v, f, beta, state, slots=None):
             real = None if tokens.real is None else tokens.real[:, 0]
             arguments = q, k, v, f, A_log, dt_bias, beta, state
-            return _fused.kda_step_from_projection(*arguments, real=real, **options)
+            return _fused.kda_step_from_projection(*arguments, real=real, slots=slots, **options)
 
         o = self.mix(run, step, (q, k, v, f, beta), cache)
         gate_rank = None if self.full_rank_gate else rank

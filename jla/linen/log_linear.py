@@ -133,12 +133,13 @@ class LogLinearMamba2(Mixer):
         *,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        slots: jax.Array | None = None,
     ) -> jax.Array:
         """Applies the layer; arguments, result and errors as of all layers, see `Mixer`."""
-        tokens, (H, HK, K, V, L) = self.begin(inputs, mask, segment_ids)
+        tokens, (H, HK, K, V, L) = self.begin(inputs, mask, segment_ids, slots)
         B = tokens.x.shape[0]
         entries = dict(levels=((B, H, L, K, V), f32), position=((B,), jnp.int32))
-        cache = self.cached(LazyLogLinearState, **entries, log_decays=((B, H, L), f32))
+        cache = self.cached(LazyLogLinearState, tokens, **entries, log_decays=((B, H, L), f32))
         level_weight = _arguments.float32_parameter(self, "L", nn.initializers.ones, (H, L))
         z, u, q, k, d, logits = self._projections(tokens, (H, HK, K, V, L), level_weight)
         q, k, u = (
@@ -172,10 +173,11 @@ class LogLinearMamba2(Mixer):
                 state = alignment.state_after(tokens.lengths, k, v, g, before, tokens.segments)
             return o, state.lazy()
 
-        def step(q, k, u, d, logits, before):
+        def step(q, k, u, d, logits, before, slots=None):
             g, dt = gates(d)
+            options = dict(slots=slots, implementation=self.implementation)
             o, state = _fused.log_linear_mamba2_step(
-                q, k, u, g, logits, dt, skip, before, implementation=self.implementation
+                q, k, u, g, logits, dt, skip, before, **options
             )
             if tokens.real is not None:
                 real = tokens.real[:, 0]

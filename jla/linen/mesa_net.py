@@ -77,11 +77,12 @@ class MesaNet(Mixer):
         *,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        slots: jax.Array | None = None,
     ) -> jax.Array:
         """Applies the layer; arguments, result and errors as of all layers, see `Mixer`."""
-        tokens, (H, K, V) = self.begin(inputs, mask, segment_ids)
+        tokens, (H, K, V) = self.begin(inputs, mask, segment_ids, slots)
         B = tokens.x.shape[0]
-        cache = self.cached(MesaState, kk=((B, H, K, K), f32), kv=((B, H, K, V), f32))
+        cache = self.cached(MesaState, tokens, kk=((B, H, K, K), f32), kv=((B, H, K, V), f32))
         q, k = (
             self.convolve(
                 self.project(tokens, (H, K), f"{letter}_proj"),
@@ -107,9 +108,9 @@ class MesaNet(Mixer):
             arrays = dict(q=q, k=k, v=v, g=g, beta=beta, lamb=lamb)
             return self.on_mesh(mesa_net, axes.MESA_NET, **arrays, **options)
 
-        def step(q, k, v, g, beta, state):
+        def step(q, k, v, g, beta, state, slots=None):
             steps = self.cg_steps if self.cg_steps_decode is None else self.cg_steps_decode
-            options = dict(cg_steps=steps, implementation=self.implementation)
+            options = dict(cg_steps=steps, slots=slots, implementation=self.implementation)
             return mesa_step(q, k, v, g, beta, lamb, state, **options)
 
         o = self.mix(run, step, (q, k, v, g, beta), cache)

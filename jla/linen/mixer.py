@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jla._core import axes, checks, sequence, whole
+from jla._core import axes, checks, pools, sequence, whole
 from jla._core.parts import l2norm
 from jla._core.types import Implementation
 from jla._core.whole import Names
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm
-from jla.linen._padding import arrange
+from jla.linen._padding import arrange, of_live_rows, of_live_segments, zeros_elsewhere
 from jla.linen._projections import by_heads, copies, product, sum_over_heads
 from jla.linen._short_convolution import ShortConvolution
 
@@ -28,9 +28,11 @@ class Tokens(NamedTuple):
       real: bool [B, T], True at the real tokens of x; None without a mask.
       lengths: int32 [B], the number of real tokens in each row; None without a mask.
       segments: int32 [B, T], numbered 0, 1, ... in each row; with `axis_name` the ids as they are;
-        None without `segment_ids`.
+        None without `segment_ids`. With slots for each segment the ids, -1 at padding.
       restore: moves outputs [B, T, D] back; they are zero at padding.
       copies: x once for each device that heads are split over, see `_projections.copies`; or None.
+      slots: int32 [B], the rows of the cache that the rows go on from; None if they are the same.
+        Or [B, N], those of each row's segments.
     """
 
     x: jax.Array
@@ -39,6 +41,7 @@ class Tokens(NamedTuple):
     segments: jax.Array | None
     restore: Callable
     copies: jax.Array | None = None
+    slots: jax.Array | None = None
 
     def zero_padding(self, x, at_padding=0.0):
         """x [B, T, ...] with `at_padding` where the token is not real."""
@@ -47,24 +50,61 @@ class Tokens(NamedTuple):
         return jnp.where(self.real.reshape(*x.shape[:2], *[1] * (x.ndim - 2)), x, at_padding)
 
 
+def arranged(inputs, mask, segment_ids, slots=None):
+    """The tokens of a call whose arguments were checked."""
+    if slots is None:
+        return Tokens(*arrange(inputs, mask, segment_ids))
+    if slots.ndim == 2:
+        x, ids, slots, restore = of_live_segments(inputs, mask, segment_ids, slots)
+        return Tokens(x, None, None, ids, restore, slots=slots)
+    inputs, mask, slots = of_live_rows(inputs, mask, slots)
+    tokens = Tokens(*arrange(inputs, mask, segment_ids), slots=slots)
+    return tokens._replace(restore=zeros_elsewhere(tokens.restore, slots))
+
+
 class Cache(NamedTuple):
     """The variables of the "cache" collection that hold a mechanism's state.
 
     Attributes:
       make: makes the state of the variables' values, given by name.
       variables: by name, in the order of the state's leaves.
+      slots: int32 [B], or [B, N] for segments, the rows of the variables that a call goes on from;
+        None for all. Those rows' states have the axes of the slots.
     """
 
     make: Callable
     variables: dict
+    slots: jax.Array | None = None
+
+    def rows(self, name):
+        """The call's rows of a variable."""
+        x = self.variables[name].value
+        return x if self.slots is None else pools.take(x, self.slots)
+
+    def set_rows(self, name, x):
+        """Sets the call's rows of a variable."""
+        variable = self.variables[name]
+        variable.value = x if self.slots is None else pools.put(variable.value, x, self.slots)
+
+    @property
+    def whole(self):
+        """The state of all rows of the variables."""
+        return self.make(**{name: x.value for name, x in self.variables.items()})
 
     @property
     def state(self):
-        return self.make(**{name: x.value for name, x in self.variables.items()})
+        """The state of the call's rows."""
+        return self.make(**{name: self.rows(name) for name in self.variables})
 
-    def update(self, state):
+    def replace(self, state):
+        """Sets the state of all rows."""
         for variable, x in zip(self.variables.values(), jax.tree.leaves(state), strict=True):
             variable.value = x
+
+    def update(self, state):
+        """Sets the state of the call's rows."""
+        for name, x in zip(self.variables, jax.tree.leaves(state), strict=True):
+            self.set_rows(name, x)
 
 
 class Mixer(nn.Module):
@@ -84,6 +124,11 @@ class Mixer(nn.Module):
       segment_ids: integers [B, T]: equal neighbours (with a mask: neighbouring real tokens) are one
         segment, and nothing crosses a border. With `decode`, the cache continues into each row's
         first segment, and is that of its last segment afterwards.
+      slots: int32 [B], with `decode`: the rows of the cache that the inputs' rows go on from. The
+        cache then is a pool of any number of rows, that of `init`'s inputs. -1 is a row without a
+        sequence: its output is zero, and nothing is written. Or int32 [B, N], with segment_ids
+        0 to N - 1: those of each row's segments, each in one place of its row; a segment that is
+        absent or has the slot -1, and tokens with the id -1, write nothing. See docs/pools.md.
 
     It returns [B, T, D] in the dtype of the computation, and raises TypeError or ValueError, with
     the layer's name and the argument's, for wrong dtypes, shapes that disagree, attributes that the
@@ -102,7 +147,7 @@ class Mixer(nn.Module):
     A layer adds its own attributes, `sizes` and `__call__`, which holds its projections and its
     formula:
 
-        tokens, sizes = self.begin(inputs, mask, segment_ids)
+        tokens, sizes = self.begin(inputs, mask, segment_ids, slots)
         ...
         o = self.mix(run, step, arrays, cache)
         return self.finish(o, tokens)
@@ -146,6 +191,8 @@ class Mixer(nn.Module):
     axis_name: str | None = None
     mesh_axes: Mapping[str, Names] | None = None
 
+    packs_states = True  # whether slots may be [B, N]; no attribute of the dataclass
+
     def sizes(self, T, D):
         """Checks the layer's own attributes; returns what `begin` hands to `__call__`."""
         raise NotImplementedError(f"{type(self).__name__} must define sizes(T, D); see Mixer")
@@ -170,46 +217,30 @@ class Mixer(nn.Module):
         dims = dict(key_dim=self.key_dim, value_dim=self.value_dim, **more)
         return H, HK, *_arguments.head_dims(D, per, accepted, **dims)
 
-    def begin(self, inputs, mask, segment_ids):
+    def begin(self, inputs, mask, segment_ids, slots=None):
         """Checks the call's arguments and the attributes; returns the tokens and the sizes."""
         _arguments.check_attributes(self)
         T, D = _arguments.check_inputs(self, inputs, mask, segment_ids)
         _arguments.check_convolution(self.conv_size, self.conv_bias)
+        _arguments.check_slots(self, slots, inputs, mask, segment_ids)
         split = _arguments.split_of(self)
         if split is None and self.split_over is None:
-            return Tokens(*arrange(inputs, mask, segment_ids)), self.sizes(T, D)
-        self._refuse(mask, split)
+            return arranged(inputs, mask, segment_ids, slots), self.sizes(T, D)
+        _arguments.refuse_over_devices(self, mask)
         if split is None:
             T *= sequence.devices_of(self.axis_name)
         sizes = self.sizes(T, D)
         if self.split_over is None:
-            tokens = Tokens(*arrange(inputs, mask, segment_ids))
+            tokens = arranged(inputs, mask, segment_ids)
         else:
             # The ids themselves: numbers of segments would begin anew on each device.
             tokens = Tokens(jnp.asarray(inputs), None, None, segment_ids, lambda y: y)
         return tokens._replace(copies=copies(tokens.x, split)), sizes
 
-    def _refuse(self, mask, split):
-        """Raises NotImplementedError for what is not supported over devices."""
-        name = "mesh_axes" if split is not None else "axis_name"
-        given = f"with {name} = {_arguments.described(getattr(self, name))}"
-        if self.split_over is not None and mask is not None:
-            raise NotImplementedError(
-                f"mask is not supported {given}: padding is not split over devices. Padding can be "
-                "a segment of its own"
-            )
-        if self.decode:
-            raise NotImplementedError(
-                f"decode is not supported {given}: caches are not split over devices. A clone with "
-                f"{name}=None decodes"
-            )
-
     @property
     def split_over(self):
         """The axis that T is split over; None in `init`, which runs outside of shard_map."""
-        if self.is_initializing():
-            return None
-        return self.axis_name if self.mesh_axes is None else self.mesh_axes.get("T")
+        return _arguments.split_over(self)
 
     def on_mesh(self, function, table, **arguments):
         """`function(**arguments)`, outputs and a state; with `mesh_axes` in a shard_map, and then
@@ -290,7 +321,7 @@ class Mixer(nn.Module):
             mesh_axes=self.mesh_axes,
             name=name,
         )
-        return convolution(x, tokens.segments, tokens.lengths)
+        return convolution(x, tokens.segments, tokens.lengths, tokens.slots)
 
     def norm(self, name, kind=RMSNorm, **options):
         """One of the layer's norms."""
@@ -307,20 +338,21 @@ class Mixer(nn.Module):
         """The implementation of the layer's norms and convolutions; see the class."""
         return self.implementation if self.implementation in ("reference", "xla") else None
 
-    def cached(self, make, **entries):
+    def cached(self, make, tokens, **entries):
         """The cache of the mechanism's state, checked; None without `decode`.
 
         Args:
           make: as `Cache` has it.
+          tokens: from `begin`.
           entries: shape and dtype of each variable, in the order of the state's leaves.
         """
         if not self.decode:
             return None
-        _arguments.check_cache(self, **entries)
+        _arguments.check_cache(self, tokens.slots, **entries)
         variables = {
             name: self.variable("cache", name, jnp.zeros, *entry) for name, entry in entries.items()
         }
-        return Cache(make, variables)
+        return Cache(make, variables, tokens.slots)
 
     def mix(self, run, step, arrays, cache):
         """The mechanism's outputs [B, T, H, V]; without a cache, or from it, which then advances.
@@ -330,19 +362,24 @@ class Mixer(nn.Module):
         Args:
           run: `run(*arrays, state)` returns outputs and the new state, `run(*arrays)` with no state
             outputs and anything.
-          step: the same of one token, whose arrays have no axis of time; None if `run` does it.
+          step: the same of one token, whose arrays have no axis of time; None if `run` does it. Of
+            a pool it takes and returns all rows, and `slots`.
           arrays: [B, T, ...].
           cache: from `cached`.
         """
         run = _arguments.unless_initializing(self, run)
         if cache is None:
             return run(*arrays)[0]
-        if step is not None and arrays[0].shape[1] == 1:
+        by_segment = cache.slots is not None and cache.slots.ndim == 2
+        if step is not None and arrays[0].shape[1] == 1 and not by_segment:
             step = _arguments.unless_initializing(self, step)
-            o, state = step(*(x[:, 0] for x in arrays), cache.state)
-            o = o[:, None]
-        else:
-            o, state = run(*arrays, cache.state)
+            one = (None if x is None else x[:, 0] for x in arrays)
+            slots = {} if cache.slots is None else dict(slots=cache.slots)
+            o, state = step(*one, cache.whole, **slots)
+            if not self.is_initializing():
+                cache.replace(state)
+            return o[:, None]
+        o, state = run(*arrays, cache.state)
         if not self.is_initializing():
             cache.update(state)
         return o

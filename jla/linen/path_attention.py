@@ -15,6 +15,7 @@ from jla.linen.mixer import Mixer
 from jla.path_attention import check_room, path_attention, run, step
 
 f32 = jnp.float32
+_SET_BY = "the length of init's input"
 
 
 class PaTHAttention(Mixer):
@@ -89,15 +90,16 @@ class PaTHAttention(Mixer):
         *,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        slots: jax.Array | None = None,
     ) -> jax.Array:
         """Applies the layer; arguments, result and errors as of all layers, see `Mixer`."""
-        tokens, (H, HK, K, V) = self.begin(inputs, mask, segment_ids)
+        tokens, (H, HK, K, V) = self.begin(inputs, mask, segment_ids, slots)
         q, k = (
             self.project(tokens, (heads, K), f"{letter}_proj")
             for letter, heads in (("q", H), ("k", HK))
         )
         v = self.project(tokens, (HK, V), "v_proj")
-        cache = self._cache(v, H, K)
+        cache = self._cache(v, H, K, tokens)
         if self.use_qk_norm:
             q, k = self.norm("q_norm")(q), self.norm("k_norm")(k)
         w = self.low_rank(tokens, (HK, K), "w_proj", self.w_rank)
@@ -117,14 +119,24 @@ class PaTHAttention(Mixer):
             *arrays, before = arrays
             return self._appended(arrays, before, tokens)
 
-        return self.finish(self.mix(run, None, (q, k, v, w, beta, g), cache), tokens)
+        def on_pool(*arguments, slots):
+            *arrays, pool = arguments
+            check_room(pool, 1, slots=slots, set_by=_SET_BY)
+            scale = arrays[1].shape[2] ** -0.5
+            return step(*arrays, pool, scale, self.implementation, slots)
+
+        arrays = q, k, v, w, beta, g
+        one = None if tokens.slots is None else on_pool
+        return self.finish(self.mix(run, one, arrays, cache), tokens)
+
+    packs_states = False
 
     def sizes(self, T, D):
         if self.w_rank is not None:
             _arguments.check_size("w_rank", self.w_rank, 1, "; None is for full rank")
         return self.heads_and_dims(D, self.num_key_heads)
 
-    def _cache(self, v, H, K):
+    def _cache(self, v, H, K, tokens):
         """The cache for these values, with room for as many tokens in `init`."""
         (B, S, HK, V) = v.shape
         if self.has_variable("cache", "key"):
@@ -137,6 +149,7 @@ class PaTHAttention(Mixer):
             lazy = dict(recent=((B, RECENT, HK, K), f32), change=((B, HK, K, K), f32))
         return self.cached(
             functools.partial(kind, **{} if decay else dict(decay=None)),
+            tokens,
             key=((B, S, HK, K), key_dtype),
             value=((B, S, HK, V), v.dtype),
             **decay,
@@ -148,7 +161,7 @@ class PaTHAttention(Mixer):
         """The outputs, and the cache with these tokens."""
         T = tokens.x.shape[1] if tokens.lengths is None else tokens.lengths
         # Padding, behind the real tokens, may find no room; they are what must fit.
-        check_room(cache, T, tokens.segments, set_by="the length of init's input")
+        check_room(cache, T, tokens.segments, set_by=_SET_BY)
         options = dict(scale=arrays[1].shape[3] ** -0.5, implementation=self.implementation)
         return _advance(arrays, cache, tokens.segments, tokens.real, tokens.lengths, **options)
 

@@ -1,6 +1,7 @@
 """Softmax attention: shared key heads, windows, rotary positions, padding, segments, a cache."""
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +10,15 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jax import lax
 
-from jla._core import checks
-from jla._core.segments import segment_starts
+from jla._core import checks, pools, sequence, whole
+from jla._core.whole import Names
 from jla.linen import _arguments
-from jla.linen._padding import arrange
-from jla.linen._projections import product, sum_over_heads
-from jla.linen.mixer import Cache, Tokens
+from jla.linen._projections import by_heads, copies, product, sum_over_heads
+from jla.linen.mixer import Cache, Tokens, arranged
+from jla.models.intervals import from_left, interval_attention, intervals, intervals_over
 
 f32 = jnp.float32
-QUERIES_AT_ONCE = 256  # in `interval_attention`, so that its logits are [B, H, 256, S] at most
+_LETTERS = dict(q="B T H K", k="B T HK K", v="B T HK K", segments="B T")
 
 
 class Attention(nn.Module):
@@ -66,6 +67,9 @@ class Attention(nn.Module):
       rope_theta: the base of the rotary angles; None for no rotation.
       dtype, param_dtype, kernel_init: as of the layers of `jla.linen`.
       decode: whether to keep and use a cache.
+      axis_name, mesh_axes: of a mesh, as in the layers of `jla.linen`; see docs/scale.md. Where
+        the devices of time divide the (device's) query and key heads, they exchange heads for time,
+        and otherwise keys and values move from device to device, which read them by XLA.
     """
 
     num_heads: int
@@ -78,6 +82,8 @@ class Attention(nn.Module):
     param_dtype: Dtype = f32
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
     decode: bool = False
+    axis_name: str | None = None
+    mesh_axes: Mapping[str, Names] | None = None
 
     @nn.compact
     @checks.named
@@ -87,11 +93,15 @@ class Attention(nn.Module):
         *,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        slots: jax.Array | None = None,
     ) -> jax.Array:
         """Applies the layer; arguments, result and errors as of all layers, see docs/layers.md."""
         _, D = _arguments.check_inputs(self, inputs, mask, segment_ids)
         H, HK, K = self._sizes(D)
-        tokens = Tokens(*arrange(inputs, mask, segment_ids))
+        _arguments.check_slots(self, slots, inputs, mask, segment_ids)
+        split = _arguments.split_of(self)
+        _arguments.refuse_over_devices(self, mask)
+        tokens = tokens_of(self, inputs, mask, segment_ids, slots)
         dense = functools.partial(
             nn.DenseGeneral,
             dtype=self.dtype,
@@ -99,15 +109,23 @@ class Attention(nn.Module):
             kernel_init=self.kernel_init,
             dot_general=product,
         )
-        project = functools.partial(dense, use_bias=self.use_bias)
-        q = project((H, K), name="query")(tokens.x)
-        k = project((HK, K), name="key")(tokens.x)
-        v = project((HK, K), name="value")(tokens.x)
-        cache = self._cache(v) if self.decode else None
+        once = copies(tokens.x, split)
+
+        def project(heads, name):
+            options = dict(use_bias=self.use_bias, name=name)
+            if once is None or heads % once.shape[0]:
+                return dense((heads, K), **options)(tokens.x)
+            return dense((heads, K), dot_general_cls=by_heads, **options)(once)[0]
+
+        q, k, v = project(H, "query"), project(HK, "key"), project(HK, "value")
+        cache = self._cache(v, tokens.slots) if self.decode else None
         if self.is_initializing():
             o = jnp.zeros_like(q)
-        else:
+        elif cache is not None:
             o = self._attend(q, k, v, tokens, cache)
+        else:
+            run = functools.partial(self._attend_over, axis=_arguments.split_over(self))
+            o = over_mesh(run, split, _LETTERS, "B T H K", q=q, k=k, v=v, segments=tokens.segments)
         out = dense(D, use_bias=False, axis=(-2, -1), dot_general_cls=sum_over_heads, name="out")
         return tokens.restore(out(o))
 
@@ -132,7 +150,7 @@ class Attention(nn.Module):
                 )
         return H, HK, K
 
-    def _cache(self, v):
+    def _cache(self, v, slots):
         """The cache for these values, with room for as many tokens in `init`."""
         B, S, HK, K = v.shape
         if self.has_variable("cache", "cached_key"):
@@ -140,41 +158,62 @@ class Attention(nn.Module):
         # Heads before tokens: what one query reads of a head lies in one piece.
         tokens, rows = ((B, HK, S, K), v.dtype), ((B,), jnp.int32)
         entries = dict(cached_key=tokens, cached_value=tokens, length=rows, start=rows)
-        _arguments.check_cache(self, **entries)
+        _arguments.check_cache(self, slots, **entries)
         variables = {
             name: self.variable("cache", name, jnp.zeros, *entry) for name, entry in entries.items()
         }
-        return Cache(tuple, variables)
+        return Cache(lambda **state: state, variables, slots)
+
+    def _attend_over(self, q, k, v, segments=None, *, axis):
+        """The outputs [B, T, H, K] without a cache; `axis` splits time, or is None."""
+        first, place, _ = intervals_over(*q.shape[:2], segments, axis)
+        q, k = self._rotated(q, k, place - first)
+        if axis is None:
+            return self._attend_whole(q, k, v, first, place, segments)
+        size = lax.axis_size(axis)
+        if q.shape[2] % size == 0 and k.shape[2] % size == 0:
+
+            def run(q, k, v, _, segments):
+                first, place, _ = intervals(q.shape[1], segments, None)
+                return self._attend_whole(q, k, v, first, place, segments), None
+
+            return sequence.by_heads(run, (q, k, v), segments, axis)
+        if self.window is not None:
+            first = jnp.maximum(first, place - (self.window - 1))
+        kv = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+        return from_left(q, kv, (), lambda kv, _: kv, first, place, axis, self.window)
+
+    def _attend_whole(self, q, k, v, first, place, segments):
+        if self.window is None and segments is None:
+            return causal_attention(q, k, v)
+        if self.window is not None:
+            first = jnp.maximum(first, place - (self.window - 1))
+        return interval_attention(q, *(jnp.swapaxes(x, 1, 2) for x in (k, v)), first, place)
+
+    def _rotated(self, q, k, position):
+        if self.rope_theta is None:
+            return q, k
+        return (rotate(x, position, self.rope_theta) for x in (q, k))
 
     def _attend(self, q, k, v, tokens, cache):
-        """The outputs [B, T, H, K]; with a cache it advances."""
+        """The outputs [B, T, H, K], from the cache, which advances."""
         T = q.shape[1]
-        before = None
-        if cache is not None:
-            before = tuple(cache.variables[name].value for name in ("length", "start"))
+        before = cache.rows("length"), cache.rows("start")
         first, place, start = intervals(T, tokens.segments, before)
-        if self.rope_theta is not None:
-            q, k = (rotate(x, place - first, self.rope_theta) for x in (q, k))
+        q, k = self._rotated(q, k, place - first)
         if self.window is not None:
             first = jnp.maximum(first, place - (self.window - 1))
         is_plain = self.window is None and tokens.segments is None
-        if cache is None:
-            if is_plain:
-                return causal_attention(q, k, v)
-            return interval_attention(q, *(jnp.swapaxes(x, 1, 2) for x in (k, v)), first, place)
-
-        length = cache.variables["length"].value
+        length = cache.rows("length")
         added = jnp.full_like(length, T) if tokens.lengths is None else tokens.lengths
         S = cache.variables["cached_key"].value.shape[2]
         check_room(length, added, S)
         keys, values = (
-            append(cache.variables[name].value, new, length, tokens.real)
+            appended(cache, name, new, length, tokens.real)
             for name, new in (("cached_key", k), ("cached_value", v))
         )
-        cache.variables["cached_key"].value = keys
-        cache.variables["cached_value"].value = values
-        cache.variables["length"].value = length + added
-        cache.variables["start"].value = start
+        cache.set_rows("length", length + added)
+        cache.set_rows("start", start)
         fits = length + added <= S
 
         def from_cache():
@@ -194,28 +233,19 @@ class Attention(nn.Module):
         return o.reshape(q.shape)
 
 
-def intervals(T, segments, before):
-    """The places that tokens see: from their segment's first one to their own.
+def tokens_of(layer, inputs, mask, segment_ids, slots):
+    """The layer's tokens; over devices the segments are the ids themselves, see `Tokens`."""
+    if _arguments.split_over(layer) is None:
+        return arranged(inputs, mask, segment_ids, slots)
+    return Tokens(jnp.asarray(inputs), None, None, segment_ids, lambda y: y)
 
-    Args:
-      T: how many new tokens each row has.
-      segments: int32 [B, T], numbered from 0; None for one segment.
-      before: of a cache, the number of its tokens and the place where its last segment begins,
-        int32 [B] each; or None.
 
-    Returns:
-      The first and the last place, [B, T] or [1, T], and the new `start` [B], None without a cache.
-    """
-    place = jnp.arange(T, dtype=jnp.int32)[None]
-    first = jnp.zeros_like(place)
-    if before is not None:
-        length, start = before
-        place = place + length[:, None]
-        first = jnp.broadcast_to(start[:, None], place.shape)
-    if segments is not None:
-        starts = jnp.where(segment_starts(segments), place, 0)
-        first = jnp.maximum(lax.cummax(starts, axis=1), first)
-    return first, place, None if before is None else first[:, -1]
+def over_mesh(run, split, letters, results, **arrays):
+    """`run(**arrays)` of those that are given, in a shard_map if there is a `split`."""
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+    if split is None:
+        return run(**arrays)
+    return whole.call(run, arrays, letters, results, split, ("HK",))
 
 
 def cudnn_serves(q):
@@ -229,43 +259,6 @@ def causal_attention(q, k, v):
     implementation = "cudnn" if cudnn_serves(q) else "xla"
     with jax.numpy_dtype_promotion("standard"):  # which JAX's function relies on in 16 bits
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
-
-
-def interval_attention(q, keys, values, first, last):
-    """Attention of queries [B, T, H, K] to the keys in the places `first` to `last`, [B, T] each.
-
-    Keys are [B, HK, S, K], values [B, HK, S, V]; `first` and `last` may have one row for all. No
-    more than `QUERIES_AT_ONCE` queries' logits are there at a time, in the backward pass too.
-    """
-    B, T, H, K = q.shape
-    HK, S = keys.shape[1:3]
-    place = jnp.arange(S, dtype=jnp.int32)[None, None]
-
-    def attend(q, first, last):
-        logits = jnp.einsum("bnhgk,bhsk->bhgns", q, keys, preferred_element_type=f32) * K**-0.5
-        seen = (first[..., None] <= place) & (place <= last[..., None])
-        # Finite: rows that see nothing (of padding, below) are not NaN.
-        logits = jnp.where(seen[:, None, None], logits, jnp.finfo(f32).min)
-        weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-        # The axes are moved afterwards: XLA's CPU has no 16-bit product that moves them.
-        o = jnp.einsum("bhgns,bhsv->bhgnv", weights, values, preferred_element_type=f32)
-        return jnp.moveaxis(o, 3, 1).astype(values.dtype)
-
-    q = q.reshape(B, T, HK, H // HK, K)
-    if T <= QUERIES_AT_ONCE:
-        return attend(q, first, last).reshape(B, T, H, -1)
-
-    blocks = -(-T // QUERIES_AT_ONCE)
-
-    def cut(x):
-        """[B, T, ...] in blocks of queries, [blocks, B, QUERIES_AT_ONCE, ...]."""
-        rest = blocks * QUERIES_AT_ONCE - T
-        x = jnp.pad(x, [(0, 0), (0, rest), *[(0, 0)] * (x.ndim - 2)])
-        return jnp.moveaxis(x.reshape(x.shape[0], blocks, -1, *x.shape[2:]), 1, 0)
-
-    run = jax.checkpoint(attend)
-    o = lax.map(lambda block: run(*block), (cut(q), cut(first), cut(last)))
-    return jnp.moveaxis(o, 0, 1).reshape(B, -1, H, values.shape[-1])[:, :T]
 
 
 def attention_to_cache(q, keys, values, length, first, last):
@@ -299,12 +292,36 @@ def rotate(x, position, theta):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def append(cached, new, length, real):
+def appended(cache, name, new, length, real, *, has_heads=True):
+    """The call's rows of a variable of a cache, which gets these tokens; see `append`.
+
+    Args:
+      has_heads: whether the variable is [B, HK, S, K] and new [B, T, HK, K]; without there is no
+        HK.
+    """
+    x, slots = cache.variables[name].value, cache.slots
+    if has_heads:
+        x = append(x, new, length, real, slots)
+    else:
+        x = append(x[:, None], new[:, :, None], length, real, slots)[:, 0]
+    cache.variables[name].value = x
+    return x if slots is None else pools.read(x, slots)
+
+
+def append(cached, new, length, real, slots=None):
     """The cache [B, HK, S, K] with new tokens [B, T, HK, K] behind each row's first `length`.
 
     With `real`, bool [B, T] or None for all, only those are written. What finds no room is lost.
+    With `slots`, int32 [B], the cache is a pool and these are its rows.
     """
     T, new = new.shape[1], jnp.swapaxes(new, 1, 2)
+    if slots is not None:
+        place = length[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+        if real is not None:
+            place = jnp.where(real, place, cached.shape[2])
+        head = jnp.arange(new.shape[1], dtype=jnp.int32)[None, :, None]
+        row = pools.rows(slots, cached.shape[0])[:, None, None]
+        return cached.at[row, head, place[:, None]].set(new, mode="drop")
     if real is None:
         if len(length) == 1:  # a batch's write is a scatter, for which XLA checks bounds by kernels
             return lax.dynamic_update_slice_in_dim(cached, new, length[0], axis=2)

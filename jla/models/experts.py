@@ -1,6 +1,7 @@
 """A mixture of experts: SwiGLU layers, of which each token uses the few that its scores choose."""
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,15 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax import lax
 
-from jla._core import checks
+from jla._core import checks, whole
+from jla._core.shardwise import alike
+from jla._core.whole import Names
 from jla.linen import _arguments
 from jla.models.mlp import SwiGLU
 
 f32 = jnp.float32
+# H is the inside of the experts, which is split with the heads.
+_LETTERS = dict(x="B T D", kernel="D E", bias="E", gate="E D H", up="E D H", down="E H D")
 
 
 class Experts(nn.Module):
@@ -67,6 +72,9 @@ class Experts(nn.Module):
       dtype: the dtype of the computation; inferred from the inputs and parameters if None.
       param_dtype: the dtype of the parameters but the router's.
       kernel_init: initializer of the kernels.
+      mesh_axes: for inputs [B, T, D], as in the layers of `jla.linen`: each device computes its own
+        tokens, and H are the axes of the mesh that split `hidden`, of which it is a multiple. With
+        a manual axis there is nothing to say: tokens do not depend on one another.
     """
 
     num_experts: int
@@ -80,6 +88,7 @@ class Experts(nn.Module):
     dtype: Dtype | None = None
     param_dtype: Dtype = f32
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
+    mesh_axes: Mapping[str, Names] | None = None
 
     @nn.compact
     @checks.named
@@ -91,35 +100,65 @@ class Experts(nn.Module):
         """
         self._check(inputs)
         D, E, I = inputs.shape[-1], self.num_experts, self.hidden
-        x = inputs.reshape(-1, D)
-        router = Router(
-            num_experts=E,
-            experts_per_token=self.experts_per_token,
-            num_groups=self.num_groups,
-            groups_per_token=self.groups_per_token,
-            renormalize=self.renormalize,
-            routed_scale=self.routed_scale,
-            kernel_init=self.kernel_init,
-            name="router",
-        )
-        chosen, weights = router(x)
+        split = _arguments.split_of(self)
+        if split is not None and inputs.ndim != 3:
+            raise ValueError(f"inputs must be [B, T, D] with mesh_axes, got {inputs.shape}")
+        router = Router(E, self.kernel_init, name="router")(D)
         shapes = dict(gate=(E, D, I), up=(E, D, I), down=(E, I, D))
         matrices = [
             self.param(name, _for_each(self.kernel_init), shape, self.param_dtype)
             for name, shape in shapes.items()
         ]
-        x, *matrices = promote_dtype(x, *matrices, dtype=self.dtype)
-        y = mixture(x, chosen, weights, *matrices)
+        x, *matrices = promote_dtype(inputs, *matrices, dtype=self.dtype)
+        arrays = dict(x=inputs, **router, **dict(zip(shapes, matrices, strict=True)))
+        over = () if split is None else split["H"]
+        run = functools.partial(self._mixture, dtype=x.dtype, over=over)
+        if split is None:
+            y = run(**arrays)
+        else:
+            y = whole.call(run, arrays, _LETTERS, "B T D", split, shared=())
         if self.shared_hidden:
             shared = SwiGLU(
                 self.shared_hidden,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 kernel_init=self.kernel_init,
+                mesh_axes=self.mesh_axes,
                 name="shared",
             )
             y = y + shared(x)
-        return y.reshape(inputs.shape)
+        return y
+
+    def _mixture(self, x, kernel, bias, gate, up, down, *, dtype, over):
+        """The chosen experts' sum, x's shape; of the parts of experts on all devices of `over`."""
+        x, kernel, bias, gate, up, down = alike(x, kernel, bias, gate, up, down)
+        rows = x.reshape(-1, x.shape[-1])
+        chosen, weights = self._route(rows, kernel, bias)
+        y = mixture(rows.astype(dtype), chosen, weights, gate, up, down)
+        y = lax.psum(y, over) if over else y
+        return y.astype(dtype).reshape(x.shape)
+
+    def _route(self, x, kernel, bias):
+        """The experts of x [N, D], int32 [N, n], and their weights, float32 [N, n]."""
+        # Exact products, also on a GPU: rounding must not choose another expert.
+        logits = jnp.dot(x.astype(f32), kernel, precision=lax.Precision.HIGHEST)
+        scores = nn.sigmoid(logits)
+        chosen = self._choose(lax.stop_gradient(scores + bias[None]))
+        weights = jnp.take_along_axis(scores, chosen, axis=1)
+        if self.renormalize:
+            weights = weights / (weights.sum(1, keepdims=True) + 1e-20)
+        return chosen, weights * self.routed_scale
+
+    def _choose(self, merits):
+        """The n best of the merits [N, E], among the experts of the best groups."""
+        G, size = self.num_groups, self.num_experts // self.num_groups
+        if self.groups_per_token < G:
+            grouped = merits.reshape(-1, G, size)
+            best_two = lax.top_k(grouped, min(2, size))[0].sum(-1)
+            groups = lax.top_k(best_two, self.groups_per_token)[1]
+            kept = (groups[:, :, None] == jnp.arange(G)[None, None]).any(1)
+            merits = jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(merits.shape)
+        return lax.top_k(merits, self.experts_per_token)[1]
 
     def _check(self, inputs):
         for name in ("dtype", "param_dtype"):
@@ -145,42 +184,18 @@ class Experts(nn.Module):
 
 
 class Router(nn.Module):
-    """Which experts a token uses, and with which weights; see `Experts`."""
+    """The parameters that choose experts, float32; see `Experts`."""
 
     num_experts: int
-    experts_per_token: int
-    num_groups: int
-    groups_per_token: int
-    renormalize: bool
-    routed_scale: float
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x):
-        """Returns for x [N, D] the experts, int32 [N, n], and their weights, float32 [N, n]."""
+    def __call__(self, D):
+        """Returns kernel [D, E] and correction bias [E], by name."""
         parameter = functools.partial(_arguments.float32_parameter, self)
-        E = self.num_experts
-        kernel = parameter("kernel", self.kernel_init, (x.shape[-1], E))
-        bias = parameter("correction_bias", nn.initializers.zeros, (E,))
-        # Exact products, also on a GPU: rounding must not choose another expert.
-        logits = jnp.dot(x.astype(f32), kernel, precision=lax.Precision.HIGHEST)
-        scores = nn.sigmoid(logits)
-        chosen = self._choose(lax.stop_gradient(scores + bias[None]))
-        weights = jnp.take_along_axis(scores, chosen, axis=1)
-        if self.renormalize:
-            weights = weights / (weights.sum(1, keepdims=True) + 1e-20)
-        return chosen, weights * self.routed_scale
-
-    def _choose(self, merits):
-        """The n best of the merits [N, E], among the experts of the best groups."""
-        G, size = self.num_groups, self.num_experts // self.num_groups
-        if self.groups_per_token < G:
-            grouped = merits.reshape(-1, G, size)
-            best_two = lax.top_k(grouped, min(2, size))[0].sum(-1)
-            groups = lax.top_k(best_two, self.groups_per_token)[1]
-            kept = (groups[:, :, None] == jnp.arange(G)[None, None]).any(1)
-            merits = jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(merits.shape)
-        return lax.top_k(merits, self.experts_per_token)[1]
+        kernel = parameter("kernel", self.kernel_init, (D, self.num_experts))
+        bias = parameter("correction_bias", nn.initializers.zeros, (self.num_experts,))
+        return dict(kernel=kernel, bias=bias)
 
 
 def mixture(x, chosen, weights, gate, up, down):
@@ -188,11 +203,11 @@ def mixture(x, chosen, weights, gate, up, down):
 
     Args:
       x: [N, D].
-      chosen, weights: as `Router` returns them, [N, n].
+      chosen, weights: the experts of each row, and their weights, [N, n].
       gate, up, down: the experts' matrices, [E, D, I] twice and [E, I, D], in x's dtype.
 
     Returns:
-      [N, D] in x's dtype; the sum over experts is float32.
+      [N, D], float32.
     """
     (N, n), E = chosen.shape, gate.shape[0]
     rows = jnp.broadcast_to(x[:, None], (N, n, x.shape[1])).reshape(N * n, -1)
@@ -202,7 +217,7 @@ def mixture(x, chosen, weights, gate, up, down):
     else:
         y = _sorted(rows, experts, gate, up, down)
     y = y.reshape(N, n, -1).astype(f32) * weights[:, :, None]
-    return y.sum(1).astype(x.dtype)
+    return y.sum(1)
 
 
 def _sorted(rows, experts, gate, up, down):
@@ -262,7 +277,8 @@ def _blockwise_backward(arguments, cotangents):
         ]
         return added, dx
 
-    zeros = [jnp.zeros(matrix.shape, f32) for matrix in matrices]
+    # A select: a loop's carry has one type, and the sums vary over a mesh's axes as x does.
+    zeros = [jnp.where(False, matrix, 0.0).astype(f32) for matrix in matrices]
     sums, dx = lax.scan(block, zeros, (x, experts, cotangents))
     gradients = (total.astype(matrix.dtype) for total, matrix in zip(sums, matrices, strict=True))
     return dx, None, *gradients

@@ -130,6 +130,32 @@ def feed(
     return logits[:, 0], updated["cache"]
 
 
+def restrict(
+    logits: jax.Array,
+    top_k: jax.Array | int | None = None,
+    top_p: jax.Array | float | None = None,
+) -> jax.Array:
+    """The logits [B, V], with -inf at tokens that are not to be drawn. Equal logits stay together.
+
+    Args:
+      logits: float32 [B, V].
+      top_k: only so many of the likeliest stay: an integer of at least 1, or one for each row.
+      top_p: of these, only the fewest likeliest whose probabilities add up to this: a number above
+        0, or one for each row. 1 keeps all.
+    """
+    B, V = logits.shape
+    top_k = jnp.broadcast_to(jnp.asarray(V if top_k is None else top_k, jnp.int32), (B,))
+    top_p = jnp.broadcast_to(jnp.asarray(1 if top_p is None else top_p, jnp.float32), (B,))
+    ordered = lax.rev(lax.sort(logits, dimension=1), (1,))
+    stays = jnp.arange(V, dtype=jnp.int32)[None] < top_k[:, None]
+    shares = jax.nn.softmax(jnp.where(stays, ordered, -jnp.inf), axis=1)
+    before = jnp.cumsum(shares, axis=1) - shares
+    # Sums of all shares can be above 1 by rounding.
+    stays &= (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    least = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
 def draw(
     decoder: LanguageModel,
     params: Tree,
@@ -140,6 +166,8 @@ def draw(
     length: int,
     *,
     eos: Sequence[int] = (),
+    top_k: int | jax.Array | None = None,
+    top_p: float | jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Tree]:
     """Draws `length` tokens, one after the other, in one scan.
 
@@ -150,6 +178,7 @@ def draw(
       temperature: 0 takes the likeliest token, too.
       length: how many.
       eos: after one of these tokens its row has only that one.
+      top_k, top_p: as in `restrict`, of the logits divided by the temperature; None keeps all.
 
     Returns:
       The new tokens, int32 [B, length], the logits they were drawn from, [B, length, vocabulary],
@@ -160,7 +189,10 @@ def draw(
         logits, cache, ended = carry
         chosen = jnp.argmax(logits, axis=-1)
         if key is not None:
-            drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
+            divided = logits / jnp.maximum(temperature, 1e-6)
+            if top_k is not None or top_p is not None:
+                divided = restrict(divided, top_k, top_p)
+            drawn = jax.random.categorical(key, divided)
             chosen = jnp.where(temperature > 0, drawn, chosen)
         chosen = chosen.astype(jnp.int32)
         if eos:
@@ -187,6 +219,8 @@ def generate(
     temperature: float = 0.0,
     key: jax.Array | None = None,
     eos: int | Sequence[int] | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> jax.Array:
     """Continues prompts: one call reads them, then one scan draws token after token.
 
@@ -197,7 +231,8 @@ def generate(
       params = model.init(jax.random.key(0), prompt)["params"]
       new = jla.models.generate(model, params, prompt, max_new_tokens=4)  # [2, 4]
 
-    Each new shape of the prompts compiles once, and so does each `max_new_tokens` and `eos`.
+    Each new shape of the prompts compiles once, and so does each `max_new_tokens` and `eos`, and
+    whether there is a mask, a key, a `top_k` and a `top_p`.
 
     Args:
       model: a LanguageModel, `stacked` or not.
@@ -209,6 +244,9 @@ def generate(
       temperature: what logits are divided by before a token is drawn; 0 takes the likeliest.
       key: a jax.random.key, needed unless the temperature is 0.
       eos: the token, or tokens, that end a row: behind one, the row has only that one.
+      top_k: only so many of the likeliest tokens are drawn from, at least 1; None for all.
+      top_p: of these, only the fewest likeliest whose probabilities, at this temperature, add up to
+        this number, above 0 and at most 1; None for all. Equally likely tokens stay together.
 
     Returns:
       int32 [B, max_new_tokens].
@@ -227,6 +265,10 @@ def generate(
         raise ValueError(f"temperature must be at least 0, got {temperature}")
     if not greedy and key is None:
         raise ValueError(f"key must be a jax.random.key for temperature={temperature}, got None")
+    if top_k is not None:
+        top_k = min(checks.check_count("top_k", top_k), model.config.vocabulary)
+    if top_p is not None and checks.known(top_p) and not 0 < float(top_p) <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}; None keeps all tokens")
     return _generate(
         model,
         params,
@@ -234,6 +276,8 @@ def generate(
         mask,
         None if greedy else key,
         jnp.asarray(temperature, jnp.float32),
+        None if top_k is None else jnp.asarray(top_k, jnp.int32),
+        None if top_p is None else jnp.asarray(top_p, jnp.float32),
         length=int(max_new_tokens),
         eos=ends,
     )
@@ -253,9 +297,12 @@ def eos_tokens(eos: int | Sequence[int] | None, vocabulary: int) -> tuple[int, .
 
 
 @functools.partial(jax.jit, static_argnames=("model", "length", "eos"))
-def _generate(model, params, tokens, mask, key, temperature, *, length, eos):
+def _generate(
+    model, params, tokens, mask, key, temperature, top_k=None, top_p=None, *, length, eos
+):
     decoding, params = decoder(model), decoder_params(model, params)
     B, T = tokens.shape
     cache = empty_cache(decoding, B, T + length)
     logits, cache = feed(decoding, params, tokens, cache, mask)
-    return draw(decoding, params, logits, cache, key, temperature, length, eos=eos)[0]
+    options: dict[str, Any] = dict(eos=eos, top_k=top_k, top_p=top_p)
+    return draw(decoding, params, logits, cache, key, temperature, length, **options)[0]

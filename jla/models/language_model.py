@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jax.extend.core import Primitive
 
-from jla._core import checks
+from jla._core import checks, packed
 from jla._core.types import Implementation
 from jla._core.whole import Names
 from jla.linen import RMSNorm
@@ -79,7 +79,7 @@ class Block(nn.Module):
     mesh_axes: Mapping[str, Names] | None
 
     @nn.compact
-    def __call__(self, stream, mask, segment_ids):
+    def __call__(self, stream, mask, segment_ids, slots=None):
         def adopted(name):
             template = getattr(self.layer, name)
             changes = {field: getattr(self, field) for field in shared_fields(template)}
@@ -95,7 +95,8 @@ class Block(nn.Module):
         # `branch`, not nn.RMSNorm: on a GPU one kernel adds and normalises, and one makes the
         # norm's gradient and adds that of the stream, which XLA would do in five passes.
         y, x = norm(name="mixer_norm").branch(*stream)
-        update = adopted("mixer")(y, mask=mask, segment_ids=segment_ids)
+        on_pool = checks.given(slots=slots)
+        update = adopted("mixer")(y, mask=mask, segment_ids=segment_ids, **on_pool)
         y, x = norm(name="mlp_norm").branch(x, update)
         return (x, adopted("mlp")(y)), None
 
@@ -174,6 +175,7 @@ class LanguageModel(nn.Module):
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         *,
+        slots: jax.Array | None = None,
         last_only: bool = False,
     ) -> jax.Array:
         """The logits of every token's successor.
@@ -183,23 +185,31 @@ class LanguageModel(nn.Module):
           mask: bool [B, T], True at real tokens; padding may be anywhere in a row. The logits of
             padding mean nothing.
           segment_ids: integers [B, T]: equal neighbours are one segment, as in the layers.
+          slots: int32 [B], with `decode`: the rows of the cache, a pool, that the rows of tokens go
+            on from, as in the layers; -1 is a row without a sequence, whose logits mean nothing.
+            Or int32 [B, N], with segment_ids 0 to N - 1: those of each row's segments.
           last_only: whether only the logits of each row's last real token are wanted, [B, 1,
-            vocabulary]: those of a whole prompt take vocabulary * T * 4 bytes a row.
+            vocabulary]: those of a whole prompt take vocabulary * T * 4 bytes a row. With slots
+            [B, N], of each segment's last token, [B, N, vocabulary]; those of a segment that is
+            absent mean nothing.
 
         Raises:
           TypeError, ValueError: arguments of other types or shapes; a template that sets what the
             model sets; `stacked` with layers that differ, or with `decode`; and what the layers
             raise.
         """
-        self._check(tokens, mask)
+        self._check(tokens, mask, slots)
         config, dtypes = self.config, self._dtypes()
         embed = nn.Embed(
             config.vocabulary, config.width, embedding_init=weight_init, name="embed", **dtypes
         )
         x = self._embedded(embed, tokens)
-        stream = self._blocks((x, jnp.zeros_like(x)), mask, segment_ids)
+        stream = self._blocks((x, jnp.zeros_like(x)), mask, segment_ids, slots)
         if last_only:
-            stream = tuple(last_token(x, mask) for x in stream)
+            if slots is not None and slots.ndim == 2:
+                stream = tuple(last_of_segments(x, mask, segment_ids, slots) for x in stream)
+            else:
+                stream = tuple(last_token(x, mask) for x in stream)
         norm = RMSNorm(
             config.norm_epsilon,
             param_dtype=dtypes["param_dtype"],
@@ -217,7 +227,7 @@ class LanguageModel(nn.Module):
     def _dtypes(self) -> dict[str, Any]:
         return dict(dtype=jnp.dtype(self.dtype), param_dtype=jnp.dtype(self.param_dtype))
 
-    def _check(self, tokens, mask):
+    def _check(self, tokens, mask, slots):
         if not isinstance(self.config, Config):
             raise TypeError(f"config must be a jla.models.Config, got {self.config!r}")
         for name, dtype in self._dtypes().items():
@@ -230,6 +240,8 @@ class LanguageModel(nn.Module):
             raise TypeError(f"tokens must be integers, got {tokens.dtype.name}")
         if mask is not None:
             checks.check_dtype("mask", mask, [bool])
+        if slots is not None and not self.decode:
+            raise ValueError("slots need decode=True, got False: they are rows of a cache")
         layers = self.config.layers
         for i, layer in enumerate(layers):
             for name in ("mixer", "mlp"):
@@ -273,7 +285,7 @@ class LanguageModel(nn.Module):
         one_hot = jax.nn.one_hot(tokens, self.config.vocabulary, dtype=dtype)
         return one_hot @ embed.embedding.astype(dtype)
 
-    def _blocks(self, stream, mask, segment_ids):
+    def _blocks(self, stream, mask, segment_ids, slots):
         """The stream behind all blocks, and what is still to be added to it."""
         layers = self.config.layers
         settings: dict[str, Any] = dict(
@@ -297,7 +309,7 @@ class LanguageModel(nn.Module):
         if not self.stacked:
             for i, layer in enumerate(layers):
                 one = block(layer, **settings, name=f"block_{i}")
-                stream, _ = one(stream, mask, segment_ids)
+                stream, _ = one(stream, mask, segment_ids, slots)
             return stream
         blocks = nn.scan(
             block,
@@ -331,3 +343,16 @@ def last_token(x, mask):
     T = x.shape[1]
     last = T - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return jnp.take_along_axis(x, last[:, None, None], axis=1, mode="promise_in_bounds")
+
+
+def last_of_segments(x, mask, segment_ids, slots):
+    """The last real token of each segment of x [B, T, D], [B, N, D]; the first of the row for a
+    segment that is absent."""
+    T, N = x.shape[1], slots.shape[1]
+    owner = packed.owners(segment_ids, N)
+    mine = owner[..., None] == jnp.arange(N, dtype=jnp.int32)[None, None]
+    if mask is not None:
+        mine = mine & mask[..., None]
+    place = jnp.arange(T, dtype=jnp.int32)[None, :, None]
+    last = jnp.max(jnp.where(mine, place, 0), axis=1)
+    return jnp.take_along_axis(x, last[..., None], axis=1, mode="promise_in_bounds")

@@ -2,29 +2,26 @@
 
 import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
+from jax import lax
 
-from jla._core import checks
+from jla._core import checks, sequence
 from jla._core.types import Implementation
+from jla._core.whole import Names
 from jla.linen import RMSNorm, _arguments
-from jla.linen._padding import arrange
 from jla.linen._projections import product, sum_over_heads
-from jla.linen.mixer import Tokens
-from jla.models.attention import (
-    append,
-    check_room,
-    interval_attention,
-    intervals,
-    nan_unless,
-    rotate,
-)
+from jla.linen.mixer import Cache
+from jla.models.attention import appended, check_room, nan_unless, over_mesh, rotate, tokens_of
+from jla.models.intervals import from_left, interval_attention, intervals, intervals_over
 
 f32 = jnp.float32
 ROWS = ("length", "start")  # of the cache: what each row has one number of
+_LETTERS = dict(q="B T H K", latent="B T c", shared="B T r", up="c H d", segments="B T")
 
 
 class LatentAttention(nn.Module):
@@ -83,6 +80,8 @@ class LatentAttention(nn.Module):
       kernel_init: initializer of the kernels.
       implementation: of the norms, as in jla's layers.
       decode: whether to keep and use a cache.
+      axis_name, mesh_axes: as of `jla.models.Attention`. Where time's devices do not divide the
+        heads, latents move, which are smaller than keys and values.
     """
 
     num_heads: int
@@ -98,6 +97,8 @@ class LatentAttention(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
     implementation: Implementation | None = None
     decode: bool = False
+    axis_name: str | None = None
+    mesh_axes: Mapping[str, Names] | None = None
 
     @nn.compact
     @checks.named
@@ -107,50 +108,80 @@ class LatentAttention(nn.Module):
         *,
         mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        slots: jax.Array | None = None,
     ) -> jax.Array:
         """Applies the layer; arguments, result and errors as of jla's layers."""
         _, D = _arguments.check_inputs(self, inputs, mask, segment_ids)
         self._check()
-        tokens = Tokens(*arrange(inputs, mask, segment_ids))
+        _arguments.check_slots(self, slots, inputs, mask, segment_ids)
+        split = _arguments.split_of(self)
+        _arguments.refuse_over_devices(self, mask)
+        tokens = tokens_of(self, inputs, mask, segment_ids, slots)
         q = self._queries(tokens.x)
         parts = self._dense(self.latent_dim + self.rope_dim, "latent_down")(tokens.x)
         latent, shared = jnp.split(parts, [self.latent_dim], axis=-1)
         latent = self._norm("latent_norm")(latent)
         shape = self.latent_dim, self.num_heads, self.nope_dim + self.value_dim
         up = Kernel(shape, self.kernel_init, self.param_dtype, name="latent_up")()
-        cache = self._cache(latent, shared)
+        cache = self._cache(latent, shared, tokens.slots)
         if self.is_initializing():
             o = jnp.zeros((*q.shape[:3], self.value_dim), q.dtype)
-        else:
+        elif cache is not None:
             o = self._attend(q, latent, shared, up.astype(latent.dtype), tokens, cache)
+        else:
+            arrays = dict(q=q, latent=latent, shared=shared, up=up.astype(latent.dtype))
+            run = functools.partial(self._attend_over, axis=_arguments.split_over(self))
+            o = over_mesh(run, split, _LETTERS, "B T H V", **arrays, segments=tokens.segments)
         out = self._dense(D, "out", axis=(-2, -1), dot_general_cls=sum_over_heads)
         return tokens.restore(out(o))
 
-    def _attend(self, q, latent, shared, up, tokens, cache):
-        """The outputs [B, T, H, v]; with a cache it advances."""
-        T = q.shape[1]
-        before = None if cache is None else tuple(cache[name].value for name in ROWS)
-        first, place, start = intervals(T, tokens.segments, before)
-        if self.rope_theta is not None:
-            turn = functools.partial(rotate, position=place - first, theta=self.rope_theta)
-            a, b = jnp.split(q, [self.nope_dim], axis=-1)
-            q = jnp.concatenate([a, turn(b)], axis=-1)
-            shared = turn(shared[:, :, None])[:, :, 0]
-        if cache is None:
+    def _attend_over(self, q, latent, shared, up, segments=None, *, axis):
+        """The outputs [B, T, H, v] without a cache; `axis` splits time, or is None."""
+        first, place, _ = intervals_over(*q.shape[:2], segments, axis)
+        q, shared = self._rotated(q, shared, place - first)
+        if axis is None:
             return attend_to_all(q, latent, shared, up, first, place)
-        length = cache["length"].value
+        n = self.nope_dim
+        if q.shape[2] % lax.axis_size(axis):
+
+            def expand(latents, up):
+                return keys_and_values(*latents, up, n)
+
+            return from_left(q, (latent, shared), up, expand, first, place, axis)
+
+        def run(q, k, v, _, segments):
+            first, place, _ = intervals(q.shape[1], segments, None)
+            return interval_attention(q, *(jnp.swapaxes(x, 1, 2) for x in (k, v)), first, place), 0
+
+        kv = (jnp.swapaxes(x, 1, 2) for x in keys_and_values(latent, shared, up, n))
+        return sequence.by_heads(run, (q, *kv), segments, axis)
+
+    def _rotated(self, q, shared, position):
+        if self.rope_theta is None:
+            return q, shared
+        turn = functools.partial(rotate, position=position, theta=self.rope_theta)
+        a, b = jnp.split(q, [self.nope_dim], axis=-1)
+        return jnp.concatenate([a, turn(b)], axis=-1), turn(shared[:, :, None])[:, :, 0]
+
+    def _attend(self, q, latent, shared, up, tokens, cache):
+        """The outputs [B, T, H, v], from the cache, which advances."""
+        T = q.shape[1]
+        before = tuple(map(cache.rows, ROWS))
+        first, place, start = intervals(T, tokens.segments, before)
+        q, shared = self._rotated(q, shared, place - first)
+        length = cache.rows("length")
         added = jnp.full_like(length, T) if tokens.lengths is None else tokens.lengths
-        S = cache["latent"].value.shape[1]
+        S = cache.variables["latent"].value.shape[1]
         check_room(length, added, S)
         filled = (jnp.arange(S)[None] < (length + added)[:, None])[:, :, None]
 
         def advance(name, new):
-            x = append(cache[name].value[:, None], new[:, :, None], length, tokens.real)[:, 0]
-            cache[name].value = x
+            x = appended(cache, name, new, length, tokens.real, has_heads=False)
             return jnp.where(filled, x, 0)  # 0 times what lies behind could be NaN
 
         latent, shared = advance("latent", latent), advance("shared_key", shared)
-        cache["length"].value, cache["start"].value = length + added, start
+        cache.set_rows("length", length + added)
+        cache.set_rows("start", start)
         attend = attend_to_latents if T == 1 else attend_to_all
         return nan_unless(length + added <= S, attend(q, latent, shared, up, first, place))
 
@@ -182,7 +213,11 @@ class LatentAttention(nn.Module):
     def _norm(self, name):
         own = self.implementation if self.implementation in ("reference", "xla") else None
         return RMSNorm(
-            self.norm_epsilon, param_dtype=self.param_dtype, implementation=own, name=name
+            self.norm_epsilon,
+            param_dtype=self.param_dtype,
+            implementation=own,
+            mesh_axes=self.mesh_axes,
+            name=name,
         )
 
     def _queries(self, x):
@@ -193,8 +228,8 @@ class LatentAttention(nn.Module):
         z = self._norm("query_norm")(self._dense(self.query_latent_dim, "query_down")(x))
         return self._dense(features, "query_up")(z)
 
-    def _cache(self, latent, shared):
-        """The variables of the cache by name; None without `decode`."""
+    def _cache(self, latent, shared, slots):
+        """The cache, its state by name; None without `decode`."""
         if not self.decode:
             return None
         B, S, _ = latent.shape
@@ -206,10 +241,11 @@ class LatentAttention(nn.Module):
             length=((B,), jnp.int32),
             start=((B,), jnp.int32),
         )
-        _arguments.check_cache(self, **entries)
-        return {
+        _arguments.check_cache(self, slots, **entries)
+        variables = {
             name: self.variable("cache", name, jnp.zeros, *entry) for name, entry in entries.items()
         }
+        return Cache(lambda **state: state, variables, slots)
 
 
 class Kernel(nn.Module):
@@ -247,6 +283,11 @@ def attend_to_all(q, latent, shared, up, first, last):
     """Attention of queries [B, T, H, n + r] to the places `first` to `last`, [B, T] each, of
     latents [B, S, c] and shared keys [B, S, r]; `up` is [c, H, n + v]. Returns [B, T, H, v]."""
     n = q.shape[3] - shared.shape[2]
+    return interval_attention(q, *keys_and_values(latent, shared, up, n), first, last)
+
+
+def keys_and_values(latent, shared, up, n):
+    """Keys [B, H, S, n + r] and values [B, H, S, v] of all heads."""
     k, v = jnp.split(jnp.einsum("bsc,chd->bhsd", latent, up), [n], axis=-1)
     shared = jnp.broadcast_to(shared[:, None], (*k.shape[:3], shared.shape[2]))
-    return interval_attention(q, jnp.concatenate([k, shared], axis=-1), v, first, last)
+    return jnp.concatenate([k, shared], axis=-1), v

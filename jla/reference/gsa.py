@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._core import packed, pools
 from jla._core.segments import segment_starts
 from jla._core.states import GSAState, repeated, zero_gsa_state
 
@@ -13,6 +14,7 @@ f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
+@pools.on_rows()
 @functools.partial(jax.jit, static_argnames="scale")
 def gsa_step(q, k, v, s, g, state, *, scale):
     """One token. See `jla.gsa_step`."""
@@ -31,22 +33,16 @@ def gsa_step(q, k, v, s, g, state, *, scale):
 @functools.partial(jax.jit, static_argnames="scale")
 def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale):
     """`lax.scan` over the tokens. See `jla.gsa`."""
-    if segment_ids is None:
-        starts = jnp.zeros(s.shape[:2], bool)
-    else:
-        starts = segment_starts(segment_ids)
     if g is None:
+        starts = jnp.zeros(s.shape[:2], bool)
+        if segment_ids is not None:
+            starts = segment_starts(segment_ids)
         s, g = _abc_gates(s.astype(f32), starts)
     if initial_state is None:
         initial_state = zero_gsa_state(k[:, 0], g[:, 0], v[:, 0])
-
-    def token(state, inputs):
-        *arrays, start = inputs
-        state = jax.tree.map(lambda x: jnp.where(start[:, None, None, None], 0.0, x), state)
-        o, state = gsa_step(*arrays, state, scale=scale)
-        return state, o
-
-    time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, s, g, starts))
+    step = functools.partial(gsa_step, scale=scale)
+    token, marks = packed.by_token(step, initial_state, segment_ids, v)
+    time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, s, g, marks))
     state, o = lax.scan(token, initial_state, time_major)
     return jnp.moveaxis(o, 0, 1), state
 

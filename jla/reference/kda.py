@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._core import packed, pools
 from jla._core.parts import kda_operands
-from jla._core.segments import segment_starts
 from jla._core.states import repeated, zero_state
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
+@pools.on_rows()
 @functools.partial(jax.jit, static_argnames="scale")
 def kda_step(q, k, v, g, beta, state, *, scale):
     """One token. See `jla.kda_step`."""
@@ -32,18 +33,9 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
     """`lax.scan` over the tokens. See `jla.kda`."""
     if initial_state is None:
         initial_state = zero_state(g[:, 0], v[:, 0])
-    if segment_ids is None:
-        starts = jnp.zeros(v.shape[:2], bool)
-    else:
-        starts = segment_starts(segment_ids)
-
-    def token(state, inputs):
-        *arrays, start = inputs
-        state = jnp.where(start[:, None, None, None], 0.0, state)
-        o, state = kda_step(*arrays, state, scale=scale)
-        return state, o
-
-    time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta, starts))
+    step = functools.partial(kda_step, scale=scale)
+    token, marks = packed.by_token(step, initial_state, segment_ids, v)
+    time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta, marks))
     state, o = lax.scan(token, initial_state, time_major)
     return jnp.moveaxis(o, 0, 1), state
 

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._core import packed, pools
 from jla._core.lengths import is_symbolic_dim
 from jla._core.parts import mamba2_operands
-from jla._core.segments import segment_starts
 from jla._core.states import (
     LazyLogLinearState,
-    LogLinearState,
     lazy_decays,
     levels_in_use,
     merging_into,
@@ -29,24 +28,45 @@ _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 SPAN = 256
 
 
+@pools.on_rows()
 @jax.jit
 def log_linear_step(q, k, v, g, level_scales, state):
     """One token. See `jla.log_linear_step`."""
     return stepped(token, q, k, v, g, level_scales, state)
 
 
-def stepped(token, q, k, v, g, level_scales, state):
-    """A step from a state of either kind, by `token` or a kernel in its place."""
-    lazy = isinstance(state, LazyLogLinearState)
+def stepped(token, q, k, v, g, level_scales, state, slots=None):
+    """A step from a state of either kind, by `token` or a kernel in its place.
+
+    With slots the state is a pool. Then `token` gets all of its levels, the rows' positions and the
+    slots; the little that lies beside the levels is gathered and scattered here.
+    """
+    lazy, on_pool = isinstance(state, LazyLogLinearState), {}
+    rows = state
+    if slots is not None:
+        rows, on_pool = pools.take(state._replace(levels=None), slots), dict(slots=slots)
     if lazy:
-        decays, after = lazy_decays(g, state.log_decays, state.position)
+        decays, after = lazy_decays(g, rows.log_decays, rows.position)
     else:
         decays = jnp.broadcast_to(g[..., None], level_scales.shape)
-    o, levels = token(q, k, v, decays, level_scales, state.levels, state.position, lazy=lazy)
-    position = moved_on(state.position, 1)
+    arrays = q, k, v, decays, level_scales, state.levels, rows.position
+    o, levels = token(*arrays, lazy=lazy, **on_pool)
+    new = rows._replace(levels=None, position=moved_on(rows.position, 1))
     if lazy:
-        return o, LazyLogLinearState(levels, position, after)
-    return o, LogLinearState(levels, position)
+        new = new._replace(log_decays=after)
+    if slots is not None:
+        new = pools.put(state._replace(levels=None), new, slots)
+    return o, new._replace(levels=levels)
+
+
+def token_of_pool(q, k, v, decays, level_scales, levels, position, slots, *, lazy):
+    """`token` of rows of a pool of levels."""
+
+    @pools.on_rows()
+    def of_rows(q, k, v, decays, level_scales, position, levels):
+        return token(q, k, v, decays, level_scales, levels, position, lazy=lazy)
+
+    return of_rows(q, k, v, decays, level_scales, position, levels, slots=slots)
 
 
 def token(q, k, v, decays, level_scales, levels, position, *, lazy):
@@ -99,23 +119,15 @@ def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
     T = v.shape[1]
     if initial_state is None:
         initial_state = zero_log_linear_state(k[:, 0], v[:, 0], level_scales.shape[-1])
-    if segment_ids is None:
-        starts = jnp.zeros(v.shape[:2], bool)
-    else:
-        starts = segment_starts(segment_ids)
+    if segment_ids is not None:
         # Inside shard_map the position varies as the segments do, from the first token on.
-        position = jnp.where(starts[:, 0] & False, 0, initial_state.position)
+        position = initial_state.position
+        first = segment_ids[:, 0].reshape(-1, *[1] * (position.ndim - 1))
+        position = jnp.where((first == 0) & False, 0, position)
         initial_state = initial_state._replace(position=position)
-
-    def one(state, inputs):
-        *arrays, start = inputs
-        levels = jnp.where(start[:, None, None, None, None], 0.0, state.levels)
-        position = jnp.where(start, 0, state.position)
-        o, state = log_linear_step(*arrays, LogLinearState(levels, position))
-        return state, o
-
+    one, marks = packed.by_token(log_linear_step, initial_state, segment_ids, v, rank=5)
     span = functools.partial(lax.scan, one)
-    time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, level_scales, starts))
+    time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, level_scales, marks))
     # A symbolic T may be shorter than a span.
     whole = 0 if is_symbolic_dim(T) else T // SPAN * SPAN
     state, outputs = initial_state, []

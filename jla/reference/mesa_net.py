@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._core.segments import segment_starts
+from jla._core import packed, pools
 from jla._core.states import MesaState, zero_mesa_state
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
+@pools.on_rows(shared=[5])
 @functools.partial(jax.jit, static_argnames="cg_steps")
 def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
     """One token. See `jla.mesa_step`."""
@@ -29,22 +30,26 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
     return o.astype(dtype), MesaState(kk, kv)
 
 
+@pools.on_rows(shared=[5])
+def mesa_step_by_row(q, k, v, g, beta, lamb, state, *, cg_steps):
+    """`mesa_step` with a ridge for each row, [B, H, K]."""
+    one = jax.vmap(functools.partial(mesa_step, cg_steps=cg_steps))
+    rows = [x[:, None] for x in (q, k, v, g, beta)]
+    o, state = one(*rows, lamb, MesaState(*(x[:, None] for x in state)))
+    return o[:, 0], MesaState(*(x[:, 0] for x in state))
+
+
 @functools.partial(jax.jit, static_argnames="cg_steps")
 def mesa_net(q, k, v, g, beta, lamb, initial_state, segment_ids, *, cg_steps):
     """`lax.scan` over the tokens. See `jla.mesa_net`."""
-    if segment_ids is None:
-        starts = jnp.zeros(v.shape[:2], bool)
-    else:
-        starts = segment_starts(segment_ids)
     if initial_state is None:
         initial_state = zero_mesa_state(k[:, 0], v[:, 0])
 
-    def token(state, inputs):
-        *arrays, start = inputs
-        state = jax.tree.map(lambda x: jnp.where(start[:, None, None, None], 0.0, x), state)
-        o, state = mesa_step(*arrays, lamb, state, cg_steps=cg_steps)
-        return state, o
+    def step(*arrays):
+        *arrays, state = arrays
+        return mesa_step(*arrays, lamb, state, cg_steps=cg_steps)
 
-    time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta, starts))
+    token, marks = packed.by_token(step, initial_state, segment_ids, v)
+    time_major = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta, marks))
     state, o = lax.scan(token, initial_state, time_major)
     return jnp.moveaxis(o, 0, 1), state

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jla._core import pools
 from jla._core.cache import (
     LazyPathCache,
     PathCache,
@@ -25,6 +26,7 @@ f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
+@pools.on_rows()
 @functools.partial(jax.jit, static_argnames=("scale", "logsumexps"))
 def path_step(q, k, v, w, beta, g, cache, *, scale, logsumexps=False):
     """One token. See `jla.path_step`; with `logsumexps` the first result is o in float32 and the

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import triton
 from jax.ad_checkpoint import checkpoint_name
 
+from jla._core import packed
 from jla._core.axes import GSA, letters, of_step
 from jla._core.derivatives import reverse_only
 from jla._core.parts import abc_gates
+from jla._core.pools import of_pool
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import GSAState
@@ -49,9 +51,15 @@ _KEPT = {
 _STEP = of_step(GSA)
 _STEP_INPUTS = letters(_STEP, "q k v s g state.hk state.hv")
 _STEP_OUTPUTS = letters(_STEP, "o state.hk state.hv")
+_POOL_INPUTS = letters(of_pool(_STEP), "q k v s g state.hk state.hv slots")
+_POOL_OUTPUTS = letters(of_pool(_STEP), "o state.hk state.hv")
 
 
-def unsupported(name, q, k, v, s, *_):
+# States of pieces, and the pieces' spans.
+_OF_PIECES, _SPANS = ("B H P K M", "B H P M V"), "B P two"
+
+
+def unsupported(name, q, k, v, s, *_, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     K, V, M = (x.shape[-1] for x in (q, v, s))
     if max(K, V, M) > WIDEST:
@@ -67,46 +75,59 @@ def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale):
     Products of 16-bit inputs take bfloat16 operands, those of float32 inputs float32 ones as three
     TF32 products; all add in float32.
     """
+    if packed.count(initial_state) is not None:
+
+        def run(q, k, v, s, g, states, spans):
+            o, *states = _gsa(q, k, v, s, g, (*states, spans), scale)
+            return o, GSAState(*states)
+
+        return packed.by_pieces(run, (q, k, v, s, g), initial_state, segment_ids, CHUNK)
     starts = None if segment_ids is None else segment_starts(segment_ids)
     if g is None:
         s, g = abc_gates(s, starts)
     if starts is not None:
         # To start a new segment, set its first token's decay to 0.
         g = jnp.where(starts[:, :, None, None], -jnp.inf, g)
-    o, hk, hv = _gsa(q, k, v, s, g, initial_state, scale)
+    o, hk, hv = _gsa(q, k, v, s, g, tuple(initial_state or ()), scale)
     return o, GSAState(hk, hv)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _gsa(q, k, v, s, g, initial_state, scale):
-    arrays, axes = _with_start((q, k, v, s, g), initial_state)
+def _gsa(q, k, v, s, g, start, scale):
+    """The kernels' forward pass. `start` is () for states of zeros, the first states, or those of
+    each piece, [B, H, P, ...], and the pieces' spans, see `packed.by_pieces`; the states returned
+    are like them."""
+    axes, states = _axes(start)
     run = functools.partial(_forward, scale=scale, keep=False)
-    return shardwise(run, axes, _OUTPUTS)(*arrays)
+    return shardwise(run, axes, (_OUTPUTS[0], *states))(q, k, v, s, g, *start)
 
 
-def _gsa_forward(q, k, v, s, g, initial_state, scale):
-    arrays, axes = _with_start((q, k, v, s, g), initial_state)
+def _axes(start):
+    """The axes of the inputs, and of the states at the end."""
+    states = _OF_PIECES if len(start) == 3 else _STATES
+    return (*_INPUTS, *(*states, _SPANS)[: len(start)]), states
+
+
+def _gsa_forward(q, k, v, s, g, start, scale):
+    axes, states = _axes(start)
     run = functools.partial(_forward, scale=scale, keep=True)
-    o, hk, hv, *kept = shardwise(run, axes, (*_OUTPUTS, *_KEPT.values()))(*arrays)
+    results = (_OUTPUTS[0], *states, *_KEPT.values())
+    o, hk, hv, *kept = shardwise(run, axes, results)(q, k, v, s, g, *start)
     kept = tuple(map(checkpoint_name, kept, _KEPT))
-    return (o, hk, hv), ((q, k, v, s), kept, initial_state is not None)
+    return (o, hk, hv), ((q, k, v, s), kept, len(start), start[2:])
 
 
 def _gsa_backward(scale, residuals, cotangents):
-    inputs, kept, has_start = residuals
+    inputs, kept, number, spans = residuals
     run = functools.partial(_backward, scale=scale)
-    axes = (*_INPUTS[:4], *_KEPT.values(), *_OUTPUTS)
-    *gradients, hk, hv = shardwise(run, axes, (*_INPUTS, *_STATES))(*inputs, *kept, *cotangents)
-    return *gradients, GSAState(hk, hv) if has_start else None
+    states = _OF_PIECES if spans else _STATES
+    axes = (*_INPUTS[:4], *_KEPT.values(), _OUTPUTS[0], *states, *(_SPANS for _ in spans))
+    arrays = *inputs, *kept, *cotangents, *spans
+    *gradients, hk, hv = shardwise(run, axes, (*_INPUTS, *states))(*arrays)
+    return *gradients, (hk, hv, None)[:number]
 
 
 defvjp(_gsa, _gsa_forward, _gsa_backward)
-
-
-def _with_start(arrays, initial_state):
-    if initial_state is None:
-        return arrays, _INPUTS
-    return (*arrays, *initial_state), (*_INPUTS, *_STATES)
 
 
 def _forward(q, k, v, s, g, *start, scale, keep):
@@ -114,7 +135,8 @@ def _forward(q, k, v, s, g, *start, scale, keep):
     (B, T, HQ, _), (H, V), M = q.shape, v.shape[2:], s.shape[-1]
     s = s.astype(_operand(q))
     sums, _ = decays = _sums(g)
-    key_states, value_states, hk, hv = _states((k, v), (s, s), decays, start or None)
+    start, spans = start[:2], start[2:]
+    key_states, value_states, hk, hv = _states((k, v), (s, s), decays, start or None, *spans)
     p = _read(q, k, s, sums, key_states, scale=scale)
     (o,) = _call(
         *(gsa_forward.gsa_outputs, p, v, s, sums, value_states),
@@ -126,13 +148,15 @@ def _forward(q, k, v, s, g, *start, scale, keep):
     return (o, hk, hv, *decays, p, key_states, value_states) if keep else (o, hk, hv)
 
 
-def _backward(q, k, v, s, sums, totals, p, key_states, value_states, do, dhk, dhv, *, scale):
+def _backward(
+    q, k, v, s, sums, totals, p, key_states, value_states, do, dhk, dhv, *spans, scale
+):  # fmt: skip
     """The backward kernels: the gradients of q, k, v, s, g and of the first states."""
     B, T, H, _ = sums.shape
     writes = s.astype(_operand(q))
     dlogits = _read(do, v, writes, sums, value_states, p, scale=scale)
     key_gradients, value_gradients, dhk, dhv = _states(
-        (q, do), (dlogits, p), (sums, totals), (dhk, dhv), reverse=True
+        (q, do), (dlogits, p), (sums, totals), (dhk, dhv), *spans, reverse=True
     )
     dq, dk, *of_keys = _gradients(q, k, dlogits, writes, sums, key_states, key_gradients, rows=True)
     _, dv, ds, dg = _gradients(
@@ -160,7 +184,7 @@ def _sums(g):
     )
 
 
-def _states(features, by_slot, decays, start, *, reverse=False):
+def _states(features, by_slot, decays, start, spans=None, *, reverse=False):
     """Both states of all chunks, [B, H, chunks, K or V, M], and the last ones. See `gsa_states`.
 
     If K and V differ it takes a call for each state.
@@ -169,19 +193,21 @@ def _states(features, by_slot, decays, start, *, reverse=False):
       features: k and v, in reverse q and do. by_slot: s twice, in reverse dlogits and p.
       decays: as `_sums` returned them.
       start: hk and hv at the start (in reverse the gradients at the end), or None for zeros.
+      spans: of pieces, [B, P, 2], or None. With them hk and hv are [B, H, P, ...].
     """
     B, T, H, M = decays[0].shape
     HQ, (K, V) = features[0].shape[2], (x.shape[-1] for x in features)
     N, dtype = triton.cdiv(T, CHUNK), _operand(features[0])
     # In the place of arguments that a call does not use are such as it does, of their dtype.
-    given = start or (decays[1],) * 2
+    given = (*(start or (decays[1],) * 2), decays[1] if spans is None else spans)
+    of_pieces = () if spans is None else (spans.shape[1],)
     of_keys, of_values = ((x, x, w, w) for x, w in zip(features, by_slot, strict=True))
     both = (*features, *by_slot)
     calls = [(K, 1, 1, both)] if K == V else [(K, 1, 0, of_keys), (V, 0, 1, of_values)]
     results = []
     for D, keys, values, arrays in calls:
         shapes = [SDS((B, H, N, D, M), dtype)] * 2
-        shapes += [SDS((B, H, K, M), f32), SDS((B, H, M, V), f32)]
+        shapes += [SDS((B, H, *of_pieces, K, M), f32), SDS((B, H, *of_pieces, M, V), f32)]
         used = (keys, values, keys, values)
         out = _call(
             *(gsa_forward.gsa_states, *arrays, *decays, *given),
@@ -189,6 +215,7 @@ def _states(features, by_slot, decays, start, *, reverse=False):
             outputs=[x if n else SDS((1,), x.dtype) for x, n in zip(shapes, used, strict=True)],
             sizes=dict(HQ=HQ, H=H, D=D, M=M),
             inputs=features[0],
+            P=sum(of_pieces),
             KEYS=keys,
             VALUES=values,
             START=start is not None,
@@ -251,16 +278,17 @@ def _call(kernel, *arrays, grid, outputs, sizes, inputs=None, **constants):
       grid: the number of programs, of how many tiles cover the slots and the features.
       sizes: the kernel's constants among HQ, H, D and M; the tiles' sizes follow from them.
       inputs: an array of the inputs' dtype, where that matters.
-      constants: the others.
+      constants: the others. With a P above 0 the grid has a second axis, of so many.
     """
     config = _config(kernel, inputs)
     M, D = sizes["M"], sizes.get("D", 1)
     constants |= sizes | dict(BM=_width(M, config.blocks["BM"]))
     if "D" in sizes:
         constants |= dict(BD=_width(D, config.blocks["BD"]), FLOAT32=inputs.dtype == f32)
+    programs = grid(_tiles(M, config.blocks["BM"]), _tiles(D, config.blocks.get("BD", 1)))
     return launch.call(
         *(kernel, *arrays, arrays[0].shape[1]),
-        grid=(grid(_tiles(M, config.blocks["BM"]), _tiles(D, config.blocks.get("BD", 1))),),
+        grid=(programs, constants["P"]) if constants.get("P") else (programs,),
         outputs=outputs,
         config=config,
         constants=constants,
@@ -290,7 +318,7 @@ def _width(size, most):
 
 
 @functools.partial(jax.jit, static_argnames="scale")
-def gsa_step(q, k, v, s, g, state, *, scale):
+def gsa_step(q, k, v, s, g, state, *, scale, slots=None):
     """One token in one kernel. See `jla.gsa_step`.
 
     All arithmetic is float32, whatever the inputs' dtype. The states are overwritten where their
@@ -303,24 +331,32 @@ def gsa_step(q, k, v, s, g, state, *, scale):
     Derivatives are those of the reference's formula, in XLA.
     """
     run, formula = (functools.partial(x, scale=scale) for x in (_step, _formula_of_step))
-    step = differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
-    o, hk, hv = step(q, k, v, s, g, *state)
+    if slots is None:
+        step = differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
+        o, hk, hv = step(q, k, v, s, g, *state)
+    else:
+        step = differentiable(run, formula, _POOL_INPUTS, _POOL_OUTPUTS)
+        o, hk, hv = step(q, k, v, s, g, *state, slots)
     return o, GSAState(hk, hv)
 
 
-def _formula_of_step(*arrays, scale):
-    o, state = reference.gsa_step(*arrays[:5], GSAState(*arrays[5:]), scale=scale)
+def _formula_of_step(q, k, v, s, g, hk, hv, slots=None, *, scale):
+    options = dict(scale=scale, slots=slots)
+    o, state = reference.gsa_step(q, k, v, s, g, GSAState(hk, hv), **options)
     return o, *state
 
 
-def _step(q, k, v, s, g, hk, hv, *, scale):
-    (B, H, K, M), V, HQ = hk.shape, v.shape[-1], q.shape[1]
+def _step(q, k, v, s, g, hk, hv, slots=None, *, scale):
+    (H, K, M), V, (B, HQ, _) = hk.shape[1:], v.shape[-1], q.shape
+    kernel, on_pool = step_kernel.gsa_step, ()
+    if slots is not None:
+        kernel, on_pool = step_kernel.gsa_step_on_pool, (slots, hk.shape[0])
     power = triton.next_power_of_2
     BM = power(M)
     return tuple(
         launch.call(
-            step_kernel.gsa_step,
-            *(q, k, v, s, g, hk, hv),
+            kernel,
+            *(q, k, v, s, g, hk, hv, *on_pool),
             grid=(B * H,),
             outputs=[SDS((B, HQ, V), v.dtype), SDS(hk.shape, f32), SDS(hv.shape, f32)],
             config=configs.config("gsa_step", launch.target()),

@@ -13,13 +13,14 @@ import triton
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._core import movement, sequence
+from jla._core import movement, packed, sequence
 from jla._core.axes import KDA, letters, of_step
 from jla._core.derivatives import reverse_only
 from jla._core.parts import kda_operands
+from jla._core.pools import of_pool
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
-from jla._core.steps import differentiable
+from jla._core.steps import by_slots, differentiable
 from jla.reference import kda as reference
 from jla.triton import configs, launch
 from jla.triton.kernels import kda_backward, kda_forward
@@ -42,6 +43,8 @@ _KEPT = {
     "kda_inverse": "B HV TP C",
     "kda_states": "B HV N V K",
 }
+# States of pieces, see `packed.by_pieces`, and the pieces' spans.
+_OF_PIECES, _SPANS = "B HV P K V", "B P two"
 _GRADIENTS = (KDA["g"], KDA["g"], KDA["v"], KDA["g"], KDA["beta"], _STATE)
 # What a piece does to a state, and what the recurrence takes, see `_prepare`.
 _SUMMARY = ("B HV K J", _STATE)
@@ -50,6 +53,8 @@ _PREPARED = (*tuple(_KEPT.values())[:3], "B HV TP V", *_OPERANDS)
 _STEP = of_step(KDA)
 _STEP_INPUTS = letters(_STEP, "q k v g beta state")
 _STEP_OUTPUTS = letters(_STEP, "o state")
+_POOL_INPUTS = letters(of_pool(_STEP), "q k v g beta state slots")
+_POOL_OUTPUTS = letters(of_pool(_STEP), "o state")
 
 _C = CHUNK.value
 _FEW = 32  # sequences and heads that leave most of a GPU idle
@@ -57,7 +62,7 @@ _LOG2E = 1.4426950408889634
 _STRONGEST = -3e4  # of a log decay: finite sums in float16, and an exp2 of zero
 
 
-def unsupported(name, *arrays):
+def unsupported(name, *arrays, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None: they serve
     all that the public function takes."""
     return None
@@ -72,23 +77,38 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale, axis_name=None):
     Products of 16-bit inputs take bfloat16 operands. Those of float32 inputs are three of bfloat16
     each, or of TF32 where errors may be multiplied by hundreds. All add in float32.
     """
-    (K, V), dtype = (q.shape[-1], v.shape[-1]), v.dtype
-    if dtype == f16:
-        q, k, v = (x.astype(bf16) for x in (q, k, v))
+    if packed.count(initial_state) is not None:
+
+        def run(q, k, v, g, beta, *start):
+            return _on_powers(q, k, v, g, beta, start, scale)
+
+        return packed.by_pieces(run, (q, k, v, g, beta), initial_state, segment_ids, _C)
     if segment_ids is not None:
         # To start a new segment, set its first token's decay to 0.
         starts = segment_starts(segment_ids)[:, :, None, None]
         g = jnp.where(starts, _STRONGEST, g)
+    start = () if initial_state is None else (initial_state,)
+    over = None
+    if axis_name is not None:
+        over = sequence.links(segment_ids, *q.shape[:2], axis_name), axis_name
+    return _on_powers(q, k, v, g, beta, start, scale, over)
+
+
+def _on_powers(q, k, v, g, beta, start, scale, over=None):
+    """Pads the features; `start` as `_kda` has it. Over devices `over` is how their pieces link,
+    and the axis."""
+    (K, V), dtype = (q.shape[-1], v.shape[-1]), v.dtype
+    if dtype == f16:
+        q, k, v = (x.astype(bf16) for x in (q, k, v))
     q, k, g, v = (_padded(x, 3) for x in (q, k, g, v))
-    if initial_state is not None:
-        initial_state = _padded(_padded(initial_state, 2), 3)
-    arrays = q, k, v, g, beta.astype(f32), initial_state
-    if axis_name is None:
-        o, state = _kda(*arrays, scale)
+    start = (*(_padded(_padded(x, x.ndim - 2), x.ndim - 1) for x in start[:1]), *start[1:])
+    arrays = q, k, v, g, beta.astype(f32)
+    if over is None:
+        o, state = _kda(*arrays, start, scale)
     else:
-        links = sequence.links(segment_ids, *q.shape[:2], axis_name)
-        o, state = _kda_over(*arrays, links, scale, axis_name)
-    return o[..., :V].astype(dtype), state[:, :, :K, :V]
+        links, axis_name = over
+        o, state = _kda_over(*arrays, *start, links, scale, axis_name)
+    return o[..., :V].astype(dtype), state[..., :K, :V]
 
 
 def kda_from_projection(
@@ -110,9 +130,14 @@ def _padded(x, axis):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _kda(q, k, v, g, beta, initial_state, scale):
-    """KDA on features that the kernels take."""
-    return _run(q, k, v, _decay_operand(q, g), beta, initial_state, scale, keep=False)
+def _kda(q, k, v, g, beta, start, scale):
+    """KDA on features that the kernels take.
+
+    `start` is () for a state of zeros, a tuple of the first state, or one of the state of each
+    piece, [B, HV, P, K, V], and the pieces' spans, see `packed.by_pieces`; the state returned is
+    like it.
+    """
+    return _run(q, k, v, _decay_operand(q, g), beta, start, scale, keep=False)
 
 
 def _decay_operand(q, g):
@@ -123,30 +148,31 @@ def _decay_operand(q, g):
     return jnp.maximum(g * _LOG2E, _STRONGEST).astype(f32 if q.dtype == f32 else f16)
 
 
-def _run(q, k, v, g, beta, initial_state, scale, *, keep):
-    arrays, axes, results = (q, k, v, g, beta), _INPUTS, _OUTPUTS
-    if initial_state is not None:
-        arrays, axes = (*arrays, initial_state), (*axes, _STATE)
+def _run(q, k, v, g, beta, start, scale, *, keep):
+    state = _OF_PIECES if len(start) == 2 else _STATE
+    axes, results = (*_INPUTS, *(state, _SPANS)[: len(start)]), (KDA["o"], state)
     if keep:
         results = (*results, *_KEPT.values())
     run = functools.partial(_forward, scale=scale, keep=keep)
-    return shardwise(run, axes, results)(*arrays)
+    return shardwise(run, axes, results)(q, k, v, g, beta, *start)
 
 
-def _kda_forward(q, k, v, g, beta, initial_state, scale):
+def _kda_forward(q, k, v, g, beta, start, scale):
     g = _decay_operand(q, g)
-    o, state, *kept = _run(q, k, v, g, beta, initial_state, scale, keep=True)
+    o, state, *kept = _run(q, k, v, g, beta, start, scale, keep=True)
     kept = tuple(map(checkpoint_name, kept, _KEPT))
-    return (o, state), (q, k, v, g, beta, kept, initial_state is not None)
+    return (o, state), (q, k, v, g, beta, kept, len(start), start[1:])
 
 
 def _kda_backward(scale, residuals, cotangents):
-    q, k, v, g, beta, kept, has_start = residuals
+    q, k, v, g, beta, kept, number, spans = residuals
     run = functools.partial(_backward, scale=scale)
-    axes = (*_INPUTS, *_KEPT.values(), *_OUTPUTS)
-    results = shardwise(run, axes, _GRADIENTS)(*(q, k, v, g, beta), *kept, *cotangents)
+    state = _OF_PIECES if spans else _STATE
+    axes = (*_INPUTS, *_KEPT.values(), KDA["o"], state, *(_SPANS for _ in spans))
+    arrays = q, k, v, g, beta, *kept, *cotangents, *spans
+    results = shardwise(run, axes, (*_GRADIENTS[:-1], state))(*arrays)
     *gradients, start = _over_value_heads(q, v, *results)
-    return *gradients, start if has_start else None
+    return *gradients, (start, None)[:number]
 
 
 def _over_value_heads(q, v, *gradients):
@@ -247,8 +273,8 @@ def _forward(q, k, v, g, beta, *start, scale, keep):
     """The forward kernels: o and the last state, with `keep` also what `_KEPT` lists."""
     B, K, (HV, V) = q.shape[0], q.shape[3], v.shape[2:]
     prepared = _prepare(q, k, v, g, beta, scale)
-    start = start[0] if start else jnp.zeros((B, HV, K, V), f32)
-    o, state, *states = _recurrence(*prepared, beta, start, v, keep=keep)
+    start = start or (jnp.zeros((B, HV, K, V), f32),)
+    o, state, *states = _recurrence(*prepared, beta, start[0], v, *start[1:], keep=keep)
     return (o, state, *prepared[:3], *states) if keep else (o, state)
 
 
@@ -265,17 +291,27 @@ def _prepare(q, k, v, g, beta, scale):
 
 
 def _recurrence(
-    scores, key_scores, inverse, u, query, read, write, decay, beta, start, v, *, keep
+    scores, key_scores, inverse, u, query, read, write, decay, beta, start, v, spans=None, *, keep
 ):  # fmt: skip
     """o and the last state, with `keep` also the states before the chunks; v for its shape."""
     (B, T, HV, V), (N, K), dtype = v.shape, decay.shape[2:], query.dtype
     states = SDS((B, HV, N, V, K) if keep else (1,), dtype)
     o, state, states = _call(
         kda_forward.kda_recurrence, *(query, read, write, u, scores, decay, beta, start),
-        T=T, programs=B * HV, by="BV",
+        *_spans(spans, start), T=T, programs=B * HV, by="BV", P=_pieces(spans),
         outputs=[SDS(v.shape, dtype), SDS(start.shape, f32), states], HV=HV, K=K, V=V, KEEP=keep,
     )  # fmt: skip
     return (o, state, states) if keep else (o, state)
+
+
+def _pieces(spans):
+    """P, 0 without spans."""
+    return 0 if spans is None else spans.shape[1]
+
+
+def _spans(spans, start):
+    """The kernel's argument; without spans it is not read, and is any float32 array."""
+    return (start if spans is None else spans,)
 
 
 def _operands(q, k, g, inverse, scale):
@@ -290,16 +326,18 @@ def _operands(q, k, g, inverse, scale):
     )  # fmt: skip
 
 
-def _backward(q, k, v, g, beta, scores, key_scores, inverse, states, do, end, *, scale):
+def _backward(
+    q, k, v, g, beta, scores, key_scores, inverse, states, do, end, spans=None, *, scale
+):  # fmt: skip
     """The backward kernels: the gradients of q, k (per value head), v, g, beta and the start."""
     operands = _operands(q, k, g, inverse, scale)
     arrays = q, k, v, g, beta, scores, key_scores, inverse, states, do, end
-    return _backward_from(*arrays, *operands, scale=scale)
+    return _backward_from(*arrays, *operands, spans, scale=scale)
 
 
 def _backward_from(
     q, k, v, g, beta, scores, key_scores, inverse, states, do, end, query, read, write, decay,
-    *, scale,
+    spans=None, *, scale,
 ):  # fmt: skip
     """As `_backward`, from what `_operands` returns."""
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
@@ -307,8 +345,8 @@ def _backward_from(
     sizes = dict(HV=HV, K=K, V=V)
     gradients, start = _call(
         kda_backward.kda_gradient_recurrence,
-        *(query, read, write, do, scores, decay, beta, end), T=T,
-        programs=B * HV, by="BV", outputs=[states, end], **sizes,
+        *(query, read, write, do, scores, decay, beta, end), *_spans(spans, end), T=T,
+        programs=B * HV, by="BV", outputs=[states, end], P=_pieces(spans), **sizes,
     )  # fmt: skip
     parts = max(1, V // _config(kda_backward.kda_errors, v.dtype, K, programs).blocks["BV"])
     dv, written, dbeta = _call(
@@ -340,16 +378,19 @@ def _call(kernel, *arrays, T, programs, outputs, by=None, **constants):
 
     Args:
       T: how many tokens; the compiled kernel does not depend on it.
-      programs: how many; by the name of the block, if any, whose number multiplies them.
+      programs: how many; by the name of the block, if any, whose number multiplies them. With a
+        constant P above 0 there is a second axis of so many.
     """
-    config = _config(kernel, arrays[0].dtype, constants.get("K", 0), programs)
+    pieces = constants.get("P") or 1
+    config = _config(kernel, arrays[0].dtype, constants.get("K", 0), programs * pieces)
     for block, size in config.blocks.items():
         constants[block] = min(size, constants[block[1:]])
         if block == by:
             programs *= constants[by[1:]] // constants[by]
     outputs = [SDS(x.shape, x.dtype) for x in outputs]
     return launch.call(
-        kernel, *arrays, T, grid=(programs,), outputs=outputs, config=config,
+        kernel, *arrays, T, grid=(programs, pieces)[: 1 + (pieces > 1)], outputs=outputs,
+        config=config,
         constants=dict(constants, WHOLE=T % _C == 0),
     )  # fmt: skip
 
@@ -367,7 +408,7 @@ def _config(kernel, dtype, K, programs):
 
 
 @functools.partial(jax.jit, static_argnames="scale")
-def kda_step(q, k, v, g, beta, state, *, scale):
+def kda_step(q, k, v, g, beta, state, *, scale, slots=None):
     """One token in one kernel. See `jla.kda_step`.
 
     All arithmetic is float32, whatever the inputs' dtype. The state is overwritten where its buffer
@@ -381,19 +422,25 @@ def kda_step(q, k, v, g, beta, state, *, scale):
     Derivatives are those of the reference's formula, in XLA.
     """
     run, formula = (functools.partial(x, scale=scale) for x in (_step, reference.kda_step))
-    return differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)(q, k, v, g, beta, state)
+    if slots is None:
+        return differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)(q, k, v, g, beta, state)
+    step = differentiable(run, by_slots(formula), _POOL_INPUTS, _POOL_OUTPUTS)
+    return step(q, k, v, g, beta, state, slots)
 
 
-def _step(q, k, v, g, beta, state, *, scale):
-    B, HV, K, V = state.shape
+def _step(q, k, v, g, beta, state, slots=None, *, scale):
+    (B, HV, V), K = v.shape, state.shape[2]
+    kernel, on_pool = step.kda_step, ()
+    if slots is not None:
+        kernel, on_pool = step.kda_step_on_pool, (slots, state.shape[0])
     config = configs.config("kda_step", launch.target())
     rows = triton.next_power_of_2(K)
     # Of twice as many rows half as many columns: what a program holds in registers stays the same.
     width = min(config.blocks["BV"] * 128 // max(rows, 128), triton.next_power_of_2(V))
     return tuple(
         launch.call(
-            step.kda_step,
-            *(q, k, v, g, beta, state),
+            kernel,
+            *(q, k, v, g, beta, state, *on_pool),
             grid=(B * HV * triton.cdiv(V, width),),
             outputs=[SDS(v.shape, v.dtype), SDS(state.shape, state.dtype)],
             config=config,

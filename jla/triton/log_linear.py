@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import triton
 
-from jla._core import alignment, level_weights
+from jla._core import alignment, level_weights, packed_levels
 from jla._core.axes import LOG_LINEAR, letters, of_step, with_value_heads
 from jla._core.derivatives import reverse_only
 from jla._core.shardwise import defvjp, shardwise
@@ -29,9 +29,13 @@ _STEP = with_value_heads(of_step(LOG_LINEAR))
 # The log decays of all levels have the level scales' axes.
 _STEP_INPUTS = letters(_STEP, "q k v level_scales level_scales state.levels state.position")
 _STEP_OUTPUTS = letters(_STEP, "o state.levels")
+# Of a pool the levels alone: positions and sums of log decays are the rows'.
+_POOL = _STEP["state.levels"].replace("B", "R")
+_POOL_INPUTS = (*_STEP_INPUTS[:5], _POOL, "B", "B")
+_POOL_OUTPUTS = (_STEP_OUTPUTS[0], _POOL)
 
 
-def unsupported(name, *arrays):
+def unsupported(name, *arrays, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None: they serve
     all that the public function takes."""
     return None
@@ -41,7 +45,7 @@ def unsupported(name, *arrays):
 @reverse_only("jla.log_linear_attention")
 def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
     """Tokens in aligned slots, and the kernels over them. See `jla.log_linear_attention`."""
-    return alignment.run_aligned(_core, q, k, v, g, level_scales, initial_state, segment_ids)
+    return packed_levels.run_aligned(_core, q, k, v, g, level_scales, initial_state, segment_ids)
 
 
 @jax.jit
@@ -198,7 +202,7 @@ def _power_of_two_from(n):
 
 
 @jax.jit
-def log_linear_step(q, k, v, g, level_scales, state):
+def log_linear_step(q, k, v, g, level_scales, state, *, slots=None):
     """One token in one kernel. See `jla.log_linear_step`.
 
     Only the levels in use are read, those where bit l - 1 of the row's position is set. Of a
@@ -212,22 +216,28 @@ def log_linear_step(q, k, v, g, level_scales, state):
     Derivatives are those of the reference's formula, in XLA.
     """
 
-    def token(*arrays, lazy):
+    def token(*arrays, lazy, slots=None):
         run, formula = (functools.partial(f, lazy=lazy) for f in (_step, reference.token))
-        return differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)(*arrays)
+        if slots is None:
+            return differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)(*arrays)
+        formula = functools.partial(reference.token_of_pool, lazy=lazy)
+        return differentiable(run, formula, _POOL_INPUTS, _POOL_OUTPUTS)(*arrays, slots)
 
-    return reference.stepped(token, q, k, v, g, level_scales, state)
+    return reference.stepped(token, q, k, v, g, level_scales, state, slots)
 
 
-def _step(q, k, v, decays, level_scales, levels, position, *, lazy):
-    B, H, L, K, V = levels.shape
+def _step(q, k, v, decays, level_scales, levels, position, slots=None, *, lazy):
+    (B, H, V), (L, K) = v.shape, levels.shape[2:4]
+    kernel, on_pool = step.log_linear_step, ()
+    if slots is not None:
+        kernel, on_pool = step.log_linear_step_on_pool, (slots, levels.shape[0])
     config = configs.config("log_linear_step", launch.target())
     rows = triton.next_power_of_2(K)
     width = min(config.blocks["BV"] * 128 // max(rows, 128), triton.next_power_of_2(V))
     return tuple(
         launch.call(
-            step.log_linear_step,
-            *(q, k, v, decays, level_scales, levels, position),
+            kernel,
+            *(q, k, v, decays, level_scales, levels, position, *on_pool),
             grid=(B * H * triton.cdiv(V, width),),
             outputs=[SDS(v.shape, v.dtype), SDS(levels.shape, levels.dtype)],
             config=config,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import triton
 from jax.ad_checkpoint import checkpoint_name
 
+from jla._core import packed
 from jla._core.axes import MESA_NET, letters, of_step
 from jla._core.derivatives import reverse_only
 from jla._core.segments import segment_starts
@@ -40,12 +41,17 @@ _INPUTS = (*letters(MESA_NET, "q k v"), "B H TP", "B H TP", "B H K", *_STATES)
 _OUTPUTS = (MESA_NET["o"], *_STATES)
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
 _KEPT = {"mesa_solution": MESA_NET["k"], "mesa_solution_scale": "B H TP"}
+# States of pieces, and the pieces' spans.
+_PIECES, _SPANS = ("B H P K J", "B H P K V"), "B P two"
 _STEP = of_step(MESA_NET)
 _STEP_INPUTS = (*letters(_STEP, "q k v g beta"), "B H K", *_STATES)
 _STEP_OUTPUTS = (_STEP["o"], *_STATES)
+_POOL_STATES = tuple(x.replace("B", "R") for x in _STATES)
+_POOL_INPUTS = (*_STEP_INPUTS[:6], *_POOL_STATES, "B")
+_POOL_OUTPUTS = (_STEP["o"], *_POOL_STATES)
 
 
-def unsupported(name, *arrays):
+def unsupported(name, *arrays, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None: they serve
     all that the public function takes."""
     return None
@@ -71,68 +77,98 @@ def mesa_net(
     three TF32 products each. All add in float32. A row stops when its residual is `tolerance` times
     its right-hand side; 0, for all iterations, is for benchmarks.
     """
-    B, T, H, K = q.shape
+    if tolerance is None:
+        tolerance = _tolerance(q.dtype)
+    options = cg_steps, tolerance
+    if packed.count(initial_state) is not None:
+
+        def run(q, k, v, g, beta, states, spans):
+            return _on_chunks(q, k, v, g, beta, lamb, states, spans, options)
+
+        return packed.by_pieces(run, (q, k, v, g, beta), initial_state, segment_ids, CHUNK)
     if segment_ids is not None:
         # To start a new segment, set its first token's decay to 0.
         g = jnp.where(segment_starts(segment_ids)[..., None], -jnp.inf, g)
+    if initial_state is None:
+        initial_state = zero_mesa_state(k[:, 0], v[:, 0])
+    return _on_chunks(q, k, v, g, beta, lamb, initial_state, None, options)
+
+
+def _on_chunks(q, k, v, g, beta, lamb, state, spans, options):
+    """Fills the last chunk. With the spans of pieces the states are those of each, see
+    `packed.by_pieces`."""
+    B, T, H, K = q.shape
     # Tokens that fill the last chunk neither decay nor write.
     g, beta = (
         jnp.pad(jnp.swapaxes(x.astype(f32), 1, 2), ((0, 0), (0, 0), (0, -T % CHUNK)))
         for x in (g, beta)
     )
     lamb = jnp.broadcast_to(varying_as(lamb, k), (B, H, K))
-    if initial_state is None:
-        initial_state = zero_mesa_state(k[:, 0], v[:, 0])
-    if tolerance is None:
-        tolerance = _tolerance(q.dtype)
-    o, kk, kv = _mesa(q, k, v, g, beta, lamb, *initial_state, cg_steps, tolerance)
+    o, kk, kv = _mesa(q, k, v, g, beta, lamb, *state, spans, *options)
     return o, MesaState(kk, kv)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
-def _mesa(q, k, v, g, beta, lamb, kk, kv, cg_steps, tolerance):
-    """MesaNet with g and beta [B, H, TP] float32, and lamb [B, H, K]."""
-    return _run(q, k, v, g, beta, lamb, kk, kv, cg_steps, tolerance, keep=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10))
+def _mesa(q, k, v, g, beta, lamb, kk, kv, spans, cg_steps, tolerance):
+    """MesaNet with g and beta [B, H, TP] float32, and lamb [B, H, K]. With spans, or None, the
+    states are those of pieces, before and after."""
+    return _run(q, k, v, g, beta, lamb, kk, kv, spans, cg_steps, tolerance, keep=False)
 
 
-def _run(q, k, v, g, beta, lamb, kk, kv, cg_steps, tolerance, *, keep):
+def _of_pieces(run, spans, operands, results):
+    """`shardwise`; with spans, which `run` takes last, the states of these axes are of pieces."""
+    if spans is None:
+        return shardwise(run, operands, results)
+    exchange = dict(zip(_STATES, _PIECES, strict=True))
+    operands, results = ([exchange.get(x, x) for x in axes] for axes in (operands, results))
+    call = shardwise(run, (*operands, _SPANS), results)
+    return lambda *arrays: call(*arrays, spans)
+
+
+def _row_and_column(x, state):
+    """A number for each key feature, [B, H, K], at a state's rows and at its columns."""
+    x = x.reshape(*x.shape[:2], *[1] * (state.ndim - 4), x.shape[2])
+    return x[..., None], x[..., None, :]
+
+
+def _run(q, k, v, g, beta, lamb, kk, kv, spans, cg_steps, tolerance, *, keep):
     run = functools.partial(_forward, steps=cg_steps, tolerance=tolerance, keep=keep)
     results = (*_OUTPUTS, *_KEPT.values()) if keep else _OUTPUTS
     k, kk, kv = _scaled(k, lamb, kk, kv)
     # Where lamb is NaN, only what the queries are multiplied by is: states stay as they are.
     scale = jax.lax.rsqrt(lamb)
-    o, kk, kv, *x = shardwise(run, _INPUTS, results)(q, k, v, g, beta, scale, kk, kv)
-    root = jnp.sqrt(_or_one(lamb))
-    row = root[..., None]
-    return o, row * kk * root[:, :, None], row * kv, *x
+    o, kk, kv, *x = _of_pieces(run, spans, _INPUTS, results)(q, k, v, g, beta, scale, kk, kv)
+    row, column = _row_and_column(jnp.sqrt(_or_one(lamb)), kk)
+    return o, row * kk * column, row * kv, *x
 
 
-def _mesa_forward(q, k, v, g, beta, lamb, kk, kv, cg_steps, tolerance):
-    results = _run(q, k, v, g, beta, lamb, kk, kv, cg_steps, tolerance, keep=True)
+def _mesa_forward(q, k, v, g, beta, lamb, kk, kv, spans, cg_steps, tolerance):
+    results = _run(q, k, v, g, beta, lamb, kk, kv, spans, cg_steps, tolerance, keep=True)
     kept = map(checkpoint_name, results[3:], _KEPT)
-    return results[:3], (k, v, g, beta, lamb, kk, kv, *kept)
+    return results[:3], (k, v, g, beta, lamb, kk, kv, *kept, spans)
 
 
 def _mesa_backward(cg_steps, tolerance, residuals, cotangents):
-    k, v, g, beta, lamb, kk, kv, *kept = residuals
+    k, v, g, beta, lamb, kk, kv, *kept, spans = residuals
     do, dkk, dkv = cotangents
     dtype = k.dtype
-    root, scale = jnp.sqrt(_or_one(lamb)), jax.lax.rsqrt(lamb)
-    row = root[..., None]
+    scale = jax.lax.rsqrt(lamb)
+    row, column = _row_and_column(jnp.sqrt(_or_one(lamb)), dkk)
     # What the states' kernel carries in Hkk's place is -dHkk^T.
-    ends = -jnp.swapaxes(row * dkk * root[:, :, None], 2, 3), row * dkv
+    ends = -jnp.swapaxes(row * dkk * column, -1, -2), row * dkv
     k, kk, kv = _scaled(k, lamb, kk, kv)
     run = functools.partial(_backward, steps=cg_steps, tolerance=tolerance, dtype=dtype)
-    y, y_scale, dk, dv, dg, dbeta, products, dkk, dkv = shardwise(
+    y, y_scale, dk, dv, dg, dbeta, products, dkk, dkv = _of_pieces(
         run,
+        spans,
         (*_INPUTS[1:], *_KEPT.values(), *_OUTPUTS),
         (*_KEPT.values(), *letters(MESA_NET, "k v"), "B H TP", "B H TP", "B H K", *_STATES),
     )(k, v, g, beta, scale, kk, kv, *kept, do, *ends)
     y_scale = jnp.swapaxes(y_scale, 1, 2)[:, : y.shape[1], :, None]
     dq = (y.astype(f32) * y_scale * scale[:, None]).astype(dtype)
-    row = scale[..., None]
-    dkk = -row * jnp.swapaxes(dkk, 2, 3) * scale[:, :, None]
-    return dq, dk, dv, dg, dbeta, -scale * scale * products, dkk, row * dkv
+    row, column = _row_and_column(scale, dkk)
+    dkk = -row * jnp.swapaxes(dkk, -1, -2) * column
+    return dq, dk, dv, dg, dbeta, -scale * scale * products, dkk, row * dkv, None
 
 
 defvjp(_mesa, _mesa_forward, _mesa_backward)
@@ -151,24 +187,29 @@ def _scaled(k, lamb, kk, kv):
     if dtype != f32:
         largest = float(jnp.finfo(f16).max)
         k = jnp.clip(k, -largest, largest).astype(f16)
-    row = scale[..., None]
-    return k, row * kk * scale[:, :, None], row * kv
+    row, column = _row_and_column(scale, kk)
+    return k, row * kk * column, row * kv
 
 
-def _forward(q, k, v, g, beta, scale, kk, kv, *, steps, tolerance, keep):
+def _forward(q, k, v, g, beta, scale, kk, kv, *spans, steps, tolerance, keep):
     """The forward kernels: o and the last states, with `keep` also the solutions."""
-    kk_states, kk_scale, kv_states, *states = _states(k, k, v, g, beta, _largest(k), kk, kv)
+    inputs = k, k, v, g, beta, _largest(k), kk, kv
+    kk_states, kk_scale, kv_states, *states = _states(*inputs, *spans)
     x = _solve(q, scale, k, g, beta, kk_states, kk_scale, steps=steps, tolerance=tolerance)
     o = _read(*x, k, v, g, beta, kv_states, SDS(v.shape, v.dtype))
     return (o, *states, *x) if keep else (o, *states)
 
 
-def _backward(k, v, g, beta, scale, kk, kv, x, x_scale, do, *ends, steps, tolerance, dtype):
+def _backward(
+    k, v, g, beta, scale, kk, kv, x, x_scale, do, end_kk, end_kv, *spans, steps, tolerance, dtype
+):  # fmt: skip
     """The backward kernels, and what is small enough for XLA: the log decays' gradient."""
-    kk_states, kk_scale, kv_states, *_ = _states(k, k, v, g, beta, _largest(k), kk, kv)
+    inputs, ends = (k, k, v, g, beta, _largest(k), kk, kv), (end_kk, end_kv)
+    kk_states, kk_scale, kv_states, *_ = _states(*inputs, *spans)
     dx = _read(do, None, v, k, g, beta, kv_states, SDS(k.shape, f32))
     y = _solve(dx, None, k, g, beta, kk_states, kk_scale, steps=steps, tolerance=tolerance)
-    dkk, _, dkv, *starts = _states(x, y[0], do, g, x_scale, y[1], *ends, reverse=True)
+    arrays = x, y[0], do, g, x_scale, y[1]
+    dkk, _, dkv, *starts = _states(*arrays, *ends, *spans, reverse=True)
     inputs = k, v, do, x, x_scale, *y, g, beta, scale, kk_states, kk_scale, kv_states, dkk, dkv
     dk, dv, direct, written, reads, read, through, border, products = _gradients(*inputs, dtype)
 
@@ -199,10 +240,13 @@ def _largest(k):
     return jnp.pad(jnp.swapaxes(largest, 1, 2), ((0, 0), (0, 0), (0, -k.shape[1] % CHUNK)))
 
 
-def _states(left, x, y, g, weight, other, x_start, y_start, *, reverse=False):
+def _states(left, x, y, g, weight, other, x_start, y_start, spans=None, *, reverse=False):
     """`states_kernel`'s outputs: both states before each chunk, the first one's scale second, and
-    both after the last; with `reverse` after each chunk, and before the first.
+    both after the last; with `reverse` after each chunk, and before the first. With spans of pieces
+    the last two are those of each.
     """
+    pieces = 0 if spans is None else spans.shape[1]
+    spans = x_start if spans is None else spans  # not read
     (B, T, H, K), V = left.shape, y.shape[-1]
     N = g.shape[-1] // CHUNK
     dtype = f32 if left.dtype == f32 else bf16
@@ -210,10 +254,11 @@ def _states(left, x, y, g, weight, other, x_start, y_start, *, reverse=False):
     rows = _wide(K)
     # Of twice as many rows half as many columns: what a program holds in registers stays the same.
     columns = min(config.blocks["BC"] * 128 // max(rows, 128), _wide(max(K, V)))
+    programs = B * H * (triton.cdiv(K, columns) + triton.cdiv(V, columns))
     return launch.call(
         mesa_states.states_kernel,
-        *(left, x, y, g, weight, other, x_start, y_start, T, H, N),
-        grid=(B * H * (triton.cdiv(K, columns) + triton.cdiv(V, columns)),),
+        *(left, x, y, g, weight, other, x_start, y_start, spans, T, H, N),
+        grid=(programs, pieces) if pieces else (programs,),
         outputs=[
             SDS((B, H, N, K, K), dtype if reverse or dtype == f32 else f16),
             SDS((B, H, N), f32),
@@ -222,7 +267,7 @@ def _states(left, x, y, g, weight, other, x_start, y_start, *, reverse=False):
             SDS(y_start.shape, f32),
         ],
         config=config,
-        constants=_common(dtype) | dict(K=K, V=V, BK=rows, BC=columns, REVERSE=reverse),
+        constants=_common(dtype) | dict(K=K, V=V, P=pieces, BK=rows, BC=columns, REVERSE=reverse),
     )
 
 
@@ -315,7 +360,7 @@ def _common(dtype):
 
 
 @functools.partial(jax.jit, static_argnames="cg_steps")
-def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
+def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps, slots=None):
     """One token in one kernel. See `jla.mesa_step`.
 
     All arithmetic is float32, whatever the inputs' dtype. The states are overwritten where their
@@ -327,29 +372,34 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
     tolerance = 1e-6 if q.dtype == f32 else 1e-4
     run = functools.partial(_step, steps=cg_steps, tolerance=tolerance)
     formula = functools.partial(_step_formula, steps=cg_steps)
-    one = differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
-    o, kk, kv = one(q, k, v, g, beta, lamb, *state)
+    if slots is None:
+        one = differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
+        o, kk, kv = one(q, k, v, g, beta, lamb, *state)
+    else:
+        one = differentiable(run, formula, _POOL_INPUTS, _POOL_OUTPUTS)
+        o, kk, kv = one(q, k, v, g, beta, lamb, *state, slots)
     return o, MesaState(kk, kv)
 
 
-def _step_formula(q, k, v, g, beta, lamb, kk, kv, *, steps):
-    one = jax.vmap(functools.partial(reference.mesa_step, cg_steps=steps))
-    # The reference has one lamb for all rows.
-    rows = [x[:, None] for x in (q, k, v, g, beta)]
-    o, state = one(*rows, lamb, MesaState(kk[:, None], kv[:, None]))
-    return o[:, 0], state.kk[:, 0], state.kv[:, 0]
+def _step_formula(q, k, v, g, beta, lamb, kk, kv, slots=None, *, steps):
+    arrays = q, k, v, g, beta, lamb, MesaState(kk, kv)
+    o, state = reference.mesa_step_by_row(*arrays, cg_steps=steps, slots=slots)
+    return o, *state
 
 
-def _step(q, k, v, g, beta, lamb, kk, kv, *, steps, tolerance):
+def _step(q, k, v, g, beta, lamb, kk, kv, slots=None, *, steps, tolerance):
     """The kernel call."""
-    B, H, K, V = kv.shape
+    (B, H, K), V = q.shape, v.shape[-1]
+    kernel, on_pool, heads = step.mesa_step, (), {}
+    if slots is not None:
+        kernel, on_pool, heads = step.mesa_step_on_pool, (slots, kk.shape[0]), dict(H=H)
     config = configs.config("mesa_step", launch.target())
     rows = _wide(K)
     whole = rows <= 128
-    part = min(config.blocks["BV"] * 128 // max(rows, 128), _wide(V))
+    part = min(config.blocks["BV"] // (1 if whole else 4), _wide(V))
     o, _, kk, kv = launch.call(
-        step.mesa_step,
-        *(q, k, v, g, beta, lamb, kk, kv, steps),
+        kernel,
+        *(q, k, v, g, beta, lamb, kk, kv, steps, *on_pool),
         grid=(B * H,),
         outputs=[
             SDS(v.shape, v.dtype),
@@ -358,7 +408,7 @@ def _step(q, k, v, g, beta, lamb, kk, kv, *, steps, tolerance):
             SDS(kv.shape, f32),
         ],
         config=config,
-        constants=dict(K=K, V=V, BK=rows, BV=part, WHOLE=whole, TOLERANCE=tolerance),
+        constants=dict(K=K, V=V, BK=rows, BV=part, WHOLE=whole, TOLERANCE=tolerance) | heads,
         in_place={6: 2, 7: 3},
     )
     return o, kk, kv

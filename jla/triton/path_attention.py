@@ -40,7 +40,7 @@ _OUTPUT = PATH["o"]
 _KEPT = {"path_output": _OUTPUT, "path_logsumexp": "B HQ TP", "path_inverse": "B H N C D"}
 
 
-def unsupported(name, *arrays):
+def unsupported(name, *arrays, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None: they serve
     all that the public function takes."""
     return None

@@ -20,7 +20,7 @@ TILE = 4096  # elements of the widest tile that a program holds
 
 
 @functools.partial(jax.jit, static_argnames="scale")
-def path_step(q, k, v, w, beta, g, cache, *, scale):
+def path_step(q, k, v, w, beta, g, cache, *, scale, slots=None):
     """One token in one kernel. See `jla.path_step`.
 
     All arithmetic is float32, whatever the inputs' dtype. The keys are overwritten where their
@@ -32,20 +32,24 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
 
     Derivatives are those of the reference's formula, in XLA.
     """
-    return around.path_step(_pass, reference.path_step, q, k, v, w, beta, g, cache, scale=scale)
+    options = dict(scale=scale) if slots is None else dict(scale=scale, slots=slots)
+    return around.path_step(_pass, reference.path_step, q, k, v, w, beta, g, cache, **options)
 
 
-def _pass(q, k, w, beta, key, value, length, added, *, scale, first, moved):
+def _pass(q, k, w, beta, key, value, length, added, *, scale, first, moved, slots=None):
     """The kernel call for some query heads of every group; see `around.path_step`."""
-    (B, S, H, K), V, HQ = key.shape, value.shape[-1], q.shape[1]
+    (S, H, K), V, (B, HQ, _) = key.shape[1:], value.shape[-1], q.shape
+    kernel, on_pool = kernels.path_step, ()
+    if slots is not None:
+        kernel, on_pool = kernels.path_step_on_pool, (slots, key.shape[0])
     group = min(around.MOST_QUERIES, HQ // H - first)
     size = min(LONGEST, max(SHORTEST, S * B * H // PROGRAMS // SHORTEST * SHORTEST))
     shape = B, H, triton.cdiv(S, size), group
     BG, BK, BV = map(triton.next_power_of_2, (group, K, V))
     outputs = [SDS((*shape, V), f32), SDS(shape, f32), SDS(shape, f32), SDS(key.shape, key.dtype)]
     *softmax, key = launch.call(
-        kernels.path_step,
-        *(q, k, w, beta, key, value, length, q if added is None else added, S),
+        kernel,
+        *(q, k, w, beta, key, value, length, q if added is None else added, S, *on_pool),
         grid=(B * H * shape[2],),
         outputs=outputs,
         config=configs.config("path_step", launch.target()),

@@ -29,12 +29,25 @@ def layout(T):
     A shorter sequence has a smaller chunk, the power of two (2 at least) that holds it. Chunks are
     dealt to spans evenly, so that little is padded. A symbolic T has whole spans.
     """
-    if is_symbolic_dim(T):
-        return CHUNK, SPAN
     size = chunk_size(T, CHUNK)
+    return size, span(T, size)
+
+
+def span(T, size):
+    """The span's length for T tokens in chunks of this size."""
+    if is_symbolic_dim(T):
+        return SPAN
     count = -(-T // size)
     spans = -(-count // (SPAN // size))
-    return size, size * -(-count // spans)
+    return size * -(-count // spans)
+
+
+def owners_by_span(owner, chunks, N):
+    """The owners [B, M] of a run's chunks as a scan over spans takes them, [spans, B, chunks]; the
+    last span is filled with chunks of no segment, N."""
+    missing = -owner.shape[1] % chunks
+    owner = jnp.pad(owner, ((0, 0), (0, missing)), constant_values=N)
+    return jnp.moveaxis(owner.reshape(owner.shape[0], -1, chunks), 1, 0)
 
 
 def tree_sizes(C):

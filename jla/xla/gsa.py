@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._core import blockwise
+from jla._core import blockwise, packed
 from jla._core.parts import abc_gates
 from jla._core.segments import segment_starts
 from jla._core.states import GSAState, hidden, repeated, zero_gsa_state
@@ -25,21 +25,31 @@ def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale):
     The body is checkpointed: the backward pass keeps the inputs and the state that entered each
     span, and computes the rest again.
     """
-    B, T, HQ, K = q.shape
-    H = k.shape[2]
-    size, length = chunks.layout(T)
+    size, _ = chunks.layout(q.shape[1])
+    run = functools.partial(_run, size, scale)
+    if packed.count(initial_state) is not None:
+        return packed.by_chunks(run, (q, k, v, s, g), initial_state, segment_ids, size)
     starts = None if segment_ids is None else segment_starts(segment_ids)
     if g is None:
         s, g = abc_gates(s, starts)
-    if starts is not None:
-        starts = blockwise.split(starts[:, :, None, None], length)
     if initial_state is None:
         initial_state = zero_gsa_state(k[:, 0], g[:, 0], v[:, 0])
+    return run(q, k, v, s, g, initial_state, starts=starts)
+
+
+def _run(size, scale, q, k, v, s, g, state, owner=None, starts=None):
+    """The run in chunks of this size; with `owner` as `packed.Places` has it, or `starts`."""
+    B, T, HQ, K = q.shape
+    H, length = k.shape[2], chunks.span(T, size)
+    if starts is not None:
+        starts = blockwise.split(starts[:, :, None, None], length)
+    if owner is not None:
+        owner = chunks.owners_by_span(owner, length // size, state.hk.shape[1])
     # The queries of one key head lie side by side, as if they were one.
     q = q.reshape(B, T, H, HQ // H, K).reshape(B, T, H, -1)
-    inputs = *(blockwise.split(x, length) for x in (q, k, v, s, g)), starts
+    inputs = *(blockwise.split(x, length) for x in (q, k, v, s, g)), starts, owner
     span = jax.checkpoint(functools.partial(_span, size, scale), prevent_cse=False)
-    state, o = lax.scan(span, hidden(initial_state), inputs)
+    state, o = lax.scan(span, hidden(state), inputs)
     o = blockwise.merge(o, T)
     return o.reshape(B, T, H, HQ // H, -1).reshape(B, T, HQ, -1), hidden(state)
 
@@ -50,7 +60,7 @@ def _span(size, scale, state, inputs):
     All arrays are [B, H, L, ...]; those of the queries [B, H, L G, ...], with the G queries that
     share a key head as G rows of their token.
     """
-    q, k, v, s, g, starts = inputs
+    q, k, v, s, g, starts, owner = inputs
     dtype = v.dtype
     group = q.shape[-1] // k.shape[-1]
     q, k, v, s = (x.astype(f32) for x in (q, k, v, s))
@@ -71,7 +81,7 @@ def _span(size, scale, state, inputs):
     writes = by_chunk(suffix * s)
     key_writes = blockwise.transposed(by_chunk(k)) @ writes
     value_writes = blockwise.transposed(writes) @ by_chunk(v)
-    states, state = _entering(state, key_writes, value_writes, total)
+    states, state = _entering(state, key_writes, value_writes, total, owner)
 
     # The slots' logits: the decays are the values', outside of the scores.
     queries = by_chunk(q, group)
@@ -123,15 +133,20 @@ def _assembled(matrix, levels):
     return matrix
 
 
-def _entering(state, key_writes, value_writes, total):
-    """The states that enter the chunks, [..., chunks, K, M] and [..., M, V], and the one after."""
+def _entering(state, key_writes, value_writes, total, owner):
+    """The states that enter the chunks, [..., chunks, K, M] and [..., M, V], and the one after.
 
-    def chunk(state, inputs):
-        key_writes, value_writes, total = inputs
+    With an owner of each chunk, [B, chunks], `state` is those of all segments.
+    """
+
+    def chunk(states, inputs):
+        key_writes, value_writes, total, owner = inputs
+        state = packed.take(states, owner)
         hk = state.hk * total[..., None, :] + key_writes
         hv = total[..., :, None] * state.hv + value_writes
-        return GSAState(hk, hv), state
+        return packed.put(states, GSAState(hk, hv), owner), state
 
     chunk_major = tuple(jnp.moveaxis(x, 2, 0) for x in (key_writes, value_writes, total))
-    state, states = lax.scan(chunk, state, chunk_major, unroll=True)
+    owner = None if owner is None else jnp.moveaxis(owner, 1, 0)
+    state, states = lax.scan(chunk, state, (*chunk_major, owner), unroll=True)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), states), state

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jla._core import alignment, blockwise
+from jla._core import blockwise, packed_levels
 from jla._core.lengths import chunk_size, is_symbolic_dim
 from jla._core.parts import mamba2_operands
 from jla._core.states import repeated
@@ -26,7 +26,7 @@ CHUNK = 64
 @jax.jit
 def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
     """Tokens in aligned slots, all chunks at once. See `jla.log_linear_attention`."""
-    return alignment.run_aligned(_core, q, k, v, g, level_scales, initial_state, segment_ids)
+    return packed_levels.run_aligned(_core, q, k, v, g, level_scales, initial_state, segment_ids)
 
 
 def log_linear_mamba2(q, k, u, g, logits, dt, skip, segment_ids):

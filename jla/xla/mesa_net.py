@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._core import blockwise
+from jla._core import blockwise, packed, pools
 from jla._core.lengths import chunk_size
 from jla._core.segments import segment_starts
 from jla._core.states import MesaState, hidden, zero_mesa_state
@@ -32,6 +32,7 @@ def tolerance(dtype):
     return 1e-6 if jnp.dtype(dtype) == f32 else 1e-4
 
 
+@pools.on_rows(shared=[5])
 @functools.partial(jax.jit, static_argnames="cg_steps")
 def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
     """One token. See `jla.mesa_step`."""
@@ -58,18 +59,21 @@ def mesa_net(q, k, v, g, beta, lamb, initial_state, segment_ids, *, cg_steps):
     It is checkpointed: the backward pass keeps the inputs and the solution x, and computes the
     chunks' states and decays again; solving again would cost `cg_steps` times as much.
     """
+    size = chunk_size(q.shape[1], CHUNK)
+    policy = jax.checkpoint_policies.save_only_these_names(SOLUTION)
+    checkpointed = jax.checkpoint(functools.partial(_run, cg_steps, size), policy=policy)
+    run = functools.partial(checkpointed, lamb)
+    if packed.count(initial_state) is not None:
+        return packed.by_chunks(run, (q, k, v, g, beta), initial_state, segment_ids, size)
     if segment_ids is not None:
         g = jnp.where(segment_starts(segment_ids)[..., None], -jnp.inf, g)
     if initial_state is None:
         initial_state = zero_mesa_state(k[:, 0], v[:, 0])
-    policy = jax.checkpoint_policies.save_only_these_names(SOLUTION)
-    run = jax.checkpoint(functools.partial(_run, cg_steps), policy=policy)
-    return run(q, k, v, g, beta, lamb, initial_state)
+    return run(q, k, v, g, beta, initial_state, None)
 
 
-def _run(cg_steps, q, k, v, g, beta, lamb, initial_state):
+def _run(cg_steps, size, lamb, q, k, v, g, beta, state, owner):
     T, dtype = q.shape[1], v.dtype
-    size = chunk_size(T, CHUNK)
 
     def by_chunk(x):
         """[B, T, H, D] to [B, H, N, C, D]; the tokens that are missing from the last are zeros."""
@@ -83,9 +87,10 @@ def _run(cg_steps, q, k, v, g, beta, lamb, initial_state):
 
     writes = suffix * beta * k
     states, state = _entering(
-        hidden(initial_state),
+        hidden(state),
         MesaState(*(_einsum("bhnck,bhncd->bhnkd", writes, x) for x in (k, v))),
         prefix[..., -1:, :],
+        owner,
     )
     # For each row of the batch, as the solver's other operands: in a shard_map over rows all
     # operands of its loop must vary over the same axes.
@@ -122,13 +127,19 @@ def _scores(weights, x, k):
     return weights * _einsum("bhnik,bhnjk->bhnij", x, k)
 
 
-def _entering(state, writes, total):
-    """The states that enter the chunks, [B, H, N, K, ...], and the one that leaves the last."""
+def _entering(state, writes, total, owner):
+    """The states that enter the chunks, [B, H, N, K, ...], and the one that leaves the last.
 
-    def chunk(state, inputs):
-        writes, total = inputs
-        return jax.tree.map(lambda x, write: total * x + write, state, writes), state
+    With an owner of each chunk, [B, N], `state` is those of all segments.
+    """
+
+    def chunk(states, inputs):
+        (writes, total), owner = inputs
+        state = packed.take(states, owner)
+        after = jax.tree.map(lambda x, write: total * x + write, state, writes)
+        return packed.put(states, after, owner), state
 
     chunk_major = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (writes, total))
-    state, states = lax.scan(chunk, state, chunk_major)
+    owner = None if owner is None else jnp.moveaxis(owner, 1, 0)
+    state, states = lax.scan(chunk, state, (chunk_major, owner))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), states), state

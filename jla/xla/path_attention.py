@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._core import blockwise
+from jla._core import blockwise, pools
 from jla._core.cache import LazyPathCache, PathCache, counted, places, without_rest
 from jla._core.lengths import chunk_size, is_symbolic_dim
 from jla._core.parts import (
@@ -31,6 +31,7 @@ f32, i32 = jnp.float32, jnp.int32
 BLOCK = 256
 
 
+@pools.on_rows()
 @functools.partial(jax.jit, static_argnames="scale")
 def path_step(q, k, v, w, beta, g, cache, *, scale):
     """One token. See `jla.path_step`."""

@@ -135,14 +135,16 @@ def forward(mechanism, implementation, args, segment_ids=None):
         return jax.device_get(run(args, cotangents, segment_ids)[0])
 
 
-def value_and_vjp(mechanism, implementation, args, cotangents, segment_ids=None):
-    """What `run` returns, and the cotangent of every argument."""
+def value_and_vjp(
+    mechanism, implementation, args, cotangents, segment_ids=None, *, compiled=True
+):  # fmt: skip
+    """What `run` returns, and the cotangent of every argument; `compiled` where XLA may."""
     with implementation.context():
         run = _value_and_vjp(mechanism.name, implementation.name)
         # XLA compiles the definition for `forward`, and products of 16 bits for MesaNet: what it
         # makes of them in the others is the same.
         narrow = args["q"].dtype.itemsize == 2 and mechanism.name != "mesa"
-        once = implementation.interpreted or implementation.name == "reference"
+        once = not compiled or implementation.interpreted or implementation.name == "reference"
         once = once or (implementation.name == "xla" and narrow)
         run = evaluated(run) if once else run
         return jax.device_get(run(args, cotangents, segment_ids))

@@ -1,8 +1,11 @@
 """Wrong arguments raise (docs/contract.md): before anything runs, and with a clear message."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
+from evaluator import evaluated
 from harness import assert_close, assert_same_bits, inputs
 from mechanisms import MECHANISMS, SMALL, marked
 from test_transforms import compilations
@@ -75,14 +78,13 @@ def test_without_a_gpu_the_default_is_xla(mechanism):
     ),
 )
 def test_no_initial_state_is_zeros(mechanism, implementation, sizes):
-    # As long as in `test_good_inputs_make_no_nan`, which runs the same programs. Log-linear
-    # attention has a form of its own without a state, which rounds alike where levels are few.
+    # Log-linear attention has a form of its own without a state, which rounds alike where levels
+    # are few.
     T = 5 if mechanism.name == "log_linear" else 32
     args, _ = inputs(mechanism, dict(sizes) | dict(T=T))
-    name, options = mechanism.state[0], dict(implementation=implementation.name)
-    zeros = jax.tree.map(np.zeros_like, args.pop(name))
-    got = mechanism.run(**args, **options)
-    want = mechanism.run(**args, **options, **{name: zeros})
+    zeros = {mechanism.state[0]: jax.tree.map(np.zeros_like, args.pop(mechanism.state[0]))}
+    run = jax.jit(functools.partial(mechanism.run, implementation=implementation.name))
+    got, want = evaluated(run)(**args), evaluated(run)(**args, **zeros)
     if mechanism.always_returns_state:
         assert_same_bits(got, want)
     else:

@@ -16,7 +16,7 @@ launch = pytest.importorskip("jla.triton.launch", reason="triton is not installe
 
 # The first passes over a device's tokens, forward and backward: for their states and transitions.
 FIRST_PASSES = {
-    ("kda", "pallas"): ["pieces._transitions", "pieces._gradient_transitions"],
+    ("kda", "pallas"): ["pieces._transitions", "pieces._gradient_terms"],
     ("gsa", "pallas"): ["states", "states"],
     ("mesa", "pallas"): ["states", "states"],
     ("kda", "triton"): ["kda_transitions", "kda_gradient_transitions"],

@@ -22,6 +22,7 @@ from layers import (
     parameters,
     rich_first,
     row_of,
+    run,
     trees_close,
 )
 
@@ -73,6 +74,34 @@ def test_compiled_decode_in_a_scan_updates_a_donated_cache(case):
     y = np.concatenate([a, b], axis=1)
     for row in range(2):
         close(y[row], numpy_layer(case, x[row])[0])
+
+
+@each_rich
+def test_rolling_back(case):
+    """Tokens run and dropped, then some of them committed: the others leave no trace, to the bit,
+    not even a NaN. Of each row of a pool another number of tokens."""
+    params, ran = parameters(case), 4
+    pool = advance(case, params, empty_cache(case, 3), normal(3, 3, 5, D))[1]
+    slots, kept = np.array([2, 0], np.int32), np.array([1, 3])
+    mask = np.arange(ran)[None] < kept[:, None]
+    x = normal(4, 2, ran, D)
+    other = np.where(mask[..., None], x, np.nan).astype(x.dtype)
+    module = layer(case, decode=True)
+
+    @jax.jit
+    def apply(x, mask):
+        variables = {"params": params, "cache": pool}
+        return module.apply(variables, x, mask=mask, slots=slots, mutable=["cache"])
+
+    y, _ = run(apply, x, None)  # whose cache is dropped
+    one, two = (run(apply, tokens, mask) for tokens in (x, other))
+    chex.assert_trees_all_equal(one, two)
+    for row, (slot, n) in enumerate(zip(slots, kept, strict=True)):
+        former = jax.tree.map(lambda leaf, slot=slot: leaf[slot : slot + 1], pool)
+        alone, cache = advance(case, params, former, x[row : row + 1, :n])
+        close(y[row, :n], alone[0])
+        trees_close(row_of(two[1]["cache"], slot), row_of(cache, 0))
+    chex.assert_trees_all_equal(row_of(two[1]["cache"], 1), row_of(pool, 1))
 
 
 @first_plain

@@ -5,7 +5,9 @@ import contextlib
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from evaluator import assert_no_nan, evaluated
 from layers import CASES, LAYERS, PLAIN, D, entry, implementations, layer, normal, parameters
 
 import jla.pallas
@@ -67,10 +69,8 @@ def test_x64_changes_no_dtype(case, implementation):
     ],
 )
 def test_good_inputs_make_no_nan(name):
-    """Not jitted: what leaves a function of its own is looked at."""
     case, x = f"{name}-plain", normal(3, 1, 64, D)  # as many tokens as seven levels serve
-    with jax.debug_nans(True):
-        layer(case).apply({"params": parameters(case)}, x)
+    assert_no_nan(layer(case).apply, {"params": parameters(case)}, x)
 
 
 def test_padding_without_room_makes_no_nan():
@@ -80,7 +80,12 @@ def test_padding_without_room_makes_no_nan():
     shapes = jax.eval_shape(decoder.init, jax.random.key(0), x)["cache"]
     cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     cache |= dict(length=jnp.ones(1, jnp.int32))
-    variables = dict(params=parameters("path-plain"), cache=cache)
-    with jax.debug_nans(True):
-        y, _ = decoder.apply(variables, x, mask=jnp.array([[True, False]]), mutable=["cache"])
-    assert not jnp.any(y[:, 1])
+    mask = jnp.array([[True, False]])
+
+    def run(params, x):
+        variables = dict(params=params, cache=cache)
+        return decoder.apply(variables, x, mask=mask, mutable=["cache"])[0]
+
+    params = parameters("path-plain")
+    assert_no_nan(run, params, x)
+    assert not np.any(evaluated(jax.jit(run))(params, x)[:, 1])

@@ -85,7 +85,7 @@ def test_many_queries_go_block_by_block(monkeypatch):
     layer, params, call = made(DECODE)
     x = inputs()
     want, _ = call({"params": params}, x, None, None)
-    monkeypatch.setattr("jla.models.attention.QUERIES_AT_ONCE", 4)
+    monkeypatch.setattr("jla.models.intervals.QUERIES_AT_ONCE", 4)
     got = evaluated(jax.jit(layer.apply))({"params": params}, x)
     np.testing.assert_allclose(got, want, atol=1e-5)
 

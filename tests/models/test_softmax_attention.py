@@ -123,7 +123,7 @@ def test_blocks_of_queries_are_the_whole(monkeypatch):
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
 
     whole = run(q, keys, values)
-    monkeypatch.setattr(module, "QUERIES_AT_ONCE", 4)
+    monkeypatch.setattr("jla.models.intervals.QUERIES_AT_ONCE", 4)
     run.clear_cache()
     jax.tree.map(functools.partial(close, tolerance=1e-6), run(q, keys, values), whole)
 

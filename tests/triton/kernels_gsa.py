@@ -54,18 +54,24 @@ KERNELS = (
         dict(scale=0.1, HQ=12, H=4, K=200, V=40, M=81, BM=128, BG=4, BK=64, BV=64),
     ),
     Kernel(
+        "gsa_step.gsa_step_on_pool",
+        "*x *x *x *x *fp32 *fp32 *fp32 *i32 i32 *x *fp32 *fp32",
+        dict(scale=0.1, HQ=16, H=16, K=128, V=128, M=64, BM=64, BG=1, BK=128, BV=128),
+        config="gsa_step",
+    ),
+    Kernel(
         "gsa_forward.gsa_sums", "*fp32 i32 *i32 *fp32", dict(H=16, M=64), dtypes=("fp32",), smoke=89
     ),
     Kernel("gsa_forward.gsa_sums", "*fp32 i32 *i32 *fp32", dict(H=8, M=100), dtypes=("fp32",)),
     *_of_gsa(
         "gsa_forward.gsa_states",
-        "*x *x *x *x *i32 *fp32 *fp32 *fp32 i32 *x *x *fp32 *fp32",
-        **dict(KEYS=1, VALUES=1, START=True, REVERSE=True),
+        "*x *x *x *x *i32 *fp32 *fp32 *fp32 *fp32 i32 *x *x *fp32 *fp32",
+        **dict(P=0, KEYS=1, VALUES=1, START=True, REVERSE=True),
     ),
     *_of_gsa(
         "gsa_forward.gsa_states",
-        "*x *x *x *x *i32 *fp32 *fp32 *fp32 i32 *x *x *fp32 *fp32",
-        **dict(KEYS=1, VALUES=1, START=False, REVERSE=False),
+        "*x *x *x *x *i32 *fp32 *fp32 *fp32 *fp32 i32 *x *x *fp32 *fp32",
+        **dict(P=0, KEYS=1, VALUES=1, START=False, REVERSE=False),
     ),
     *_of_gsa(
         "gsa_forward.gsa_read",

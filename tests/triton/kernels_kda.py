@@ -46,7 +46,7 @@ _SPILLS = {
     "kda_gradient_transitions_wide": 24,
     "kda_query_gradients": 24,
     "kda_key_gradients": 336,
-    "kda_scores_float32": 320,
+    "kda_scores_float32": 408,
     "kda_recurrence_float32": 32,
     "kda_recurrence_float32_wide": 272,
     "kda_gradient_recurrence_float32": 104,
@@ -75,6 +75,14 @@ KERNELS = (
         dict(scale=0.1, H=4, HV=8, K=200, V=40, BK=256, BV=32),
         registers=168,
     ),
+    Kernel(
+        "kda_step.kda_step_on_pool",
+        "*x *x *x *fp32 *fp32 *fp32 *i32 i32 *x *fp32",
+        dict(scale=0.1, H=4, HV=8, K=128, V=128, BK=128),
+        config="kda_step",
+        registers=168,
+        smoke=89,
+    ),
     *_of_kda(
         "kda_forward.kda_scores",
         "*x *x *x *g *fp32 *fp16 i32 *x *x *x *x",
@@ -88,15 +96,15 @@ KERNELS = (
     ),
     *_of_kda(
         "kda_forward.kda_recurrence",
-        "*x *x *x *x *x *fp32 *fp32 *fp32 i32 *x *fp32 *x",
-        dict(WHOLE=None, HV=None, K=None, V=None, KEEP=True),
+        "*x *x *x *x *x *fp32 *fp32 *fp32 *fp32 i32 *x *fp32 *x",
+        dict(WHOLE=None, HV=None, K=None, V=None, KEEP=True, P=0),
         states=True,
         smoke=89,
     ),
     *_of_kda(
         "kda_backward.kda_gradient_recurrence",
-        "*x *x *x *x *x *fp32 *fp32 *fp32 i32 *x *fp32",
-        dict(WHOLE=None, HV=None, K=None, V=None),
+        "*x *x *x *x *x *fp32 *fp32 *fp32 *fp32 i32 *x *fp32",
+        dict(WHOLE=None, HV=None, K=None, V=None, P=0),
         states=True,
     ),
     *_of_kda(

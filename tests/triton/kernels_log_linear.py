@@ -45,4 +45,11 @@ KERNELS = (
         )
         for lazy in (False, True)
     ),
+    Kernel(
+        "log_linear_step.log_linear_step_on_pool",
+        "*x *x *x *fp32 *fp32 *fp32 *i32 *i32 i32 *x *fp32",
+        dict(H=1, HV=16, L=14, K=128, V=128, LAZY=True, BK=128),
+        config="log_linear_step",
+        registers=168,
+    ),
 )

@@ -34,18 +34,18 @@ KERNELS = (
     *_mesa(
         "mesa_states.states_kernel",
         "mesa_states",
-        "*fp16 *fp16 *x *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 *fp16 *fp32 *x *fp32 *fp32",
+        "*fp16 *fp16 *x *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 *fp16 *fp32 *x *fp32 *fp32",
         spills={80: 120, 89: 112, 100: 64, 120: 192},
         float32_spills={80: 32, 89: 32, 90: 40, 120: 80},
-        **dict(K=128, V=128, BK=128, REVERSE=False),
+        **dict(K=128, V=128, P=0, BK=128, REVERSE=False),
     ),
     *_mesa(
         "mesa_states.states_kernel",
         "mesa_states",
-        "*fp16 *fp16 *x *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 *x *fp32 *x *fp32 *fp32",
+        "*fp16 *fp16 *x *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 *x *fp32 *x *fp32 *fp32",
         spills={80: 120, 89: 112, 120: 120},
         float32_spills={80: 32, 89: 32, 90: 24, 120: 72},
-        **dict(K=128, V=128, BK=128, REVERSE=True),
+        **dict(K=128, V=128, P=0, BK=128, REVERSE=True),
     ),
     _mesa(
         "mesa_solve.solve_kernel",
@@ -93,14 +93,21 @@ KERNELS = (
         "mesa_step.mesa_step",
         "*x *x *x *fp32 *fp32 *fp32 *fp32 *fp32 i32 *x *fp32 *fp32 *fp32",
         dict(K=128, V=128, BK=128, WHOLE=True, TOLERANCE=1e-4),
-        registers=200,
-        spills={80: 16},
         smoke=89,
     ),
     Kernel(
         "mesa_step.mesa_step",
         "*x *x *x *fp32 *fp32 *fp32 *fp32 *fp32 i32 *x *fp32 *fp32 *fp32",
         dict(K=256, V=128, BK=256, BV=32, WHOLE=False, TOLERANCE=1e-4),
-        registers=128,
+        registers=144,
+        spills={89: 8},  # in float32 with triton 3.6, whose code has 96 registers there
+    ),
+    Kernel(
+        "mesa_step.mesa_step_on_pool",
+        "*x *x *x *fp32 *fp32 *fp32 *fp32 *fp32 i32 *i32 i32 *x *fp32 *fp32 *fp32",
+        dict(H=16, K=128, V=128, BK=128, WHOLE=True, TOLERANCE=1e-4),
+        config="mesa_step",
+        registers=200,
+        spills={80: 16, 90: 8},
     ),
 )

@@ -224,6 +224,11 @@ def sigmoid(x):
     return root * root
 
 
+def zeros(shape, layout, dtype=f32):
+    """Zeros in registers."""
+    return plgpu.layout_cast(jnp.zeros(shape, dtype), layout)
+
+
 def store(ref, value):
     """Stores to GMEM; JAX 0.12 asks for a word before it stores less than whole cache lines."""
     if hasattr(plgpu, "store"):

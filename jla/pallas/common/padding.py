@@ -26,10 +26,3 @@ def pad(x, *, tokens=0, features=0, axis=-1):
     if features:
         widths[axis] = (0, features)
     return jnp.pad(x, widths)
-
-
-def with_start(arrays, axes, initial_state, state_axes):
-    """A kernel's arrays and axes, with those of the initial state, a tuple, if there is one."""
-    if initial_state is None:
-        return arrays, axes
-    return (*arrays, *initial_state), (*axes, *state_axes)

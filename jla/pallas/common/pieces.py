@@ -50,6 +50,22 @@ def number_of_pairs(warpgroups, chunks):
     return at_most(2 * PROCESSORS // warpgroups, chunks)
 
 
+def number_of_all(heads, chunks, K, V):
+    """As `number`, where the first pass takes all pieces: the number with the shortest chains of
+    chunks, of both passes and all that cannot run at once; a piece's joining is as 5 more."""
+    if K > recurrence.NARROW:
+        return 1
+
+    def chain(pieces):
+        first = pieces * heads * max(K, V) // COLUMNS
+        second = pieces * heads * max(1, V // (2 * COLUMNS))
+        turns = sum(-(-programs // PROCESSORS) for programs in (first, second))
+        return turns * -(-chunks // pieces) + 5 * pieces
+
+    fitting = (-(-chunks // length) for length in range(min(SHORTEST, chunks), chunks + 1))
+    return min(dict.fromkeys(fitting), key=chain)
+
+
 def at_most(most, chunks):
     """The largest number of pieces up to `most` that are long enough, or 1 if it is too few."""
     pieces = min(most, chunks // SHORTEST)
@@ -60,73 +76,102 @@ def at_most(most, chunks):
 
 
 def forward(
-    q, w, u, kg, decay, aq, beta, initial_state, *, length, keep_states, made=None, pieces=None
+    q, w, u, kg, decay, aq, beta, initial_state,
+    *, length, keep_states, made=None, pieces=None, spans=None,
 ):  # fmt: skip
     """As `recurrence.forward`, with the state before the whole sequence, [B, HV, K, V] or None.
+    With spans it is that of each piece, [B, HV, P, K, V], and so is the last state.
 
-    `made` are the transitions of all pieces, if `summary` has made them. `pieces` is for tests; by
-    default their number follows from the shapes.
+    `made` is what the tokens before each piece do, if `summary` has made it. `pieces` is for tests;
+    by default their number follows from the shapes.
     """
+    options = dict(length=length, keep_states=keep_states)
+    if spans is not None:
+        (starts,) = pieces_first(initial_state)
+        o, ends, *states = recurrence.forward(
+            q, w, u, kg, decay, aq, beta, starts, spans=spans, **options
+        )
+        return [o, *rows_first(ends), *states]
     B, TP, HV, K = q.shape
     V = u.shape[-1]
-    pieces = pieces or (made[0].shape[2] if made else number(B * HV, TP // CHUNK, K, V))
+    pieces = pieces or number(B * HV, TP // CHUNK, K, V)
     starts = None if initial_state is None else initial_state[None]
-    if pieces > 1:
+    if made is not None:
+        starts = _at_pieces(*made, initial_state)
+    elif pieces > 1:
         if initial_state is None:
             initial_state = jnp.zeros((B, HV, K, V), f32)
-        if made is None:
-            transitions = _transitions(w, u, kg, decay, beta, pieces)
-        else:
-            transitions = (x[:-1] for x in pieces_first(*made))
+        transitions = _transitions(w, u, kg, decay, beta, pieces)
         starts = join(*transitions, initial_state, times=matmul)
-    return recurrence.forward(
-        q, w, u, kg, decay, aq, beta, starts, length=length, keep_states=keep_states
-    )
+    return recurrence.forward(q, w, u, kg, decay, aq, beta, starts, **options)
 
 
-def backward(q, w, kg, do, decay, aq, beta, last_gradient, *, made=None, pieces=None):
-    """As `recurrence.backward`, with the last state's gradient, [B, HV, K, V]; `made` are the
-    transitions of all pieces, if `gradient_summary` has made them."""
+def backward(
+    q, w, kg, do, decay, aq, beta, last_gradient, *, made=None, pieces=None, spans=None
+):  # fmt: skip
+    """As `recurrence.backward`, with the last state's gradient, [B, HV, K, V]. With spans the
+    gradients of each piece's states, [B, HV, P, K, V].
+
+    `made` is what the tokens behind each piece do, if `gradient_summary` has made it; the last
+    state's gradient is then what comes to the one that is in there.
+    """
+    if spans is not None:
+        (ends,) = pieces_first(last_gradient)
+        gradients, starts = recurrence.backward(q, w, kg, do, decay, aq, beta, ends, spans)
+        return gradients, *rows_first(starts)
     B, TP, HV, K = q.shape
-    pieces = pieces or (made[0].shape[2] if made else number(B * HV, TP // CHUNK, K, do.shape[-1]))
+    pieces = pieces or number(B * HV, TP // CHUNK, K, do.shape[-1])
     ends = last_gradient[None]
-    if pieces > 1:
-        if made is None:
-            transitions = _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces)
-        else:
-            transitions = (x[1:] for x in pieces_first(*made))
+    if made is not None:
+        ends = _at_pieces(*made, last_gradient)
+    elif pieces > 1:
+        transitions = _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces)
         ends = join(*transitions, last_gradient, times=matmul, reverse=True)
     return recurrence.backward(q, w, kg, do, decay, aq, beta, ends)
 
 
 def summary(w, u, kg, decay, beta):
-    """What the whole sequence does to a state, M [B, HV, K, K] and N [B, HV, K, V], and the same of
-    each piece, [B, HV, P, K, K] and [B, HV, P, K, V]; float32."""
+    """What the whole sequence does to a state, M [B, HV, K, K] and N [B, HV, K, V]; the same of the
+    tokens before each piece, [B, HV, P, K, K] and [B, HV, P, K, V]; and M of each piece. float32"""
     (B, TP, HV, K), V = w.shape, u.shape[-1]
-    pieces = number(B * HV, TP // CHUNK, K, V)
-    made = _transitions(w, u, kg, decay, beta, pieces, every=True)
-    whole = _together(*made, jnp.zeros((B, HV, K, V), f32))
-    return *whole, *rows_first(*made)
+    pieces = number_of_all(B * HV, TP // CHUNK, K, V)
+    factors, terms = _transitions(w, u, kg, decay, beta, pieces, every=True)
+    states = _together(factors, terms, jnp.zeros((B, HV, K, V), f32))
+    return *_parted(states[-1]), *_parted(*rows_first(states[:-1])), *rows_first(factors)
 
 
-def gradient_summary(q, w, kg, do, decay, aq, beta, last_gradient):
+def gradient_summary(q, w, kg, do, decay, aq, beta, last_gradient, factors):
     """The same of the gradient of the state: M^T, and the gradient of the state before the sequence
-    if that of the state behind it is `last_gradient`; and of each piece."""
-    (B, TP, HV, K), V = q.shape, do.shape[-1]
-    pieces = number(B * HV, TP // CHUNK, K, V)
-    made = _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces, every=True)
-    return *_together(*made, last_gradient, reverse=True), *rows_first(*made)
+    if that of the state behind it is `last_gradient`; and of the tokens behind each piece.
+
+    factors: M of each piece, from `summary`. With it the first pass makes N alone.
+    """
+    (factors,) = pieces_first(factors)
+    terms = _gradient_terms(q, w, kg, do, decay, aq, beta, len(factors))
+    transposed = jnp.swapaxes(factors, -1, -2)
+    gradients = _together(transposed, terms, last_gradient, reverse=True)
+    return *_parted(gradients[0]), *_parted(*rows_first(gradients[1:]))
 
 
 def _together(factors, terms, state, *, reverse=False):
-    """The product of the factors, and where they and the terms take a state."""
-    K = factors.shape[-1]
-    identity = jnp.broadcast_to(jnp.eye(K, dtype=f32), factors.shape[1:])
+    """Where the pieces take the identity and a state, side by side: before each piece and behind
+    all of them (in reverse: before all and behind each)."""
+    identity = jnp.broadcast_to(jnp.eye(factors.shape[-1], dtype=f32), factors.shape[1:])
     state = jnp.concatenate([identity, state], axis=-1)
     terms = jnp.concatenate([jnp.zeros_like(factors), terms], axis=-1)
-    states = join(factors, terms, state, times=matmul, reverse=reverse)
-    state = states[0 if reverse else -1]
-    return state[..., :K], state[..., K:]
+    return join(factors, terms, state, times=matmul, reverse=reverse)
+
+
+def _parted(maps):
+    """M and N of (M | N)."""
+    K = maps.shape[-2]
+    return maps[..., :K], maps[..., K:]
+
+
+def _at_pieces(factors, terms, state):
+    """The state that each piece starts from, [P, B, HV, K, V]."""
+    (states,) = pieces_first(matmul(factors, state[:, :, None]) + terms)
+    return states
 
 
 # Between two kernels' calls the axis of pieces lies behind rows and heads, over which
@@ -184,8 +229,8 @@ def _transitions(w, u, kg, decay, beta, pieces, *, every=False):
     return _kernel(body, inputs, pieces if every else pieces - 1, u.shape[3])
 
 
-def _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces, *, every=False):
-    """M^T and the gradients' N, as `_transitions`, of all pieces but the first, or of `every` one.
+def _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces):
+    """M^T and the gradients' N, as `_transitions`, of all pieces but the first.
 
     M is made again rather than kept: its operands are loaded anyhow.
     """
@@ -193,7 +238,7 @@ def _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces, *, every=False)
 
     def body(refs):
         p, b, h, block, wg = (lax.axis_index(name) for name in ("p", "b", "h", "block", "wg"))
-        first, count = piece(p if every else p + 1, pieces, N)
+        first, count = piece(p + 1, pieces, N)
 
         def step(_, x, gradient):
             do_mine = mosaic.where(wg == 0, plgpu.load(x.do.T, layout=WGMMA_LAYOUT))
@@ -210,7 +255,48 @@ def _gradient_transitions(q, w, kg, do, decay, aq, beta, pieces, *, every=False)
         recurrence.stream(step, run, count, 2, operands)
 
     inputs = dict(q=q, w=w, kg=kg, do=do, decay=decay, aq=aq, beta=beta)
-    return _kernel(body, inputs, pieces if every else pieces - 1, do.shape[3])
+    return _kernel(body, inputs, pieces - 1, do.shape[3])
+
+
+def _gradient_terms(q, w, kg, do, decay, aq, beta, pieces):
+    """The gradients' N alone, of every piece, [P, B, HV, K, V] float32.
+
+    It reads what `recurrence.backward` does. Floor at B=1 T=131072 HV=16 K=V=128: 2.4 GB, 0.55 ms.
+    """
+    (B, TP, HV, K), V = q.shape, do.shape[3]
+    N, warpgroups = TP // CHUNK, recurrence.warpgroups_of_cta(pieces * B * HV, V)
+    width = warpgroups * COLUMNS
+
+    def body(refs):
+        p, b, h, block, wg = (lax.axis_index(name) for name in ("p", "b", "h", "block", "wg"))
+        first, count = piece(p, pieces, N)
+
+        def run(through_chunks):
+            zeros = plgpu.layout_cast(jnp.zeros((COLUMNS, K), f32), WGMMA_LAYOUT)
+            mine = pl.ds(block * width + wg * COLUMNS, COLUMNS)
+            mosaic.store_transposed(refs.term.at[p, b, h, :, mine], through_chunks(zeros))
+
+        def step(_, x, gradient):
+            do = plgpu.load(x.do.at[:, pl.ds(wg * COLUMNS, COLUMNS)].T, layout=WGMMA_LAYOUT)
+            gradient = gradient_step(x, do, gradient.astype(bf16), gradient)
+            mosaic.release()
+            return gradient
+
+        def chunk(i):
+            return first + count - 1 - i
+
+        operands = backward_operands(refs, chunk, b, h, width, block)
+        recurrence.stream(step, run, count, warpgroups, operands)
+
+    out = recurrence.kernel(
+        body,
+        inputs=dict(q=q, w=w, kg=kg, do=do, decay=decay, aq=aq, beta=beta),
+        outputs=dict(term=SDS((pieces, B, HV, K, V), f32)),
+        scratch={},
+        grid=(pieces, B, HV, V // width),
+        warpgroups=warpgroups,
+    )
+    return out.term
 
 
 def _kernel(body, inputs, pieces, V):

@@ -29,7 +29,7 @@ LOADER_REGISTERS = 40
 PROCESSORS = 132  # multiprocessors of an H100 or H200
 
 
-def forward(q, w, u, kg, decay, aq, beta, starts, *, length, keep_states):
+def forward(q, w, u, kg, decay, aq, beta, starts, *, length, keep_states, spans=None):
     """Runs the chunks in order:
 
         E = u - w S;   o = q S + Aq (beta E);   S <- Diag(decay) S + kg^T (beta E)
@@ -41,9 +41,12 @@ def forward(q, w, u, kg, decay, aq, beta, starts, *, length, keep_states):
         None for one piece that starts from zeros.
       length: T, the tokens that o has, a multiple of 8; those beyond write nothing.
       keep_states: whether to return the state that each chunk starts from.
+      spans: each piece's first chunk and its number of chunks, [B, P, 2] int32, or None: the
+        pieces are of one sequence, and of equal length.
 
     Returns:
-      o [B, T, HV, V] bf16, the last state [B, HV, K, V] float32, and with `keep_states` the states
+      o [B, T, HV, V] bf16, the last state [B, HV, K, V] float32 (with spans, that of each piece,
+      [P, B, HV, K, V]), and with `keep_states` the states
       before each chunk, transposed: [B, HV, N, V, K] bf16.
 
     P * B * HV * V / 128 CTAs, each a chain of N / P chunks. Floor at B=8 T=4096 HV=16 K=V=128: 0.74
@@ -51,13 +54,16 @@ def forward(q, w, u, kg, decay, aq, beta, starts, *, length, keep_states):
     """
     B, TP, HV, K = q.shape
     V, N, P = u.shape[-1], TP // CHUNK, 1 if starts is None else starts.shape[0]
-    warpgroups = _warpgroups(P * B * HV, V)
+    warpgroups = warpgroups_of_cta(P * B * HV, V)
     out = kernel(
         functools.partial(_forward_body, chunks=N, pieces=P, warpgroups=warpgroups),
-        inputs=dict(q=q, w=w, u=u, kg=kg, decay=decay, aq=aq, beta=beta, starts=starts),
+        inputs=dict(
+            **dict(q=q, w=w, u=u, kg=kg, decay=decay, aq=aq, beta=beta),
+            **dict(starts=starts, spans=spans),
+        ),
         outputs=dict(
             o=SDS((B, length, HV, V), bf16),
-            last=SDS((B, HV, K, V), f32),
+            last=SDS(_ends(spans, P, (B, HV, K, V)), f32),
             states=SDS((B, HV, N, V, K), bf16) if keep_states else None,
         ),
         scratch=dict(
@@ -74,7 +80,7 @@ def _forward_body(refs, *, chunks, pieces, warpgroups):
     K, width = refs.q.shape[3], warpgroups * COLUMNS
     wide, keep_states = K > NARROW, refs.states is not None
     p, b, h, block, wg = (lax.axis_index(name) for name in ("p", "b", "h", "block", "wg"))
-    first, count = piece(p, pieces, chunks)
+    first, count = piece(p, pieces, chunks, refs.spans, b)
     mine = pl.ds(block * width + wg * COLUMNS, COLUMNS)
 
     def run(pipeline):
@@ -84,10 +90,7 @@ def _forward_body(refs, *, chunks, pieces, warpgroups):
             state = mosaic.load_transposed(refs.starts.at[p, b, h, :, mine])
         state = pipeline(state)
 
-        @pl.when(p == pieces - 1)
-        def _():
-            mosaic.store_transposed(refs.last.at[b, h, :, mine], state)
-
+        _store_end(refs.last, refs.spans, p, pieces - 1, (b, h), mine, state)
         plgpu.wait_smem_to_gmem(0)
 
     def step(index, x, state):
@@ -133,7 +136,7 @@ def _forward_body(refs, *, chunks, pieces, warpgroups):
     stream(step, run, count, warpgroups, operands)
 
 
-def backward(q, w, kg, do, decay, aq, beta, ends):
+def backward(q, w, kg, do, decay, aq, beta, ends, spans=None):
     """Runs the chunks in reverse; dS is the gradient of the state after the chunk:
 
         dE = beta (Aq^T do + kg dS);   dS <- Diag(decay) dS + q^T do - w^T dE
@@ -141,20 +144,27 @@ def backward(q, w, kg, do, decay, aq, beta, ends):
     Args:
       q, w, kg, decay, aq, beta: as in `forward`. do: [B, T, HV, V] bf16, T at most TP.
       ends: gradient of the state after each piece of the sequence, [P, B, HV, K, V] float32.
+      spans: as in `forward`.
 
     Returns:
       The gradient of the state after each chunk, transposed, [B, HV, N, V, K] bf16, and that of the
-      initial state, [B, HV, K, V] float32.
+      initial state, [B, HV, K, V] float32 (with spans, of each piece's, [P, B, HV, K, V]).
 
     Floor as `forward`'s, with `do` in u's place and the state gradients in o's.
     """
     B, TP, HV, K = q.shape
     V, N, P = do.shape[-1], TP // CHUNK, ends.shape[0]
-    warpgroups = _warpgroups(P * B * HV, V)
+    warpgroups = warpgroups_of_cta(P * B * HV, V)
     out = kernel(
         functools.partial(_backward_body, chunks=N, pieces=P, warpgroups=warpgroups),
-        inputs=dict(q=q, w=w, kg=kg, do=do, decay=decay, aq=aq, beta=beta, ends=ends),
-        outputs=dict(gradients=SDS((B, HV, N, V, K), bf16), start=SDS((B, HV, K, V), f32)),
+        inputs=dict(
+            **dict(q=q, w=w, kg=kg, do=do, decay=decay, aq=aq, beta=beta),
+            **dict(ends=ends, spans=spans),
+        ),
+        outputs=dict(
+            gradients=SDS((B, HV, N, V, K), bf16),
+            start=SDS(_ends(spans, P, (B, HV, K, V)), f32),
+        ),
         scratch=dict(ss=mosaic.tile(COLUMNS, K, warpgroups, 1 if K > NARROW else 2)),
         grid=(P, B, HV, V // (warpgroups * COLUMNS)),
         warpgroups=warpgroups,
@@ -166,17 +176,14 @@ def _backward_body(refs, *, chunks, pieces, warpgroups):
     K, width = refs.q.shape[3], warpgroups * COLUMNS
     wide, buffers = K > NARROW, refs.ss.shape[1]
     p, b, h, block, wg = (lax.axis_index(name) for name in ("p", "b", "h", "block", "wg"))
-    first, count = piece(p, pieces, chunks)
+    first, count = piece(p, pieces, chunks, refs.spans, b)
     last = first + count - 1
     mine = pl.ds(block * width + wg * COLUMNS, COLUMNS)
 
     def run(pipeline):
         gradient = pipeline(mosaic.load_transposed(refs.ends.at[p, b, h, :, mine]))
 
-        @pl.when(p == 0)
-        def _():
-            mosaic.store_transposed(refs.start.at[b, h, :, mine], gradient)
-
+        _store_end(refs.start, refs.spans, p, 0, (b, h), mine, gradient)
         plgpu.wait_smem_to_gmem(0)
 
     def step(index, x, gradient):
@@ -226,8 +233,11 @@ def backward_operands(refs, chunk, b, h, width, block):
     )
 
 
-def piece(p, pieces, chunks):
-    """The first chunk of piece p and its number of chunks; the last piece may be shorter."""
+def piece(p, pieces, chunks, spans=None, b=None):
+    """The first chunk of piece p and its number of chunks; the last piece may be shorter. With
+    `spans`, a ref, what they say for batch row b."""
+    if spans is not None:
+        return spans[b, p, 0], spans[b, p, 1]
     length = -(-chunks // pieces)
     first = p * length
     if chunks == pieces * length:
@@ -235,7 +245,23 @@ def piece(p, pieces, chunks):
     return first, jnp.minimum(length, chunks - first)
 
 
-def _warpgroups(heads, V):
+def _ends(spans, P, shape):
+    """The shape of the states where pieces end: of one sequence the last counts alone."""
+    return shape if spans is None else (P, *shape)
+
+
+def _store_end(ref, spans, p, last, place, mine, state):
+    """Stores the state where piece p ends; without spans if it is the sequence's `last`."""
+    if spans is not None:
+        mosaic.store_transposed(ref.at[p, *place, :, mine], state)
+        return
+
+    @pl.when(p == last)
+    def _():
+        mosaic.store_transposed(ref.at[*place, :, mine], state)
+
+
+def warpgroups_of_cta(heads, V):
     """Compute warpgroups of a CTA: two share a chunk's operands, but also the tensor cores, so that
     with few heads, when the chain of chunks is all the time there is, each has a CTA of its own."""
     full = heads * V // (2 * COLUMNS) >= PROCESSORS // 2

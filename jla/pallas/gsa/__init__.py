@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._core import sequence
+from jla._core import packed, sequence
 from jla._core.axes import GSA, letters
 from jla._core.derivatives import reverse_only
 from jla._core.movement import GSA as GSA_STATES
@@ -20,8 +20,8 @@ from jla._core.parts import abc_gates
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import GSAState
-from jla.pallas.common.chunks import TILE_WIDTH, decay_operand
-from jla.pallas.common.padding import missing_features, missing_tokens, pad, with_start
+from jla.pallas.common.chunks import CHUNK, TILE_WIDTH, decay_operand
+from jla.pallas.common.padding import missing_features, missing_tokens, pad
 from jla.pallas.gsa import step
 from jla.pallas.gsa.gradients import chunk_gradients, logit_gradients
 from jla.pallas.gsa.outputs import outputs
@@ -38,6 +38,7 @@ WIDEST = 256  # K and V, and M of a step; more have not been tried
 _INPUTS = letters(GSA, "q k v s g")
 _STATES = letters(GSA, "initial_state.hk initial_state.hv")
 _OUTPUTS = (GSA["o"], *_STATES)
+_OF_PIECES, _SPANS = ("B H P K M", "B H P M V"), "B P two"
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
 _KEPT = {
     "gsa_probabilities": "B T HQ M",
@@ -46,7 +47,7 @@ _KEPT = {
 }
 
 
-def unsupported(name, q, k, v, s, g):
+def unsupported(name, q, k, v, s, g, *, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     K, V, M = (x.shape[-1] for x in (q, v, s))
     if max(K, V, M) > WIDEST:
@@ -69,61 +70,89 @@ def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale, axis_name=None):
     All products take bfloat16 operands and add in float32, float16 inputs included; s is rounded to
     bfloat16 whatever its dtype.
     """
-    (T, K), V, M, dtype = q.shape[1::2], v.shape[-1], s.shape[-1], v.dtype
+    if packed.count(initial_state) is not None:
+
+        def run(q, k, v, s, g, states, spans):
+            return _on_tiles(q, k, v, s, g, (*states, spans), scale)
+
+        return packed.by_pieces(run, (q, k, v, s, g), initial_state, segment_ids, CHUNK)
     starts = None if segment_ids is None else segment_starts(segment_ids)
     if g is None:
         s, g = abc_gates(s, starts)
     if starts is not None:
         # To start a new segment, set its first token's decay to 0.
         g = jnp.where(starts[:, :, None, None], -jnp.inf, g)
+    over = None
+    if axis_name is not None:
+        over = sequence.links(segment_ids, *q.shape[:2], axis_name), axis_name
+    return _on_tiles(q, k, v, s, g, initial_state or (), scale, over)
+
+
+def _on_tiles(q, k, v, s, g, start, scale, over=None):
+    """Pads to whole tiles; `start` as `_gsa` has it. Over devices `over` is how their pieces link,
+    and the axis."""
+    (T, K), V, M, dtype = q.shape[1::2], v.shape[-1], s.shape[-1], v.dtype
     keys, values, slots = missing_features(K), missing_features(V), -M % TILE_WIDTH
     # Tokens of zeros neither read, write nor decay; features of zeros stay zero.
     pad_tokens = functools.partial(pad, tokens=missing_tokens(T))
     q, k, v, s = (x.astype(bf16) for x in (q, k, v, s))
-    if initial_state is not None:
-        hk, hv = initial_state
-        hk = pad(pad(hk, features=slots), features=keys, axis=2)
-        hv = pad(pad(hv, features=values), features=slots, axis=2)
-        initial_state = GSAState(hk, hv)
+    if start:
+        hk, hv, *spans = start
+        hk = pad(pad(hk, features=slots), features=keys, axis=-2)
+        hv = pad(pad(hv, features=values), features=slots, axis=-2)
+        start = hk, hv, *spans
     arrays = (
         pad_tokens(q, features=keys),
         pad_tokens(k, features=keys),
         pad_tokens(v, features=values),
         pad_tokens(s, features=slots),
         pad_tokens(g, features=slots),
-        initial_state,
     )
-    if axis_name is None:
-        o, hk, hv = _gsa(*arrays, scale, M)
+    if over is None:
+        o, hk, hv = _gsa(*arrays, tuple(start), scale, M)
     else:
-        links = sequence.links(segment_ids, *q.shape[:2], axis_name)
-        o, hk, hv = _gsa_over(*arrays, links, scale, M, axis_name)
-    return o[:, :T, :, :V].astype(dtype), GSAState(hk[:, :, :K, :M], hv[:, :, :M, :V])
+        links, axis_name = over
+        o, hk, hv = _gsa_over(*arrays, GSAState(*start), links, scale, M, axis_name)
+    return o[:, :T, :, :V].astype(dtype), GSAState(hk[..., :K, :M], hv[..., :M, :V])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _gsa(q, k, v, s, g, initial_state, scale, used):
-    """GSA on whole tiles; `used` slots, the others are padding."""
-    arrays, axes = with_start((q, k, v, s, decay_operand(g)), _INPUTS, initial_state, _STATES)
+def _gsa(q, k, v, s, g, start, scale, used):
+    """GSA on whole tiles; `used` slots, the others are padding.
+
+    `start` is () for states of zeros, the first states, or those of each piece, [B, H, P, ...], and
+    the pieces' spans, see `packed.by_pieces`; the states returned are like them.
+    """
     run = functools.partial(_forward, scale=scale, used=used, keep=False)
-    return shardwise(run, axes, _OUTPUTS)(*arrays)
+    axes = (*_INPUTS, *(*_states(start), _SPANS)[: len(start)])
+    results = (_OUTPUTS[0], *_states(start))
+    return shardwise(run, axes, results)(q, k, v, s, decay_operand(g), *start)
 
 
-def _gsa_forward(q, k, v, s, g, initial_state, scale, used):
+def _states(start):
+    """The axes of the states where a run starts and ends."""
+    return _OF_PIECES if len(start) == 3 else _STATES
+
+
+def _gsa_forward(q, k, v, s, g, start, scale, used):
     inputs = (q, k, v, s, decay_operand(g))
-    arrays, axes = with_start(inputs, _INPUTS, initial_state, _STATES)
     run = functools.partial(_forward, scale=scale, used=used, keep=True)
-    o, hk, hv, *kept = shardwise(run, axes, (*_OUTPUTS, *_KEPT.values()))(*arrays)
+    axes = (*_INPUTS, *(*_states(start), _SPANS)[: len(start)])
+    results = (_OUTPUTS[0], *_states(start), *_KEPT.values())
+    o, hk, hv, *kept = shardwise(run, axes, results)(*inputs, *start)
     kept = tuple(map(checkpoint_name, kept, _KEPT))
-    return (o, hk, hv), (inputs, kept, initial_state is not None)
+    return (o, hk, hv), (inputs, kept, start[:0] if not start else (None, None, *start[2:]))
 
 
 def _gsa_backward(scale, used, residuals, cotangents):
-    inputs, kept, has_start = residuals
+    inputs, kept, start = residuals
+    spans, states = start[2:], _states(start)
     run = functools.partial(_backward, scale=scale)
-    axes = (*_INPUTS, *_KEPT.values(), *_OUTPUTS)
-    *gradients, hk, hv = shardwise(run, axes, (*_INPUTS, *_STATES))(*inputs, *kept, *cotangents)
-    return *gradients, GSAState(hk, hv) if has_start else None
+    axes = (*_INPUTS, *_KEPT.values(), _OUTPUTS[0], *states, *(_SPANS for _ in spans))
+    *gradients, hk, hv = shardwise(run, axes, (*_INPUTS, *states))(
+        *inputs, *kept, *cotangents, *spans
+    )
+    return *gradients, (hk, hv, None)[: len(start)]
 
 
 defvjp(_gsa, _gsa_forward, _gsa_backward)
@@ -198,29 +227,32 @@ def _summarise_gradients(q, k, v, s, log_decays, p, _, value_states, do, dhk, dh
 
 def _forward(q, k, v, s, log_decays, *start, scale, used, keep):
     """Both forward kernels: o and the last states, with `keep` also what `_KEPT` lists; `start` are
-    the first states, if there are any, and `summary`'s of the pieces, if they were made before."""
-    start, made = start[:2], start[2:]
-    *states, hk, hv = through_chunks(
-        (k, v), (s, s), log_decays, start or None, made=made or None
-    )  # fmt: skip
+    the first states, if there are any, and either spans, or `summary`'s of the pieces, if they were
+    made before."""
+    start, more = start[:2], _spans_or_made(start[2:])
+    *states, hk, hv = through_chunks((k, v), (s, s), log_decays, start or None, **more)
     o, *p = outputs(q, k, v, s, log_decays, *states, scale=scale, used=used, keep=keep)
     return (o, hk, hv, *p, *states) if keep else (o, hk, hv)
 
 
-def _backward(q, k, v, s, log_decays, p, key_states, value_states, do, dhk, dhv, *, scale):
+def _spans_or_made(arrays):
+    return dict(spans=arrays[0]) if len(arrays) == 1 else dict(made=arrays or None)
+
+
+def _backward(q, k, v, s, log_decays, p, key_states, value_states, do, dhk, dhv, *spans, scale):
     """All backward kernels: the gradients of q, k, v, s, g and of the first states."""
     dlogits = logit_gradients(v, s, log_decays, value_states, p, do, scale=scale)
     states = key_states, value_states
-    return _backward_from(q, k, v, s, log_decays, p, *states, do, dhk, dhv, dlogits)
+    return _backward_from(q, k, v, s, log_decays, p, *states, do, dhk, dhv, dlogits, *spans)
 
 
 def _backward_from(
-    q, k, v, s, log_decays, p, key_states, value_states, do, dhk, dhv, dlogits, *made
+    q, k, v, s, log_decays, p, key_states, value_states, do, dhk, dhv, dlogits, *more
 ):  # fmt: skip
-    """As `_backward`, from the logits' gradients; `made` as of `_forward`."""
+    """As `_backward`, from the logits' gradients; `more` as of `_forward`."""
     B, T, H, _ = log_decays.shape
     key_gradients, value_gradients, dhk, dhv = through_chunks(
-        (q, do), (dlogits, p), log_decays, (dhk, dhv), reverse=True, made=made or None
+        (q, do), (dlogits, p), log_decays, (dhk, dhv), reverse=True, **_spans_or_made(more)
     )
     dq, *of_keys = chunk_gradients(
         q, k, dlogits, s, log_decays, key_states, key_gradients, rows_too=True

@@ -34,7 +34,8 @@ SDS = jax.ShapeDtypeStruct
 
 
 def through_chunks(
-    features, by_slot, log_decays, starts, *, reverse=False, made=None, pieces=None
+    features, by_slot, log_decays, starts,
+    *, reverse=False, made=None, pieces=None, spans=None,
 ):  # fmt: skip
     """Both states before each chunk, and the last; in reverse, the gradients of those after it.
 
@@ -46,11 +47,18 @@ def through_chunks(
       starts: the first states, [B, H, K, M] and [B, H, M, V] float32, or None for zeros.
       made: what `summary` has made of each piece, or None.
       pieces: for tests; by default their number follows from the shapes.
+      spans: None, or each piece's first chunk and its number of chunks, [B, P, 2] int32. Then
+        `starts` are those of each piece, [B, H, P, K, M] and [B, H, P, M, V].
 
     Returns:
       X at the chunks' borders, [B, H, N, K, M] and [B, H, N, V, M] bf16, and the last states, as
       `starts`.
     """
+    if spans is not None:
+        starts, P = pieces_first(*starts), spans.shape[1]
+        options = dict(reverse=reverse, spans=spans)
+        *states, hk, hv = _run(features, by_slot, log_decays, starts, P, **options)
+        return *states, *rows_first(hk, hv)
     B, _, H, M = log_decays.shape
     K, V = (x.shape[-1] for x in features)
     pieces = pieces or (made[0].shape[2] if made else _pieces(features, log_decays))
@@ -112,7 +120,7 @@ def _blocks(K, V, M):
     return (K + V) // _width(K, V, M)
 
 
-def _run(features, by_slot, log_decays, starts, pieces, *, reverse, every=False):
+def _run(features, by_slot, log_decays, starts, pieces, *, reverse, every=False, spans=None):
     """The kernel: all pieces from `starts`, [P, B, H, ...], with the states at the chunks' borders
     and the pieces' last states, [P, B, H, ...]; or from zeros (None) all pieces that others follow.
     Then it returns their last states, [P - 1, ...], and sums of log decays, [P - 1, B, H, 64, M]
@@ -135,11 +143,14 @@ def _run(features, by_slot, log_decays, starts, pieces, *, reverse, every=False)
     hk_start, hv_start = starts if keep else (None, None)
     out = scratch.kernel(
         functools.partial(
-            _body, of_piece=lambda p: piece(p + skipped, pieces, N), group=group, reverse=reverse
+            _body,
+            of_piece=lambda p, *span: piece(p + skipped, pieces, N, *span),
+            group=group,
+            reverse=reverse,
         ),
         inputs=dict(
             **dict(keys=features[0], values=features[1], by_key=by_slot[0], by_value=by_slot[1]),
-            **dict(decay_operand=log_decays, hk_start=hk_start, hv_start=hv_start),
+            **dict(decay_operand=log_decays, hk_start=hk_start, hv_start=hv_start, spans=spans),
         ),
         outputs=dict(
             hk_states=SDS((B, H, N, K, M), bf16) if keep else None,
@@ -178,7 +189,7 @@ def _sides(refs, block):
 
 def _body(refs, *, of_piece, group, reverse):
     p, b, h, block = (lax.axis_index(name) for name in ("p", "b", "h", "block"))
-    first, count = of_piece(p)
+    first, count = of_piece(p, refs.spans, b)
     tiles, m_tiles, stages = len(refs.sx), len(refs.sg), refs.sg[0].shape[0]
     keep = refs.hk_states is not None
     steps = count * group

@@ -9,9 +9,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla._core.axes import GSA, letters, of_step
+from jla._core.pools import of_pool
 from jla._core.shardwise import shardwise
 from jla._core.states import GSAState
-from jla.pallas.common import mosaic, scratch
+from jla.pallas.common import mosaic, pools, scratch
 from jla.pallas.common.mosaic import f32, per_column, per_row
 from jla.pallas.common.tiles import step_width
 from jla.reference import gsa as reference
@@ -21,6 +22,8 @@ MULTIPLE = 16  # of K, V and M
 _AXES = of_step(GSA)
 _INPUTS = letters(_AXES, "q k v s g state.hk state.hv")
 _OUTPUTS = letters(_AXES, "o state.hk state.hv")
+_POOL_INPUTS = letters(of_pool(_AXES), "q k v s g state.hk state.hv slots")
+_POOL_OUTPUTS = letters(of_pool(_AXES), "o state.hk state.hv")
 
 
 def unsupported(q, k, v, s, *_):
@@ -35,7 +38,7 @@ def unsupported(q, k, v, s, *_):
 
 
 @functools.partial(jax.jit, static_argnames="scale")
-def gsa_step(q, k, v, s, g, state, *, scale):
+def gsa_step(q, k, v, s, g, state, *, scale, slots=None):
     """One token in one kernel. See `jla.gsa_step`.
 
         Hk <- Hk Diag(exp g) + k s^T;   Hv <- Diag(exp g) Hv + s v^T
@@ -47,23 +50,29 @@ def gsa_step(q, k, v, s, g, state, *, scale):
     first tile of Hv is on its way while Hk is worked on. All arithmetic is float32.
 
     The states are aliased to the new ones. They are overwritten where their buffers are donated or
-    are temporaries of the caller's program, and copied before the kernel otherwise.
+    are temporaries of the caller's program, and copied before the kernel otherwise. Of a pool each
+    CTA reads and writes the row that its slot names.
 
     Floor at B=128 H=16 K=V=128 M=64: 0.272 GB, 0.063 ms at 4.3 TB/s.
 
     Derivatives are those of the reference's formula, in XLA.
     """
-    o, hk, hv = _differentiable(scale)(q, k, v, s, g, *state)
+    if slots is None:
+        o, hk, hv = _differentiable(scale, _INPUTS, _OUTPUTS)(q, k, v, s, g, *state)
+    else:
+        step = _differentiable(scale, _POOL_INPUTS, _POOL_OUTPUTS)
+        o, hk, hv = step(q, k, v, s, g, *state, slots)
     return o, GSAState(hk, hv)
 
 
 @functools.cache
-def _differentiable(scale):
+def _differentiable(scale, inputs, outputs):
     run = functools.partial(_step, scale=scale)
-    step = jax.custom_jvp(lambda *arrays: shardwise(run, _INPUTS, _OUTPUTS)(*arrays))
+    step = jax.custom_jvp(lambda *arrays: shardwise(run, inputs, outputs)(*arrays))
 
-    def formula(*arrays):
-        o, state = reference.gsa_step(*arrays[:5], GSAState(*arrays[5:]), scale=scale)
+    def formula(q, k, v, s, g, hk, hv, slots=None):
+        state = GSAState(hk, hv)
+        o, state = reference.gsa_step(q, k, v, s, g, state, scale=scale, slots=slots)
         return o, *state
 
     @step.defjvp
@@ -73,10 +82,10 @@ def _differentiable(scale):
     return step
 
 
-def _step(q, k, v, s, g, hk, hv, *, scale):
+def _step(q, k, v, s, g, hk, hv, slots=None, *, scale):
     """The kernel call."""
-    B, H, K, M = hk.shape
-    (HQ, V) = q.shape[1], v.shape[-1]
+    R, H, K, M = hk.shape
+    (B, HQ, _), V = q.shape, v.shape[-1]
     group = HQ // H
     load = functools.partial(mosaic.load, optimized=False)
     key_width, value_width = step_width(K, M), step_width(M, V)
@@ -85,41 +94,55 @@ def _step(q, k, v, s, g, hk, hv, *, scale):
     def body(refs):
         b, h = lax.axis_index("b"), lax.axis_index("h")
 
-        def value_tile(ref, i):
-            return ref.at[b, h, :, pl.ds(i * value_width, value_width)]
+        def advance(row):
+            def value_tile(ref, i):
+                return ref.at[row, h, :, pl.ds(i * value_width, value_width)]
 
-        values = load(value_tile(refs.hv, 0), of_values)
-        key = per_row(load(refs.k.at[b, h], of_keys.reduce(1)), key_width)
-        for i in range(M // key_width):
-            columns = pl.ds(i * key_width, key_width)
-            decay = jnp.exp(load(refs.g.at[b, h, columns], of_keys.reduce(0)))
-            writes = load(refs.s.at[b, h, columns], of_keys.reduce(0))
-            state = load(refs.hk.at[b, h, :, columns], of_keys) * per_column(decay, K)
-            state = state + key * per_column(writes, K)
-            mosaic.store(refs.new_hk.at[b, h, :, columns], state)
-            for j in range(group):
-                query = per_row(load(refs.q.at[b, h * group + j], of_keys.reduce(1)), key_width)
-                refs.logits[j].at[columns][...] = scale * jnp.sum(state * query, axis=0)
-        plgpu.commit_smem()
+            values = load(value_tile(refs.hv, 0), of_values)
+            key = per_row(load(refs.k.at[b, h], of_keys.reduce(1)), key_width)
+            for i in range(M // key_width):
+                columns = pl.ds(i * key_width, key_width)
+                decay = jnp.exp(load(refs.g.at[b, h, columns], of_keys.reduce(0)))
+                writes = load(refs.s.at[b, h, columns], of_keys.reduce(0))
+                state = load(refs.hk.at[row, h, :, columns], of_keys) * per_column(decay, K)
+                state = state + key * per_column(writes, K)
+                mosaic.store(refs.new_hk.at[row, h, :, columns], state)
+                for j in range(group):
+                    query = per_row(load(refs.q.at[b, h * group + j], of_keys.reduce(1)), key_width)
+                    refs.logits[j].at[columns][...] = scale * jnp.sum(state * query, axis=0)
+            plgpu.commit_smem()
 
-        decay = per_row(jnp.exp(load(refs.g.at[b, h], of_values.reduce(1))), value_width)
-        writes = per_row(load(refs.s.at[b, h], of_values.reduce(1)), value_width)
-        for i in range(V // value_width):
-            columns = pl.ds(i * value_width, value_width)
-            if i:
-                values = load(value_tile(refs.hv, i), of_values)
-            value = per_column(load(refs.v.at[b, h, columns], of_values.reduce(0)), M)
-            state = values * decay + writes * value
-            mosaic.store(value_tile(refs.new_hv, i), state)
-            for j in range(group):
-                logit = per_row(load(refs.logits[j], of_values.reduce(1)), value_width)
-                p = jnp.exp(logit - per_column(jnp.max(logit, axis=0), M))
-                o = jnp.sum(p * state, axis=0) / jnp.sum(p, axis=0)
-                mosaic.store(refs.o.at[b, h * group + j, columns], o.astype(v.dtype))
+            decay = per_row(jnp.exp(load(refs.g.at[b, h], of_values.reduce(1))), value_width)
+            writes = per_row(load(refs.s.at[b, h], of_values.reduce(1)), value_width)
+            for i in range(V // value_width):
+                columns = pl.ds(i * value_width, value_width)
+                if i:
+                    values = load(value_tile(refs.hv, i), of_values)
+                value = per_column(load(refs.v.at[b, h, columns], of_values.reduce(0)), M)
+                state = values * decay + writes * value
+                mosaic.store(value_tile(refs.new_hv, i), state)
+                for j in range(group):
+                    logit = per_row(load(refs.logits[j], of_values.reduce(1)), value_width)
+                    p = jnp.exp(logit - per_column(jnp.max(logit, axis=0), M))
+                    o = jnp.sum(p * state, axis=0) / jnp.sum(p, axis=0)
+                    mosaic.store(refs.o.at[b, h * group + j, columns], o.astype(v.dtype))
+
+        def idle():
+            for i in range(V // value_width):
+                columns = pl.ds(i * value_width, value_width)
+                zeros = mosaic.zeros((value_width,), of_values.reduce(0), v.dtype)
+                for j in range(group):
+                    mosaic.store(refs.o.at[b, h * group + j, columns], zeros)
+
+        pools.on_row(refs.slots, b, R, advance, idle)
+        parts = pools.columns(of_keys, key_width, M, h)
+        pools.keep_rest(refs.slots, b, refs.hk, refs.new_hk, *parts)
+        parts = pools.columns(of_values, value_width, V, h)
+        pools.keep_rest(refs.slots, b, refs.hv, refs.new_hv, *parts)
 
     out = scratch.kernel(
         body,
-        inputs=dict(q=q, k=k, v=v, s=s, g=g, hk=hk, hv=hv),
+        inputs=dict(q=q, k=k, v=v, s=s, g=g, hk=hk, hv=hv, slots=slots),
         outputs=dict(
             o=jax.ShapeDtypeStruct((B, HQ, V), v.dtype),
             new_hk=jax.ShapeDtypeStruct(hk.shape, f32),

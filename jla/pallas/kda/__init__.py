@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._core import movement, sequence
+from jla._core import movement, packed, sequence
 from jla._core.axes import KDA, letters
 from jla._core.derivatives import reverse_only
 from jla._core.parts import kda_operands
@@ -21,7 +21,7 @@ from jla._core.shardwise import defvjp, for_each_row, shardwise
 from jla._core.states import repeated
 from jla.pallas.common import pieces
 from jla.pallas.common.chunks import CHUNK, decay_operand
-from jla.pallas.common.padding import missing_features, missing_tokens, pad, with_start
+from jla.pallas.common.padding import missing_features, missing_tokens, pad
 from jla.pallas.common.recurrence import NARROW
 from jla.pallas.kda import gate, step, wide
 from jla.pallas.kda.backward import chunk_gradients
@@ -34,6 +34,7 @@ bf16, f32 = jnp.bfloat16, jnp.float32
 
 _INPUTS = (*letters(KDA, "q k v g"), "B HV T")
 _STATE = KDA["initial_state"]
+_OF_PIECES, _SPANS = "B HV P K V", "B P two"
 _OUTPUTS = (KDA["o"], _STATE)
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
 # TP is T in whole chunks.
@@ -49,7 +50,7 @@ _KEPT = {
 }
 
 
-def unsupported(name, q, k, v, *_):
+def unsupported(name, q, k, v, *_, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     if name == "kda_step":
         return step.unsupported(q, k, v)
@@ -69,8 +70,19 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale, axis_name=None):
     if axis_name is not None and q.shape[-1] > NARROW:
         run = functools.partial(kda, scale=scale)
         return _wide_over(run, (q, k, v, g, beta), initial_state, segment_ids, axis_name)
+    if packed.count(initial_state) is not None:
+        return _with_segments(q, k, v, g, beta, initial_state, segment_ids, scale)
     over = _over(axis_name, q, segment_ids)
     return _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale, over)
+
+
+def _with_segments(q, k, v, g, beta, states, segment_ids, scale):
+    """A run from states with an axis of segments, each segment in chunks of its own."""
+
+    def run(q, k, v, g, beta, states, spans):
+        return _on_tiles(q, k, v, (g,), beta, (states, spans), scale, None, None)
+
+    return packed.by_pieces(run, (q, k, v, g, beta), states, segment_ids, CHUNK)
 
 
 def _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale, over):
@@ -78,7 +90,12 @@ def _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale, over):
         # To start a new segment, set its first token's decay to 0.
         starts = segment_starts(segment_ids)[:, :, None, None]
         g = jnp.where(starts, -jnp.inf, g)
-    return _on_tiles(q, k, v, (g,), beta, initial_state, scale, None, over)
+    return _on_tiles(q, k, v, (g,), beta, _start(initial_state), scale, None, over)
+
+
+def _start(initial_state):
+    """The state that a run starts from, as `_kda` has it."""
+    return () if initial_state is None else (initial_state,)
 
 
 def _over(axis_name, q, segment_ids):
@@ -112,22 +129,27 @@ def kda_from_projection(
         arrays = q, k, v, f, A_log, dt_bias, beta
         return _wide_over(run, arrays, initial_state, segment_ids, axis_name)
     over = _over(axis_name, q, segment_ids)
-    if real is not None or gate.unsupported(f) is not None:
+    by_segment = packed.count(initial_state) is not None
+    if by_segment or real is not None or gate.unsupported(f) is not None:
         g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
+        if by_segment:  # empty places must not decay, and those of a projection of zeros would
+            return _with_segments(q, k, v, g, beta, initial_state, segment_ids, scale)
         return _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale, over)
     coefficients = for_each_row(gate.coefficients(A_log, dt_bias, lower_bound), f)
     source = f, coefficients, gate.borders(segment_ids, *f.shape[:2])
-    return _on_tiles(q, k, v, source, beta, initial_state, scale, lower_bound is not None, over)
+    bounded = lower_bound is not None
+    return _on_tiles(q, k, v, source, beta, _start(initial_state), scale, bounded, over)
 
 
-def _on_tiles(q, k, v, source, beta, initial_state, scale, bounded, over):
+def _on_tiles(q, k, v, source, beta, start, scale, bounded, over):
+    """Pads to whole tiles; `start` as `_kda` has it."""
     (T, K), V, dtype = q.shape[1::2], v.shape[-1], v.dtype
     keys, values = missing_features(K), missing_features(V)
     # Tokens of zeros neither read, write nor decay; features of zeros stay zero.
     pad_tokens = functools.partial(pad, tokens=missing_tokens(T))
     beta = jnp.swapaxes(pad_tokens(beta.astype(f32)), 1, 2)
-    if initial_state is not None:
-        initial_state = pad(pad(initial_state, features=values), features=keys, axis=2)
+    state, spans = start[:1], start[1:]
+    state = tuple(pad(pad(x, features=values), features=keys, axis=-2) for x in state)
     q, k, v = (x.astype(bf16) for x in (q, k, v))
     o, state = _by_narrow_values(
         pad_tokens(q, features=keys),
@@ -135,81 +157,104 @@ def _on_tiles(q, k, v, source, beta, initial_state, scale, bounded, over):
         pad_tokens(v, features=values),
         source,
         beta,
-        initial_state,
+        (*state, *spans),
         scale,
         bounded,
         over,
     )
-    return o[:, :T, :, :V].astype(dtype), state[:, :, :K, :V]
+    return o[:, :T, :, :V].astype(dtype), state[..., :K, :V]
 
 
-def _by_narrow_values(q, k, v, source, beta, initial_state, scale, bounded, over):
+def _by_narrow_values(q, k, v, source, beta, start, scale, bounded, over):
     """`_kda` or `_kda_over`, with each 128 of a wide head's value columns as a value head.
 
     Value columns are independent of one another but for the gradients of q, k, beta and the
     decays, which are sums over them.
     """
-    (B, T, HV, V), K = v.shape, q.shape[-1]
+    B, T, HV, V = v.shape
     run = functools.partial(_kda, scale=scale, bounded=bounded)
     if over is not None:
         axis, links = over
-        run = functools.partial(_kda_over, links=links, scale=scale, bounded=bounded, axis=axis)
+        options = dict(links=links, scale=scale, bounded=bounded, axis=axis)
+
+        def run(*arrays):
+            *arrays, (state,) = arrays
+            return _kda_over(*arrays, state, **options)
+
     if V <= NARROW:
-        return run(q, k, v, source, beta, initial_state)
+        return run(q, k, v, source, beta, start)
     parts = V // NARROW
     v = v.reshape(B, T, HV * parts, NARROW)
     beta = repeated(beta, parts, axis=1)
-    if initial_state is not None:
-        initial_state = initial_state.reshape(B, HV, K, parts, NARROW).swapaxes(2, 3)
-        initial_state = initial_state.reshape(B, HV * parts, K, NARROW)
-    o, state = run(q, k, v, source, beta, initial_state)
-    state = state.reshape(B, HV, parts, K, NARROW).swapaxes(2, 3)
-    return o.reshape(B, T, HV, V), state.reshape(B, HV, K, V)
+    state, spans = start[:1], start[1:]
+
+    def as_heads(x):
+        x = jnp.moveaxis(x.reshape(*x.shape[:-1], parts, NARROW), -2, 2)
+        return x.reshape(B, HV * parts, *x.shape[3:])
+
+    o, state = run(q, k, v, source, beta, (*map(as_heads, state), *spans))
+    state = jnp.moveaxis(state.reshape(B, HV, parts, *state.shape[2:]), 2, -2)
+    return o.reshape(B, T, HV, V), state.reshape(*state.shape[:-2], V)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _kda(q, k, v, source, beta, initial_state, scale, bounded):
+def _kda(q, k, v, source, beta, start, scale, bounded):
     """KDA on whole tiles; beta [B, HV, T].
+
+    `start` is () for a state of zeros, a tuple of the first state, or one of the state of each
+    piece, [B, HV, P, K, V], and the pieces' spans, see `packed.by_pieces`; the state returned is
+    like it.
 
     `source` holds the arrays from which the decays are computed, without padding and with the
     caller's heads: log decays if `bounded` is None, else the arguments of `gate.decay_operand`.
     """
     made = _fit(_decay_operand(source, bounded), q, v)
-    start = None if initial_state is None else (initial_state,)
-    arrays, axes = with_start((q, k, v, made, beta), _INPUTS, start, (_STATE,))
+    axes = (*_INPUTS, *_axes_of(start))
     run = functools.partial(_forward, scale=scale, keep=False)
-    return shardwise(run, axes, _OUTPUTS)(*arrays)
+    return shardwise(run, axes, (KDA["o"], _axes_of_state(start)))(q, k, v, made, beta, *start)
 
 
-def _kda_forward(q, k, v, source, beta, initial_state, scale, bounded):
+def _axes_of_state(start):
+    """The axes of a state, where a run starts and ends."""
+    return _OF_PIECES if len(start) == 2 else _STATE
+
+
+def _axes_of(start):
+    return (_axes_of_state(start), _SPANS)[: len(start)]
+
+
+def _kda_forward(q, k, v, source, beta, start, scale, bounded):
     made = _decay_operand(source, bounded)
     inputs = (q, k, v, _fit(made, q, v), beta)
-    start = None if initial_state is None else (initial_state,)
-    arrays, axes = with_start(inputs, _INPUTS, start, (_STATE,))
     run = functools.partial(_forward, scale=scale, keep=True)
-    o, state, *kept = shardwise(run, axes, (*_OUTPUTS, *_KEPT.values()))(*arrays)
+    results = KDA["o"], _axes_of_state(start), *_KEPT.values()
+    o, state, *kept = shardwise(run, (*_INPUTS, *_axes_of(start)), results)(*inputs, *start)
     kept = tuple(map(checkpoint_name, kept, _KEPT))
     # The operand is smaller than the log decays, and is kept in their place; the projection that
     # our kernel made it of is as small, and mostly kept anyhow.
     source = (made,) if bounded is None else source
-    return (o, state), (q, k, v, source, beta, kept, initial_state is not None)
+    return (o, state), (q, k, v, source, beta, kept, len(start), start[1:])
 
 
 def _kda_backward(scale, bounded, residuals, cotangents):
-    q, k, v, source, beta, kept, has_start = residuals
+    q, k, v, source, beta, kept, number, spans = residuals
     inputs = q, k, v, source, beta, kept, *cotangents
-    *gradients, start = _kda_gradients(scale, bounded, *inputs)
-    return *gradients, start if has_start else None
+    *gradients, start = _kda_gradients(scale, bounded, *inputs, spans=spans)
+    return *gradients, (start, None)[:number]
 
 
-def _kda_gradients(scale, bounded, q, k, v, source, beta, kept, do, dend, *, transitions=()):
-    """The gradients of q, k, v, the source, beta and the state before; `transitions` are those of
-    the state's gradient through all pieces, if they were made before."""
+def _kda_gradients(
+    scale, bounded, q, k, v, source, beta, kept, do, dend, *, behind=(), spans=()
+):  # fmt: skip
+    """The gradients of q, k, v, the source, beta and the state before; `behind` is what the tokens
+    behind each piece do to the state's gradient, if it was made before. `spans` as in `_kda`."""
     made = source[0] if bounded is None else _decay_operand(source, bounded)
     run = functools.partial(_backward, scale=scale)
-    axes = (*_INPUTS, *_KEPT.values(), *_OUTPUTS, *(_SUMMARY[2:] if transitions else ()))
-    results = ("B T HV K", "B T HV K", KDA["v"], "B TP HV K", "B HV T", _STATE)
-    inputs = (q, k, v, _fit(made, q, v), beta, *kept, do, dend, *transitions)
+    state = _OF_PIECES if spans else _STATE
+    axes = (*_INPUTS, *_KEPT.values(), KDA["o"], state)
+    axes = (*axes, *(_SUMMARY[2:] if behind else ()), *(_SPANS for _ in spans))
+    results = ("B T HV K", "B T HV K", KDA["v"], "B TP HV K", "B HV T", state)
+    inputs = (q, k, v, _fit(made, q, v), beta, *kept, do, dend, *behind, *spans)
     *gradients, dv, dg, dbeta, start = shardwise(run, axes, results)(*inputs)
     # A key head's gradient is the sum of its value heads'.
     for i in range(2):
@@ -230,9 +275,11 @@ defvjp(_kda, _kda_forward, _kda_backward)
 
 # A piece of a sequence on each device. What the piece does to a state is made between `prepare` and
 # the recurrence, and exchanged there; the recurrence uses again what that pass made of its own
-# pieces. Backward likewise, with the gradient of the state from right to left.
+# pieces. Backward likewise, with the gradient of the state from right to left; what a piece does to
+# it is the transpose of what it does to the state, and is kept.
 
 _SUMMARY = ("B HV K J", _STATE, "B HV P K J", "B HV P K V")
+_FACTORS = _SUMMARY[2]  # of the device's own pieces, for the backward pass
 # What `recurrence` takes: u, and the first five of `_KEPT`.
 _PREPARED = ("B TP HV V", *list(_KEPT.values())[:5])
 _SOLVER = tuple(_KEPT.values())[5:7]
@@ -249,36 +296,36 @@ def _kda_over(q, k, v, source, beta, state, links, scale, bounded, axis):
 def _kda_over_forward(q, k, v, source, beta, state, links, scale, bounded, axis):
     made = _decay_operand(source, bounded)
     arrays = q, k, v, _fit(made, q, v), beta, state, links
-    out, kept = _run_over(*arrays, scale, axis, keep=True)
+    out, kept, factors = _run_over(*arrays, scale, axis, keep=True)
     kept = tuple(map(checkpoint_name, kept, _KEPT))
+    factors = checkpoint_name(factors, "kda_factors")
     source = (made,) if bounded is None else source
-    return out, (q, k, v, source, beta, kept, links)
+    return out, (q, k, v, source, beta, kept, factors, links)
 
 
 def _run_over(q, k, v, g, beta, state, links, scale, axis, *, keep):
     run = functools.partial(_prepare_and_summarise, scale=scale, keep=keep)
-    results = (*_SUMMARY, *_PREPARED, *(_SOLVER if keep else ()))
+    results = (*_SUMMARY, _FACTORS, *_PREPARED, *(_SOLVER if keep else ()))
     factor, term, *made = shardwise(run, _INPUTS, results)(q, k, v, g, beta)
     start = sequence.entering(_move, (factor, term), state, links, axis)
-    (factors, terms, *prepared), solver = made[:8], made[8:]
+    (*before, factors), prepared, solver = made[:3], made[3:9], made[9:]
     run = functools.partial(_forward_from, length=q.shape[1], keep=keep)
     axes = _heads_alone(*_PREPARED, "B HV T", _STATE, *_SUMMARY[2:])
     results = _heads_alone(*_OUTPUTS, *((_KEPT["kda_states"],) if keep else ()))
-    arrays = *prepared, beta, start, factors, terms
-    o, end, *states = shardwise(run, axes, results)(*arrays)
-    return (o, end), (*prepared[1:], *solver, *states)
+    o, end, *states = shardwise(run, axes, results)(*prepared, beta, start, *before)
+    return (o, end), (*prepared[1:], *solver, *states), factors
 
 
 def _kda_over_backward(scale, bounded, axis, residuals, cotangents):
-    q, k, v, source, beta, kept, links = residuals
+    q, k, v, source, beta, kept, factors, links = residuals
     do, dend = cotangents
-    axes = _heads_alone(*_PREPARED[1:], "B HV T", *_OUTPUTS)
+    axes = _heads_alone(*_PREPARED[1:], "B HV T", *_OUTPUTS, _FACTORS)
     summarise = shardwise(_summarise_gradients, axes, _heads_alone(*_SUMMARY))
-    factor, said, *made = summarise(*kept[:5], beta, do, dend)
+    factor, said, *behind = summarise(*kept[:5], beta, do, dend, factors)
     nothing = jnp.zeros_like(said)
     after = sequence.entering(_move, (factor, said), nothing, links, axis, reverse=True)
-    inputs = q, k, v, source, beta, kept, do, dend + after
-    *gradients, start = _kda_gradients(scale, bounded, *inputs, transitions=made)
+    inputs = q, k, v, source, beta, kept, do, after
+    *gradients, start = _kda_gradients(scale, bounded, *inputs, behind=behind)
     first = lax.axis_index(axis) == 0  # the sum over devices is that of the first
     return *gradients, jnp.where(first, start, 0.0), None
 
@@ -308,8 +355,9 @@ def _forward_from(u, query, w, kg, decay, scores, beta, start, *made, length, ke
     return tuple(out)
 
 
-def _summarise_gradients(query, w, kg, decay, scores, beta, do, dend):
-    return pieces.gradient_summary(query, w, kg, do, decay, scores, _whole_chunks(beta), dend)
+def _summarise_gradients(query, w, kg, decay, scores, beta, do, dend, factors):
+    beta = _whole_chunks(beta)
+    return pieces.gradient_summary(query, w, kg, do, decay, scores, beta, dend, factors)
 
 
 defvjp(_kda_over, _kda_over_forward, _kda_over_backward)
@@ -332,23 +380,26 @@ def _forward(q, k, v, g, beta, *start, scale, keep):
     `_KEPT` lists."""
     beta = _whole_chunks(beta)
     query, w, u, kg, decay, scores, *solver = prepare(q, k, v, g, beta, scale=scale, keep=keep)
-    initial_state = start[0] if start else None
+    initial_state, spans = (*start, None, None)[:2]
     o, state, *states = pieces.forward(
-        query, w, u, kg, decay, scores, beta, initial_state, length=q.shape[1], keep_states=keep
-    )
+        query, w, u, kg, decay, scores, beta, initial_state,
+        length=q.shape[1], keep_states=keep, spans=spans,
+    )  # fmt: skip
     return (o, state, query, w, kg, decay, scores, *solver, *states) if keep else (o, state)
 
 
 def _backward(
     q, k, v, g, beta,
     query, w, kg, decay, scores, inverse, key_scores, states,
-    do, last_gradient, *transitions, scale,
+    do, last_gradient, *more, scale,
 ):  # fmt: skip
-    """Both backward kernels: the gradients of q, k (per value head), v, g, beta and the start."""
+    """Both backward kernels: the gradients of q, k (per value head), v, g, beta and the start;
+    `more` are two transitions of all pieces, or spans."""
     T = q.shape[1]
     beta = _whole_chunks(beta)
+    options = dict(spans=more[0]) if len(more) == 1 else dict(made=more or None)
     gradients, start = pieces.backward(
-        query, w, kg, do, decay, scores, beta, last_gradient, made=transitions or None
+        query, w, kg, do, decay, scores, beta, last_gradient, **options
     )
     if q.shape[-1] <= NARROW:
         dq, dk, dv, dg, dbeta = chunk_gradients(

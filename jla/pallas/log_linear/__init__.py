@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._core import alignment
+from jla._core import alignment, packed_levels
 from jla._core import level_weights as weights
 from jla._core.axes import LOG_LINEAR, with_value_heads
 from jla._core.derivatives import reverse_only
@@ -41,7 +41,7 @@ _AXES = dict(
 )
 
 
-def unsupported(name, q, k, v, *_):
+def unsupported(name, q, k, v, *_, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     if name == "log_linear_step":
         return step.unsupported(q, v)
@@ -57,7 +57,7 @@ def unsupported(name, q, k, v, *_):
 @reverse_only("jla.log_linear_attention")
 def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
     """Tokens in aligned slots, and the kernels over them. See `jla.log_linear_attention`."""
-    return alignment.run_aligned(core, q, k, v, g, level_scales, initial_state, segment_ids)
+    return packed_levels.run_aligned(core, q, k, v, g, level_scales, initial_state, segment_ids)
 
 
 @jax.jit

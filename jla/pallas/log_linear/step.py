@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla._core.axes import LOG_LINEAR, letters, of_step, with_value_heads
 from jla._core.steps import differentiable
-from jla.pallas.common import mosaic, scratch
+from jla.pallas.common import mosaic, pools, scratch
 from jla.pallas.common.mosaic import f32, per_column, per_row
 from jla.pallas.common.scratch import barrier_for, fetch
 from jla.pallas.common.tiles import step_width
@@ -25,6 +25,10 @@ _AXES = with_value_heads(of_step(LOG_LINEAR))
 # The log decays of all levels have the level scales' axes.
 _INPUTS = letters(_AXES, "q k v level_scales level_scales state.levels state.position")
 _OUTPUTS = letters(_AXES, "o state.levels")
+# Of a pool the levels alone: positions and sums of log decays are the rows'.
+_POOL = _AXES["state.levels"].replace("B", "R")
+_POOL_INPUTS = (*_INPUTS[:5], _POOL, "B", "B")
+_POOL_OUTPUTS = (_OUTPUTS[0], _POOL)
 
 
 def unsupported(q, v):
@@ -39,7 +43,7 @@ def unsupported(q, v):
 
 
 @jax.jit
-def log_linear_step(q, k, v, g, level_scales, state):
+def log_linear_step(q, k, v, g, level_scales, state, *, slots=None):
     """One token in one kernel. See `jla.log_linear_step`.
 
     Level l is in use where bit l - 1 of the row's position is set; the others are not read. Of
@@ -56,7 +60,8 @@ def log_linear_step(q, k, v, g, level_scales, state):
     The state is aliased to the new one. It is overwritten where its buffer is donated or is a
     temporary of the caller's program, and copied before the kernel otherwise. Where the two are the
     same memory, levels not in use stay as they are; where they are not, they become zeros, and a
-    lazy state's levels that are kept are copied.
+    lazy state's levels that are kept are copied. Of a pool each CTA reads and writes the row that
+    its slot names.
 
     At B=128 H=16 K=V=128 a level is 0.134 GB, and takes 0.43 operations a byte, far below what
     memory gives. Floors at 4.3 TB/s, and predictions at the 3.85 TB/s that this kernel had when it
@@ -69,21 +74,31 @@ def log_linear_step(q, k, v, g, level_scales, state):
     Derivatives are those of the reference's formula, in XLA.
     """
 
-    def token(*arrays, lazy):
+    def token(*arrays, lazy, slots=None):
         run, formula = (functools.partial(f, lazy=lazy) for f in (_run, reference.token))
-        return differentiable(run, formula, _INPUTS, _OUTPUTS)(*arrays)
+        if slots is None:
+            return differentiable(run, formula, _INPUTS, _OUTPUTS)(*arrays)
+        formula = functools.partial(reference.token_of_pool, lazy=lazy)
+        return differentiable(run, formula, _POOL_INPUTS, _POOL_OUTPUTS)(*arrays, slots)
 
-    return reference.stepped(token, q, k, v, g, level_scales, state)
+    return reference.stepped(token, q, k, v, g, level_scales, state, slots)
 
 
-def _run(q, k, v, decays, level_scales, levels, position, *, lazy):
+def _run(q, k, v, decays, level_scales, levels, position, slots=None, *, lazy):
     """The kernel call."""
-    B, H, _, K, V = levels.shape
+    (B, H, V), K = v.shape, levels.shape[3]
     width = step_width(K, V)
     out = scratch.kernel(
         functools.partial(_body, lazy=lazy),
         inputs=dict(
-            position=position, q=q, k=k, v=v, decays=decays, scales=level_scales, levels=levels
+            position=position,
+            q=q,
+            k=k,
+            v=v,
+            decays=decays,
+            scales=level_scales,
+            levels=levels,
+            slots=slots,
         ),
         outputs=dict(o=SDS(v.shape, v.dtype), new_levels=SDS(levels.shape, levels.dtype)),
         scratch=dict(
@@ -98,25 +113,47 @@ def _run(q, k, v, decays, level_scales, levels, position, *, lazy):
 
 
 def _body(refs, *, lazy):
+    b, h, part = (lax.axis_index(name) for name in ("b", "h", "part"))
+    (R, _, L, _, _), width = refs.levels.shape, refs.ring.shape[2]
+    layout = mosaic.columns_by_warp(width)
+
+    def idle():
+        zeros = mosaic.zeros((width,), layout.reduce(0), refs.o.dtype)
+        mosaic.store(refs.o.at[b, h, pl.ds(part * width, width)], zeros)
+
+    def copy(source, target, row):
+        def one(level, carry):
+            at = h, level, slice(None), pl.ds(part * width, width)
+            pools.tile(layout, *at)(source, target, row)
+            return carry
+
+        lax.fori_loop(0, L, one, None)
+
+    advance = functools.partial(_advance, refs, b, h, part, lazy=lazy)
+    pools.on_row(refs.slots, b, R, advance, idle)
+    pools.keep_rest(refs.slots, b, refs.levels, refs.new_levels, copy)
+
+
+def _advance(refs, b, h, part, row, *, lazy):
+    """A part of one head of one batch row, whose levels are in this row of the levels."""
     _, H, L, K, _ = refs.levels.shape
     group, width, top = H // refs.q.shape[1], refs.ring.shape[2], L - 1
     layout = mosaic.columns_by_warp(width)
     by_row, by_column = layout.reduce(1), layout.reduce(0)
     load = functools.partial(mosaic.load, optimized=False)
-    b, h, part = (lax.axis_index(name) for name in ("b", "h", "part"))
     key_head, mine = lax.div(h, group), pl.ds(part * width, width)
     position = refs.position[b]
     bits = lax.bitwise_and(position, (1 << top) - 1)
     ones = lowest_bit(bits + 1)
-    start = functools.partial(_fetch, refs, (b, h), mine)
-    put = functools.partial(_put, refs, (b, h), mine)
+    start = functools.partial(_fetch, refs, (row, h), mine)
+    put = functools.partial(_put, refs, (row, h), mine)
 
     ahead = bits
     for i in range(STAGES):
         ahead = start(jnp.int32(i), ahead)
     nothing = jnp.zeros((K, width), f32)
     same = _same_memory(
-        refs.levels.at[b, h, 0, 0, mine], refs.new_levels.at[b, h, 0, 0, mine], by_column
+        refs.levels.at[row, h, 0, 0, mine], refs.new_levels.at[row, h, 0, 0, mine], by_column
     )
     rest = lax.bitwise_and(bits, bits + 1)  # without the trailing ones
     # What merges in a state that is not lazy becomes zeros when it has been read.

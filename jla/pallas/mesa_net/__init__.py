@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._core import sequence
+from jla._core import packed, sequence
 from jla._core.axes import MESA_NET, letters
 from jla._core.derivatives import reverse_only
 from jla._core.movement import MESA_NET as MESA_STATES
@@ -48,8 +48,11 @@ _KEPT = {
 
 _GRADIENTS = (*letters(MESA_NET, "q k v"), "B H TP", "B H TP", "B H K", *_STATES)
 
+# States of pieces, and the pieces' spans.
+_OF_PIECES, _SPANS = ("B H P K J", "B H P K V"), "B P two"
 
-def unsupported(name, q, k, v, *_):
+
+def unsupported(name, q, k, v, *_, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     if name == "mesa_step":
         return step.unsupported(q, k, v)
@@ -74,6 +77,22 @@ def mesa_net(
     lie in float16's range, beyond which they are cut off. A row stops when its residual is
     `tolerance` times its right-hand side. benchmarks/mechanisms.py gives 0, for all iterations.
     """
+    options = cg_steps, tolerance
+    if packed.count(initial_state) is not None:
+
+        def run(q, k, v, g, beta, states, spans):
+            return _on_tiles(q, k, v, g, beta, lamb, states, None, spans, None, options)
+
+        return packed.by_pieces(run, (q, k, v, g, beta), initial_state, segment_ids, CHUNK)
+    arrays = q, k, v, g, beta, lamb, initial_state, segment_ids
+    return _on_tiles(*arrays, None, axis_name, options)
+
+
+def _on_tiles(
+    q, k, v, g, beta, lamb, initial_state, segment_ids, spans, axis_name, options
+):  # fmt: skip
+    """Pads to whole tiles. With the spans of pieces the states are those of each, see
+    `packed.by_pieces`."""
     (B, T, H, K), V, dtype = q.shape, v.shape[-1], v.dtype
     keys, values = -K % TILE_WIDTH, -V % TILE_WIDTH
     g = jnp.maximum(g * LOG2E, STRONGEST)
@@ -89,64 +108,79 @@ def mesa_net(
     if initial_state is None:
         initial_state = zero_mesa_state(k[:, 0], v[:, 0])
     kk, kv = initial_state
-    kk = jnp.pad(kk, ((0, 0), (0, 0), (0, keys), (0, keys)))
-    kv = jnp.pad(kv, ((0, 0), (0, 0), (0, keys), (0, values)))
+    whole = [(0, 0)] * (kk.ndim - 2)
+    kk = jnp.pad(kk, [*whole, (0, keys), (0, keys)])
+    kv = jnp.pad(kv, [*whole, (0, keys), (0, values)])
     # Tokens of zeros neither read, write nor decay; features of zeros stay zero.
     q, k, v = (
         pad(x, tokens=missing_tokens(T), features=features)
         for x, features in ((q.astype(bf16), keys), (k, keys), (v, values))
     )
-    arrays, options = (q, k, v, g, first, beta, lamb, kk, kv), (cg_steps, tolerance, dtype)
+    arrays, options = (q, k, v, g, first, beta, lamb, kk, kv), (*options, dtype)
     if axis_name is None:
-        o, kk, kv = _mesa(*arrays, *options)
+        o, kk, kv = _mesa(*arrays, spans, *options)
     else:
         links = sequence.links(segment_ids, B, T, axis_name)
         o, kk, kv = _mesa_over(*arrays, links, *options, axis_name)
-    return o[:, :T, :, :V].astype(dtype), MesaState(kk[:, :, :K, :K], kv[:, :, :K, :V])
+    return o[:, :T, :, :V].astype(dtype), MesaState(kk[..., :K, :K], kv[..., :K, :V])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10, 11))
-def _mesa(q, k, v, g, first, beta, lamb, kk, kv, cg_steps, tolerance, dtype):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(10, 11, 12))
+def _mesa(q, k, v, g, first, beta, lamb, kk, kv, spans, cg_steps, tolerance, dtype):
     """MesaNet on whole tiles; g in base 2, `log_decays.firsts` and beta [B, H, TP]; lamb [B, H, K];
-    k and v of `dtype`."""
+    k and v of `dtype`. With spans, or None, the states are those of pieces, before and after."""
     run = functools.partial(_forward, steps=cg_steps, tolerance=tolerance, keep=False)
-    scaled = _scaled(k, v, lamb, kk, kv)
-    return _unscaled(lamb, shardwise(run, _INPUTS, _OUTPUTS)(q, *_arranged(scaled, g, first, beta)))
+    inputs = _arranged(_scaled(k, v, lamb, kk, kv), g, first, beta)
+    return _unscaled(lamb, _of_pieces(run, spans, _INPUTS, _OUTPUTS)(q, *inputs))
 
 
-def _mesa_forward(q, k, v, g, first, beta, lamb, kk, kv, cg_steps, tolerance, dtype):
+def _of_pieces(run, spans, operands, results):
+    """`shardwise`; with spans, which `run` takes last, the states of these axes are of pieces."""
+    if spans is None:
+        return shardwise(run, operands, results)
+    exchange = dict(zip(_STATES, _OF_PIECES, strict=True))
+    operands, results = ([exchange.get(x, x) for x in axes] for axes in (operands, results))
+    call = shardwise(run, (*operands, _SPANS), results)
+    return lambda *arrays: call(*arrays, spans)
+
+
+def _mesa_forward(q, k, v, g, first, beta, lamb, kk, kv, spans, cg_steps, tolerance, dtype):
     run = functools.partial(_forward, steps=cg_steps, tolerance=tolerance, keep=True)
     inputs = _arranged(_scaled(k, v, lamb, kk, kv), g, first, beta)
-    *results, x, kk, kk_scale, kv, kv_scale = shardwise(run, _INPUTS, (*_OUTPUTS, *_KEPT.values()))(
-        q, *inputs
-    )
+    results = (*_OUTPUTS, *_KEPT.values())
+    results = _of_pieces(run, spans, _INPUTS, results)(q, *inputs)
+    *results, x, kk, kk_scale, kv, kv_scale = results
     kept = map(checkpoint_name, (x, kk, kk_scale, kv, kv_scale), _KEPT)
-    return _unscaled(lamb, results), (*inputs[:6], lamb, *kept)
+    return _unscaled(lamb, results), (*inputs[:6], lamb, *kept, spans)
 
 
 def _mesa_backward(cg_steps, tolerance, dtype, residuals, cotangents):
-    k, v, cumulated, first, beta, scale, lamb, *kept = residuals
+    k, v, cumulated, first, beta, scale, lamb, *kept, spans = residuals
     do, *ends = cotangents
     run = functools.partial(_backward, steps=cg_steps, tolerance=tolerance)
-    results = shardwise(
-        run,
-        (*_INPUTS[1:6], *_KEPT.values(), *_OUTPUTS),
-        _GRADIENTS,
-    )(k, v, cumulated, first, beta, *kept, do, *_ends(lamb, *ends))
-    return _unscaled_gradients(scale, dtype, *results)
+    axes = (*_INPUTS[1:6], *_KEPT.values(), *_OUTPUTS)
+    arrays = k, v, cumulated, first, beta, *kept, do, *_ends(lamb, *ends)
+    results = _of_pieces(run, spans, axes, _GRADIENTS)(*arrays)
+    return *_unscaled_gradients(scale, dtype, *results), None
 
 
 def _ends(lamb, dkk, dkv):
     """What the states' kernel carries in reverse: in Hkk's place it is -dHkk^T."""
-    root = jnp.sqrt(_or_one(lamb))
-    row, column = root[..., None], root[:, :, None]
-    return -jnp.swapaxes(row * dkk * column, 2, 3), row * dkv
+    row, column = _row_and_column(jnp.sqrt(_or_one(lamb)), dkk)
+    return -jnp.swapaxes(row * dkk * column, -1, -2), row * dkv
+
+
+def _row_and_column(x, state):
+    """A number for each key feature, [B, H, K], at a state's rows and at its columns."""
+    x = x.reshape(*x.shape[:2], *[1] * (state.ndim - 4), x.shape[2])
+    return x[..., None], x[..., None, :]
 
 
 def _unscaled_gradients(scale, dtype, dq, dk, dv, dg, dbeta, products, dkk, dkv):
     dq, dk = (x.astype(f32) * scale[:, None] for x in (dq, dk))
-    dkk = -scale[..., None] * jnp.swapaxes(dkk, 2, 3) * scale[:, :, None]
-    dkv = scale[..., None] * dkv
+    row, column = _row_and_column(scale, dkk)
+    dkk = -row * jnp.swapaxes(dkk, -1, -2) * column
+    dkv = row * dkv
     dq, dk, dv = dq.astype(bf16), dk.astype(dtype), dv.astype(dtype)
     return dq, dk, dv, dg, None, dbeta, -scale * scale * products, dkk, dkv
 
@@ -259,8 +293,8 @@ def _scaled(k, v, lamb, kk, kv):
         jnp.clip(x.astype(f32), -largest, largest).astype(f16)
         for x in (k.astype(f32) * scale[:, None], v)
     )
-    row = scale[..., None]
-    return k, v, jax.lax.rsqrt(lamb), row * kk * scale[:, :, None], row * kv
+    row, column = _row_and_column(scale, kk)
+    return k, v, jax.lax.rsqrt(lamb), row * kk * column, row * kv
 
 
 def _or_one(lamb):
@@ -275,9 +309,8 @@ def _arranged(scaled, g, first, beta):
 
 def _unscaled(lamb, results):
     o, kk, kv = results
-    root = jnp.sqrt(_or_one(lamb))
-    row = root[..., None]
-    return o, row * kk * root[:, :, None], row * kv
+    row, column = _row_and_column(jnp.sqrt(_or_one(lamb)), kk)
+    return o, row * kk * column, row * kv
 
 
 def _decays_and_weights(cumulated, first, beta):
@@ -285,11 +318,11 @@ def _decays_and_weights(cumulated, first, beta):
     return decays, beta * log_decays.to_end(cumulated, first)
 
 
-def _forward(q, k, v, cumulated, first, beta, scale, kk, kv, *made, steps, tolerance, keep):
-    """Both forward kernels: o and the last states, with `keep` also what `_KEPT` lists. `made` is
-    `states.summary`'s of the pieces, if they were made before."""
+def _forward(q, k, v, cumulated, first, beta, scale, kk, kv, *more, steps, tolerance, keep):
+    """Both forward kernels: o and the last states, with `keep` also what `_KEPT` lists. `more` is
+    `states.summary`'s of the pieces, if they were made before, or spans."""
     decays, weights = _decays_and_weights(cumulated, first, beta)
-    results = states.forward(k, v, decays, weights, (kk, kv), made=made or None)
+    results = states.forward(k, v, decays, weights, (kk, kv), **_spans_or_made(more))
     kk_states, kv_states, kk, kv, kk_scale, kv_scale = results
     borders = (kk_states, kk_scale, kv_states, kv_scale)
     o, *x = solve.outputs(
@@ -309,8 +342,13 @@ def _forward(q, k, v, cumulated, first, beta, scale, kk, kv, *made, steps, toler
     return (o, kk, kv, *x, *borders) if keep else (o, kk, kv)
 
 
+def _spans_or_made(arrays):
+    return dict(spans=arrays[0]) if len(arrays) == 1 else dict(made=arrays or None)
+
+
 def _backward(
-    k, v, cumulated, first, beta, x, kk, kk_scale, kv, kv_scale, do, *ends, steps, tolerance
+    k, v, cumulated, first, beta, x, kk, kk_scale, kv, kv_scale, do, end_kk, end_kv, *spans,
+    steps, tolerance,
 ):  # fmt: skip
     """The three backward kernels, and what is small enough for XLA: the log decays' gradient."""
     decays, _, since, _ = small = _from_decays(cumulated, first)
@@ -319,7 +357,7 @@ def _backward(
         k, v, do, x, cumulated, decays, since, beta, *borders, **options
     )  # fmt: skip
     operands = k, v, cumulated, first, beta, x, *borders, do
-    return _backward_from(operands, small, solution, ends)
+    return _backward_from(operands, small, solution, (end_kk, end_kv), spans)
 
 
 def _from_decays(cumulated, first):
@@ -328,12 +366,12 @@ def _from_decays(cumulated, first):
     return decays, later, *log_decays.reach(first)
 
 
-def _backward_from(operands, small, solution, ends, made=()):
-    """As `_backward`, from the solves' results; `made` as of `_forward`."""
+def _backward_from(operands, small, solution, ends, more=()):
+    """As `_backward`, from the solves' results; `more` as of `_forward`."""
     k, v, cumulated, _, beta, x, *borders, do = operands
     decays, later, _, until = small
     y, through_states, products = solution
-    dkk, dkv, *starts = states.reverse(x, y, do, decays, ends, made=made or None)
+    dkk, dkv, *starts = states.reverse(x, y, do, decays, ends, **_spans_or_made(more))
     dk, dv, direct, written, reads, read, border = chunk_gradients(
         k, v, do, x, y, cumulated, until, later, beta, *borders, dkk, dkv
     )

@@ -34,7 +34,7 @@ SDS = jax.ShapeDtypeStruct
 STAGES = 2
 
 
-def forward(k, v, decays, weights, starts, *, made=None, pieces=None):
+def forward(k, v, decays, weights, starts, *, made=None, pieces=None, spans=None):
     """The states before each chunk, and the last.
 
     Args:
@@ -44,16 +44,19 @@ def forward(k, v, decays, weights, starts, *, made=None, pieces=None):
       starts: the first states, [B, H, K, K] and [B, H, K, V] float32.
       made: what `summary` has made of each piece, or None.
       pieces: for tests; by default their number follows from the shapes.
+      spans: None, or each piece's first chunk and its number of chunks, [B, P, 2] int32. Then
+        `starts` are those of each piece, [B, H, P, K, K] and [B, H, P, K, V].
 
     Returns:
       Hkk [B, H, N, K, K] and Hkv [B, H, N, K, V] float16, before each chunk and divided by the
       largest element of each 64 rows; the last states, as `starts`; and those largest elements,
       [B, H, N, K/64] float32 for either.
     """
-    return _through_chunks(k, (k, v), decays, weights, starts, made, pieces, reverse=False)
+    options = dict(made=made, pieces=pieces, spans=spans)
+    return _through_chunks(k, (k, v), decays, weights, starts, **options, reverse=False)
 
 
-def reverse(x, y, do, decays, ends, *, made=None, pieces=None):
+def reverse(x, y, do, decays, ends, *, made=None, pieces=None, spans=None):
     """The gradients of the states after each chunk, and those of the first.
 
     Args:
@@ -61,13 +64,14 @@ def reverse(x, y, do, decays, ends, *, made=None, pieces=None):
         pass, the outputs' gradient.
       decays: as in `forward`.
       ends: -dHkk^T and dHkv of the last states, [B, H, K, K] and [B, H, K, V] float32.
-      made, pieces: as in `forward`, `made` by `gradient_summary`.
+      made, pieces, spans: as in `forward`, `made` by `gradient_summary`.
 
     Returns:
       -dHkk^T [B, H, N, K, K] and dHkv [B, H, N, K, V] bf16, after each chunk; those of the first
       states, as `ends`.
     """
-    return _through_chunks(x, (y, do), decays, decays, ends, made, pieces, reverse=True)
+    options = dict(made=made, pieces=pieces, spans=spans)
+    return _through_chunks(x, (y, do), decays, decays, ends, **options, reverse=True)
 
 
 def summary(k, v, decays, weights):
@@ -107,8 +111,16 @@ def _pieces(left, decays):
     return number_of_pairs(B * H * (left.shape[-1] // TILE_WIDTH), TP // CHUNK)
 
 
-def _through_chunks(left, right, decays, weights, starts, made, pieces, *, reverse):
+def _through_chunks(
+    left, right, decays, weights, starts, *, made=None, pieces=None, spans=None, reverse
+):  # fmt: skip
     """Both functions, in one pass or two."""
+    if spans is not None:
+        operands, starts = (left, right, decays, weights), pieces_first(*starts)
+        *states, x_end, y_end = _run(
+            *operands, starts, spans.shape[1], reverse=reverse, spans=spans
+        )
+        return *states[:2], *rows_first(x_end, y_end), *states[2:]
     pieces = pieces or (made[0].shape[2] if made else _pieces(left, decays))
     operands = left, right, decays, weights
     if pieces == 1:
@@ -137,7 +149,7 @@ def _piece_decays(decays, pieces):
     return jnp.moveaxis(of_pieces, 2, 0)[..., None, None]
 
 
-def _run(left, right, decays, weights, starts, pieces, *, reverse, every=False):
+def _run(left, right, decays, weights, starts, pieces, *, reverse, every=False, spans=None):
     """The kernel: all pieces from `starts`, [P, B, H, ...], with the states at the chunks' borders;
     or all but the last (in reverse: the first), or `every` one, from zeros (None), without them.
     Returns the pieces' last states, [P, B, H, ...] or [P - 1, B, H, ...], after the others.
@@ -161,10 +173,14 @@ def _run(left, right, decays, weights, starts, pieces, *, reverse, every=False):
     vector = plgpu.SMEM((STAGES, CHUNK), f32)
     loads = dict(left=int(separate), x=k_tiles, y=v_tiles, decays=1, weights=0 if reverse else 1)
     out = scratch.kernel(
-        functools.partial(_body, of_piece=lambda p: piece(p + skipped, pieces, N), reverse=reverse),
+        functools.partial(
+            _body,
+            of_piece=lambda p, *span: piece(p + skipped, pieces, N, *span),
+            reverse=reverse,
+        ),
         inputs=dict(
             **dict(left=left, x=right[0], y=right[1], decays=decays, weights=weights),
-            **dict(x_start=x_start, y_start=y_start),
+            **dict(x_start=x_start, y_start=y_start, spans=spans),
         ),
         outputs=dict(
             x_states=SDS((B, H, N, K, K), dtype) if keep else None,
@@ -190,7 +206,7 @@ def _run(left, right, decays, weights, starts, pieces, *, reverse, every=False):
 
 def _body(refs, *, of_piece, reverse):
     p, b, h, block = (lax.axis_index(name) for name in ("p", "b", "h", "block"))
-    first, count = of_piece(p)
+    first, count = of_piece(p, refs.spans, b)
     mine, k_tiles = columns(block), len(refs.sx)
     keep = refs.x_states is not None
 

@@ -42,7 +42,7 @@ _OUTPUT = PATH["o"]
 _KEPT = {"path_output": _OUTPUT, "path_logsumexp": "B HQ TP", "path_inverse": "B H N C D"}
 
 
-def unsupported(name, q, k, v, w, beta, g, cache):
+def unsupported(name, q, k, v, w, beta, g, cache, *, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     if name == "path_step":
         return _unsupported_step(q, v)

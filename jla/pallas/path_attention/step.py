@@ -29,7 +29,7 @@ from jax.experimental.mosaic.gpu import TiledLayout
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla._core import path_step as around
-from jla.pallas.common import mosaic, scratch
+from jla.pallas.common import mosaic, pools, scratch
 from jla.pallas.common.chunks import LOG2E
 from jla.pallas.common.mosaic import f32, per_column, per_row
 from jla.pallas.common.scratch import barrier_for, fetch
@@ -55,7 +55,7 @@ def unsupported(q, v):
 
 
 @functools.partial(jax.jit, static_argnames="scale")
-def path_step(q, k, v, w, beta, g, cache, *, scale):
+def path_step(q, k, v, w, beta, g, cache, *, scale, slots=None):
     """One token in one kernel. See `jla.path_step`.
 
     A CTA of one warpgroup has a piece of one key head's cached tokens. Tiles of keys and values
@@ -68,7 +68,8 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
 
     Only tiles that hold tokens are read. The keys are aliased to the new keys: overwritten where
     their buffer is donated or a temporary of the caller's program, copied before the kernel
-    otherwise. Where XLA drops the alias, the rest of the new buffer is filled with zeros.
+    otherwise. Where XLA drops the alias, the rest of the new buffer is filled with zeros. Of a pool
+    each CTA reads and writes the row that its slot names.
 
     `around.path_step` is what XLA does. The decays' transpose, which the kernel reads, is 1/128 of
     the keys.
@@ -78,15 +79,16 @@ def path_step(q, k, v, w, beta, g, cache, *, scale):
 
     Derivatives are those of the reference's formula, in XLA.
     """
-    return around.path_step(_attend, reference.path_step, q, k, v, w, beta, g, cache, scale=scale)
+    options = dict(scale=scale) if slots is None else dict(scale=scale, slots=slots)
+    return around.path_step(_attend, reference.path_step, q, k, v, w, beta, g, cache, **options)
 
 
 _load = functools.partial(mosaic.load, optimized=False)
 
 
-def _attend(q, k, w, beta, key, value, length, added, *, scale, first, moved):
+def _attend(q, k, w, beta, key, value, length, added, *, scale, first, moved, slots=None):
     """The kernel for some query heads of every group; see `around.path_step`."""
-    (B, S, H, _), HQ = key.shape, q.shape[1]
+    (S, H), (B, HQ, _) = key.shape[1:3], q.shape
 
     def heads(x):
         x = x.reshape(B, H, HQ // H, -1)[:, :, first : first + around.MOST_QUERIES]
@@ -95,12 +97,12 @@ def _attend(q, k, w, beta, key, value, length, added, *, scale, first, moved):
     if added is not None:
         # TMA wants rows of whole 16 bytes.
         added = heads(jnp.pad(jnp.swapaxes(added, 1, 2), ((0, 0), (0, 0), (0, -S % 4))))
-    arrays = heads(q), k, w, beta, key, value, length, added
+    arrays = heads(q), k, w, beta, key, value, length, added, slots
     *softmax, key = _pass(*arrays, scale=scale, moved=moved)
     return *(x.reshape(B, H, -1, *x.shape[2:]) for x in softmax), key
 
 
-def _pass(q, k, w, beta, key, value, length, added, *, scale, moved):
+def _pass(q, k, w, beta, key, value, length, added, slots, *, scale, moved):
     """The kernel call.
 
     Args:
@@ -110,7 +112,7 @@ def _pass(q, k, w, beta, key, value, length, added, *, scale, moved):
       For each piece of the cache the sum of values, [B, HQ, pieces, V], the largest logit and the
       sum of exponentials, [B, HQ, pieces], all in base 2; and the keys.
     """
-    (B, S, H, K), V, HQ = key.shape, value.shape[-1], q.shape[1]
+    (_, S, H, K), V, (B, HQ, _) = key.shape, value.shape[-1], q.shape
     group = HQ // H
     rows = 32 if group <= 2 else 16  # of a tile: a thread has rows * group * V / 128 sums of values
     stages = IN_SMEM // rows
@@ -119,7 +121,17 @@ def _pass(q, k, w, beta, key, value, length, added, *, scale, moved):
     layouts = Layouts(_rows_by_warp(rows, K), _rows_by_warp(rows, V))
     out = scratch.kernel(
         functools.partial(_body, group=group, size=size, scale=scale, layouts=layouts),
-        inputs=dict(length=length, q=q, k=k, w=w, beta=beta, key=key, value=value, added=added),
+        inputs=dict(
+            length=length,
+            q=q,
+            k=k,
+            w=w,
+            beta=beta,
+            key=key,
+            value=value,
+            added=added,
+            slots=slots,
+        ),
         outputs=dict(
             o=SDS((*shape, V), f32),
             top=SDS(shape, f32),
@@ -169,6 +181,7 @@ class Piece:
     size: int  # tokens
     scale: float
     b: Any
+    row: Any  # of the cache
     h: Any
     number: Any
     length: Any  # tokens that were cached before
@@ -191,7 +204,7 @@ class Piece:
 
     def at(self, ref, i):
         """Tile i of an array of the cache."""
-        return ref.at[self.b, pl.ds(self.start + i * self.rows, self.rows), self.h]
+        return ref.at[self.row, pl.ds(self.start + i * self.rows, self.rows), self.h]
 
     def slot(self, i):
         """The place of tile i in SMEM."""
@@ -207,7 +220,25 @@ class Token(NamedTuple):
 
 
 def _body(refs, *, group, size, scale, layouts):
-    piece = _piece(refs, group, size, scale, layouts)
+    b, h, number = (lax.axis_index(name) for name in ("b", "h", "piece"))
+
+    def advance(row):
+        _advance(_piece(refs, group, size, scale, layouts, b, row, h, number))
+
+    def copy(source, target, row):
+        def one(i, carry):
+            pools.tile(layouts.by_column, number * size + i, h)(source, target, row)
+            return carry
+
+        lax.fori_loop(0, jnp.minimum(size, refs.key.shape[1] - number * size), one, None)
+
+    pools.on_row(refs.slots, b, refs.key.shape[0], advance, lambda: None)
+    if refs.new_key is not None:
+        pools.keep_rest(refs.slots, b, refs.key, refs.new_key, copy)
+
+
+def _advance(piece):
+    refs = piece.refs
     for i in range(piece.stages):
         pl.when(i < piece.tiles)(functools.partial(load_tile, piece, jnp.int32(i)))
     token = _token(piece)
@@ -218,14 +249,13 @@ def _body(refs, *, group, size, scale, layouts):
         plgpu.wait_smem_to_gmem(0)
 
 
-def _piece(refs, group, size, scale, layouts):
+def _piece(refs, group, size, scale, layouts, b, row, h, number):
     """The CTA's piece."""
-    b, h, number = (lax.axis_index(name) for name in ("b", "h", "piece"))
     (_, rows, _), S = refs.keys.shape, refs.key.shape[1]
     length, start = refs.length[b], number * size
     end = jnp.minimum(length, S - 1) + 1
     tiles = jnp.clip(lax.div(end - start + (rows - 1), rows), 0, size // rows)
-    return Piece(refs, layouts, group, size, scale, b, h, number, length, start, end, tiles)
+    return Piece(refs, layouts, group, size, scale, b, row, h, number, length, start, end, tiles)
 
 
 def _token(piece):
@@ -276,7 +306,7 @@ def store_tile(piece, source, i):
     def _():
         def put_one(r, carry):
             place = pl.ds(piece.start + i * piece.rows + r, 1)
-            one = target.at[piece.b, place, piece.h]
+            one = target.at[piece.row, place, piece.h]
             plgpu.copy_smem_to_gmem(source.at[pl.ds(r, 1)], one)
             return carry
 
@@ -354,7 +384,7 @@ def clear_rest(piece):
     @pl.when(piece.start + piece.tiles * piece.rows < last)
     def _():
         place = piece.start + piece.tiles * piece.rows
-        at = piece.b, place, piece.h
+        at = piece.row, place, piece.h
         same = _same_memory(refs.key.at[*at], refs.new_key.at[*at], layouts.by_column)
 
         @pl.when(~same)

@@ -29,7 +29,7 @@ from jla.triton.kernels.gsa_slots import (
     states_of,
     store_tile,
 )
-from jla.triton.kernels.pieces import CHUNK, LEVELS, same, zeros
+from jla.triton.kernels.pieces import CHUNK, LEVELS, chunks_of_piece, same, state_of_piece, zeros
 
 
 @triton.jit
@@ -68,11 +68,12 @@ def gsa_sums(
 
 @triton.jit
 def gsa_states(
-    keys_ptr, values_ptr, by_key_ptr, by_value_ptr, sums_ptr, totals_ptr, hk_ptr, hv_ptr, T,
+    keys_ptr, values_ptr, by_key_ptr, by_value_ptr, sums_ptr, totals_ptr, hk_ptr, hv_ptr,
+    spans_ptr, T,
     key_states_ptr, value_states_ptr, hk_end_ptr, hv_end_ptr,
     HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, START: tl.constexpr,
-    REVERSE: tl.constexpr, FLOAT32: tl.constexpr,
+    BM: tl.constexpr, P: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    START: tl.constexpr, REVERSE: tl.constexpr, FLOAT32: tl.constexpr,
 ):  # fmt: skip
     """Carries the states from chunk to chunk: Hk and the transposed Hv obey one rule,
 
@@ -88,6 +89,7 @@ def gsa_states(
       key_states, value_states: each chunk's state before it, and in reverse the gradient of that
         after it, [B, H, chunks, D, M].
       hk_end, hv_end: the states at the end; in reverse, the gradients of those at the start.
+      P: with pieces, see `chunks_of_piece`, hk, hv and the ends are those of each, [B, H, P, ...].
       KEYS, VALUES: 1 for the states that this call has, one of them or both.
 
     Forward 0.74 GB, 0.17 ms; in reverse 0.80 GB, 0.19 ms. 3000 instructions, in four programs a
@@ -108,16 +110,18 @@ def gsa_states(
     feature = block % blocks * BD
     d, m = feature + tl.arange(0, BD)[:, None], slot + tl.arange(0, BM)[None, :]
     # Hk is [K, M], Hv is [M, V].
-    whole, inside = bh * (D * M) + tl.where(is_value, d + m * D, d * M + m), (d < D) & (m < M)
+    chunks, rows = tl.cdiv(T, CHUNK), tl.arange(0, CHUNK)
+    first, last, p = chunks_of_piece(spans_ptr, b, chunks, P)
+    whole, inside = state_of_piece(bh, p, P) * (D * M), (d < D) & (m < M)
+    whole += tl.where(is_value, d + m * D, d * M + m)
     state = zeros(BD, BM)
     if START:
         state += tl.load(start_ptr + whole, mask=inside, other=0.0)
-    chunks, rows = tl.cdiv(T, CHUNK), tl.arange(0, CHUNK)
     GROUP: tl.constexpr = HQ // H
-    for step in range(0, chunks * GROUP):
-        member, n = step % GROUP, step // GROUP
+    for step in range(0, (last - first) * GROUP):
+        member, n = step % GROUP, first + step // GROUP
         if REVERSE:
-            n = chunks - 1 - n
+            n = last - 1 - step // GROUP
         pointers, mask = states_of(states_ptr, b, n, h, T, feature, slot, H, D, M, BD, BM)
         sums = load_sums(sums_ptr, b, n, h, T, rows, slot, H, M, BM)
         if REVERSE:

@@ -19,6 +19,7 @@ from jla.triton.kernels.pieces import (
     UP_TO,
     before,
     chunk_tile,
+    chunks_of_piece,
     dot,
     dot_add,
     level_pairs,
@@ -31,6 +32,7 @@ from jla.triton.kernels.pieces import (
     place,
     product,
     product_add,
+    state_of_piece,
     store_tokens,
     sum_columns,
     sum_columns_add,
@@ -41,9 +43,11 @@ from jla.triton.kernels.pieces import (
 
 @triton.jit
 def kda_gradient_recurrence(
-    query_ptr, read_ptr, write_ptr, do_ptr, scores_ptr, decay_ptr, beta_ptr, end_ptr, T,
+    query_ptr, read_ptr, write_ptr, do_ptr, scores_ptr, decay_ptr, beta_ptr, end_ptr,
+    spans_ptr, T,
     gradients_ptr, start_ptr,
-    WHOLE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    WHOLE: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    P: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Runs the chunks in reverse; dS is the gradient of the state after the chunk:
 
@@ -52,7 +56,7 @@ def kda_gradient_recurrence(
     A program has BV columns of dS, transposed, as `kda_recurrence` those of S.
 
     Returns dS of each chunk, [B, HV, N, V, K] in the inputs' dtype, and the gradient of the initial
-    state, [B, HV, K, V] float32.
+    state, [B, HV, K, V] float32. P as in `kda_recurrence`.
 
     Floor at B=8 T=4096 HV=16 K=V=128 in bfloat16: 0.87 GB, 0.20 ms at 4.3 TB/s; 0.06 TFLOP. 255
     registers and 72 KB for the smaller classes, 198 and 176 KB on sm_90.
@@ -62,10 +66,12 @@ def kda_gradient_recurrence(
     dtype: tl.constexpr = query_ptr.dtype.element_ty
     column = part * BV
     kk, vv = tl.arange(0, K), tl.arange(0, BV)
-    matrix = (b * HV + h).to(tl.int64) * K * V + column + kk[:, None] * V + vv[None, :]
+    first, last, p = chunks_of_piece(spans_ptr, b, N, P)
+    matrix = state_of_piece((b * HV + h).to(tl.int64), p, P) * K * V + column
+    matrix += kk[:, None] * V + vv[None, :]
     gradient = tl.trans(tl.load(end_ptr + matrix))
-    for step in range(0, N):
-        n = N - 1 - step
+    for step in range(0, last - first):
+        n = last - 1 - step
         rounded = gradient.to(dtype)
         base = gradients_ptr + (((b * HV + h) * N + n).to(tl.int64) * V + column) * K
         tl.store(base + vv[:, None] * K + kk[None, :], rounded)

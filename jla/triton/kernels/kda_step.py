@@ -23,11 +23,43 @@ def kda_step(
     blocks: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
     head = program // blocks  # b * HV + the value head
+    _advance(
+        q, k, v, g, beta, state, o, head, head, program % blocks, scale, H, HV, K, V, BK, BV
+    )  # fmt: skip
+
+
+@triton.jit
+def kda_step_on_pool(
+    q, k, v, g, beta, state, slots, R, o, new_state,
+    scale: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """`kda_step` of a pool of R rows, of which a program has the one that `slots`, [B], names."""
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    program = tl.program_id(0)
+    head = program // blocks
+    row = tl.load(slots + head // HV)
+    if (row >= 0) & (row < R):
+        _advance(
+            q, k, v, g, beta, state, o, head, row * HV + head % HV, program % blocks,
+            scale, H, HV, K, V, BK, BV,
+        )  # fmt: skip
+    else:
+        columns = program % blocks * BV + tl.arange(0, BV)
+        tl.store(o + head * V + columns, tl.zeros((BV,), o.dtype.element_ty), columns < V)
+
+
+@triton.jit
+def _advance(
+    q, k, v, g, beta, state, o, head, head_of_state, block,
+    scale: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
     key_head = head // HV * H + head % HV // (HV // H)
-    rows, columns = tl.arange(0, BK), program % blocks * BV + tl.arange(0, BV)
+    rows, columns = tl.arange(0, BK), block * BV + tl.arange(0, BV)
     in_k, in_v = rows < K, columns < V
     inside = in_k[:, None] & in_v[None, :]
-    place = state + head.to(tl.int64) * (K * V) + (rows[:, None] * V + columns[None, :])
+    place = state + head_of_state.to(tl.int64) * (K * V) + (rows[:, None] * V + columns[None, :])
     # First, for it takes longest: the others' barriers then pass while it is on its way.
     before = tl.load(place, inside, 0.0)
     query = tl.load(q + key_head * K + rows, in_k, 0.0).to(tl.float32)

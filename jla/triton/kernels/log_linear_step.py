@@ -22,14 +22,49 @@ def log_linear_step(
     BK and BV are powers of 2, BK at least K; what lies beyond K and V is masked.
     """
     blocks: tl.constexpr = (V + BV - 1) // BV
-    top: tl.constexpr = L - 1
     program = tl.program_id(0)
     head = program // blocks  # b * HV + the value head
+    _advance(
+        q, k, v, decays, level_scales, levels, position, o, head, head, program % blocks,
+        H, HV, L, K, V, LAZY, BK, BV,
+    )  # fmt: skip
+
+
+@triton.jit
+def log_linear_step_on_pool(
+    q, k, v, decays, level_scales, levels, position, slots, R, o, new_levels,
+    H: tl.constexpr, HV: tl.constexpr, L: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    LAZY: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """`log_linear_step` of a pool of R rows of levels, of which a program has the one that `slots`,
+    [B], names. The positions are those of the B rows."""
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    program = tl.program_id(0)
+    head = program // blocks
+    row = tl.load(slots + head // HV)
+    if (row >= 0) & (row < R):
+        _advance(
+            q, k, v, decays, level_scales, levels, position, o, head, row * HV + head % HV,
+            program % blocks, H, HV, L, K, V, LAZY, BK, BV,
+        )  # fmt: skip
+    else:
+        columns = program % blocks * BV + tl.arange(0, BV)
+        tl.store(o + head * V + columns, tl.zeros((BV,), o.dtype.element_ty), columns < V)
+
+
+@triton.jit
+def _advance(
+    q, k, v, decays, level_scales, levels, position, o, head, head_of_state, block,
+    H: tl.constexpr, HV: tl.constexpr, L: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    LAZY: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    top: tl.constexpr = L - 1
     key_head = head // HV * H + head % HV // (HV // H)
-    rows, columns = tl.arange(0, BK), program % blocks * BV + tl.arange(0, BV)
+    rows, columns = tl.arange(0, BK), block * BV + tl.arange(0, BV)
     in_k, in_v = rows < K, columns < V
     inside = in_k[:, None] & in_v[None, :]
-    place = levels + head.to(tl.int64) * (L * K * V) + (rows[:, None] * V + columns[None, :])
+    place = levels + head_of_state.to(tl.int64) * (L * K * V)
+    place += rows[:, None] * V + columns[None, :]
     scales = level_scales + head * L
     at = tl.load(position + head // HV)
     query = tl.load(q + key_head * K + rows, in_k, 0.0).to(tl.float32)

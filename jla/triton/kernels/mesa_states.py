@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from jla.triton.kernels.mesa_pieces import decays_to_end, load_square, load_tile, store_square
+from jla.triton.kernels.pieces import chunks_of_piece, state_of_piece
 
 # The most that an element of S, stored as float16, may be.
 UNIT = tl.constexpr(32768.0)
@@ -11,10 +12,11 @@ UNIT = tl.constexpr(32768.0)
 
 @triton.jit
 def states_kernel(
-    left_ptr, x_ptr, y_ptr, g_ptr, weight_ptr, other_ptr, x_start_ptr, y_start_ptr, T, H, N,
+    left_ptr, x_ptr, y_ptr, g_ptr, weight_ptr, other_ptr, x_start_ptr, y_start_ptr, spans_ptr,
+    T, H, N,
     x_states_ptr, scale_ptr, y_states_ptr, x_end_ptr, y_end_ptr,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+    C: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A pair of states X [K, K], Y [K, V] from chunk to chunk, BC columns of one of them:
 
@@ -29,6 +31,8 @@ def states_kernel(
       weight, other: forward beta and the square of each token's largest element of k, [B, H, TP];
         in reverse what l and x have been divided by.
       x_start, y_start: the states before the first chunk, float32; in reverse after the last.
+      P: with pieces, see `chunks_of_piece`, the first and last states are those of each, [B, H, P,
+        ...].
       x_states, y_states: receive the states before each chunk (in reverse: after it), [B, H, N,
         K, K] and [B, H, N, K, V].
       scale: forward it receives what x_states are divided by, [B, H, N]: powers of two for float16,
@@ -43,23 +47,24 @@ def states_kernel(
     block, bh = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     if block * BC < K:
         _columns(
-            block, bh, left_ptr, x_ptr, g_ptr, weight_ptr, other_ptr, x_start_ptr, T, H, N,
-            x_states_ptr, scale_ptr, x_end_ptr, K, K, BK, BC, C, True, REVERSE, PRECISION,
+            block, bh, left_ptr, x_ptr, g_ptr, weight_ptr, other_ptr, x_start_ptr, spans_ptr,
+            T, H, N, x_states_ptr, scale_ptr, x_end_ptr, K, K, P, BK, BC, C, True, REVERSE,
+            PRECISION,
         )  # fmt: skip
     else:
         _columns(
             block - (K + BC - 1) // BC, bh, left_ptr, y_ptr, g_ptr, weight_ptr, other_ptr,
-            y_start_ptr, T, H, N, y_states_ptr, scale_ptr, y_end_ptr, K, V, BK, BC, C, False,
-            REVERSE, PRECISION,
+            y_start_ptr, spans_ptr, T, H, N, y_states_ptr, scale_ptr, y_end_ptr, K, V, P, BK, BC, C,
+            False, REVERSE, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def _columns(
-    block, bh, left_ptr, right_ptr, g_ptr, weight_ptr, other_ptr, start_ptr, T, H, N,
+    block, bh, left_ptr, right_ptr, g_ptr, weight_ptr, other_ptr, start_ptr, spans_ptr, T, H, N,
     states_ptr, scale_ptr, end_ptr,
-    K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, C: tl.constexpr,
-    OF_X: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+    C: tl.constexpr, OF_X: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     token, row, column = tl.arange(0, C), tl.arange(0, BK), block * BC + tl.arange(0, BC)
     out = states_ptr.dtype.element_ty
@@ -68,16 +73,18 @@ def _columns(
         operand = out
     elif right_ptr.dtype.element_ty != operand:
         operand = tl.bfloat16  # of float16 keys and bfloat16 values
-    state = load_square(start_ptr, bh, row, column, K, D)
+    begin, after, p = chunks_of_piece(spans_ptr, bh // H, N, P)
+    number = state_of_piece(bh, p, P)
+    state = load_square(start_ptr, number, row, column, K, D)
     if OF_X and not REVERSE:
         # No element of a positive definite matrix exceeds its largest on the diagonal. Of that this
         # is a bound: at most K times too large, which takes none of float16's digits.
-        bound = tl.load(start_ptr + bh * (K * K) + row * (K + 1), mask=row < K, other=0.0)
+        bound = tl.load(start_ptr + number * (K * K) + row * (K + 1), mask=row < K, other=0.0)
         bound = tl.max(bound, 0)
-    for step in range(0, N):
-        n = step
+    for step in range(0, after - begin):
+        n = begin + step
         if REVERSE:
-            n = N - 1 - step
+            n = after - 1 - step
         first = (bh // H * T + n * C) * H + bh % H
         # Turned already in memory: so its copy to shared memory is asynchronous.
         at = left_ptr + first * K + ((token * H * K)[None, :] + row[:, None])
@@ -109,4 +116,4 @@ def _columns(
             store_square(states_ptr, state, bh * N + n, row, column, K, D)
         weighted = (right * weight[:, None]).to(operand)
         state = tl.dot(left, weighted, acc=state * decay, input_precision=PRECISION)
-    store_square(end_ptr, state, bh, row, column, K, D)
+    store_square(end_ptr, state, number, row, column, K, D)

@@ -30,6 +30,42 @@ def path_step(
       GROUP: query heads in this pass, from FIRST on in their key head's group. MOVED: whether an
         earlier pass has moved the keys.
     """
+    b = tl.program_id(0) // H // tl.cdiv(S, PIECE)
+    _advance(
+        q_ptr, k_ptr, w_ptr, beta_ptr, key_ptr, value_ptr, length_ptr, added_ptr, S,
+        o_ptr, highest_ptr, total_ptr, b,
+        SCALE, HQ, H, K, V, GROUP, FIRST, PIECE, BG, BK, BV, BS, MOVED, GATES,
+    )  # fmt: skip
+
+
+@triton.jit
+def path_step_on_pool(
+    q_ptr, k_ptr, w_ptr, beta_ptr, key_ptr, value_ptr, length_ptr, added_ptr, S, slots_ptr, R,
+    o_ptr, highest_ptr, total_ptr, new_key_ptr,
+    SCALE: tl.constexpr, HQ: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    GROUP: tl.constexpr, FIRST: tl.constexpr, PIECE: tl.constexpr, BG: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr, MOVED: tl.constexpr, GATES: tl.constexpr,
+):  # fmt: skip
+    """`path_step` of a pool of R rows of keys and values, of which a program has the one that
+    `slots`, [B], names. Lengths and decays are those of the B rows. Without a slot it writes
+    nothing."""
+    row = tl.load(slots_ptr + tl.program_id(0) // H // tl.cdiv(S, PIECE))
+    if (row >= 0) & (row < R):
+        _advance(
+            q_ptr, k_ptr, w_ptr, beta_ptr, key_ptr, value_ptr, length_ptr, added_ptr, S,
+            o_ptr, highest_ptr, total_ptr, row,
+            SCALE, HQ, H, K, V, GROUP, FIRST, PIECE, BG, BK, BV, BS, MOVED, GATES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _advance(
+    q_ptr, k_ptr, w_ptr, beta_ptr, key_ptr, value_ptr, length_ptr, added_ptr, S,
+    o_ptr, highest_ptr, total_ptr, row_of_cache,
+    SCALE: tl.constexpr, HQ: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    GROUP: tl.constexpr, FIRST: tl.constexpr, PIECE: tl.constexpr, BG: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr, MOVED: tl.constexpr, GATES: tl.constexpr,
+):  # fmt: skip
     pieces = tl.cdiv(S, PIECE)
     program = tl.program_id(0)
     h, piece, b = program % H, program // H % pieces, program // H // pieces
@@ -44,7 +80,7 @@ def path_step(
     head = h * (HQ // H) + FIRST + group
     q = tl.load(q_ptr + (b * HQ + head) * K + kk, in_group & (kk < K), 0.0).to(tl.float32)
     q *= SCALE
-    row = b.to(tl.int64) * S
+    row, of_cache = b.to(tl.int64) * S, row_of_cache.to(tl.int64) * S
     highest = tl.full((BG, BS, 1), NEVER, tl.float32)
     total = tl.zeros((BG, BS, 1), tl.float32)
     acc = tl.zeros((BG, BS, BV), tl.float32)
@@ -52,7 +88,7 @@ def path_step(
     for start in range(piece * PIECE, end, BS):
         at = start + place
         there = at < end
-        address = (row + at) * H + h
+        address = (of_cache + at) * H + h
         keys = tl.load(key_ptr + address * K + kk, there & (kk < K), 0.0).to(tl.float32)
         values = tl.load(value_ptr + address * V + vv, there & (vv < V), 0.0).to(tl.float32)
         if not MOVED:

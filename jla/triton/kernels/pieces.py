@@ -27,6 +27,17 @@ def dot(a, b):
 
 
 @triton.jit
+def exact_dot(a, b):
+    """a @ b in float32; of float32 operands by float32 products, each sum rounded to the nearest.
+
+    TF32's three products leave out that of what TF32 cuts off of both operands, and tensor cores
+    cut sums off. Both are 1e-7 of the whole where equal rows multiply each other, and always in
+    one direction, so that no later sum evens them out.
+    """
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
 def dot_add(a, b, acc):
     """acc + a @ b in float32."""
     return tl.dot(a, b, acc=acc, input_precision="tf32x3")
@@ -200,6 +211,30 @@ def load_matrix(ptr, rows, columns, D: tl.constexpr, E: tl.constexpr):
         return tl.load(pointers)
     else:
         return tl.load(pointers, mask=real, other=0.0)
+
+
+@triton.jit
+def chunks_of_piece(spans_ptr, b, N, P: tl.constexpr):
+    """The first of the chunks that a program runs, the one after the last, and the piece's number.
+
+    With P pieces, the second axis of programs, `spans` [B, P, 2] has each one's first chunk and
+    their number. With P = 0 there is one of all N chunks, and `spans` is not read.
+    """
+    if P == 0:
+        return 0, N, 0
+    else:
+        p = tl.program_id(1)
+        first = tl.load(spans_ptr + (b * P + p) * 2)
+        return first, first + tl.load(spans_ptr + (b * P + p) * 2 + 1), p
+
+
+@triton.jit
+def state_of_piece(bh, p, P: tl.constexpr):
+    """The number of a piece's state, of row and head bh, in an array [B, H, P, ...]."""
+    if P == 0:
+        return bh
+    else:
+        return bh * P + p
 
 
 # ------------------------------------------------------------------------------ masks, [64, 64]
