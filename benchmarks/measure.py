@@ -180,7 +180,7 @@ def step(name, shape, implementation, count, bare, seconds):
     sizes, slots = shape.sizes, {}
     if shape.R is not None:
         rows = jax.random.permutation(jax.random.key(3), shape.R)[: shape.B]
-        sizes, slots = sizes | dict(B=shape.R), dict(slots=rows.astype(jnp.int32))
+        sizes, slots = sizes | dict(B=shape.R, R=shape.R), dict(slots=rows.astype(jnp.int32))
     state = jax.jit(lambda draw: mechanism.state(draw, sizes))(key(7))
     # A copy for the first call, which consumes its state.
     run, numbers = first_call(steps, (jax.tree.map(jnp.copy, state), groups[0], slots))

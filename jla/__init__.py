@@ -13,12 +13,13 @@ from jla.log_linear import (
     log_linear_step,
 )
 from jla.mesa_net import MesaState, mesa_net, mesa_step
-from jla.path_attention import PathCache, path_attention, path_step
+from jla.path_attention import LazyPathCache, PathCache, path_attention, path_step
 from jla.sharded import sharded
 
 __all__ = [
     "GSAState",
     "LazyLogLinearState",
+    "LazyPathCache",
     "LogLinearState",
     "MesaState",
     "PathCache",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jla._core import axes, checking, checks, path_ring, pools, sequence
-from jla._core.cache import PathCache
+from jla._core.cache import RECENT, LazyPathCache, PathCache
 from jla._core.types import (
     Array,
     Directions,
@@ -24,12 +24,13 @@ from jla._core.types import (
 )
 from jla._dispatch import choose
 
-__all__ = ["PathCache", "path_attention", "path_step"]
+__all__ = ["LazyPathCache", "PathCache", "path_attention", "path_step"]
 
 f32 = jnp.float32
 
 AXES = axes.PATH
-_AXES_OF_STEP = axes.of_step(AXES)
+_AXES_WITH_LAZY = {**AXES, **axes.LAZY_PATH}
+_AXES_OF_STEP = axes.of_step(_AXES_WITH_LAZY)
 
 
 # The type of the second result is that of `cache`. The function itself is below.
@@ -60,7 +61,7 @@ def path_attention(
     g: LogDecays | None = None,
     *,
     scale: float | None = None,
-    cache: PathCache,
+    cache: PathCache | LazyPathCache,
     segment_ids: SegmentIds | None = None,
     axis_name: str | None = None,
     implementation: Implementation | None = None,
@@ -77,7 +78,7 @@ def path_attention(
     g: LogDecays | None = None,
     *,
     scale: float | None = None,
-    cache: PathCache | None = None,
+    cache: PathCache | LazyPathCache | None = None,
     segment_ids: SegmentIds | None = None,
     axis_name: str | None = None,
     implementation: Implementation | None = None,
@@ -130,7 +131,8 @@ def path_attention(
       g: natural-log decays, [B, T, HQ], float32, `g <= 0`; or None.
       scale: factor of the logits, decays included, a Python number; `K**-0.5` if None.
       cache: the tokens before the first, a `PathCache` (empty for a prefill), with `decay` if and
-        only if there is a g; or None. The returned cache is then None too.
+        only if there is a g; or a `LazyPathCache`, which steps left; or None. The returned cache is
+        a `PathCache`, or then None too.
       segment_ids: integers [B, T]: equal neighbours are one segment, and nothing crosses a border.
       axis_name: inside `jax.shard_map`, the manual axis of the mesh that T is split over: each
         device has the next T / P tokens. Where H is a multiple of P the devices exchange heads for
@@ -154,28 +156,31 @@ def path_attention(
     factor = _check_run(q, k, v, w, beta, g, cache, segment_ids, scale)
     if axis_name is not None:
         _check_exchange(axis_name, cache)
+    if isinstance(cache, LazyPathCache):
+        cache = cache.settled()
     if cache is not None:
         check_room(cache, q.shape[1], segment_ids)
     return run(q, k, v, w, beta, g, cache, segment_ids, factor, implementation, axis_name)
 
 
 @checks.named
-def path_step(
+def path_step[Cache: (PathCache, LazyPathCache)](
     q: Queries,
     k: Keys,
     v: Values,
     w: Directions,
     beta: Strengths,
     g: LogDecays | None,
-    cache: PathCache,
+    cache: Cache,
     *,
     scale: float | None = None,
     slots: Slots | None = None,
     implementation: Implementation | None = None,
-) -> tuple[Outputs, PathCache]:
+) -> tuple[Outputs, Cache]:
     """One token of `jla.path_attention`, for decoding: `T` steps are one run over `T` tokens.
 
-    Multiplies every cached key by this token's map, appends the token and attends to all.
+    Multiplies every cached key by this token's map, appends the token and attends to all. From a
+    lazy cache it multiplies the last keys alone, and all with each 64th token.
 
     Example:
       q = k = v = jnp.ones((2, 4, 16))
@@ -191,16 +196,18 @@ def path_step(
       beta: the map's strength, [B, H], 0 to 2, float32 or q's dtype.
       g: natural-log decays, [B, HQ], float32, `g <= 0`; or None.
       cache: the `PathCache` that `path_attention` or the last step returned, or an empty one.
-        Donate it to jit, and it is updated in place. A full one is treated as in `path_attention`.
+        Or a `LazyPathCache`: what `.lazy()` of it is, or the last step returned. Donate it to jit,
+        and it is updated in place. A full one is treated as in `path_attention`.
       scale: as in `path_attention`.
       slots: None, or int32 [B]: `cache` is then a pool of R rows, [R, S, H, K] and so on, and row i
         goes on from the cache in row `slots[i]` and writes there. -1 is a row without a sequence:
         its output is zero, and nothing is written. All else of the pool stays as it is; see
-        docs/pools.md.
+        docs/pools.md. A `LazyPathCache` is no pool.
       implementation: as in `path_attention`.
 
     Returns:
-      The output, [B, HQ, V], of v's dtype, and the new `PathCache`; with slots the whole pool.
+      The output, [B, HQ, V], of v's dtype, and the new cache, of the kind given; with slots the
+      whole pool.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `path_attention`. ValueError: slots that are
@@ -239,19 +246,25 @@ def run(
     return o.astype(v.dtype), None
 
 
-def step(
+def step[Cache: (PathCache, LazyPathCache)](
     q: Queries,
     k: Keys,
     v: Values,
     w: Directions,
     beta: Strengths,
     g: LogDecays | None,
-    cache: PathCache,
+    cache: Cache,
     scale: float,
     implementation: Implementation | None,
     slots: Slots | None = None,
-) -> tuple[Outputs, PathCache]:
+) -> tuple[Outputs, Cache]:
     """`path_step` on arguments that were checked, with room or not."""
+    if slots is not None and isinstance(cache, LazyPathCache):
+        raise NotImplementedError(
+            "slots must be None with a LazyPathCache, got an array: a pool's rows are those of a "
+            "PathCache; make the pool without .lazy() (the layer without lazy_keys), or call with "
+            "the whole cache"
+        )
     _check_values("jla.path_step", q, k, v, w, beta, g, cache, slots)
     on_pool = checks.given(slots=slots)
     chosen = choose("path_step", implementation, q, k, v, w, beta, g, cache, **on_pool)
@@ -266,7 +279,7 @@ def _check_values(
     w: Directions,
     beta: Strengths,
     g: LogDecays | None,
-    cache: PathCache | None,
+    cache: PathCache | LazyPathCache | None,
     slots: Slots | None = None,
 ) -> None:
     arguments = dict(q=q, k=k, v=v, w=w, beta=beta, g=g, cache=cache)
@@ -274,7 +287,7 @@ def _check_values(
 
 
 def check_room(
-    cache: PathCache,
+    cache: PathCache | LazyPathCache,
     tokens: int | Array,
     segment_ids: SegmentIds | None = None,
     *,
@@ -323,7 +336,7 @@ def _check_run(
     w: Directions,
     beta: Strengths,
     g: LogDecays | None,
-    cache: PathCache | None,
+    cache: PathCache | LazyPathCache | None,
     segment_ids: SegmentIds | None,
     scale: float | None,
 ) -> float:
@@ -338,13 +351,13 @@ def _check_run(
                 "without segment_ids"
             )
     optional |= checks.given(segment_ids=segment_ids)
-    sizes = checks.check_axes(AXES, q=q, k=k, v=v, w=w, beta=beta, **optional)
+    sizes = checks.check_axes(_AXES_WITH_LAZY, q=q, k=k, v=v, w=w, beta=beta, **optional)
     if segment_ids is not None:
         checks.check_segment_ids(segment_ids)
     return _check_common(q, k, v, w, beta, g, cache, sizes, scale)
 
 
-def _check_exchange(axis_name: str, cache: PathCache | None) -> None:
+def _check_exchange(axis_name: str, cache: PathCache | LazyPathCache | None) -> None:
     """Raises ValueError without such an axis, and NotImplementedError with a cache."""
     sequence.devices_of(axis_name)
     if cache is not None:
@@ -361,7 +374,7 @@ def _check_step(
     w: Directions,
     beta: Strengths,
     g: LogDecays | None,
-    cache: PathCache,
+    cache: PathCache | LazyPathCache,
     scale: float | None,
     slots: Slots | None,
 ) -> float:
@@ -371,9 +384,11 @@ def _check_step(
     return _check_common(q, k, v, w, beta, g, cache, sizes, scale)
 
 
-def _cache_fields(cache: PathCache, g: LogDecays | None) -> dict[str, object]:
-    """A cache's arrays by name. Checks that it is one, with gates where there is a g."""
-    checks.check_state("cache", cache, PathCache)
+def _cache_fields(cache: PathCache | LazyPathCache, g: LogDecays | None) -> dict[str, object]:
+    """A cache's arrays by name. Checks that it is one, lazy or not, with gates where there is a
+    g."""
+    if not isinstance(cache, LazyPathCache):
+        checks.check_state("cache", cache, PathCache)
     if (cache.decay is None) != (g is None):
         has, lacks = ("g", "cache.decay") if cache.decay is None else ("cache.decay", "g")
         raise ValueError(
@@ -391,7 +406,7 @@ def _check_common(
     w: Directions,
     beta: Strengths,
     g: LogDecays | None,
-    cache: PathCache | None,
+    cache: PathCache | LazyPathCache | None,
     sizes: Sizes,
     scale: float | None,
 ) -> float:
@@ -402,8 +417,17 @@ def _check_common(
     if g is not None:
         checks.check_dtype("g", g, [f32])
     if cache is not None:
-        checks.check_dtype("cache.key", cache.key, [f32])
+        is_lazy = isinstance(cache, LazyPathCache)
+        checks.check_dtype("cache.key", cache.key, [f32, v.dtype] if is_lazy else [f32])
         checks.check_dtype("cache.value", cache.value, [v.dtype])
+        if isinstance(cache, LazyPathCache):
+            checks.check_dtype("cache.recent", cache.recent, [f32])
+            checks.check_dtype("cache.change", cache.change, [f32])
+            if sizes["C"] != RECENT:
+                raise ValueError(
+                    f"cache.recent [B, C, H, K] must have C = {RECENT}, got shape "
+                    f"{cache.recent.shape}; PathCache.lazy makes it"
+                )
         if cache.decay is not None:
             checks.check_dtype("cache.decay", cache.decay, [f32])
         checks.check_dtype("cache.length", cache.length, [jnp.int32])

@@ -213,6 +213,66 @@ def test_step_is_the_reference(lengths, sizes):
     check_step(jla.pallas.interpret, lengths, sizes)
 
 
+@pytest.mark.parametrize(
+    "lengths, sizes, key_dtype",
+    [
+        # No settled key; the 64th token.
+        ((5, 127), dict(capacity=192, HQ=2, V=32), f32),
+        # Two passes; a row that becomes full, and a full one.
+        ((127, 128), dict(capacity=128, HQ=9, gated=False), bf16),
+    ],
+    ids=str,
+)
+def test_lazy_step_is_the_settled_ones(lengths, sizes, key_dtype):
+    arrays = tokens(len(lengths), **{n: x for n, x in sizes.items() if n != "capacity"})
+    cache = in_decoding(cached(lengths, **sizes), key_dtype)
+    want, definition, got = (
+        evaluated(jax.jit(functools.partial(x.path_step, scale=0.3)))
+        for x in (reference, reference, kernels)
+    )
+    want = want(*arrays, cache.settled())
+    with jla.pallas.interpret():
+        got = got(*arrays, cache)
+    for o, new in (got, definition(*arrays, cache)):
+        assert new.key.dtype == key_dtype and not jnp.isnan(new.recent).any()
+        rounding = 2e-6 if key_dtype == f32 else 4e-3  # of those that move on
+        assert largest_error(o, want[0]) < (2e-6 if o.dtype == f32 else 1e-2)
+        assert largest_error(new.settled(), want[1]) < rounding
+
+
+def in_decoding(cache, key_dtype=f32):
+    """Lazy, after tokens since the keys were settled; NaN in what is not in use."""
+    lazy, S = cache.lazy(key_dtype), cache.key.shape[1]
+    first = jnp.minimum(cache.length, S) // 64 * 64
+    some = (cache.length > first)[:, None, None, None]
+    change = jnp.where(some, 0.1 * normal(9, *lazy.change.shape), 0.0)
+
+    def unused(x, first, used):
+        place = first + jnp.arange(x.shape[1])[None]
+        return jnp.where((place < used[:, None])[..., None, None], x, jnp.nan).astype(x.dtype)
+
+    recent = unused(lazy.recent, first[:, None], cache.length)
+    return lazy._replace(key=unused(lazy.key, 0, first), recent=recent, change=change)
+
+
+def test_lazy_steps_are_the_others():
+    """From rows of unlike lengths, over the tokens with which each one's keys move on."""
+    arrays = tokens(2, 40, gated=False, dtype=f32)[:5]
+    eager = cached((61, 100), 140, gated=False, dtype=f32)
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def run(cache, implementation):
+        def one(cache, token):
+            step = functools.partial(jla.path_step, scale=0.3, implementation=implementation)
+            o, cache = step(*token, None, cache)
+            return cache, o
+
+        return jax.lax.scan(one, cache, [jnp.moveaxis(x, 1, 0) for x in arrays])
+
+    (want, want_o), (got, o) = run(eager, "reference"), run(eager.lazy(), "xla")
+    assert largest_error((o, got.settled()), (want_o, want)) < 2e-6
+
+
 @pytest.mark.gpu
 def test_step_stays_in_its_row():
     """One head's keys of a row lie right before those of the next; the last tile is not full."""

@@ -112,15 +112,17 @@ def test_empty_caches():
 
 
 def test_chunks_in_groups_are_the_chunks_one_by_one():
-    """Five chunks are two groups of four, the last ones empty."""
+    """Five chunks are two groups of four, the last ones empty; and one group of five."""
     N, C = 5, 4
     arrays = [0.5 * normal(i, N, B, H, C, 3) for i in range(3)]
     for g in (None, -uniform(3, N, B, H, C, 2)):
-        *ends, maps, total = evaluated(jax.jit(parts.at_the_end))(*arrays, g)
-        *want, maps_wanted, total_wanted = evaluated(jax.jit(parts._at_the_end))(*arrays, g)
-        ends, want = (jax.tree.map(lambda x: blockwise.merge(x, N * C), x) for x in (ends, want))
-        got = (ends, maps, total)
-        chex.assert_trees_all_close(got, (want, maps_wanted, total_wanted), rtol=1e-5, atol=1e-6)
+        one_by_one = jax.tree.map(lambda x: x[:, None], (*arrays, g))
+        ends = []
+        for groups in (parts.in_groups(*arrays, g), one_by_one):
+            *tokens, maps, total = evaluated(jax.jit(parts.at_the_end))(*groups)
+            tokens = jax.tree.map(lambda x: blockwise.merge(x, N * C), tokens)
+            ends.append((tokens, maps, total))
+        chex.assert_trees_all_close(*ends, rtol=1e-5, atol=1e-6)
 
 
 def test_unit_lower_inverse():

@@ -7,6 +7,7 @@
     HQ  query heads, a multiple of H            S   capacity of a cache, in tokens (PaTH)
     HK  key heads, a divisor of H
     HV  value heads, a multiple of H (kda, where H are the heads of q and k)
+    C   tokens whose keys a lazy cache keeps apart (PaTH)
     N   segments of a row, where states have an axis of them
 
 The public functions check their arguments against these tables, the kernels' wrappers tell from
@@ -86,6 +87,8 @@ PATH: Axes = {
     "o": "B T HQ V",
 }
 
+# What a `LazyPathCache` has beside; C is 64.
+LAZY_PATH: Axes = {"cache.recent": "B C H K", "cache.change": "B H K K"}
 
 # Of `jla._fused`: with a layer's projections in the place of what they become.
 KDA_FROM_PROJECTION: Axes = KDA | {

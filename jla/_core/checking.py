@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jla._core import pools
-from jla._core.cache import PathCache, places
+from jla._core.cache import LazyPathCache, PathCache, first_recent, places
 from jla._core.checks import state_fields
 from jla._core.states import LazyLogLinearState, LogLinearState, levels_in_use, repeated
 from jla._core.types import Array, Slots, State
@@ -154,13 +154,18 @@ def _arrays(
 ) -> Iterator[tuple[str, jax.Array, jax.Array | bool]]:
     """Name, array and what of it is in use, bool and broadcastable, of every array of floats."""
     for name, x in arguments.items():
-        if isinstance(x, PathCache):
-            used = places(x) < x.length[:, None]
-            for field in ("key", "value", "decay"):
+        if isinstance(x, (LazyPathCache, PathCache)):
+            used = dict.fromkeys(("key", "value", "decay"), places(x) < x.length[:, None])
+            if isinstance(x, LazyPathCache):
+                first = first_recent(x.length, x.key.shape[1])[:, None]
+                recent = first + jnp.arange(x.recent.shape[1], dtype=jnp.int32)[None]
+                used |= dict(key=places(x) < first, recent=recent < x.length[:, None])
+                yield f"{name}.change", x.change, True
+            for field, mask in used.items():
                 array = getattr(x, field)
                 if array is not None:
-                    shape = used.shape + (1,) * (array.ndim - 2)
-                    yield f"{name}.{field}", array, used.reshape(shape)
+                    shape = mask.shape + (1,) * (array.ndim - 2)
+                    yield f"{name}.{field}", array, mask.reshape(shape)
         elif isinstance(x, (LazyLogLinearState, LogLinearState)):
             in_use = functools.partial(levels_in_use, L=x.levels.shape[-3])
             # With an axis of segments, those of each.

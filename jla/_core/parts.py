@@ -22,6 +22,8 @@ exactly = functools.partial(jax.default_matmul_precision, "highest")
 NEVER = -1e30
 # Tokens in a chunk: queries are moved past so many keys at once.
 CHUNK = 64
+# So many steps that follow one another are not a loop.
+MOST_STEPS = 16
 
 
 def l2norm(x, epsilon=1e-6):
@@ -117,25 +119,21 @@ def _scanned(join, first, s):
     return jnp.moveaxis(lax.scan(token, start, time_major)[1], 0, 1)
 
 
-def prepare(size, k, w, beta):
-    """What the chunks' keys and maps are, whatever the queries; float32, [N, B, H, C, ...].
+def prepare(k, w, beta):
+    """What the chunks' keys and maps are, whatever the queries; all float32, [..., C, D].
 
     Returns:
-      k and w, so cut.
       moved: the keys as the chunk's end sees them.
       writes: W'; the whole chunk's map is I - W^T W'.
       inner: [..., C, C], what one key's later maps take from its products inside the chunk.
     """
-    length = size * -(-k.shape[1] // size)
-    k, w, beta = (blockwise.split(x.astype(f32), length)[0] for x in (k, w, beta[..., None]))
-    k, w, beta = (blockwise.blocks(x, size) for x in (k, w, beta))
     with exactly():
         system = jnp.tril(beta * blockwise.pair_products(w, w), -1)
         triangle = _unit_lower_inverse(system) * blockwise.transposed(beta)
         writes = triangle @ w
         inner = triangle @ jnp.tril(blockwise.pair_products(w, k), -1)
         moved = k - blockwise.transposed(inner) @ w
-    return tuple(jnp.moveaxis(x, 2, 0) for x in (k, w, moved, writes, inner))
+    return moved, writes, inner
 
 
 @jax.custom_jvp
@@ -197,83 +195,128 @@ def fits(cache, starts, T):
     return place < cache.key.shape[1] + begin
 
 
-def at_the_end(moved, w, writes, g):
-    """What the row's last token sees, from the chunks [N, B, H, C, ...].
+def group_size(N):
+    """Of N chunks about sqrt(N) make a group."""
+    return N if is_symbolic_dim(N) or N < 4 else 1 << -(-(N - 1).bit_length() // 2)
 
-    About sqrt(N) chunks make a group. All groups' chunks move to their group's end together. The
-    groups' maps are multiplied one after another, and all keys then move to the row's end at once:
+
+def in_groups(*chunks):
+    """Chunks, each [N, ...] or None, in groups, [size, groups, ...]; the last padded with zeros."""
+    size = group_size(jax.tree.leaves(chunks)[0].shape[0])
+
+    def grouped(x):
+        if is_symbolic_dim(size):
+            return x[:, None]
+        x = jnp.pad(x, ((0, -x.shape[0] % size), *[(0, 0)] * (x.ndim - 1)))
+        return jnp.swapaxes(x.reshape(-1, size, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(grouped, chunks)
+
+
+def ungrouped(x, N):
+    """Undoes `in_groups` for one array: [size, groups, ...] to [N, ...]."""
+    return x[:, 0] if is_symbolic_dim(N) else jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:N]
+
+
+def at_the_end(moved, w, writes, g):
+    """What the row's last token sees, from groups of chunks, [size, groups, B, H, C, ...].
+
+    All groups' chunks move to their group's end together. The groups' maps are multiplied one after
+    another, and all keys then move to the row's end at once: with sqrt(N) chunks in a group,
     2 sqrt(N) products follow one another, and not N.
 
     Returns:
       The keys and the sums of the gates after each, in spans of tokens as `blockwise.merge` takes
-      them, [spans, B, H, L, K] and [spans, B, H, L, G]; all the row's maps as one, [B, H, K, K];
+      them, [groups, B, H, L, K] and [groups, B, H, L, G]; all the row's maps as one, [B, H, K, K];
       and the sum of all its gates, [B, H, 1, G]. Sums are None without gates.
     """
-    N = w.shape[0]
-    if is_symbolic_dim(N) or N < 4:
-        return _at_the_end(moved, w, writes, g)
-    size = 1 << -(-(N - 1).bit_length() // 2)
+    eye = jnp.eye(w.shape[-1], dtype=f32)
+    with exactly():
+        # The chunks' maps, transposed: P_1^T ... P_C^T.
+        maps = with_rank(eye, w.ndim) - blockwise.transposed(writes) @ w
+    after = total = None
+    if g is not None:
+        after, total = (blockwise.transposed(x[..., 0, :, :]) for x in sums_after(g))
 
-    def groups(x):
-        x = jnp.pad(x, ((0, -N % size), *[(0, 0)] * (x.ndim - 1)))
-        return jnp.swapaxes(x.reshape(-1, size, *x.shape[1:]), 0, 1)
-
-    keys, after, maps, total = _at_the_end(*jax.tree.map(groups, (moved, w, writes, g)))
-
-    def group(carry, inputs):
-        later, gates = carry
-        maps, total = inputs
+    def chunk(later, inputs):
+        (sums, later), (moved, maps, after, total) = later, inputs
         with exactly():
-            maps = later @ maps
-        return (maps, None if g is None else gates + total), carry
-
-    start = _nothing_later(w[0, :, :, 0], None if g is None else g[0, :, :, :1])
-    (maps_of_all, total_of_all), (maps, total) = _from_the_right(group, start, (maps, total))
+            keys, later = moved @ later, maps @ later
+        if g is None:
+            return (None, later), (keys, None)
+        return (sums + total, later), (keys, sums + after)
 
     def spans(x):
-        x = jnp.moveaxis(x, 0, 3)  # [size, groups, B, H, C, D]
         return x.reshape(*x.shape[:3], -1, x.shape[-1])
 
-    with exactly():
-        keys = blockwise.product(spans(keys), maps)
-    return keys, None if g is None else spans(after) + total, maps_of_all, total_of_all
+    chunks = moved, maps, after, total
+    if is_symbolic_dim(w.shape[0]):
+        later, last = _nothing_later(maps[0], None if total is None else total[0]), None
+    else:  # The last chunk of a group is at its end.
+        moved, maps, after, total = jax.tree.map(lambda x: x[-1], chunks)
+        chunks = jax.tree.map(lambda x: x[:-1], chunks)
+        later, last = (total, maps), (moved, after)
+    (total, maps), ends = _from_the_right(chunk, later, chunks, last, axis=3)
+    keys, after = jax.tree.map(spans, ends)
+    if w.shape[1] > 1:
+        keys, after, maps, total = _groups_at_the_end(keys, after, maps, total)
+    else:
+        maps, total = jax.tree.map(lambda x: x[0], (maps, total))
+    return keys, after, blockwise.transposed(maps), total
 
 
-def _at_the_end(moved, w, writes, g):
-    """`at_the_end`, chunk by chunk; between N and H may be any axes."""
+def _groups_at_the_end(keys, after, maps, total):
+    """The groups' keys, sums, transposed maps and all their gates: of the row's end, of the row."""
 
-    def chunk(carry, inputs):
-        maps, later = carry
-        moved, w, writes, g = inputs
+    def group(later, inputs):
+        (sums, later), (total, maps) = later, inputs
         with exactly():
-            keys = blockwise.product(moved, maps)
-            maps = maps - blockwise.product(maps, w) @ writes
-        if g is None:
-            return (maps, None), (keys, None)
-        after, total = (blockwise.transposed(x[..., 0, :, :]) for x in sums_after(g))
-        return (maps, later + total), (keys, later + after)
+            following = maps @ later
+        return (None if sums is None else sums + total, following), (sums, later)
 
-    start = _nothing_later(w[0, ..., 0, :], None if g is None else g[0, ..., :1, :])
-    (maps, total), ends = _from_the_right(chunk, start, (moved, w, writes, g))
-    return *ends, maps, total
+    later = _nothing_later(maps[0], None if total is None else total[0])
+    (total, maps), (sums, later) = _from_the_right(group, later, (total, maps), axis=0)
+    with exactly():
+        keys = keys @ later
+    return keys, None if after is None else after + sums, maps, total
 
 
-def _from_the_right(step, carry, inputs):
-    """`lax.scan` from the last to the first, a long one by four steps at a time: a GPU takes some
-    microseconds to start each operation of a loop, and copies what is carried."""
+def _nothing_later(maps, total):
+    """The sum of gates and the map of no token, which lie as those given."""
+    w = maps[..., 0, :]
+    identity = zero_state(w, w) + with_rank(jnp.eye(w.shape[-1], dtype=f32), maps.ndim)
+    return None if total is None else 0.0 * total, identity
+
+
+def _from_the_right(step, carry, inputs, last=None, *, axis):
+    """`lax.scan` from the last to the first, whose results are stacked along `axis`, and `last`, if
+    given, behind them.
+
+    A GPU takes some microseconds to start each operation of a loop, and copies what is carried and
+    each step's inputs and results: there is none where the steps are few.
+    """
     length = jax.tree.leaves(inputs)[0].shape[0]
-    unroll = 4 if not is_symbolic_dim(length) and length >= 8 else 1
-    return lax.scan(step, carry, inputs, reverse=True, unroll=unroll)
+    if is_symbolic_dim(length) or length > MOST_STEPS:
+        unroll = 1 if is_symbolic_dim(length) else 4
+        carry, results = lax.scan(step, carry, inputs, reverse=True, unroll=unroll)
+        results = jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), results)
+        if last is None:
+            return carry, results
+
+        def joined(x, last):
+            return jnp.concatenate([x, jnp.expand_dims(last, axis)], axis=axis)
+
+        return carry, jax.tree.map(joined, results, last)
+    results = [] if last is None else [last]
+    for i in reversed(range(length)):
+        carry, result = step(carry, jax.tree.map(lambda x, i=i: x[i], inputs))
+        results.insert(0, result)
+    return carry, jax.tree.map(lambda *x: jnp.stack(x, axis=axis), *results)
 
 
-def _nothing_later(w, gates):
-    """The maps and the sum of the gates of no token; `w` [..., K] and `gates` place them."""
-    identity = jnp.expand_dims(jnp.eye(w.shape[-1], dtype=f32), range(w.ndim - 1))
-    return zero_state(w, w) + identity, None if gates is None else 0.0 * gates
-
-
-def appended(cache, v, starts, keys, after, maps, total):
-    """The cache with the tokens of each row's last segment, from that segment's first place on."""
+def appended(cache, v, starts, keys, after, maps, total, *, empty=False):
+    """The cache with the tokens of each row's last segment, from that segment's first place on;
+    `empty` says that no row of the cache has a token yet."""
     (B, T), S = v.shape[:2], cache.key.shape[1]
     kept, border = cache.length, 0
     if starts is not None:
@@ -284,16 +327,28 @@ def appended(cache, v, starts, keys, after, maps, total):
     # Where a row begins in its new tokens with S zeros on both sides, each of them at its place.
     begin = S + border - kept
 
+    at_the_front = empty and starts is None and not any(map(is_symbolic_dim, (S, T)))
+
     def place_tokens(old, new):
+        if at_the_front:
+            return lax.pad(
+                new[:, :S],
+                jnp.zeros((), new.dtype),
+                [(0, max(S - T, 0) if i == 1 else 0, 0) for i in range(new.ndim)],
+            )
         new = jnp.pad(new, [(S if i == 1 else 0,) * 2 for i in range(new.ndim)])
         new = jax.vmap(lambda row, i: lax.dynamic_slice_in_dim(row, i, S))(new, begin)
-        return jnp.where(is_old.reshape(B, S, *[1] * (old.ndim - 2)), old, new)
+        return new if empty else jnp.where(is_old.reshape(B, S, *[1] * (new.ndim - 2)), old(), new)
 
-    with exactly():
-        old = jnp.einsum("bshk,bhlk->bshl", cache.key, maps)
-    key, value = place_tokens(old, blockwise.merge(keys, T)), place_tokens(cache.value, v)
+    def moved_keys():
+        with exactly():
+            return jnp.einsum("bshk,bhlk->bshl", cache.key, maps)
+
+    key = place_tokens(moved_keys, blockwise.merge(keys, T))
+    value = place_tokens(lambda: cache.value, v)
     decay = None
     if after is not None:
         after = blockwise.merge(after, T).reshape(B, T, -1)
-        decay = place_tokens(cache.decay + jnp.swapaxes(total, 1, 2).reshape(B, 1, -1), after)
+        total = jnp.swapaxes(total, 1, 2).reshape(B, 1, -1)
+        decay = place_tokens(lambda: cache.decay + total, after)
     return PathCache(key, value, decay, length)

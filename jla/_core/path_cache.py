@@ -16,7 +16,17 @@ from jla._core import blockwise
 from jla._core.axes import PATH
 from jla._core.cache import PathCache, without_rest
 from jla._core.lengths import chunk_size
-from jla._core.parts import CHUNK, NEVER, appended, at_the_end, exactly, fits, prepare
+from jla._core.parts import (
+    CHUNK,
+    NEVER,
+    appended,
+    at_the_end,
+    exactly,
+    fits,
+    in_groups,
+    prepare,
+    ungrouped,
+)
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import repeated, zero_state
@@ -107,11 +117,20 @@ def _of_shard(
     size = chunk_size(T, CHUNK)
     starts = None if segment_ids is None else segment_starts(segment_ids)
     g = None if g is None else jnp.maximum(g, NEVER)
-    _, w, moved, writes, _ = prepare(size, k, w, beta)
+    gates = None if g is None else g.reshape(B, T, H, -1)
+    chunks = [
+        None if x is None else blockwise.split(x, size) for x in (k, w, beta[..., None], gates)
+    ]
+    k, w, beta, gates = in_groups(*(None if x is None else x.astype(f32) for x in chunks))
+    # As one axis of chunks: with more, XLA takes twice as long to compile this.
+    chunks = prepare(*(x.reshape(-1, *x.shape[-2:]) for x in (k, w, beta)))
+    moved, writes = (x.reshape(w.shape) for x in chunks[:2])
+    new = v, starts, *at_the_end(moved, w, writes, gates)
 
     def with_cached(o):
         queries = blockwise.split(q.reshape(B, T, H, HQ // H, K).reshape(B, T, H, -1), size)
-        queries = blockwise.merge(at_the_start(queries, w, writes), T)
+        in_order = (ungrouped(x, queries.shape[0]) for x in (w, writes))
+        queries = blockwise.merge(at_the_start(queries, *in_order), T)
         gates = None if g is None else scale * g
         if starts is not None:
             gates = jnp.where(starts[..., None], NEVER, f32(0.0) if gates is None else gates)
@@ -119,13 +138,14 @@ def _of_shard(
             gates = jnp.broadcast_to(running_sum(gates), (B, T, HQ))
         read, of_cached = _read(queries, gates, cache, scale)
         share = jax.nn.sigmoid(of_cached - logsumexp)[..., None]
-        return o + share * (read - o)
+        return o + share * (read - o), *appended(cache, *new)
 
-    o = lax.cond(jnp.any(cache.length > 0), with_cached, lambda o: o, o.astype(f32))
+    def alone(o):
+        return o, *appended(cache, *new, empty=True)
+
+    o, *cache_after = lax.cond(jnp.any(cache.length > 0), with_cached, alone, o.astype(f32))
     o = jnp.where(fits(cache, starts, T)[:, :, None, None], o, jnp.nan)
-    gates = None if g is None else blockwise.split(g.reshape(B, T, H, -1), size)
-    cache = appended(cache, v, starts, *at_the_end(moved, w, writes, gates))
-    return o, *(x for x in cache if x is not None)
+    return o, *(x for x in cache_after if x is not None)
 
 
 def at_the_start(q, w, writes):

@@ -17,7 +17,7 @@ from jax import lax
 
 from jla._core import blockwise, sequence
 from jla._core.lengths import chunk_size
-from jla._core.parts import CHUNK, NEVER, at_the_end, exactly, prepare
+from jla._core.parts import CHUNK, NEVER, at_the_end, exactly, in_groups, prepare
 from jla._core.path_cache import at_the_start, read
 from jla._core.segments import segment_starts
 from jla._core.sums import running_sum
@@ -64,12 +64,13 @@ def _with_left(o, logsumexp, q, k, v, w, beta, gates, *, axis, scale):
     size, index = lax.axis_size(axis), lax.axis_index(axis)
     before = None if gates is None else running_sum(gates)
     chunk = chunk_size(T, CHUNK)
-    _, w, moved, writes, _ = prepare(chunk, k, w, beta)
+    k, w, beta = (blockwise.split(x.astype(f32), chunk) for x in (k, w, beta[..., None]))
+    moved, writes, _ = prepare(k, w, beta)
     queries = blockwise.split(q.reshape(B, T, H, HQ // H, K).reshape(B, T, H, -1), chunk)
     queries = blockwise.merge(at_the_start(queries, w, writes), T)
     if gates is not None:
         gates = blockwise.split(gates.reshape(B, T, H, -1), chunk)
-    keys, after, maps, total = at_the_end(moved, w, writes, gates)
+    keys, after, maps, total = at_the_end(*in_groups(moved, w, writes, gates))
     if after is not None and total is not None:
         after = blockwise.merge(after, T).reshape(B, T, HQ)
         total = jnp.swapaxes(total, 1, 2).reshape(B, 1, HQ)

@@ -50,6 +50,8 @@ type ValueProducts = jax.Array  # [B, H, K, V], float32
 type CachedKeys = jax.Array  # [B, S, H, K], float32
 type CachedValues = jax.Array  # [B, S, H, V], of v's dtype
 type CachedDecays = jax.Array  # [B, S, HQ], float32
+type RecentKeys = jax.Array  # [B, 64, H, K], float32
+type MapChanges = jax.Array  # [B, H, K, K], float32
 type Lengths = jax.Array  # [B], int32
 
 # One array, or a NamedTuple of arrays of which some may be missing: what a step takes and returns.

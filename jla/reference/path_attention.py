@@ -8,8 +8,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._core import pools
-from jla._core.cache import PathCache, counted, places, without_rest
+from jla._core.cache import (
+    LazyPathCache,
+    PathCache,
+    counted,
+    first_recent,
+    places,
+    with_rows,
+    without_rest,
+)
 from jla._core.lengths import is_symbolic_dim
+from jla._core.path_lazy import after_token, folded
 from jla._core.segments import segment_starts
 from jla._core.states import repeated
 
@@ -22,6 +31,8 @@ _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 def path_step(q, k, v, w, beta, g, cache, *, scale, logsumexps=False):
     """One token. See `jla.path_step`; with `logsumexps` the first result is o in float32 and the
     logits' log-sum-exp, [B, HQ]."""
+    if isinstance(cache, LazyPathCache):
+        return _lazy_step(q, k, v, w, beta, g, cache, scale=scale)
     group = q.shape[1] // k.shape[1]
     dtype = v.dtype
     q, k, w, beta = (x.astype(f32)[:, None] for x in (q, k, w, beta))
@@ -47,6 +58,39 @@ def path_step(q, k, v, w, beta, g, cache, *, scale, logsumexps=False):
     o = jnp.where(fits[:, None, None], o, jnp.nan)
     o = (o, jax.nn.logsumexp(logits, axis=1)) if logsumexps else o.astype(dtype)
     return o, PathCache(key, value, decay, counted(cache.length, 1))
+
+
+def _lazy_step(q, k, v, w, beta, g, cache, *, scale):
+    """One token from a `LazyPathCache`, whose formulas these are."""
+    (B, HQ, K), H, S, dtype = q.shape, k.shape[1], cache.key.shape[1], v.dtype
+    q, k, w, beta = (x.astype(f32) for x in (q, k, w, beta))
+    first = first_recent(cache.length, S)
+    recent, change, back = after_token(cache.recent, cache.change, cache.length, S, q, k, w, beta)
+    # A query for the settled keys, and one for the others.
+    back, q = (x.reshape(B, H, HQ // H, K) for x in (back, q))
+    place = places(cache)
+    here, before = (
+        x[..., None] for x in (place == cache.length[:, None], place < cache.length[:, None])
+    )
+    is_settled = (place < first[:, None])[..., None, None]
+    settled = jnp.where(is_settled, cache.key.astype(f32), 0.0)
+    others = with_rows(jnp.zeros_like(settled), recent, first)
+    logits = _einsum("bhgk,bshk->bshg", back, settled) + jnp.where(
+        is_settled, 0.0, _einsum("bhgk,bshk->bshg", q, others)
+    )
+    logits = logits.reshape(B, S, HQ)
+    decay = None
+    if g is not None:
+        decay = jnp.where(before, cache.decay + g[:, None], 0.0)
+        logits += decay
+    p = jax.nn.softmax(jnp.where(before | here, scale * logits, -jnp.inf), axis=1)
+    value = jnp.where(here[..., None], v[:, None], cache.value)
+    values = jnp.where((before | here)[..., None], value, 0).astype(f32)
+    o = _einsum("bshg,bshv->bhgv", p.reshape(B, S, H, -1), values).reshape(B, HQ, -1)
+    o = jnp.where((cache.length < S)[:, None, None], o, jnp.nan)
+    length = counted(cache.length, 1)
+    cache = LazyPathCache(cache.key, value, decay, length, recent, change)
+    return o.astype(dtype), folded(cache)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "logsumexps"))

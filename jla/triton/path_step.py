@@ -36,7 +36,7 @@ def path_step(q, k, v, w, beta, g, cache, *, scale, slots=None):
     return around.path_step(_pass, reference.path_step, q, k, v, w, beta, g, cache, **options)
 
 
-def _pass(q, k, w, beta, key, value, length, added, *, scale, first, slots=None):
+def _pass(q, k, w, beta, key, value, length, added, *, scale, first, moved, slots=None):
     """The kernel call for some query heads of every group; see `around.path_step`."""
     (S, H, K), V, (B, HQ, _) = key.shape[1:], value.shape[-1], q.shape
     kernel, on_pool = kernels.path_step, ()
@@ -46,7 +46,7 @@ def _pass(q, k, w, beta, key, value, length, added, *, scale, first, slots=None)
     size = min(LONGEST, max(SHORTEST, S * B * H // PROGRAMS // SHORTEST * SHORTEST))
     shape = B, H, triton.cdiv(S, size), group
     BG, BK, BV = map(triton.next_power_of_2, (group, K, V))
-    outputs = [SDS((*shape, V), f32), SDS(shape, f32), SDS(shape, f32), SDS(key.shape, f32)]
+    outputs = [SDS((*shape, V), f32), SDS(shape, f32), SDS(shape, f32), SDS(key.shape, key.dtype)]
     *softmax, key = launch.call(
         kernel,
         *(q, k, w, beta, key, value, length, q if added is None else added, S, *on_pool),
@@ -57,7 +57,7 @@ def _pass(q, k, w, beta, key, value, length, added, *, scale, first, slots=None)
             **dict(SCALE=scale * around.LOG2E, HQ=HQ, H=H, K=K, V=V),
             **dict(GROUP=group, FIRST=first, PIECE=size),
             **dict(BG=BG, BK=BK, BV=BV, BS=max(1, TILE // (BG * max(BK, BV)))),
-            **dict(MOVED=first > 0, GATES=added is not None),
+            **dict(MOVED=moved, GATES=added is not None),
         ),
         in_place={4: 3},
     )

@@ -7,10 +7,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._core import blockwise, pools
-from jla._core.cache import PathCache, counted, places, without_rest
+from jla._core.cache import LazyPathCache, PathCache, counted, places, without_rest
 from jla._core.lengths import chunk_size, is_symbolic_dim
-from jla._core.parts import CHUNK, NEVER, appended, at_the_end, exactly, fits, prepare, sums_after
+from jla._core.parts import (
+    CHUNK,
+    NEVER,
+    appended,
+    at_the_end,
+    exactly,
+    fits,
+    in_groups,
+    prepare,
+    sums_after,
+)
 from jla._core.segments import segment_starts
+from jla.reference import path_attention as reference
 
 __all__ = ["path_attention", "path_step"]
 
@@ -24,6 +35,8 @@ BLOCK = 256
 @functools.partial(jax.jit, static_argnames="scale")
 def path_step(q, k, v, w, beta, g, cache, *, scale):
     """One token. See `jla.path_step`."""
+    if isinstance(cache, LazyPathCache):
+        return reference.path_step(q, k, v, w, beta, g, cache, scale=scale)
     (B, HQ, K), H, dtype = q.shape, k.shape[1], v.dtype
     q, k, w, beta = (x.astype(f32) for x in (q, k, w, beta))
     place = places(cache) - cache.length[:, None]
@@ -72,7 +85,8 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale, logsumexps
     # The queries of one key head lie side by side, as if they were one.
     queries = blockwise.split(q.reshape(B, T, H, HQ // H, K).reshape(B, T, H, -1), size)
     values = blockwise.split(v, size)
-    k, w, moved, writes, inner = prepare(size, k, w, beta)
+    k, w, beta = (blockwise.split(x.astype(f32), size) for x in (k, w, beta[..., None]))
+    moved, writes, inner = prepare(k, w, beta)
 
     index = jnp.arange(w.shape[0], dtype=i32)
     after, total = (None, None) if gates is None else sums_after(gates)
@@ -90,7 +104,7 @@ def path_attention(q, k, v, w, beta, g, cache, segment_ids, *, scale, logsumexps
         return o, None
     o = jnp.where(fits(cache, starts, T)[:, :, None, None], o, jnp.nan)
     g = None if g is None else blockwise.split(g, size)
-    return o, appended(cache, v, starts, *at_the_end(moved, w, writes, g))
+    return o, appended(cache, v, starts, *at_the_end(*in_groups(moved, w, writes, g)))
 
 
 def _cached(cache, scale):

@@ -112,3 +112,32 @@ def test_too_small_a_cache_raises_or_shows():
     np.testing.assert_array_equal(cache["length"], [9, 9])
     y, cache = advance("path-plain", params, cache, x[:, :1])
     assert np.all(np.isnan(y)) and np.all(cache["length"] == 10)
+
+
+def test_lazy_keys_are_the_others():
+    """A prefill behind 60 tokens of zeros, steps to the 64th token and beyond it, one of them of
+    padding, and a prefill."""
+    x, params = normal(3, 2, 8, D), parameters("path-rich")
+    parts = (2, 1, 1, 1, 1, 2)
+    calls = []
+    for lazy in (None, jnp.float32):
+        module = layer("path-rich", decode=True, lazy_keys=lazy)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((2, 80, D)))
+        cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes["cache"])
+        cache["length"] += 60
+
+        @jax.jit
+        def call(cache, x, mask, module=module):
+            variables = {"params": params, "cache": cache}
+            y, variables = module.apply(variables, x, mask=mask, mutable=["cache"])
+            return y, variables["cache"]
+
+        outputs, first = [], 0
+        for i, n in enumerate(parts):
+            mask = jnp.array([[True], [False]]) if i == 2 else None
+            y, cache = evaluated(call)(cache, x[:, first : first + n], mask)
+            outputs.append(y)
+            first += n
+        calls.append(np.concatenate(outputs, axis=1))
+    assert cache["recent"].shape == (2, 64, 2, 16)
+    close(calls[1], calls[0], 1e-5)

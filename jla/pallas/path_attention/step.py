@@ -86,7 +86,7 @@ def path_step(q, k, v, w, beta, g, cache, *, scale, slots=None):
 _load = functools.partial(mosaic.load, optimized=False)
 
 
-def _attend(q, k, w, beta, key, value, length, added, *, scale, first, slots=None):
+def _attend(q, k, w, beta, key, value, length, added, *, scale, first, moved, slots=None):
     """The kernel for some query heads of every group; see `around.path_step`."""
     (S, H), (B, HQ, _) = key.shape[1:3], q.shape
 
@@ -98,7 +98,7 @@ def _attend(q, k, w, beta, key, value, length, added, *, scale, first, slots=Non
         # TMA wants rows of whole 16 bytes.
         added = heads(jnp.pad(jnp.swapaxes(added, 1, 2), ((0, 0), (0, 0), (0, -S % 4))))
     arrays = heads(q), k, w, beta, key, value, length, added, slots
-    *softmax, key = _pass(*arrays, scale=scale, moved=first > 0)
+    *softmax, key = _pass(*arrays, scale=scale, moved=moved)
     return *(x.reshape(B, H, -1, *x.shape[2:]) for x in softmax), key
 
 
@@ -139,7 +139,7 @@ def _pass(q, k, w, beta, key, value, length, added, slots, *, scale, moved):
             new_key=None if moved else SDS(key.shape, f32),
         ),
         scratch=dict(
-            keys=_tiles((stages, rows, K), f32),
+            keys=_tiles((stages, rows, K), key.dtype),
             values=_tiles((stages, rows, V), value.dtype),
             sums=None if added is None else plgpu.SMEM((stages, group, rows), f32),
             loaded=barrier_for(dict(key=1, value=1, added=added is not None), stages),

@@ -93,7 +93,7 @@ def _advance(
         at = start + place
         there = at < end
         address = (of_cache + at) * H + h
-        keys = tl.load(key_ptr + address * K + kk, there & (kk < K), 0.0)
+        keys = tl.load(key_ptr + address * K + kk, there & (kk < K), 0.0).to(tl.float32)
         values = tl.load(value_ptr + address * V + vv, there & (vv < V), 0.0).to(tl.float32)
         if not MOVED:
             keys -= beta * tl.sum(keys * w, axis=2, keep_dims=True) * w
