@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluator import evaluated
 from layers import (
     D,
     each_rich,
@@ -54,7 +55,7 @@ def test_rows_of_a_pool_are_rows(case):
     """To the bit: prompts with padding, then a token or padding. Other rows stay, and a row without
     a sequence gives zeros, whatever it holds."""
     pool = before = used(empty_cache(case, ROWS))
-    pool = jax.device_get(jla.linen.clear(jax.tree.map(jnp.asarray, pool), SLOTS))
+    pool = evaluated(jax.jit(jla.linen.clear))(pool, SLOTS)
     alone = empty_cache(case, len(SLOTS))
     for i, mask in enumerate((MASK, MASK[:, :1])):
         x = normal(i, 3, 1 if i else 5, D)

@@ -57,7 +57,7 @@ def test_rows_of_a_pool_are_rows(name):
     shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)
     params, before = random_params(module, inputs), used(zeros(shapes["cache"]))
     call = caller(module)
-    pool = jax.device_get(jla.linen.clear(jax.device_put(before), SLOTS))
+    pool = evaluated(jax.jit(jla.linen.clear))(before, SLOTS)
     alone = jax.tree.map(lambda x: np.zeros((len(SLOTS), *x.shape[1:]), x.dtype), before)
     for i, mask in enumerate((MASK, MASK[:, :1])):
         x = normal(i, 3, 1 if i else 5, D)
@@ -77,7 +77,7 @@ def test_a_model_passes_its_slots_on():
     params = random_params(model, tokens)
     before = used(jax.device_get(empty_cache(model, ROWS, ROOM)))
     call = caller(model)
-    pool = jax.device_get(jla.linen.clear(jax.device_put(before), SLOTS))
+    pool = evaluated(jax.jit(jla.linen.clear))(before, SLOTS)
     alone = jax.device_get(empty_cache(model, len(SLOTS), ROOM))
     for part, mask in ((tokens, MASK), (tokens[:, :1], None)):
         wanted, alone = call({"params": params, "cache": alone}, part, mask, None)
