@@ -17,12 +17,12 @@ import numpy as np
 from jax import export, lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jla._core.derivatives import no_derivative
 from jla._core.interpreter import interpreting
 from jla._core.types import Sizes
+from jla._core.varying import varying_as, without_varying_types
 
 # Of jax-triton 0.3 and 0.4. `jax.export` guarantees nothing for programs with them that another
 # version of JAX reads; those made here are called in the same process.
@@ -64,7 +64,7 @@ def shardwise(
         mesh, names = _explicit(arrays)
         if names:
             return call.by_type(mesh, names, run, arrays)
-        return _without_varying_types(call.by_partitioner, arrays)
+        return without_varying_types(call.by_partitioner, arrays)
 
     # Inside, so that a checkpoint policy sees the kernels' results as those of custom_vmap.
     run = custom_vmap(no_derivative(run, functools.partial(function).func.__module__))
@@ -265,43 +265,6 @@ def for_each_row(weights: jax.Array, x: jax.Array) -> jax.Array:
     weights = jax.sharding.reshard(weights, NamedSharding(mesh, PartitionSpec(None, heads)))
     placed = NamedSharding(mesh, PartitionSpec(batch, None, heads))
     return lax.broadcast_in_dim(weights, shape, (1, 2, 3), out_sharding=placed)
-
-
-def varying_as(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """Weights of a type that varies over all axes of shard_map's mesh over which x's does: the
-    gradient that a kernel makes of them does so, and the transpose is the sum over those axes."""
-    missing = tuple(_varying(x) - _varying(weights))
-    return lax.pcast(weights, missing, to="varying") if missing else weights
-
-
-def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Arrays of types that vary over the same axes of shard_map's mesh, see `varying_as`."""
-    axes = frozenset().union(*map(_varying, arrays))
-    missing = (tuple(axes - _varying(x)) for x in arrays)
-    return tuple(
-        lax.pcast(x, names, to="varying") if names else x
-        for x, names in zip(arrays, missing, strict=True)
-    )
-
-
-def _without_varying_types(function: Callable[..., Arrays], arrays: Arrays) -> Arrays:
-    """Calls a function that knows nothing of the mesh axes over which shard_map's values vary.
-
-    Refs that vary are refused by Pallas, and what a kernel returns would not vary, though all of it
-    depends on all operands.
-    """
-    axes = frozenset().union(*map(_varying, arrays))
-    if not axes:
-        return function(*arrays)
-    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
-    # Under jit it is one operation, inside of which JAX does not compare how an iota and its users
-    # vary.
-    out = jaxpr_as_fun(jax.make_jaxpr(jax.jit(lambda *x: function(*x)))(*shapes))(*arrays)
-    missing = (tuple(axes - _varying(x)) for x in out)
-    return tuple(
-        lax.pcast(x, names, to="varying") if names else x
-        for x, names in zip(out, missing, strict=True)
-    )
 
 
 def _lowered_once(
@@ -522,7 +485,3 @@ def _rule(letters: Letters, results: Letters, sizes: Sizes) -> dict[str, Any]:
     rows = "r" if "R" in sizes else "b"
     whole = tuple(x for x in factors if x not in (rows, "h", "groups"))
     return dict(sharding_rule=rule, need_replication_factors=whole)
-
-
-def _varying(x: jax.Array) -> frozenset[str]:
-    return jax.typeof(x).manual_axis_type.varying

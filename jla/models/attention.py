@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,7 @@ class Attention(nn.Module):
         once = copies(tokens.x, split)
 
         def project(heads, name):
-            options = dict(use_bias=self.use_bias, name=name)
+            options: dict[str, Any] = dict(use_bias=self.use_bias, name=name)
             if once is None or heads % once.shape[0]:
                 return dense((heads, K), **options)(tokens.x)
             return dense((heads, K), dot_general_cls=by_heads, **options)(once)[0]
@@ -166,7 +167,7 @@ class Attention(nn.Module):
 
     def _attend_over(self, q, k, v, segments=None, *, axis):
         """The outputs [B, T, H, K] without a cache; `axis` splits time, or is None."""
-        first, place, _ = intervals_over(*q.shape[:2], segments, axis)
+        first, place, _ = intervals_over(q, segments, axis)
         q, k = self._rotated(q, k, place - first)
         if axis is None:
             return self._attend_whole(q, k, v, first, place, segments)
@@ -188,7 +189,8 @@ class Attention(nn.Module):
             return causal_attention(q, k, v)
         if self.window is not None:
             first = jnp.maximum(first, place - (self.window - 1))
-        return interval_attention(q, *(jnp.swapaxes(x, 1, 2) for x in (k, v)), first, place)
+        k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+        return interval_attention(q, k, v, first, place)
 
     def _rotated(self, q, k, position):
         if self.rope_theta is None:

@@ -11,7 +11,7 @@ from flax.typing import Dtype
 from jax import lax
 
 from jla._core import checks, whole
-from jla._core.shardwise import alike
+from jla._core.varying import alike
 from jla._core.whole import Names
 from jla.linen import _arguments
 from jla.models.mlp import SwiGLU

@@ -6,7 +6,7 @@ from jax import lax
 
 from jla._core import sequence
 from jla._core.segments import segment_starts
-from jla._core.shardwise import alike
+from jla._core.varying import alike
 
 f32, i32 = jnp.float32, jnp.int32
 QUERIES_AT_ONCE = 256  # in `interval_attention`, so that its logits are [B, H, 256, S] at most
@@ -36,9 +36,10 @@ def intervals(T, segments, before):
     return first, place, None if before is None else first[:, -1]
 
 
-def intervals_over(B, T, segments, axis):
-    """`intervals` of one device's tokens, in the places of the whole sequence, if an axis splits
-    it; `segments` are then ids, of which equal neighbours are one segment."""
+def intervals_over(q, segments, axis):
+    """`intervals` of queries [B, T, H, K]: of one device's, in the places of the whole sequence, if
+    an axis splits it. `segments` are then ids, of which equal neighbours are one segment."""
+    B, T = q.shape[:2]
     if axis is None:
         return intervals(T, segments, None)
     # How many tokens of the segment to which a device's first token belongs lie to its left.
@@ -121,7 +122,8 @@ def from_left(q, block, held, expand, first, last, axis, window=None):
 
         def read(block, number):
             start = (index - number) * T
-            return with_logsumexp(q, *expand(block, held), first - start, last - start, f32)
+            keys, values = expand(block, held)
+            return with_logsumexp(q, keys, values, first - start, last - start, f32)
 
         def step(carry, number):
             o, total, block = carry

@@ -137,7 +137,7 @@ class LatentAttention(nn.Module):
 
     def _attend_over(self, q, latent, shared, up, segments=None, *, axis):
         """The outputs [B, T, H, v] without a cache; `axis` splits time, or is None."""
-        first, place, _ = intervals_over(*q.shape[:2], segments, axis)
+        first, place, _ = intervals_over(q, segments, axis)
         q, shared = self._rotated(q, shared, place - first)
         if axis is None:
             return attend_to_all(q, latent, shared, up, first, place)
@@ -145,13 +145,15 @@ class LatentAttention(nn.Module):
         if q.shape[2] % lax.axis_size(axis):
 
             def expand(latents, up):
-                return keys_and_values(*latents, up, n)
+                latent, shared = latents
+                return keys_and_values(latent, shared, up, n)
 
             return from_left(q, (latent, shared), up, expand, first, place, axis)
 
         def run(q, k, v, _, segments):
             first, place, _ = intervals(q.shape[1], segments, None)
-            return interval_attention(q, *(jnp.swapaxes(x, 1, 2) for x in (k, v)), first, place), 0
+            k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+            return interval_attention(q, k, v, first, place), 0
 
         kv = (jnp.swapaxes(x, 1, 2) for x in keys_and_values(latent, shared, up, n))
         return sequence.by_heads(run, (q, *kv), segments, axis)
@@ -283,7 +285,8 @@ def attend_to_all(q, latent, shared, up, first, last):
     """Attention of queries [B, T, H, n + r] to the places `first` to `last`, [B, T] each, of
     latents [B, S, c] and shared keys [B, S, r]; `up` is [c, H, n + v]. Returns [B, T, H, v]."""
     n = q.shape[3] - shared.shape[2]
-    return interval_attention(q, *keys_and_values(latent, shared, up, n), first, last)
+    k, v = keys_and_values(latent, shared, up, n)
+    return interval_attention(q, k, v, first, last)
 
 
 def keys_and_values(latent, shared, up, n):

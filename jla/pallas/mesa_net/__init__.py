@@ -16,8 +16,9 @@ from jla._core.axes import MESA_NET, letters
 from jla._core.derivatives import reverse_only
 from jla._core.movement import MESA_NET as MESA_STATES
 from jla._core.segments import segment_starts
-from jla._core.shardwise import defvjp, shardwise, varying_as
+from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import MesaState, zero_mesa_state
+from jla._core.varying import varying_as
 from jla.pallas.common.chunks import CHUNK, LOG2E, TILE_WIDTH
 from jla.pallas.common.padding import missing_tokens, pad
 from jla.pallas.mesa_net import log_decays, solve, states, step
