@@ -170,7 +170,8 @@ def _lazy_step(attend, formula, q, k, v, w, beta, g, cache, scale):
 
 def _named(step, names, results, *arrays, scale):
     """A step of arrays with these names: the output, and those of the cache's arrays after it."""
-    given = dict(decay=None, g=None) | dict(zip(names, arrays, strict=True))
+    given: dict[str, Any] = dict(decay=None, g=None)
+    given |= dict(zip(names, arrays, strict=True))
     cache = LazyPathCache(**{name: given.pop(name) for name in LazyPathCache._fields})
     o, cache = step(**given, cache=cache, scale=scale)
     return o, *(getattr(cache, name) for name in results)
