@@ -25,8 +25,23 @@ from jla import _fused
 N = 6
 
 
-def with_states(rows):
-    return [row for row in rows if row.values[0].name != "path"]
+def with_states(rows, slow=lambda mechanism, implementation: False):
+    """The rows of mechanisms with a state of a fixed size, some of them marked slow."""
+    rows = [row for row in rows if row.values[0].name != "path"]
+    marks = [[pytest.mark.slow] * slow(*row.values[:2]) for row in rows]
+    return [
+        pytest.param(*row.values, id=row.id, marks=[*row.marks, *mark])
+        for row, mark in zip(rows, marks, strict=True)
+    ]
+
+
+def interpreted(mechanism, implementation):
+    return implementation.interpreted
+
+
+def around_a_core(mechanism, implementation):
+    """What is around log-linear attention's kernels is around the core of "xla", too."""
+    return implementation.interpreted and mechanism.name == "log_linear"
 
 
 # Runs of ids. For chunks of 32 and of 64: a border on a chunk's end and inside one, several
@@ -106,7 +121,9 @@ def test_each_segment_is_a_row_of_its_own(mechanism, implementation, sizes):
         assert_close(gradients[n], shared[n], 1e-4)
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", with_states(AGAINST_REFERENCE))
+@pytest.mark.parametrize(
+    "mechanism, implementation, sizes", with_states(AGAINST_REFERENCE, around_a_core)
+)
 def test_packed_states_are_the_definition(mechanism, implementation, sizes):
     """And the state of a segment that is absent comes back as it was, though it is NaN."""
     dtype, name = implementation.dtypes[0], mechanism.state[0]
@@ -126,7 +143,7 @@ def test_packed_states_are_the_definition(mechanism, implementation, sizes):
     assert_agrees(mechanism, dtype, got, want)
 
 
-@pytest.mark.parametrize("mechanism, implementation, sizes", with_states(SMALL))
+@pytest.mark.parametrize("mechanism, implementation, sizes", with_states(SMALL, interpreted))
 def test_one_segment_is_the_row(mechanism, implementation, sizes):
     sizes = dict(sizes) | dict(T=20)
     args, _ = inputs(mechanism, sizes, implementation.dtypes[0])
