@@ -74,32 +74,9 @@ def gsa_gradients(
 
     # 1. and 2.
     for slot in range(0, M, BM):
-        w = load_tile(w_ptr, b, n, head, T, slot, HQ, M, BM).to(tl.float32)
-        s = load_tile(s_ptr, b, n, h, T, slot, H, M, BM).to(tl.float32)
-        sums = load_sums(sums_ptr, b, n, h, T, rows, slot, H, M, BM)
-        # What reads, w exp(G), and what is read, s exp(-G).
-        readers, writes = made(w * near(sums, 1), FLOAT32), made(s * near(sums, -1), FLOAT32)
-        # A pair's two tokens have equal terms in dg, which cancel outside of the pair.
-        change = product(tl.trans(scores), readers, zeros(CHUNK, BM), FLOAT32)
-        dg = -writes.to(tl.float32) * change
-        at = once_more(n)
-        ds = change * near(load_sums(sums_ptr, b, at, h, T, rows, slot, H, M, BM), -1)
-        ds += own[:, None] * load_tile(w_ptr, b, at, head, T, slot, HQ, M, BM).to(tl.float32)
-        dg += readers.to(tl.float32) * product(scores, writes, zeros(CHUNK, BM), FLOAT32)
-        if not all_near(sums_ptr, b, n, h, T, slot, H, M, BM):
-            for level in tl.range(0, LEVELS, num_stages=1):
-                # A token either reads or is read, with the same decay: one product serves both.
-                factor = level_decay(sums_ptr, b, again(n, level), h, T, level, slot, H, M, BM)
-                decayed = level_tile(
-                    w_ptr, s_ptr, factor, b, n, head, h, T, level, slot, HQ, H, M, BM, FLOAT32
-                )
-                # For j < i x_i . y_j, for j > i x_j . y_i.
-                both = tl.where(((i >> level) ^ (j >> level)) == 1, scores + tl.trans(scores), 0.0)
-                far = product(both, decayed, zeros(CHUNK, BM), FLOAT32)
-                ds += tl.where(is_reader(level), 0.0, factor * far)
-                far *= decayed.to(tl.float32)
-                dg += tl.where(is_reader(level), far, -far)
-
+        ds, dg = _of_pairs(
+            scores, own, w_ptr, s_ptr, sums_ptr, T, b, n, head, h, slot, HQ, H, M, BM, FLOAT32
+        )
         reads, carried = zeros(CHUNK, BM), tl.zeros((BM,), tl.float32)
         for feature in range(0, D, BD):
             x = load_tile(x_ptr, b, n, head, T, feature, HQ, D, BD)
@@ -136,6 +113,43 @@ def gsa_gradients(
         x_ptr, y_ptr, w_ptr, s_ptr, sums_ptr, states_ptr, gradients_ptr, T, dx_ptr, dy_ptr,
         b, n, head, h, is_first, HQ, H, D, M, BD, BM, ROWS, FLOAT32,
     )  # fmt: skip
+
+
+@triton.jit
+def _of_pairs(
+    scores, own, w_ptr, s_ptr, sums_ptr, T, b, n, head, h, slot,
+    HQ: tl.constexpr, H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, FLOAT32: tl.constexpr,
+):  # fmt: skip
+    """What a chunk's pairs give ds and dg, of `gsa_gradients`; scores are those of j < i, own those
+    of j = i."""
+    rows = tl.arange(0, CHUNK)
+    i, j = rows[:, None], rows[None, :]
+    w = load_tile(w_ptr, b, n, head, T, slot, HQ, M, BM).to(tl.float32)
+    s = load_tile(s_ptr, b, n, h, T, slot, H, M, BM).to(tl.float32)
+    sums = load_sums(sums_ptr, b, n, h, T, rows, slot, H, M, BM)
+    # What reads, w exp(G), and what is read, s exp(-G).
+    readers, writes = made(w * near(sums, 1), FLOAT32), made(s * near(sums, -1), FLOAT32)
+    # A pair's two tokens have equal terms in dg, which cancel outside of the pair.
+    change = product(tl.trans(scores), readers, zeros(CHUNK, BM), FLOAT32)
+    dg = -writes.to(tl.float32) * change
+    at = once_more(n)
+    ds = change * near(load_sums(sums_ptr, b, at, h, T, rows, slot, H, M, BM), -1)
+    ds += own[:, None] * load_tile(w_ptr, b, at, head, T, slot, HQ, M, BM).to(tl.float32)
+    dg += readers.to(tl.float32) * product(scores, writes, zeros(CHUNK, BM), FLOAT32)
+    if not all_near(sums_ptr, b, n, h, T, slot, H, M, BM):
+        for level in tl.range(0, LEVELS, num_stages=1):
+            # A token either reads or is read, with the same decay: one product serves both.
+            factor = level_decay(sums_ptr, b, again(n, level), h, T, level, slot, H, M, BM)
+            decayed = level_tile(
+                w_ptr, s_ptr, factor, b, n, head, h, T, level, slot, HQ, H, M, BM, FLOAT32
+            )
+            # For j < i x_i . y_j, for j > i x_j . y_i.
+            both = tl.where(((i >> level) ^ (j >> level)) == 1, scores + tl.trans(scores), 0.0)
+            far = product(both, decayed, zeros(CHUNK, BM), FLOAT32)
+            ds += tl.where(is_reader(level), 0.0, factor * far)
+            far *= decayed.to(tl.float32)
+            dg += tl.where(is_reader(level), far, -far)
+    return ds, dg
 
 
 @triton.jit
