@@ -21,7 +21,9 @@ def running_sum(x: jax.Array, reverse: bool = False) -> jax.Array:
 
 
 @running_sum.defjvp
-def _jvp(reverse, primals, tangents):
+def _jvp(
+    reverse: bool, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     (x,), (change,) = primals, tangents
     # In reverse, as its transpose, which gradients are made of, is forwards.
     if not reverse:
