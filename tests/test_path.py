@@ -132,3 +132,17 @@ def test_unit_lower_inverse():
         inverse = evaluated(jax.jit(parts._unit_lower_inverse))
         got = inverse(jnp.asarray(matrix, jnp.float32)[None])[0]
         np.testing.assert_allclose(got @ (np.eye(C) + matrix), np.eye(C), atol=1e-4)
+
+
+def test_many_chunks_are_a_loop():
+    """Few steps are unrolled, and their operations take XLA time to compile; many are not."""
+
+    def operations(T):
+        def of(*axes):
+            return jax.ShapeDtypeStruct((1, T, 1, *axes), jnp.float32)
+
+        run = functools.partial(jla.path_attention, implementation="xla")
+        return jax.jit(run).lower(of(16), of(16), of(16), of(16), of()).as_text().count("\n")
+
+    most = 64 * parts.MOST_STEPS**2
+    assert operations(4 * most) <= operations(most)

@@ -147,7 +147,8 @@ PATH = Mechanism(
     },
     undamped={"reflections": 500},
     later=_later,
-    operations=1040,
+    operations=1160,
+    unrolls=True,  # up to 16 steps, of chunks and of their groups
     heads=("H", "HQ"),
     optional=("g",),
     state=("cache", "cache"),
