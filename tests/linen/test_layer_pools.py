@@ -99,7 +99,7 @@ def test_the_examples_of_the_page_run():
     names = {}
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
     exec("\n".join(blocks), names)
-    assert names["y"].shape == (3, 1, 32)
+    assert names["y"].shape == (1, 12, 32)
 
 
 def test_clear():

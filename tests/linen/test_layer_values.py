@@ -80,7 +80,7 @@ def test_a_jitted_donated_training_step_learns(case):
     chex.clear_trace_counter()
     x = normal(2, 4, 32, D)
     target = np.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    params = jax.device_put(parameters(case))
+    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
     optimizer = optax.adam(1e-2)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
