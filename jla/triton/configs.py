@@ -141,8 +141,7 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "mesa_read_float32": _everywhere({"BC": 32, "BI": 32}, warps=4, stages=2),
     "mesa_gradients": _everywhere({"BC": 128, "BI": 32}, warps=8, stages=2),
     "mesa_gradients_float32": _everywhere({"BC": 32, "BI": 16}, warps=8, stages=1),
-    # Four warps, each with every fourth row of a tile; a quarter of BV where K is over 128.
-    "mesa_step": _everywhere({"BI": 32, "BV": 128}, warps=4, stages=1),
+    "mesa_step": _everywhere({"BI": 32, "BV": 64}, warps=8, stages=1),
     # Two or three programs of four warps on a multiprocessor are faster than one of eight. At
     # K = V = 128 the gradients have one block: tokens and states are then read once.
     "log_linear_gradients": _everywhere({"BK": 128, "BV": 128}, warps=4, stages=2),

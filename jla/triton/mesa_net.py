@@ -396,7 +396,7 @@ def _step(q, k, v, g, beta, lamb, kk, kv, slots=None, *, steps, tolerance):
     config = configs.config("mesa_step", launch.target())
     rows = _wide(K)
     whole = rows <= 128
-    part = min(config.blocks["BV"] // (1 if whole else 4), _wide(V))
+    part = min(config.blocks["BV"] * 128 // max(rows, 128), _wide(V))
     o, _, kk, kv = launch.call(
         kernel,
         *(q, k, v, g, beta, lamb, kk, kv, steps, *on_pool),

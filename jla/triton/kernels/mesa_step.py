@@ -19,11 +19,11 @@ def mesa_step(
 
     Floor: both states are read and written once, 8 K (K + V) bytes a head: B=128 H=16 K=V=128 has
     0.54 GB, 0.125 ms at 4.3 TB/s; and 2 K^2 operations an iteration, in float32 without matrix
-    units, 0.01 ms for the 13 that a residual of 1e-4 takes there. An iteration has ten barriers and
-    about 1000 cycles, and two programs share a multiprocessor: 0.17 to 0.2 ms are expected. (With
-    eight warps, whose sums over rows met in one bank of shared memory, 0.30 were measured.)
-    2 KB of shared memory, 168 to 254 registers, nothing spilled; without WHOLE 96 to 137, and 8
-    bytes on sm_89 in float32.
+    units, 0.01 ms for the 13 that a residual of 1e-4 takes there. 0.30 ms were measured: sums over
+    rows cross eight warps through shared memory, where Triton 3.6 has all lanes of a warp in one
+    bank. Four warps with sums of their own are not timed yet (branch triton, 2baee00).
+    4 KB of shared memory, 128 registers (sm_80 in bf16 177, sm_100 in float32 199), 16 bytes
+    spilled on sm_80 in float32.
     """
     head = tl.program_id(0).to(tl.int64)
     _advance(
@@ -109,7 +109,7 @@ def _advance(
         value = tl.load(v + head * V + part, part < V, 0.0).to(tl.float32)
         new_state = decay * tl.load(kv + kv_place, real, 0.0) + written[:, None] * value[None, :]
         tl.store(kv + kv_place, new_state, real)
-        read = _over_rows(new_state * x[:, None])
+        read = tl.sum(new_state * x[:, None], 0)
         tl.store(o + head * V + part, read.to(o.dtype.element_ty), part < V)
 
 
@@ -120,7 +120,7 @@ def _times(
 ):  # fmt: skip
     """Hkk p, Hkk being symmetric."""
     if WHOLE:
-        return _over_rows(state * p[:, None])
+        return tl.sum(state * p[:, None], 0)
     else:
         column = tl.arange(0, BK)
         tl.debug_barrier()  # Hkk is in memory, and all have read what was in `work`
@@ -131,20 +131,5 @@ def _times(
             row = i + tl.arange(0, BI)
             both = (row < K)[:, None] & (column < K)[None, :]
             block = tl.load(kk + row[:, None] * K + column[None, :], both, 0.0)
-            y += _over_rows(block * tl.load(work + row)[:, None])
+            y += tl.sum(block * tl.load(work + row)[:, None], 0)
         return y
-
-
-@triton.jit
-def _over_rows(x):
-    """The sum over the rows of a tile of four warps, each of which has every fourth row.
-
-    `tl.sum` is right and slow: Triton 3.6 sums across warps through shared memory, where all lanes
-    of a warp then meet in one bank.
-    """
-    rows: tl.constexpr = x.shape[0]
-    columns: tl.constexpr = x.shape[1]
-    warps = tl.trans(tl.sum(tl.reshape(x, (rows // 4, 4, columns)), 0))
-    a, b = tl.split(tl.reshape(warps, (columns, 2, 2)))
-    a, b = tl.split(a + b)
-    return a + b
