@@ -201,6 +201,10 @@ def _cond(*, branches, **_):
     return lambda index, *operands: branches[min(max(int(index), 0), last)](*operands)
 
 
+def _like(mask, x):
+    return mask.reshape(mask.shape + (1,) * (np.ndim(x) - mask.ndim))
+
+
 @rule("while")
 def _while(*, cond_nconsts, cond_jaxpr, body_nconsts, body_jaxpr, **_):
     condition, body = _closed(cond_jaxpr), _closed(body_jaxpr)
@@ -208,8 +212,14 @@ def _while(*, cond_nconsts, cond_jaxpr, body_nconsts, body_jaxpr, **_):
     def run(*operands):
         of_condition, rest = operands[:cond_nconsts], operands[cond_nconsts:]
         of_body, carry = rest[:body_nconsts], rest[body_nconsts:]
-        while condition(*of_condition, *carry)[0]:
-            carry = body(*of_body, *carry)
+        # Under vmap each has a condition of its own, and those that have ended stay as they are.
+        while np.any(goes_on := np.asarray(condition(*of_condition, *carry)[0])):
+            after = body(*of_body, *carry)
+            if goes_on.ndim:
+                after = [
+                    np.where(_like(goes_on, x), x, y) for x, y in zip(after, carry, strict=True)
+                ]
+            carry = after
         return carry
 
     return run
