@@ -47,6 +47,18 @@ def errors_in_one_line(program):
 
 
 @contextlib.contextmanager
+def errors_of_jla():
+    """Raises InputError for what jla refuses: files that are no checkpoint, a package that is
+    missing, a model that cannot be built, an implementation that cannot do this."""
+    try:
+        yield
+    except (ModuleNotFoundError, NotImplementedError, ValueError) as error:
+        if not str(error).startswith("jla."):
+            raise
+        raise InputError(error) from error
+
+
+@contextlib.contextmanager
 def writing(path):
     """Raises InputError if what is inside cannot write to this path, as on a full disk."""
     try:

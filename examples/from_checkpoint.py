@@ -29,6 +29,7 @@ from command_line import (
     InputError,
     Parser,
     errors_in_one_line,
+    errors_of_jla,
     locked,
     number,
     stop_requests,
@@ -333,15 +334,8 @@ def run(options):
 
 def main(arguments=None):
     options = parse(arguments)
-    with errors_in_one_line("from_checkpoint.py"):
-        try:
-            stopped = run(options)
-        # Of jla.hub: with all that is wrong with the files, or that their package is missing; or
-        # of a mechanism whose implementation cannot do this.
-        except (ModuleNotFoundError, NotImplementedError, ValueError) as error:
-            if not str(error).startswith("jla."):
-                raise
-            raise InputError(error) from error
+    with errors_in_one_line("from_checkpoint.py"), errors_of_jla():
+        stopped = run(options)
     if stopped:
         sys.exit(128 + stopped)
 

@@ -33,6 +33,7 @@ from command_line import (
     InputError,
     Parser,
     errors_in_one_line,
+    errors_of_jla,
     number,
     stop_requests,
     writing,
@@ -371,15 +372,8 @@ def run(options):
 
 def main(arguments=None):
     options = parse(arguments)
-    with errors_in_one_line("serve.py"):
-        try:
-            stopped = run(options)
-        # Of jla: files that are no checkpoint, a model that cannot be built, an implementation that
-        # cannot do this.
-        except (ModuleNotFoundError, NotImplementedError, ValueError) as error:
-            if not str(error).startswith("jla."):
-                raise
-            raise InputError(error) from error
+    with errors_in_one_line("serve.py"), errors_of_jla():
+        stopped = run(options)
     if stopped:
         print("serve.py: stopped; what was running is cut off", file=sys.stderr)
         sys.exit(128 + stopped)

@@ -170,7 +170,7 @@ def gsa_step(
         returned. Donate it to jit, and it is updated in place.
       scale: as in `gsa`.
       slots: None, or int32 [B]: `state` is then a pool of R rows, [R, H, K, M] and [R, H, M, V],
-        and row i goes on from the state in row `slots[i]` and writes there. -1 is a row without a
+        and row i starts from the state in row `slots[i]` and writes there. -1 is a row without a
         sequence: its output is zero, and nothing is written. All else of the pool stays as it is;
         see docs/pools.md.
       implementation: as in `gsa`.

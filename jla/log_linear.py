@@ -197,7 +197,7 @@ def log_linear_step[State: (LogLinearState, LazyLogLinearState)](
         log_decays)`, the last [B, H, L], float32: what `.lazy()` of it is, or the last step
         returned. Donate it to jit, and it is updated in place.
       slots: None, or int32 [B]: `state` is then a pool of R rows, [R, H, L, K, V] and so on, and
-        row i goes on from the state in row `slots[i]` and writes there. -1 is a row without a
+        row i starts from the state in row `slots[i]` and writes there. -1 is a row without a
         sequence: its output is zero, and nothing is written. All else of the pool stays as it is;
         see docs/pools.md.
       implementation: as in `log_linear_attention`.

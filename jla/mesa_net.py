@@ -186,7 +186,7 @@ def mesa_step(
         last step returned. Donate it to jit, and it is updated in place.
       cg_steps: as in `mesa_net`; it need not be the same.
       slots: None, or int32 [B]: `state` is then a pool of R rows, [R, H, K, K] and [R, H, K, V],
-        and row i goes on from the state in row `slots[i]` and writes there. -1 is a row without a
+        and row i starts from the state in row `slots[i]` and writes there. -1 is a row without a
         sequence: its output is zero, and nothing is written. All else of the pool stays as it is;
         see docs/pools.md.
       implementation: as in `mesa_net`.

@@ -200,7 +200,7 @@ def path_step[Cache: (PathCache, LazyPathCache)](
         and it is updated in place. A full one is treated as in `path_attention`.
       scale: as in `path_attention`.
       slots: None, or int32 [B]: `cache` is then a pool of R rows, [R, S, H, K] and so on, and row i
-        goes on from the cache in row `slots[i]` and writes there. -1 is a row without a sequence:
+        starts from the cache in row `slots[i]` and writes there. -1 is a row without a sequence:
         its output is zero, and nothing is written. All else of the pool stays as it is; see
         docs/pools.md. A `LazyPathCache` is no pool.
       implementation: as in `path_attention`.

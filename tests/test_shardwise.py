@@ -238,7 +238,7 @@ def test_folds_vmap_into_the_batch(arrays):
     np.testing.assert_allclose(out, np.stack([want(q, v), want(q, 2 * v)]), rtol=1e-6)
 
 
-# A step on a pool: tokens, the pool, and for each token the row that it goes on from.
+# A step on a pool: tokens, the pool, and for each token the row that it starts from.
 TOKEN, POOL = "B H K", "R H K"
 
 

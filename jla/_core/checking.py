@@ -97,7 +97,7 @@ def values(
       function: the public function's name, for the message.
       unit: the name of the argument whose rows have length 1.
       most_beta: the largest beta, or None.
-      slots: the rows of a pool that a step goes on from; nothing else of the pool is checked, and
+      slots: the rows of a pool that a step starts from; nothing else of the pool is checked, and
         nothing of the rows of arguments that have no sequence.
       **arguments: arrays, states, a cache or None, by name.
     """

@@ -150,7 +150,7 @@ def on_rows(*, shared: Sequence[int] = ()) -> Callable[[Callable[..., Any]], Cal
 
 
 def row_values(array: Array, slots: Slots | None) -> np.ndarray[Any, Any]:
-    """The values of a known array [B], or [R] with slots, in the rows that a call goes on from;
+    """The values of a known array [B], or [R] with slots, in the rows that a call starts from;
     all, if the slots are not known."""
     values = np.asarray(array)
     if slots is None or not checks.known(slots):

@@ -12,18 +12,13 @@ type Arrays = tuple[jax.Array, ...]
 def varying_as(weights: jax.Array, x: jax.Array) -> jax.Array:
     """Weights of a type that varies over all axes of shard_map's mesh over which x's does: the
     gradient that a kernel makes of them does so, and the transpose is the sum over those axes."""
-    missing = tuple(_varying(x) - _varying(weights))
-    return lax.pcast(weights, missing, to="varying") if missing else weights
+    return _over(_varying(x), weights)
 
 
 def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Arrays of types that vary over the same axes of shard_map's mesh, see `varying_as`."""
     axes = frozenset().union(*map(_varying, arrays))
-    missing = (tuple(axes - _varying(x)) for x in arrays)
-    return tuple(
-        lax.pcast(x, names, to="varying") if names else x
-        for x, names in zip(arrays, missing, strict=True)
-    )
+    return tuple(_over(axes, x) for x in arrays)
 
 
 def without_varying_types(function: Callable[..., Arrays], arrays: Arrays) -> Arrays:
@@ -39,11 +34,13 @@ def without_varying_types(function: Callable[..., Arrays], arrays: Arrays) -> Ar
     # Under jit it is one operation, inside of which JAX does not compare how an iota and its users
     # vary.
     out = jaxpr_as_fun(jax.make_jaxpr(jax.jit(lambda *x: function(*x)))(*shapes))(*arrays)
-    missing = (tuple(axes - _varying(x)) for x in out)
-    return tuple(
-        lax.pcast(x, names, to="varying") if names else x
-        for x, names in zip(out, missing, strict=True)
-    )
+    return tuple(_over(axes, x) for x in out)
+
+
+def _over(axes: frozenset[str], x: jax.Array) -> jax.Array:
+    """x of a type that varies over these axes, too."""
+    missing = tuple(axes - _varying(x))
+    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _varying(x: jax.Array) -> frozenset[str]:

@@ -126,7 +126,7 @@ def _check_slots_of_segments(layer, N, mask, segment_ids):
     if segment_ids is None:
         raise ValueError(
             "segment_ids must be given with slots of shape [B, N]: they say which of a row's N "
-            "slots each token goes on from. Slots of shape [B] are for rows of one sequence"
+            "slots each token starts from. Slots of shape [B] are for rows of one sequence"
         )
     if checks.known(segment_ids) and (mask is None or checks.known(mask)):
         ids = np.asarray(segment_ids)

@@ -68,7 +68,7 @@ class Cache(NamedTuple):
     Attributes:
       make: makes the state of the variables' values, given by name.
       variables: by name, in the order of the state's leaves.
-      slots: int32 [B], or [B, N] for segments, the rows of the variables that a call goes on from;
+      slots: int32 [B], or [B, N] for segments, the rows of the variables that a call starts from;
         None for all. Those rows' states have the axes of the slots.
     """
 

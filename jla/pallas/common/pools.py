@@ -16,7 +16,7 @@ from jla.pallas.common import mosaic
 
 
 def on_row(slots, b, size, step, idle):
-    """Calls `step(row)` with the row of the state that batch row b goes on from; or `idle()`, if it
+    """Calls `step(row)` with the row of the state that batch row b starts from; or `idle()`, if it
     has none.
 
     Args:
