@@ -16,7 +16,15 @@ from jla._core.whole import Names
 from jla.linen import RMSNorm, _arguments
 from jla.linen._projections import product, sum_over_heads
 from jla.linen.mixer import Cache
-from jla.models.attention import appended, check_room, nan_unless, over_mesh, rotate, tokens_of
+from jla.models.attention import (
+    appended,
+    by_pool_rows,
+    check_room,
+    nan_unless,
+    over_mesh,
+    rotate,
+    tokens_of,
+)
 from jla.models.intervals import from_left, interval_attention, intervals, intervals_over
 
 f32 = jnp.float32
@@ -167,6 +175,8 @@ class LatentAttention(nn.Module):
 
     def _attend(self, q, latent, shared, up, tokens, cache):
         """The outputs [B, T, H, v], from the cache, which advances."""
+        arrays = q, latent, shared
+        (q, latent, shared), tokens, cache, outputs = by_pool_rows(arrays, tokens, cache)
         T = q.shape[1]
         before = tuple(map(cache.rows, ROWS))
         first, place, start = intervals(T, tokens.segments, before)
@@ -185,7 +195,8 @@ class LatentAttention(nn.Module):
         cache.set_rows("length", length + added)
         cache.set_rows("start", start)
         attend = attend_to_latents if T == 1 else attend_to_all
-        return nan_unless(length + added <= S, attend(q, latent, shared, up, first, place))
+        o = attend(q, latent, shared, up, first, place)
+        return outputs(nan_unless(length + added <= S, o))
 
     def _check(self):
         sizes = ("num_heads", "latent_dim", "nope_dim", "rope_dim", "value_dim")
