@@ -195,7 +195,7 @@ class _Call:
         mesh = jax.sharding.get_abstract_mesh()
         kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
         automatic = [size for size, kind in kinds if kind != AxisType.Manual]
-        # If these have one device each, arrays are whole, and JAX refuses to partition (0.11, 0.12).
+        # JAX 0.11 and 0.12 refuse to partition if these have one device each; all is whole then.
         whole = AxisType.Manual in mesh.axis_types and math.prod(automatic) == 1
         if whole or interpreting():  # the interpreter's ordered callbacks cannot be partitioned
             return self._of_shards(self.function, *arrays)
