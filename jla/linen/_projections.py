@@ -63,10 +63,9 @@ def _dot_backward(dimensions, options, arrays, dy):
     summed = [kernel_axes[axes.index(i)] for i in sorted(axes)]
     order = (*kernel_batch, *summed, *features)
     more = {name: value for name, value in options if name != "out_sharding"}
-    typed = jax.typeof(kernel).sharding
-    if AxisType.Explicit in typed.mesh.axis_types:
-        spec = PartitionSpec(*(typed.spec[i] for i in order))
-        more["out_sharding"] = NamedSharding(typed.mesh, spec)
+    mesh, spec = jax.typeof(x).sharding.mesh, jax.typeof(kernel).sharding.spec
+    if AxisType.Explicit in mesh.axis_types:
+        more["out_sharding"] = NamedSharding(mesh, PartitionSpec(*(spec[i] for i in order)))
     gradient = lax.dot_general(
         x,
         dy,
