@@ -36,8 +36,8 @@ from jla.hub.mapping import of_model, whole_shapes
 from jla.models import Experts, kept
 from jla.models.generate import decoder, decoder_params, draw, empty_cache, feed
 
-from devices import shardings_of  # isort: skip
-from from_checkpoint import first_state, make_mesh, make_optimizer, shapes_of  # isort: skip
+from devices import make_mesh, shardings_of  # isort: skip
+from from_checkpoint import first_state, make_optimizer, shapes_of  # isort: skip
 
 KEYS = ("model", "devices", "case", "layers")
 CASES = ("load", "decode", "prefill", "decode_xla", "load_again", "tune")
@@ -209,7 +209,7 @@ def model_of(options, folder, **more):
 
 
 def mesh_of(options):
-    return make_mesh(dict(data=1, model=options.devices), batch=1)
+    return make_mesh(dict(model=options.devices), jax.devices())
 
 
 def on_all(options):

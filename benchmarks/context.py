@@ -33,26 +33,11 @@ def mechanism(name, shape, backward, implementation, mesh, seconds):
     the work that one has alone; `work` says so.
     """
     entry = MECHANISMS[name]
-
-    def run(raw, **options):
-        arguments = entry.prepare(raw)
-        return entry.function(**arguments, implementation=implementation, **options)[0]
-
+    run = functools.partial(called, entry, implementation)
     sets = input_sets(name, shape, False)
     alone = timed(lambda raw, _: run(raw), sets, backward, seconds)
-    longer = dataclasses.replace(shape, T=shape.T * mesh.size)
-
-    def draw():
-        return entry.raw(key(0), longer.sizes)
-
-    specs = jax.tree.map(
-        lambda x: TOKENS if x.shape[:2] == (longer.B, longer.T) else WHOLE, jax.eval_shape(draw)
-    )
-    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    draw, places, over = spread(entry, shape, implementation, mesh)
     raw = jax.jit(draw, out_shardings=places)()
-    over = jax.shard_map(
-        functools.partial(run, axis_name=AXIS), mesh=mesh, in_specs=(specs,), out_specs=TOKENS
-    )
     place = NamedSharding(mesh, TOKENS)
     numbers = timed(lambda raw, _: over(raw), [(raw, {})], backward, seconds, place)
     work = mesh.size if entry.quadratic else 1
@@ -63,6 +48,27 @@ def mechanism(name, shape, backward, implementation, mesh, seconds):
         alone_memory_gib=alone["memory_gib"],
         efficiency=work * alone["ms"] / numbers["ms"],
     )
+
+
+def called(entry, implementation, raw, **options):
+    arguments = entry.prepare(raw)
+    return entry.function(**arguments, implementation=implementation, **options)[0]
+
+
+def spread(entry, shape, implementation, mesh):
+    """Of a mechanism whose shape's T are the tokens of each device of a mesh: a function that draws
+    its inputs, where they lie, and a function of them, the outputs."""
+    longer = dataclasses.replace(shape, T=shape.T * mesh.size)
+
+    def draw():
+        return entry.raw(key(0), longer.sizes)
+
+    specs = jax.tree.map(
+        lambda x: TOKENS if x.shape[:2] == (longer.B, longer.T) else WHOLE, jax.eval_shape(draw)
+    )
+    run = functools.partial(called, entry, implementation, axis_name=AXIS)
+    over = jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=TOKENS)
+    return draw, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs), over
 
 
 def layer(shape, implementation, mesh, seconds):

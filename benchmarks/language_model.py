@@ -99,13 +99,7 @@ def corpus(paths):
 
 def train(mixer, data, options):
     """Yields the row's numbers: of the model, of compiling, of `options.steps` steps, a profile."""
-    sizes = options.mesh or dict(data=options.gpus)
-    B, T = options.batch * sizes.get("data", 1), options.length
-    axis = "seq" if sizes.get("seq", 1) > 1 else None
-    # log_linear has parameters for the levels of so many tokens.
-    model = side_by_side.make_model(
-        mixer, options, unroll=not options.scan, axis_name=axis, longest=max(2**14, T)
-    )
+    B, T, model = model_of(mixer, options)
     params = side_by_side.make_params(model)
     optimizer, _ = make_optimizer(options.steps, options.lr, weight_decay=0.1)
     state = dict(params=params, moments=optimizer.init(params))
@@ -169,6 +163,18 @@ def train(mixer, data, options):
     )
     last = batch(options.steps + 1)
     yield dict(profile=profile(lambda: run(state, *last)))
+
+
+def model_of(mixer, options):
+    """The windows of a step, their length, and the model."""
+    sizes = options.mesh or dict(data=options.gpus)
+    axis = "seq" if sizes.get("seq", 1) > 1 else None
+    # log_linear has parameters for the levels of so many tokens.
+    longest = max(2**14, options.length)
+    model = side_by_side.make_model(
+        mixer, options, unroll=not options.scan, axis_name=axis, longest=longest
+    )
+    return options.batch * sizes.get("data", 1), options.length, model
 
 
 def by_shardings(model, optimizer, state, options):

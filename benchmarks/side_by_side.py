@@ -82,18 +82,22 @@ class Report:
 
     def measure(self, row, parts):
         """Adds dicts that the generator `parts` yields, or the error it raises, to the row; keeps
-        it."""
+        it after each."""
         try:
             for part in parts:
                 row |= part
+                self.keep(row)
         except Exception as error:  # reported, and the exit code is 1
             message = f"{type(error).__name__}: {error}"
             row |= dict(error=message, traceback=traceback.format_exc())
             print(*(row.get(key, "") for key in self.keys), "FAILED", message[:2000], flush=True)
             self.failed = True
+            self.keep(row)
+        return row
+
+    def keep(self, row):
         same = [all(old.get(k) == row.get(k) for k in self.keys) for old in self.rows]
         self.rows = [old for old, again in zip(self.rows, same, strict=True) if not again]
         self.rows.append(row | dict(meta=self.meta))
         if self.path:
             pathlib.Path(self.path).write_text(json.dumps(dict(results=self.rows), indent=1))
-        return row

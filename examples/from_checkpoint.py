@@ -35,8 +35,8 @@ from command_line import (
     stop_requests,
     writing,
 )
-from devices import mesh_sizes, shardings_of
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from devices import make_mesh, mesh_sizes, shardings_of, shown
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from text import batch_at, load_text
 
@@ -173,18 +173,15 @@ def described(model, shapes):
     yield f"{sum(sizes):,} parameters in {jnp.dtype(model.param_dtype).name}; {head}"
 
 
-def make_mesh(sizes, batch):
-    """The mesh of "data" and "model" that was asked for; by default all devices are "data"."""
-    there = jax.device_count()
-    data, model = ((sizes or {"data": there}).get(name, 1) for name in AXES)
-    if data * model > there:
-        raise InputError(
-            f"--mesh data={data},model={model} needs {data * model} devices of {there}"
-        )
-    if batch % data:
+def chosen_mesh(sizes, batch):
+    """The mesh that was asked for, of the first devices; by default all devices are "data"."""
+    devices = jax.devices()
+    sizes = sizes or {"data": len(devices)}
+    if (count := math.prod(sizes.values())) > len(devices):
+        raise InputError(f"--mesh {shown(sizes)} needs {count} devices of {len(devices)}")
+    if batch % (data := sizes.get("data", 1)):
         raise InputError(f"--batch {batch} must be a multiple of data={data} of the mesh (--mesh)")
-    devices = jax.devices()[: data * model]
-    return jax.make_mesh((data, model), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return make_mesh(sizes, devices)
 
 
 @functools.cache  # see train_lm.make_optimizer
@@ -264,7 +261,7 @@ def train_and_save(config, model, coding, options, console):
             f"the text has {len(tokens)} tokens; windows of --length {options.length} need "
             f"{options.length + 1}"
         )
-    mesh = make_mesh(options.mesh, options.batch)
+    mesh = chosen_mesh(options.mesh, options.batch)
     # Equal layers are compiled once; a GPU is faster without the copies of a loop's stacks.
     layers = model.config.layers
     equal = all(layer == layers[0] for layer in layers)
@@ -277,7 +274,7 @@ def train_and_save(config, model, coding, options, console):
         raise InputError(f"--out {out} must be a new or an empty folder")
     with locked(out):
         params = jla.hub.load(options.checkpoint, model, sharding=shardings)
-        console.print(f"{len(tokens):,} tokens to train on; mesh {dict(mesh.shape)}")
+        console.print(f"{len(tokens):,} tokens to train on; mesh {shown(mesh.shape)}")
         params, stopped = fine_tune(model, params, tokens, mesh, options, console)
         dtype = files_dtype(config)
         with writing(out):

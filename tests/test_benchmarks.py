@@ -8,9 +8,12 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
-from benchmarks import context, layer_kernels, measure, mechanisms, tables
+from benchmarks import context, layer_kernels, measure, mechanisms, meshes, tables
 from jla.pallas.mesa_net import solve
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -92,6 +95,20 @@ def test_a_run_over_devices_measures_and_reports(tmp_path, monkeypatch):
         assert row["tokens_per_device"] == (64 if row["measure"] == "layer" else 32)
     for what in ("forward", "backward"):
         assert rows[what]["efficiency"] == rows[what]["alone_ms"] / rows[what]["ms"]
+
+
+def test_collectives_in_loops_count_for_each_turn():
+    mesh = jax.make_mesh((2,), ("seq",), (AxisType.Auto,), devices=jax.devices()[:2])
+
+    def run(x):
+        def turn(x, _):
+            return x + jax.lax.psum(x, "seq"), None
+
+        return jax.lax.all_gather(jax.lax.scan(turn, x, length=3)[0], "seq")
+
+    over = jax.shard_map(run, mesh=mesh, in_specs=P("seq"), out_specs=P("seq"))
+    found = meshes.exchanged(jax.jit(over).lower(jnp.ones(10)).compile().as_text())
+    assert found == {"all-reduce": [3, 3 * 5 * 4], "all-gather": [1, 2 * 5 * 4]}
 
 
 def test_no_case_starts_past_the_limit(tmp_path):

@@ -84,7 +84,7 @@ def test_fine_tuning_on_a_mesh_and_generating_from_the_result(
     matrices = [x for x in jax.tree.leaves(state) if x.ndim > 2]
     assert {x.sharding.shard_shape(x.shape) != x.shape for x in matrices} == {True}
     printed = capsys.readouterr().out
-    assert "mesh {'data': 2, 'model': 2}" in printed and "2 steps: " in printed
+    assert "mesh data=2,seq=1,model=2" in printed and "2 steps: " in printed
     assert f"saved in bfloat16 under {out}" in printed
     model = jla.hub.model(jla.hub.read_config(out))
     before, after = (jla.hub.load(path, model) for path in (folder, out))
@@ -102,7 +102,7 @@ def shardings_of(mesh, key_heads):
 
 
 def test_the_mesh_splits_heads_and_the_inside_of_mlps():
-    mesh = from_checkpoint.make_mesh(dict(data=2, model=4), 8)
+    mesh = from_checkpoint.chosen_mesh(dict(data=2, model=4), 8)
     found = shardings_of(mesh, key_heads=1)  # which all heads share
     split = {
         "embed/embedding": ("model", "data"),
@@ -169,7 +169,7 @@ def test_text_goes_through_the_tokenizer(folder, capsys, monkeypatch):
 
 MISTAKES = [
     ("--tokens: the tokens must be 0 to 299, the model's vocabulary", ["--tokens", "1,300"]),
-    ("--mesh data=64,model=1 needs 64", ["--text", TEXT, "--out", "x", "--mesh", "data=64"]),
+    ("--mesh data=64 needs 64", ["--text", TEXT, "--out", "x", "--mesh", "data=64"]),
     ("--batch 3 must be a multiple of data=8", ["--text", TEXT, "--out", "x", "--batch", "3"]),
     ("windows of --length 99999 need 100000", ["--text", TEXT, "--out", "x", "--length", "99999"]),
     ("cannot read the text missing", ["--text", "missing", "--out", "x"]),

@@ -205,6 +205,19 @@ def test_values_inside_shard_map_and_by_type(manual, kinds):
     jax.tree.map(compare, jax.device_get(got), plain(keys, others))
 
 
+def test_the_axes_left_have_one_device(arrays):
+    """As in examples/train_lm.py --mesh data=4, whose model axis is left to the partitioner."""
+    devices = mesh().devices.ravel()
+    whole = jax.make_mesh((4, 1), ("x", "y"), (AxisType.Auto,) * 2, devices=devices)
+    rows = P("x")
+    by_rows = jax.shard_map(
+        run, mesh=whole, in_specs=(rows, rows), out_specs=rows, axis_names={"x"}
+    )
+    with jax.set_mesh(whole):
+        got = jax.jit(by_rows)(*jax.device_put(arrays, NamedSharding(whole, rows)))
+    np.testing.assert_allclose(got, want(*arrays), rtol=1e-6)
+
+
 def test_several_calls_are_lowered_once(arrays):
     """The layers of a model, each with a partial of its own."""
     traced = []

@@ -191,12 +191,14 @@ class _Call:
 
     def by_partitioner(self, *arrays: jax.Array) -> Arrays:
         """Calls the function, and XLA's partitioner says what each device gets."""
-        if interpreting():  # its ordered callbacks cannot be partitioned
-            return self._of_shards(self.function, *arrays)
         # Inside a shard_map over some of the mesh's axes the partitioner knows of the others alone.
         mesh = jax.sharding.get_abstract_mesh()
         kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
         automatic = [size for size, kind in kinds if kind != AxisType.Manual]
+        # JAX 0.11 and 0.12 refuse to partition if these have one device each; all is whole then.
+        whole = AxisType.Manual in mesh.axis_types and math.prod(automatic) == 1
+        if whole or interpreting():  # the interpreter's ordered callbacks cannot be partitioned
+            return self._of_shards(self.function, *arrays)
 
         def shardings(mesh, args):
             mesh = _factored(mesh, automatic, [x.sharding for x in args if x.sharding])

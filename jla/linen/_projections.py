@@ -1,13 +1,16 @@
 """The layers' matrix products, where heads lie on several devices too."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jla._core import whole
+from jla._core.states import with_rank
 
 ROWS = 16  # the fewest of a product that a GPU's tensor cores do
 
@@ -23,11 +26,89 @@ def product(x, kernel, dimensions, **options):
     rows = [i for i in range(x.ndim) if i not in axes]
     few = rows and not batch and math.prod(x.shape[i] for i in rows) == 1
     if not few or x.dtype.itemsize != 2 or jax.default_backend() != "gpu":
-        return lax.dot_general(x, kernel, dimensions, **options)
+        return dot(x, kernel, dimensions, **options)
     # Not `jnp.pad`, which XLA puts into Triton's product and then finds no configuration for.
     row = lax.broadcasted_iota(jnp.int32, (ROWS, *x.shape[1:]), rows[0])
     x = jnp.where(row == 0, jnp.broadcast_to(x, row.shape), 0)
     return lax.dot_general(x, kernel, dimensions, **options)[:1]
+
+
+def dot(x, kernel, dimensions, **options):
+    """`lax.dot_general`, but a kernel of another dtype is cast to x's, and its gradient is not cast
+    from it: devices sum it in the kernel's own."""
+    if kernel.dtype == x.dtype:
+        return lax.dot_general(x, kernel, dimensions, **options)
+    (axes, kernel_axes), (batch, kernel_batch) = dimensions
+    dimensions = (tuple(axes), tuple(kernel_axes)), (tuple(batch), tuple(kernel_batch))
+    return _dot_of_wide(x, kernel, dimensions, tuple(options.items()))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dot_of_wide(x, kernel, dimensions, options):
+    return lax.dot_general(x, kernel.astype(x.dtype), dimensions, **dict(options))
+
+
+def _dot_forward(x, kernel, dimensions, options):
+    return _dot_of_wide(x, kernel, dimensions, options), (x, kernel)
+
+
+def _dot_backward(dimensions, options, arrays, dy):
+    x, kernel = arrays
+    narrow = kernel.astype(x.dtype)
+    _, pull = jax.vjp(lambda x: lax.dot_general(x, narrow, dimensions, **dict(options)), x)
+    (axes, kernel_axes), (batch, kernel_batch) = dimensions
+    rows = [i for i in range(x.ndim) if i not in (*axes, *batch)]
+    rows_of_y = range(len(batch), len(batch) + len(rows))
+    features = [i for i in range(kernel.ndim) if i not in (*kernel_axes, *kernel_batch)]
+    summed = [kernel_axes[axes.index(i)] for i in sorted(axes)]
+    order = (*kernel_batch, *summed, *features)
+    more = {name: value for name, value in options if name != "out_sharding"}
+    mesh, spec = jax.typeof(x).sharding.mesh, jax.typeof(kernel).sharding.spec
+    if AxisType.Explicit in mesh.axis_types:
+        more["out_sharding"] = NamedSharding(mesh, PartitionSpec(*(spec[i] for i in order)))
+    gradient = lax.dot_general(
+        x,
+        dy,
+        ((rows, rows_of_y), (batch, range(len(batch)))),
+        preferred_element_type=jnp.float32,
+        **more,
+    )
+    places = [order.index(i) for i in range(kernel.ndim)]
+    return *pull(dy), jnp.transpose(gradient, places).astype(kernel.dtype)
+
+
+_dot_of_wide.defvjp(_dot_forward, _dot_backward)
+
+
+def dense(split, features, *, kind=nn.DenseGeneral, use_bias=False, **options):
+    """The module of a projection. With a `split` devices sum its parameters' gradients in the
+    parameters' dtype; flax casts them first, and so 16 bits would be summed."""
+    if split is None:
+        return kind(features, use_bias=use_bias, dot_general=product, **options)
+    kind = _WithBias if use_bias else kind
+    return kind(features, use_bias=False, dot_general=product, promote_dtype=only_inputs, **options)
+
+
+def only_inputs(inputs, *parameters, dtype=None):
+    """`promote_dtype` of flax's layers: parameters stay as they are, for `dot`."""
+    inputs, *_ = nn.dtypes.promote_dtype(inputs, *parameters, dtype=dtype)
+    return inputs, *parameters
+
+
+class _WithBias(nn.DenseGeneral):
+    """`nn.DenseGeneral` with a bias that is added in its own dtype."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        y = super().__call__(inputs)
+        features = (self.features,) if isinstance(self.features, int) else self.features
+        bias = self.param("bias", self.bias_init, features, self.param_dtype)
+        return plus(y, bias)
+
+
+def plus(y, bias):
+    """y and a bias, added in the bias' dtype; in y's."""
+    return (y.astype(bias.dtype) + with_rank(bias, y.ndim)).astype(y.dtype)
 
 
 def sum_over_heads():
@@ -76,5 +157,5 @@ def product_by_heads(x, kernel, _=None, **options):
     own copy."""
     D, H, *features = kernel.shape
     kernel = kernel.reshape(D, x.shape[0], -1, *features)
-    y = lax.dot_general(x, kernel, (((3,), (0,)), ((0,), (1,))), **options)
+    y = dot(x, kernel, (((3,), (0,)), ((0,), (1,))), **options)
     return jnp.moveaxis(y, 0, 2).reshape(*x.shape[1:3], H, *features)

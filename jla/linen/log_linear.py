@@ -1,5 +1,6 @@
 """The layer of log-linear attention, on Mamba-2 (arXiv 2506.04761)."""
 
+import functools
 import math
 
 import jax
@@ -15,7 +16,7 @@ from jla._core.parts import mamba2_operands
 from jla._core.states import with_rank
 from jla.linen import _arguments
 from jla.linen._normalize import GatedRMSNorm
-from jla.linen._projections import product_by_heads
+from jla.linen._projections import dot, only_inputs, plus, product_by_heads
 from jla.linen.mixer import Mixer
 from jla.log_linear import LazyLogLinearState
 
@@ -222,7 +223,9 @@ class LogLinearMamba2(Mixer):
         q, k = weights("q_proj", HK, K), weights("k_proj", HK, K)
         d, levels = weights("dt_proj", H), weights("level_proj", H, L)
         groups = [z], [u], [q, k], [with_axis(d), [scaled(w) for w in levels]]
-        z, u, qk, rest = _products(tokens, groups, self.dtype, self.precision)
+        promote = nn.dtypes.promote_dtype if _arguments.split_of(self) is None else only_inputs
+        promote = functools.partial(promote, dtype=self.dtype)
+        z, u, qk, rest = _products(tokens, groups, promote, self.precision)
         return z, u, qk[..., :K], qk[..., K:], rest[..., 0], rest[..., 1:]
 
     def sizes(self, T, D):
@@ -239,12 +242,13 @@ class LogLinearMamba2(Mixer):
         return *sizes, L
 
 
-def _products(tokens, groups, dtype, precision):
+def _products(tokens, groups, promote, precision):
     """The tokens times the kernels of each group side by side, plus their biases, [B, T, heads,
     features].
 
     Args:
       groups: lists of kernels [D, heads, features] and biases [heads, features], or None.
+      promote: of x, a kernel and a bias, to the layer's dtype.
     """
     products = []
     for i, group in enumerate(groups):
@@ -254,14 +258,14 @@ def _products(tokens, groups, dtype, precision):
         copies = tokens.copies
         alike = copies is None or kernel.shape[1] % copies.shape[0]
         x = tokens.x if alike else copies
-        inputs, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=dtype)
+        inputs, kernel, bias = promote(x, kernel, bias)
         by = precision
         if by is None and inputs.dtype.itemsize == 2:
             # XLA merges the smaller products of one input, and then cuts and joins columns in
             # passes of their own, but not products of different precision. Those of 16-bit numbers
             # are exact at any. The last two may well be merged.
             by = (lax.Precision.DEFAULT, lax.Precision.HIGH, lax.Precision.HIGHEST)[min(i, 2)]
-        product = lax.dot_general if alike else product_by_heads
+        product = dot if alike else product_by_heads
         y = product(inputs, kernel, (((2,), (0,)), ((), ())), precision=by)
-        products.append(y if bias is None else y + with_rank(bias, y.ndim))
+        products.append(y if bias is None else plus(y, bias))
     return products

@@ -14,7 +14,7 @@ from jla._core.whole import Names
 from jla.linen import _arguments
 from jla.linen._normalize import RMSNorm
 from jla.linen._padding import arrange, of_live_rows, of_live_segments, zeros_elsewhere
-from jla.linen._projections import by_heads, copies, product, sum_over_heads
+from jla.linen._projections import by_heads, copies, dense, sum_over_heads
 from jla.linen._short_convolution import ShortConvolution
 
 f32 = jnp.float32
@@ -271,14 +271,15 @@ class Mixer(nn.Module):
 
     def dense(self, features, name, *, kind=nn.DenseGeneral, use_bias=False, **options):
         """A projection to these features, a number or several axes."""
-        return kind(
+        return dense(
+            _arguments.split_of(self),
             features,
+            kind=kind,
             use_bias=use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=self.kernel_init,
             precision=self.precision,
-            dot_general=product,
             name=name,
             **options,
         )

@@ -14,7 +14,7 @@ from jax import lax
 from jla._core import checks, pools, sequence, whole
 from jla._core.whole import Names
 from jla.linen import _arguments
-from jla.linen._projections import by_heads, copies, product, sum_over_heads
+from jla.linen._projections import by_heads, copies, dense, sum_over_heads
 from jla.linen.mixer import Cache, Tokens, arranged
 from jla.models.intervals import from_left, interval_attention, intervals, intervals_over
 
@@ -103,20 +103,20 @@ class Attention(nn.Module):
         split = _arguments.split_of(self)
         _arguments.refuse_over_devices(self, mask)
         tokens = tokens_of(self, inputs, mask, segment_ids, slots)
-        dense = functools.partial(
-            nn.DenseGeneral,
+        project_to = functools.partial(
+            dense,
+            split,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=self.kernel_init,
-            dot_general=product,
         )
         once = copies(tokens.x, split)
 
         def project(heads, name):
             options: dict[str, Any] = dict(use_bias=self.use_bias, name=name)
             if once is None or heads % once.shape[0]:
-                return dense((heads, K), **options)(tokens.x)
-            return dense((heads, K), dot_general_cls=by_heads, **options)(once)[0]
+                return project_to((heads, K), **options)(tokens.x)
+            return project_to((heads, K), dot_general_cls=by_heads, **options)(once)[0]
 
         q, k, v = project(H, "query"), project(HK, "key"), project(HK, "value")
         cache = self._cache(v, tokens.slots) if self.decode else None
@@ -127,7 +127,7 @@ class Attention(nn.Module):
         else:
             run = functools.partial(self._attend_over, axis=_arguments.split_over(self))
             o = over_mesh(run, split, _LETTERS, "B T H K", q=q, k=k, v=v, segments=tokens.segments)
-        out = dense(D, use_bias=False, axis=(-2, -1), dot_general_cls=sum_over_heads, name="out")
+        out = project_to(D, axis=(-2, -1), dot_general_cls=sum_over_heads, name="out")
         return tokens.restore(out(o))
 
     def _sizes(self, D):

@@ -109,7 +109,9 @@ class Experts(nn.Module):
             self.param(name, _for_each(self.kernel_init), shape, self.param_dtype)
             for name, shape in shapes.items()
         ]
-        x, *matrices = promote_dtype(inputs, *matrices, dtype=self.dtype)
+        x, *cast = promote_dtype(inputs, *matrices, dtype=self.dtype)
+        # On a mesh the cast is made behind the sum of the devices' gradients.
+        matrices = cast if split is None else matrices
         arrays = dict(x=inputs, **router, **dict(zip(shapes, matrices, strict=True)))
         over = () if split is None else split["H"]
         run = functools.partial(self._mixture, dtype=x.dtype, over=over)
@@ -132,6 +134,7 @@ class Experts(nn.Module):
     def _mixture(self, x, kernel, bias, gate, up, down, *, dtype, over):
         """The chosen experts' sum, x's shape; of the parts of experts on all devices of `over`."""
         x, kernel, bias, gate, up, down = alike(x, kernel, bias, gate, up, down)
+        gate, up, down = (matrices.astype(dtype) for matrices in (gate, up, down))
         rows = x.reshape(-1, x.shape[-1])
         chosen, weights = self._route(rows, kernel, bias)
         y = mixture(rows.astype(dtype), chosen, weights, gate, up, down)

@@ -14,8 +14,8 @@ from jax.extend.core import Primitive
 from jla._core import checks, packed
 from jla._core.types import Implementation
 from jla._core.whole import Names
-from jla.linen import RMSNorm
-from jla.linen._projections import product
+from jla.linen import RMSNorm, _arguments
+from jla.linen._projections import dense, dot
 from jla.models.config import Config, Layer
 
 f32 = jnp.float32
@@ -203,7 +203,10 @@ class LanguageModel(nn.Module):
         embed = nn.Embed(
             config.vocabulary, config.width, embedding_init=weight_init, name="embed", **dtypes
         )
-        x = self._embedded(embed, tokens)
+        split, table = _arguments.split_of(self), embed.embedding
+        if split is None:  # else devices sum its gradient, before the cast
+            table = table.astype(dtypes["dtype"])
+        x = self._embedded(table, tokens)
         stream = self._blocks((x, jnp.zeros_like(x)), mask, segment_ids, slots)
         if last_only:
             if slots is not None and slots.ndim == 2:
@@ -219,9 +222,8 @@ class LanguageModel(nn.Module):
         )
         x, _ = norm.branch(*stream)
         if config.tied:
-            return embed.attend(x).astype(f32)
-        options: dict[str, Any] = dict(use_bias=False, dot_general=product, **dtypes)
-        head = nn.Dense(config.vocabulary, name="head", **options)
+            return dot(x, table, (((2,), (1,)), ((), ()))).astype(f32)
+        head = dense(split, config.vocabulary, kind=nn.Dense, name="head", **dtypes)
         return head(x).astype(f32)
 
     def _dtypes(self) -> dict[str, Any]:
@@ -277,13 +279,13 @@ class LanguageModel(nn.Module):
                     f"has {ours}; leave the template's {field} out"
                 )
 
-    def _embedded(self, embed, tokens):
-        if self.config.vocabulary > SMALL_VOCABULARY:
-            return embed(tokens)
-        # As a product, for its gradient: adding up rows by few indices is slow on a GPU.
+    def _embedded(self, table, tokens):
         dtype = jnp.dtype(self.dtype)
+        if self.config.vocabulary > SMALL_VOCABULARY:
+            return jnp.take(table, tokens, axis=0).astype(dtype)
+        # As a product, for its gradient: adding up rows by few indices is slow on a GPU.
         one_hot = jax.nn.one_hot(tokens, self.config.vocabulary, dtype=dtype)
-        return one_hot @ embed.embedding.astype(dtype)
+        return dot(one_hot, table, (((2,), (0,)), ((), ())))
 
     def _blocks(self, stream, mask, segment_ids, slots):
         """The stream behind all blocks, and what is still to be added to it."""
@@ -301,7 +303,8 @@ class LanguageModel(nn.Module):
         if self.remat is not None and not self.decode:
             prevent_cse = self.unroll or not self.stacked
             block = nn.remat(block, policy=self.remat, prevent_cse=prevent_cse)
-            if not self.is_initializing():
+            # On a mesh they cast by themselves: devices sum the gradients of what is cast.
+            if not self.is_initializing() and self.mesh_axes is None:
                 # Layers would cast their matrices too, but inside of what the backward pass runs
                 # again: it would have copies of the parameters as they are, float32.
                 cast = functools.partial(cast_matrices, dtype=settings["dtype"])

@@ -12,9 +12,10 @@ from jax import lax
 
 from jla._core import checks, sequence
 from jla._core.types import Implementation
+from jla._core.varying import varying_as
 from jla._core.whole import Names
 from jla.linen import RMSNorm, _arguments
-from jla.linen._projections import product, sum_over_heads
+from jla.linen._projections import dense, sum_over_heads
 from jla.linen.mixer import Cache
 from jla.models.attention import (
     appended,
@@ -137,7 +138,7 @@ class LatentAttention(nn.Module):
         elif cache is not None:
             o = self._attend(q, latent, shared, up.astype(latent.dtype), tokens, cache)
         else:
-            arrays = dict(q=q, latent=latent, shared=shared, up=up.astype(latent.dtype))
+            arrays = dict(q=q, latent=latent, shared=shared, up=up)
             run = functools.partial(self._attend_over, axis=_arguments.split_over(self))
             o = over_mesh(run, split, _LETTERS, "B T H V", **arrays, segments=tokens.segments)
         out = self._dense(D, "out", axis=(-2, -1), dot_general_cls=sum_over_heads)
@@ -145,6 +146,7 @@ class LatentAttention(nn.Module):
 
     def _attend_over(self, q, latent, shared, up, segments=None, *, axis):
         """The outputs [B, T, H, v] without a cache; `axis` splits time, or is None."""
+        up = varying_as(up, q).astype(q.dtype)  # devices sum gradients before the cast
         first, place, _ = intervals_over(q, segments, axis)
         q, shared = self._rotated(q, shared, place - first)
         if axis is None:
@@ -212,13 +214,12 @@ class LatentAttention(nn.Module):
         checks.check_implementation(self.implementation)
 
     def _dense(self, features, name, **options):
-        return nn.DenseGeneral(
+        return dense(
+            _arguments.split_of(self),
             features,
-            use_bias=False,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=self.kernel_init,
-            dot_general=product,
             name=name,
             **options,
         )

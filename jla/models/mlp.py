@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jla._core import checks
 from jla._core.whole import Names
 from jla.linen import _arguments
-from jla.linen._projections import by_heads, copies, product
+from jla.linen._projections import by_heads, copies, dense
 
 
 class SwiGLU(nn.Module):
@@ -50,20 +50,21 @@ class SwiGLU(nn.Module):
           TypeError, ValueError: `hidden` is no positive integer.
         """
         checks.check_count("hidden", self.hidden)
-        dense = functools.partial(
-            nn.Dense,
-            use_bias=False,
+        split = _arguments.split_of(self)
+        to = functools.partial(
+            dense,
+            split,
+            kind=nn.Dense,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=self.kernel_init,
-            dot_general=product,
         )
-        into, x = dense, copies(inputs, _arguments.split_of(self))
+        into, x = to, copies(inputs, split)
         if x is None or self.hidden % x.shape[0]:
             x = inputs
         else:
-            into = functools.partial(dense, dot_general_cls=by_heads)
+            into = functools.partial(to, dot_general_cls=by_heads)
         gate, up = (into(self.hidden, name=name)(x) for name in ("gate", "up"))
         y = nn.silu(gate) * up
         y = y if x is inputs else y[0]
-        return dense(inputs.shape[-1], name="down")(checkpoint_name(y, "hidden"))
+        return to(inputs.shape[-1], name="down")(checkpoint_name(y, "hidden"))

@@ -24,8 +24,9 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps):
     write = beta[..., None, None] * k[..., :, None]
     kk = decay * state.kk + write * k[..., None, :]
     kv = decay * state.kv + write * v[..., None, :]
-    ridge = lamb[..., None] * jnp.eye(k.shape[-1], dtype=f32)[None]
-    x = jnp.linalg.solve(kk + ridge[None], q[..., None])[..., 0]
+    # A diagonal for each row: the gradient's sum over rows is then one of vectors, not of matrices.
+    ridge = jnp.broadcast_to(lamb, k.shape)[..., None] * jnp.eye(k.shape[-1], dtype=f32)[None, None]
+    x = jnp.linalg.solve(kk + ridge, q[..., None])[..., 0]
     o = _einsum("bhk,bhkv->bhv", x, kv)
     return o.astype(dtype), MesaState(kk, kv)
 

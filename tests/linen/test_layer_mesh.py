@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equations import equations
+from equations import equations, gradients_are_wide
 from evaluator import evaluated
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
@@ -21,7 +21,7 @@ from layers import LAYERS, D, each_layer, entry, layer, normal, parameters, tree
 import jla.pallas
 from jla.linen import RMSNorm, logical_axes
 from jla.linen._normalize import GatedRMSNorm
-from jla.linen._projections import by_heads, copies
+from jla.linen._projections import by_heads, copies, dense
 from jla.linen._short_convolution import ShortConvolution
 from jla.models import Config, LanguageModel, Layer, SwiGLU, kept
 
@@ -164,19 +164,36 @@ TRACES = [
 @pytest.mark.parametrize("kind, axes", TRACES)
 @each_layer
 def test_layers_trace(name, kind, axes):
-    """On meshes of either kind, and with a mask where time is whole; a second each."""
+    """On meshes of either kind, and with a mask where time is whole; a second each. No gradient of
+    the float32 parameters was one of 16 bits, which devices would sum."""
     module, params = split_layer(name)
-    x, ids = normal(2, B, T, D), borders()
+    x, ids = normal(2, B, T, D).astype(jnp.bfloat16), borders()
     mask = None if "T" in axes else ids == 0
 
     def loss(params, x):
-        over = module.clone(mesh_axes=axes)
+        over = module.clone(mesh_axes=axes, dtype=jnp.bfloat16)
         y = over.apply({"params": params}, x, mask=mask, segment_ids=ids)
         return y.astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh_of(2, 2, 2, kind=kind)):
-        gradients = jax.eval_shape(jax.grad(loss, (0, 1)), params, x)
-    assert jax.tree.map(np.shape, gradients) == jax.tree.map(np.shape, (params, x))
+        gradients_are_wide(jax.grad(loss), params, x)
+
+
+def test_a_projections_gradients_are_summed_in_float32():
+    """Of two devices, whose parts are 256 and 1: in bfloat16 their sum would be 256."""
+    mesh, split = mesh_of(2, 1, 1), SPLIT | dict(T=(), H=())
+    module = dense(split, (3, 2), use_bias=True, dtype=jnp.bfloat16)
+    params = dict(kernel=jnp.ones((4, 3, 2)), bias=jnp.zeros((3, 2)))
+    parts = jnp.ones((2, 1, 3, 2), jnp.bfloat16).at[0].set(256)
+    arrays = parts, params, jnp.ones((2, 1, 4), jnp.bfloat16)
+
+    def apply(params, x):
+        return module.apply({"params": params}, x)
+
+    places = P("data"), dict(kernel=P(), bias=P()), P("data")
+    _, (_, (gradients, _)) = compiled(apply, mesh, *arrays, places=places)
+    for gradient in jax.tree.leaves(gradients):
+        np.testing.assert_array_equal(gradient, 257.0)
 
 
 def test_inputs_gradient_is_summed_once():
@@ -374,9 +391,9 @@ def test_a_model_traces():
     def loss(params, **options):
         return model("kda", **options).apply({"params": params}, tokens).sum()
 
+    options = dict(mesh_axes=AXES, dtype=jnp.bfloat16)
     with jax.set_mesh(mesh_of(2, 2, 2)):
-        gradients = jax.eval_shape(jax.grad(functools.partial(loss, mesh_axes=AXES)), params)
-    assert jax.tree.map(np.shape, gradients) == jax.tree.map(np.shape, params)
+        gradients_are_wide(jax.grad(functools.partial(loss, **options)), params)
 
 
 @pytest.mark.slow  # two programs of a model
