@@ -47,16 +47,20 @@ KERNELS = (
         float32_spills={80: 32, 89: 32, 90: 24, 120: 72},
         **dict(K=128, V=128, P=0, BK=128, KEEP=True, REVERSE=True),
     ),
-    *_mesa(  # a first pass
+    *_mesa(  # First passes; what spills is the most of triton 3.6.0 and 3.9.0.
         "mesa_states.states_kernel",
         "mesa_states",
         "*fp16 *fp16 *x *fp32 *fp32 *fp32 *fp32 *fp32 *i32 i32 i32 i32 *fp16 *fp32 *x *fp32 *fp32",
+        spills={80: 32, 89: 32, 120: 32},
+        float32_spills={90: 16, 120: 96},
         **dict(K=128, V=128, P=4, BK=128, KEEP=False, REVERSE=False),
     ),
     *_mesa(
         "mesa_states.states_kernel",
         "mesa_states",
         "*fp16 *fp16 *x *fp32 *fp32 *fp32 *fp32 *fp32 *i32 i32 i32 i32 *x *fp32 *x *fp32 *fp32",
+        spills={80: 24, 89: 24, 100: 8, 120: 24},
+        float32_spills={90: 16, 120: 96},
         **dict(K=128, V=128, P=4, BK=128, KEEP=False, REVERSE=True),
     ),
     _mesa(
