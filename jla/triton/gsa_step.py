@@ -3,26 +3,22 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import triton
 
-from jla._core.axes import GSA, letters, of_step
-from jla._core.pools import of_pool
+from jla._core import steps
+from jla._core.axes import GSA, of_step
 from jla._core.states import GSAState
-from jla._core.steps import differentiable
 from jla.reference import gsa as reference
 from jla.triton import configs, launch
 from jla.triton.kernels import gsa_step as kernels
 
 SDS = jax.ShapeDtypeStruct
-f32 = jax.numpy.float32
+f32 = jnp.float32
 
 TILE = 8192  # elements of a state that a program holds at a time
 
-_STEP = of_step(GSA)
-_STEP_INPUTS = letters(_STEP, "q k v s g state.hk state.hv")
-_STEP_OUTPUTS = letters(_STEP, "o state.hk state.hv")
-_POOL_INPUTS = letters(of_pool(_STEP), "q k v s g state.hk state.hv slots")
-_POOL_OUTPUTS = letters(of_pool(_STEP), "o state.hk state.hv")
+_STATES = "state.hk state.hv"
 
 
 @functools.partial(jax.jit, static_argnames="scale")
@@ -38,17 +34,14 @@ def gsa_step(q, k, v, s, g, state, *, scale, slots=None):
 
     Derivatives are those of the reference's formula, in XLA.
     """
-    run, formula = (functools.partial(x, scale=scale) for x in (_step, _formula_of_step))
-    if slots is None:
-        step = differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
-        o, hk, hv = step(q, k, v, s, g, *state)
-    else:
-        step = differentiable(run, formula, _POOL_INPUTS, _POOL_OUTPUTS)
-        o, hk, hv = step(q, k, v, s, g, *state, slots)
+    run, formula = (functools.partial(x, scale=scale) for x in (_step, _formula))
+    names, arrays = f"q k v s g {_STATES}", (q, k, v, s, g, *state)
+    axes, results = of_step(GSA), f"o {_STATES}"
+    o, hk, hv = steps.call(run, formula, axes, names, results, *arrays, slots=slots)
     return o, GSAState(hk, hv)
 
 
-def _formula_of_step(q, k, v, s, g, hk, hv, slots=None, *, scale):
+def _formula(q, k, v, s, g, hk, hv, slots=None, *, scale):
     options = dict(scale=scale, slots=slots)
     o, state = reference.gsa_step(q, k, v, s, g, GSAState(hk, hv), **options)
     return o, *state

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import triton
 
-from jla._core.axes import MESA_NET, letters, of_step
+from jla._core import steps
+from jla._core.axes import MESA_NET, of_step
 from jla._core.states import MesaState
-from jla._core.steps import differentiable
 from jla.reference import mesa_net as reference
 from jla.triton import configs, launch
 from jla.triton.kernels import mesa_step as kernels
@@ -17,13 +17,9 @@ SDS = jax.ShapeDtypeStruct
 f32 = jnp.float32
 
 # To `shardwise` each axis of an array has a letter of its own.
-_STATES = (MESA_NET["initial_state.kk"].replace("K K", "K J"), MESA_NET["initial_state.kv"])
-_STEP = of_step(MESA_NET)
-_STEP_INPUTS = (*letters(_STEP, "q k v g beta"), "B H K", *_STATES)
-_STEP_OUTPUTS = (_STEP["o"], *_STATES)
-_POOL_STATES = tuple(x.replace("B", "R") for x in _STATES)
-_POOL_INPUTS = (*_STEP_INPUTS[:6], *_POOL_STATES, "B")
-_POOL_OUTPUTS = (_STEP["o"], *_POOL_STATES)
+_KK = MESA_NET["initial_state.kk"].replace("K K", "K J")
+_AXES = of_step(MESA_NET) | {"state.kk": _KK, "lamb": "B H K"}
+_STATES = "state.kk state.kv"
 
 
 @functools.partial(jax.jit, static_argnames="cg_steps")
@@ -38,17 +34,13 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps, slots=None):
     # A row stops when its residual is this much smaller than its query.
     tolerance = 1e-6 if q.dtype == f32 else 1e-4
     run = functools.partial(_step, steps=cg_steps, tolerance=tolerance)
-    formula = functools.partial(_step_formula, steps=cg_steps)
-    if slots is None:
-        one = differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
-        o, kk, kv = one(q, k, v, g, beta, lamb, *state)
-    else:
-        one = differentiable(run, formula, _POOL_INPUTS, _POOL_OUTPUTS)
-        o, kk, kv = one(q, k, v, g, beta, lamb, *state, slots)
+    formula = functools.partial(_formula, steps=cg_steps)
+    names, arrays = f"q k v g beta lamb {_STATES}", (q, k, v, g, beta, lamb, *state)
+    o, kk, kv = steps.call(run, formula, _AXES, names, f"o {_STATES}", *arrays, slots=slots)
     return o, MesaState(kk, kv)
 
 
-def _step_formula(q, k, v, g, beta, lamb, kk, kv, slots=None, *, steps):
+def _formula(q, k, v, g, beta, lamb, kk, kv, slots=None, *, steps):
     arrays = q, k, v, g, beta, lamb, MesaState(kk, kv)
     o, state = reference.mesa_step_by_row(*arrays, cg_steps=steps, slots=slots)
     return o, *state
