@@ -2,6 +2,8 @@
 
 import jax
 
+from jla._core.axes import letters
+from jla._core.pools import of_pool
 from jla._core.shardwise import shardwise
 
 
@@ -25,3 +27,16 @@ def differentiable(run, formula, operands, results):
         return step(*primals), jax.jvp(formula, primals, tangents)[1]
 
     return step
+
+
+def call(run, formula, axes, operands, results, *arrays, slots=None):
+    """A step of kernels, see `differentiable`; with slots, on a pool of states.
+
+    Args:
+      run, formula: take `slots` behind the arrays, the formula by name.
+      axes: a step's. operands, results: names in it, with spaces between them.
+    """
+    if slots is not None:
+        formula, arrays = by_slots(formula), (*arrays, slots)
+        axes, operands = of_pool(axes), f"{operands} slots"
+    return differentiable(run, formula, letters(axes, operands), letters(axes, results))(*arrays)

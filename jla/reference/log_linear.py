@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jla._core import packed, pools
+from jla._core import packed, pools, steps
+from jla._core.axes import LOG_LINEAR, of_step, with_value_heads
 from jla._core.lengths import is_symbolic_dim
 from jla._core.parts import mamba2_operands
 from jla._core.states import (
@@ -26,6 +27,11 @@ _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 # Tokens between the states that the backward pass keeps: all of them would be L K V numbers for
 # every token and head.
 SPAN = 256
+
+_STEP = with_value_heads(of_step(LOG_LINEAR))
+# Of a pool the levels alone: positions, and the sums in log decays, are the rows'.
+_OF_TOKEN = _STEP | dict(decays=_STEP["level_scales"], position="B")
+_ARRAYS = "q k v decays level_scales state.levels position"
 
 
 @pools.on_rows()
@@ -59,8 +65,19 @@ def stepped(token, q, k, v, g, level_scales, state, slots=None):
     return o, new._replace(levels=levels)
 
 
-def token_of_pool(q, k, v, decays, level_scales, levels, position, slots, *, lazy):
-    """`token` of rows of a pool of levels."""
+def stepped_by_kernel(run, q, k, v, g, level_scales, state, slots=None):
+    """`stepped` by a kernel; `run` takes what `_token_of_rows` takes, whose derivatives it has."""
+
+    def kernel(*arrays, lazy, slots=None):
+        call, formula = (functools.partial(f, lazy=lazy) for f in (run, _token_of_rows))
+        results = "o state.levels"
+        return steps.call(call, formula, _OF_TOKEN, _ARRAYS, results, *arrays, slots=slots)
+
+    return stepped(kernel, q, k, v, g, level_scales, state, slots)
+
+
+def _token_of_rows(q, k, v, decays, level_scales, levels, position, slots=None, *, lazy):
+    """`token`; with slots, of rows of a pool of levels."""
 
     @pools.on_rows()
     def of_rows(q, k, v, decays, level_scales, position, levels):

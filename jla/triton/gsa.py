@@ -11,21 +11,20 @@ import functools
 import jax
 import jax.numpy as jnp
 import triton
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._core import packed
-from jla._core.axes import GSA, letters, of_step
+from jla._core import packed, sequence
+from jla._core.axes import GSA, letters
 from jla._core.derivatives import reverse_only
+from jla._core.movement import GSA as GSA_STATES
 from jla._core.parts import abc_gates
-from jla._core.pools import of_pool
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import GSAState
-from jla._core.steps import differentiable
-from jla.reference import gsa as reference
-from jla.triton import configs, launch
+from jla.triton import configs, launch, pieces
+from jla.triton.gsa_step import gsa_step
 from jla.triton.kernels import gsa_backward, gsa_forward
-from jla.triton.kernels import gsa_step as step_kernel
 
 __all__ = ["gsa", "gsa_step", "unsupported"]
 
@@ -35,7 +34,6 @@ bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
 CHUNK = gsa_forward.CHUNK.value
 WIDEST = 256  # K, V and M; more have not been tried
 SMALLEST = 16  # side of a tile that `tl.dot` takes
-STEP_TILE = 8192  # elements of a state that a step's program holds at a time
 
 _INPUTS = letters(GSA, "q k v s g")
 _STATES = letters(GSA, "initial_state.hk initial_state.hv")
@@ -48,13 +46,6 @@ _KEPT = {
     "gsa_key_states": "B H N K M",
     "gsa_value_states": "B H N V M",
 }
-_STEP = of_step(GSA)
-_STEP_INPUTS = letters(_STEP, "q k v s g state.hk state.hv")
-_STEP_OUTPUTS = letters(_STEP, "o state.hk state.hv")
-_POOL_INPUTS = letters(of_pool(_STEP), "q k v s g state.hk state.hv slots")
-_POOL_OUTPUTS = letters(of_pool(_STEP), "o state.hk state.hv")
-
-
 # States of pieces, and the pieces' spans.
 _OF_PIECES, _SPANS = ("B H P K M", "B H P M V"), "B P two"
 
@@ -67,10 +58,10 @@ def unsupported(name, q, k, v, s, *_, slots=None):
     return None
 
 
-@functools.partial(jax.jit, static_argnames="scale")
+@functools.partial(jax.jit, static_argnames=("scale", "axis_name"))
 @reverse_only("jla.gsa")
-def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale):
-    """Runs the kernels. See `jla.gsa`.
+def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale, axis_name=None):
+    """Runs the kernels. See `jla.gsa`, and for `axis_name` `jla._core.sequence.by_states`.
 
     Products of 16-bit inputs take bfloat16 operands, those of float32 inputs float32 ones as three
     TF32 products; all add in float32.
@@ -88,7 +79,11 @@ def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale):
     if starts is not None:
         # To start a new segment, set its first token's decay to 0.
         g = jnp.where(starts[:, :, None, None], -jnp.inf, g)
-    o, hk, hv = _gsa(q, k, v, s, g, tuple(initial_state or ()), scale)
+    if axis_name is None:
+        o, hk, hv = _gsa(q, k, v, s, g, tuple(initial_state or ()), scale)
+    else:
+        links = sequence.links(segment_ids, *q.shape[:2], axis_name)
+        o, hk, hv = _gsa_over(q, k, v, s, g, initial_state, links, scale, axis_name)
     return o, GSAState(hk, hv)
 
 
@@ -130,11 +125,139 @@ def _gsa_backward(scale, residuals, cotangents):
 defvjp(_gsa, _gsa_forward, _gsa_backward)
 
 
+# A piece of a sequence on each device. The states' first pass says what the piece does to them, and
+# that is exchanged; backward likewise, with the states' gradients from right to left.
+
+_DECAY = "B H M"
+_SUMS = tuple(_KEPT.values())[:2]
+# Of the pieces that a device cuts its own into: see `_first_pass`.
+_MADE = (*_OF_PIECES, "B H P M")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _gsa_over(q, k, v, s, g, state, links, scale, axis):
+    """As `_gsa`: the outputs of this device's piece, and the states that leave it; `state` is that
+    before the first piece."""
+    return _run_over(q, k, v, s, g, state, links, scale, axis, keep=False)
+
+
+def _gsa_over_forward(q, k, v, s, g, state, links, scale, axis):
+    o, hk, hv, *kept = _run_over(q, k, v, s, g, state, links, scale, axis, keep=True)
+    kept = tuple(map(checkpoint_name, kept, _KEPT))
+    return (o, hk, hv), ((q, k, v, s), kept, links)
+
+
+def _run_over(q, k, v, s, g, state, links, scale, axis, *, keep):
+    summarise = shardwise(_summarise, _INPUTS[1:], (*_SUMS, _DECAY, *_STATES, *_MADE))
+    *decays, decay, hk, hv = (made := summarise(k, v, s, g))[:5]
+    start = sequence.entering(GSA_STATES.step, (decay, GSAState(hk, hv)), state, links, axis)
+    run = functools.partial(_forward_in_pieces, scale=scale, keep=keep)
+    axes = (*_INPUTS[:4], *_SUMS, *_STATES, *_MADE)
+    results = (*_OUTPUTS, *_KEPT.values()) if keep else _OUTPUTS
+    return shardwise(run, axes, results)(q, k, v, s, *decays, *start, *made[5:])
+
+
+def _gsa_over_backward(scale, axis, residuals, cotangents):
+    inputs, kept, links = residuals
+    dlogits = _KEPT["gsa_probabilities"]
+    axes = (*_INPUTS[:4], *_KEPT.values(), *_OUTPUTS)
+    run = functools.partial(_summarise_gradients, scale=scale)
+    summarise = shardwise(run, axes, (dlogits, _DECAY, *_STATES, *_MADE))
+    logits, decay, hk, hv, *made = summarise(*inputs, *kept, *cotangents)
+    said = GSAState(hk, hv)
+    nothing = jax.tree.map(jnp.zeros_like, said)
+    after = sequence.entering(
+        GSA_STATES.step, (decay, said), nothing, links, axis, reverse=True
+    )  # fmt: skip
+    do, *ends = cotangents
+    run = shardwise(_gradients_in_pieces, (*axes, dlogits, *_MADE), (*_INPUTS, *_STATES))
+    *gradients, hk, hv = run(*inputs, *kept, do, *map(jnp.add, ends, after), logits, *made)
+    first = lax.axis_index(axis) == 0  # the sum over devices is that of the first
+    return *gradients, GSAState(*(jnp.where(first, x, 0.0) for x in (hk, hv))), None
+
+
+defvjp(_gsa_over, _gsa_over_forward, _gsa_over_backward)
+
+
+def _summarise(k, v, s, g):
+    s, decays = s.astype(_operand(k)), _sums(g)
+    return *decays, *_first_pass((k, v), (s, s), decays)
+
+
+def _forward_in_pieces(q, k, v, s, sums, totals, hk, hv, *made, scale, keep):
+    """As `_forward`, from the states that enter the first piece, and what `_summarise` made."""
+    hk, hv, spans, _ = _in_pieces(made, (hk, hv), totals)
+    o, hk, hv, *kept = _forward_from(q, k, v, s, (sums, totals), hk, hv, spans, scale=scale)
+    results = o, hk[:, :, -1], hv[:, :, -1]
+    return (*results, *kept) if keep else results
+
+
+def _summarise_gradients(
+    q, k, v, s, sums, totals, p, key_states, value_states, do, dhk, dhv, *, scale
+):  # fmt: skip
+    dlogits = _read(do, v, s.astype(_operand(q)), sums, value_states, p, scale=scale)
+    start = dhk, dhv
+    made = _first_pass((q, do), (dlogits, p), (sums, totals), start, reverse=True)
+    return dlogits, *made
+
+
+def _gradients_in_pieces(
+    q, k, v, s, sums, totals, p, key_states, value_states, do, dhk, dhv, dlogits, *made
+):  # fmt: skip
+    """As `_backward`, from the gradients of the states that leave the last piece, and what
+    `_summarise_gradients` made."""
+    dhk, dhv, spans, _ = _in_pieces(made, (dhk, dhv), totals, reverse=True)
+    arrays = q, k, v, s, sums, totals, p, key_states, value_states, do, dhk, dhv
+    *gradients, dhk, dhv = _backward_from(*arrays, dlogits, spans)
+    return *gradients, dhk[:, :, 0], dhv[:, :, 0]
+
+
+def _first_pass(features, by_slot, decays, start=None, *, reverse=False):
+    """What the tokens do to the states: how these decay, [B, H, M], and what becomes of `start`,
+    zeros if it is None. Then what each of the pieces makes of zeros, [B, H, P, ...], and how the
+    states decay over it, [B, H, P, M]. The arguments are those of `_states`.
+    """
+    (K, V), (B, N, H, M) = (x.shape[-1] for x in features), decays[1].shape
+    blocks = _config(gsa_forward.gsa_states, features[0]).blocks
+    programs = sum(_tiles(D, blocks["BD"]) for D in (K, V)) * B * H * _tiles(M, blocks["BM"])
+    P = pieces.number(programs, N)
+    spans = pieces.spans(B, P, N)
+    *_, hk, hv = _states(features, by_slot, decays, None, spans, reverse=reverse, keep=False)
+    decay = jnp.exp2(pieces.sums(jnp.moveaxis(decays[1], 2, 1), P))
+    made = hk, hv, decay
+    if start is None:
+        start = jnp.zeros((B, H, K, M), f32), jnp.zeros((B, H, M, V), f32)
+    *_, last = _in_pieces(made, start, decays[1], reverse=reverse)
+    return jnp.prod(decay, axis=2), *last, *made
+
+
+def _in_pieces(made, start, totals, *, reverse=False):
+    """The states that the pieces start from, [B, H, P, ...], the pieces' spans, and the last
+    states, [B, H, ...]: see `_first_pass`."""
+    *ends, decay = made
+    factors = decay[..., None, :], decay[..., None]
+    options = dict(reverse=reverse)
+    (hk, hk_last), (hv, hv_last) = (
+        pieces.joined(*x, **options) for x in zip(factors, ends, start, strict=True)
+    )
+    B, N = totals.shape[:2]
+    return hk, hv, pieces.spans(B, hk.shape[2], N), (hk_last, hv_last)
+
+
+# ------------------------------------------------------------------------------ the kernels' calls
+
+
 def _forward(q, k, v, s, g, *start, scale, keep):
     """The forward kernels: o and the last states, with `keep` also what `_KEPT` lists."""
+    results = _forward_from(q, k, v, s, _sums(g), *start, scale=scale)
+    return results if keep else results[:3]
+
+
+def _forward_from(q, k, v, s, decays, *start, scale):
+    """As `_forward`, from what `_sums` returns."""
     (B, T, HQ, _), (H, V), M = q.shape, v.shape[2:], s.shape[-1]
     s = s.astype(_operand(q))
-    sums, _ = decays = _sums(g)
+    sums, _ = decays
     start, spans = start[:2], start[2:]
     key_states, value_states, hk, hv = _states((k, v), (s, s), decays, start or None, *spans)
     p = _read(q, k, s, sums, key_states, scale=scale)
@@ -145,16 +268,24 @@ def _forward(q, k, v, s, g, *start, scale, keep):
         sizes=dict(HQ=HQ, H=H, D=V, M=M),
         inputs=q,
     )
-    return (o, hk, hv, *decays, p, key_states, value_states) if keep else (o, hk, hv)
+    return o, hk, hv, *decays, p, key_states, value_states
 
 
 def _backward(
     q, k, v, s, sums, totals, p, key_states, value_states, do, dhk, dhv, *spans, scale
 ):  # fmt: skip
     """The backward kernels: the gradients of q, k, v, s, g and of the first states."""
+    dlogits = _read(do, v, s.astype(_operand(q)), sums, value_states, p, scale=scale)
+    arrays = q, k, v, s, sums, totals, p, key_states, value_states, do, dhk, dhv
+    return _backward_from(*arrays, dlogits, *spans)
+
+
+def _backward_from(
+    q, k, v, s, sums, totals, p, key_states, value_states, do, dhk, dhv, dlogits, *spans
+):  # fmt: skip
+    """As `_backward`, from the logits' gradients."""
     B, T, H, _ = sums.shape
     writes = s.astype(_operand(q))
-    dlogits = _read(do, v, writes, sums, value_states, p, scale=scale)
     key_gradients, value_gradients, dhk, dhv = _states(
         (q, do), (dlogits, p), (sums, totals), (dhk, dhv), *spans, reverse=True
     )
@@ -184,10 +315,10 @@ def _sums(g):
     )
 
 
-def _states(features, by_slot, decays, start, spans=None, *, reverse=False):
+def _states(features, by_slot, decays, start, spans=None, *, reverse=False, keep=True):
     """Both states of all chunks, [B, H, chunks, K or V, M], and the last ones. See `gsa_states`.
 
-    If K and V differ it takes a call for each state.
+    If K and V differ it takes a call for each state. Without `keep` only the last ones are written.
 
     Args:
       features: k and v, in reverse q and do. by_slot: s twice, in reverse dlogits and p.
@@ -206,7 +337,7 @@ def _states(features, by_slot, decays, start, spans=None, *, reverse=False):
     calls = [(K, 1, 1, both)] if K == V else [(K, 1, 0, of_keys), (V, 0, 1, of_values)]
     results = []
     for D, keys, values, arrays in calls:
-        shapes = [SDS((B, H, N, D, M), dtype)] * 2
+        shapes = [SDS((B, H, N, D, M) if keep else (1,), dtype)] * 2
         shapes += [SDS((B, H, *of_pieces, K, M), f32), SDS((B, H, *of_pieces, M, V), f32)]
         used = (keys, values, keys, values)
         out = _call(
@@ -219,6 +350,7 @@ def _states(features, by_slot, decays, start, spans=None, *, reverse=False):
             KEYS=keys,
             VALUES=values,
             START=start is not None,
+            KEEP=keep,
             REVERSE=reverse,
         )
         results.append(out)
@@ -315,55 +447,3 @@ def _operand(x):
 def _width(size, most):
     """How wide tiles are: the power of two that holds `size`, and at most `most`."""
     return min(most, max(SMALLEST, triton.next_power_of_2(size)))
-
-
-@functools.partial(jax.jit, static_argnames="scale")
-def gsa_step(q, k, v, s, g, state, *, scale, slots=None):
-    """One token in one kernel. See `jla.gsa_step`.
-
-    All arithmetic is float32, whatever the inputs' dtype. The states are overwritten where their
-    buffers are donated or are temporaries of the caller's program, and copied before the kernel
-    otherwise.
-
-    Floor: both states are read once and written once, 8 H M (K + V) bytes a row, and everything
-    else is small. B=128 H=16 K=V=128 M=64 has 0.268 GB: 0.063 ms on an H200 (4.3 TB/s).
-
-    Derivatives are those of the reference's formula, in XLA.
-    """
-    run, formula = (functools.partial(x, scale=scale) for x in (_step, _formula_of_step))
-    if slots is None:
-        step = differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
-        o, hk, hv = step(q, k, v, s, g, *state)
-    else:
-        step = differentiable(run, formula, _POOL_INPUTS, _POOL_OUTPUTS)
-        o, hk, hv = step(q, k, v, s, g, *state, slots)
-    return o, GSAState(hk, hv)
-
-
-def _formula_of_step(q, k, v, s, g, hk, hv, slots=None, *, scale):
-    options = dict(scale=scale, slots=slots)
-    o, state = reference.gsa_step(q, k, v, s, g, GSAState(hk, hv), **options)
-    return o, *state
-
-
-def _step(q, k, v, s, g, hk, hv, slots=None, *, scale):
-    (H, K, M), V, (B, HQ, _) = hk.shape[1:], v.shape[-1], q.shape
-    kernel, on_pool = step_kernel.gsa_step, ()
-    if slots is not None:
-        kernel, on_pool = step_kernel.gsa_step_on_pool, (slots, hk.shape[0])
-    power = triton.next_power_of_2
-    BM = power(M)
-    return tuple(
-        launch.call(
-            kernel,
-            *(q, k, v, s, g, hk, hv, *on_pool),
-            grid=(B * H,),
-            outputs=[SDS((B, HQ, V), v.dtype), SDS(hk.shape, f32), SDS(hv.shape, f32)],
-            config=configs.config("gsa_step", launch.target()),
-            constants=dict(
-                **dict(scale=scale, HQ=HQ, H=H, K=K, V=V, M=M, BM=BM, BG=power(HQ // H)),
-                **dict(BK=min(power(K), STEP_TILE // BM), BV=min(power(V), STEP_TILE // BM)),
-            ),
-            in_place={5: 1, 6: 2},
-        )
-    )

@@ -13,14 +13,12 @@ import triton
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._core import movement, packed, sequence
+from jla._core import movement, packed, sequence, steps
 from jla._core.axes import KDA, letters, of_step
 from jla._core.derivatives import reverse_only
 from jla._core.parts import kda_operands
-from jla._core.pools import of_pool
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
-from jla._core.steps import by_slots, differentiable
 from jla.reference import kda as reference
 from jla.triton import configs, launch
 from jla.triton.kernels import kda_backward, kda_forward
@@ -50,11 +48,6 @@ _GRADIENTS = (KDA["g"], KDA["g"], KDA["v"], KDA["g"], KDA["beta"], _STATE)
 _SUMMARY = ("B HV K J", _STATE)
 _OPERANDS = ("B HV TP K", "B HV TP K", "B HV TP K", "B HV N K")
 _PREPARED = (*tuple(_KEPT.values())[:3], "B HV TP V", *_OPERANDS)
-_STEP = of_step(KDA)
-_STEP_INPUTS = letters(_STEP, "q k v g beta state")
-_STEP_OUTPUTS = letters(_STEP, "o state")
-_POOL_INPUTS = letters(of_pool(_STEP), "q k v g beta state slots")
-_POOL_OUTPUTS = letters(of_pool(_STEP), "o state")
 
 _C = CHUNK.value
 _FEW = 32  # sequences and heads that leave most of a GPU idle
@@ -422,10 +415,8 @@ def kda_step(q, k, v, g, beta, state, *, scale, slots=None):
     Derivatives are those of the reference's formula, in XLA.
     """
     run, formula = (functools.partial(x, scale=scale) for x in (_step, reference.kda_step))
-    if slots is None:
-        return differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)(q, k, v, g, beta, state)
-    step = differentiable(run, by_slots(formula), _POOL_INPUTS, _POOL_OUTPUTS)
-    return step(q, k, v, g, beta, state, slots)
+    names, arrays = "q k v g beta state", (q, k, v, g, beta, state)
+    return steps.call(run, formula, of_step(KDA), names, "o state", *arrays, slots=slots)
 
 
 def _step(q, k, v, g, beta, state, slots=None, *, scale):

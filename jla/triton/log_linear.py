@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import triton
 
 from jla._core import alignment, level_weights, packed_levels
-from jla._core.axes import LOG_LINEAR, letters, of_step, with_value_heads
+from jla._core.axes import LOG_LINEAR, with_value_heads
 from jla._core.derivatives import reverse_only
 from jla._core.shardwise import defvjp, shardwise
-from jla._core.steps import differentiable
 from jla.reference import log_linear as reference
 from jla.triton import configs, launch
 from jla.triton.kernels import log_linear_chunks as chunks
@@ -24,15 +23,6 @@ f32, bf16 = jnp.float32, jnp.bfloat16
 _GIVEN = with_value_heads(LOG_LINEAR)
 _QUERIES, _VALUES, _OF_HEAD = _GIVEN["q"], _GIVEN["v"], "B T HV K"
 _WEIGHTS, _LIVE = "B HV N P C", "B N"
-
-_STEP = with_value_heads(of_step(LOG_LINEAR))
-# The log decays of all levels have the level scales' axes.
-_STEP_INPUTS = letters(_STEP, "q k v level_scales level_scales state.levels state.position")
-_STEP_OUTPUTS = letters(_STEP, "o state.levels")
-# Of a pool the levels alone: positions and sums of log decays are the rows'.
-_POOL = _STEP["state.levels"].replace("B", "R")
-_POOL_INPUTS = (*_STEP_INPUTS[:5], _POOL, "B", "B")
-_POOL_OUTPUTS = (_STEP_OUTPUTS[0], _POOL)
 
 
 def unsupported(name, *arrays, slots=None):
@@ -215,15 +205,7 @@ def log_linear_step(q, k, v, g, level_scales, state, *, slots=None):
 
     Derivatives are those of the reference's formula, in XLA.
     """
-
-    def token(*arrays, lazy, slots=None):
-        run, formula = (functools.partial(f, lazy=lazy) for f in (_step, reference.token))
-        if slots is None:
-            return differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)(*arrays)
-        formula = functools.partial(reference.token_of_pool, lazy=lazy)
-        return differentiable(run, formula, _POOL_INPUTS, _POOL_OUTPUTS)(*arrays, slots)
-
-    return reference.stepped(token, q, k, v, g, level_scales, state, slots)
+    return reference.stepped_by_kernel(_step, q, k, v, g, level_scales, state, slots)
 
 
 def _step(q, k, v, decays, level_scales, levels, position, slots=None, *, lazy):

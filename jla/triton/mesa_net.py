@@ -10,29 +10,25 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import triton
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jla._core import packed
-from jla._core.axes import MESA_NET, letters, of_step
+from jla._core import packed, sequence
+from jla._core.axes import MESA_NET, letters
 from jla._core.derivatives import reverse_only
+from jla._core.movement import MESA_NET as MESA_STATES
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise, varying_as
 from jla._core.states import MesaState, zero_mesa_state
-from jla._core.steps import differentiable
-from jla.reference import mesa_net as reference
-from jla.triton import configs, launch
-from jla.triton.kernels import mesa_gradients, mesa_read, mesa_solve, mesa_states
-from jla.triton.kernels import mesa_step as step
+from jla.triton import mesa_calls as calls
+from jla.triton import pieces
+from jla.triton.mesa_calls import CHUNK
+from jla.triton.mesa_step import mesa_step
 
 __all__ = ["mesa_net", "mesa_step", "unsupported"]
 
 SDS = jax.ShapeDtypeStruct
-bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
-
-CHUNK = 64
-# The most keys' features with which S, in float16, stays in shared memory.
-WIDEST = 128
+f16, f32 = jnp.float16, jnp.float32
 
 # To `shardwise` each axis of an array has a letter of its own.
 _KK = MESA_NET["initial_state.kk"].replace("K K", "K J")
@@ -41,14 +37,9 @@ _INPUTS = (*letters(MESA_NET, "q k v"), "B H TP", "B H TP", "B H K", *_STATES)
 _OUTPUTS = (MESA_NET["o"], *_STATES)
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
 _KEPT = {"mesa_solution": MESA_NET["k"], "mesa_solution_scale": "B H TP"}
+_GRADIENTS = (*letters(MESA_NET, "k v"), "B H TP", "B H TP", "B H K", *_STATES)
 # States of pieces, and the pieces' spans.
 _PIECES, _SPANS = ("B H P K J", "B H P K V"), "B P two"
-_STEP = of_step(MESA_NET)
-_STEP_INPUTS = (*letters(_STEP, "q k v g beta"), "B H K", *_STATES)
-_STEP_OUTPUTS = (_STEP["o"], *_STATES)
-_POOL_STATES = tuple(x.replace("B", "R") for x in _STATES)
-_POOL_INPUTS = (*_STEP_INPUTS[:6], *_POOL_STATES, "B")
-_POOL_OUTPUTS = (_STEP["o"], *_POOL_STATES)
 
 
 def unsupported(name, *arrays, slots=None):
@@ -66,12 +57,13 @@ def _tolerance(dtype):
     return 1e-6 if dtype == f32 else 5e-4
 
 
-@functools.partial(jax.jit, static_argnames=("cg_steps", "tolerance"))
+@functools.partial(jax.jit, static_argnames=("cg_steps", "tolerance", "axis_name"))
 @reverse_only("jla.mesa_net")
 def mesa_net(
-    q, k, v, g, beta, lamb, initial_state, segment_ids, *, cg_steps, tolerance=None
+    q, k, v, g, beta, lamb, initial_state, segment_ids,
+    *, cg_steps, tolerance=None, axis_name=None,
 ):  # fmt: skip
-    """Runs the kernels. See `jla.mesa_net`.
+    """Runs the kernels. See `jla.mesa_net`, and for `axis_name` `jla._core.sequence.by_states`.
 
     Products of 16-bit inputs take 16-bit operands, in the solves float16; those of float32 inputs
     three TF32 products each. All add in float32. A row stops when its residual is `tolerance` times
@@ -91,12 +83,15 @@ def mesa_net(
         g = jnp.where(segment_starts(segment_ids)[..., None], -jnp.inf, g)
     if initial_state is None:
         initial_state = zero_mesa_state(k[:, 0], v[:, 0])
-    return _on_chunks(q, k, v, g, beta, lamb, initial_state, None, options)
+    over = None
+    if axis_name is not None:
+        over = sequence.links(segment_ids, *q.shape[:2], axis_name), axis_name
+    return _on_chunks(q, k, v, g, beta, lamb, initial_state, None, options, over)
 
 
-def _on_chunks(q, k, v, g, beta, lamb, state, spans, options):
+def _on_chunks(q, k, v, g, beta, lamb, state, spans, options, over=None):
     """Fills the last chunk. With the spans of pieces the states are those of each, see
-    `packed.by_pieces`."""
+    `packed.by_pieces`. Over devices `over` is how their pieces link, and the axis."""
     B, T, H, K = q.shape
     # Tokens that fill the last chunk neither decay nor write.
     g, beta = (
@@ -104,7 +99,11 @@ def _on_chunks(q, k, v, g, beta, lamb, state, spans, options):
         for x in (g, beta)
     )
     lamb = jnp.broadcast_to(varying_as(lamb, k), (B, H, K))
-    o, kk, kv = _mesa(q, k, v, g, beta, lamb, *state, spans, *options)
+    if over is None:
+        o, kk, kv = _mesa(q, k, v, g, beta, lamb, *state, spans, *options)
+    else:
+        links, axis_name = over
+        o, kk, kv = _mesa_over(q, k, v, g, beta, lamb, *state, links, *options, axis_name)
     return o, MesaState(kk, kv)
 
 
@@ -138,8 +137,13 @@ def _run(q, k, v, g, beta, lamb, kk, kv, spans, cg_steps, tolerance, *, keep):
     # Where lamb is NaN, only what the queries are multiplied by is: states stay as they are.
     scale = jax.lax.rsqrt(lamb)
     o, kk, kv, *x = _of_pieces(run, spans, _INPUTS, results)(q, k, v, g, beta, scale, kk, kv)
+    return o, *_unscaled(lamb, kk, kv), *x
+
+
+def _unscaled(lamb, kk, kv):
+    """The states for this lamb, of those for which it is 1."""
     row, column = _row_and_column(jnp.sqrt(_or_one(lamb)), kk)
-    return o, row * kk * column, row * kv, *x
+    return row * kk * column, row * kv
 
 
 def _mesa_forward(q, k, v, g, beta, lamb, kk, kv, spans, cg_steps, tolerance):
@@ -151,27 +155,143 @@ def _mesa_forward(q, k, v, g, beta, lamb, kk, kv, spans, cg_steps, tolerance):
 def _mesa_backward(cg_steps, tolerance, residuals, cotangents):
     k, v, g, beta, lamb, kk, kv, *kept, spans = residuals
     do, dkk, dkv = cotangents
-    dtype = k.dtype
+    dtype, ends = k.dtype, _ends(lamb, dkk, dkv)
     scale = jax.lax.rsqrt(lamb)
-    row, column = _row_and_column(jnp.sqrt(_or_one(lamb)), dkk)
-    # What the states' kernel carries in Hkk's place is -dHkk^T.
-    ends = -jnp.swapaxes(row * dkk * column, -1, -2), row * dkv
     k, kk, kv = _scaled(k, lamb, kk, kv)
     run = functools.partial(_backward, steps=cg_steps, tolerance=tolerance, dtype=dtype)
-    y, y_scale, dk, dv, dg, dbeta, products, dkk, dkv = _of_pieces(
-        run,
-        spans,
-        (*_INPUTS[1:], *_KEPT.values(), *_OUTPUTS),
-        (*_KEPT.values(), *letters(MESA_NET, "k v"), "B H TP", "B H TP", "B H K", *_STATES),
-    )(k, v, g, beta, scale, kk, kv, *kept, do, *ends)
+    axes = (*_INPUTS[1:], *_KEPT.values(), *_OUTPUTS)
+    arrays = k, v, g, beta, scale, kk, kv, *kept, do, *ends
+    results = _of_pieces(run, spans, axes, (*_KEPT.values(), *_GRADIENTS))(*arrays)
+    return *_unscaled_gradients(scale, dtype, *results), None
+
+
+def _ends(lamb, dkk, dkv):
+    """What the states' kernel carries in reverse: in Hkk's place it is -dHkk^T."""
+    dkk, dkv = _unscaled(lamb, dkk, dkv)
+    return -jnp.swapaxes(dkk, -1, -2), dkv
+
+
+def _unscaled_gradients(scale, dtype, y, y_scale, dk, dv, dg, dbeta, products, dkk, dkv):
     y_scale = jnp.swapaxes(y_scale, 1, 2)[:, : y.shape[1], :, None]
     dq = (y.astype(f32) * y_scale * scale[:, None]).astype(dtype)
     row, column = _row_and_column(scale, dkk)
     dkk = -row * jnp.swapaxes(dkk, -1, -2) * column
-    return dq, dk, dv, dg, dbeta, -scale * scale * products, dkk, row * dkv, None
+    return dq, dk, dv, dg, dbeta, -scale * scale * products, dkk, row * dkv
 
 
 defvjp(_mesa, _mesa_forward, _mesa_backward)
+
+
+# A piece of a sequence on each device. The states' first pass says what the piece does to them, and
+# that is exchanged; backward likewise, with the states' gradients from right to left. All devices
+# have the same lamb, so that they can exchange the kernels' states, for which it is 1.
+
+# Of the pieces that a device cuts its own into: see `calls.first_pass`.
+_MADE = (*_PIECES, "B H P")
+_SUMMARY = ("B H", *_STATES, *_MADE)
+# What the forward pass keeps besides: the states that those pieces start from.
+_STARTS = dict(zip(("mesa_kk", "mesa_kv"), _PIECES, strict=True))
+# And what the backward pass makes before the exchange: states, and its solutions.
+_SOLVED = ("B H N K J", "B H N", "B H N K V", *_KEPT.values())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10, 11))
+def _mesa_over(q, k, v, g, beta, lamb, kk, kv, links, cg_steps, tolerance, axis):
+    """As `_mesa`: the outputs of this device's piece, and the states that leave it; `kk` and `kv`
+    are those before the first piece."""
+    arrays, options = (q, k, v, g, beta, lamb, kk, kv), (cg_steps, tolerance)
+    return _run_over(*arrays, links, *options, axis, keep=False)
+
+
+def _mesa_over_forward(q, k, v, g, beta, lamb, kk, kv, links, cg_steps, tolerance, axis):
+    arrays, options = (q, k, v, g, beta, lamb, kk, kv), (cg_steps, tolerance)
+    o, kk, kv, *kept = _run_over(*arrays, links, *options, axis, keep=True)
+    kept = map(checkpoint_name, kept, (*_STARTS, *_KEPT))
+    return (o, kk, kv), (k, v, g, beta, lamb, *kept, links)
+
+
+def _run_over(q, k, v, g, beta, lamb, kk, kv, links, steps, tolerance, axis, *, keep):
+    k, kk, kv = _scaled(k, lamb, kk, kv)
+    decay, *term, kk_made, kv_made, decays = shardwise(_summarise, _INPUTS[1:5], _SUMMARY)(
+        k, v, g, beta
+    )
+    summary, state = (decay, MesaState(*term)), MesaState(kk, kv)
+    start = sequence.entering(MESA_STATES.step, summary, state, links, axis)
+    run = functools.partial(_forward_in_pieces, steps=steps, tolerance=tolerance, keep=keep)
+    results = (*_OUTPUTS, *_STARTS.values(), *_KEPT.values()) if keep else _OUTPUTS
+    made = kk_made, kv_made, decays
+    o, kk, kv, *kept = shardwise(run, (*_INPUTS, *_MADE), results)(
+        q, k, v, g, beta, jax.lax.rsqrt(lamb), *start, *made
+    )
+    return o, *_unscaled(lamb, kk, kv), *kept
+
+
+def _mesa_over_backward(cg_steps, tolerance, axis, residuals, cotangents):
+    k, v, g, beta, lamb, kk, kv, *kept, links = residuals
+    do, *ends = cotangents
+    dtype, ends, scale = k.dtype, _ends(lamb, *ends), jax.lax.rsqrt(lamb)
+    k = _scaled_keys(k, lamb)
+    run = functools.partial(_solve_back_and_summarise, steps=cg_steps, tolerance=tolerance)
+    axes = (*_INPUTS[1:5], *_PIECES, *_KEPT.values(), *_OUTPUTS)
+    arrays = k, v, g, beta, kk, kv, *kept, do
+    results = shardwise(run, axes, (*_SOLVED, *_SUMMARY))(*arrays, *ends)
+    solved, (decay, *said), made = results[:5], results[5:8], results[8:]
+    said = MesaState(*said)
+    nothing = jax.tree.map(jnp.zeros_like, said)
+    after = sequence.entering(
+        MESA_STATES.step, (decay, said), nothing, links, axis, reverse=True
+    )  # fmt: skip
+    run = functools.partial(_gradients_in_pieces, dtype=dtype)
+    x, x_scale = kept
+    arrays = k, v, do, g, beta, scale, x, x_scale, *solved, *map(jnp.add, ends, after), *made
+    axes = *_INPUTS[1:3], _OUTPUTS[0], *_INPUTS[3:6], *_KEPT.values(), *_SOLVED, *_STATES, *_MADE
+    results = shardwise(run, axes, _GRADIENTS)(*arrays)
+    *gradients, dkk, dkv = _unscaled_gradients(scale, dtype, *solved[3:], *results)
+    first = lax.axis_index(axis) == 0  # the sum over devices is that of the first
+    return *gradients, *(jnp.where(first, x, 0.0) for x in (dkk, dkv)), None
+
+
+defvjp(_mesa_over, _mesa_over_forward, _mesa_over_backward)
+
+
+def _summarise(k, v, g, beta):
+    return calls.first_pass(k, k, v, g, beta, calls.largest(k))
+
+
+def _forward_in_pieces(q, k, v, g, beta, scale, kk, kv, *made, steps, tolerance, keep):
+    """As `_forward`, from the states that enter the first piece, and what `_summarise` made; with
+    `keep` also the states that the pieces start from."""
+    starts, spans, _ = calls.in_pieces(made, (kk, kv), g)
+    options = dict(steps=steps, tolerance=tolerance, keep=keep)
+    o, kk, kv, *x = _forward(q, k, v, g, beta, scale, *starts, spans, **options)
+    o_and_ends = o, kk[:, :, -1], kv[:, :, -1]
+    return (*o_and_ends, *starts, *x) if keep else o_and_ends
+
+
+def _solve_back_and_summarise(
+    k, v, g, beta, kk, kv, x, x_scale, do, end_kk, end_kv, *, steps, tolerance
+):  # fmt: skip
+    spans = pieces.spans(k.shape[0], kk.shape[2], g.shape[-1] // CHUNK)
+    options = dict(steps=steps, tolerance=tolerance)
+    states, y = _solve_back(k, v, g, beta, kk, kv, do, spans, **options)
+    arrays = x, y[0], do, g, x_scale, y[1]
+    return *states, *y, *calls.first_pass(*arrays, (end_kk, end_kv), reverse=True)
+
+
+def _gradients_in_pieces(
+    k, v, do, g, beta, scale, x, x_scale, kk, kk_scale, kv, y, y_scale, end_kk, end_kv, *made, dtype
+):  # fmt: skip
+    """As `_backward`, from the gradients of the states that leave the last piece, and what
+    `_solve_back_and_summarise` made; without the solutions."""
+    ends, spans, _ = calls.in_pieces(made, (end_kk, end_kv), g, reverse=True)
+    arrays = k, v, do, g, beta, scale, x, x_scale
+    *gradients, dkk, dkv = _backward_from(
+        *arrays, (kk, kk_scale, kv), (y, y_scale), ends, spans, dtype=dtype
+    )
+    return *gradients, dkk[:, :, 0], dkv[:, :, 0]
+
+
+# ------------------------------------------------------------------------------ forward, backward
 
 
 def _or_one(lamb):
@@ -180,23 +300,27 @@ def _or_one(lamb):
 
 
 def _scaled(k, lamb, kk, kv):
-    """The keys and the states for which lamb is 1; keys of 16 bits in float16."""
-    scale = jax.lax.rsqrt(_or_one(lamb))
+    """The keys and the states for which lamb is 1."""
+    row, column = _row_and_column(jax.lax.rsqrt(_or_one(lamb)), kk)
+    return _scaled_keys(k, lamb), row * kk * column, row * kv
+
+
+def _scaled_keys(k, lamb):
+    """Those of 16 bits in float16."""
     dtype = k.dtype
-    k = k.astype(f32) * scale[:, None]
+    k = k.astype(f32) * jax.lax.rsqrt(_or_one(lamb))[:, None]
     if dtype != f32:
         largest = float(jnp.finfo(f16).max)
         k = jnp.clip(k, -largest, largest).astype(f16)
-    row, column = _row_and_column(scale, kk)
-    return k, row * kk * column, row * kv
+    return k
 
 
 def _forward(q, k, v, g, beta, scale, kk, kv, *spans, steps, tolerance, keep):
     """The forward kernels: o and the last states, with `keep` also the solutions."""
-    inputs = k, k, v, g, beta, _largest(k), kk, kv
-    kk_states, kk_scale, kv_states, *states = _states(*inputs, *spans)
-    x = _solve(q, scale, k, g, beta, kk_states, kk_scale, steps=steps, tolerance=tolerance)
-    o = _read(*x, k, v, g, beta, kv_states, SDS(v.shape, v.dtype))
+    inputs = k, k, v, g, beta, calls.largest(k), kk, kv
+    kk_states, kk_scale, kv_states, *states = calls.states(*inputs, *spans)
+    x = calls.solve(q, scale, k, g, beta, kk_states, kk_scale, steps=steps, tolerance=tolerance)
+    o = calls.read(*x, k, v, g, beta, kv_states, SDS(v.shape, v.dtype))
     return (o, *states, *x) if keep else (o, *states)
 
 
@@ -204,14 +328,27 @@ def _backward(
     k, v, g, beta, scale, kk, kv, x, x_scale, do, end_kk, end_kv, *spans, steps, tolerance, dtype
 ):  # fmt: skip
     """The backward kernels, and what is small enough for XLA: the log decays' gradient."""
-    inputs, ends = (k, k, v, g, beta, _largest(k), kk, kv), (end_kk, end_kv)
-    kk_states, kk_scale, kv_states, *_ = _states(*inputs, *spans)
-    dx = _read(do, None, v, k, g, beta, kv_states, SDS(k.shape, f32))
-    y = _solve(dx, None, k, g, beta, kk_states, kk_scale, steps=steps, tolerance=tolerance)
+    options, ends = dict(steps=steps, tolerance=tolerance), (end_kk, end_kv)
+    states, y = _solve_back(k, v, g, beta, kk, kv, do, *spans, **options)
+    arrays = k, v, do, g, beta, scale, x, x_scale
+    return *y, *_backward_from(*arrays, states, y, ends, *spans, dtype=dtype)
+
+
+def _solve_back(k, v, g, beta, kk, kv, do, *spans, steps, tolerance):
+    """The states before the chunks (the first one's scale second), and the backward solutions."""
+    kk, kk_scale, kv, *_ = calls.states(k, k, v, g, beta, calls.largest(k), kk, kv, *spans)
+    dx = calls.read(do, None, v, k, g, beta, kv, SDS(k.shape, f32))
+    y = calls.solve(dx, None, k, g, beta, kk, kk_scale, steps=steps, tolerance=tolerance)
+    return (kk, kk_scale, kv), y
+
+
+def _backward_from(k, v, do, g, beta, scale, x, x_scale, states, y, ends, *spans, dtype):
+    """As `_backward`, from what `_solve_back` returns, and without the solutions."""
     arrays = x, y[0], do, g, x_scale, y[1]
-    dkk, _, dkv, *starts = _states(*arrays, *ends, *spans, reverse=True)
-    inputs = k, v, do, x, x_scale, *y, g, beta, scale, kk_states, kk_scale, kv_states, dkk, dkv
-    dk, dv, direct, written, reads, read, through, border, products = _gradients(*inputs, dtype)
+    dkk, _, dkv, *starts = calls.states(*arrays, *ends, *spans, reverse=True)
+    inputs = k, v, do, x, x_scale, *y, g, beta, scale, *states, dkk, dkv
+    dk, dv, direct, written, *rest = calls.gradients(*inputs, dtype)
+    reads, read, through, border, products = rest
 
     # A token's decay counts where something written before it is read after it: in the chunk's own
     # pairs on either side of it, and in what goes through the states.
@@ -223,192 +360,4 @@ def _backward(
     before = jnp.pad(before, ((0, 0), (0, 0), (0, 0), (1, 0)))
     carried = border.sum(-1) * jnp.exp(by_chunk(g).sum(-1))
     dg = (within + before + carried[..., None]).reshape(g.shape)
-    return *y, dk, dv, dg, direct + written, products.sum(2), *starts
-
-
-# ------------------------------------------------------------------------------ the kernels' calls
-
-
-def _wide(size):
-    """The block that holds a whole axis of features."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def _largest(k):
-    """The square of each token's largest element of k, [B, H, TP]; zeros beyond the last."""
-    largest = jnp.square(jnp.abs(k).max(-1).astype(f32))
-    return jnp.pad(jnp.swapaxes(largest, 1, 2), ((0, 0), (0, 0), (0, -k.shape[1] % CHUNK)))
-
-
-def _states(left, x, y, g, weight, other, x_start, y_start, spans=None, *, reverse=False):
-    """`states_kernel`'s outputs: both states before each chunk, the first one's scale second, and
-    both after the last; with `reverse` after each chunk, and before the first. With spans of pieces
-    the last two are those of each.
-    """
-    pieces = 0 if spans is None else spans.shape[1]
-    spans = x_start if spans is None else spans  # not read
-    (B, T, H, K), V = left.shape, y.shape[-1]
-    N = g.shape[-1] // CHUNK
-    dtype = f32 if left.dtype == f32 else bf16
-    config = _config("mesa_states", dtype)
-    rows = _wide(K)
-    # Of twice as many rows half as many columns: what a program holds in registers stays the same.
-    columns = min(config.blocks["BC"] * 128 // max(rows, 128), _wide(max(K, V)))
-    programs = B * H * (triton.cdiv(K, columns) + triton.cdiv(V, columns))
-    return launch.call(
-        mesa_states.states_kernel,
-        *(left, x, y, g, weight, other, x_start, y_start, spans, T, H, N),
-        grid=(programs, pieces) if pieces else (programs,),
-        outputs=[
-            SDS((B, H, N, K, K), dtype if reverse or dtype == f32 else f16),
-            SDS((B, H, N), f32),
-            SDS((B, H, N, K, V), dtype),
-            SDS(x_start.shape, f32),
-            SDS(y_start.shape, f32),
-        ],
-        config=config,
-        constants=_common(dtype) | dict(K=K, V=V, P=pieces, BK=rows, BC=columns, REVERSE=reverse),
-    )
-
-
-def _solve(b, scale, k, g, beta, s, s_scale, *, steps, tolerance):
-    """The solutions x of all A_t x_t = b_t, or of b_t times `scale` if it is not None; and what
-    they are divided by."""
-    B, T, H, K = k.shape
-    N, rows = g.shape[-1] // CHUNK, _wide(K)
-    dtype = f32 if k.dtype == f32 else bf16
-    whole = dtype != f32 and rows <= WIDEST
-    config = _config("mesa_solve" if whole else "mesa_solve_wide", dtype)
-    tokens = config.blocks["ROWS"]
-    work = (1,)
-    if not whole:
-        # Of half as many features twice as many rows: registers stay the same.
-        tokens = tokens * 256 // max(rows, 128)
-        work = (B, H, N, CHUNK, rows + CHUNK)
-    constants = dict(
-        K=K, BK=rows, ROWS=tokens, WHOLE=whole, SCALED=scale is not None, TOLERANCE=tolerance
-    )
-    x, x_scale, _ = launch.call(
-        mesa_solve.solve_kernel,
-        *(b, s_scale if scale is None else scale, k, g, beta, s, s_scale, T, H, N, steps),
-        grid=(B * H * N * (CHUNK // tokens),),
-        outputs=[SDS(k.shape, k.dtype), SDS(g.shape, f32), SDS(work, k.dtype)],
-        config=config,
-        constants=_common(dtype) | constants,
-    )
-    return x, x_scale
-
-
-def _read(x, x_scale, k, v, g, beta, s, out):
-    """What tokens read with x, of `out`'s shape and dtype; turned around if x_scale is None. See
-    `read_kernel`."""
-    (B, T, H, D), E = x.shape, v.shape[-1]
-    N = g.shape[-1] // CHUNK
-    dtype = s.dtype
-    config = _config("mesa_read", dtype)
-    columns, part = min(config.blocks["BC"], _wide(E)), min(config.blocks["BI"], _wide(D))
-    constants = dict(D=D, E=E, BC=columns, BI=part, TURNED=x_scale is None)
-    (o,) = launch.call(
-        mesa_read.read_kernel,
-        *(x, g if x_scale is None else x_scale, k, v, g, beta, s, T, H, N),
-        grid=(B * H * N * triton.cdiv(E, columns),),
-        outputs=[out],
-        config=config,
-        constants=_common(dtype) | constants,
-    )
-    return o
-
-
-def _gradients(
-    k, v, do, x, x_scale, y, y_scale, g, beta, scale, kk, kk_scale, kv, dkk, dkv, dtype
-):  # fmt: skip
-    """`gradients_kernel`'s outputs; dk and dv of this dtype."""
-    (B, T, H, K), V, TP = k.shape, v.shape[-1], g.shape[-1]
-    N = TP // CHUNK
-    config = _config("mesa_gradients", dkk.dtype)
-    columns = min(config.blocks["BC"], _wide(max(K, V)))
-    part = min(config.blocks["BI"], _wide(K), _wide(V))
-    of_keys = triton.cdiv(K, columns)
-    blocks = of_keys + triton.cdiv(V, columns)
-    vector = SDS((B, H, TP), f32)
-    sizes = dict(K=K, V=V, BC=columns, BI=part)
-    return launch.call(
-        mesa_gradients.gradients_kernel,
-        *(k, v, do, x, x_scale, y, y_scale, g, beta, scale),
-        *(kk, kk_scale, kv, dkk, dkv, T, H, N),
-        grid=(B * H * N * blocks,),
-        outputs=[
-            *(SDS(k.shape, dtype), SDS(v.shape, dtype)),
-            *(vector, SDS((B, H, of_keys, TP), f32), vector, vector),
-            *(SDS((B, H, blocks, TP), f32), SDS((B, H, N, blocks), f32), SDS((B, H, N, K), f32)),
-        ],
-        config=config,
-        constants=_common(dkk.dtype) | sizes,
-    )
-
-
-def _config(name, dtype):
-    return configs.config(name + ("_float32" if dtype == f32 else ""), launch.target())
-
-
-def _common(dtype):
-    """Constants of every kernel."""
-    return dict(C=CHUNK, PRECISION="tf32x3" if dtype == f32 else "tf32")
-
-
-# ------------------------------------------------------------------------------ the step
-
-
-@functools.partial(jax.jit, static_argnames="cg_steps")
-def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps, slots=None):
-    """One token in one kernel. See `jla.mesa_step`.
-
-    All arithmetic is float32, whatever the inputs' dtype. The states are overwritten where their
-    buffers are donated or temporaries of the caller's program, and copied before the kernel
-    otherwise. Derivatives are those of the reference's formula, in XLA.
-    """
-    lamb = jnp.broadcast_to(lamb, q.shape)
-    # A row stops when its residual is this much smaller than its query.
-    tolerance = 1e-6 if q.dtype == f32 else 1e-4
-    run = functools.partial(_step, steps=cg_steps, tolerance=tolerance)
-    formula = functools.partial(_step_formula, steps=cg_steps)
-    if slots is None:
-        one = differentiable(run, formula, _STEP_INPUTS, _STEP_OUTPUTS)
-        o, kk, kv = one(q, k, v, g, beta, lamb, *state)
-    else:
-        one = differentiable(run, formula, _POOL_INPUTS, _POOL_OUTPUTS)
-        o, kk, kv = one(q, k, v, g, beta, lamb, *state, slots)
-    return o, MesaState(kk, kv)
-
-
-def _step_formula(q, k, v, g, beta, lamb, kk, kv, slots=None, *, steps):
-    arrays = q, k, v, g, beta, lamb, MesaState(kk, kv)
-    o, state = reference.mesa_step_by_row(*arrays, cg_steps=steps, slots=slots)
-    return o, *state
-
-
-def _step(q, k, v, g, beta, lamb, kk, kv, slots=None, *, steps, tolerance):
-    """The kernel call."""
-    (B, H, K), V = q.shape, v.shape[-1]
-    kernel, on_pool, heads = step.mesa_step, (), {}
-    if slots is not None:
-        kernel, on_pool, heads = step.mesa_step_on_pool, (slots, kk.shape[0]), dict(H=H)
-    config = configs.config("mesa_step", launch.target())
-    rows = _wide(K)
-    whole = rows <= 128
-    part = min(config.blocks["BV"] * 128 // max(rows, 128), _wide(V))
-    o, _, kk, kv = launch.call(
-        kernel,
-        *(q, k, v, g, beta, lamb, kk, kv, steps, *on_pool),
-        grid=(B * H,),
-        outputs=[
-            SDS(v.shape, v.dtype),
-            SDS((1,) if whole else (B, H, rows), f32),
-            SDS(kk.shape, f32),
-            SDS(kv.shape, f32),
-        ],
-        config=config,
-        constants=dict(K=K, V=V, BK=rows, BV=part, WHOLE=whole, TOLERANCE=tolerance) | heads,
-        in_place={6: 2, 7: 3},
-    )
-    return o, kk, kv
+    return dk, dv, dg, direct + written, products.sum(2), *starts

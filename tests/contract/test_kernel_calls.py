@@ -20,6 +20,8 @@ FIRST_PASSES = {
     ("gsa", "pallas"): ["states", "states"],
     ("mesa", "pallas"): ["states", "states"],
     ("kda", "triton"): ["kda_transitions", "kda_gradient_transitions"],
+    ("gsa", "triton"): ["gsa_states", "gsa_states"],
+    ("mesa", "triton"): ["states_kernel", "states_kernel"],
 }
 ROWS = [
     pytest.param(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import re
 
 import jax
@@ -50,6 +51,7 @@ KERNELS = [
     for i in m.implementations
     if i.interpreted
 ]
+CUT = [x for x in KERNELS if x.id in ("gsa-triton", "mesa-triton")]
 # What one of these functions shows, all do; but each has places where it could go wrong alone.
 XLA = [pytest.param(m, m.form("xla"), id=f"{label}-xla") for label, m in LABELS]
 SLOW_XLA = [pytest.param(*row.values, id=row.id, marks=pytest.mark.slow) for row in XLA]
@@ -292,11 +294,22 @@ def test_16_bits(mechanism, implementation):
 def test_kernels_over_a_mapped_axis(mechanism, implementation):
     """Interpreted kernels do not run on several devices, but exchanges work over vmap's axes too:
     the pieces are rows to the kernels."""
-    dtype = implementation.dtypes[0]
     sizes = dict(implementation.sizes)
     if mechanism is BY_NAME["path"]:
         sizes |= dict(H=2, HQ=2)
     size = devices_for(mechanism, sizes)
+    assert_mapped_is_unsharded(mechanism, implementation, implementation.dtypes[0], sizes, size)
+
+
+@pytest.mark.parametrize("mechanism, implementation", CUT)
+def test_devices_cut_their_pieces(mechanism, implementation, monkeypatch):
+    """As they do with few heads and more tokens than an interpreter takes."""
+    monkeypatch.setattr(importlib.import_module("jla.triton.pieces"), "SHORTEST", 1)
+    sizes = dict(implementation.sizes) | dict(B=2, T=260)
+    assert_mapped_is_unsharded(mechanism, implementation, "bfloat16", sizes, 2)
+
+
+def assert_mapped_is_unsharded(mechanism, implementation, dtype, sizes, size):
     args, cotangents = given(mechanism, sizes, dtype)
     ids = borders(sizes["B"], sizes["T"], size)
     tokenwise = mechanism.tokenwise()
@@ -349,8 +362,9 @@ SHARDED = [
 
 # Of the kernels, those whose gradients are made by a rule.
 TRACED = XLA + [
-    pytest.param(BY_NAME[name], BY_NAME[name].form("pallas"), id=f"{name}-pallas")
+    pytest.param(BY_NAME[name], BY_NAME[name].form(form), id=f"{name}-{form}")
     for name in ("kda", "gsa", "mesa")
+    for form in ("pallas", "triton")
 ]
 
 

@@ -63,15 +63,20 @@ KERNELS = (
         "gsa_forward.gsa_sums", "*fp32 i32 *i32 *fp32", dict(H=16, M=64), dtypes=("fp32",), smoke=89
     ),
     Kernel("gsa_forward.gsa_sums", "*fp32 i32 *i32 *fp32", dict(H=8, M=100), dtypes=("fp32",)),
-    *_of_gsa(
-        "gsa_forward.gsa_states",
-        "*x *x *x *x *i32 *fp32 *fp32 *fp32 *fp32 i32 *x *x *fp32 *fp32",
-        **dict(P=0, KEYS=1, VALUES=1, START=True, REVERSE=True),
-    ),
-    *_of_gsa(
-        "gsa_forward.gsa_states",
-        "*x *x *x *x *i32 *fp32 *fp32 *fp32 *fp32 i32 *x *x *fp32 *fp32",
-        **dict(P=0, KEYS=1, VALUES=1, START=False, REVERSE=False),
+    *(
+        row
+        for spans, constants in (
+            ("*fp32", dict(P=0, START=True, KEEP=True, REVERSE=True)),
+            ("*fp32", dict(P=0, START=False, KEEP=True, REVERSE=False)),
+            ("*i32", dict(P=4, START=False, KEEP=False, REVERSE=True)),  # first passes
+            ("*i32", dict(P=4, START=False, KEEP=False, REVERSE=False)),
+        )
+        for row in _of_gsa(
+            "gsa_forward.gsa_states",
+            f"*x *x *x *x *i32 *fp32 *fp32 *fp32 {spans} i32 *x *x *fp32 *fp32",
+            **dict(KEYS=1, VALUES=1),
+            **constants,
+        )
     ),
     *_of_gsa(
         "gsa_forward.gsa_read",

@@ -8,7 +8,7 @@ from kernels import Kernel
 def _mesa(path, config, parameters, *, spills=None, float32_spills=None, smoke=None, **constants):
     """A kernel of MesaNet for 16-bit inputs, and for float32, where all arrays are float32."""
     constants = dict(C=64) | constants
-    float32 = re.sub(r"\*\w+", "*fp32", parameters)
+    float32 = re.sub(r"\*(?!i32)\w+", "*fp32", parameters)
     return (
         Kernel(
             path,
@@ -37,7 +37,7 @@ KERNELS = (
         "*fp16 *fp16 *x *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 *fp16 *fp32 *x *fp32 *fp32",
         spills={80: 120, 89: 112, 100: 64, 120: 192},
         float32_spills={80: 32, 89: 32, 90: 40, 120: 80},
-        **dict(K=128, V=128, P=0, BK=128, REVERSE=False),
+        **dict(K=128, V=128, P=0, BK=128, KEEP=True, REVERSE=False),
     ),
     *_mesa(
         "mesa_states.states_kernel",
@@ -45,7 +45,23 @@ KERNELS = (
         "*fp16 *fp16 *x *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 *x *fp32 *x *fp32 *fp32",
         spills={80: 120, 89: 112, 120: 120},
         float32_spills={80: 32, 89: 32, 90: 24, 120: 72},
-        **dict(K=128, V=128, P=0, BK=128, REVERSE=True),
+        **dict(K=128, V=128, P=0, BK=128, KEEP=True, REVERSE=True),
+    ),
+    *_mesa(  # First passes; what spills is the most of triton 3.6.0 and 3.9.0.
+        "mesa_states.states_kernel",
+        "mesa_states",
+        "*fp16 *fp16 *x *fp32 *fp32 *fp32 *fp32 *fp32 *i32 i32 i32 i32 *fp16 *fp32 *x *fp32 *fp32",
+        spills={80: 32, 89: 32, 120: 32},
+        float32_spills={90: 16, 120: 96},
+        **dict(K=128, V=128, P=4, BK=128, KEEP=False, REVERSE=False),
+    ),
+    *_mesa(
+        "mesa_states.states_kernel",
+        "mesa_states",
+        "*fp16 *fp16 *x *fp32 *fp32 *fp32 *fp32 *fp32 *i32 i32 i32 i32 *x *fp32 *x *fp32 *fp32",
+        spills={80: 24, 89: 24, 100: 8, 120: 24},
+        float32_spills={90: 16, 120: 96},
+        **dict(K=128, V=128, P=4, BK=128, KEEP=False, REVERSE=True),
     ),
     _mesa(
         "mesa_solve.solve_kernel",

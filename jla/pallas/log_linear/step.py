@@ -8,8 +8,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla._core.axes import LOG_LINEAR, letters, of_step, with_value_heads
-from jla._core.steps import differentiable
 from jla.pallas.common import mosaic, pools, scratch
 from jla.pallas.common.mosaic import f32, per_column, per_row
 from jla.pallas.common.scratch import barrier_for, fetch
@@ -20,15 +18,6 @@ from jla.reference import log_linear as reference
 SDS = jax.ShapeDtypeStruct
 MULTIPLE = 16  # of K and V
 STAGES = 3  # levels that are loaded at once
-
-_AXES = with_value_heads(of_step(LOG_LINEAR))
-# The log decays of all levels have the level scales' axes.
-_INPUTS = letters(_AXES, "q k v level_scales level_scales state.levels state.position")
-_OUTPUTS = letters(_AXES, "o state.levels")
-# Of a pool the levels alone: positions and sums of log decays are the rows'.
-_POOL = _AXES["state.levels"].replace("B", "R")
-_POOL_INPUTS = (*_INPUTS[:5], _POOL, "B", "B")
-_POOL_OUTPUTS = (_OUTPUTS[0], _POOL)
 
 
 def unsupported(q, v):
@@ -73,15 +62,7 @@ def log_linear_step(q, k, v, g, level_scales, state, *, slots=None):
 
     Derivatives are those of the reference's formula, in XLA.
     """
-
-    def token(*arrays, lazy, slots=None):
-        run, formula = (functools.partial(f, lazy=lazy) for f in (_run, reference.token))
-        if slots is None:
-            return differentiable(run, formula, _INPUTS, _OUTPUTS)(*arrays)
-        formula = functools.partial(reference.token_of_pool, lazy=lazy)
-        return differentiable(run, formula, _POOL_INPUTS, _POOL_OUTPUTS)(*arrays, slots)
-
-    return reference.stepped(token, q, k, v, g, level_scales, state, slots)
+    return reference.stepped_by_kernel(_run, q, k, v, g, level_scales, state, slots)
 
 
 def _run(q, k, v, decays, level_scales, levels, position, slots=None, *, lazy):

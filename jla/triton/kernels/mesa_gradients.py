@@ -121,20 +121,9 @@ def _of_keys(
     dk *= (later * beta)[:, None]
 
     # 1. Pairs are transposed, [j, t].
-    a = tl.zeros((C, C), tl.float32)
-    change = tl.zeros((C, C), tl.float32)
-    for i in range(0, K, BI):
-        x = load_tile(x_ptr, first, token, i + part, n, T, H, C, K)
-        y = load_tile(y_ptr, first, token, i + part, n, T, H, C, K)
-        k = load_tile(k_ptr, first, token, i + part, n, T, H, C, K)
-        a = tl.dot(k, tl.trans(x), acc=a, input_precision=PRECISION)
-        change = tl.dot(k, tl.trans(y), acc=change, input_precision=PRECISION)
-    a *= x_scale[None, :]
-    change *= -y_scale[None, :]
-    for i in range(0, V, BI):
-        v = load_tile(v_ptr, first, token, i + part, n, T, H, C, V)
-        do = load_tile(do_ptr, first, token, i + part, n, T, H, C, V)
-        change = tl.dot(v, tl.trans(do), acc=change, input_precision=PRECISION)
+    a, change = _pairs(
+        k_ptr, v_ptr, do_ptr, x_ptr, x_scale, y_ptr, y_scale, first, n, T, H, K, V, BI, C, PRECISION
+    )  # fmt: skip
     decay = pair_decays_turned(g, C)
     change *= decay
     if block == 0:
@@ -153,6 +142,30 @@ def _of_keys(
     dk = tl.dot(a.to(operand), my_y, acc=dk, input_precision=PRECISION)
     dk *= tl.load(scale_ptr + bh * K + column, mask=column < K, other=0.0)[None, :]
     store_tile(dk_ptr, dk, first, token, column, n, T, H, C, K)
+
+
+@triton.jit
+def _pairs(
+    k_ptr, v_ptr, do_ptr, x_ptr, x_scale, y_ptr, y_scale, first, n, T, H,
+    K: tl.constexpr, V: tl.constexpr, BI: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """k_j . x_t, and the gradient by the pair's decay, v_j . do_t - k_j . y_t; [j, t]."""
+    token, part = tl.arange(0, C), tl.arange(0, BI)
+    a = tl.zeros((C, C), tl.float32)
+    change = tl.zeros((C, C), tl.float32)
+    for i in range(0, K, BI):
+        x = load_tile(x_ptr, first, token, i + part, n, T, H, C, K)
+        y = load_tile(y_ptr, first, token, i + part, n, T, H, C, K)
+        k = load_tile(k_ptr, first, token, i + part, n, T, H, C, K)
+        a = tl.dot(k, tl.trans(x), acc=a, input_precision=PRECISION)
+        change = tl.dot(k, tl.trans(y), acc=change, input_precision=PRECISION)
+    a *= x_scale[None, :]
+    change *= -y_scale[None, :]
+    for i in range(0, V, BI):
+        v = load_tile(v_ptr, first, token, i + part, n, T, H, C, V)
+        do = load_tile(do_ptr, first, token, i + part, n, T, H, C, V)
+        change = tl.dot(v, tl.trans(do), acc=change, input_precision=PRECISION)
+    return a, change
 
 
 @triton.jit

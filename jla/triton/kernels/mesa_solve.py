@@ -96,22 +96,37 @@ def solve_kernel(
                     p, m, factor, k_ptr, s_ptr, work_ptr, number, first, row, n, T, H,
                     K, BK, C, ROWS, BI, PRECISION,
                 )  # fmt: skip
-            curvature = tl.sum(p32 * y, 1)
-            definite = curvature > 0.0
-            alpha = live * norm / tl.where(definite, curvature, 1.0)
-            alpha = tl.where(definite, alpha, 0.0)
-            x += alpha[:, None] * p32
-            r -= alpha[:, None] * y
-            size = tl.sum(r * r, 1)
-            new = tl.sqrt(size)
-            live = tl.where(size > stop, live, 0.0)
-            # A row that has stopped does not change, and its direction stays finite.
-            old = tl.where(live > 0.0, new / tl.maximum(norm, SMALLEST), 0.0)
-            p = (r * (1.0 / tl.maximum(new, SMALLEST))[:, None] + p32 * old[:, None]).to(operand)
-            norm = new
+            x, r, p, norm, live = _moved(x, r, p32, y, norm, live, stop, operand)
         step += count
         going = tl.max(live, 0)
-    if operand == tl.float16:
+    _store(x_ptr, x_scale_ptr, x, largest, number, first, row, d, n, T, H, C, K, operand)
+
+
+@triton.jit
+def _moved(x, r, p, y, norm, live, stop, OPERAND: tl.constexpr):
+    """An iteration's solutions, residuals, directions, norms and rows that go on, y being A p."""
+    curvature = tl.sum(p * y, 1)
+    definite = curvature > 0.0
+    alpha = live * norm / tl.where(definite, curvature, 1.0)
+    alpha = tl.where(definite, alpha, 0.0)
+    x += alpha[:, None] * p
+    r -= alpha[:, None] * y
+    size = tl.sum(r * r, 1)
+    new = tl.sqrt(size)
+    live = tl.where(size > stop, live, 0.0)
+    # A row that has stopped does not change, and its direction stays finite.
+    old = tl.where(live > 0.0, new / tl.maximum(norm, SMALLEST), 0.0)
+    p = (r * (1.0 / tl.maximum(new, SMALLEST))[:, None] + p * old[:, None]).to(OPERAND)
+    return x, r, p, new, live
+
+
+@triton.jit
+def _store(
+    x_ptr, x_scale_ptr, x, largest, number, first, row, d, n, T, H,
+    C: tl.constexpr, K: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Stores the solutions, whose right-hand sides were divided by `largest`."""
+    if OPERAND == tl.float16:
         size = tl.maximum(tl.max(tl.abs(x), 1), SMALLEST)
         x *= (1.0 / size)[:, None]
         tl.store(x_scale_ptr + number * C + row, size * largest)

@@ -220,6 +220,42 @@ def _attended_back(
 
 
 @triton.jit
+def _of_queries(
+    acc, dv, k, v, factor, unit, queries_ptr, do_ptr, lse_ptr, delta_ptr,
+    from_middle_ptr, to_middle_ptr, sums_ptr, b, kh, place, inside, level, start, end, P, R, S,
+    HQ: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    BI: tl.constexpr, GATES: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """acc and dv with what the `end` queries from leaf `start` on, of all heads, add. MASKED: from
+    the next leaf on, and to the first leaf's keys alone."""
+    NEXT: tl.constexpr = 1 if MASKED else 0
+    rows = tl.arange(0, BLOCK)
+    left = rows < LEAF
+    for h in range(kh * (HQ // H), (kh + 1) * (HQ // H)):
+        head = b * HQ + h
+        gate = ((head * S + place) * LEAF + inside).to(tl.int64)
+        gates = factor
+        if MASKED:
+            gates = tl.where(left, 0.0, float("-inf"))
+            if GATES:
+                gates += tl.load(to_middle_ptr + gate + rows, left, 0.0)
+        elif GATES:
+            gates = tl.load(to_middle_ptr + gate + rows)
+        acc, dv, sums = _attended_back(
+            acc, dv, k, v, gates, unit,
+            queries_ptr, (head * R + query_place(start + NEXT, level, P)) * LEAF,
+            do_ptr, b, h, (start + NEXT) * LEAF,
+            lse_ptr, delta_ptr, (head * P + start + NEXT).to(tl.int64) * LEAF,
+            from_middle_ptr, end, P, HQ, K, V, BLOCK, BI, GATES, MASKED, DTYPE,
+        )  # fmt: skip
+        if GATES and MASKED:
+            tl.store(sums_ptr + gate + rows, sums, mask=left)
+        elif GATES:
+            tl.store(sums_ptr + gate + rows, sums)
+    return acc, dv
+
+
+@triton.jit
 def path_key_gradients(
     queries_ptr, keys_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, unit_ptr, transforms_ptr, own_ptr,
     highest_ptr, from_middle_ptr, to_middle_ptr, levels, P, R, S, N,
@@ -260,21 +296,11 @@ def path_key_gradients(
             key = (key_head * S + place) * LEAF + inside
             k = tl.load(tile(keys_ptr, key, 0, K, BLOCK, K))
             end = tl.minimum(1 << level, P - start) * LEAF
-            for h in range(kh * (HQ // H), (kh + 1) * (HQ // H)):
-                head = b * HQ + h
-                gate = ((head * S + place) * LEAF + inside).to(tl.int64)
-                gates = factor
-                if GATES:
-                    gates = tl.load(to_middle_ptr + gate + rows)
-                acc, dv, sums = _attended_back(
-                    acc, dv, k, v, gates, unit,
-                    queries_ptr, (head * R + query_place(start, level, P)) * LEAF,
-                    do_ptr, b, h, start * LEAF,
-                    lse_ptr, delta_ptr, (head * P + start).to(tl.int64) * LEAF,
-                    from_middle_ptr, end, P, HQ, K, V, BLOCK, BI, GATES, False, DTYPE,
-                )  # fmt: skip
-                if GATES:
-                    tl.store(sums_ptr + gate + rows, sums)
+            acc, dv = _of_queries(
+                acc, dv, k, v, factor, unit, queries_ptr, do_ptr, lse_ptr, delta_ptr,
+                from_middle_ptr, to_middle_ptr, sums_ptr, b, kh, place, inside, level, start, end,
+                P, R, S, HQ, H, K, V, BLOCK, BI, GATES, False, DTYPE,
+            )  # fmt: skip
             scaled, factor = normalised(acc, DTYPE)
             tl.store(tile(gradients_ptr, key, 0, K, BLOCK, K), scaled)
             tl.store(factors_ptr + key.to(tl.int64) + rows, factor)
@@ -290,21 +316,11 @@ def path_key_gradients(
         place = key_place(leaf, 0, P)
         key = (key_head * S + place) * LEAF
         k = tl.load(tile(keys_ptr, key, 0, K, BLOCK, K), mask=left[:, None], other=0.0)
-        for h in range(kh * (HQ // H), (kh + 1) * (HQ // H)):
-            head = b * HQ + h
-            gate = ((head * S + place) * LEAF).to(tl.int64)
-            gates = tl.where(left, 0.0, float("-inf"))
-            if GATES:
-                gates += tl.load(to_middle_ptr + gate + rows, left, 0.0)
-            acc, dv, sums = _attended_back(
-                acc, dv, k, v, gates, unit,
-                queries_ptr, (head * R + query_place(leaf + 1, 0, P)) * LEAF,
-                do_ptr, b, h, (leaf + 1) * LEAF,
-                lse_ptr, delta_ptr, (head * P + leaf + 1).to(tl.int64) * LEAF,
-                from_middle_ptr, LEAF, P, HQ, K, V, BLOCK, BI, GATES, True, DTYPE,
-            )  # fmt: skip
-            if GATES:
-                tl.store(sums_ptr + gate + rows, sums, mask=left)
+        acc, dv = _of_queries(
+            acc, dv, k, v, factor, unit, queries_ptr, do_ptr, lse_ptr, delta_ptr,
+            from_middle_ptr, to_middle_ptr, sums_ptr, b, kh, place, 0, 0, leaf, LEAF,
+            P, R, S, HQ, H, K, V, BLOCK, BI, GATES, True, DTYPE,
+        )  # fmt: skip
         scaled, factor = normalised(acc, DTYPE)
         tl.store(tile(gradients_ptr, key, 0, K, BLOCK, K), scaled, mask=left[:, None])
         tl.store(factors_ptr + key.to(tl.int64) + rows, factor, mask=left)
