@@ -52,6 +52,16 @@ def test_the_map_has_every_file():
     assert len(mapped) == len(set(mapped))
 
 
+def test_the_site_has_every_page():
+    """mkdocs.yml lists them, and `PAGES` of docs/site/hooks.py those outside of docs/."""
+    listed = re.findall(r"^ +- (?:.+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    hooks = (DOCS / "site" / "hooks.py").read_text()
+    outside = dict(re.findall(r'^    "(\S+\.md)": "(\S+\.md)",$', hooks, re.M))
+    there = [str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")]
+    assert sorted(listed) == sorted([*there, *outside.values()])
+    assert [path for path in outside if not (ROOT / path).is_file()] == []
+
+
 @pages
 def test_links_lead_to_files(page):
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", page.read_text())
