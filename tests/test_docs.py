@@ -1,6 +1,7 @@
 """The docs keep pace with the files: the map is complete, and what docs name is there."""
 
 import functools
+import inspect
 import pathlib
 import re
 
@@ -10,6 +11,10 @@ import numpy as np
 import pytest
 
 import jla
+import jla.hub
+import jla.linen
+import jla.models
+import jla.pallas
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -60,6 +65,14 @@ def test_the_site_has_every_page():
     there = [str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")]
     assert sorted(listed) == sorted([*there, *outside.values()])
     assert [path for path in outside if not (ROOT / path).is_file()] == []
+
+
+@pytest.mark.parametrize("module", [jla, jla.hub, jla.linen, jla.models, jla.pallas])
+def test_the_reference_has_every_public_name(module):
+    pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    there = set(re.findall(r"{heading: (\S+)}", pages)) | {"jla.hub.generate"}  # that of models
+    things = [name for name in module.__all__ if not inspect.ismodule(getattr(module, name))]
+    assert {f"{module.__name__}.{name}" for name in things} - there == set()
 
 
 @pages
