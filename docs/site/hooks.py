@@ -11,14 +11,20 @@ import os
 import pathlib
 import posixpath
 import re
+import sys
 
 import latex2mathml.converter
 from mkdocs.structure.files import File
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import notebook
 
 ROOT = pathlib.Path(__file__).parents[2]
 REPOSITORY = "https://github.com/jla-authors/jla"
 # Files of the repository that are pages, and their places here.
 PAGES = {
+    "docs/tutorial.ipynb": "tutorial.md",
     "benchmarks/README.md": "benchmarks.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -34,6 +40,12 @@ def on_files(files, config):
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
+
+
+def on_page_read_source(page, config):
+    if page.file.abs_src_path.endswith(".ipynb"):
+        return notebook.markdown(notebook.read())
+    return None  # mkdocs reads it
 
 
 def on_page_markdown(markdown, page, config, files):
