@@ -12,7 +12,7 @@ class Canvas:
         from matplotlib.figure import Figure
 
         self.theme, self.color = theme, LOOKS[mixer].color
-        self.figure = Figure((width, height), facecolor="none")
+        self.figure = Figure((0.82 * width, 0.82 * height), facecolor="none")
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set(xlim=(0, width), ylim=(0, height))
         self.axes.axis("off")

@@ -104,6 +104,7 @@ def pictures(block):
 
 
 def mathml(formula, display):
+    formula = formula.replace("{aligned}", "{align*}")  # what latex2mathml knows of the two
     made = latex2mathml.converter.convert(formula, display="block" if display else "inline")
     return f'<div class="formula">{made}</div>' if display else made
 
