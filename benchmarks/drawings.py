@@ -12,7 +12,7 @@ class Canvas:
         from matplotlib.figure import Figure
 
         self.theme, self.color = theme, LOOKS[mixer].color
-        self.figure = Figure((0.82 * width, 0.82 * height), facecolor="none")
+        self.figure = Figure((0.72 * width, 0.72 * height), facecolor="none")
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set(xlim=(0, width), ylim=(0, height))
         self.axes.axis("off")
@@ -96,14 +96,14 @@ def slots(canvas, x, y, width, height):
 def mesa(theme):
     """Two sums of the past, and a solve for each token."""
     canvas = Canvas(theme, 7.2, 2.5, "mesa")
-    canvas.box(0.3, 1.35, 1.5, 0.8, "Hkk = \u03a3 \u03b2 k k\u1d40", strength=0.25, size=10)
-    canvas.box(0.3, 0.35, 1.5, 0.8, "Hkv = \u03a3 \u03b2 k v\u1d40", strength=0.25, size=10)
+    canvas.box(0.2, 1.35, 1.75, 0.8, "Hkk = \u03a3 \u03b2 k k\u1d40", strength=0.25, size=10)
+    canvas.box(0.2, 0.35, 1.75, 0.8, "Hkv = \u03a3 \u03b2 k v\u1d40", strength=0.25, size=10)
     canvas.box(2.75, 1.25, 2.35, 1.0, "")
     canvas.text(3.92, 1.92, "(Hkk + \u039b) x = q", size=11)
     canvas.text(3.92, 1.55, "conjugate gradients", size=9, quiet=True)
-    canvas.box(5.85, 0.45, 0.95, 0.6, "o = Hkv\u1d40 x", size=9)
-    canvas.arrow((1.8, 1.75), (2.75, 1.75), color=canvas.color)
-    canvas.arrow((1.8, 0.75), (5.85, 0.75), color=canvas.color)
+    canvas.box(5.75, 0.45, 1.25, 0.6, "o = Hkv\u1d40 x", size=9)
+    canvas.arrow((1.95, 1.75), (2.75, 1.75), color=canvas.color)
+    canvas.arrow((1.95, 0.75), (5.75, 0.75), color=canvas.color)
     canvas.arrow((5.1, 1.75), (6.3, 1.05), curve=-0.35)
     canvas.arrow((4.62, 1.25), (3.22, 1.25), curve=-0.75, color=canvas.color)
     canvas.text(3.92, 0.28, "repeat until the residual is small", size=9, quiet=True)
