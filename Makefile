@@ -1,7 +1,7 @@
 # `make demo` and `make test` build .venv themselves; nothing needs installing by hand but Python.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest test-gpu lint tables clean
+.PHONY: help demo test test-all test-oldest test-gpu lint tables notebook docs clean
 
 VENV := .venv
 RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
@@ -28,6 +28,8 @@ help:
 	@echo 'make test-gpu  run the tests that need an H100 or H200, on one or two'
 	@echo 'make lint   check style, formatting and types'
 	@echo 'make tables write the tables of READMEs and docs and draw docs/pictures, from benchmarks/results'
+	@echo 'make notebook  run docs/tutorial.ipynb and keep what it prints and draws'
+	@echo 'make docs   build the site in _site; open _site/index.html'
 	@echo 'make clean  remove the virtual environment and the demo'"'"'s output'
 	@echo
 	@echo 'All but clean build $(VENV) when it is missing or pyproject.toml has changed.'
@@ -62,9 +64,17 @@ lint: $(VENV)/installed-dev
 tables: $(VENV)/installed-dev
 	$(RUN) -m benchmarks.tables
 	$(RUN) -m benchmarks.plot
+	$(RUN) -m benchmarks.drawings
+
+notebook: $(VENV)/installed-dev
+	$(RUN) docs/site/notebook.py
+
+# Warnings are errors. Building needs no network; the message that is turned off is advertising.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
 
 clean:
-	rm -rf $(VENV) $(OLDEST) runs/demo
+	rm -rf $(VENV) $(OLDEST) runs/demo _site
 
 # One stamp for each extra. An environment that exists is kept and updated.
 $(VENV)/installed-%: pyproject.toml

@@ -1,10 +1,9 @@
-"""Writes the tables of README, benchmarks/README and docs/triton.md from benchmarks/results:
-`make tables`."""
+"""Writes the tables of READMEs and docs from benchmarks/results: `make tables`."""
 
 import json
 import pathlib
 
-from benchmarks import model_tables, readme_tables, triton_tables
+from benchmarks import model_tables, readme_tables, site_tables, triton_tables
 from benchmarks.model_tables import NAMES, header, origin, sources
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -86,6 +85,20 @@ SECTIONS = {
         "generation": model_tables.generation,
         "serving": model_tables.serving,
         "recall": model_tables.recall,
+    },
+    "docs/index.md": {
+        "picture": site_tables.picture,
+    },
+    "docs/choosing.md": {
+        "choice": site_tables.choice,
+        "recall": site_tables.recall,
+        "costs": site_tables.costs,
+    },
+    "docs/gpus.md": {
+        "speeds": lambda folder: site_tables.speeds(newest(folder)),
+    },
+    "docs/behind.md": {
+        "behind": lambda folder: site_tables.behind(newest(folder), folder),
     },
     "docs/triton.md": {
         "measured": lambda folder: triton_tables.measured(newest(folder)),

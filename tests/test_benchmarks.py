@@ -222,4 +222,4 @@ def test_tables_are_up_to_date(page):
     """`make tables` was run after the last change of benchmarks/results."""
     text = (tables.ROOT / page).read_text()
     assert tables.filled(page, text) == text
-    assert "[KDA]" in text or "| `kda` |" in text
+    assert "KDA" in text or "| `kda` |" in text

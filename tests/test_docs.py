@@ -1,6 +1,7 @@
 """The docs keep pace with the files: the map is complete, and what docs name is there."""
 
 import functools
+import inspect
 import pathlib
 import re
 
@@ -8,8 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluator import evaluated
 
 import jla
+import jla.hub
+import jla.linen
+import jla.models
+import jla.pallas
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -50,6 +56,24 @@ def test_the_map_has_every_file():
     assert sorted(set(there) - set(mapped)) == []  # what has no bullet yet
     assert sorted(set(mapped) - set(there)) == []  # what has moved or gone
     assert len(mapped) == len(set(mapped))
+
+
+def test_the_site_has_every_page():
+    """mkdocs.yml lists them, and `PAGES` of docs/site/hooks.py those outside of docs/."""
+    listed = re.findall(r"^ +- (?:.+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    hooks = (DOCS / "site" / "hooks.py").read_text()
+    outside = dict(re.findall(r'^    "(\S+)": "(\S+\.md)",$', hooks, re.M))
+    there = [str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")]
+    assert sorted(listed) == sorted([*there, *outside.values()])
+    assert [path for path in outside if not (ROOT / path).is_file()] == []
+
+
+@pytest.mark.parametrize("module", [jla, jla.hub, jla.linen, jla.models, jla.pallas])
+def test_the_reference_has_every_public_name(module):
+    pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    there = set(re.findall(r"{heading: ([\w.]+)", pages)) | {"jla.hub.generate"}  # that of models
+    things = [name for name in module.__all__ if not inspect.ismodule(getattr(module, name))]
+    assert {f"{module.__name__}.{name}" for name in things} - there == set()
 
 
 @pages
@@ -133,6 +157,66 @@ def test_the_model_of_scale_runs():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), got, want)
     embedding = names["model_gradients"]["embed"]["embedding"]
     assert embedding.sharding.spec == jax.sharding.PartitionSpec("model", "data")
+
+
+def test_start_here_has_what_readme_has():
+    """Its commands to install and its program, which tests/test_examples_readme.py runs."""
+    first = r"^```sh\n.*?^```", r"^```python\n.*?^```"
+    for block in first:
+        of_page, of_readme = (
+            re.search(block, page.read_text(), re.M | re.S)[0]
+            for page in (DOCS / "index.md", ROOT / "README.md")
+        )
+        assert of_page == of_readme
+
+
+@pytest.mark.optax
+@pytest.mark.slow  # three programs of a model
+def test_the_examples_of_training_run():
+    names = {}
+    exec("\n".join(blocks_of("training.md")), names)
+    assert np.isfinite(names["loss"])
+    ids, counted = names["batch"][2], names["texts"]
+    assert [int((ids == i).sum()) for i in range(3)] == [len(text) - 1 for text in counted]
+    embedding = names["params"]["embed"]["embedding"]
+    assert embedding.sharding.spec == jax.sharding.PartitionSpec(None, "data")
+
+
+def test_the_example_of_long_prompts_runs():
+    """NumPy evaluates it. What is read in chunks is what is read at once."""
+
+    def run():
+        names = {}
+        (block,) = blocks_of("long_context.md")
+        exec(block, names)
+        whole, _ = names["read"](
+            names["variables"]["params"], names["variables"]["cache"], names["prompt"]
+        )
+        return names["last"], whole
+
+    last, whole = evaluated(jax.jit(run))()
+    np.testing.assert_allclose(last, whole, atol=1e-5)
+
+
+def test_the_example_of_gpus_runs():
+    names = {}
+    (block,) = blocks_of("gpus.md")
+    exec(block, names)
+    assert "compute capability 9.0" in names["reason"] or jax.default_backend() == "gpu"
+
+
+@pytest.mark.optax
+def test_the_examples_of_nnx_run():
+    """NumPy evaluates them: XLA would compile for a minute. Decoding gives the parallel outputs."""
+
+    def run():
+        names = {}
+        exec("\n".join(blocks_of("nnx.md")), names)
+        return [names[name] for name in ("losses", "logits", "prompt", "last", "y")]
+
+    losses, logits, prompt, last, y = evaluated(jax.jit(run))()
+    assert losses[2] < losses[0] and y.shape == (1, 4, 32)
+    np.testing.assert_allclose(np.concatenate([prompt, last], axis=1), logits, atol=1e-5)
 
 
 def test_what_is_planned_is_not_there_yet():

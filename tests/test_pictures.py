@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import plot
+from benchmarks import drawings, plot
 from benchmarks.tables import RESULTS
 
 # Of the examples, whose folder benchmarks.plot has added to the path.
@@ -54,6 +54,14 @@ def test_pictures_can_be_drawn(name):
     for axes in figure.axes:
         low, _ = axes.get_xlim()
         assert low == 0 or not axes.patches or name == "recall"  # bars start at zero
+
+
+@pytest.mark.parametrize("name", drawings.DRAWN)
+def test_drawings_are_up_to_date(name):
+    """`python -m benchmarks.drawings` was run after the last change of benchmarks/drawings.py."""
+    for theme in THEMES:
+        picture = (plot.PICTURES / f"mechanism_{name}_{theme}.svg").read_text()
+        assert drawings.source() in picture and len(picture) < 100_000
 
 
 def test_a_picture_is_the_same_each_time(tmp_path):
