@@ -71,13 +71,18 @@ class Report:
     the GPU, JAX's version, the date and the command.
     """
 
-    def __init__(self, path, keys, program, argv):
+    def __init__(self, path, keys, program, argv, add=()):
+        """add: files whose rows are added to those of `path`."""
         self.path, self.keys = path, keys
         self.meta = describe(argv, f"benchmarks.{program}")
         self.failed = False
         self.rows = []
-        if path and pathlib.Path(path).exists():
-            self.rows = json.loads(pathlib.Path(path).read_text())["results"]
+        there = [path] if path and pathlib.Path(path).exists() else []
+        for one in [*add, *there]:
+            for row in json.loads(pathlib.Path(one).read_text())["results"]:
+                self._put(row)
+        if add:
+            self._write()
         print(" | ".join(f"{key} {value}" for key, value in self.meta.items()), flush=True)
 
     def measure(self, row, parts):
@@ -91,9 +96,20 @@ class Report:
             row |= dict(error=message, traceback=traceback.format_exc())
             print(*(row.get(key, "") for key in self.keys), "FAILED", message[:2000], flush=True)
             self.failed = True
-        same = [all(old.get(k) == row.get(k) for k in self.keys) for old in self.rows]
-        self.rows = [old for old, again in zip(self.rows, same, strict=True) if not again]
-        self.rows.append(row | dict(meta=self.meta))
+        self._put(row | dict(meta=self.meta))
+        self._write()
+        return row
+
+    def has(self, row):
+        """Whether there is a row with the same keys, without an error."""
+        return any(self._same(old, row) and "error" not in old for old in self.rows)
+
+    def _same(self, one, other):
+        return all(one.get(key) == other.get(key) for key in self.keys)
+
+    def _put(self, row):
+        self.rows = [old for old in self.rows if not self._same(old, row)] + [row]
+
+    def _write(self):
         if self.path:
             pathlib.Path(self.path).write_text(json.dumps(dict(results=self.rows), indent=1))
-        return row
