@@ -34,7 +34,6 @@ from benchmarks import quality_models, side_by_side
 from train_lm import cross_entropy, make_optimizer, train_step  # isort: skip
 
 KEYS = ("model", "lr", "seed", "steps", "length", "batch", "parameters_wanted", "train_sha256")
-LONGER = (1, 2, 4)  # times the training length, in evaluation
 BINS = 16  # of positions in the longest windows
 GROUP = 10  # steps enqueued together and awaited once
 
@@ -42,8 +41,10 @@ GROUP = 10  # steps enqueued together and awaited once
 def main(argv=None):
     options = parse(argv)
     start = time.monotonic()
-    corpus = load(options)
     report = side_by_side.Report(options.out, KEYS, "quality", argv, options.add)
+    if options.corpus is None:
+        return 0
+    corpus = load(options)
     cases = [
         (model, dict(seed=seed, lr=lr))
         for model in options.models
@@ -76,11 +77,15 @@ def parse(argv):
         prog="python -m benchmarks.quality", description=__doc__.splitlines()[0]
     )
     add = made.add_argument
-    add("--corpus", required=True, metavar="DIR", help="written by benchmarks.corpus")
+    help = (
+        "written by benchmarks.corpus; without it nothing is trained, and --out gets --add's rows"
+    )
+    add("--corpus", metavar="DIR", help=help)
     names = ",".join(quality_models.MODELS)
     add("--models", default=names, help="by commas, as kda or gsa:scale=4 (default: %(default)s)")
     add("--lr", default="1e-3,3e-3", help="peak learning rates (default: %(default)s)")
     add("--seeds", default="0", help="by commas (default: %(default)s)")
+    add("--longer", default="1,2,4", help="of --length, in evaluation (default: %(default)s)")
     add("--steps", type=int, help="default: those that read the text once")
     add("--length", type=int, default=4096, help="tokens in a window (default: %(default)s)")
     add("--batch", type=int, default=8, help="windows in a step (default: %(default)s)")
@@ -99,6 +104,7 @@ def parse(argv):
     options = made.parse_args(argv)
     options.models = options.models.split(",")
     options.lr = [float(lr) for lr in options.lr.split(",")]
+    options.longer = sorted({1, *map(int, options.longer.split(","))})
     options.seeds = [int(seed) for seed in options.seeds.split(",")]
     for model in options.models:
         try:
@@ -107,6 +113,8 @@ def parse(argv):
             made.error(f"--models: {error}")
     if options.width % options.heads:
         made.error(f"--width {options.width} must be a multiple of --heads {options.heads}")
+    if options.corpus is None and not (options.add and options.out):
+        made.error("--corpus is missing; without it there must be --add and --out")
     return options
 
 
@@ -131,7 +139,7 @@ def load(options):
     most = (len(corpus.train) - 1) // options.length // options.batch
     if options.steps is None:
         options.steps = most
-    longest = options.length * LONGER[-1]
+    longest = options.length * options.longer[-1]
     if not GROUP <= options.steps <= most or len(corpus.held_out) <= longest:
         raise SystemExit(
             f"benchmarks.quality: {options.corpus} has text for {most} steps of {options.batch} "
@@ -185,7 +193,7 @@ class Programs:
         if implementation is None:
             implementation = "pallas" if jax.default_backend() == "gpu" else "xla"
         sizes = {x: getattr(options, x) for x in ("width", "depth", "heads", "parameters", "dtype")}
-        longest = options.length * LONGER[-1]
+        longest = options.length * options.longer[-1]
         vocabulary = len(self.corpus.lengths)
 
         # In a thread of its own that others wait for: making a model traces it, too.
@@ -199,8 +207,7 @@ class Programs:
         )
         found = dict(model=model)
         found |= {x.__name__[1:]: self.pool.submit(x, model) for x in (self._step, self._initial)}
-        for times in LONGER:
-            length = options.length * times
+        for length in (options.length * times for times in options.longer):
             found[length] = self.pool.submit(self._scores, model, length)
         return found
 
@@ -313,7 +320,7 @@ CURVE_SHARE = 4  # a curve's points are of a part of the held-out text, one wind
 
 def score(params, found, programs, corpus, length, share=1):
     """The nats of held-out tokens and the bytes that they stand for, both [N, length]."""
-    longest = programs.options.length * LONGER[-1]
+    longest = programs.options.length * programs.options.longer[-1]
     whole = (len(corpus.held_out) - 1) // longest * (longest // length)
     windows, rows = np.arange(0, whole, share), programs.rows(length)
     tokens = cut(corpus.held_out, windows, length)
@@ -331,7 +338,7 @@ def bits(nats, lengths):
 def evaluate(params, found, programs, corpus, options):
     """The losses of the held-out text: by the windows' length, and by place in the longest."""
     by_length = {}
-    for times in LONGER:
+    for times in options.longer:
         nats, lengths = score(params, found, programs, corpus, options.length * times)
         by_length[str(times)] = bits(nats, lengths)
     places = [
