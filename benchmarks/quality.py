@@ -56,7 +56,7 @@ def main(argv=None):
         parameters_wanted=options.parameters, train_sha256=corpus.facts["train"]["sha256"]
     )
     cases = [(model, dict(model=model) | case | common) for model, case in cases]
-    cases = [(model, case) for model, case in cases if not report.has(case)]
+    cases = [(model, case) for model, case in cases if report.find(case) is None]
     print(f"{len(cases)} runs of {options.steps} steps", flush=True)
     with Programs(list(dict.fromkeys(model for model, _ in cases)), corpus, options) as programs:
         for model, row in cases:
@@ -206,18 +206,19 @@ class Programs:
             implementation=implementation,
         )
         found = dict(model=model)
-        found |= {x.__name__[1:]: self.pool.submit(x, model) for x in (self._step, self._initial)}
+        for one in (self._step, self._initial):
+            found[one.__name__[1:]] = self.pool.submit(one, name, model)
         for length in (options.length * times for times in options.longer):
-            found[length] = self.pool.submit(self._scores, model, length)
+            found[length] = self.pool.submit(self._scores, name, model, length)
         return found
 
-    def _step(self, model):
+    def _step(self, name, model):
         """The training step, its seconds of tracing and compiling, and its memory in GiB."""
         model = model.result()
         if self.options.scan:
             model = model.clone(unroll=False)
         began = time.perf_counter()
-        state = jax.eval_shape(functools.partial(self._begin, model), 0, 1.0)
+        state = jax.eval_shape(functools.partial(self._begin, name, model), 0, 1.0)
         tokens = jax.ShapeDtypeStruct((self.options.batch, self.options.length + 1), jnp.int32)
         run = train_step.lower(state, tokens, model=model, optimizer=self.optimizer).compile()
         plan = run.memory_analysis()
@@ -225,11 +226,11 @@ class Programs:
         memory = (held + plan.temp_size_in_bytes) / 2**30
         return run, time.perf_counter() - began, memory
 
-    def _scores(self, model, length):
+    def _scores(self, name, model, length):
         """A function of parameters and windows: the nats of each token but the first."""
         # By a scan, if the blocks are stacked: it runs seldom, and compiles sooner.
         model = model.result().clone(unroll=False)
-        params = jax.eval_shape(lambda: quality_models.make_params(model, 0))
+        params = jax.eval_shape(functools.partial(quality_models.make_params, name, model), 0)
         tokens = jax.ShapeDtypeStruct((self.rows(length), length + 1), jnp.int32)
         return jax.jit(functools.partial(cross_entropy, model)).lower(params, tokens).compile()
 
@@ -237,13 +238,13 @@ class Programs:
         """The windows that are scored at once: as many tokens as in a step."""
         return max(1, self.options.batch * self.options.length // length)
 
-    def _initial(self, model):
+    def _initial(self, name, model):
         """A function of a seed and a learning rate: the state before the first step."""
-        begin = jax.jit(functools.partial(self._begin, model.result()))
+        begin = jax.jit(functools.partial(self._begin, name, model.result()))
         return begin.lower(0, 1.0).compile()
 
-    def _begin(self, model, seed, rate):
-        params = quality_models.make_params(model, seed)
+    def _begin(self, name, model, seed, rate):
+        params = quality_models.make_params(name, model, seed)
         optimizer, _ = self.optimizer.init(params)
         return dict(params=params, moments=(optimizer, jnp.float32(rate)))
 
@@ -279,7 +280,8 @@ def train(row, programs, corpus, options):
         ms.append(1e3 * (time.perf_counter() - began) / (last - first))
         losses.append(to_bits * statistics.mean(group))
         if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss of steps {first + 1} to {last} is {losses[-1]}")
+            yield dict(diverged_after=first, losses=losses[:-1])
+            return
         if any(first < step <= last for step in at):
             nats = score(state["params"], found, programs, corpus, options.length, CURVE_SHARE)
             curve.append(dict(step=last, held_out_bits_per_byte=bits(*nats)))
@@ -356,6 +358,8 @@ def show(row, seconds):
     if "memory_gib" in row:
         print(f", {row['parameters'] / 1e6:.1f} M parameters", end="")
         print(f", compiled in {row['compile_s']:.1f} s, {row['memory_gib']:.1f} GiB", end="")
+    if "diverged_after" in row:
+        print(f", diverged after {row['diverged_after']} steps", end="")
     if "step_ms" in row:
         print(f"\n  step {row['step_ms']:.1f} ms (slowest {row['step_ms_slowest']:.1f})", end="")
         print(f", {row['tokens_per_s']:,.0f} tokens/s; bits/byte in training, by steps:", end="")

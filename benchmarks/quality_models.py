@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from jla.models import Config, LanguageModel, Layer, SwiGLU, kept
 
 HYBRID = ("kda", "kda", "kda", "path")  # block by block, then from the front again
 MODELS = {**{name: (name,) for name in MIXERS}, "hybrid": HYBRID}
+INIT = "init_"  # before a parameter's name
 MULTIPLE = 64  # of which MLPs are wide: the sizes that matrix products like
 
 
@@ -46,7 +48,8 @@ class Shifted(nn.Module):
 
 
 def parsed(name):
-    """A model's mixers and their settings: "gsa:scale=4" is (("gsa",), {"scale": 4}).
+    """A model's mixers and their settings: "gsa:scale=4" is (("gsa",), {"scale": 4}), and
+    "log_linear:init_D=0.0" begins with the parameter D at zero.
 
     Raises:
       ValueError: an unknown mixer, or a setting that is no `field=value`.
@@ -64,13 +67,25 @@ def parsed(name):
     return MODELS[first], values
 
 
+def filled(name, params):
+    """Parameters with those that a model's `init_PARAMETER=value` names set to that value."""
+    _, settings = parsed(name)
+
+    def changed(path, x):
+        value = settings.get(f"{INIT}{path[-1].key}")
+        return x if value is None else jnp.full_like(x, value)
+
+    return jax.tree_util.tree_map_with_path(changed, params)
+
+
 def template(mixer, settings, sizes, longest):
-    """A mixer of the examples with other settings; `shift=True` puts it into `Shifted`.
+    """A mixer of the examples with other settings; `shift=True` puts it into `Shifted`, and those
+    that `filled` takes are left out.
 
     Raises:
       ValueError: a setting that the mixer does not have.
     """
-    settings = dict(settings)
+    settings = {name: x for name, x in settings.items() if not name.startswith(INIT)}
     shift = settings.pop("shift", False)
 
     def make(**more):
@@ -109,11 +124,13 @@ def make_model(name, *, width, depth, heads, vocabulary, parameters, longest, **
     return of(MULTIPLE * (1 + max(0, round((parameters - least) / each))))
 
 
-def make_params(model, seed):
-    """Random parameters; as `side_by_side.make_params`."""
-    return initial_params(jax.random.key(seed), model=model.clone(implementation="reference"))
+def make_params(name, model, seed):
+    """Random parameters of the model of this name, built as by `side_by_side.make_params`."""
+    reference = model.clone(implementation="reference")
+    return filled(name, initial_params(jax.random.key(seed), model=reference))
 
 
 def count(model):
     """How many parameters a model has."""
-    return size(jax.eval_shape(lambda: make_params(model, 0)))
+    params = functools.partial(initial_params, model=model.clone(implementation="reference"))
+    return size(jax.eval_shape(params, jax.random.key(0)))

@@ -100,9 +100,9 @@ class Report:
         self._write()
         return row
 
-    def has(self, row):
-        """Whether there is a row with the same keys, without an error."""
-        return any(self._same(old, row) and "error" not in old for old in self.rows)
+    def find(self, row):
+        """The row with the same keys, unless it has an error; None without one."""
+        return next((x for x in self.rows if self._same(x, row) and "error" not in x), None)
 
     def _same(self, one, other):
         return all(one.get(key) == other.get(key) for key in self.keys)

@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from benchmarks import corpus, quality, quality_models
+from benchmarks import corpus, quality, quality_models, recall_sizes
 
 pytestmark = pytest.mark.optax
 
@@ -70,6 +70,10 @@ def test_models_by_name():
             quality_models.parsed(name)
     with pytest.raises(ValueError, match="gsa has no setting scales"):
         quality_models.make_model("gsa:scales=4", parameters=1e5, **SIZES)
+    params = dict(mixer=dict(D=np.ones(2), L=np.ones(2)))
+    filled = quality_models.filled("log_linear:init_D=0.5", params)["mixer"]
+    assert filled["D"].tolist() == [0.5, 0.5] and filled["L"] is params["mixer"]["L"]
+    quality_models.template("log_linear", dict(init_D=0.5), dict(num_heads=1), 8)
 
 
 @pytest.mark.parametrize("name", ["hybrid", "log_linear", "path:shift=True"])
@@ -164,3 +168,38 @@ def test_runs_are_kept_and_not_repeated(text, tmp_path, monkeypatch):
     assert calls[4:] == ["attention", "kda"] and len(json.loads(two.read_text())["results"]) == 6
     with pytest.raises(SystemExit, match="--steps must be 10 to"):
         quality.load(quality.parse([*options, "--steps", "1000"]))
+
+
+def test_recall_is_measured_by_size(tmp_path, monkeypatch):
+    """By a program whose accuracy is its learning rate: one seed tries all, the others the best."""
+
+    class Program:
+        def __init__(self, name, key_dim, options):
+            mixer = quality_models.template(name, {}, dict(num_heads=2, key_dim=key_dim), 16)
+            layer = quality_models.Layer(mixer, quality_models.SwiGLU(32))
+            self.model = quality_models.LanguageModel(quality_models.Config(8, 32, (layer,)))
+
+        def state(self, seed):
+            return np.zeros(5), None
+
+        def run(self, state, key, lr, first, last):
+            return state, np.float32(np.nan if lr == 9 else 1), np.full(2, lr)
+
+    monkeypatch.setattr(recall_sizes, "Program", Program)
+    out = tmp_path / "recall.json"
+    options = ["--models", "kda", "--key-dims", "16", "--pairs", "2,4", "--length", "16"]
+    options += ["--batch", "2", "--steps", "40", "--lr", "0.25,0.5,9", "--out", str(out)]
+    assert recall_sizes.main(options) == 0
+    rows = json.loads(out.read_text())["results"]
+    assert [(row["seed"], row["lr"]) for row in rows] == [
+        *((0, 0.25), (0, 0.5), (0, 9.0)),
+        *((1, 0.5), (2, 0.5)),
+    ]
+    assert rows[1]["accuracy"] == [0.5, 0.5] and len(rows[1]["curve"]) == recall_sizes.PARTS
+    assert rows[2]["diverged_after"] == 0 and rows[2]["accuracy"] == [0, 0]
+    state = 2 * 16 * 16 * 4 + 3 * 3 * 32 * 4  # and the last inputs of three convolutions
+    assert rows[0]["state_bytes"] == state and rows[0]["parameters"] == 5
+    monkeypatch.setattr(recall_sizes, "Program", pytest.fail)
+    assert recall_sizes.main(options) == 0  # all is there
+    with pytest.raises(SystemExit):
+        recall_sizes.parse(["--models", "hybrid"])
