@@ -34,6 +34,12 @@ PARTS = 20  # of the steps; the accuracy is the last one's
 
 def main(argv=None):
     options = parse(argv)
+    # In float32 also on a GPU, as the example.
+    with jax.default_matmul_precision("highest" if options.dtype == "float32" else None):
+        return run(options, argv)
+
+
+def run(options, argv):
     start = time.monotonic()
     report = side_by_side.Report(options.out, KEYS, "recall_sizes", argv, options.add)
     for model in options.models:
