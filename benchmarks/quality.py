@@ -20,6 +20,7 @@ import math
 import pathlib
 import statistics
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -169,6 +170,8 @@ class Programs:
     def __init__(self, models, corpus, options):
         self.names, self.corpus, self.options = models, corpus, options
         self.pool, self.asked = ThreadPoolExecutor(3), {}
+        # Mosaic keeps in a global which threads run what it lowers: two at a time would be wrong.
+        self.lowering = threading.Lock()
         self.expected_s = 0.0
         optimizer, _ = make_optimizer(options.steps, 1.0, weight_decay=0.1)
         self.optimizer = adjustable(optimizer)
@@ -220,7 +223,9 @@ class Programs:
         began = time.perf_counter()
         state = jax.eval_shape(functools.partial(self._begin, name, model), 0, 1.0)
         tokens = jax.ShapeDtypeStruct((self.options.batch, self.options.length + 1), jnp.int32)
-        run = train_step.lower(state, tokens, model=model, optimizer=self.optimizer).compile()
+        with self.lowering:
+            lowered = train_step.lower(state, tokens, model=model, optimizer=self.optimizer)
+        run = lowered.compile()
         plan = run.memory_analysis()
         held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
         memory = (held + plan.temp_size_in_bytes) / 2**30
@@ -232,7 +237,9 @@ class Programs:
         model = model.result().clone(unroll=False)
         params = jax.eval_shape(functools.partial(quality_models.make_params, name, model), 0)
         tokens = jax.ShapeDtypeStruct((self.rows(length), length + 1), jnp.int32)
-        return jax.jit(functools.partial(cross_entropy, model)).lower(params, tokens).compile()
+        with self.lowering:
+            lowered = jax.jit(functools.partial(cross_entropy, model)).lower(params, tokens)
+        return lowered.compile()
 
     def rows(self, length):
         """The windows that are scored at once: as many tokens as in a step."""
@@ -241,7 +248,9 @@ class Programs:
     def _initial(self, name, model):
         """A function of a seed and a learning rate: the state before the first step."""
         begin = jax.jit(functools.partial(self._begin, name, model.result()))
-        return begin.lower(0, 1.0).compile()
+        with self.lowering:
+            lowered = begin.lower(0, 1.0)
+        return lowered.compile()
 
     def _begin(self, name, model, seed, rate):
         params = quality_models.make_params(name, model, seed)
