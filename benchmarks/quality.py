@@ -68,7 +68,7 @@ def main(argv=None):
             began = time.monotonic()
             report.measure(row, train(row, programs, corpus, options))
             if "error" not in row:
-                programs.expected_s = time.monotonic() - began
+                programs.expected_s = max(programs.expected_s, time.monotonic() - began)
             show(row, time.monotonic() - start)
     return 1 if report.failed else 0
 
@@ -164,7 +164,7 @@ def adjustable(optimizer):
 class Programs:
     """The compiled programs of each model: the training step, and `scores` by the windows' length.
 
-    Those of the next model are compiled while one trains. `expected_s` is how long a run takes.
+    Those of the next model are compiled while one trains. `expected_s` is how long the longest run took.
     """
 
     def __init__(self, models, corpus, options):
