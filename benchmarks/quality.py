@@ -65,10 +65,10 @@ def main(argv=None):
             if left < 1.2 * programs.expected_s:
                 print(f"not started, past --limit: {model}, lr {row['lr']:g}", flush=True)
                 continue
-            began = time.monotonic()
             report.measure(row, train(row, programs, corpus, options))
-            if "error" not in row:
-                programs.expected_s = max(programs.expected_s, time.monotonic() - began)
+            # Without the compiler, which later runs do not wait for.
+            took = row.get("train_s", 0.0) + row.get("evaluation_s", 0.0)
+            programs.expected_s = max(programs.expected_s, took)
             show(row, time.monotonic() - start)
     return 1 if report.failed else 0
 
@@ -164,7 +164,8 @@ def adjustable(optimizer):
 class Programs:
     """The compiled programs of each model: the training step, and `scores` by the windows' length.
 
-    Those of the next model are compiled while one trains. `expected_s` is how long the longest run took.
+    Those of the next model are compiled while one trains. `expected_s` is what the longest run took
+    without compiling.
     """
 
     def __init__(self, models, corpus, options):
@@ -276,7 +277,7 @@ def train(row, programs, corpus, options):
     batches = Batches(corpus.train, row["seed"], options.batch, options.length)
     bytes_each = corpus.facts["train"]["bytes"] / corpus.facts["train"]["tokens"]
     to_bits = 1 / (math.log(2) * bytes_each)
-    losses, ms, curve = [], [], []
+    losses, ms, curve, train_s = [], [], [], 0.0
     at = {options.steps * (i + 1) // options.evaluations for i in range(options.evaluations)}
     for first in range(0, options.steps, GROUP):
         last = min(first + GROUP, options.steps)
@@ -286,6 +287,7 @@ def train(row, programs, corpus, options):
             state, loss, _ = run(state, x)
             group.append(loss)
         group = [float(loss) for loss in group]
+        train_s += time.perf_counter() - began
         ms.append(1e3 * (time.perf_counter() - began) / (last - first))
         losses.append(to_bits * statistics.mean(group))
         if not math.isfinite(losses[-1]):
@@ -297,6 +299,7 @@ def train(row, programs, corpus, options):
     del tokens
     step_ms = statistics.median(ms)
     yield dict(
+        train_s=train_s,
         step_ms=step_ms,
         step_ms_slowest=max(ms[1:] or ms),
         tokens_per_s=1e3 * options.batch * options.length / step_ms,
@@ -305,7 +308,9 @@ def train(row, programs, corpus, options):
         losses=losses,
         curve=curve,
     )
-    yield evaluate(state["params"], found, programs, corpus, options)
+    began = time.perf_counter()
+    held_out = evaluate(state["params"], found, programs, corpus, options)
+    yield held_out | dict(evaluation_s=time.perf_counter() - began)
 
 
 class Batches:
