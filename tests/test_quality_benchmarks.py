@@ -3,12 +3,13 @@
 import json
 from concurrent.futures import Future
 
+import made_up
 import numpy as np
 import optax
 import pytest
 from flax import linen as nn
 
-from benchmarks import corpus, quality, quality_models, recall_sizes
+from benchmarks import corpus, quality, quality_models, quality_tables, recall_sizes
 
 pytestmark = pytest.mark.optax
 
@@ -203,3 +204,15 @@ def test_recall_is_measured_by_size(tmp_path, monkeypatch):
     assert recall_sizes.main(options) == 0  # all is there
     with pytest.raises(SystemExit):
         recall_sizes.parse(["--models", "hybrid"])
+
+
+def test_tables_say_what_was_found(tmp_path):
+    written = (quality_tables.quality, quality_tables.recall_sizes, quality_tables.peer_models)
+    assert [write(tmp_path) for write in written] == [""] * 3
+    made_up.write(tmp_path)
+    losses, recall, peers = (write(tmp_path) for write in written)
+    row = "| `kda` | 113.0 | 0.003 | 1.0100 (1.0000 to 1.0200) | 1.0000 (0.9900 to 1.0100) |"
+    assert row in losses and "| 2 | 0.001: 1.1000 | 500,000 | 9.5 |" in losses
+    assert "| 3 `kda` : 1 `path_attention` | 113.0 |" in losses and "`gsa`, `scale=4`" in losses
+    assert "| `mesa_net` | 64 | 128 | 1.000 | 0.850 (0.800 to 0.900) |" in recall
+    assert "| `kda` | 500,000 | 250,000 | 2.00 | 30.0 | 40.0 | 118.0 | 118.0 |" in peers
