@@ -126,6 +126,7 @@ def draw_recall_sizes(numbers, theme):
     panels[0].set_xticks([], minor=True)
     panels[0].set(xlabel="pairs in a sequence", ylim=(-0.03, 1.05))
     panels[0].set_title(f"Recall with heads of {middle}")
+    panels[1].xaxis.set_major_formatter("{x:,.0f}")
     panels[1].set(xlabel="state, KiB")
     panels[1].set_title(f"Of {asked} pairs")
     label_ends(panels[1], ends)
