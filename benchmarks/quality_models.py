@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from benchmarks.side_by_side import MIXERS, initial_params, size
+from benchmarks.side_by_side import HYBRID, MIXERS, initial_params, size
 from jla.models import Config, LanguageModel, Layer, SwiGLU, kept
 
-HYBRID = ("kda", "kda", "kda", "path")  # block by block, then from the front again
 MODELS = {**{name: (name,) for name in MIXERS}, "hybrid": HYBRID}
 INIT = "init_"  # before a parameter's name
 MULTIPLE = 64  # of which MLPs are wide: the sizes that matrix products like

@@ -3,9 +3,16 @@
 import json
 import statistics
 
-from benchmarks.model_tables import NAMES, PICTURES, header, origin, paragraph, picture, sources
-
-HYBRID = "3 `kda` : 1 `path_attention`"
+from benchmarks.model_tables import (
+    NAMES,
+    PICTURES,
+    header,
+    label,
+    origin,
+    paragraph,
+    picture,
+    sources,
+)
 
 
 def quality(folder):
@@ -112,9 +119,7 @@ def by_model(rows):
 
 def title(model):
     name, *settings = model.split(":")
-    names = {name: f"`{of}`" for name, of in NAMES.items()}
-    named = (names | {"attention": "softmax attention", "hybrid": HYBRID})[name]
-    return ", ".join([named, *(f"`{setting}`" for setting in settings)])
+    return ", ".join([label(dict(mixer=name)), *(f"`{setting}`" for setting in settings)])
 
 
 def of_first(rows, lr):

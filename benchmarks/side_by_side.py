@@ -1,6 +1,7 @@
 """What the comparisons of whole models share: the example's model, options, rows of JSON."""
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -18,6 +19,8 @@ import model as example
 from model import MIXERS
 from train_lm import initial_params
 
+HYBRID = ("kda", "kda", "kda", "path")  # block by block, then from the front again
+
 
 def parser(program, description):
     """The options that both comparisons have; by default about 120 million parameters."""
@@ -34,24 +37,32 @@ def parser(program, description):
     return made
 
 
-def parse(made, argv):
+def parse(made, argv, more=()):
+    """The options; `more` are other names that --mixers may have, as "hybrid"."""
     options = made.parse_args(argv)
-    options.mixers = options.mixers.split(",")
-    if unknown := [name for name in options.mixers if name not in MIXERS]:
-        made.error(f"--mixers: unknown {', '.join(unknown)}; known: {', '.join(MIXERS)}")
+    options.mixers, known = options.mixers.split(","), (*MIXERS, *more)
+    if unknown := [name for name in options.mixers if name not in known]:
+        made.error(f"--mixers: unknown {', '.join(unknown)}; known: {', '.join(known)}")
     if options.width % options.heads:
         made.error(f"--width {options.width} must be a multiple of --heads {options.heads}")
     return options
 
 
 def make_model(mixer, options, **more):
-    """The example's model; on a GPU the kernels are asked for by name."""
+    """The example's model; on a GPU the kernels are asked for by name. "hybrid" has the blocks of
+    HYBRID in turn."""
     implementation = options.implementation
     if implementation is None:
         implementation = "pallas" if jax.default_backend() == "gpu" else "xla"
     sizes = options.width, options.depth, options.heads
     more |= dict(dtype=options.dtype, implementation=implementation)
-    return example.make_model(mixer, *sizes, **more)
+    if mixer != "hybrid":
+        return example.make_model(mixer, *sizes, **more)
+    models = {name: example.make_model(name, *sizes, **more) for name in HYBRID}
+    of = [models[HYBRID[i % len(HYBRID)]].config.layers[i] for i in range(options.depth)]
+    one = models[HYBRID[0]]
+    config = dataclasses.replace(one.config, layers=tuple(of))
+    return one.clone(config=config, stacked=False, unroll=False)
 
 
 def make_params(model):

@@ -65,6 +65,9 @@ def test_generation_is_measured(tmp_path):
     assert prompt["state_bytes"] == 16 * 2 * 32 * 2 + 2 * 4
     gsa = next(generation.read("gsa", generation.parse(options), {}))
     assert gsa["state_bytes"] == 2 * 2 * 16 * 16 * 4 + 3 * 3 * 32 * 2
+    four = generation.parse([*options, "--depth", "4", "--mixers", "hybrid"])
+    kinds = [type(x.mixer).__name__ for x in side_by_side.make_model("hybrid", four).config.layers]
+    assert kinds == ["KimiDeltaAttention"] * 3 + ["PaTHAttention"]
     text = model_tables.generation(tmp_path)
     assert "| softmax attention |" in text and "| sampling, batch 3, tokens/s |" in text
 
