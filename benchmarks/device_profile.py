@@ -16,10 +16,17 @@ KINDS = {
     "products": "gemm|nvjet|cutlass|cublas|xmma|splitk",
     "communication": "nccl",
 }
+# Of an operation's name, the parts that say nothing of what is computed.
+AROUND = (
+    r"(jit|transpose|jvp|vmap|checkpoint|remat\w*|while|body|scan|closed_call|blocks)\b.*|block_\d+"
+)
 
 
-def profile(call):
-    """Runs `call()` under the profiler; returns `summary` of it, None where there is no GPU."""
+def profile(call, hlo=None):
+    """Runs `call()` under the profiler; returns `summary` of it, None where there is no GPU.
+
+    hlo: the compiled program's text, from which the passes of no kind get names.
+    """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -28,7 +35,8 @@ def profile(call):
         if jax.default_backend() != "gpu":
             return None
         (path,) = pathlib.Path(folder).rglob("*.trace.json.gz")
-        return summary(kernels(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]))
+        found = kernels(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"])
+        return summary(found) | ({} if hlo is None else dict(passes=passes(found, hlo)))
 
 
 def kernels(events):
@@ -68,6 +76,37 @@ def kernels(events):
 def kind(name):
     """A name of KINDS, or "rest"."""
     return next((k for k, words in KINDS.items() if re.search(words, name, re.I)), "rest")
+
+
+def passes(found, hlo):
+    """The kernels of no kind, by what they compute: the operation that a fusion ends in, and the
+    module that it belongs to.
+
+    Args:
+      found: as `kernels` returns it.
+      hlo: a compiled program's text; its fusions' names, with underscores, are their kernels'.
+
+    Returns:
+      [operation, ms, count], the longest first.
+    """
+    named = re.findall(r'%?([\w.-]+) = [^\n]*metadata={[^}]*op_name="([^"]*)"', hlo)
+    names = {re.sub(r"[.-]", "_", instruction): short(op_name) for instruction, op_name in named}
+    ms, count = collections.Counter(), collections.Counter()
+    for name, (took, times) in found.items():
+        if kind(name) == "rest":
+            operation = names.get(name, name)
+            ms[operation] += took
+            count[operation] += times
+    return [[name, ms[name], count[name]] for name, _ in ms.most_common()]
+
+
+def short(op_name):
+    """An operation's name without what jit, loops and flax's blocks put around it; of what is in a
+    backward pass, that it is."""
+    parts = [part for part in op_name.split("/") if part]
+    backward = any(part.startswith("transpose(") for part in parts)
+    kept = [part for part in parts if not re.fullmatch(AROUND, part)] or parts[-1:]
+    return ("backward: " if backward else "") + "/".join(kept[-3:])
 
 
 def summary(found, most=12):

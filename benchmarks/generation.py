@@ -46,7 +46,7 @@ def parse(argv):
     made.add_argument("--prompt", type=int, default=16384, help="tokens that are read")
     made.add_argument("--tokens", type=int, default=64, help="sampled in one call")
     made.add_argument("--batches", default="1,64", help="of sampling (default: %(default)s)")
-    options = side_by_side.parse(made, argv)
+    options = side_by_side.parse(made, argv, more=["hybrid"])
     options.batches = [int(batch) for batch in options.batches.split(",")]
     return options
 

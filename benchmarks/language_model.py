@@ -162,7 +162,7 @@ def train(mixer, data, options):
         losses=losses,
     )
     last = batch(options.steps + 1)
-    yield dict(profile=profile(lambda: run(state, *last)))
+    yield dict(profile=profile(lambda: run(state, *last), run.as_text()))
 
 
 def model_of(mixer, options):
@@ -246,8 +246,8 @@ def show(row, seconds):
     if row.get("profile"):
         shares = ", ".join(f"{k} {x:.1%}" for k, x in row["profile"]["share"].items())
         print(f"\n  device busy {row['profile']['busy_ms']:.1f} ms: {shares}")
-        for part in ("others", "rest"):
-            for name, ms, count in row["profile"][part]:
+        for part in ("others", "passes"):
+            for name, ms, count in row["profile"][part][:12]:
                 print(f"    {ms:8.2f} ms {count:6.0f} {name[:90]}")
     print(flush=True)
 

@@ -14,6 +14,7 @@ NAMES = {
     "path_fox": "path_attention` with gates `g",
     "mesa": "mesa_net",
 }
+HYBRID = "3 `kda` : 1 `path_attention`"
 
 
 def origin(file, meta):
@@ -207,7 +208,8 @@ def table(rows, columns):
 
 
 def label(row):
-    name = "softmax attention" if row["mixer"] == "attention" else f"`{NAMES[row['mixer']]}`"
+    names = {name: f"`{of}`" for name, of in NAMES.items()}
+    name = (names | {"attention": "softmax attention", "hybrid": HYBRID})[row["mixer"]]
     several = f", {row['gpus']} GPUs" if row.get("gpus", 1) > 1 else ""
     return name + several
 

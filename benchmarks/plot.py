@@ -8,6 +8,7 @@ import math
 import pathlib
 import sys
 
+from benchmarks import quality_plots
 from benchmarks.tables import RESULTS, ROOT, newest
 
 # How a mixer looks is the examples', whose recall program draws too. These are programs that import
@@ -329,6 +330,7 @@ DRAWN = {
     "recall": (read_recall, draw_recall_full),
     "decode": (read_decode, draw_decode),
     "language_model": (read_language_model, draw_language_model),
+    **quality_plots.DRAWN,
 }
 
 if __name__ == "__main__":

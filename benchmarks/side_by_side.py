@@ -1,6 +1,7 @@
 """What the comparisons of whole models share: the example's model, options, rows of JSON."""
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -18,6 +19,8 @@ import model as example
 from model import MIXERS
 from train_lm import initial_params
 
+HYBRID = ("kda", "kda", "kda", "path")  # block by block, then from the front again
+
 
 def parser(program, description):
     """The options that both comparisons have; by default about 120 million parameters."""
@@ -34,24 +37,32 @@ def parser(program, description):
     return made
 
 
-def parse(made, argv):
+def parse(made, argv, more=()):
+    """The options; `more` are other names that --mixers may have, as "hybrid"."""
     options = made.parse_args(argv)
-    options.mixers = options.mixers.split(",")
-    if unknown := [name for name in options.mixers if name not in MIXERS]:
-        made.error(f"--mixers: unknown {', '.join(unknown)}; known: {', '.join(MIXERS)}")
+    options.mixers, known = options.mixers.split(","), (*MIXERS, *more)
+    if unknown := [name for name in options.mixers if name not in known]:
+        made.error(f"--mixers: unknown {', '.join(unknown)}; known: {', '.join(known)}")
     if options.width % options.heads:
         made.error(f"--width {options.width} must be a multiple of --heads {options.heads}")
     return options
 
 
 def make_model(mixer, options, **more):
-    """The example's model; on a GPU the kernels are asked for by name."""
+    """The example's model; on a GPU the kernels are asked for by name. "hybrid" has the blocks of
+    HYBRID in turn."""
     implementation = options.implementation
     if implementation is None:
         implementation = "pallas" if jax.default_backend() == "gpu" else "xla"
     sizes = options.width, options.depth, options.heads
     more |= dict(dtype=options.dtype, implementation=implementation)
-    return example.make_model(mixer, *sizes, **more)
+    if mixer != "hybrid":
+        return example.make_model(mixer, *sizes, **more)
+    models = {name: example.make_model(name, *sizes, **more) for name in HYBRID}
+    of = [models[HYBRID[i % len(HYBRID)]].config.layers[i] for i in range(options.depth)]
+    one = models[HYBRID[0]]
+    config = dataclasses.replace(one.config, layers=tuple(of))
+    return one.clone(config=config, stacked=False, unroll=False)
 
 
 def make_params(model):
@@ -71,13 +82,18 @@ class Report:
     the GPU, JAX's version, the date and the command.
     """
 
-    def __init__(self, path, keys, program, argv):
+    def __init__(self, path, keys, program, argv, add=()):
+        """add: files whose rows are added to those of `path`."""
         self.path, self.keys = path, keys
         self.meta = describe(argv, f"benchmarks.{program}")
         self.failed = False
         self.rows = []
-        if path and pathlib.Path(path).exists():
-            self.rows = json.loads(pathlib.Path(path).read_text())["results"]
+        there = [path] if path and pathlib.Path(path).exists() else []
+        for one in [*add, *there]:
+            for row in json.loads(pathlib.Path(one).read_text())["results"]:
+                self._put(row)
+        if add:
+            self._write()
         print(" | ".join(f"{key} {value}" for key, value in self.meta.items()), flush=True)
 
     def measure(self, row, parts):
@@ -96,8 +112,19 @@ class Report:
         return row
 
     def keep(self, row):
-        same = [all(old.get(k) == row.get(k) for k in self.keys) for old in self.rows]
-        self.rows = [old for old, again in zip(self.rows, same, strict=True) if not again]
-        self.rows.append(row | dict(meta=self.meta))
+        self._put(row | dict(meta=self.meta))
+        self._write()
+
+    def find(self, row):
+        """The row with the same keys, unless it has an error; None without one."""
+        return next((x for x in self.rows if self._same(x, row) and "error" not in x), None)
+
+    def _same(self, one, other):
+        return all(one.get(key) == other.get(key) for key in self.keys)
+
+    def _put(self, row):
+        self.rows = [old for old in self.rows if not self._same(old, row)] + [row]
+
+    def _write(self):
         if self.path:
             pathlib.Path(self.path).write_text(json.dumps(dict(results=self.rows), indent=1))

@@ -3,7 +3,7 @@
 import json
 import pathlib
 
-from benchmarks import model_tables, readme_tables, site_tables, triton_tables
+from benchmarks import model_tables, quality_tables, readme_tables, site_tables, triton_tables
 from benchmarks.model_tables import NAMES, header, origin, sources
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -85,6 +85,9 @@ SECTIONS = {
         "generation": model_tables.generation,
         "serving": model_tables.serving,
         "recall": model_tables.recall,
+        "recall sizes": quality_tables.recall_sizes,
+        "quality": quality_tables.quality,
+        "peer models": quality_tables.peer_models,
     },
     "docs/index.md": {
         "picture": site_tables.picture,

@@ -65,6 +65,9 @@ def test_generation_is_measured(tmp_path):
     assert prompt["state_bytes"] == 16 * 2 * 32 * 2 + 2 * 4
     gsa = next(generation.read("gsa", generation.parse(options), {}))
     assert gsa["state_bytes"] == 2 * 2 * 16 * 16 * 4 + 3 * 3 * 32 * 2
+    four = generation.parse([*options, "--depth", "4", "--mixers", "hybrid"])
+    kinds = [type(x.mixer).__name__ for x in side_by_side.make_model("hybrid", four).config.layers]
+    assert kinds == ["KimiDeltaAttention"] * 3 + ["PaTHAttention"]
     text = model_tables.generation(tmp_path)
     assert "| softmax attention |" in text and "| sampling, batch 3, tokens/s |" in text
 
@@ -151,11 +154,16 @@ def test_a_trace_is_summed_up_by_kind():
             dict(ph="X", name="custom-call.3", pid=pid, tid=8, dur=5000),
         ]
     events.append(dict(ph="X", name="dispatch", pid=9, tid=1, dur=70))
-    found = device_profile.summary(device_profile.kernels(events))
-    assert found["busy_ms"] == pytest.approx(10)
+    found = device_profile.kernels(events)
+    totals = device_profile.summary(found)
+    assert totals["busy_ms"] == pytest.approx(10)
     shares = dict(kernels=0.5, attention=0, products=0.4, communication=0, rest=0.1)
-    assert found["share"] == pytest.approx(shares)
-    assert found["rest"] == [["loop_add_fusion_3", 1.0, 1.0]]
-    assert found["others"][0] == ["forward_mosaic_gpu_kernel", 5.0, 2.0]
+    assert totals["share"] == pytest.approx(shares)
+    assert totals["rest"] == [["loop_add_fusion_3", 1.0, 1.0]]
+    assert totals["others"][0] == ["forward_mosaic_gpu_kernel", 5.0, 2.0]
+    hlo = """%loop_add_fusion.3 = bf16[8] fusion(%a), metadata={op_name="jit(train_step)/\
+transpose(jvp(LanguageModel))/blocks/mlp/up/mul" source_line=3}"""
+    found["odd"] = (0.5, 1)
+    assert device_profile.passes(found, hlo) == [["backward: mlp/up/mul", 1, 1], ["odd", 0.5, 1]]
     with pytest.raises(ValueError, match="no GPU"):
         device_profile.kernels(events[:2])
