@@ -80,7 +80,7 @@ def _dot_backward(dimensions, options, arrays, dy):
 _dot_of_wide.defvjp(_dot_forward, _dot_backward)
 
 
-def dense(split, features, *, kind=nn.DenseGeneral, use_bias=False, **options):
+def dense(split, features, *, kind: type[nn.Module] = nn.DenseGeneral, use_bias=False, **options):
     """The module of a projection. With a `split` devices sum its parameters' gradients in the
     parameters' dtype; flax casts them first, and so 16 bits would be summed."""
     if split is None:
