@@ -10,18 +10,36 @@ Operands are float16, sums float32: norms do not grow, so float16 loses 12 bits'
 where bfloat16 loses 9.
 """
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 from jax import lax
 
-from jla._core.dyadic import by_leaf, level_sums
+from jla._core.dyadic import block_counts, by_leaf, key_counts, level_sums, query_counts
+from jla.pallas.common.chunks import CHUNK
 from jla.pallas.path_attention import chains, leaf
 from jla.pallas.path_attention.dyadic import LEAF
 
 f16, f32 = jnp.float16, jnp.float32
 
 
-def grown(q, k, w, beta, g, inverse=None, *, scale):
+class Grown(NamedTuple):
     """What a pass over the tree needs.
+
+    queries, keys: all versions. own: the leaves' own logits, in two parts. gates: those from and to
+    the levels' middles, or None. All as `forward` takes them. transforms: of all blocks, see
+    `chains.joined`.
+    """
+
+    queries: Any
+    keys: Any
+    own: Any
+    transforms: Any
+    gates: Any
+
+
+def grown(q, k, w, beta, g, inverse=None, *, scale):
+    """The versions of queries and keys, and what is made with them.
 
     Args:
       q: [B, T, HQ, K]. k, w: [B, T, H, K]. beta: [B, H, TP] float32. See `sixteen_bits`.
@@ -30,9 +48,7 @@ def grown(q, k, w, beta, g, inverse=None, *, scale):
       scale: of the logits, positive, base 2.
 
     Returns:
-      All versions of queries and of keys, the leaves' own logits, the gates from and to the levels'
-      middles (or None), all as `forward` takes them; all blocks' transforms, see `chains.joined`;
-      and the chunks' inverses, see `leaf.inverses`.
+      `Grown`, and the chunks' inverses, see `leaf.inverses`.
     """
     P = beta.shape[2] // LEAF
     if inverse is None:
@@ -42,7 +58,16 @@ def grown(q, k, w, beta, g, inverse=None, *, scale):
     transforms = chains.joined(transforms, P)
     queries = chains.query_chains(queries, transforms, P)
     keys = chains.key_chains(keys, transforms, P)
-    return queries, keys, own, gates, transforms, inverse
+    return Grown(queries, keys, tuple(own), transforms, gates), inverse
+
+
+def grown_size(rows, query_heads, heads, leaves, features, *, gated):
+    """The bytes of `Grown`, for so many rows and heads of so many leaves."""
+    of_queries, of_keys = (LEAF * sum(x(leaves)) for x in (query_counts, key_counts))
+    half, of_gates = CHUNK * (CHUNK * 2 + 4), 4 * gated * (of_queries + of_keys)
+    of_query_head = 2 * features * of_queries + 3 * leaves * half + of_gates
+    of_head = 2 * features * (of_keys + features * sum(block_counts(leaves)))
+    return rows * (query_heads * of_query_head + heads * of_head)
 
 
 def sixteen_bits(q, k, w, beta):
