@@ -21,7 +21,7 @@ import jla.pallas
 from jla import PathCache
 from jla._core import path_cache as around
 from jla.pallas import path_attention as kernels
-from jla.pallas.path_attention import chains, dyadic, step
+from jla.pallas.path_attention import chains, dyadic, settle, step
 from jla.reference import path_attention as reference
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -225,10 +225,13 @@ def test_step_is_the_reference(lengths, sizes):
         ((5, 127), dict(capacity=192, HQ=2, V=32), f32),
         # Two passes; a row that becomes full, and a full one.
         ((127, 128), dict(capacity=128, HQ=9, gated=False), bf16),
+        # A kernel moves them on: two pieces and a tile's rest, no settled key, no 64th token.
+        ((255, 63, 70), dict(capacity=264, HQ=2, K=64, V=16, gated=False), f32),
     ],
     ids=str,
 )
-def test_lazy_step_is_the_settled_ones(lengths, sizes, key_dtype):
+def test_lazy_step_is_the_settled_ones(lengths, sizes, key_dtype, monkeypatch):
+    monkeypatch.setattr(settle, "PIECE", 3)
     arrays = tokens(len(lengths), **{n: x for n, x in sizes.items() if n != "capacity"})
     cache = in_decoding(cached(lengths, **sizes), key_dtype)
     want, definition, got = (
