@@ -52,7 +52,6 @@ _OF_NUMPY = {
     "gt": np.greater,
     "is_finite": np.isfinite,
     "le": np.less_equal,
-    "layout_constraint": lambda x: x,
     "log": np.log,
     "log1p": np.log1p,
     "log2": np.log2,

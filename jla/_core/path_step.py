@@ -4,9 +4,9 @@ the pieces in which the kernel reads the cache."""
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from jla._core import pools
 from jla._core.axes import LAZY_PATH, PATH, letters, of_step
@@ -16,7 +16,6 @@ from jla._core.cache import (
     PathCache,
     counted,
     first_recent,
-    moved_by,
     rows_from,
     with_rows,
 )
@@ -233,24 +232,34 @@ def moved_on(key, recent, change, first, full):
       first: [B], int32: how many of a row's keys are settled, a multiple of 64.
       full: [B], bool: whether the row has 64 recent keys, which then move into `key`.
     """
-    S = key.shape[1]
-    settled = jnp.arange(S, dtype=jnp.int32)[None] < first[:, None]
+    (_, S, H, K), i32 = key.shape, jnp.int32
+    settled = jnp.arange(S, dtype=i32)[None] < first[:, None]
     # On tensor cores: products of three parts of 8 bits have all digits of float32, of two parts
     # more than those of the keys.
     precision = "BF16_BF16_F32_X6" if key.dtype == jnp.float32 else "BF16_BF16_F32_X3"
 
     def move(left):
         key, full = left
-        row = jnp.argmax(full).astype(jnp.int32)
+        row = jnp.argmax(full).astype(i32)
+        there, maps, new, begin = (
+            lax.dynamic_slice_in_dim(x, row, 1) for x in (settled, change, recent, first)
+        )
 
-        def of(x):
-            return lax.dynamic_slice_in_dim(x, row, 1)
+        # Head by head: for products of all heads XLA would have all keys lie in another order, and
+        # copy them before and after the loop, in every step.
+        def move_head(h, key):
+            at, (maps_h, new_h) = (
+                (row, i32(0), h, i32(0)),
+                (lax.dynamic_slice_in_dim(x, h, 1, axis) for x, axis in ((maps, 1), (new, 2))),
+            )
+            x = lax.dynamic_slice(key, at, (1, S, 1, K)).reshape(1, S, K)
+            x = jnp.where(there[..., None], x, 0).astype(jnp.float32)
+            with jax.default_matmul_precision(precision):
+                x = x + jnp.einsum("bsk,blk->bsl", x, maps_h[:, 0])
+            x = with_rows(x, new_h[:, :, 0], begin)
+            return lax.dynamic_update_slice(key, x.astype(key.dtype).reshape(1, S, 1, K), at)
 
-        moved = jnp.where(of(settled)[..., None, None], of(key), 0).astype(jnp.float32)
-        moved = with_rows(moved_by(moved, of(change), precision), of(recent), of(first))
-        key = lax.dynamic_update_slice_in_dim(key, moved.astype(key.dtype), row, 0)
-        # XLA would have all keys lie as the products do, and copy them before and after the loop.
-        key = with_layout_constraint(key, Layout(tuple(range(key.ndim))))
-        return key, full & (jnp.arange(full.shape[0], dtype=jnp.int32) != row)
+        key = lax.fori_loop(0, H, move_head, key)
+        return key, full & (jnp.arange(full.shape[0], dtype=i32) != row)
 
     return lax.while_loop(lambda left: jnp.any(left[1]), move, (key, full))[0]
