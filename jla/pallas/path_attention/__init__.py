@@ -142,13 +142,14 @@ def _run_forward(q, k, v, w, beta, g, scale, versions):
 def _attention_backward(scale, residuals, cotangents):
     inputs, ratio, kept = residuals
     axes, gated = _INPUTS[: len(inputs)], len(inputs) == len(_INPUTS)
-    run = functools.partial(_backward, scale=scale, gated=gated)
+    dtype = inputs[3].dtype if ratio is None else f32  # what `rounded` was given
+    w_dtype = inputs[0].dtype if ratio is None else f32
+    run = functools.partial(_backward, scale=scale, gated=gated, w_dtype=w_dtype)
     out_axes = tuple(_KEPT.values())
     versions = _versions_axes(gated)[: len(kept) - len(out_axes)]
     all_axes = *axes, *out_axes[:2], *out_axes, *versions
     gradients = shardwise(run, all_axes, axes)(*inputs, *cotangents, *kept)
     dq, dk, dv, dw, dbeta, *dg = gradients
-    dtype = inputs[3].dtype if ratio is None else f32  # what `rounded` was given
     if ratio is not None:
         dbeta = dbeta * ratio
     return dq, dk, dv, dw.astype(dtype), dbeta, *(dg or [None])
@@ -170,7 +171,7 @@ def _forward(q, k, v, w, beta, g=None, *, scale, keep):
     return *attended, inverse, *(jax.tree.leaves(versions) if keep else ())
 
 
-def _backward(q, k, v, w, beta, *rest, scale, gated):
+def _backward(q, k, v, w, beta, *rest, scale, gated, w_dtype):
     """All gradients. With the versions that the forward pass kept, all rows at once.
 
     Without them for some rows of the batch at a time: versions of queries and keys and their
@@ -185,32 +186,33 @@ def _backward(q, k, v, w, beta, *rest, scale, gated):
     delta = jnp.moveaxis(jnp.sum(do.astype(f32) * o.astype(f32), -1), 1, 2)
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, -delta.shape[2] % LEAF))) - LOG2E * dlse
     arrays = q, k, v, w, beta, *g, lse, inverse, do, delta, gradient_unit(v, do, dlse)
+    of_rows = functools.partial(_backward_of_rows, scale=scale, w_dtype=w_dtype)
     if versions:
         structure = jax.tree.structure(_VERSIONS if gated else _VERSIONS._replace(gates=None))
         versions = jax.tree.unflatten(structure, versions)
-        return _backward_of_rows(*arrays, scale=scale, versions=versions)
+        return of_rows(*arrays, versions=versions)
     B, T, HQ, _ = q.shape
     rows = next(n for n in range(1, B + 1) if B % n == 0 and (n == B or n * HQ * T >= BUSY * LEAF))
-    run = functools.partial(_backward_of_rows, scale=scale)
     if rows == B:
-        return run(*arrays)
+        return of_rows(*arrays)
 
     def split(x):
         return x.reshape(B // rows, rows, *x.shape[1:])
 
     def step(i, gradients):
         part = [lax.dynamic_index_in_dim(split(x), i, keepdims=False) for x in arrays]
-        new = zip(gradients, run(*part), strict=True)
+        new = zip(gradients, of_rows(*part), strict=True)
         return [lax.dynamic_update_index_in_dim(all, part, i, 0) for all, part in new]
 
     # XLA's GPU compiler lets the kernels read and write the arrays' parts where they lie.
-    like = [(q, q), (k, q), (v, v), (w, q), (beta, beta), *((x, x) for x in g)]
-    gradients = [split(lax.empty(x.shape, y.dtype)) for x, y in like]
+    like = [(q, q.dtype), (k, q.dtype), (v, v.dtype), (w, w_dtype)]
+    like += [(x, x.dtype) for x in (beta, *g)]
+    gradients = [split(lax.empty(x.shape, dtype)) for x, dtype in like]
     gradients = lax.fori_loop(0, B // rows, step, gradients)
     return tuple(x.reshape(B, *x.shape[2:]) for x in gradients)
 
 
-def _backward_of_rows(q, k, v, w, beta, *rest, scale, versions=None):
+def _backward_of_rows(q, k, v, w, beta, *rest, scale, w_dtype, versions=None):
     *g, lse, inverse, do, delta, unit = rest
     g, H = g[0] if g else None, k.shape[2]
     in_base_2 = scale * LOG2E
@@ -224,7 +226,7 @@ def _backward_of_rows(q, k, v, w, beta, *rest, scale, versions=None):
     leaves = lse.shape[2] // LEAF
     dtransforms = transform_gradients(queries, dqueries, keys, dkeys, transforms, leaves)
     given = dqueries, dkeys, (down, largest), dtransforms, scale / unit
-    dq, dk, dw, dbeta = leaf_gradients(*inputs, inverse, *given, dtype=q.dtype)
+    dq, dk, dw, dbeta = leaf_gradients(*inputs, inverse, *given, dtype=q.dtype, w_dtype=w_dtype)
     gradients = dq, dk, dv, dw, dbeta
     if g is None:
         return gradients
