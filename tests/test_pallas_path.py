@@ -232,6 +232,18 @@ def test_step_is_the_reference(lengths, sizes):
 )
 def test_lazy_step_is_the_settled_ones(lengths, sizes, key_dtype, monkeypatch):
     monkeypatch.setattr(settle, "PIECE", 3)
+    check_lazy_step(jla.pallas.interpret, lengths, sizes, key_dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("key_dtype", [f32, bf16])
+def test_lazy_step_is_the_settled_ones_on_a_gpu(key_dtype):
+    """A row of two pieces that moves on, one that does not, and an almost empty one."""
+    sizes = dict(capacity=4104, H=4, HQ=4, K=128, V=128, gated=False)
+    check_lazy_step(contextlib.nullcontext, (4095, 4000, 63), sizes, key_dtype)
+
+
+def check_lazy_step(context, lengths, sizes, key_dtype):
     arrays = tokens(len(lengths), **{n: x for n, x in sizes.items() if n != "capacity"})
     cache = in_decoding(cached(lengths, **sizes), key_dtype)
     want, definition, got = (
@@ -239,7 +251,7 @@ def test_lazy_step_is_the_settled_ones(lengths, sizes, key_dtype, monkeypatch):
         for x in (reference, reference, kernels)
     )
     want = want(*arrays, cache.settled())
-    with jla.pallas.interpret():
+    with context():
         got = got(*arrays, cache)
     for o, new in (got, definition(*arrays, cache)):
         assert new.key.dtype == key_dtype and not jnp.isnan(new.recent).any()
