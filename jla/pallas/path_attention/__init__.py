@@ -13,12 +13,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jla._core.axes import PATH, letters
 from jla._core.derivatives import reverse_only
-from jla._core.dyadic import gradient_unit, level_sums, rounded
+from jla._core.dyadic import gradient_unit, level_sums
 from jla._core.path_cache import carried_on
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla.pallas.common.chunks import LOG2E, TILE_WIDTH
 from jla.pallas.common.mosaic import TILE_ROWS
+from jla.pallas.path_attention import leaf
 from jla.pallas.path_attention.dyadic import LEAF
 from jla.pallas.path_attention.forward import forward
 from jla.pallas.path_attention.key_gradients import key_gradients
@@ -128,21 +129,24 @@ def _versions_axes(gated):
 def _run_forward(q, k, v, w, beta, g, scale, versions):
     """The outputs, and what is kept for the backward pass; `versions` are the axes of those kept
     beside what `_KEPT` names."""
-    w, ratio = rounded(w)
-    if ratio is not None:
-        beta = beta * ratio
     inputs = _given(q, k, v, w, beta, g)
     run = functools.partial(_forward, scale=scale, keep=bool(versions))
-    kept = shardwise(run, _INPUTS[: len(inputs)], (*_KEPT.values(), *versions))(*inputs)
-    names = *_KEPT, *("path_versions" for _ in versions)
-    kept = tuple(map(checkpoint_name, kept, names))
-    return kept[:2], (inputs, ratio, kept)
+    of_w = (_INPUTS[3], _KEPT["path_logsumexp"].replace("HQ", "H")) if w.dtype == f32 else ()
+    axes = *_KEPT.values(), *versions, *of_w
+    kept = shardwise(run, _INPUTS[: len(inputs)], axes)(*inputs)
+    names = *_KEPT, *("path_versions" for _ in versions), *("path_w" for _ in of_w)
+    kept, ratio = tuple(map(checkpoint_name, kept, names)), None
+    if of_w:
+        *kept, w, ratio = kept
+        ratio = jnp.swapaxes(ratio[:, :, : w.shape[1]], 1, 2)
+        inputs = _given(q, k, v, w, beta * ratio, g)
+    return tuple(kept[:2]), (inputs, ratio, tuple(kept))
 
 
 def _attention_backward(scale, residuals, cotangents):
     inputs, ratio, kept = residuals
     axes, gated = _INPUTS[: len(inputs)], len(inputs) == len(_INPUTS)
-    dtype = inputs[3].dtype if ratio is None else f32  # what `rounded` was given
+    dtype = inputs[3].dtype if ratio is None else f32  # of the w given
     w_dtype = inputs[0].dtype if ratio is None else f32
     run = functools.partial(_backward, scale=scale, gated=gated, w_dtype=w_dtype)
     out_axes = tuple(_KEPT.values())
@@ -164,11 +168,15 @@ def _given(*arrays):
 
 def _forward(q, k, v, w, beta, g=None, *, scale, keep):
     scale *= LOG2E
-    inputs = sixteen_bits(q, k, w, beta)
-    versions, inverse = grown(*inputs, g, scale=scale)
+    *inputs, beta = sixteen_bits(q, k, w, beta)
+    inverse, *of_w = leaf.inverses(inputs[2], beta)
+    inputs[2], ratio = of_w
+    beta = beta if ratio is None else beta * ratio
+    versions = grown(*inputs, beta, g, inverse, scale=scale)
     queries, keys, own, _, gates = versions
     attended = forward(queries, keys, v, own, gates, scale=scale)
-    return *attended, inverse, *(jax.tree.leaves(versions) if keep else ())
+    kept = jax.tree.leaves(versions) if keep else ()
+    return *attended, inverse, *kept, *(() if ratio is None else of_w)
 
 
 def _backward(q, k, v, w, beta, *rest, scale, gated, w_dtype):
@@ -218,7 +226,7 @@ def _backward_of_rows(q, k, v, w, beta, *rest, scale, w_dtype, versions=None):
     in_base_2 = scale * LOG2E
     inputs = sixteen_bits(q, k, w, beta)
     if versions is None:
-        versions, _ = grown(*inputs, g, inverse, scale=in_base_2)
+        versions = grown(*inputs, g, inverse, scale=in_base_2)
     queries, keys, own, transforms, gates = versions
     arguments = queries, keys, v, own, gates, do, lse, delta, unit, transforms
     *dkeys, dv, by_key = key_gradients(*arguments, scale=in_base_2)

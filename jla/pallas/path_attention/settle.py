@@ -49,16 +49,12 @@ def moved_on(key, recent, change, first, full):
 
     SMEM at K=128: 192 KB. Floor at B=64 S=8192 H=16, all rows: 8.6 GB, 2.0 ms; no row: a launch.
     """
-    (_, S, _, K), wide = key.shape, key.dtype == f32
+    _, S, _, K = key.shape
     if K % 64 or S % mosaic.TILE_ROWS:
         return around.moved_on(key, recent, change, first, full)
     tiles = pl.cdiv(S, ROWS)
     size = pl.cdiv(tiles, pl.cdiv(tiles, PIECE))
-    transforms = (
-        (plgpu.TilingTransform((mosaic.TILE_ROWS, 32)), plgpu.SwizzleTransform(128))
-        if wide
-        else mosaic.TRANSFORMS
-    )
+    transforms = mosaic.TRANSFORMS_F32 if key.dtype == f32 else mosaic.TRANSFORMS
     rows, count = _numbers(full)
     out = scratch.kernel(
         functools.partial(_body, size=size, pieces=pl.cdiv(tiles, size)),
