@@ -13,13 +13,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jla._core.axes import PATH, letters
 from jla._core.derivatives import reverse_only
-from jla._core.dyadic import gradient_unit, level_sums
+from jla._core.dyadic import gradient_unit, level_sums, rounded
 from jla._core.path_cache import carried_on
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla.pallas.common.chunks import LOG2E, TILE_WIDTH
 from jla.pallas.common.mosaic import TILE_ROWS
-from jla.pallas.path_attention import leaf
 from jla.pallas.path_attention.dyadic import LEAF
 from jla.pallas.path_attention.forward import forward
 from jla.pallas.path_attention.key_gradients import key_gradients
@@ -28,7 +27,7 @@ from jla.pallas.path_attention.query_gradients import query_gradients
 from jla.pallas.path_attention.step import path_step
 from jla.pallas.path_attention.step import unsupported as _unsupported_step
 from jla.pallas.path_attention.transform_gradients import transform_gradients
-from jla.pallas.path_attention.tree import Grown, grown, grown_size, leaf_sums, sixteen_bits
+from jla.pallas.path_attention.tree import grown, leaf_sums, sixteen_bits
 
 __all__ = ["path_attention", "path_step", "unsupported"]
 
@@ -36,20 +35,11 @@ bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
 
 WIDEST = 128  # K or V; the registers of one warpgroup hold no wider row
 BUSY = 2048  # leaves of query heads, each a CTA or two, that a GPU's multiprocessors share evenly
-KEPT = 2**30  # bytes of a call's versions that the forward pass keeps for the backward pass
 
 _INPUTS = letters(PATH, "q k v w beta g")
 _OUTPUT = PATH["o"]
 # What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
 _KEPT = {"path_output": _OUTPUT, "path_logsumexp": "B HQ TP", "path_inverse": "B H N C D"}
-# If they take no more than `KEPT`, also the versions and all that belongs to them: see `Grown`.
-_VERSIONS = Grown(
-    queries="B HQ RQ K",
-    keys="B H RK K",
-    own=("B HQ P E C D", "B HQ P E C"),
-    transforms="B H M K K",
-    gates=("B HQ RQ", "B HQ RK"),
-)
 
 
 def unsupported(name, q, k, v, w, beta, g, cache, *, slots=None):
@@ -111,49 +101,29 @@ def _attention(q, k, v, w, beta, g, scale):
 
     Returns the outputs and the logits' log-sum-exp in base 2, [B, HQ, 128 P].
     """
-    return _run_forward(q, k, v, w, beta, g, scale, ())[0]
+    return _attention_forward(q, k, v, w, beta, g, scale)[0]
 
 
 def _attention_forward(q, k, v, w, beta, g, scale):
-    P = -(-q.shape[1] // LEAF)
-    size = grown_size(*q.shape[:1], q.shape[2], k.shape[2], P, q.shape[3], gated=g is not None)
-    axes = _versions_axes(g is not None) if size <= KEPT else ()
-    return _run_forward(q, k, v, w, beta, g, scale, axes)
-
-
-def _versions_axes(gated):
-    """The axes of the versions, and of their gates if there are any, in one tuple."""
-    return tuple(jax.tree.leaves(_VERSIONS if gated else _VERSIONS._replace(gates=None)))
-
-
-def _run_forward(q, k, v, w, beta, g, scale, versions):
-    """The outputs, and what is kept for the backward pass; `versions` are the axes of those kept
-    beside what `_KEPT` names."""
+    w, ratio = rounded(w)
+    if ratio is not None:
+        beta = beta * ratio
     inputs = _given(q, k, v, w, beta, g)
-    run = functools.partial(_forward, scale=scale, keep=bool(versions))
-    of_w = (_INPUTS[3], _KEPT["path_logsumexp"].replace("HQ", "H")) if w.dtype == f32 else ()
-    axes = *_KEPT.values(), *versions, *of_w
-    kept = shardwise(run, _INPUTS[: len(inputs)], axes)(*inputs)
-    names = *_KEPT, *("path_versions" for _ in versions), *("path_w" for _ in of_w)
-    kept, ratio = tuple(map(checkpoint_name, kept, names)), None
-    if of_w:
-        *kept, w, ratio = kept
-        ratio = jnp.swapaxes(ratio[:, :, : w.shape[1]], 1, 2)
-        inputs = _given(q, k, v, w, beta * ratio, g)
-    return tuple(kept[:2]), (inputs, ratio, tuple(kept))
+    run = functools.partial(_forward, scale=scale)
+    kept = shardwise(run, _INPUTS[: len(inputs)], tuple(_KEPT.values()))(*inputs)
+    kept = tuple(map(checkpoint_name, kept, _KEPT))
+    return kept[:2], (inputs, ratio, kept)
 
 
 def _attention_backward(scale, residuals, cotangents):
     inputs, ratio, kept = residuals
-    axes, gated = _INPUTS[: len(inputs)], len(inputs) == len(_INPUTS)
-    dtype = inputs[3].dtype if ratio is None else f32  # of the w given
-    w_dtype = inputs[0].dtype if ratio is None else f32
-    run = functools.partial(_backward, scale=scale, gated=gated, w_dtype=w_dtype)
+    axes = _INPUTS[: len(inputs)]
+    run = functools.partial(_backward, scale=scale)
     out_axes = tuple(_KEPT.values())
-    versions = _versions_axes(gated)[: len(kept) - len(out_axes)]
-    all_axes = *axes, *out_axes[:2], *out_axes, *versions
-    gradients = shardwise(run, all_axes, axes)(*inputs, *cotangents, *kept)
+    all_axes = *axes, *out_axes, *out_axes[:2]
+    gradients = shardwise(run, all_axes, axes)(*inputs, *kept, *cotangents)
     dq, dk, dv, dw, dbeta, *dg = gradients
+    dtype = inputs[3].dtype if ratio is None else f32  # what `rounded` was given
     if ratio is not None:
         dbeta = dbeta * ratio
     return dq, dk, dv, dw.astype(dtype), dbeta, *(dg or [None])
@@ -166,75 +136,60 @@ def _given(*arrays):
     return tuple(x for x in arrays if x is not None)
 
 
-def _forward(q, k, v, w, beta, g=None, *, scale, keep):
+def _forward(q, k, v, w, beta, g=None, *, scale):
     scale *= LOG2E
-    *inputs, beta = sixteen_bits(q, k, w, beta)
-    inverse, *of_w = leaf.inverses(inputs[2], beta)
-    inputs[2], ratio = of_w
-    beta = beta if ratio is None else beta * ratio
-    versions = grown(*inputs, beta, g, inverse, scale=scale)
-    queries, keys, own, _, gates = versions
-    attended = forward(queries, keys, v, own, gates, scale=scale)
-    kept = jax.tree.leaves(versions) if keep else ()
-    return *attended, inverse, *kept, *(() if ratio is None else of_w)
+    inputs = sixteen_bits(q, k, w, beta)
+    queries, keys, own, gates, _, inverse = grown(*inputs, g, scale=scale)
+    return *forward(queries, keys, v, own, gates, scale=scale), inverse
 
 
-def _backward(q, k, v, w, beta, *rest, scale, gated, w_dtype):
-    """All gradients. With the versions that the forward pass kept, all rows at once.
+def _backward(q, k, v, w, beta, *rest, scale):
+    """All gradients, for some rows of the batch at a time.
 
-    Without them for some rows of the batch at a time: versions of queries and keys and their
-    gradients are ten times what the inputs take. They are there for one part's rows at once, of
-    which there are as many as keep a GPU busy.
+    Versions of queries and keys and their gradients are ten times what the inputs take. They are
+    there for one part's rows at once, of which there are as many as keep a GPU busy.
     """
-    if len(rest) == 5 + gated:
-        # The versions are made again: XLA would else find those of the forward pass to be the same,
-        # and keep them until here, gigabytes for each layer of a model.
-        q, k, v, w, beta, *rest = lax.optimization_barrier((q, k, v, w, beta, *rest))
-    g, (do, dlse, o, lse, inverse, *versions) = rest[:gated], rest[gated:]
+    # The versions are made again: XLA would else find those of the forward pass to be the same, and
+    # keep them until here, a gigabyte for each layer of a model.
+    q, k, v, w, beta, *rest = lax.optimization_barrier((q, k, v, w, beta, *rest))
+    *g, o, lse, inverse, do, dlse = rest
     delta = jnp.moveaxis(jnp.sum(do.astype(f32) * o.astype(f32), -1), 1, 2)
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, -delta.shape[2] % LEAF))) - LOG2E * dlse
     arrays = q, k, v, w, beta, *g, lse, inverse, do, delta, gradient_unit(v, do, dlse)
-    of_rows = functools.partial(_backward_of_rows, scale=scale, w_dtype=w_dtype)
-    if versions:
-        structure = jax.tree.structure(_VERSIONS if gated else _VERSIONS._replace(gates=None))
-        versions = jax.tree.unflatten(structure, versions)
-        return of_rows(*arrays, versions=versions)
     B, T, HQ, _ = q.shape
     rows = next(n for n in range(1, B + 1) if B % n == 0 and (n == B or n * HQ * T >= BUSY * LEAF))
+    run = functools.partial(_backward_of_rows, scale=scale)
     if rows == B:
-        return of_rows(*arrays)
+        return run(*arrays)
 
     def split(x):
         return x.reshape(B // rows, rows, *x.shape[1:])
 
     def step(i, gradients):
         part = [lax.dynamic_index_in_dim(split(x), i, keepdims=False) for x in arrays]
-        new = zip(gradients, of_rows(*part), strict=True)
+        new = zip(gradients, run(*part), strict=True)
         return [lax.dynamic_update_index_in_dim(all, part, i, 0) for all, part in new]
 
     # XLA's GPU compiler lets the kernels read and write the arrays' parts where they lie.
-    like = [(q, q.dtype), (k, q.dtype), (v, v.dtype), (w, w_dtype)]
-    like += [(x, x.dtype) for x in (beta, *g)]
-    gradients = [split(lax.empty(x.shape, dtype)) for x, dtype in like]
+    like = [(q, q), (k, q), (v, v), (w, q), (beta, beta), *((x, x) for x in g)]
+    gradients = [split(lax.empty(x.shape, y.dtype)) for x, y in like]
     gradients = lax.fori_loop(0, B // rows, step, gradients)
     return tuple(x.reshape(B, *x.shape[2:]) for x in gradients)
 
 
-def _backward_of_rows(q, k, v, w, beta, *rest, scale, w_dtype, versions=None):
+def _backward_of_rows(q, k, v, w, beta, *rest, scale):
     *g, lse, inverse, do, delta, unit = rest
     g, H = g[0] if g else None, k.shape[2]
     in_base_2 = scale * LOG2E
     inputs = sixteen_bits(q, k, w, beta)
-    if versions is None:
-        versions = grown(*inputs, g, inverse, scale=in_base_2)
-    queries, keys, own, transforms, gates = versions
+    queries, keys, own, gates, transforms, _ = grown(*inputs, g, inverse, scale=in_base_2)
     arguments = queries, keys, v, own, gates, do, lse, delta, unit, transforms
     *dkeys, dv, by_key = key_gradients(*arguments, scale=in_base_2)
     *dqueries, down, largest, by_query = query_gradients(*arguments, dkeys[1], scale=in_base_2)
     leaves = lse.shape[2] // LEAF
     dtransforms = transform_gradients(queries, dqueries, keys, dkeys, transforms, leaves)
     given = dqueries, dkeys, (down, largest), dtransforms, scale / unit
-    dq, dk, dw, dbeta = leaf_gradients(*inputs, inverse, *given, dtype=q.dtype, w_dtype=w_dtype)
+    dq, dk, dw, dbeta = leaf_gradients(*inputs, inverse, *given, dtype=q.dtype)
     gradients = dq, dk, dv, dw, dbeta
     if g is None:
         return gradients

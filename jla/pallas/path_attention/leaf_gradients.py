@@ -20,7 +20,7 @@ LARGEST = 0.25  # of float16 gradients, so that sums of 128 terms with |q| < 200
 
 
 def leaf_gradients(
-    q, k, w, beta, inverses, dqueries, dkeys, own, transforms, scale, *, dtype, w_dtype
+    q, k, w, beta, inverses, dqueries, dkeys, own, transforms, scale, *, dtype
 ):  # fmt: skip
     """dq, dk, dw and dbeta, of what `leaf.leaves` returns.
 
@@ -33,10 +33,9 @@ def leaf_gradients(
         `query_gradients` returns them.
       scale: what the gradients are multiplied with in the end, [B, H] float32.
       dtype: of dq, dk and dw; 16 bits.
-      w_dtype: of dw; that, or float32, which it then has if no sums over a group are to be made.
 
     Returns:
-      dq, dk, dw and dbeta [B, T, H], the last in float32.
+      dq, dk, dw and dbeta [B, T, H] float32.
 
     SMEM at K=128: four regions of 32 KB and four triangles of 24 KB.
     """
@@ -46,13 +45,11 @@ def leaf_gradients(
     inputs = dict(q=q, k=k, w=w, inverses=inverses, beta=beta)
     inputs |= dict(a=dqueries[0], a_factors=dqueries[1], c=dkeys[0], c_factors=dkeys[1])
     inputs |= dict(own=own[0], dh=transforms[0], **units)
-    like_q = like_w = SDS(q.shape, dtype)
-    if group == 1 and w_dtype == f32:  # stored without TMA, which leaves out what is past the end
-        like_w = SDS((B, P * LEAF, HQ, K), f32)
+    like_q = SDS(q.shape, dtype)
     out = scratch.kernel(
         functools.partial(phases.body, group=group),
         inputs=inputs,
-        outputs=dict(dq=like_q, dk=like_q, dw=like_w, dbeta=SDS((B, HQ, k_tiles, P * LEAF), f32)),
+        outputs=dict(dq=like_q, dk=like_q, dw=like_q, dbeta=SDS((B, HQ, k_tiles, P * LEAF), f32)),
         scratch=_scratch(k_tiles, q.dtype, k.dtype, w.dtype, dtype),
         automatic_barriers=False,
         reductions_cross_warps=False,
@@ -61,7 +58,7 @@ def leaf_gradients(
         num_threads=WARPGROUPS,
         thread_name="wg",
     )
-    dq, dk, dw = out.dq, out.dk, out.dw[:, :T]
+    dq, dk, dw = out.dq, out.dk, out.dw
     dbeta = out.dbeta.sum(2).swapaxes(1, 2)[:, :T]
     if group == 1:
         return dq, dk, dw, dbeta
@@ -70,8 +67,7 @@ def leaf_gradients(
         x = x.reshape(B, T, H, group, *x.shape[3:])
         return x.sum(3, dtype=f32).astype(x.dtype)
 
-    dk, dw, dbeta = (of_group(x) for x in (dk, dw, dbeta))
-    return dq, dk, dw.astype(w_dtype), dbeta
+    return dq, *(of_group(x) for x in (dk, dw, dbeta))
 
 
 def _scratch(k_tiles, q_dtype, k_dtype, w_dtype, out_dtype):

@@ -62,7 +62,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import mosaic
 from jla.pallas.common.chunks import CHUNK
 from jla.pallas.common.mosaic import PER_ROW, WGMMA_LAYOUT, f16, f32, load, per_row, product
 from jla.pallas.path_attention import dyadic
@@ -403,10 +402,6 @@ def finish_dk_dw(leaf, du, dk, dw):
     dw = j * per_row(strength, CHUNK) + unpacked(dw)
     dw = total(upper_times(ds, refs.beta_w, at), init=dw)
     dw = lax.optimization_barrier((dw * leaf.grow).astype(refs.dw.dtype))
-    if dw.dtype == f32:
-        columns = pl.ds(at.features * CHUNK, CHUNK)
-        target = _tokens(leaf, at, refs.dw, leaf.head)(columns)
-        when_tile(at, lambda: mosaic.store(target, dw))
     dk = total(upper_times(dc, refs.beta_w, at), init=unpacked(dk))
     dk = (dk * leaf.grow).astype(refs.dk.dtype)
     send_tile(at, dk, refs.first.out, _tokens(leaf, at, refs.dk, leaf.head))
@@ -416,8 +411,7 @@ def finish_dk_dw(leaf, du, dk, dw):
 def send_dw(leaf, dw):
     """Sends dW."""
     at, refs = meet(leaf), leaf.refs
-    if dw.dtype != f32:  # else it is there
-        send_tile(at, dw, refs.second.out, _tokens(leaf, at, refs.dw, leaf.head))
+    send_tile(at, dw, refs.second.out, _tokens(leaf, at, refs.dw, leaf.head))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

@@ -10,72 +10,46 @@ Operands are float16, sums float32: norms do not grow, so float16 loses 12 bits'
 where bfloat16 loses 9.
 """
 
-from typing import Any, NamedTuple
-
 import jax.numpy as jnp
 from jax import lax
 
-from jla._core.dyadic import block_counts, by_leaf, key_counts, level_sums, query_counts
-from jla.pallas.common.chunks import CHUNK
+from jla._core.dyadic import by_leaf, level_sums
 from jla.pallas.path_attention import chains, leaf
 from jla.pallas.path_attention.dyadic import LEAF
 
 f16, f32 = jnp.float16, jnp.float32
 
 
-class Grown(NamedTuple):
+def grown(q, k, w, beta, g, inverse=None, *, scale):
     """What a pass over the tree needs.
-
-    queries, keys: all versions. own: the leaves' own logits, in two parts. gates: those from and to
-    the levels' middles, or None. All as `forward` takes them. transforms: of all blocks, see
-    `chains.joined`.
-    """
-
-    queries: Any
-    keys: Any
-    own: Any
-    transforms: Any
-    gates: Any
-
-
-def grown(q, k, w, beta, g, inverse, *, scale):
-    """The versions of queries and keys, and what is made with them.
 
     Args:
       q: [B, T, HQ, K]. k, w: [B, T, H, K]. beta: [B, H, TP] float32. See `sixteen_bits`.
       g: None, or the logits' gates in base 2, [B, T, HQ] float32; -inf at a segment's first token.
-      inverse: the chunks' inverses, see `leaf.inverses`.
+      inverse: None, or as an earlier call returned it.
       scale: of the logits, positive, base 2.
 
     Returns:
-      `Grown`.
+      All versions of queries and of keys, the leaves' own logits, the gates from and to the levels'
+      middles (or None), all as `forward` takes them; all blocks' transforms, see `chains.joined`;
+      and the chunks' inverses, see `leaf.inverses`.
     """
     P = beta.shape[2] // LEAF
+    if inverse is None:
+        inverse = leaf.inverses(w, beta)
     gates, within = (None, None) if g is None else (level_sums(g, LEAF), leaf_sums(g))
     queries, keys, *own, transforms = leaf.leaves(q, k, w, inverse, beta, within, scale=scale)
     transforms = chains.joined(transforms, P)
     queries = chains.query_chains(queries, transforms, P)
     keys = chains.key_chains(keys, transforms, P)
-    return Grown(queries, keys, tuple(own), transforms, gates)
-
-
-def grown_size(rows, query_heads, heads, leaves, features, *, gated):
-    """The bytes of `Grown`, for so many rows and heads of so many leaves."""
-    of_queries, of_keys = (LEAF * sum(x(leaves)) for x in (query_counts, key_counts))
-    half, of_gates = CHUNK * (CHUNK * 2 + 4), 4 * gated * (of_queries + of_keys)
-    of_query_head = 2 * features * of_queries + 3 * leaves * half + of_gates
-    of_head = 2 * features * (of_keys + features * sum(block_counts(leaves)))
-    return rows * (query_heads * of_query_head + heads * of_head)
+    return queries, keys, own, gates, transforms, inverse
 
 
 def sixteen_bits(q, k, w, beta):
-    """q, k and w as `leaf.leaves` takes them, and beta [B, H, TP], zero past the end.
-
-    A float32 w stays as it is: `leaf.inverses` rounds it.
-    """
+    """q, k and w as `leaf.leaves` takes them, and beta [B, H, TP], zero past the end."""
     if k.dtype != q.dtype:
         k = k.astype(f16)
-    if w.dtype not in (k.dtype, f32):
+    if k.dtype != w.dtype:
         w = w.astype(f16)
     beta = jnp.moveaxis(beta, 2, 1)
     return q, k, w, jnp.pad(beta, [(0, 0), (0, 0), (0, -beta.shape[2] % LEAF)])
