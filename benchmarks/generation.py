@@ -71,13 +71,13 @@ def read(mixer, options, prepared):
     )
     prompt = jax.random.randint(jax.random.key(1), (1, options.prompt), 0, 256)
 
-    # The cache is made inside, as `jla.models.generate` does it: XLA then knows that it is empty. Of
-    # an argument PaTH's layers ask whether it is, and the host waits for the answer.
+    # The cache is made inside, as `generate` does: XLA then knows that it is empty. Of an argument
+    # PaTH's layers ask whether it is, and the host waits for the answer.
     def read_prompt(params, prompt):
         return feed(decoder(model), params, prompt, empty_cache(model, 1, capacity))
 
     began = time.perf_counter()
-    run = jax.jit(read_prompt).lower(params, prompt).compile(compiler_options=READING)
+    run = jax.jit(read_prompt, compiler_options=READING).lower(params, prompt).compile()
     first_call_s = time.perf_counter() - began
     ms = []
     for _ in range(CALLS):
