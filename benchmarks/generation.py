@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from benchmarks import side_by_side
 from benchmarks.device_profile import profile
-from jla.models.generate import decoder, decoder_params, draw, empty_cache, feed
+from jla.models.generate import READING, decoder, decoder_params, draw, empty_cache, feed
 
 KEYS = ("mixer", "batch")
 CALLS = 5  # of sampling: the first warms up, the last is profiled
@@ -69,22 +69,27 @@ def read(mixer, options, prepared):
             leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(just_the_prompt)
         ),
     )
-    cache = empty_cache(model, 1, capacity)
     prompt = jax.random.randint(jax.random.key(1), (1, options.prompt), 0, 256)
+
+    # The cache is made inside, as `generate` does: XLA then knows that it is empty. Of an argument
+    # PaTH's layers ask whether it is, and the host waits for the answer.
+    def read_prompt(params, prompt):
+        return feed(decoder(model), params, prompt, empty_cache(model, 1, capacity))
+
     began = time.perf_counter()
-    run = jax.jit(functools.partial(feed, decoder(model))).lower(params, prompt, cache).compile()
+    run = jax.jit(read_prompt, compiler_options=READING).lower(params, prompt).compile()
     first_call_s = time.perf_counter() - began
     ms = []
     for _ in range(CALLS):
         began = time.perf_counter()
-        logits, filled = jax.block_until_ready(run(params, prompt, cache))
+        logits, filled = jax.block_until_ready(run(params, prompt))
         ms.append(1e3 * (time.perf_counter() - began))
     check(logits)
     prepared |= dict(model=model, params=params, logits=logits, cache=filled)
     prefill_ms = statistics.median(ms[1:])
     speed = 1e3 * options.prompt / prefill_ms
     yield dict(prefill_ms=prefill_ms, prefill_tokens_per_s=speed, first_call_s=first_call_s)
-    yield dict(profile=profile(lambda: run(params, prompt, cache)))
+    yield dict(profile=profile(lambda: run(params, prompt)))
 
 
 def sample(batch, options, model, params, logits, cache):

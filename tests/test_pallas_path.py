@@ -21,7 +21,7 @@ import jla.pallas
 from jla import PathCache
 from jla._core import path_cache as around
 from jla.pallas import path_attention as kernels
-from jla.pallas.path_attention import chains, dyadic, step
+from jla.pallas.path_attention import chains, dyadic, settle, step
 from jla.reference import path_attention as reference
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -220,10 +220,25 @@ def test_step_is_the_reference(lengths, sizes):
         ((5, 127), dict(capacity=192, HQ=2, V=32), f32),
         # Two passes; a row that becomes full, and a full one.
         ((127, 128), dict(capacity=128, HQ=9, gated=False), bf16),
+        # A kernel moves them on: two pieces and a tile's rest, no settled key, no 64th token.
+        ((255, 63, 70), dict(capacity=264, HQ=2, K=64, V=16, gated=False), f32),
     ],
     ids=str,
 )
-def test_lazy_step_is_the_settled_ones(lengths, sizes, key_dtype):
+def test_lazy_step_is_the_settled_ones(lengths, sizes, key_dtype, monkeypatch):
+    monkeypatch.setattr(settle, "PIECE", 3)
+    check_lazy_step(jla.pallas.interpret, lengths, sizes, key_dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("key_dtype", [f32, bf16])
+def test_lazy_step_is_the_settled_ones_on_a_gpu(key_dtype):
+    """A row of two pieces that moves on, one that does not, and an almost empty one."""
+    sizes = dict(capacity=4104, H=4, HQ=4, K=128, V=128, gated=False)
+    check_lazy_step(contextlib.nullcontext, (4095, 4000, 63), sizes, key_dtype)
+
+
+def check_lazy_step(context, lengths, sizes, key_dtype):
     arrays = tokens(len(lengths), **{n: x for n, x in sizes.items() if n != "capacity"})
     cache = in_decoding(cached(lengths, **sizes), key_dtype)
     want, definition, got = (
@@ -231,7 +246,7 @@ def test_lazy_step_is_the_settled_ones(lengths, sizes, key_dtype):
         for x in (reference, reference, kernels)
     )
     want = want(*arrays, cache.settled())
-    with jla.pallas.interpret():
+    with context():
         got = got(*arrays, cache)
     for o, new in (got, definition(*arrays, cache)):
         assert new.key.dtype == key_dtype and not jnp.isnan(new.recent).any()

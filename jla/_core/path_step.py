@@ -4,6 +4,7 @@ the pieces in which the kernel reads the cache."""
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -15,7 +16,6 @@ from jla._core.cache import (
     PathCache,
     counted,
     first_recent,
-    moved_by,
     rows_from,
     with_rows,
 )
@@ -31,7 +31,9 @@ _OUTPUTS = "o cache.key cache.value"
 _INPUTS = "q k v w beta cache.key cache.value cache.length"
 
 
-def path_step(attend, formula, q, k, v, w, beta, g, cache, *, scale, slots=None):
+def path_step(
+    attend, formula, q, k, v, w, beta, g, cache, *, scale, slots=None, move_on=None
+):  # fmt: skip
     """`jla.path_step` with a kernel, from a cache of either kind; of a lazy one there are no pools.
 
     The value goes to its place by a scatter before the kernel, and the decays are a sum: XLA does
@@ -49,9 +51,11 @@ def path_step(attend, formula, q, k, v, w, beta, g, cache, *, scale, slots=None)
         `slots=` key and value are pools; length and added are the rows'. Of a row without a
         sequence it may return anything.
       formula: the definition's function, for derivatives.
+      move_on: a kernel that does what `moved_on` does, or None.
     """
     if isinstance(cache, LazyPathCache):
-        return _lazy_step(attend, formula, q, k, v, w, beta, g, cache, scale)
+        lazy = functools.partial(_lazy, attend, move_on or moved_on)
+        return _lazy_step(lazy, formula, q, k, v, w, beta, g, cache, scale)
     arrays, inputs, outputs = [q, k, v, w, beta, *cache[:2], cache.length], _INPUTS, _OUTPUTS
     axes, options = _AXES, dict(scale=scale)
     if g is not None:
@@ -150,7 +154,7 @@ def _joined(attend, q, k, w, beta, key, value, length, added, more=None):
     return jnp.concatenate(outputs, axis=2).reshape(B, HQ, V), key
 
 
-def _lazy_step(attend, formula, q, k, v, w, beta, g, cache, scale):
+def _lazy_step(lazy, formula, q, k, v, w, beta, g, cache, scale):
     """`path_step` from and to a `LazyPathCache`."""
     given = cache._asdict()
     if g is None:
@@ -158,8 +162,7 @@ def _lazy_step(attend, formula, q, k, v, w, beta, g, cache, scale):
     arrays = dict(q=q, k=k, v=v, w=w, beta=beta) | given | ({} if g is None else dict(g=g))
     results = tuple(name for name in given if name != "length")
     run, derived = (
-        functools.partial(_named, f, tuple(arrays), results, scale=scale)
-        for f in (functools.partial(_lazy, attend), formula)
+        functools.partial(_named, f, tuple(arrays), results, scale=scale) for f in (lazy, formula)
     )
     operands = tuple(_AXES.get(name, _AXES.get(f"cache.{name}")) for name in arrays)
     outputs = letters(_AXES, " ".join(("o", *(f"cache.{name}" for name in results))))
@@ -177,11 +180,11 @@ def _named(step, names, results, *arrays, scale):
     return o, *(getattr(cache, name) for name in results)
 
 
-def _lazy(attend, q, k, v, w, beta, g, cache, *, scale):
+def _lazy(attend, move_on, q, k, v, w, beta, g, cache, *, scale):
     """The output and the cache's arrays, for the rows and heads of one device.
 
     The kernel reads the settled keys alone, and writes none. The recent keys, one of 128 bytes of
-    a long row's, are XLA's; so are the keys of those rows that move on, one row after another.
+    a long row's, are XLA's; `move_on` moves the keys of those rows that do.
     """
     S, length = cache.value.shape[1], cache.length
     value, decay, added = _appended(v, g, cache.value, cache.decay, length, scale)
@@ -195,7 +198,7 @@ def _lazy(attend, q, k, v, w, beta, g, cache, *, scale):
     o = jnp.where((length < S)[:, None, None], o, jnp.nan).astype(v.dtype)
     # A barrier, so that the kernel has read the keys and they can be moved in place.
     o, full = lax.optimization_barrier((o, is_full(counted(length, 1), S)))
-    key = _moved_on(key, recent, change, settled, full)
+    key = move_on(key, recent, change, settled, full)
     recent, change = emptied(full, recent, change)
     return o, cache._replace(key=key, value=value, decay=decay, recent=recent, change=change)
 
@@ -221,24 +224,42 @@ def _read_recent(q, recent, value, added, first, length, scale):
     return o[..., None, :], *(jnp.moveaxis(x, 1, 3) for x in (highest, total))
 
 
-def _moved_on(key, recent, change, first, full):
-    """The keys with those of the `full` rows moved on to the last token, in place, row by row."""
-    S = key.shape[1]
-    settled = jnp.arange(S, dtype=jnp.int32)[None] < first[:, None]
+def moved_on(key, recent, change, first, full):
+    """The keys with those of the `full` rows moved on to the last token, in place, row by row.
+
+    Args:
+      key, recent, change: of the cache, after the token.
+      first: [B], int32: how many of a row's keys are settled, a multiple of 64.
+      full: [B], bool: whether the row has 64 recent keys, which then move into `key`.
+    """
+    (_, S, H, K), i32 = key.shape, jnp.int32
+    settled = jnp.arange(S, dtype=i32)[None] < first[:, None]
     # On tensor cores: products of three parts of 8 bits have all digits of float32, of two parts
     # more than those of the keys.
     precision = "BF16_BF16_F32_X6" if key.dtype == jnp.float32 else "BF16_BF16_F32_X3"
 
     def move(left):
         key, full = left
-        row = jnp.argmax(full).astype(jnp.int32)
+        row = jnp.argmax(full).astype(i32)
+        there, maps, new, begin = (
+            lax.dynamic_slice_in_dim(x, row, 1) for x in (settled, change, recent, first)
+        )
 
-        def of(x):
-            return lax.dynamic_slice_in_dim(x, row, 1)
+        # Head by head: for products of all heads XLA would have all keys lie in another order, and
+        # copy them before and after the loop, in every step.
+        def move_head(h, key):
+            at, (maps_h, new_h) = (
+                (row, i32(0), h, i32(0)),
+                (lax.dynamic_slice_in_dim(x, h, 1, axis) for x, axis in ((maps, 1), (new, 2))),
+            )
+            x = lax.dynamic_slice(key, at, (1, S, 1, K)).reshape(1, S, K)
+            x = jnp.where(there[..., None], x, 0).astype(jnp.float32)
+            with jax.default_matmul_precision(precision):
+                x = x + jnp.einsum("bsk,blk->bsl", x, maps_h[:, 0])
+            x = with_rows(x, new_h[:, :, 0], begin)
+            return lax.dynamic_update_slice(key, x.astype(key.dtype).reshape(1, S, 1, K), at)
 
-        moved = jnp.where(of(settled)[..., None, None], of(key), 0).astype(jnp.float32)
-        moved = with_rows(moved_by(moved, of(change), precision), of(recent), of(first))
-        key = lax.dynamic_update_slice_in_dim(key, moved.astype(key.dtype), row, 0)
-        return key, full & (jnp.arange(full.shape[0], dtype=jnp.int32) != row)
+        key = lax.fori_loop(0, H, move_head, key)
+        return key, full & (jnp.arange(full.shape[0], dtype=i32) != row)
 
     return lax.while_loop(lambda left: jnp.any(left[1]), move, (key, full))[0]

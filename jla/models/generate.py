@@ -15,6 +15,14 @@ from jla.models.language_model import LanguageModel, cast_matrices
 
 type Tree = Any  # of arrays, in dicts
 
+# For the compiler, of a program that reads prompts: no CUDA graphs. A graph is made anew where a
+# call's arrays lie elsewhere than those of the call before, as a prompt's results do. The GPU then
+# waits longer than for kernels that are started one by one. What draws tokens needs graphs.
+READING: dict[str, str | int] = {
+    "xla_gpu_enable_command_buffer": "",
+    "xla_gpu_graph_min_graph_size": 2**30,
+}
+
 
 @checks.named
 def stack(params: Tree) -> Tree:

@@ -29,6 +29,7 @@ WGMMA_TRANSPOSED_LAYOUT = plgpu.Layout.WGMMA_TRANSPOSED
 # tiles.
 TILE_ROWS = 8
 TRANSFORMS = (plgpu.TilingTransform((TILE_ROWS, 64)), plgpu.SwizzleTransform(128))
+TRANSFORMS_F32 = (plgpu.TilingTransform((TILE_ROWS, 32)), plgpu.SwizzleTransform(128))
 
 # The scopes in which the interpreter reads a product's operands; tests/hardware.py knows them by
 # them. Of the left one each warp reads its rows, of the right one all.

@@ -43,7 +43,7 @@ def keep_rest(slots, b, source, target, *copies):
       source, target: refs of the pool and of the new one.
       copies: each copies a part of a row, `copy(source, target, row)`.
     """
-    if slots is None or interpreting():
+    if slots is None:
         return
     (B,), R = slots.shape, source.shape[0]
 
@@ -53,8 +53,7 @@ def keep_rest(slots, b, source, target, *copies):
 
         return lax.fori_loop(0, B, compare, jnp.int32(0)) != 0
 
-    @pl.when(~_same_memory(source, target))
-    def _():
+    def copy_rest():
         def one(i, carry):
             row = b + i * B
 
@@ -66,6 +65,8 @@ def keep_rest(slots, b, source, target, *copies):
             return carry
 
         lax.fori_loop(0, lax.div(R - b + (B - 1), B), one, None)
+
+    unless_same_memory(source, target, copy_rest)
 
 
 def tile(layout, *place):
@@ -81,6 +82,12 @@ def tile(layout, *place):
 def columns(layout, width, of, h):
     """The `tile`s of head h [rows, of], so many columns each."""
     return [tile(layout, h, slice(None), pl.ds(i, width)) for i in range(0, of, width)]
+
+
+def unless_same_memory(source, target, work):
+    """Does the work if two refs are not in the same memory."""
+    if not interpreting():
+        pl.when(~_same_memory(source, target))(work)
 
 
 def _same_memory(source, target):

@@ -33,6 +33,7 @@ from jla.pallas.common import mosaic, pools, scratch
 from jla.pallas.common.chunks import LOG2E
 from jla.pallas.common.mosaic import f32, per_column, per_row
 from jla.pallas.common.scratch import barrier_for, fetch
+from jla.pallas.path_attention.settle import moved_on
 from jla.reference import path_attention as reference
 
 SDS = jax.ShapeDtypeStruct
@@ -79,7 +80,8 @@ def path_step(q, k, v, w, beta, g, cache, *, scale, slots=None):
 
     Derivatives are those of the reference's formula, in XLA.
     """
-    options = dict(scale=scale) if slots is None else dict(scale=scale, slots=slots)
+    options = dict(scale=scale, move_on=moved_on)
+    options |= {} if slots is None else dict(slots=slots)
     return around.path_step(_attend, reference.path_step, q, k, v, w, beta, g, cache, **options)
 
 
