@@ -215,6 +215,8 @@ def test_tables_say_what_was_found(tmp_path):
     assert row in losses and "| 2 | 0.001: 1.1000 | 500,000 | 9.5 |" in losses
     assert "| 3 `kda` : 1 `path_attention` | 113.0 |" in losses and "`gsa`, `scale=4`" in losses
     assert "| `mesa_net` | 64 | 128 | 1.000 | 0.850 (0.800 to 0.900) |" in recall
+    words = "- `kda`: 3.8% beside products and kernels: `mlp/mul` 3.0%, 2 others 0.8%."
+    assert words in peers
     assert "| `kda` | 500,000 | 250,000 | 2.00 | 30.0 | 40.0 | 118.0 | 118.0 |" in peers
 
 
