@@ -30,7 +30,7 @@ def main(argv=None):
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     options = parse(argv)
     start = time.monotonic()
-    report = side_by_side.Report(options.out, KEYS, "peer_models", argv)
+    report = side_by_side.Report(options.out, KEYS, "peer_models", argv, options.add)
     for precision in options.precision:
         for mixer in options.mixers:
             if options.limit is not None and time.monotonic() - start > options.limit:
@@ -56,6 +56,8 @@ def parse(argv):
     add("--batch", type=int, default=16, help="windows in a step")
     add("--steps", type=int, default=40)
     add("--limit", type=float, help="start no case after so many seconds")
+    help = "results to copy into --out first, as those of language_model in the same run"
+    add("--add", nargs="*", default=(), metavar="FILE", help=help)
     add("--out", help="write JSON to this file, after every case; its other rows stay")
     options = made.parse_args(argv)
     options.mixers, options.precision = options.mixers.split(","), options.precision.split(",")

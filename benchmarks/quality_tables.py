@@ -101,7 +101,24 @@ def peer_models(folder):
         cells += [f"{a['memory_gib']:.1f}", f"{b['memory_gib']:.1f}"]
         cells += [f"{x['parameters'] / 1e6:.1f}" for x in (a, b)]
         lines.append(f"| {title(mixer)} | " + " | ".join(cells) + " |")
-    return "\n".join([paragraph(about), "", *lines, "", *lines_of("peer_models.json", rows)])
+    named = [line for mixer in both for line in passes(ours[mixer])]
+    used = lines_of("peer_models.json", rows)
+    return "\n".join([paragraph(about), "", *lines, "", *named, *used])
+
+
+def passes(row, least=0.01):
+    """A line with the passes of jla's step beside products and kernels, those of a hundredth of its
+    time at least by name; none without a profile."""
+    profile = row.get("profile") or {}
+    if "passes" not in profile:
+        return
+    busy = profile["busy_ms"]
+    large = [(name, ms) for name, ms, _ in profile["passes"] if ms >= least * busy]
+    small = sum(ms for _, ms, _ in profile["passes"]) - sum(ms for _, ms in large)
+    words = [f"`{name}` {ms / busy:.1%}" for name, ms in large]
+    words.append(f"{len(profile['passes']) - len(large)} others {small / busy:.1%}")
+    rest = profile["share"]["rest"]
+    yield f"- {label(row)}: {rest:.1%} beside products and kernels: {', '.join(words)}."
 
 
 def read(folder, name):

@@ -34,6 +34,8 @@ def write(folder):
                 recall.append(row | sizes | of)
     ours = dict(meta=META, mixer="kda", width=1024, depth=9, heads=8, batch_per_gpu=16)
     ours |= dict(length=4096, tokens_per_s=5e5, memory_gib=30.0, parameters=118_000_000)
+    of = [["mlp/mul", 3.0, 9], ["add", 0.5, 1], ["sub", 0.25, 1]]
+    ours |= dict(profile=dict(busy_ms=100.0, share=dict(rest=0.0375), passes=of))
     fla = ours | dict(precision="bfloat16", package="fla 0", tokens_per_s=2.5e5, memory_gib=40.0)
     for name, rows in dict(quality=quality, recall_sizes=recall, peer_models=[ours, fla]).items():
         (folder / f"{name}.json").write_text(json.dumps(dict(results=rows)))

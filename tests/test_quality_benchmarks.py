@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from benchmarks import corpus, quality, quality_models, quality_tables, recall_sizes
+from benchmarks import corpus, peer_models, quality, quality_models, quality_tables, recall_sizes
 
 pytestmark = pytest.mark.optax
 
@@ -215,4 +215,17 @@ def test_tables_say_what_was_found(tmp_path):
     assert row in losses and "| 2 | 0.001: 1.1000 | 500,000 | 9.5 |" in losses
     assert "| 3 `kda` : 1 `path_attention` | 113.0 |" in losses and "`gsa`, `scale=4`" in losses
     assert "| `mesa_net` | 64 | 128 | 1.000 | 0.850 (0.800 to 0.900) |" in recall
+    words = "- `kda`: 3.8% beside products and kernels: `mlp/mul` 3.0%, 2 others 0.8%."
+    assert words in peers
     assert "| `kda` | 500,000 | 250,000 | 2.00 | 30.0 | 40.0 | 118.0 | 118.0 |" in peers
+
+
+def test_peers_are_put_beside_ours(tmp_path, capsys):
+    made_up.write(tmp_path)
+    ours, out = tmp_path / "peer_models.json", tmp_path / "out.json"
+    options = ["--add", str(ours), "--out", str(out)]
+    assert peer_models.main([*options, "--limit", "0"]) == 0  # PyTorch is not needed so far
+    assert json.loads(out.read_text()) == json.loads(ours.read_text())
+    with pytest.raises(SystemExit):
+        peer_models.parse(["--precision", "float8"])
+    assert "unknown float8; known: bfloat16, autocast" in capsys.readouterr().err
