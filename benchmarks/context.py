@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from benchmarks.measure import input_sets, key, timed
+from benchmarks import turns
+from benchmarks.measure import compiling, input_sets, key, timed
 from benchmarks.mechanisms import MECHANISMS
 from jla.linen import KimiDeltaAttention
 
@@ -35,11 +36,14 @@ def mechanism(name, shape, backward, implementation, mesh, seconds):
     entry = MECHANISMS[name]
     run = functools.partial(called, entry, implementation)
     sets = input_sets(name, shape, False)
-    alone = timed(lambda raw, _: run(raw), sets, backward, seconds)
+    alone = compiling(lambda raw, _: run(raw), sets, backward)
     draw, places, over = spread(entry, shape, implementation, mesh)
     raw = jax.jit(draw, out_shardings=places)()
     place = NamedSharding(mesh, TOKENS)
-    numbers = timed(lambda raw, _: over(raw), [(raw, {})], backward, seconds, place)
+    both = compiling(lambda raw, _: over(raw), [(raw, {})], backward, place)
+    alone, both = alone(), both()
+    turns.to_time()
+    alone, numbers = alone(seconds), both(seconds)
     work = mesh.size if entry.quadratic else 1
     return numbers | dict(
         tokens_per_device=shape.T,

@@ -1,6 +1,7 @@
 """How a case is measured: device time, first call, memory, errors. A case returns a dict."""
 
 import collections
+import concurrent.futures
 import functools
 import math
 import re
@@ -80,7 +81,13 @@ def input_sets(name, shape, bare):
 
 
 def timed(forward, sets, backward, seconds, place=None):
-    """Compiles and times `forward(inputs, segments)`, or it and its gradients together.
+    """Compiles and times `forward(inputs, segments)`, or it and its gradients together."""
+    return compiling(forward, sets, backward, place)()(seconds)
+
+
+def compiling(forward, sets, backward, place=None):
+    """Lowers what `timed` times, and compiles it in another thread. Returns a function that waits
+    for that and returns another, of the seconds, which times it.
 
     place: the sharding of its result, and so of the cotangent; None for one device. One that lies
     elsewhere would be moved at every call.
@@ -97,12 +104,31 @@ def timed(forward, sets, backward, seconds, place=None):
         cotangent = draw()
         arguments = [(*pair, cotangent) for pair in sets]
         jax.clear_caches()  # the first call is to trace all, whatever ran before
-    run, numbers = first_call(jax.jit(forward_and_backward if backward else forward), arguments[0])
-    return numbers | device_time(lambda i: run(*arguments[i % len(arguments)]), seconds)
+    began = time.perf_counter()
+    lowered = jax.jit(forward_and_backward if backward else forward).lower(*arguments[0])
+
+    def compiled():
+        return lowered.compile(), time.perf_counter() - began
+
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    future = pool.submit(compiled)
+
+    def ready():
+        run, made_s = future.result()
+        pool.shutdown()
+
+        def timed_for(seconds):
+            numbers = first_call(run, arguments[0], made_s)
+            return numbers | device_time(lambda i: run(*arguments[i % len(arguments)]), seconds)
+
+        return timed_for
+
+    return ready
 
 
-def first_call(function, arguments):
-    """Traces, lowers, compiles and runs once; returns the executable, and its time and memory.
+def first_call(run, arguments, made_s):
+    """Runs an executable once, which was made in `made_s`; returns the time of both, and its
+    memory.
 
     `memory_gib` is what the compiler plans beyond the arguments: temporaries and outputs, less what
     is written over donated arguments. `memory_peak_gib` is what the allocator saw, where it tells,
@@ -112,7 +138,6 @@ def first_call(function, arguments):
     jax.block_until_ready(arguments)
     before = jax.devices()[0].memory_stats() or {}
     start = time.perf_counter()
-    run = function.lower(*arguments).compile()
     planned = run.memory_analysis()
     out = jax.block_until_ready(run(*arguments))
     seconds = time.perf_counter() - start
@@ -123,10 +148,10 @@ def first_call(function, arguments):
         peak = (after["peak_bytes_in_use"] - before["bytes_in_use"]) / 2**30
     memory = planned.temp_size_in_bytes + planned.output_size_in_bytes
     memory -= planned.alias_size_in_bytes
-    numbers = dict(first_call_s=seconds, memory_gib=memory / 2**30, memory_peak_gib=peak)
+    numbers = dict(first_call_s=made_s + seconds, memory_gib=memory / 2**30, memory_peak_gib=peak)
     if found := collectives(run.as_text()):
         numbers["collectives"] = found
-    return run, numbers
+    return numbers
 
 
 def collectives(hlo):
@@ -183,7 +208,9 @@ def step(name, shape, implementation, count, bare, seconds):
         sizes, slots = sizes | dict(B=shape.R, R=shape.R), dict(slots=rows.astype(jnp.int32))
     state = jax.jit(lambda draw: mechanism.state(draw, sizes))(key(7))
     # A copy for the first call, which consumes its state.
-    run, numbers = first_call(steps, (jax.tree.map(jnp.copy, state), groups[0], slots))
+    first, began = (jax.tree.map(jnp.copy, state), groups[0], slots), time.perf_counter()
+    run = steps.lower(*first).compile()
+    numbers = first_call(run, first, time.perf_counter() - began)
 
     def call(i):
         nonlocal state
