@@ -77,6 +77,19 @@ def recall_sizes(folder):
     return "\n".join([paragraph(about), "", *lines, "", drawn, "", *used])
 
 
+def reach(folder):
+    """What layers see before training; empty without its file in this folder."""
+    rows = [row for row in read(folder, "reach.json") if "size" in row]
+    if not rows:
+        return ""
+    lines = header(["", "last token", "last 4", "last 16", "as many as", "output"])
+    for model, (row,) in by_model(rows).items():
+        cells = [f"{row[f'last_{n}']:.1%}" for n in (1, 4, 16)]
+        cells += [f"{row['tokens']:.1f}", f"{row['size']:.2f}"]
+        lines.append(f"| {title(model)} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *lines_of("reach.json", rows)])
+
+
 def peer_models(folder):
     """Training beside fla's models; empty without the file of both in this folder."""
     rows = [row for row in read(folder, "peer_models.json") if "tokens_per_s" in row]

@@ -87,6 +87,7 @@ SECTIONS = {
         "recall": model_tables.recall,
         "recall sizes": quality_tables.recall_sizes,
         "quality": quality_tables.quality,
+        "reach": quality_tables.reach,
         "peer models": quality_tables.peer_models,
     },
     "docs/index.md": {

@@ -3,13 +3,22 @@
 import json
 from concurrent.futures import Future
 
+import jax.numpy as jnp
 import made_up
 import numpy as np
 import optax
 import pytest
 from flax import linen as nn
 
-from benchmarks import corpus, peer_models, quality, quality_models, quality_tables, recall_sizes
+from benchmarks import (
+    corpus,
+    peer_models,
+    quality,
+    quality_models,
+    quality_tables,
+    reach,
+    recall_sizes,
+)
 
 pytestmark = pytest.mark.optax
 
@@ -229,3 +238,10 @@ def test_peers_are_put_beside_ours(tmp_path, capsys):
     with pytest.raises(SystemExit):
         peer_models.parse(["--precision", "float8"])
     assert "unknown float8; known: bfloat16, autocast" in capsys.readouterr().err
+
+
+def test_reach_of_a_mean():
+    found = reach.reach(lambda x: x.at[:, -1].set(x[:, -8:].mean(axis=1)), jnp.ones((1, 32, 4)))
+    assert found["last_1"] == pytest.approx(1 / 8) and found["last_4"] == pytest.approx(1 / 2)
+    assert found["last_16"] == pytest.approx(1) and found["tokens"] == pytest.approx(8)
+    assert found["size"] == pytest.approx(1)
