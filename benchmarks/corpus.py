@@ -28,9 +28,8 @@ import time
 import numpy as np
 
 SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".cuh")
-LARGEST = (
-    2**18
-)  # bytes of a file: larger ones are tables, and one would be much of the held-out text
+# Bytes of a file: larger ones are tables, and one would be much of the held-out text.
+LARGEST = 2**18
 BYTES = 256  # the vocabulary whose tokens are bytes
 END = "\0"  # behind each file
 FITTED_TO = 32e6  # bytes of training text that an encoder is fitted to

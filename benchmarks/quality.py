@@ -96,12 +96,8 @@ def parse(argv):
     add("--parameters", type=float, default=113e6, help="of each model (default: %(default)g)")
     add("--evaluations", type=int, default=10, help="in a run (default: %(default)s)")
     add("--scan", action="store_true", help="blocks in a scan: compiled once, a little slower")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
-    implementations = side_by_side.IMPLEMENTATIONS
-    add("--implementation", choices=implementations, help="default: a GPU's kernels")
-    add("--limit", type=float, metavar="SECONDS", help="start no run that would end later")
+    side_by_side.add_run(add, "start no run that would end later", "run")
     add("--add", nargs="*", default=(), metavar="FILE", help="results to copy into --out first")
-    add("--out", help="write JSON to this file, after every run; its other rows stay")
     options = made.parse_args(argv)
     options.models = options.models.split(",")
     options.lr = [float(lr) for lr in options.lr.split(",")]

@@ -88,12 +88,8 @@ def parse(argv):
     add("--heads", type=int, default=2)
     add("--batch", type=int, default=24, help="sequences in a step (default: %(default)s)")
     add("--steps", type=int, default=3000, help="(default: %(default)s)")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
-    implementations = side_by_side.IMPLEMENTATIONS
-    add("--implementation", choices=implementations, help="default: a GPU's kernels")
-    add("--limit", type=float, metavar="SECONDS", help="start no training after so many seconds")
+    side_by_side.add_run(add, "start no training after so many seconds", "training")
     add("--add", nargs="*", default=(), metavar="FILE", help="results to copy into --out first")
-    add("--out", help="write JSON to this file, after every training; its other rows stay")
     options = made.parse_args(argv)
     options.models = options.models.split(",")
     for name, kind in dict(key_dims=int, lr=float, seeds=int, pairs=int).items():

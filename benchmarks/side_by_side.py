@@ -27,14 +27,19 @@ def parser(program, description):
     made = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=description)
     add = made.add_argument
     add("--mixers", default=",".join(MIXERS), help="names, by commas (default: %(default)s)")
-    add("--implementation", choices=IMPLEMENTATIONS, help="default: a GPU's kernels")
     add("--width", type=int, default=1024)
     add("--depth", type=int, default=9)
     add("--heads", type=int, default=8)
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
-    add("--limit", type=float, help="start no case after so many seconds")
-    add("--out", help="write JSON to this file, after every case; its other rows stay")
+    add_run(add, "start no case after so many seconds", "case")
     return made
+
+
+def add_run(add, limit, case):
+    """Adds the options of how models run and where results go; `limit` says what --limit does."""
+    add("--implementation", choices=IMPLEMENTATIONS, help="default: a GPU's kernels")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
+    add("--limit", type=float, metavar="SECONDS", help=limit)
+    add("--out", help=f"write JSON to this file, after every {case}; its other rows stay")
 
 
 def parse(made, argv, more=()):

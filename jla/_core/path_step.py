@@ -248,10 +248,9 @@ def moved_on(key, recent, change, first, full):
         # Head by head: for products of all heads XLA would have all keys lie in another order, and
         # copy them before and after the loop, in every step.
         def move_head(h, key):
-            at, (maps_h, new_h) = (
-                (row, i32(0), h, i32(0)),
-                (lax.dynamic_slice_in_dim(x, h, 1, axis) for x, axis in ((maps, 1), (new, 2))),
-            )
+            at = row, i32(0), h, i32(0)
+            maps_h = lax.dynamic_slice_in_dim(maps, h, 1, 1)
+            new_h = lax.dynamic_slice_in_dim(new, h, 1, 2)
             x = lax.dynamic_slice(key, at, (1, S, 1, K)).reshape(1, S, K)
             x = jnp.where(there[..., None], x, 0).astype(jnp.float32)
             with jax.default_matmul_precision(precision):

@@ -119,6 +119,24 @@ def entering(
     return mine
 
 
+def entering_gradient(step: Any, factor: Any, said: Any, links: Links, axis: str) -> Any:
+    """The gradient of this device's last state, as far as later devices make it.
+
+    Args:
+      step: `entering`'s, of gradients, from right to left.
+      factor, said: the piece's summary: what it does to a gradient, and the gradient of its first
+        state, a tree of arrays [B, ...], if later devices make none.
+    """
+    nothing = jax.tree.map(jnp.zeros_like, said)
+    return entering(step, (factor, said), nothing, links, axis, reverse=True)
+
+
+def of_first_device[Tree](gradient: Tree, axis: str) -> Tree:
+    """An initial state's gradient on the first device, zeros on others: shard_map adds them up."""
+    first = lax.axis_index(axis) == 0
+    return jax.tree.map(lambda x: jnp.where(first, x, 0), gradient)
+
+
 def select_rows[Tree](rows: jax.Array, tree: Tree) -> Tree:
     """Arrays [B, ...] in the rows that are true, and zeros in the others."""
 
@@ -247,12 +265,10 @@ def _by_rule_backward(
         _, transpose = jax.vjp(lambda x: movement.step(x, piece, links), gradient)
         return jax.tree.map(jnp.add, transpose(gradient)[0], piece[1])
 
-    nothing = jax.tree.map(jnp.zeros_like, said)
-    after = entering(back, (factor, said), nothing, pieces, axis, reverse=True)
+    after = entering_gradient(back, factor, said, pieces, axis)
     dend = jax.tree.map(jnp.add, dend, after)
     darrays, dstart = pull((do, dend))
-    first = lax.axis_index(axis) == 0  # shard_map adds up what the devices say
-    return darrays, jax.tree.map(lambda x: jnp.where(first, x, 0), dstart), None, None
+    return darrays, of_first_device(dstart, axis), None, None
 
 
 by_rule.defvjp(_by_rule_forward, _by_rule_backward)

@@ -11,7 +11,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import triton
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._core import packed, sequence
@@ -165,15 +164,11 @@ def _gsa_over_backward(scale, axis, residuals, cotangents):
     summarise = shardwise(run, axes, (dlogits, _DECAY, *_STATES, *_MADE))
     logits, decay, hk, hv, *made = summarise(*inputs, *kept, *cotangents)
     said = GSAState(hk, hv)
-    nothing = jax.tree.map(jnp.zeros_like, said)
-    after = sequence.entering(
-        GSA_STATES.step, (decay, said), nothing, links, axis, reverse=True
-    )  # fmt: skip
+    after = sequence.entering_gradient(GSA_STATES.step, decay, said, links, axis)
     do, *ends = cotangents
     run = shardwise(_gradients_in_pieces, (*axes, dlogits, *_MADE), (*_INPUTS, *_STATES))
     *gradients, hk, hv = run(*inputs, *kept, do, *map(jnp.add, ends, after), logits, *made)
-    first = lax.axis_index(axis) == 0  # the sum over devices is that of the first
-    return *gradients, GSAState(*(jnp.where(first, x, 0.0) for x in (hk, hv))), None
+    return *gradients, sequence.of_first_device(GSAState(hk, hv), axis), None
 
 
 defvjp(_gsa_over, _gsa_over_forward, _gsa_over_backward)

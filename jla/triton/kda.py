@@ -10,7 +10,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import triton
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._core import movement, packed, sequence, steps
@@ -221,14 +220,11 @@ def _kda_over_backward(scale, axis, residuals, cotangents):
     axes = (*_INPUTS, *_KEPT.values(), *_OUTPUTS)
     arrays = q, k, v, g, beta, *kept, do
     factor, said, *operands = shardwise(run, axes, (*_SUMMARY, *_OPERANDS))(*arrays, end)
-    nothing = jnp.zeros_like(said)
-    summary = factor, said
-    after = sequence.entering(movement.KDA.step, summary, nothing, links, axis, reverse=True)
+    after = sequence.entering_gradient(movement.KDA.step, factor, said, links, axis)
     run = functools.partial(_backward_from, scale=scale)
     results = shardwise(run, (*axes, *_OPERANDS), _GRADIENTS)(*arrays, end + after, *operands)
     *gradients, start = _over_value_heads(q, v, *results)
-    first = lax.axis_index(axis) == 0  # the sum over devices is that of the first
-    return *gradients, jnp.where(first, start, 0.0), None
+    return *gradients, sequence.of_first_device(start, axis), None
 
 
 defvjp(_kda_over, _kda_over_forward, _kda_over_backward)

@@ -10,7 +10,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._core import packed, sequence
@@ -237,18 +236,14 @@ def _mesa_over_backward(cg_steps, tolerance, axis, residuals, cotangents):
     results = shardwise(run, axes, (*_SOLVED, *_SUMMARY))(*arrays, *ends)
     solved, (decay, *said), made = results[:5], results[5:8], results[8:]
     said = MesaState(*said)
-    nothing = jax.tree.map(jnp.zeros_like, said)
-    after = sequence.entering(
-        MESA_STATES.step, (decay, said), nothing, links, axis, reverse=True
-    )  # fmt: skip
+    after = sequence.entering_gradient(MESA_STATES.step, decay, said, links, axis)
     run = functools.partial(_gradients_in_pieces, dtype=dtype)
     x, x_scale = kept
     arrays = k, v, do, g, beta, scale, x, x_scale, *solved, *map(jnp.add, ends, after), *made
     axes = *_INPUTS[1:3], _OUTPUTS[0], *_INPUTS[3:6], *_KEPT.values(), *_SOLVED, *_STATES, *_MADE
     results = shardwise(run, axes, _GRADIENTS)(*arrays)
     *gradients, dkk, dkv = _unscaled_gradients(scale, dtype, *solved[3:], *results)
-    first = lax.axis_index(axis) == 0  # the sum over devices is that of the first
-    return *gradients, *(jnp.where(first, x, 0.0) for x in (dkk, dkv)), None
+    return *gradients, *sequence.of_first_device((dkk, dkv), axis), None
 
 
 defvjp(_mesa_over, _mesa_over_forward, _mesa_over_backward)

@@ -9,7 +9,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._core import packed, sequence
@@ -197,19 +196,14 @@ def _gsa_over_backward(scale, used, axis, residuals, cotangents):
     results = (_KEPT["gsa_probabilities"], _DECAYS, *_STATES, *_MADE)
     dlogits, decays, hk, hv, *made = shardwise(run, axes, results)(*inputs, *kept, *cotangents)
     said = GSAState(hk, hv)
-    nothing = jax.tree.map(jnp.zeros_like, said)
-    after = sequence.entering(
-        GSA_STATES.step, (decays, said), nothing, links, axis, reverse=True
-    )  # fmt: skip
+    after = sequence.entering_gradient(GSA_STATES.step, decays, said, links, axis)
     do, *ends = cotangents
     ends = map(jnp.add, ends, after)
     axes = (*axes, _KEPT["gsa_probabilities"], *_MADE)
     *gradients, hk, hv = shardwise(_backward_from, axes, (*_INPUTS, *_STATES))(
         *inputs, *kept, do, *ends, dlogits, *made
     )
-    first = lax.axis_index(axis) == 0  # the sum over devices is that of the first
-    start = GSAState(*(jnp.where(first, x, 0.0) for x in (hk, hv)))
-    return *gradients, start, None
+    return *gradients, sequence.of_first_device(GSAState(hk, hv), axis), None
 
 
 defvjp(_gsa_over, _gsa_over_forward, _gsa_over_backward)

@@ -9,7 +9,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._core import movement, packed, sequence
@@ -322,12 +321,10 @@ def _kda_over_backward(scale, bounded, axis, residuals, cotangents):
     axes = _heads_alone(*_PREPARED[1:], "B HV T", *_OUTPUTS, _FACTORS)
     summarise = shardwise(_summarise_gradients, axes, _heads_alone(*_SUMMARY))
     factor, said, *behind = summarise(*kept[:5], beta, do, dend, factors)
-    nothing = jnp.zeros_like(said)
-    after = sequence.entering(_move, (factor, said), nothing, links, axis, reverse=True)
+    after = sequence.entering_gradient(_move, factor, said, links, axis)
     inputs = q, k, v, source, beta, kept, do, after
     *gradients, start = _kda_gradients(scale, bounded, *inputs, behind=behind)
-    first = lax.axis_index(axis) == 0  # the sum over devices is that of the first
-    return *gradients, jnp.where(first, start, 0.0), None
+    return *gradients, sequence.of_first_device(start, axis), None
 
 
 def _heads_alone(*letters):

@@ -8,7 +8,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._core import packed, sequence
@@ -239,17 +238,13 @@ def _mesa_over_backward(cg_steps, tolerance, dtype, axis, residuals, cotangents)
     summarise = shardwise(run, (*axes, *_STATES), (*solution, *_SUMMARY))
     y, through_states, products, decay, kk, kv, *made = summarise(*arrays, *ends)
     said = MesaState(kk, kv)
-    nothing = jax.tree.map(jnp.zeros_like, said)
-    after = sequence.entering(
-        MESA_STATES.step, (decay, said), nothing, links, axis, reverse=True
-    )  # fmt: skip
+    after = sequence.entering_gradient(MESA_STATES.step, decay, said, links, axis)
     ends = map(jnp.add, ends, after)
     results = shardwise(_gradients_from, (*axes, *solution, *_STATES, *_MADE), _GRADIENTS)(
         *arrays, y, through_states, products, *ends, *made
     )
     *gradients, dkk, dkv = _unscaled_gradients(scale, dtype, *results)
-    at_first = lax.axis_index(axis) == 0  # the sum over devices is that of the first
-    return *gradients, *(jnp.where(at_first, x, 0.0) for x in (dkk, dkv)), None
+    return *gradients, *sequence.of_first_device((dkk, dkv), axis), None
 
 
 defvjp(_mesa_over, _mesa_over_forward, _mesa_over_backward)
