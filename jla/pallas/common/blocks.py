@@ -27,14 +27,35 @@ from jla.pallas.common.tiles import over_tiles
 LARGEST = 64.0
 
 
-def up_to(size=CHUNK, *, strict=False):
-    """[i, j]: whether j is in i's block, and j <= i, or j < i.
+def up_to(dtype, size=CHUNK, *, strict=False):
+    """[i, j]: 1.0 if j is in i's block, and j <= i, or j < i; else 0.0. An operand, or a factor.
 
     The pairs of a block; and of which tokens the decays from the block's start to i are.
     """
-    i = chunks.tokens()
-    place = lax.bitwise_and(i, jnp.full_like(i, size - 1))
-    return mosaic.in_interval(i - place, place if strict else place + 1, CHUNK)
+    i = _tokens()
+    start = None if size == CHUNK else i - lax.bitwise_and(i, jnp.full_like(i, size - 1))
+    return mosaic.interval_operand(start, i if strict else i + 1, CHUNK, dtype)
+
+
+def from_on(dtype, *, strict=False):
+    """[i, j]: 1.0 if j >= i, or j > i; else 0.0."""
+    i = _tokens()
+    return mosaic.interval_operand(i + 1 if strict else i, None, CHUNK, dtype)
+
+
+def level_decays(level, log_decays):
+    """The decays of `chunks.level_decay_mask`, [64, 64] float32."""
+    i = _tokens()
+    half = jnp.broadcast_to(lax.shift_left(jnp.int32(1), jnp.int32(level)), i.shape)
+    middle = lax.bitwise_and(i, -half)
+    right = lax.bitwise_and(i, half) != 0
+    start = jnp.where(right, middle, i + 1)
+    end = jnp.where(right, i + 1, middle + half)
+    return chunks.decays(mosaic.interval_operand(start, end, CHUNK, f16), log_decays)
+
+
+def _tokens():
+    return chunks.tokens().astype(jnp.int32)
 
 
 def decays_so_far(log_decays, size=CHUNK):
@@ -42,7 +63,7 @@ def decays_so_far(log_decays, size=CHUNK):
 
     log_decays: an SMEM tile of `chunks.decay_operand`.
     """
-    return product((chunks.mask_operand(up_to(size), f16), log_decays))
+    return product((up_to(f16, size), log_decays))
 
 
 def reads(so_far):
@@ -52,7 +73,8 @@ def reads(so_far):
 
 def writes(so_far, largest=LARGEST):
     """exp(-G), float32, of the tokens that are read; finite for far rows, and wrong there."""
-    return jnp.exp2(jnp.minimum(-so_far, largest))
+    # Negated last: a product's negation could be made before the product is awaited.
+    return jnp.exp2(-jnp.maximum(so_far, -largest))
 
 
 def lowest(tiles):
