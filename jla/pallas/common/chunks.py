@@ -12,6 +12,10 @@ from jla.pallas.common.mosaic import bf16, f16, f32, product, split
 
 CHUNK = 64
 LEVELS = 6  # log2(CHUNK)
+BLOCK_LEVELS = 4  # of these, inside a block of BLOCK tokens
+BLOCK = 1 << BLOCK_LEVELS
+# The largest exponent of a positive power of two, of `block_decays`: exp(80).
+LONGEST = 115.0
 TILE_WIDTH = 64  # features worked on at a time: a float32 tile is 32 registers a thread
 LOG2E = 1.4426950408889634
 STRONGEST = -3e4  # of `decay_operand`: finite sums in float16, and an exp2 of zero
@@ -59,10 +63,10 @@ def level_decay_mask(level):
     return _interval(start, length)
 
 
-def level_pairs(level, *, reverse=False, symmetric=False):
+def level_pairs(level, *, reverse=False, symmetric=False, rows=None):
     """[i, j]: whether the level serves the pair: i in the right half of j's block, j in the left.
 
-    With `reverse` the transpose, with `symmetric` both.
+    With `reverse` the transpose, with `symmetric` both. With `rows`, a mask, of these i alone.
     """
     i, half, offset, right = _halves(level)
     first, nothing = i - offset, jnp.zeros_like(i)
@@ -70,13 +74,28 @@ def level_pairs(level, *, reverse=False, symmetric=False):
         return _interval(jnp.where(right, first - half, first + half), half)
     if reverse:
         return _interval(first + half, jnp.where(right, nothing, half))
-    return _interval(first - half, jnp.where(right, half, nothing))
+    length = jnp.where(right, half, nothing)
+    return _interval(first - half, length if rows is None else jnp.where(rows, length, nothing))
 
 
 def before_half(level):
     """[i, j]: whether j lies before the half block of i."""
     i, _, offset, _ = _halves(level)
     return _interval(jnp.zeros_like(i), i - offset)
+
+
+def block_decay_mask():
+    """[i, m]: whether the decay of token m lies between the first token of i's block and i."""
+    i = tokens()
+    place = lax.bitwise_and(i, jnp.uint32(BLOCK - 1))
+    return _interval(i - place + 1, place)
+
+
+def block_pairs():
+    """[i, j]: whether j is in i's block, and j < i."""
+    i = tokens()
+    place = lax.bitwise_and(i, jnp.uint32(BLOCK - 1))
+    return _interval(i - place, place)
 
 
 def level_roles(level):
@@ -127,6 +146,17 @@ def decays(mask, log_decays):
       mask: from `mask_operand`. log_decays: an SMEM tile of `decay_operand`.
     """
     return jnp.exp2(product((mask, log_decays)))
+
+
+def block_decays(sums):
+    """The decays inside blocks, from the products of `block_decay_mask` with log decays: of a token
+    that reads, at most 1, and of one that is read, at least 1.
+
+    A pair of tokens j <= i of a block is decayed by the product of the reader's and the other's.
+    Where the reader's own sum lies beyond LONGEST, no pair of its row is right: those have to take
+    the levels. The other rows are, whatever stands behind them.
+    """
+    return jnp.exp2(sums), jnp.exp2(jnp.minimum(0.0 - sums, LONGEST))
 
 
 def unit_triangular_inverse(a, scratch):

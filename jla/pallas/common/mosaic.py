@@ -145,9 +145,11 @@ def product(*pairs, init=None, meanwhile=None):
     return pl.run_scoped(body, plgpu.ACC(shape, f32))
 
 
-def products(pairs, init):
-    """[init_i + the sum of a @ b over pairs_i], all started together and awaited once."""
+def products(pairs, init=None):
+    """[init_i + the sum of a @ b over pairs_i], all started together and awaited once; without
+    `init` the sums alone."""
     if interpreting():
+        init = [None] * len(pairs) if init is None else init
         return [product(*x, init=y) for x, y in zip(pairs, init, strict=True)]
 
     def body(accs):
@@ -155,7 +157,15 @@ def products(pairs, init):
             for a, b in operands:
                 plgpu.wgmma(acc, a, b)
 
-    return pl.run_state(body)([plgpu.ACC.init(x) for x in init])
+    if init is not None:
+        return pl.run_state(body)([plgpu.ACC.init(x) for x in init])
+
+    def from_zeros(*accs):
+        body(accs)
+        return [acc[...] for acc in accs]
+
+    shapes = ((x[0][0].shape[0], x[0][1].shape[1]) for x in pairs)
+    return pl.run_scoped(from_zeros, *(plgpu.ACC(shape, f32) for shape in shapes))
 
 
 def release():

@@ -6,6 +6,7 @@ state from chunk to chunk. Backward: `recurrence.backward` carries the state's g
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, for_each_row, shardwise
 from jla._core.states import repeated
 from jla.pallas.common import pieces
-from jla.pallas.common.chunks import CHUNK, decay_operand
+from jla.pallas.common.chunks import BLOCK, CHUNK, LOG2E, LONGEST, decay_operand
 from jla.pallas.common.padding import missing_features, missing_tokens, pad
 from jla.pallas.common.recurrence import NARROW
 from jla.pallas.kda import gate, step, wide
@@ -30,6 +31,24 @@ from jla.pallas.kda.step import kda_step
 __all__ = ["kda", "kda_from_projection", "kda_step", "unsupported"]
 
 bf16, f32 = jnp.bfloat16, jnp.float32
+# Log decays not below this stay in the range of `chunks.block_decays`, rounded as they are.
+WEAKEST_BOUND = -0.999 * LONGEST / LOG2E / (BLOCK - 1)
+
+
+class _Form(NamedTuple):
+    """What is known where kernels are traced.
+
+    Attributes:
+      scale: of the queries.
+      bounded: what the decays are made of: log decays if None, else the arguments of
+        `gate.decay_operand`, and whether they have a bound.
+      exact: whether decays may be too strong for `chunks.block_decays`.
+    """
+
+    scale: float
+    bounded: bool | None = None
+    exact: bool = True
+
 
 _INPUTS = (*letters(KDA, "q k v g"), "B HV T")
 _STATE = KDA["initial_state"]
@@ -45,6 +64,7 @@ _KEPT = {
     "kda_scores": "B HV N C D",
     "kda_inverse": "B HV N C D",
     "kda_key_scores": "B HV N C D",
+    "kda_levels": "B HV N",
     "kda_states": "B HV N V K",
 }
 
@@ -79,7 +99,7 @@ def _with_segments(q, k, v, g, beta, states, segment_ids, scale):
     """A run from states with an axis of segments, each segment in chunks of its own."""
 
     def run(q, k, v, g, beta, states, spans):
-        return _on_tiles(q, k, v, (g,), beta, (states, spans), scale, None, None)
+        return _on_tiles(q, k, v, (g,), beta, (states, spans), _Form(scale), None)
 
     return packed.by_pieces(run, (q, k, v, g, beta), states, segment_ids, CHUNK)
 
@@ -89,7 +109,7 @@ def _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale, over):
         # To start a new segment, set its first token's decay to 0.
         starts = segment_starts(segment_ids)[:, :, None, None]
         g = jnp.where(starts, -jnp.inf, g)
-    return _on_tiles(q, k, v, (g,), beta, _start(initial_state), scale, None, over)
+    return _on_tiles(q, k, v, (g,), beta, _start(initial_state), _Form(scale), over)
 
 
 def _start(initial_state):
@@ -136,11 +156,12 @@ def kda_from_projection(
         return _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale, over)
     coefficients = for_each_row(gate.coefficients(A_log, dt_bias, lower_bound), f)
     source = f, coefficients, gate.borders(segment_ids, *f.shape[:2])
-    bounded = lower_bound is not None
-    return _on_tiles(q, k, v, source, beta, _start(initial_state), scale, bounded, over)
+    weak = lower_bound is not None and lower_bound >= WEAKEST_BOUND and segment_ids is None
+    form = _Form(scale, lower_bound is not None, exact=not weak)
+    return _on_tiles(q, k, v, source, beta, _start(initial_state), form, over)
 
 
-def _on_tiles(q, k, v, source, beta, start, scale, bounded, over):
+def _on_tiles(q, k, v, source, beta, start, form, over):
     """Pads to whole tiles; `start` as `_kda` has it."""
     (T, K), V, dtype = q.shape[1::2], v.shape[-1], v.dtype
     keys, values = missing_features(K), missing_features(V)
@@ -157,24 +178,23 @@ def _on_tiles(q, k, v, source, beta, start, scale, bounded, over):
         source,
         beta,
         (*state, *spans),
-        scale,
-        bounded,
+        form,
         over,
     )
     return o[:, :T, :, :V].astype(dtype), state[..., :K, :V]
 
 
-def _by_narrow_values(q, k, v, source, beta, start, scale, bounded, over):
+def _by_narrow_values(q, k, v, source, beta, start, form, over):
     """`_kda` or `_kda_over`, with each 128 of a wide head's value columns as a value head.
 
     Value columns are independent of one another but for the gradients of q, k, beta and the
     decays, which are sums over them.
     """
     B, T, HV, V = v.shape
-    run = functools.partial(_kda, scale=scale, bounded=bounded)
+    run = functools.partial(_kda, form=form)
     if over is not None:
         axis, links = over
-        options = dict(links=links, scale=scale, bounded=bounded, axis=axis)
+        options = dict(links=links, form=form, axis=axis)
 
         def run(*arrays):
             *arrays, (state,) = arrays
@@ -196,8 +216,8 @@ def _by_narrow_values(q, k, v, source, beta, start, scale, bounded, over):
     return o.reshape(B, T, HV, V), state.reshape(*state.shape[:-2], V)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _kda(q, k, v, source, beta, start, scale, bounded):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _kda(q, k, v, source, beta, start, form):
     """KDA on whole tiles; beta [B, HV, T].
 
     `start` is () for a state of zeros, a tuple of the first state, or one of the state of each
@@ -205,11 +225,11 @@ def _kda(q, k, v, source, beta, start, scale, bounded):
     like it.
 
     `source` holds the arrays from which the decays are computed, without padding and with the
-    caller's heads: log decays if `bounded` is None, else the arguments of `gate.decay_operand`.
+    caller's heads; see `_Form`.
     """
-    made = _fit(_decay_operand(source, bounded), q, v)
+    made = _fit(_decay_operand(source, form.bounded), q, v)
     axes = (*_INPUTS, *_axes_of(start))
-    run = functools.partial(_forward, scale=scale, keep=False)
+    run = functools.partial(_forward, form=form, keep=False)
     return shardwise(run, axes, (KDA["o"], _axes_of_state(start)))(q, k, v, made, beta, *start)
 
 
@@ -222,33 +242,32 @@ def _axes_of(start):
     return (_axes_of_state(start), _SPANS)[: len(start)]
 
 
-def _kda_forward(q, k, v, source, beta, start, scale, bounded):
-    made = _decay_operand(source, bounded)
+def _kda_forward(q, k, v, source, beta, start, form):
+    made = _decay_operand(source, form.bounded)
     inputs = (q, k, v, _fit(made, q, v), beta)
-    run = functools.partial(_forward, scale=scale, keep=True)
+    run = functools.partial(_forward, form=form, keep=True)
     results = KDA["o"], _axes_of_state(start), *_KEPT.values()
     o, state, *kept = shardwise(run, (*_INPUTS, *_axes_of(start)), results)(*inputs, *start)
     kept = tuple(map(checkpoint_name, kept, _KEPT))
     # The operand is smaller than the log decays, and is kept in their place; the projection that
     # our kernel made it of is as small, and mostly kept anyhow.
-    source = (made,) if bounded is None else source
+    source = (made,) if form.bounded is None else source
     return (o, state), (q, k, v, source, beta, kept, len(start), start[1:])
 
 
-def _kda_backward(scale, bounded, residuals, cotangents):
+def _kda_backward(form, residuals, cotangents):
     q, k, v, source, beta, kept, number, spans = residuals
     inputs = q, k, v, source, beta, kept, *cotangents
-    *gradients, start = _kda_gradients(scale, bounded, *inputs, spans=spans)
+    *gradients, start = _kda_gradients(form, *inputs, spans=spans)
     return *gradients, (start, None)[:number]
 
 
-def _kda_gradients(
-    scale, bounded, q, k, v, source, beta, kept, do, dend, *, behind=(), spans=()
-):  # fmt: skip
+def _kda_gradients(form, q, k, v, source, beta, kept, do, dend, *, behind=(), spans=()):
     """The gradients of q, k, v, the source, beta and the state before; `behind` is what the tokens
     behind each piece do to the state's gradient, if it was made before. `spans` as in `_kda`."""
+    bounded = form.bounded
     made = source[0] if bounded is None else _decay_operand(source, bounded)
-    run = functools.partial(_backward, scale=scale)
+    run = functools.partial(_backward, scale=form.scale)
     state = _OF_PIECES if spans else _STATE
     axes = (*_INPUTS, *_KEPT.values(), KDA["o"], state)
     axes = (*axes, *(_SUMMARY[2:] if behind else ()), *(_SPANS for _ in spans))
@@ -281,29 +300,29 @@ _SUMMARY = ("B HV K J", _STATE, "B HV P K J", "B HV P K V")
 _FACTORS = _SUMMARY[2]  # of the device's own pieces, for the backward pass
 # What `recurrence` takes: u, and the first five of `_KEPT`.
 _PREPARED = ("B TP HV V", *list(_KEPT.values())[:5])
-_SOLVER = tuple(_KEPT.values())[5:7]
+_SOLVER = tuple(_KEPT.values())[5:8]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
-def _kda_over(q, k, v, source, beta, state, links, scale, bounded, axis):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _kda_over(q, k, v, source, beta, state, links, form, axis):
     """As `_kda`: the outputs of this device's piece, and the state that leaves it; `state` is that
     before the first piece."""
-    made = _fit(_decay_operand(source, bounded), q, v)
-    return _run_over(q, k, v, made, beta, state, links, scale, axis, keep=False)[0]
+    made = _fit(_decay_operand(source, form.bounded), q, v)
+    return _run_over(q, k, v, made, beta, state, links, form, axis, keep=False)[0]
 
 
-def _kda_over_forward(q, k, v, source, beta, state, links, scale, bounded, axis):
-    made = _decay_operand(source, bounded)
+def _kda_over_forward(q, k, v, source, beta, state, links, form, axis):
+    made = _decay_operand(source, form.bounded)
     arrays = q, k, v, _fit(made, q, v), beta, state, links
-    out, kept, factors = _run_over(*arrays, scale, axis, keep=True)
+    out, kept, factors = _run_over(*arrays, form, axis, keep=True)
     kept = tuple(map(checkpoint_name, kept, _KEPT))
     factors = checkpoint_name(factors, "kda_factors")
-    source = (made,) if bounded is None else source
+    source = (made,) if form.bounded is None else source
     return out, (q, k, v, source, beta, kept, factors, links)
 
 
-def _run_over(q, k, v, g, beta, state, links, scale, axis, *, keep):
-    run = functools.partial(_prepare_and_summarise, scale=scale, keep=keep)
+def _run_over(q, k, v, g, beta, state, links, form, axis, *, keep):
+    run = functools.partial(_prepare_and_summarise, form=form, keep=keep)
     results = (*_SUMMARY, _FACTORS, *_PREPARED, *(_SOLVER if keep else ()))
     factor, term, *made = shardwise(run, _INPUTS, results)(q, k, v, g, beta)
     start = sequence.entering(_move, (factor, term), state, links, axis)
@@ -315,7 +334,7 @@ def _run_over(q, k, v, g, beta, state, links, scale, axis, *, keep):
     return (o, end), (*prepared[1:], *solver, *states), factors
 
 
-def _kda_over_backward(scale, bounded, axis, residuals, cotangents):
+def _kda_over_backward(form, axis, residuals, cotangents):
     q, k, v, source, beta, kept, factors, links = residuals
     do, dend = cotangents
     axes = _heads_alone(*_PREPARED[1:], "B HV T", *_OUTPUTS, _FACTORS)
@@ -323,7 +342,7 @@ def _kda_over_backward(scale, bounded, axis, residuals, cotangents):
     factor, said, *behind = summarise(*kept[:5], beta, do, dend, factors)
     after = sequence.entering_gradient(_move, factor, said, links, axis)
     inputs = q, k, v, source, beta, kept, do, after
-    *gradients, start = _kda_gradients(scale, bounded, *inputs, behind=behind)
+    *gradients, start = _kda_gradients(form, *inputs, behind=behind)
     return *gradients, sequence.of_first_device(start, axis), None
 
 
@@ -337,11 +356,15 @@ def _move(state, summary, _):
     return pieces.matmul(factor, state) + term
 
 
-def _prepare_and_summarise(q, k, v, g, beta, *, scale, keep):
+def _prepare_and_summarise(q, k, v, g, beta, *, form, keep):
     beta = _whole_chunks(beta)
-    query, w, u, kg, decay, scores, *solver = prepare(q, k, v, g, beta, scale=scale, keep=keep)
+    query, w, u, kg, decay, scores, *solver = _prepare(q, k, v, g, beta, form, keep)
     summary = pieces.summary(w, u, kg, decay, beta)
     return *summary, u, query, w, kg, decay, scores, *solver
+
+
+def _prepare(q, k, v, g, beta, form, keep):
+    return prepare(q, k, v, g, beta, scale=form.scale, keep=keep, exact=form.exact)
 
 
 def _forward_from(u, query, w, kg, decay, scores, beta, start, *made, length, keep):
@@ -372,11 +395,11 @@ def _fit(made, q, v):
     return repeated(made, v.shape[2] // made.shape[2], axis=2)
 
 
-def _forward(q, k, v, g, beta, *start, scale, keep):
+def _forward(q, k, v, g, beta, *start, form, keep):
     """Both forward kernels, g from `_decay_operand`: o and the last state, with `keep` also what
     `_KEPT` lists."""
     beta = _whole_chunks(beta)
-    query, w, u, kg, decay, scores, *solver = prepare(q, k, v, g, beta, scale=scale, keep=keep)
+    query, w, u, kg, decay, scores, *solver = _prepare(q, k, v, g, beta, form, keep)
     initial_state, spans = (*start, None, None)[:2]
     o, state, *states = pieces.forward(
         query, w, u, kg, decay, scores, beta, initial_state,
@@ -387,7 +410,7 @@ def _forward(q, k, v, g, beta, *start, scale, keep):
 
 def _backward(
     q, k, v, g, beta,
-    query, w, kg, decay, scores, inverse, key_scores, states,
+    query, w, kg, decay, scores, inverse, key_scores, levels, states,
     do, last_gradient, *more, scale,
 ):  # fmt: skip
     """Both backward kernels: the gradients of q, k (per value head), v, g, beta and the start;
@@ -400,13 +423,14 @@ def _backward(
     )
     if q.shape[-1] <= NARROW:
         dq, dk, dv, dg, dbeta = chunk_gradients(
-            q, k, v, g, beta, do, states, gradients, inverse, key_scores, scores, decay,
+            q, k, v, g, beta, do, states, gradients,
+            inverse, key_scores, scores, decay, levels,
             scale=scale,
         )  # fmt: skip
     else:
         dq, dk, dv, dg, dbeta = wide.chunk_gradients(
             q, k, v, g, beta, do, w, kg, states, gradients,
-            inverse, key_scores, scores, decay,
+            inverse, key_scores, scores, decay, levels,
             scale=scale,
         )  # fmt: skip
     return dq, dk, dv, dg, dbeta.sum(2)[:, :, :T], start

@@ -21,7 +21,8 @@ Place = collections.namedtuple("Place", "b n rows h key_head")
 
 
 def chunk_gradients(
-    q, k, v, decay_operand, beta, do, states, gradients, inverse, a, aq, decay, *, scale
+    q, k, v, decay_operand, beta, do, states, gradients, inverse, a, aq, decay, levels,
+    *, scale,
 ):  # fmt: skip
     """Gradients of one chunk's inputs, given the state S before it and dS, the gradient after it.
 
@@ -43,7 +44,8 @@ def chunk_gradients(
     Args:
       q, k, v, decay_operand, beta: as in `prepare`, with its T and TP. do: [B, T, HV, V] bf16.
       states, gradients: S and dS transposed, [B, HV, N, V, K] bf16.
-      inverse, a, aq, decay: as `prepare` returned them: M^-1, A, Aq and exp(G_end).
+      inverse, a, aq, decay, levels: as `prepare` returned them: M^-1, A, Aq, exp(G_end) and the
+        number of levels inside blocks.
 
     Returns:
       dq, dk [B, T, HV, K], dv [B, T, HV, V] bf16, dg [B, TP, HV, K] float32 and dbeta
@@ -63,7 +65,7 @@ def chunk_gradients(
         inputs=dict(
             **dict(q=q, k=k, v=v, decay_operand=decay_operand, beta=beta),
             **dict(do=do, states=states, gradients=gradients),
-            **dict(inverse=inverse, a=a, aq=aq, decay=decay),
+            **dict(inverse=inverse, a=a, aq=aq, decay=decay, levels=levels),
         ),
         outputs=dict(
             dq=keys,
@@ -90,9 +92,10 @@ def _scratch(K, V, warpgroups):
         sdo=mosaic.tile(CHUNK, V),
         ss=mosaic.tile(V, K),
         sds=mosaic.tile(V, K),
-        sinverse=mosaic.tile(CHUNK, CHUNK),
+        a_block=mosaic.tile(CHUNK, CHUNK),  # M^-1 before
         sa=mosaic.tile(CHUNK, CHUNK),  # A, then dA
         saq=mosaic.tile(CHUNK, CHUNK),  # Aq, then dAq
+        aq_block=mosaic.tile(CHUNK, CHUNK),
         sg=mosaic.tile(CHUNK, TILE_WIDTH, K // TILE_WIDTH, dtype=f16),  # of `decay_operand`
         read_keys=mosaic.tile(CHUNK, K),  # k~, then anything
         write_keys=mosaic.tile(CHUNK, K),  # kg, then anything
@@ -113,6 +116,7 @@ def _body(refs, *, group, scale, warpgroups):
     )
     k_parts = len(key_columns)
     tiles = [refs.sg.at[wg * k_parts + i] for i in range(k_parts)]
+    number = refs.levels[b, h, n]
     plgpu.barrier_wait(refs.loaded)
 
     beta = load(refs.beta.at[b, h, place.rows], PER_ROW, optimized=False)
@@ -132,7 +136,7 @@ def _body(refs, *, group, scale, warpgroups):
 
     store(refs.sdv, refs.dv.at[b, place.rows, h])
     gradients_of_keys(
-        refs, tiles, earlier, later, refs.decay.at[b, h, n], refs.dg.at[b, place.rows, h], wg, meet,
+        refs, tiles, refs.decay.at[b, h, n], refs.dg.at[b, place.rows, h], wg, meet, number,
         scale=scale, warpgroups=warpgroups,
     )  # fmt: skip
     meet()
@@ -159,7 +163,7 @@ def _fetch(refs, place):
         do=(refs.do.at[b, rows, h], refs.sdo),
         states=(refs.states.at[b, h, n], refs.ss),
         gradients=(refs.gradients.at[b, h, n], refs.sds),
-        inverse=(refs.inverse.at[b, h, n], refs.sinverse),
+        inverse=(refs.inverse.at[b, h, n], refs.a_block),
         a=(refs.a.at[b, h, n], refs.sa),
         aq=(refs.aq.at[b, h, n], refs.saq),
         decay_operand=tiles,
@@ -192,10 +196,10 @@ def _gradients_of_value_columns(refs, value_columns, beta):
         residual = load(refs.sdv.at[:, s]) - mosaic.product((refs.read_keys, refs.ss.at[s].T))
         refs.sdv.at[:, s][...] = residual.astype(bf16)
         plgpu.commit_smem()
-        error = mosaic.product((refs.sinverse, refs.sdv.at[:, s]))
+        error = mosaic.product((refs.a_block, refs.sdv.at[:, s]))
         y = mosaic.product((refs.saq.T, refs.sdo.at[:, s]), (refs.write_keys, refs.sds.at[s].T))
         part = gradients_of_values(
-            error, y, beta, refs.sinverse, refs.sa, refs.sdv.at[:, s], refs.written.at[:, s]
+            error, y, beta, refs.a_block, refs.sa, refs.sdv.at[:, s], refs.written.at[:, s]
         )
         dbeta = part if dbeta is None else dbeta + part
     return dbeta
