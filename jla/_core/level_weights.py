@@ -75,27 +75,27 @@ def weights(g, level_scales, leaf, value_scales=None, activation=None, others=No
     scales = by_chunk(level_scales).astype(f32)
     if activation is not None:
         scales = activation(scales)
-    missing = max(0, levels + 1 - scales.shape[-2])
-    all_scales = scales
-    scales = jnp.pad(scales, [(0, 0)] * 3 + [(0, missing), (0, 0)])[..., : levels + 1, :]
+    level, count = (levels + 1, 0) if others is None else others
+    scales = _of_levels(scales, levels, level, count)
     writes = 1.0 if value_scales is None else by_chunk(value_scales[..., None])
 
     # What the levels inside of a chunk have in common with the others is the form alone: apart,
     # each of them is one pass over what it needs.
     near = reading(N, levels)[:, :LEVELS]
-    far = reading(N, levels)[:, LEVELS:]
-    exponents = jnp.where(far, up_to + before_chunk[..., :-1, :], after + after_chunk[..., :-1, :])
+    far = reading(N, levels + count)[:, LEVELS:]
+    if count:
+        far |= lax.broadcasted_iota(jnp.int32, far.shape, 1) >= levels - LEVELS
+    around = (_far(x, count) for x in (before_chunk, after_chunk))
+    exponents = jnp.where(far, *map(jnp.add, (up_to, after), around))
     to_end = after + after_chunk[..., inside - LEVELS, None, :]
     planes_of_weights = [
         scales[..., :1, :] * writes,
         jnp.where(near, scales[..., 1 : LEVELS + 1, :], writes) * jnp.exp2(sums[..., :LEVELS, :]),
         jnp.where(far, scales[..., LEVELS + 1 :, :], writes) * jnp.exp2(exponents),
+        writes * jnp.exp2(to_end),
     ]
-    if others is not None:
-        level, count = others
-        reads = all_scales[..., level : level + count, :]
-        planes_of_weights.append(reads * jnp.exp2(up_to + before_chunk[..., -1:, :]))
-    w = jnp.concatenate([*planes_of_weights, writes * jnp.exp2(to_end)], axis=-2)
+    # XLA has a fast kernel for this with up to four parts.
+    w = jnp.concatenate(planes_of_weights, axis=-2)
     log_decays = log_decays.reshape(B, H, -1)
     if others is None:
         return w, _between_blocks(log_decays, per * CHUNK, blocks)
@@ -115,6 +115,25 @@ def others_read(before, others):
     Where all has decayed to exactly 0, nothing is read. It says so of the gates before the chunk.
     """
     return jnp.where(before > VANISHED, others, 0)
+
+
+def _of_levels(scales, levels, level, count):
+    """The planes 0 to `levels` of scales [..., L, 64], zeros where there is none, and the `count`
+    planes from `level` on."""
+    if level == levels + 1:
+        levels, count = levels + count, 0
+    missing = max(0, levels + 1 - scales.shape[-2])
+    first = jnp.pad(scales, [(0, 0)] * 3 + [(0, missing), (0, 0)])[..., : levels + 1, :]
+    if not count:
+        return first
+    return jnp.concatenate([first, scales[..., level : level + count, :]], axis=-2)
+
+
+def _far(sums, count):
+    """Of `_around`'s sums, all blocks' but the whole sequence's, and that so many times."""
+    if count == 0:
+        return sums[..., :-1, :]
+    return jnp.concatenate([sums] + [sums[..., -1:, :]] * (count - 1), axis=-2)
 
 
 def reading(chunks, levels):
@@ -146,19 +165,18 @@ def gradient_of_weights(by_reads, by_read, live, inside, above, others=None):
 
     What a kernel left unwritten is selected away. `others`: from `others_read`, or None.
     """
-    N = by_reads.shape[2]
-    reads = reading(N, inside + above)
+    N, levels = by_reads.shape[2], by_reads.shape[3] - 2
+    reads = reading(N, levels)
     zeros = jnp.zeros((), f32)
     own = slice(1, inside + 1)
     inner = jnp.where(reads[:, :inside], by_reads[..., own, :], by_read[..., own, :])
-    outer = jnp.where(reads[:, inside:], by_reads[..., inside + 1 : inside + above + 1, :], zeros)
-    parts = [by_reads[..., :1, :], inner, outer]
+    reads = reads[:, inside:]
     if others is not None:
-        of_others = by_reads[..., inside + above + 1 : -1, :]
-        number = lax.broadcasted_iota(jnp.int32, (*others.shape, of_others.shape[-2]), 3)
-        there = (others[..., None] >> number) & 1 == 1
-        parts.append(jnp.where(there[..., None], of_others, zeros))
-    parts.append(by_read[..., -1:, :])
+        bit = lax.broadcasted_iota(jnp.int32, reads.shape, 1) - above
+        bits = jnp.where(bit >= 0, 1 << jnp.maximum(bit, 0), 0)[None, None]
+        reads = reads[None, None] | (others[..., None, None] & bits != 0)
+    outer = jnp.where(reads, by_reads[..., inside + 1 : -1, :], zeros)
+    parts = [by_reads[..., :1, :], inner, outer, by_read[..., -1:, :]]
     gradient = jnp.concatenate(parts, axis=-2)
     if live is None:
         return gradient
