@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from comparing import normal
 from evaluator import evaluated
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jla
 import jla.pallas
@@ -73,3 +74,43 @@ def test_is_the_reference(monkeypatch, size, T, gate):
     monkeypatch.setattr(tree, "SPAN", 1)
     monkeypatch.setattr(tree, "OTHERS_SPAN", 2)
     check(size, T, gate)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_types_fit_on_a_mesh(kind):
+    """Over data, sequence and heads, of either kind: those of the gradients too."""
+    mesh = jax.make_mesh(
+        (2, 2, 2), ("data", "seq", "model"), (kind,) * 3, devices=jax.devices()[:8]
+    )
+    args = arguments(2, 32, 0.1, H=4, HK=2)
+    places = (NamedSharding(mesh, PartitionSpec("data", "seq", "model")) for _ in args)
+    args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y) for x, y in zip(args, places, strict=True)]
+    run = jla.sharded(jla.log_linear_attention, B="data", T="seq", H="model")
+
+    def gradients(*args):
+        (o, state), vjp = jax.vjp(lambda *args: run(*args, implementation="pallas"), *args)
+        return o, state, vjp((o, jax.tree.map(jnp.zeros_like, state)))[:5]
+
+    with jla.pallas.interpret(), jax.set_mesh(mesh):
+        o, state, of_args = jax.eval_shape(gradients, *args)
+    assert (o.shape, o.dtype) == (args[2].shape, args[2].dtype)
+    assert state.levels.shape == (2, 4, args[4].shape[3], 64, 64)
+    assert [x.shape for x in of_args] == [x.shape for x in args]
+
+
+def test_lowers_for_cuda():
+    """At 131072 tokens a device, with as many kernels as one device alone has."""
+    mesh = jax.make_mesh((2,), ("seq",), (AxisType.Auto,), devices=jax.devices()[:2])
+    shapes = jax.eval_shape(lambda: arguments(1, 2 * 131072, 0.1, H=16, K=128, V=128))
+
+    def run(*args):
+        run = functools.partial(jla.log_linear_attention, axis_name="seq", implementation="pallas")
+        o, vjp = jax.vjp(lambda *args: run(*args)[0], *args)
+        return o, *vjp(o)
+
+    spec = PartitionSpec(None, "seq")
+    run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jla.pallas, "unsupported_device", lambda: None)
+        text = run.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 7
