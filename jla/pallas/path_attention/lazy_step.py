@@ -37,6 +37,7 @@ from jla.pallas.path_attention.token import after_token
 SDS = jax.ShapeDtypeStruct
 IN_SMEM = 128  # cached tokens, keys and values, that a CTA has in SMEM
 RESIDENT = 264  # CTAs at one time: two on each of an H200's 132 multiprocessors
+MOVING = 4  # query heads to a key head at most, for the kernel to move keys: registers
 LONGEST = 1024  # cached tokens of a CTA where all CTAs run at one time
 
 
@@ -48,7 +49,7 @@ def lazy_step(q, k, v, w, beta, g, cache, *, scale):
         decay, added = around.with_decay(g, decay, length, scale)
         added = jnp.pad(jnp.swapaxes(added, 1, 2), ((0, 0), (0, 0), (0, -S % 4)))
     token = after_token(q, k, v, w, beta, cache.recent, cache.change, cache.value, length)
-    moves = K % 64 == 0 and S % mosaic.TILE_ROWS == 0
+    moves = K % 64 == 0 and S % mosaic.TILE_ROWS == 0 and q.shape[1] <= MOVING * k.shape[1]
     arrays = token.back, q, token.new_recent, cache.key, token.new_value, length, added
     *pieces, key = attend(*arrays, token.all_recent, token.all_change, scale=scale, moves=moves)
     o = around.joined(*pieces)
@@ -57,7 +58,7 @@ def lazy_step(q, k, v, w, beta, g, cache, *, scale):
         # A barrier, so that the kernel has read the keys and they can be moved in place.
         o, full = lax.optimization_barrier((o, is_full(counted(length, 1), S)))
         first = first_recent(length, S)
-        key = around.moved_on(key, token.all_recent, token.all_change, first, full)
+        key = settle.moved_on(key, token.all_recent, token.all_change, first, full)
     after = dict(key=key, value=token.new_value, decay=decay)
     return o, cache._replace(**after, recent=token.new_recent, change=token.new_change)
 
