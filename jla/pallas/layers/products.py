@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import mosaic, scratch
+from jla.pallas.common import mosaic, scratch, token
 from jla.pallas.common.mosaic import PER_COLUMN, f32, per_column
 from jla.pallas.common.scratch import barrier_for, fetch
 
@@ -31,29 +31,30 @@ ROWS, COLUMNS, DEPTH = 64, 32, 128  # of tiles: batch rows, a matrix' columns an
 STAGES = {1: 8, 2: 6}  # tiles on their way, by the number of matrices that a CTA has
 PROCESSORS = 132  # as many CTAs should run at least
 MOST_TAPS = 8
+NARROW = 256  # columns of a matrix that is padded, if TMA needs it
 
 # wgmma wants both operands with the same swizzle, and the matrix' tile has 64 bytes a row.
 TRANSFORMS = (plgpu.TilingTransform((mosaic.TILE_ROWS, COLUMNS)), plgpu.SwizzleTransform(64))
 
 
-class Matrix(NamedTuple):
-    """A matrix that rows are multiplied with, and the convolution of the product.
+def unsupported(name, x, *arrays):
+    """Why the kernels of the function `name` cannot serve these arguments, or None."""
+    if reason := token.unsupported_here():
+        return reason
+    if name != "products_of_few":
+        return _unsupported(x, *arrays)
+    kernels, taps, _ = arrays
+    lengths = [w.shape[0] for w in taps if w is not None]
+    if any(not 2 <= W <= MOST_TAPS or W != lengths[0] for W in lengths):
+        return f"there are {lengths} taps, and the kernels take one number, 2 to {MOST_TAPS}"
+    if any(rows.shape[0] != x[0].shape[0] or rows.dtype != x[0].dtype for rows in x):
+        return "the inputs have several dtypes or numbers of rows, and the kernels take one"
+    if any(rows.shape[1] != x[0].shape[1] for rows in x):
+        return "the inputs have several widths, and the kernels take one"
+    return _unsupported(x[0], *kernels)
 
-    Attributes:
-      x: [B, D], 16 bits.
-      kernel: [D, N], of the same dtype.
-      taps: [W, N], float32, or None for no convolution.
-      past: [B, W - 1, N], the products of the last tokens.
-    """
 
-    x: jax.Array
-    kernel: jax.Array
-    taps: jax.Array | None = None
-    past: jax.Array | None = None
-
-
-def unsupported(x, *kernels, taps=()):
-    """Why the kernels cannot serve rows x [B, D] and matrices [D, N], or None."""
+def _unsupported(x, *kernels):
     B, D = x.shape
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x is {x.dtype}, and the kernels take bfloat16 and float16"
@@ -65,35 +66,107 @@ def unsupported(x, *kernels, taps=()):
         N = kernel.shape[1]
         if kernel.dtype != x.dtype:
             return f"a matrix is {kernel.dtype}, and x is {x.dtype}: the kernels take one dtype"
-        if N % COLUMNS and (N > COLUMNS or N % 8):
-            return f"a matrix has {N} columns, and the kernels take 8, 16, 24, multiples of 32"
-    for W in taps:
-        if not 2 <= W <= MOST_TAPS:
-            return f"there are {W} taps, and the kernels take 2 to {MOST_TAPS}"
+        if N % COLUMNS and N > NARROW:
+            return (
+                f"a matrix has {N} columns, and the kernels take up to {NARROW} or multiples of 32"
+            )
     return None
 
 
-def products(matrices, *, silu_twice=False):
-    """x W of each `Matrix`, with taps `silu(sum_i taps[i] * x_{t - (W - 1 - i)})` of it.
-
-    Returns:
-      The products, [B, N] in x's dtype, and the new `past` of each matrix that has one.
-    """
-    out, pasts = _run([(m.x, (m.kernel,), m.taps, m.past) for m in matrices], silu_twice=silu_twice)
-    return out, pasts
-
-
-def swiglu(x, gate, up):
-    """silu(x W_gate) * (x W_up), [B, N] in x's dtype."""
-    return _run([(x, (gate, up), None, None)])[0][0]
-
-
-def partial_sums(x, kernel):
-    """x W as parts that are yet to be summed, [parts, B, N] float32."""
-    blocks = pl.cdiv(kernel.shape[1], COLUMNS)
-    steps = pl.cdiv(kernel.shape[0], DEPTH)
+@jax.jit
+def product_of_few(x, kernel):
+    """x W, [B, N] in x's dtype. See `jla._token.product_of_few`."""
+    blocks, steps = pl.cdiv(kernel.shape[1], COLUMNS), pl.cdiv(kernel.shape[0], DEPTH)
     parts = max(1, min(PROCESSORS // blocks, steps))
-    return _run([(x, (kernel,), None, None)], parts=parts)[0][0]
+
+    def kernel_call(x, kernel):
+        (y,), _ = _run([(x, (_whole(kernel),), None, None)], parts=None if parts == 1 else parts)
+        return (y[..., : kernel.shape[1]],)
+
+    def formula(x, kernel):
+        y = _product(x, kernel)
+        return (y if parts == 1 else jnp.broadcast_to(y[None] / parts, (parts, *y.shape)),)
+
+    (y,) = token.by_formula(kernel_call, formula, x, kernel)
+    if parts > 1:  # one by one, so that XLA adds them where it reads them
+        y = functools.reduce(jnp.add, [y[i] for i in range(parts)])
+    return y.astype(x.dtype)
+
+
+@jax.jit
+def swiglu_of_few(x, gate, up):
+    """silu(x W_gate) * (x W_up), [B, N] in x's dtype. See `jla._token.swiglu_of_few`."""
+
+    def kernel(x, gate, up):
+        (y,), _ = _run([(x, (_whole(gate), _whole(up)), None, None)])
+        return (y[:, : gate.shape[1]],)
+
+    def formula(x, gate, up):
+        y = jax.nn.silu(_product(x, gate)) * _product(x, up)
+        return (y.astype(x.dtype),)
+
+    return token.by_formula(kernel, formula, x, gate, up)[0]
+
+
+def products_of_few(xs, kernels, taps, pasts, *, silu_twice):
+    """See `jla._token.products_of_few`. What is one array among the xs is read as one."""
+    different = [x for i, x in enumerate(xs) if all(x is not y for y in xs[:i])]
+    of = tuple(next(i for i, y in enumerate(different) if y is x) for x in xs)
+    return _products(different, kernels, taps, pasts, of=of, silu_twice=silu_twice)
+
+
+@functools.partial(jax.jit, static_argnames=("of", "silu_twice"))
+def _products(xs, kernels, taps, pasts, *, of, silu_twice):
+    """`products_of_few`, `of` which of the xs each matrix is."""
+    arrays, tree = jax.tree.flatten((xs, kernels, taps, pasts))
+
+    def matrices(arrays):
+        xs, *rest = tree.unflatten(arrays)
+        return zip([xs[i] for i in of], *rest, strict=True)
+
+    widths = [kernel.shape[1] for kernel in kernels]
+
+    def kernel(*arrays):
+        padded = [(x, (_whole(w),), _whole(t), _whole(p)) for x, w, t, p in matrices(arrays)]
+        y, new = _run(padded, silu_twice=silu_twice)
+        convolved = [N for N, w in zip(widths, taps, strict=True) if w is not None]
+        results = zip((*y, *new), (*widths, *convolved), strict=True)
+        return tuple(x[..., :N] for x, N in results)
+
+    def formula(*arrays):
+        out, new = [], []
+        for x, w, taps, past in matrices(arrays):
+            y = _product(x, w)
+            if taps is not None:
+                window = jnp.concatenate([past, y.astype(past.dtype)[:, None]], axis=1)
+                new.append(window[:, 1:])
+                y = jnp.sum(taps[None] * window.astype(f32), axis=1)
+                for _ in range(1 + silu_twice):
+                    y = jax.nn.silu(y)
+            out.append(y.astype(x.dtype))
+        return *out, *new
+
+    results = token.by_formula(kernel, formula, *arrays)
+    out, new = results[: len(of)], iter(results[len(of) :])
+    return list(out), [None if past is None else next(new) for past in pasts]
+
+
+def _whole(array):
+    """The array with columns of zeros beside its own where they are not as many as TMA can take, or
+    a tile has."""
+    if array is None:
+        return None
+    N = array.shape[-1]
+    multiple = 8 if N < COLUMNS else COLUMNS
+    return (
+        array
+        if N % multiple == 0
+        else jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, -N % multiple)])
+    )
+
+
+def _product(x, kernel):
+    return jnp.dot(x, kernel, preferred_element_type=f32)
 
 
 class _Group(NamedTuple):
@@ -157,8 +230,8 @@ def _run(matrices, *, silu_twice=False, parts=None):
         grid=(first, parts or 1),
         grid_names=("block", "part"),
     )
-    pasts = [new.reshape(past.shape) for new, (*_, past) in zip(out.new_past, convolved, strict=True)]
-    return out.y, pasts
+    old = [past for *_, past in convolved]
+    return out.y, [new.reshape(past.shape) for new, past in zip(out.new_past, old, strict=True)]
 
 
 def _body(refs, *, groups, W, silu_twice, parts):
@@ -167,6 +240,7 @@ def _body(refs, *, groups, W, silu_twice, parts):
     each = pl.cdiv(steps, parts or 1)
     first = part * each
     count = jnp.minimum(each, steps - first)
+
     def start(n):
         slot = lax.rem(n, stages)
         depth = pl.ds((first + n) * DEPTH, DEPTH)
