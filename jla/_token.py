@@ -142,11 +142,12 @@ def mesa_token(
     a_bias: Array,
     b: Array,
     b_bias: Array,
-    lamb: Array,
+    lambda_params: Array,
     gate: Array | None,
     norm_scale: Array,
     state: MesaState,
     *,
+    lower_bound: float,
     cg_steps: int,
     epsilon: float,
     implementation: Implementation | None = None,
@@ -154,15 +155,17 @@ def mesa_token(
     """One token of a layer of MesaNet, from the results of its convolutions to its norm's:
 
         g = logsigmoid(a + a_bias);   beta = sigmoid(b + b_bias)
+        lamb = softplus(lambda_params) + lower_bound
         o, state = mesa_step(l2norm(q), l2norm(k), v, g, beta, lamb, state)
         y = rms_norm(o, norm_scale, gate, activation=silu)
 
     Args:
-      a, b: [B, H]. a_bias, b_bias: [H]. lamb: [H, K]. gate: [B, H, V] or None. norm_scale: [V].
+      a, b: [B, H]. a_bias, b_bias: [H]. lambda_params: [H, K]. gate: [B, H, V] or None.
+      norm_scale: [V].
     """
-    arrays = q, k, v, a, a_bias, b, b_bias, lamb, gate, norm_scale, state
+    arrays = q, k, v, a, a_bias, b, b_bias, lambda_params, gate, norm_scale, state
     run = choose("mesa_token", implementation, *arrays)
-    return run(*arrays, cg_steps=cg_steps, epsilon=epsilon)
+    return run(*arrays, lower_bound=lower_bound, cg_steps=cg_steps, epsilon=epsilon)
 
 
 def log_linear_token(

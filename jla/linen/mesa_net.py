@@ -99,7 +99,11 @@ class MesaNet(Mixer):
         g = nn.log_sigmoid(self.project(tokens, H, "a_proj", use_bias=True).astype(f32))
         beta = nn.sigmoid(self.project(tokens, H, "b_proj", use_bias=True).astype(f32))
         g, beta = tokens.zero_padding(g), tokens.zero_padding(beta)
-        lamb = self._lamb((H, K))
+        bound = float(self.lambda_lower_bound)
+        rest = 1 - bound if bound < 1 else bound
+        init = nn.initializers.constant(rest + math.log(-math.expm1(-rest)))  # softplus gives rest
+        lambda_params = _arguments.float32_parameter(self, "lambda_params", init, (H, K))
+        lamb = nn.softplus(lambda_params) + bound
 
         def run(q, k, v, g, beta, state=None):
             options = dict(cg_steps=self.cg_steps, implementation=self.implementation)
@@ -117,13 +121,6 @@ class MesaNet(Mixer):
         gate = self.project(tokens, (H, V), "g_proj") if self.use_output_gate else None
         return self.finish(self.norm("o_norm", activation=nn.silu)(o, gate), tokens)
 
-    def _lamb(self, shape):
-        bound = float(self.lambda_lower_bound)
-        rest = 1 - bound if bound < 1 else bound
-        init = nn.initializers.constant(rest + math.log(-math.expm1(-rest)))  # softplus gives rest
-        lambda_params = _arguments.float32_parameter(self, "lambda_params", init, shape)
-        return nn.softplus(lambda_params) + bound
-
     def _steps_decode(self):
         return self.cg_steps if self.cg_steps_decode is None else self.cg_steps_decode
 
@@ -135,14 +132,16 @@ class MesaNet(Mixer):
         first |= dict(a_proj=(H,), b_proj=(H,))
         if self.use_output_gate:
             first["g_proj"] = (H, V)
-        one = _one_token.of(self, tokens, "mesa_token", given, first)
+        options = dict(float32=("lambda_params",))
+        one = _one_token.of(self, tokens, "mesa_token", given, first, **options)
         if one is None:
             return None
         y, params = one.project(), one.params
         o, state = _token.mesa_token(
             *(y[name] for name in given),
             y["a_proj"], params["a_proj"]["bias"], y["b_proj"], params["b_proj"]["bias"],
-            self._lamb((H, K)), y.get("g_proj"), params["o_norm"]["scale"], cache.whole,
+            params["lambda_params"], y.get("g_proj"), params["o_norm"]["scale"], cache.whole,
+            lower_bound=float(self.lambda_lower_bound),
             cg_steps=self._steps_decode(),
             epsilon=self.norm_epsilon,
             implementation=self.implementation,

@@ -53,9 +53,9 @@ def _times_state(matrix, x):
     return _einsum("bhkl,bhl->bhk", kk, x) + lamb[None] * x
 
 
-def mesa_token(*arrays, cg_steps, epsilon):
+def mesa_token(*arrays, **options):
     """See `jla._token.mesa_token`."""
-    return reference.mesa_token(*arrays, cg_steps=cg_steps, epsilon=epsilon, step=mesa_step)
+    return reference.mesa_token(*arrays, **options, step=mesa_step)
 
 
 @functools.partial(jax.jit, static_argnames="cg_steps")

@@ -21,9 +21,10 @@ def unsupported(q, k, v, *_):
     return token.unsupported_here() or step.unsupported(q, k, v)
 
 
-@functools.partial(jax.jit, static_argnames=("cg_steps", "epsilon"))
+@functools.partial(jax.jit, static_argnames=("lower_bound", "cg_steps", "epsilon"))
 def mesa_token(
-    q, k, v, a, a_bias, b, b_bias, lamb, gate, norm_scale, state, *, cg_steps, epsilon
+    q, k, v, a, a_bias, b, b_bias, lambda_params, gate, norm_scale, state,
+    *, lower_bound, cg_steps, epsilon,
 ):  # fmt: skip
     """See `jla._token.mesa_token`, and for the kernel `step.mesa_step`.
 
@@ -32,28 +33,28 @@ def mesa_token(
     Derivatives, and vmap, are those of the reference's formula, in XLA.
     """
     gates = () if gate is None else (gate,)
-    kernel = functools.partial(
-        _run, steps=cg_steps, tolerance=step.tolerance_of(q), epsilon=epsilon
-    )
+    options = dict(steps=cg_steps, tolerance=step.tolerance_of(q))
+    kernel = functools.partial(_run, bound=lower_bound, epsilon=epsilon, **options)
 
-    def formula(q, k, v, a, a_bias, b, b_bias, lamb, scale, kk, kv, gate=None):
-        arrays = q, k, v, a, a_bias, b, b_bias, lamb, gate, scale, MesaState(kk, kv)
-        o, state = reference.mesa_token(*arrays, cg_steps=cg_steps, epsilon=epsilon)
+    def formula(q, k, v, a, a_bias, b, b_bias, lambda_params, scale, kk, kv, gate=None):
+        arrays = q, k, v, a, a_bias, b, b_bias, lambda_params, gate, scale, MesaState(kk, kv)
+        options = dict(lower_bound=lower_bound, cg_steps=cg_steps, epsilon=epsilon)
+        o, state = reference.mesa_token(*arrays, **options)
         return o, *state
 
-    arrays = q, k, v, a, a_bias, b, b_bias, lamb, norm_scale, *state, *gates
+    arrays = q, k, v, a, a_bias, b, b_bias, lambda_params, norm_scale, *state, *gates
     o, kk, kv = token.by_formula(kernel, formula, *arrays)
     return o, MesaState(kk, kv)
 
 
-def _run(q, k, v, a, a_bias, b, b_bias, lamb, norm_scale, kk, kv, gate=None, **options):
+def _run(q, k, v, a, a_bias, b, b_bias, lambda_params, norm_scale, kk, kv, gate=None, **options):
     """The kernel call."""
     B, H, K = q.shape
     out = scratch.kernel(
         functools.partial(_body, **options),
         inputs=dict(
-            q=q, k=k, k_by_column=k, v=v, a=a, a_bias=a_bias, b=b, b_bias=b_bias, lamb=lamb,
-            gate=gate, norm_scale=norm_scale, kk=kk, kv=kv,
+            q=q, k=k, k_by_column=k, v=v, a=a, a_bias=a_bias, b=b, b_bias=b_bias,
+            lambda_params=lambda_params, gate=gate, norm_scale=norm_scale, kk=kk, kv=kv,
         ),
         outputs=dict(
             o=SDS(v.shape, v.dtype), new_kk=SDS(kk.shape, f32), new_kv=SDS(kv.shape, f32)
@@ -66,16 +67,17 @@ def _run(q, k, v, a, a_bias, b, b_bias, lamb, norm_scale, kk, kv, gate=None, **o
     return tuple(out)
 
 
-def _body(refs, *, epsilon, **options):
+def _body(refs, *, bound, epsilon, **options):
     b, h = lax.axis_index("b"), lax.axis_index("h")
-    step.advance(refs, b, h, _Made(refs, b, h, epsilon), b, **options)
+    step.advance(refs, b, h, _Made(refs, b, h, bound, epsilon), b, **options)
 
 
 class _Made(step.Given):
     """What the step takes, made of a layer's projections."""
 
-    def __init__(self, refs, b, h, epsilon):
-        self.refs, self.place, self.head, self.epsilon = refs, (b, h), h, epsilon
+    def __init__(self, refs, b, h, bound, epsilon):
+        self.refs, self.place, self.head = refs, (b, h), h
+        self.bound, self.epsilon = bound, epsilon
 
         def gate(x, bias):
             return mosaic.sigmoid(x[b, h].astype(f32) + bias[h].astype(f32))
@@ -92,7 +94,7 @@ class _Made(step.Given):
         return token.unit(super().key_by_column(layout))
 
     def ridge(self, layout):
-        return load(self.refs.lamb.at[self.head], layout)
+        return token.softplus(load(self.refs.lambda_params.at[self.head], layout)) + self.bound
 
     def output(self, o, layout):
         o = token.normed(o, load(self.refs.norm_scale, layout), self.epsilon)
