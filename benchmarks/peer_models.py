@@ -31,6 +31,7 @@ def main(argv=None):
     options = parse(argv)
     start = time.monotonic()
     report = side_by_side.Report(options.out, KEYS, "peer_models", argv, options.add)
+    shares = side_by_side.Shares(options.share)
     for precision in options.precision:
         for mixer in options.mixers:
             if options.limit is not None and time.monotonic() - start > options.limit:
@@ -38,6 +39,8 @@ def main(argv=None):
                 continue
             row = dict(mixer=mixer, precision=precision)
             row |= dict(length=options.length, batch=options.batch)
+            if report.find(row) is not None or not shares.take(mixer, precision):
+                continue
             show(report.measure(row, train(mixer, precision, options)), time.monotonic() - start)
     return 1 if report.failed else 0
 
@@ -56,8 +59,7 @@ def parse(argv):
     add("--batch", type=int, default=16, help="windows in a step")
     add("--steps", type=int, default=40)
     add("--limit", type=float, help="start no case after so many seconds")
-    help = "results to copy into --out first, as those of language_model in the same run"
-    add("--add", nargs="*", default=(), metavar="FILE", help=help)
+    side_by_side.add_pieces(add)
     add("--out", help="write JSON to this file, after every case; its other rows stay")
     options = made.parse_args(argv)
     options.mixers, options.precision = options.mixers.split(","), options.precision.split(",")

@@ -1,5 +1,6 @@
 """Settings of the whole suite; they must be made before JAX starts a backend."""
 
+import atexit
 import functools
 import gc
 import importlib.util
@@ -153,6 +154,13 @@ def _rank(nodeid, config):
 
 def _has_gpu():
     return any(device.platform == "gpu" for device in jax.devices())
+
+
+def pytest_sessionfinish():
+    """pytest now looks for garbage ten times over, each time through all that is there. After it
+    what was frozen must be free to go, or Triton's bindings say that it leaks."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 # Each compiled program keeps dozens of memory mappings; Linux allows a process 65530, and then
