@@ -1,5 +1,6 @@
 """The text, the models and the bookkeeping of benchmarks.quality, without training."""
 
+import fcntl
 import functools
 import json
 from concurrent.futures import Future
@@ -348,12 +349,21 @@ def test_tables_say_what_was_found(tmp_path):
     assert "| `kda` | 500,000 | 250,000 | 2.00 | 30.0 | 40.0 | 118.0 | 118.0 |" in peers
 
 
-def test_peers_are_put_beside_ours(tmp_path, capsys):
+def test_peers_are_put_beside_ours(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     made_up.write(tmp_path)
     ours, out = tmp_path / "peer_models.json", tmp_path / "out.json"
     options = ["--add", str(ours), "--out", str(out)]
     assert peer_models.main([*options, "--limit", "0"]) == 0  # PyTorch is not needed so far
     assert json.loads(out.read_text()) == json.loads(ours.read_text())
+    # Of two GPUs there is a row of its own, which no table has beside fla's.
+    report = side_by_side.Report(str(out), peer_models.KEYS, "peer_models", [])
+    report.keep(report.rows[0] | dict(gpus=2, tokens_per_s=9e5))
+    out.rename(ours)
+    assert "| `kda` | 500,000 |" in quality_tables.peer_models(tmp_path)
+    with peer_models.turn(tmp_path), open(tmp_path / "gpu_") as file:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with pytest.raises(SystemExit):
         peer_models.parse(["--precision", "float8"])
     assert "unknown float8; known: bfloat16, autocast" in capsys.readouterr().err
