@@ -8,7 +8,8 @@ most LARGEST: then so are those of all j <= i. The other rows take the tree of d
 
 Which way a row goes thus depends on no later token, and a row's value is the same to the bit
 whatever the rest of its chunk does. A chunk without far rows skips the tree: a branch for each
-chunk (`some_far`), and in a chunk that has some, a selection for each row (`near`).
+chunk (`some_far`). In a chunk that has some, both ways are added, each with the other's rows (`near`)
+zero in its operand.
 
 A block is 16, 32 or 64 tokens. Spans are in base 2, as `chunks.decay_operand` makes them.
 """
@@ -19,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common import chunks, mosaic
 from jla.pallas.common.chunks import CHUNK
-from jla.pallas.common.mosaic import f16, f32, per_row, product
+from jla.pallas.common.mosaic import f16, f32, product
 from jla.pallas.common.tiles import over_tiles
 
 # exp(-G) is at most 2**64: another 2**63 are left to what it is multiplied by before float32
@@ -27,14 +28,18 @@ from jla.pallas.common.tiles import over_tiles
 LARGEST = 64.0
 
 
-def up_to(dtype, size=CHUNK, *, strict=False):
+def up_to(dtype, size=CHUNK, *, strict=False, rows=None):
     """[i, j]: 1.0 if j is in i's block, and j <= i, or j < i; else 0.0. An operand, or a factor.
 
-    The pairs of a block; and of which tokens the decays from the block's start to i are.
+    The pairs of a block; and of which tokens the decays from the block's start to i are. `rows`:
+    None, or which rows i have any, bools of layout PER_ROW.
     """
     i = _tokens()
     start = None if size == CHUNK else i - lax.bitwise_and(i, jnp.full_like(i, size - 1))
-    return mosaic.interval_operand(start, i if strict else i + 1, CHUNK, dtype)
+    end = i if strict else i + 1
+    if rows is not None:
+        end = jnp.where(rows, end, 0)
+    return mosaic.interval_operand(start, end, CHUNK, dtype)
 
 
 def from_on(dtype, *, strict=False):
@@ -43,15 +48,38 @@ def from_on(dtype, *, strict=False):
     return mosaic.interval_operand(i + 1 if strict else i, None, CHUNK, dtype)
 
 
+def diagonal(dtype):
+    """[i, j]: 1.0 if i = j, else 0.0."""
+    i = _tokens()
+    return mosaic.interval_operand(i, i + 1, CHUNK, dtype)
+
+
 def level_decays(level, log_decays):
     """The decays of `chunks.level_decay_mask`, [64, 64] float32."""
-    i = _tokens()
-    half = jnp.broadcast_to(lax.shift_left(jnp.int32(1), jnp.int32(level)), i.shape)
-    middle = lax.bitwise_and(i, -half)
-    right = lax.bitwise_and(i, half) != 0
+    i, half, middle, right = _halves(level)
     start = jnp.where(right, middle, i + 1)
     end = jnp.where(right, i + 1, middle + half)
     return chunks.decays(mosaic.interval_operand(start, end, CHUNK, f16), log_decays)
+
+
+def level_pairs(level, dtype):
+    """[i, j]: 1.0 if `chunks.level_pairs` is true, else 0.0."""
+    _, half, first, right = _halves(level)
+    end = jnp.where(right, first, first - half)
+    return mosaic.interval_operand(first - half, end, CHUNK, dtype)
+
+
+def before_half(level, dtype):
+    """[i, j]: 1.0 if j lies before the half block of i, else 0.0."""
+    *_, first, _ = _halves(level)
+    return mosaic.interval_operand(None, first, CHUNK, dtype)
+
+
+def _halves(level):
+    """Token numbers, a half block's length, the half's first token, whether it is a right half."""
+    i = _tokens()
+    half = jnp.broadcast_to(lax.shift_left(jnp.int32(1), jnp.int32(level)), i.shape)
+    return i, half, lax.bitwise_and(i, -half), lax.bitwise_and(i, half) != 0
 
 
 def _tokens():
@@ -82,12 +110,12 @@ def lowest(tiles):
     return over_tiles(jnp.minimum, [jnp.min(x, axis=1) for x in tiles])
 
 
-def near(lowest, columns=CHUNK, largest=LARGEST):
-    """[i, j]: whether row i takes the factors: its own span is at most `largest`.
+def near(lowest, largest=LARGEST):
+    """[i]: whether row i takes the factors: its own span is at most `largest`.
 
     False where a log decay is NaN.
     """
-    return per_row(lowest, columns) >= -largest
+    return lowest >= -largest
 
 
 def lowest_of_blocks(size=CHUNK):

@@ -117,8 +117,8 @@ Pass = collections.namedtuple("Pass", "x y w states gradients rows_too")
 
 def fit_together(passes):
     """Whether one launch of `chunk_gradients` can take all the passes."""
-    slots_are_one_tile = passes[0].w.shape[-1] == TILE_WIDTH
-    return slots_are_one_tile and all(x.y.shape[-1] <= slots.PART for x in passes)
+    widths = {x.y.shape[-1] for x in passes}
+    return passes[0].w.shape[-1] == TILE_WIDTH and len(widths) == 1 and max(widths) <= slots.PART
 
 
 def chunk_gradients(passes, s, decay_operand):
@@ -157,12 +157,10 @@ def chunk_gradients(passes, s, decay_operand):
     B, T, HQ, D = passes[0].x.shape
     H, M = s.shape[2:]
     N, m_tiles = -(-T // CHUNK), M // TILE_WIDTH
-    parts, _ = slots.parts(D)
-    tiles = [slots.parts(x.y.shape[-1])[1] for x in passes]
-    d_tiles = max(tiles)
+    parts, d_tiles = slots.parts(D)
     x, y, w, states, gradients, rows_too = (list(x) for x in zip(*passes, strict=True))
     out = scratch.kernel(
-        functools.partial(_gradients_body, group=HQ // H, parts=parts, tiles=tiles),
+        functools.partial(_gradients_body, group=HQ // H, parts=parts),
         inputs=dict(
             **dict(x=x, y=y, w=w, s=s, decay_operand=decay_operand),
             **dict(states=states, gradients=gradients),
@@ -174,23 +172,22 @@ def chunk_gradients(passes, s, decay_operand):
             dg=SDS((B, N * CHUNK, HQ * parts, M), f32),
         ),
         scratch=dict(
-            sx=smem_tiles(d_tiles),  # x, then dx
-            sy=smem_tiles(d_tiles),  # y, then dy
-            sw=smem_tiles(m_tiles),  # w, then w exp(G)
-            ss=smem_tiles(m_tiles),  # s exp(-G); or s, if the chunk has far rows
-            sg=smem_tiles(m_tiles, dtype=f16),  # of `decay_operand`
-            kept=smem_tiles(m_tiles),  # s exp(G_end - G)
-            sstates=[smem_tiles(m_tiles) for _ in range(d_tiles)],
-            sgradients=[smem_tiles(m_tiles) for _ in range(d_tiles)],
-            pairs=mosaic.tile(CHUNK, CHUNK),  # the products of x and y, then A
-            work=mosaic.tile(CHUNK, TILE_WIDTH),
-            more=mosaic.tile(CHUNK, TILE_WIDTH) if m_tiles > 1 else None,
+            sx=smem_tiles(d_tiles, 1),  # x, then dx
+            sy=smem_tiles(d_tiles, 1),  # y, then dy
+            sw=smem_tiles(m_tiles, 1),  # w, then w exp(G)
+            ss=smem_tiles(m_tiles, 1),  # s exp(-G); or s, if the chunk has far rows
+            sg=smem_tiles(m_tiles, 1, dtype=f16),  # of `decay_operand`
+            kept=smem_tiles(m_tiles, 1),  # s exp(G_end - G)
+            sstates=[smem_tiles(m_tiles, 1) for _ in range(d_tiles)],
+            sgradients=[smem_tiles(m_tiles, 1) for _ in range(d_tiles)],
+            pairs=mosaic.tile(CHUNK, CHUNK, 1),  # the products of x and y, then A
+            work=mosaic.tile(CHUNK, TILE_WIDTH, 1),
+            more=mosaic.tile(CHUNK, TILE_WIDTH, 1) if m_tiles > 1 else None,
+            nothing=plgpu.SMEM((1,), jnp.int32),
             lowest=blocks.lowest_of_blocks(),
             near=barrier_for(dict(decay_operand=m_tiles, s=m_tiles)),
-            tokens_loaded=[barrier_for(dict(x=d, y=d, w=m_tiles)) for d in tiles],
-            states_loaded=[
-                barrier_for(dict(states=d * m_tiles, gradients=d * m_tiles)) for d in tiles
-            ],
+            tokens_loaded=barrier_for(dict(x=d_tiles, y=d_tiles, w=m_tiles)),
+            states_loaded=barrier_for(dict(states=d_tiles * m_tiles, gradients=d_tiles * m_tiles)),
         ),
         automatic_barriers=False,
         reductions_cross_warps=False,
@@ -205,67 +202,115 @@ def chunk_gradients(passes, s, decay_operand):
 Sums = collections.namedtuple("Sums", "dg ds end")
 
 
-def _gradients_body(refs, *, group, parts, tiles):
+def _gradients_body(refs, *, group, parts):
     b, n, head, part = (lax.axis_index(name) for name in ("b", "n", "h", "part"))
     rows, h = pl.ds(n * CHUNK, CHUNK), lax.div(head, group)
-    m_tiles = len(refs.sg)
-    out_head = head * parts + part
+    d_tiles, m_tiles, passes = len(refs.sx), len(refs.sg), len(refs.x)
+    tiles = refs  # before `_afresh`
 
     def of_first_head(x):
         """What the states give counts for a group's first query head."""
         return mosaic.where(lax.rem(head, group) == 0, x) if group > 1 else x
 
-    def tokens(number):
-        for i in range(tiles[number]):
-            at = columns(part * tiles[number] + i)
-            yield refs.x[number].at[b, rows, head, at], refs.sx[i]
-            yield refs.y[number].at[b, rows, h, at], refs.sy[i]
-        for m in range(m_tiles):
-            yield refs.w[number].at[b, rows, head, columns(m)], refs.sw[m]
-
-    def states(number):
-        for i in range(tiles[number]):
-            at = columns(part * tiles[number] + i)
-            for m in range(m_tiles):
-                yield refs.states[number].at[b, h, n, at, columns(m)], refs.sstates[i][m]
-                yield refs.gradients[number].at[b, h, n, at, columns(m)], refs.sgradients[i][m]
-
     def fetch_tokens(number):
-        fetch_each(tokens(number), refs.tokens_loaded[number])
+        def copies():
+            for i in range(d_tiles):
+                at = columns(part * d_tiles + i)
+                yield refs.x[number].at[b, rows, head, at], refs.sx[i]
+                yield refs.y[number].at[b, rows, h, at], refs.sy[i]
+            for m in range(m_tiles):
+                yield refs.w[number].at[b, rows, head, columns(m)], refs.sw[m]
+
+        fetch_each(copies(), refs.tokens_loaded)
 
     def fetch_states(number):
-        fetch_each(states(number), refs.states_loaded[number])
+        def copies():
+            for i in range(d_tiles):
+                at = columns(part * d_tiles + i)
+                for m in range(m_tiles):
+                    of_tile = b, h, n, at, columns(m)
+                    yield refs.states[number].at[of_tile], refs.sstates[i][m]
+                    yield refs.gradients[number].at[of_tile], refs.sgradients[i][m]
 
+        fetch_each(copies(), refs.states_loaded)
+
+    def send(number, i):
+        at = b, rows, head, columns(part * d_tiles + i)
+        plgpu.copy_smem_to_gmem(refs.sy[i], refs.dy[number].at[at])
+        if refs.dx[number] is not None:
+            plgpu.copy_smem_to_gmem(refs.sx[i], refs.dx[number].at[at])
+
+    def step(number, sums):
+        plgpu.barrier_wait(refs.tokens_loaded)
+        _put_pairs(_afresh(tiles), far)
+        plgpu.barrier_wait(refs.states_loaded)
+        sums = list(sums)
+        for m in range(m_tiles):
+            sums[m] = _slot_sums(tiles, m, far, of_first_head, sums[m])
+            if passes == 1:
+                _finish(_afresh(tiles), m, sums[m], far, of_first_head, place(m))
+        _put_a(_afresh(tiles), far)
+        for i in range(d_tiles):
+            _put_features(_afresh(tiles), i)
+            _of_number(number, passes, functools.partial(send, i=i))
+        return tuple(sums)
+
+    def more(number, sums):
+        sums = step(number, sums)
+
+        @pl.when(number + 1 < passes)
+        def _():
+            for following in range(1, passes):
+                pl.when(number + 1 == following)(functools.partial(fetch_states, following))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.commit_smem()
+            for following in range(1, passes):
+                pl.when(number + 1 == following)(functools.partial(fetch_tokens, following))
+
+        return sums
+
+    def place(m):
+        return b, rows, head * parts + part, columns(m)
+
+    refs.nothing[0] = 0
+    plgpu.commit_smem()
+    refs = _afresh(tiles)
     slots.fetch_near(refs, (b, rows, h))
     fetch_tokens(0)
     fetch_states(0)
-    far = _put_writes(refs, of_first_head)
-    sums = [None] * m_tiles
-    for number, d_tiles in enumerate(tiles):
-        one = _of_pass(refs, number, d_tiles)
-        plgpu.barrier_wait(refs.tokens_loaded[number])
-        _put_pairs(one, far)
-        plgpu.barrier_wait(refs.states_loaded[number])
-        last = number + 1 == len(tiles)
-        for m in range(m_tiles):
-            sums[m] = _slot_sums(one, m, far, of_first_head, sums[m])
-            if last:
-                place = b, rows, out_head, columns(m)
-                _finish(refs, m, sums[m], far, of_first_head, place)
-        _put_a(one, far)
-        _put_features(one, number, part, (b, rows, head))
-        if not last:
-            fetch_states(number + 1)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.commit_smem()
-            fetch_tokens(number + 1)
+    far = _put_writes(_afresh(tiles), of_first_head)
+    zero = mosaic.zeros((CHUNK, TILE_WIDTH), WGMMA_LAYOUT)
+    sums = (Sums(zero, zero, zero),) * m_tiles
+    if passes == 1:
+        step(0, sums)
+    else:
+        (sums,) = lax.fori_loop(0, passes, more, sums)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        _finish(_afresh(tiles), 0, sums, far, of_first_head, place(0))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _of_pass(refs, number, d_tiles):
-    """The refs of one pass: its tiles, and its arrays instead of all passes'."""
-    tiles = {name: getattr(refs, name)[:d_tiles] for name in ("sx", "sy", "sstates", "sgradients")}
-    return refs._replace(**tiles, dx=refs.dx[number], dy=refs.dy[number])
+def _of_number(number, passes, function):
+    """function(number), for a number that may be traced."""
+    if passes == 1:
+        return function(number)
+    for i in range(passes):
+        pl.when(number == i)(functools.partial(function, i))
+
+
+TILES = "sx sy sw ss sg kept sstates sgradients pairs work more".split()
+
+
+def _afresh(refs):
+    """The same tiles, whose addresses are computed again from here on, and not kept in registers."""
+    zero = refs.nothing[0]
+
+    def at(x):
+        if isinstance(x, list | tuple):
+            return type(x)(map(at, x))
+        return None if x is None else x.at[zero]
+
+    return refs._replace(**{name: at(getattr(refs, name)) for name in TILES})
 
 
 def _put_writes(refs, of_first_head):
@@ -303,6 +348,11 @@ def _put_pairs(refs, far):
 
 def _slot_sums(refs, m, far, of_first_head, before):
     """1. and 3. The sums of slot tile m, added to those of the passes before."""
+    tiled = refs
+    refs = _afresh(tiled)
+    if m:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # ds of the slot tile before
+        plgpu.commit_smem()
     sw, ss, sg, work = refs.sw[m], refs.ss[m], refs.sg[m], refs.work
     states = [(x, state[m]) for x, state in zip(refs.sx, refs.sstates, strict=True)]
 
@@ -321,13 +371,14 @@ def _slot_sums(refs, m, far, of_first_head, before):
         return w * dw - load(ss) * ds, ds + w * per_row(own, TILE_WIDTH)
 
     signed, ds = lax.cond(far, exactly, by_factors)
+    refs = _afresh(tiled)
+    work, sg = refs.work, refs.sg[m]
     second = _second(refs)
     plgpu.commit_smem()
     work[...], second[...] = mosaic.split(signed)  # the cumsum cancels, and so needs 16 bits
     plgpu.commit_smem()
     onwards = blocks.from_on(bf16)
-    dg = None if before is None else before.dg
-    dg = product((onwards, work), (onwards, second), init=dg)
+    dg = product((onwards, work), (onwards, second), init=before.dg)
     carried = _carried(refs.sstates, refs.sgradients, m)
     everywhere = chunks.everywhere()
     carried *= jnp.exp2(product((chunks.mask_operand(everywhere), sg)))
@@ -336,8 +387,7 @@ def _slot_sums(refs, m, far, of_first_head, before):
     plgpu.commit_smem()
     dg = product((chunks.mask_operand(everywhere, bf16), work), init=dg)
     gradients = [(y, gradient[m]) for y, gradient in zip(refs.sy, refs.sgradients, strict=True)]
-    end = product(*gradients, init=None if before is None else before.end)
-    return Sums(dg, ds if before is None else before.ds + ds, end)
+    return Sums(dg, before.ds + ds, product(*gradients, init=before.end))
 
 
 def _second(refs):
@@ -354,9 +404,10 @@ def _put_a(refs, far):
         refs.pairs[...] = a.astype(bf16) * blocks.up_to(bf16)
 
     def exactly():
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # ds
         a = slots.scores_exactly(refs.sw, refs.ss, refs.sg, refs.work)
         plgpu.commit_smem()
-        refs.pairs[...] = a.astype(bf16)
+        refs.pairs[...] = a
         for w, g in zip(refs.sw, refs.sg, strict=True):
             w[...] = (load(w) * blocks.reads(blocks.decays_so_far(g))).astype(bf16)
 
@@ -364,24 +415,19 @@ def _put_a(refs, far):
     plgpu.commit_smem()
 
 
-def _put_features(refs, number, part, place):
-    """2. dx (if wanted) and dy, by way of the tiles of x and y."""
-    d_tiles, slot_tiles = len(refs.sx), range(len(refs.sg))
-    for i in range(d_tiles):
-        at = (*place, columns(part * d_tiles + i))
-        end = ((refs.kept[m], refs.sgradients[i][m].T) for m in slot_tiles)
-        dy = product((refs.pairs.T, refs.sx[i]), *end).astype(bf16)
-        if refs.dx is not None:
-            start = ((refs.sw[m], refs.sstates[i][m].T) for m in slot_tiles)
-            dx = product((refs.pairs, refs.sy[i]), *start).astype(bf16)
-        plgpu.commit_smem()  # all warps are done with the tiles
-        refs.sy[i][...] = dy
-        if refs.dx is not None:
-            refs.sx[i][...] = dx
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(refs.sy[i], refs.dy.at[at])
-        if refs.dx is not None:
-            plgpu.copy_smem_to_gmem(refs.sx[i], refs.dx.at[at])
+def _put_features(refs, i):
+    """2. dx (if wanted) and dy of feature tile i, in the places of x and y."""
+    slot_tiles, rows_too = range(len(refs.sg)), any(x is not None for x in refs.dx)
+    end = ((refs.kept[m], refs.sgradients[i][m].T) for m in slot_tiles)
+    dy = product((refs.pairs.T, refs.sx[i]), *end).astype(bf16)
+    if rows_too:
+        start = ((refs.sw[m], refs.sstates[i][m].T) for m in slot_tiles)
+        dx = product((refs.pairs, refs.sy[i]), *start).astype(bf16)
+    plgpu.commit_smem()  # all warps are done with the tiles
+    refs.sy[i][...] = dy
+    if rows_too:
+        refs.sx[i][...] = dx
+    plgpu.commit_smem()
 
 
 def _finish(refs, m, sums, far, of_first_head, place):
@@ -392,7 +438,6 @@ def _finish(refs, m, sums, far, of_first_head, place):
     after = of_first_head(chunks.decays(blocks.from_on(f16, strict=True), sg))
     so_far = mosaic.where(~far, blocks.decays_so_far(sg))
     ds = sums.ds * blocks.writes(so_far) + sums.end * after
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # ds of the slot tile before
     plgpu.commit_smem()
     work[...] = ds.astype(bf16)
     plgpu.commit_smem()

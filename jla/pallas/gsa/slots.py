@@ -60,8 +60,8 @@ def fetch_near(refs, place):
     fetch_each(copies(), refs.near)
 
 
-# exp(G) of each slot tile, the lowest G of each row, and whether there are far rows.
-Decays = collections.namedtuple("Decays", "before lowest far")
+# exp(G) of each slot tile, which rows are near, and whether the others are any.
+Decays = collections.namedtuple("Decays", "before near some_far")
 
 
 def put_writes(refs):
@@ -72,7 +72,7 @@ def put_writes(refs):
         tile[...] = (load(s) * blocks.writes(x)).astype(bf16)
     lowest = blocks.lowest(so_far)
     far = blocks.some_far(lowest, refs.lowest)  # commits the writes, too
-    return Decays([blocks.reads(x) for x in so_far], lowest, far)
+    return Decays([blocks.reads(x) for x in so_far], blocks.near(lowest), far)
 
 
 def products(fetch, loaded, parts, rows, keys, states):
@@ -106,21 +106,19 @@ def read(scores, reads, decays, refs, work):
       scores: [64, 64] float32. reads: float32, of each slot tile.
       decays: from `put_writes`. work: an SMEM tile that far rows take.
     """
-    earlier = scores.astype(bf16) * blocks.up_to(bf16)
+    scores = scores.astype(bf16)
+    earlier = scores * blocks.up_to(bf16, rows=decays.near)
+    reads = tuple(
+        before * product((earlier, tile), init=x)
+        for before, tile, x in zip(decays.before, refs.writes, reads, strict=True)
+    )
 
-    def by_factors():
-        return tuple(
-            before * product((earlier, tile), init=x)
-            for before, tile, x in zip(decays.before, refs.writes, reads, strict=True)
-        )
+    def with_far():
+        far = scores * _far_rows(decays)
+        tiles = zip(reads, refs.ss, refs.sg, strict=True)
+        return tuple(_read_exactly(far, x, s, g, work) for x, s, g in tiles)
 
-    def by_both():
-        near = by_factors()
-        tiles = zip(reads, decays.before, refs.ss, refs.sg, strict=True)
-        far = (_read_exactly(scores, x * before, s, g, work) for x, before, s, g in tiles)
-        return _selected(decays, near, far)
-
-    return lax.cond(decays.far, by_both, by_factors)
+    return lax.cond(decays.some_far, with_far, lambda: reads)
 
 
 def scores(w, decayed, decays, refs, work):
@@ -128,24 +126,20 @@ def scores(w, decayed, decays, refs, work):
 
     decays, work: as `read` takes them.
     """
+    total = product(*((x, tile.T) for x, tile in zip(decayed, refs.writes, strict=True)))
+    near = total.astype(bf16) * blocks.up_to(bf16, rows=decays.near)
 
-    def by_factors():
-        pairs = zip(decayed, refs.writes, strict=True)
-        total = product(*((x, tile.T) for x, tile in pairs))
-        return total.astype(bf16) * blocks.up_to(bf16)
-
-    def by_both():
-        near = by_factors()
+    def with_far():
+        far = _far_rows(decays)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # `work` may be on its way out
-        far = scores_exactly(w, refs.ss, refs.sg, work).astype(bf16)
-        return _selected(decays, (near,), (far,))[0]
+        return near + scores_exactly([x * far for x in w], refs.ss, refs.sg, work)
 
-    return lax.cond(decays.far, by_both, by_factors)
+    return lax.cond(decays.some_far, with_far, lambda: near)
 
 
-def _selected(decays, near, far):
-    is_near = blocks.near(decays.lowest)
-    return tuple(jnp.where(is_near, x, y) for x, y in zip(near, far, strict=True))
+def _far_rows(decays):
+    """[i, m]: 1.0 in far rows, 0.0 in near ones."""
+    return per_row(jnp.where(decays.near, 0.0, 1.0).astype(bf16), TILE_WIDTH)
 
 
 def put_level(level, s, g, work):
@@ -160,20 +154,20 @@ def put_level(level, s, g, work):
 
 def _read_exactly(scores, reads, s, g, work):
     """Adds sum_j scores[i, j] s_j exp(G_i - G_j), j <= i, to `reads`, of one slot tile."""
-    own = jnp.where(chunks.diagonal(), scores, 0.0).astype(bf16)
 
     def level_step(level, reads):
         put_level(level, s, g, work)
-        pairs = jnp.where(chunks.level_pairs(level), scores, 0.0).astype(bf16)
+        pairs = scores * blocks.level_pairs(level, bf16)
         return reads + load(work) * product((pairs, work))
 
+    own = scores * blocks.diagonal(bf16)
     reads = lax.fori_loop(0, LEVELS, level_step, product((own, s), init=reads))
     plgpu.commit_smem()
     return reads
 
 
 def scores_exactly(w, writes, log_decays, work):
-    """A, [64, 64] float32, from w, bf16 values of each slot tile (or SMEM tiles of them).
+    """A, [64, 64] bf16, from w, bf16 values of each slot tile, or SMEM tiles of them.
 
     A level also writes the pairs of tokens that are further apart than its blocks, and what it
     writes there is overwritten by the level that they belong to; what j > i holds is zero.
@@ -183,9 +177,10 @@ def scores_exactly(w, writes, log_decays, work):
         def level_step(level, scores):
             put_level(level, s, g, work)
             rows = _value(w) * plgpu.load(work, layout=WGMMA_LAYOUT)
-            return jnp.where(chunks.before_half(level), product((rows, work.T)), scores)
+            earlier = blocks.before_half(level, bf16)
+            return product((rows, work.T)).astype(bf16) * earlier + scores * (1 - earlier)
 
-        own = jnp.where(chunks.diagonal(), product((w, s.T)), 0.0)
+        own = product((w, s.T)).astype(bf16) * blocks.diagonal(bf16)
         return lax.fori_loop(0, LEVELS, level_step, own)
 
     tiles = zip(w, writes, log_decays, strict=True)
