@@ -22,7 +22,7 @@ Place = collections.namedtuple("Place", "b n rows h key_head")
 
 def chunk_gradients(
     q, k, v, decay_operand, beta, do, states, gradients, inverse, a, aq, decay, levels,
-    *, scale,
+    norms=None, *, scale,
 ):  # fmt: skip
     """Gradients of one chunk's inputs, given the state S before it and dS, the gradient after it.
 
@@ -65,7 +65,7 @@ def chunk_gradients(
         inputs=dict(
             **dict(q=q, k=k, v=v, decay_operand=decay_operand, beta=beta),
             **dict(do=do, states=states, gradients=gradients),
-            **dict(inverse=inverse, a=a, aq=aq, decay=decay, levels=levels),
+            **dict(inverse=inverse, a=a, aq=aq, decay=decay, levels=levels, norms=norms),
         ),
         outputs=dict(
             dq=keys,
@@ -74,7 +74,8 @@ def chunk_gradients(
             dg=SDS((B, TP, HV, K), f32),
             dbeta=SDS((B, HV, warpgroups, TP), f32),
         ),
-        scratch=_scratch(K, V, warpgroups),
+        scratch=_scratch(K, V, warpgroups, norms is not None),
+        reductions_cross_warps=False,
         grid=(B, N, HV),
         grid_names=("b", "n", "h"),
         num_threads=warpgroups,
@@ -83,7 +84,7 @@ def chunk_gradients(
     return tuple(out)
 
 
-def _scratch(K, V, warpgroups):
+def _scratch(K, V, warpgroups, normalize):
     loads = ("q", "k", "v", "do", "states", "gradients", "inverse", "a", "aq")
     return dict(
         sq=mosaic.tile(CHUNK, K),  # q, then dq
@@ -102,6 +103,7 @@ def _scratch(K, V, warpgroups):
         written=mosaic.tile(CHUNK, V),  # beta E
         loaded=barrier_for(dict.fromkeys(loads, 1) | dict(decay_operand=K // TILE_WIDTH)),
         shared=plgpu.Barrier(num_arrivals=warpgroups),
+        dots=plgpu.SMEM((warpgroups, 2, CHUNK), f32) if normalize else None,
     )
 
 
@@ -119,6 +121,9 @@ def _body(refs, *, group, scale, warpgroups):
     number = refs.levels[b, h, n]
     plgpu.barrier_wait(refs.loaded)
 
+    factors = None
+    if refs.norms is not None:
+        factors = _normalize(refs, key_columns, refs.norms.at[b, h, :, place.rows])
     beta = load(refs.beta.at[b, h, place.rows], PER_ROW, optimized=False)
     beta = per_row(beta, TILE_WIDTH)
     earlier = chunks.mask_operand(chunks.up_to())
@@ -137,7 +142,7 @@ def _body(refs, *, group, scale, warpgroups):
     store(refs.sdv, refs.dv.at[b, place.rows, h])
     gradients_of_keys(
         refs, tiles, refs.decay.at[b, h, n], refs.dg.at[b, place.rows, h], wg, meet, number,
-        scale=scale, warpgroups=warpgroups,
+        factors, scale=scale, warpgroups=warpgroups,
     )  # fmt: skip
     meet()
     store(refs.sq, refs.dq.at[b, place.rows, h])
@@ -177,6 +182,17 @@ def meet_at(barrier, warpgroups):
     if warpgroups > 1:
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
+
+
+def _normalize(refs, columns, norms):
+    """Multiplies q and k by what `prepare` did; returns these factors, by rows."""
+    factors = []
+    for i, x in enumerate((refs.sq, refs.sk)):
+        factors.append(load(norms.at[i], PER_ROW, optimized=False))
+        for s in columns:
+            tile = x.at[:, s]
+            tile[...] = (load(tile) * per_row(factors[i], TILE_WIDTH)).astype(bf16)
+    return factors
 
 
 def _decay_keys(refs, tiles, earlier, later):

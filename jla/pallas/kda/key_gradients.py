@@ -18,11 +18,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common import chunks, mosaic
 from jla.pallas.common.chunks import BLOCK_LEVELS, CHUNK, LEVELS, TILE_WIDTH
-from jla.pallas.common.mosaic import PER_COLUMN, WGMMA_LAYOUT, bf16, load, per_column, per_row
+from jla.pallas.common.mosaic import (
+    PER_COLUMN,
+    PER_ROW,
+    WGMMA_LAYOUT,
+    bf16,
+    load,
+    per_column,
+    per_row,
+)
 
 
 def gradients_of_keys(
-    refs, tiles, decay_ref, dg_ref, wg, meet, number, *, scale, warpgroups
+    refs, tiles, decay_ref, dg_ref, wg, meet, number, factors=None, *, scale, warpgroups
 ):  # fmt: skip
     """Turns the SMEM tiles of queries and keys into dq and dk, and stores dg: equations 3 to 7.
 
@@ -32,6 +40,8 @@ def gradients_of_keys(
       decay_ref, dg_ref: of this chunk and of the columns that `tiles` counts from.
       wg: this warpgroup's number. meet: awaits the other one.
       number: how many levels of scores there are inside blocks, see `prepare`.
+      factors: by what q and k, rows of one tile of each warpgroup, have been multiplied to be
+        normalised, or None.
     """
     _score_gradients(refs, wg, scale, warpgroups)
     meet()
@@ -58,8 +68,27 @@ def gradients_of_keys(
         # The scores' diagonal, which knows no decay.
         diagonal = jnp.where(chunks.diagonal(), load(refs.saq), 0.0).sum(axis=1)
         diagonal = per_row(diagonal, TILE_WIDTH)
-        refs.sq.at[:, s][...] = (dq + diagonal * keys).astype(bf16)
-        refs.sk.at[:, s][...] = (dk + diagonal * queries).astype(bf16)
+        made = (queries, dq + diagonal * keys), (keys, dk + diagonal * queries)
+        if factors is not None:
+            made = list(_of_raw(made, factors, refs.dots, wg, meet))
+        for ref, (_, gradient) in zip((refs.sq, refs.sk), made, strict=True):
+            ref.at[:, s][...] = gradient.astype(bf16)
+
+
+def _of_raw(made, factors, dots, wg, meet):
+    """The gradients of what was normalised: with r the factor, r (dx - x sum(x dx)).
+
+    The sums are over the columns of all warpgroups.
+    """
+    for i, (x, gradient) in enumerate(made):
+        dots.at[wg, i][...] = (x * gradient).sum(axis=1)
+    meet()
+    for i, (x, gradient) in enumerate(made):
+        dot = load(dots.at[0, i], PER_ROW, optimized=False)
+        for other in range(1, dots.shape[0]):
+            dot += load(dots.at[other, i], PER_ROW, optimized=False)
+        dot, factor = (per_row(y, TILE_WIDTH) for y in (dot, factors[i]))
+        yield x, (gradient - x * dot) * factor
 
 
 def _score_gradients(refs, wg, scale, warpgroups):

@@ -10,14 +10,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common import chunks, mosaic, scratch
 from jla.pallas.common.chunks import BLOCK_LEVELS, CHUNK, LEVELS, TILE_WIDTH
-from jla.pallas.common.mosaic import PER_COLUMN, WGMMA_LAYOUT, bf16, f16, f32, load, per_column
+from jla.pallas.common.mosaic import (
+    PER_COLUMN,
+    WGMMA_LAYOUT,
+    bf16,
+    f16,
+    f32,
+    load,
+    per_column,
+    per_row,
+)
 from jla.pallas.common.scratch import barrier_for, fetch, fetch_each
-from jla.pallas.common.tiles import columns
+from jla.pallas.common.tiles import columns, over_tiles
 
 SDS = jax.ShapeDtypeStruct
+EPSILON = 1e-6  # of `parts.l2norm`
 
 
-def prepare(q, k, v, decay_operand, beta, *, scale, keep, exact=True):
+def prepare(q, k, v, decay_operand, beta, *, scale, keep, exact=True, normalize=False):
     """Chunk-local part of KDA's forward pass.
 
     With G the cumulated log decays of the chunk:
@@ -48,7 +58,7 @@ def prepare(q, k, v, decay_operand, beta, *, scale, keep, exact=True):
     keys, values = SDS((B, TP, HV, K), bf16), SDS((B, TP, HV, V), bf16)
     squares = SDS((B, HV, N, CHUNK, CHUNK), bf16)
     out = scratch.kernel(
-        functools.partial(_body, group=HV // H, v_tiles=V // TILE_WIDTH, scale=scale, exact=exact),
+        functools.partial(_body, group=HV // H, scale=scale, exact=exact, normalize=normalize),
         inputs=dict(q=q, k=k, v=v, decay_operand=decay_operand, beta=beta),
         outputs=dict(
             **dict(query=keys, w=keys, u=values, kg=keys),
@@ -57,6 +67,7 @@ def prepare(q, k, v, decay_operand, beta, *, scale, keep, exact=True):
             inverse=squares if keep else None,
             a=squares if keep else None,
             levels=SDS((B, HV, N), jnp.int32) if keep else None,
+            norms=SDS((B, HV, 2, TP), f32) if keep and normalize else None,
         ),
         scratch=_scratch(K // TILE_WIDTH, V // TILE_WIDTH),
         automatic_barriers=False,
@@ -83,10 +94,10 @@ def _scratch(k_tiles, v_tiles):
 
 # The kernel awaits by hand (`commit_smem` is a barrier of the warpgroup, too) whatever it
 # overwrites in SMEM; Mosaic's own barriers, two for each store, would make it slower.
-def _body(refs, *, group, v_tiles, scale, exact):
+def _body(refs, *, group, scale, exact, normalize):
     b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
     rows = pl.ds(n * CHUNK, CHUNK)
-    k_tiles, keep = refs.sg.shape[0], refs.inverse is not None
+    k_tiles, v_tiles, keep = refs.sg.shape[0], refs.sv.shape[0], refs.inverse is not None
     spare = refs.work.at[max(k_tiles, 2)]
 
     def loads():
@@ -102,6 +113,12 @@ def _body(refs, *, group, v_tiles, scale, exact):
     fetch(dict(v=values, beta=(refs.beta.at[b, h, rows], refs.sbeta)), refs.v_loaded)
     plgpu.barrier_wait(refs.loaded)
 
+    if normalize:
+        for i, tiles in enumerate((refs.sq, refs.sk)):
+            factor = _normalize(tiles)
+            if refs.norms is not None:
+                refs.norms.at[b, h, i, rows][...] = factor
+        plgpu.commit_smem()
     # 1. A and Aq.
     a, aq, number = _scores(refs, k_tiles, exact)
     # The diagonal knows no decay.
@@ -132,6 +149,15 @@ def _body(refs, *, group, v_tiles, scale, exact):
         u = mosaic.product((inverse, refs.sv.at[i]))
         _put(refs.sk.at[i], u, refs.u.at[b, rows, h, columns(i)])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _normalize(tiles):
+    """Divides the rows of tiles by their lengths; returns by what they were multiplied."""
+    rows = [load(tiles.at[i]) for i in range(tiles.shape[0])]
+    factor = lax.rsqrt(over_tiles(jnp.add, [(x * x).sum(axis=1) for x in rows]) + EPSILON)
+    for i, x in enumerate(rows):
+        tiles.at[i][...] = (x * per_row(factor, TILE_WIDTH)).astype(bf16)
+    return factor
 
 
 def _put(tile, value, out):
@@ -207,8 +233,9 @@ def _block_scores(sq, sk, work, reading, sg, k_tiles, spans):
         reader, written = chunks.block_decays(sums)
         key = load(sk.at[i])
         work.at[i][...] = (key * written).astype(bf16)
-        reading.at[i][...] = (key * reader).astype(bf16)
-        queries.append((load(sq.at[i]) * reader).astype(bf16))
+        reader = reader.astype(bf16)
+        reading.at[i][...] = plgpu.load(sk.at[i], layout=WGMMA_LAYOUT) * reader
+        queries.append(plgpu.load(sq.at[i], layout=WGMMA_LAYOUT) * reader)
     plgpu.commit_smem()
     by_query = mosaic.product(*((x, work.at[i].T) for i, x in enumerate(queries)))
     pairs = chunks.block_pairs()
