@@ -265,10 +265,28 @@ def _kda_forward(q, k, v, source, beta, start, form):
     results = KDA["o"], _axes_of_state(start), *form.kept.values()
     o, state, *kept = shardwise(run, (*_INPUTS, *_axes_of(start)), results)(*inputs, *start)
     kept = tuple(map(checkpoint_name, kept, form.kept))
-    # The operand is smaller than the log decays, and is kept in their place; the projection that
-    # our kernel made it of is as small, and mostly kept anyhow.
-    source = (made,) if form.bounded is None else source
-    return (o, state), (q, k, v, source, beta, kept, len(start), start[1:])
+    return (o, state), (q, k, v, _source(source, made, form), beta, kept, len(start), start[1:])
+
+
+def _source(source, made, form):
+    """What is kept of the decays: log decays and the projection are there to be differentiated.
+
+    The operand is smaller than the log decays, and is kept in their place; the projection that
+    our kernel made it of is as small, and mostly kept anyhow. Where q and k are not kept twice, as
+    they are and normalised, there is room for both.
+    """
+    if form.bounded is None:
+        return (made,)
+    return (*source, made) if form.normalize else source
+
+
+def _decay_operand_kept(source, form):
+    """The operand, kept or made again, and the arguments that it was made of, if any."""
+    if form.bounded is None:
+        return *source, ()
+    if form.normalize:
+        return source[-1], source[:-1]
+    return _decay_operand(source, form.bounded), source
 
 
 def _kda_backward(form, residuals, cotangents):
@@ -281,8 +299,7 @@ def _kda_backward(form, residuals, cotangents):
 def _kda_gradients(form, q, k, v, source, beta, kept, do, dend, *, behind=(), spans=()):
     """The gradients of q, k, v, the source, beta and the state before; `behind` is what the tokens
     behind each piece do to the state's gradient, if it was made before. `spans` as in `_kda`."""
-    bounded = form.bounded
-    made = source[0] if bounded is None else _decay_operand(source, bounded)
+    made, source = _decay_operand_kept(source, form)
     run = functools.partial(_backward, form=form)
     state = _OF_PIECES if spans else _STATE
     axes = (*_INPUTS, *form.kept.values(), KDA["o"], state)
@@ -297,10 +314,10 @@ def _kda_gradients(form, q, k, v, source, beta, kept, do, dend, *, behind=(), sp
     # And so is that of a log decay, where value heads are parts of one.
     T, heads, features = made.shape[1:]
     dg = dg.reshape(*dg.shape[:2], heads, -1, dg.shape[3]).sum(3)[..., :features]
-    if bounded is None:
+    if form.bounded is None:
         by_source = (dg[:, :T],)
     else:
-        by_source = (*gate.gradients(*source, dg, bounded=bounded), None)
+        by_source = (*gate.gradients(*source, dg, bounded=form.bounded), None)
     return *gradients, dv, by_source, dbeta, start
 
 
@@ -332,8 +349,7 @@ def _kda_over_forward(q, k, v, source, beta, state, links, form, axis):
     out, kept, factors = _run_over(*arrays, form, axis, keep=True)
     kept = tuple(map(checkpoint_name, kept, form.kept))
     factors = checkpoint_name(factors, "kda_factors")
-    source = (made,) if form.bounded is None else source
-    return out, (q, k, v, source, beta, kept, factors, links)
+    return out, (q, k, v, _source(source, made, form), beta, kept, factors, links)
 
 
 def _run_over(q, k, v, g, beta, state, links, form, axis, *, keep):
