@@ -85,6 +85,33 @@ def in_interval(start, length, columns):
     return distance < per_row(length, columns)
 
 
+# A 16-bit float whose last place is one, with room for a token's number above and below it.
+_ONES = {f16: 0x6400 + 128, bf16: 0x4300 + 32}
+
+
+def interval_operand(start, end, columns, dtype):
+    """[i, j]: 1.0 where start[i] <= j < end[i], else 0.0, as an operand of `product` or a factor.
+
+    Of int32 vectors of layout PER_ROW, 0 to 64; `start` or `end` may be None for no bound. All of
+    it is arithmetic on pairs of 16-bit floats, two or three instructions for each, where a mask
+    takes five for each element and conversions (`in_interval`).
+    """
+
+    def exact(x):
+        return lax.bitcast_convert_type((x + _ONES[dtype]).astype(jnp.uint16), dtype)
+
+    column = lax.optimization_barrier(
+        exact(plgpu.broadcasted_iota(jnp.int32, (columns,), 0, layout=PER_COLUMN))
+    )
+    bound = start if end is None else end
+    column = per_column(column, bound.shape[0])
+    inside = None if start is None else column - per_row(exact(start - 1), columns)
+    if end is not None:
+        below = per_row(exact(end), columns) - column
+        inside = below if inside is None else jnp.minimum(inside, below)
+    return jnp.minimum(jnp.maximum(inside, jnp.zeros_like(inside)), jnp.ones_like(inside))
+
+
 def product(*pairs, init=None, meanwhile=None):
     """The float32 sum of `a @ b` over the pairs, plus `init`, in registers (layout WGMMA_LAYOUT).
 

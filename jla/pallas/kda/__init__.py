@@ -20,10 +20,10 @@ from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, for_each_row, shardwise
 from jla._core.states import repeated
 from jla.pallas.common import pieces
-from jla.pallas.common.chunks import BLOCK, CHUNK, LOG2E, LONGEST, decay_operand
+from jla.pallas.common.chunks import CHUNK, decay_operand
 from jla.pallas.common.padding import missing_features, missing_tokens, pad
 from jla.pallas.common.recurrence import NARROW
-from jla.pallas.kda import gate, step, wide
+from jla.pallas.kda import gate, spans, step, wide
 from jla.pallas.kda.backward import chunk_gradients
 from jla.pallas.kda.prepare import prepare
 from jla.pallas.kda.step import kda_step
@@ -31,8 +31,6 @@ from jla.pallas.kda.step import kda_step
 __all__ = ["kda", "kda_from_projection", "kda_step", "unsupported"]
 
 bf16, f32 = jnp.bfloat16, jnp.float32
-# Log decays not below this stay in the range of `chunks.block_decays`, rounded as they are.
-WEAKEST_BOUND = -0.999 * LONGEST / LOG2E / (BLOCK - 1)
 
 
 class _Form(NamedTuple):
@@ -42,7 +40,7 @@ class _Form(NamedTuple):
       scale: of the queries.
       bounded: what the decays are made of: log decays if None, else the arguments of
         `gate.decay_operand`, and whether they have a bound.
-      exact: whether decays may be too strong for `chunks.block_decays`.
+      exact: whether decays may be too strong for `spans`.
       normalize: whether the kernels divide q and k by their lengths.
     """
 
@@ -166,7 +164,7 @@ def kda_from_projection(
         return _with_decays(q, k, v, g, beta, initial_state, segment_ids, form, over)
     coefficients = for_each_row(gate.coefficients(A_log, dt_bias, lower_bound), f)
     source = f, coefficients, gate.borders(segment_ids, *f.shape[:2])
-    weak = lower_bound is not None and lower_bound >= WEAKEST_BOUND and segment_ids is None
+    weak = lower_bound is not None and lower_bound >= spans.WEAKEST and segment_ids is None
     form = form._replace(bounded=lower_bound is not None, exact=not weak)
     return _on_tiles(q, k, v, source, beta, _start(initial_state), form, over)
 

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import chunks, mosaic, scratch
+from jla.pallas.common import blocks, chunks, mosaic, scratch
 from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
 from jla.pallas.common.mosaic import PER_ROW, bf16, f16, f32, load, per_row
 from jla.pallas.common.scratch import barrier_for, fetch_each
@@ -129,8 +129,7 @@ def _body(refs, *, group, scale, warpgroups):
         _normalize(refs.sk, key_columns, factors[1])
     beta = load(refs.beta.at[b, h, place.rows], PER_ROW, optimized=False)
     beta = per_row(beta, TILE_WIDTH)
-    earlier = chunks.mask_operand(chunks.up_to())
-    later = chunks.mask_operand(chunks.from_on(strict=True))
+    earlier, later = blocks.up_to(f16), blocks.from_on(f16, strict=True)
     tiles = list(zip(key_columns, tiles, strict=True))
     _decay_keys(refs, tiles, earlier, later)
     meet()

@@ -8,8 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import chunks, mosaic, scratch
-from jla.pallas.common.chunks import BLOCK_LEVELS, CHUNK, LEVELS, TILE_WIDTH
+from jla.pallas.common import blocks, chunks, mosaic, scratch
+from jla.pallas.common.chunks import CHUNK, LEVELS, TILE_WIDTH
 from jla.pallas.common.mosaic import (
     PER_COLUMN,
     WGMMA_LAYOUT,
@@ -22,6 +22,7 @@ from jla.pallas.common.mosaic import (
 )
 from jla.pallas.common.scratch import barrier_for, fetch, fetch_each
 from jla.pallas.common.tiles import columns, over_tiles
+from jla.pallas.kda import spans
 
 SDS = jax.ShapeDtypeStruct
 EPSILON = 1e-6  # of `parts.l2norm`
@@ -170,8 +171,7 @@ def _put(tile, value, out):
 def _decay(refs, scale, place):
     """2. q~ and k~ take the places of q and k; q~, kg and the chunk's decay are stored."""
     b, n, h, rows = place
-    earlier, later = chunks.up_to(), chunks.from_on(strict=True)
-    earlier, later = (chunks.mask_operand(x) for x in (earlier, later))
+    earlier, later = blocks.up_to(f16), blocks.from_on(f16, strict=True)
     for i in range(refs.sg.shape[0]):
         sq, sk, sg = refs.sq.at[i], refs.sk.at[i], refs.sg.at[i]
         before = chunks.decays(earlier, sg)
@@ -190,7 +190,7 @@ def _decay(refs, scale, place):
 def _scores(refs, k_tiles, exact):
     """1. The decayed products of keys with keys (j < i) and of queries with keys (j <= i).
 
-    Pairs of one block by `chunks.block_decays`, those further apart level by level of the tree of
+    Pairs of one block by `jla.pallas.kda.spans`, those further apart level by level of the tree of
     references (see `chunks.level_decay_mask`). A level also writes the pairs of tokens that are
     further apart than its blocks; what it writes there is overwritten by the level that they
     belong to. With `exact`, rows whose own decays inside their block are too strong get their pairs
@@ -206,11 +206,11 @@ def _scores(refs, k_tiles, exact):
         pairs = functools.partial(chunks.before_half, level)
         return _level_scores(level, sq, sk, work, sg, k_tiles, pairs, scores)
 
-    scores = lax.fori_loop(BLOCK_LEVELS, LEVELS, level_step, (by_key, by_query))
+    scores = lax.fori_loop(spans.LEVELS, LEVELS, level_step, (by_key, by_query))
     if not exact:
         return *scores, jnp.int32(0)
-    strong = span > chunks.LONGEST
-    number = jnp.where(jnp.max(span) > chunks.LONGEST, jnp.int32(BLOCK_LEVELS), jnp.int32(0))
+    strong = span < -spans.LONGEST
+    number = jnp.where(jnp.min(span) < -spans.LONGEST, jnp.int32(spans.LEVELS), jnp.int32(0))
 
     def strong_step(level, scores):
         pairs = functools.partial(chunks.level_pairs, level, rows=strong)
@@ -219,18 +219,18 @@ def _scores(refs, k_tiles, exact):
     return *lax.fori_loop(0, number, strong_step, scores), number
 
 
-def _block_scores(sq, sk, work, reading, sg, k_tiles, spans):
-    """The scores of pairs in one block of 16, zeros elsewhere; with `spans` the sum of each row's
-    decays, else None."""
+def _block_scores(sq, sk, work, reading, sg, k_tiles, exact):
+    """The scores of pairs in one block of 16, zeros elsewhere; with `exact` the span of each
+    row, else None."""
     tiles = range(k_tiles)
-    mask = chunks.mask_operand(chunks.block_decay_mask())
+    mask = spans.so_far()
     span, queries = None, []
     for i in tiles:
-        sums = mosaic.product((mask, sg.at[i]))
-        if spans:
-            here = (0.0 - sums).max(axis=1)
-            span = here if span is None else jnp.maximum(span, here)
-        reader, written = chunks.block_decays(sums)
+        so_far = mosaic.product((mask, sg.at[i]))
+        if exact:
+            lowest = so_far.min(axis=1)
+            span = lowest if span is None else jnp.minimum(span, lowest)
+        reader, written = spans.reads(so_far), spans.writes(so_far)
         key = load(sk.at[i])
         work.at[i][...] = (key * written).astype(bf16)
         reader = reader.astype(bf16)
@@ -238,7 +238,7 @@ def _block_scores(sq, sk, work, reading, sg, k_tiles, spans):
         queries.append(plgpu.load(sq.at[i], layout=WGMMA_LAYOUT) * reader)
     plgpu.commit_smem()
     by_query = mosaic.product(*((x, work.at[i].T) for i, x in enumerate(queries)))
-    pairs = chunks.block_pairs()
+    pairs = spans.are_pairs()
     by_key = mosaic.product(*((reading.at[i], work.at[i].T) for i in tiles))
     by_key = jnp.where(pairs, by_key, 0.0)
     return by_key, jnp.where(pairs, by_query, 0.0), span
@@ -247,7 +247,7 @@ def _block_scores(sq, sk, work, reading, sg, k_tiles, spans):
 def _level_scores(level, sq, sk, work, sg, k_tiles, pairs, scores):
     """The scores with those of the level's pairs, which the mask `pairs()` names."""
     tiles = range(k_tiles)
-    mask = chunks.mask_operand(chunks.level_decay_mask(level))
+    mask = spans.level_decays(level)
     plgpu.commit_smem()  # all warps are done with the products of the level before
     queries = []
     for i in tiles:
