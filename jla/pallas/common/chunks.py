@@ -12,10 +12,6 @@ from jla.pallas.common.mosaic import bf16, f16, f32, product, split
 
 CHUNK = 64
 LEVELS = 6  # log2(CHUNK)
-BLOCK_LEVELS = 4  # of these, inside a block of BLOCK tokens
-BLOCK = 1 << BLOCK_LEVELS
-# The largest exponent of a positive power of two, of `block_decays`: exp(80).
-LONGEST = 115.0
 TILE_WIDTH = 64  # features worked on at a time: a float32 tile is 32 registers a thread
 LOG2E = 1.4426950408889634
 STRONGEST = -3e4  # of `decay_operand`: finite sums in float16, and an exp2 of zero
@@ -84,20 +80,6 @@ def before_half(level):
     return _interval(jnp.zeros_like(i), i - offset)
 
 
-def block_decay_mask():
-    """[i, m]: whether the decay of token m lies between the first token of i's block and i."""
-    i = tokens()
-    place = lax.bitwise_and(i, jnp.uint32(BLOCK - 1))
-    return _interval(i - place + 1, place)
-
-
-def block_pairs():
-    """[i, j]: whether j is in i's block, and j < i."""
-    i = tokens()
-    place = lax.bitwise_and(i, jnp.uint32(BLOCK - 1))
-    return _interval(i - place, place)
-
-
 def level_roles(level):
     """[i]: 1.0 for tokens that read at this level (right half), -1.0 for those that are read."""
     *_, right = _halves(level)
@@ -148,17 +130,6 @@ def decays(mask, log_decays):
     return jnp.exp2(product((mask, log_decays)))
 
 
-def block_decays(sums):
-    """The decays inside blocks, from the products of `block_decay_mask` with log decays: of a token
-    that reads, at most 1, and of one that is read, at least 1.
-
-    A pair of tokens j <= i of a block is decayed by the product of the reader's and the other's.
-    Where the reader's own sum lies beyond LONGEST, no pair of its row is right: those have to take
-    the levels. The other rows are, whatever stands behind them.
-    """
-    return jnp.exp2(sums), jnp.exp2(jnp.minimum(0.0 - sums, LONGEST))
-
-
 def unit_triangular_inverse(a, scratch):
     """(I + a)^-1 for a strictly lower triangular [64, 64] float32 `a` in registers.
 
@@ -173,8 +144,10 @@ def unit_triangular_inverse(a, scratch):
       scratch: two [64, 64] bf16 SMEM tiles, overwritten.
     """
 
+    rounded = a.astype(bf16)
+
     def level_step(level, x):
-        joined = jnp.where(level_pairs(level), a, 0.0)
+        joined = rounded * _level_pairs(level)
         return x - _rounded_product(x, _rounded_product(joined, x, scratch[0]), scratch[1])
 
     eye = jnp.where(diagonal(), 1.0, 0.0).astype(f32)
@@ -187,8 +160,16 @@ def unit_triangular_inverse(a, scratch):
     return x + _rounded_product(x, residual, scratch[0])
 
 
+def _level_pairs(level):
+    """`level_pairs` as a factor, 1.0 or 0.0 in bf16."""
+    i, half, offset, right = (x.astype(jnp.int32) for x in _halves(level))
+    first = i - offset
+    end = jnp.where(right != 0, first, first - half)
+    return mosaic.interval_operand(first - half, end, CHUNK, bf16)
+
+
 def _rounded_product(a, b, scratch):
-    """a @ b for float32 values in registers, rounded to bf16; `scratch`: a bf16 SMEM tile."""
+    """a @ b for values in registers, rounded to bf16; `scratch`: a bf16 SMEM tile."""
     scratch[...] = b.astype(bf16)
     plgpu.commit_smem()
     return product((a.astype(bf16), scratch))

@@ -8,16 +8,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import chunks, mosaic, scratch
-from jla.pallas.common.chunks import BLOCK_LEVELS, CHUNK, LEVELS, TILE_WIDTH
-from jla.pallas.common.mosaic import PER_COLUMN, WGMMA_LAYOUT, bf16, f16, f32, load, per_column
+from jla.pallas.common import blocks, chunks, mosaic, scratch
+from jla.pallas.common.chunks import CHUNK, LEVELS, TILE_WIDTH
+from jla.pallas.common.mosaic import (
+    PER_COLUMN,
+    WGMMA_LAYOUT,
+    bf16,
+    f16,
+    f32,
+    load,
+    per_column,
+    per_row,
+)
 from jla.pallas.common.scratch import barrier_for, fetch, fetch_each
-from jla.pallas.common.tiles import columns
+from jla.pallas.common.tiles import columns, over_tiles
+from jla.pallas.kda import spans
 
 SDS = jax.ShapeDtypeStruct
+EPSILON = 1e-6  # of `parts.l2norm`
 
 
-def prepare(q, k, v, decay_operand, beta, *, scale, keep, exact=True):
+def prepare(q, k, v, decay_operand, beta, *, scale, keep, exact=True, normalize=False):
     """Chunk-local part of KDA's forward pass.
 
     With G the cumulated log decays of the chunk:
@@ -48,7 +59,7 @@ def prepare(q, k, v, decay_operand, beta, *, scale, keep, exact=True):
     keys, values = SDS((B, TP, HV, K), bf16), SDS((B, TP, HV, V), bf16)
     squares = SDS((B, HV, N, CHUNK, CHUNK), bf16)
     out = scratch.kernel(
-        functools.partial(_body, group=HV // H, v_tiles=V // TILE_WIDTH, scale=scale, exact=exact),
+        functools.partial(_body, group=HV // H, scale=scale, exact=exact, normalize=normalize),
         inputs=dict(q=q, k=k, v=v, decay_operand=decay_operand, beta=beta),
         outputs=dict(
             **dict(query=keys, w=keys, u=values, kg=keys),
@@ -57,6 +68,7 @@ def prepare(q, k, v, decay_operand, beta, *, scale, keep, exact=True):
             inverse=squares if keep else None,
             a=squares if keep else None,
             levels=SDS((B, HV, N), jnp.int32) if keep else None,
+            norms=SDS((B, HV, 2, TP), f32) if keep and normalize else None,
         ),
         scratch=_scratch(K // TILE_WIDTH, V // TILE_WIDTH),
         automatic_barriers=False,
@@ -83,10 +95,10 @@ def _scratch(k_tiles, v_tiles):
 
 # The kernel awaits by hand (`commit_smem` is a barrier of the warpgroup, too) whatever it
 # overwrites in SMEM; Mosaic's own barriers, two for each store, would make it slower.
-def _body(refs, *, group, v_tiles, scale, exact):
+def _body(refs, *, group, scale, exact, normalize):
     b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
     rows = pl.ds(n * CHUNK, CHUNK)
-    k_tiles, keep = refs.sg.shape[0], refs.inverse is not None
+    k_tiles, v_tiles, keep = refs.sg.shape[0], refs.sv.shape[0], refs.inverse is not None
     spare = refs.work.at[max(k_tiles, 2)]
 
     def loads():
@@ -102,6 +114,12 @@ def _body(refs, *, group, v_tiles, scale, exact):
     fetch(dict(v=values, beta=(refs.beta.at[b, h, rows], refs.sbeta)), refs.v_loaded)
     plgpu.barrier_wait(refs.loaded)
 
+    if normalize:
+        for i, tiles in enumerate((refs.sq, refs.sk)):
+            factor = _normalize(tiles)
+            if refs.norms is not None:
+                refs.norms.at[b, h, i, rows][...] = factor
+        plgpu.commit_smem()
     # 1. A and Aq.
     a, aq, number = _scores(refs, k_tiles, exact)
     # The diagonal knows no decay.
@@ -134,6 +152,15 @@ def _body(refs, *, group, v_tiles, scale, exact):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
+def _normalize(tiles):
+    """Divides the rows of tiles by their lengths; returns by what they were multiplied."""
+    rows = [load(tiles.at[i]) for i in range(tiles.shape[0])]
+    factor = lax.rsqrt(over_tiles(jnp.add, [(x * x).sum(axis=1) for x in rows]) + EPSILON)
+    for i, x in enumerate(rows):
+        tiles.at[i][...] = (x * per_row(factor, TILE_WIDTH)).astype(bf16)
+    return factor
+
+
 def _put(tile, value, out):
     """Stores a value through an SMEM tile that is not read any more."""
     tile[...] = value.astype(bf16)
@@ -144,8 +171,7 @@ def _put(tile, value, out):
 def _decay(refs, scale, place):
     """2. q~ and k~ take the places of q and k; q~, kg and the chunk's decay are stored."""
     b, n, h, rows = place
-    earlier, later = chunks.up_to(), chunks.from_on(strict=True)
-    earlier, later = (chunks.mask_operand(x) for x in (earlier, later))
+    earlier, later = blocks.up_to(f16), blocks.from_on(f16, strict=True)
     for i in range(refs.sg.shape[0]):
         sq, sk, sg = refs.sq.at[i], refs.sk.at[i], refs.sg.at[i]
         before = chunks.decays(earlier, sg)
@@ -164,7 +190,7 @@ def _decay(refs, scale, place):
 def _scores(refs, k_tiles, exact):
     """1. The decayed products of keys with keys (j < i) and of queries with keys (j <= i).
 
-    Pairs of one block by `chunks.block_decays`, those further apart level by level of the tree of
+    Pairs of one block by `jla.pallas.kda.spans`, those further apart level by level of the tree of
     references (see `chunks.level_decay_mask`). A level also writes the pairs of tokens that are
     further apart than its blocks; what it writes there is overwritten by the level that they
     belong to. With `exact`, rows whose own decays inside their block are too strong get their pairs
@@ -180,11 +206,11 @@ def _scores(refs, k_tiles, exact):
         pairs = functools.partial(chunks.before_half, level)
         return _level_scores(level, sq, sk, work, sg, k_tiles, pairs, scores)
 
-    scores = lax.fori_loop(BLOCK_LEVELS, LEVELS, level_step, (by_key, by_query))
+    scores = lax.fori_loop(spans.LEVELS, LEVELS, level_step, (by_key, by_query))
     if not exact:
         return *scores, jnp.int32(0)
-    strong = span > chunks.LONGEST
-    number = jnp.where(jnp.max(span) > chunks.LONGEST, jnp.int32(BLOCK_LEVELS), jnp.int32(0))
+    strong = span < -spans.LONGEST
+    number = jnp.where(jnp.min(span) < -spans.LONGEST, jnp.int32(spans.LEVELS), jnp.int32(0))
 
     def strong_step(level, scores):
         pairs = functools.partial(chunks.level_pairs, level, rows=strong)
@@ -193,25 +219,26 @@ def _scores(refs, k_tiles, exact):
     return *lax.fori_loop(0, number, strong_step, scores), number
 
 
-def _block_scores(sq, sk, work, reading, sg, k_tiles, spans):
-    """The scores of pairs in one block of 16, zeros elsewhere; with `spans` the sum of each row's
-    decays, else None."""
+def _block_scores(sq, sk, work, reading, sg, k_tiles, exact):
+    """The scores of pairs in one block of 16, zeros elsewhere; with `exact` the span of each
+    row, else None."""
     tiles = range(k_tiles)
-    mask = chunks.mask_operand(chunks.block_decay_mask())
+    mask = spans.so_far()
     span, queries = None, []
     for i in tiles:
-        sums = mosaic.product((mask, sg.at[i]))
-        if spans:
-            here = (0.0 - sums).max(axis=1)
-            span = here if span is None else jnp.maximum(span, here)
-        reader, written = chunks.block_decays(sums)
+        so_far = mosaic.product((mask, sg.at[i]))
+        if exact:
+            lowest = so_far.min(axis=1)
+            span = lowest if span is None else jnp.minimum(span, lowest)
+        reader, written = spans.reads(so_far), spans.writes(so_far)
         key = load(sk.at[i])
         work.at[i][...] = (key * written).astype(bf16)
-        reading.at[i][...] = (key * reader).astype(bf16)
-        queries.append((load(sq.at[i]) * reader).astype(bf16))
+        reader = reader.astype(bf16)
+        reading.at[i][...] = plgpu.load(sk.at[i], layout=WGMMA_LAYOUT) * reader
+        queries.append(plgpu.load(sq.at[i], layout=WGMMA_LAYOUT) * reader)
     plgpu.commit_smem()
     by_query = mosaic.product(*((x, work.at[i].T) for i, x in enumerate(queries)))
-    pairs = chunks.block_pairs()
+    pairs = spans.are_pairs()
     by_key = mosaic.product(*((reading.at[i], work.at[i].T) for i in tiles))
     by_key = jnp.where(pairs, by_key, 0.0)
     return by_key, jnp.where(pairs, by_query, 0.0), span
@@ -220,7 +247,7 @@ def _block_scores(sq, sk, work, reading, sg, k_tiles, spans):
 def _level_scores(level, sq, sk, work, sg, k_tiles, pairs, scores):
     """The scores with those of the level's pairs, which the mask `pairs()` names."""
     tiles = range(k_tiles)
-    mask = chunks.mask_operand(chunks.level_decay_mask(level))
+    mask = spans.level_decays(level)
     plgpu.commit_smem()  # all warps are done with the products of the level before
     queries = []
     for i in tiles:
