@@ -383,7 +383,9 @@ def solve(b, refs, factor, *, steps, tolerance):
 
     def times(p):
         """A_t p_t - p_t for all rows t."""
-        s = product((p, sk.T))
+        # Zeros that differ from those of S p below: with the same, ptxas writes all of both.
+        zeros = plgpu.layout_cast(jnp.full((CHUNK, CHUNK), -0.0, f32), WGMMA_LAYOUT)
+        s = product((p, sk.T), init=zeros)
 
         def masked():
             return s.astype(f16) * plgpu.load(sm, layout=WGMMA_LAYOUT)
