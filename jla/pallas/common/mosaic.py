@@ -118,19 +118,6 @@ def product(*pairs, init=None, meanwhile=None):
     return pl.run_scoped(body, plgpu.ACC(shape, f32))
 
 
-def products(pairs, init):
-    """[init_i + the sum of a @ b over pairs_i], all started together and awaited once."""
-    if interpreting():
-        return [product(*x, init=y) for x, y in zip(pairs, init, strict=True)]
-
-    def body(accs):
-        for acc, operands in zip(accs, pairs, strict=True):
-            for a, b in operands:
-                plgpu.wgmma(acc, a, b)
-
-    return pl.run_state(body)([plgpu.ACC.init(x) for x in init])
-
-
 def product_and(pair, meanwhile):
     """`a @ b`, and what `meanwhile()` makes while the tensor cores work."""
     if interpreting():
