@@ -145,6 +145,27 @@ def product(*pairs, init=None, meanwhile=None):
     return pl.run_scoped(body, plgpu.ACC(shape, f32))
 
 
+def product_beside(pair, work, init=None):
+    """`product(pair, init=init)` and work(), which is done while the tensor cores work.
+
+    What work() returns, an array in registers, is there before the product is awaited.
+    """
+    if interpreting():
+        total = product(pair, init=init)
+        return total, work()
+
+    def body(acc):
+        if init is not None:
+            acc[...] = init
+        plgpu.wgmma(acc, *pair)
+        done = work()
+        # Keeps the compiler from doing the work after the wait.
+        return lax.optimization_barrier((acc[...], done))
+
+    shape = (pair[0].shape[0], pair[1].shape[1])
+    return pl.run_scoped(body, plgpu.ACC(shape, f32))
+
+
 def products(pairs, init=None):
     """[init_i + the sum of a @ b over pairs_i], all started together and awaited once; without
     `init` the sums alone."""
