@@ -327,6 +327,8 @@ def kernel(
             functools.partial(body_32, *refs), *scratch_types, collective_axes=thread_axes
         )
 
+    with_scratch.__name__ = body.__name__
+
     def run(*operands):
         with config._check_vma(False):
             return mpmd._mpmd_map(
