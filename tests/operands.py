@@ -1,6 +1,7 @@
 """Where a program's kernels read their operands from: on a GPU XLA hands them parts of buffers."""
 
 import math
+import re
 
 from jaxlib.mlir import ir
 
@@ -67,7 +68,11 @@ def _is_aligned(op):
     if op.name != "stablehlo.slice":
         return True
     type_ = ir.RankedTensorType(op.operands[0].type)
-    shape, offset = list(type_.shape), 0
+    bits, shape, offset = _bits(type_.element_type), list(type_.shape), 0
     for i, start in enumerate(ir.DenseI64ArrayAttr(op.attributes["start_indices"])):
         offset += start * math.prod(shape[i + 1 :])
-    return offset * type_.element_type.width % (8 * ALIGNMENT) == 0
+    return offset * bits % (8 * ALIGNMENT) == 0
+
+
+def _bits(element_type):
+    return int(re.sub("[^0-9]", "", str(element_type)))
