@@ -13,6 +13,7 @@ import pytest
 from comparing import normal
 from evaluator import evaluated
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from operands import misaligned
 
 import jla
 import jla.pallas
@@ -84,7 +85,10 @@ def test_types_fit_on_a_mesh(kind):
     )
     args = arguments(2, 32, 0.1, H=4, HK=2)
     places = (NamedSharding(mesh, PartitionSpec("data", "seq", "model")) for _ in args)
-    args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y) for x, y in zip(args, places, strict=True)]
+    args = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y)
+        for x, y in zip(args, places, strict=True)
+    ]
     run = jla.sharded(jla.log_linear_attention, B="data", T="seq", H="model")
 
     def gradients(*args):
@@ -112,5 +116,6 @@ def test_lowers_for_cuda():
     run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jla.pallas, "unsupported_device", lambda: None)
-        text = run.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@mosaic_gpu") == 7
+        lowered = run.trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@mosaic_gpu") == 7
+    assert misaligned(lowered) == []  # the root's gradient is a part of what is exchanged

@@ -250,11 +250,11 @@ def device_levels(log_decay: jax.Array, state: jax.Array, axis: str) -> tuple[ja
     Returns:
       [B, H, n, ...] each; level m stands for bit m of a device's number.
     """
-    log_decays, states = sequence.gathered((log_decay, state), axis)
+    # The state first: where its gradient, a part of what is exchanged, begins, a kernel may read.
+    states, log_decays = sequence.gathered((state, log_decay), axis)
     size = lax.axis_size(axis)
-    here = lax.axis_index(axis), number_of_levels(size)
-    after = jnp.asarray(size, i32), size.bit_length()
-    return tuple(_levels_at(*x, log_decays, states) for x in (here, after))
+    here = _levels_at(lax.axis_index(axis), number_of_levels(size), log_decays, states)
+    return here, _levels_at(jnp.asarray(size, i32), size.bit_length(), log_decays, states)
 
 
 def _levels_at(device, number, log_decays, states):
