@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jla._core import alignment, packed_levels
 from jla._core import level_weights as weights
 from jla._core.derivatives import reverse_only
-from jla._core.shardwise import defvjp, for_each_row, shardwise
+from jla._core.shardwise import defvjp, for_each_row
 from jla.pallas.log_linear import operands, over_devices, step, token, tree
 from jla.pallas.log_linear.gradients import reader_gradients, writer_gradients
 from jla.pallas.log_linear.outputs import outputs
