@@ -40,9 +40,9 @@ interpreter.mend()
 layouts.hasten()
 # Traces are many small objects that live long, and Python would look through all of them for
 # garbage after every 700 new ones: an eighth of the time of what is only traced. After 50,000 it
-# would still be a fortieth.
+# would still be a fortieth. Not at all through the oldest, which JAX's caches hold.
 gc.freeze()
-gc.set_threshold(1_000_000, 10, 10)
+gc.set_threshold(1_000_000, 10, 1_000_000)
 if triton_interpreter.INTERPRETED:
     triton_interpreter.repair()
     triton_interpreter.hasten()
@@ -180,6 +180,7 @@ def pytest_runtest_teardown():
     if next(_tests) % 16 == 0 and MAPPINGS.exists():
         if MAPPINGS.read_bytes().count(b"\n") > 30000:
             jax.clear_caches()
+            gc.collect()
 
 
 @pytest.fixture(autouse=True)
