@@ -150,6 +150,8 @@ def _rank(nodeid, config):
         # Theirs take XLA longest: PaTH's one process for minutes. The fuzzer runs for one.
         long = re.search(r"^(path|log_linear)-\w+-gradients$|test_fuzz", _group(nodeid, config))
         return 0 if long else 1 if re.search("-full|test_as_for", nodeid) else 2
+    if triton_interpreter.INTERPRETED and re.search(r"\[path-|test_steps", nodeid):
+        return -1  # the longest of seven groups that make the whole run
     if "contract/" in nodeid and re.search("-(pallas|triton)", nodeid):
         return 0
     return 1 if "test_pallas" in nodeid or "contract/" in nodeid else 2
