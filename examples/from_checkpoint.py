@@ -14,6 +14,7 @@ import argparse
 import collections
 import functools
 import math
+import os
 import pathlib
 import sys
 import time
@@ -100,8 +101,8 @@ class Coding:
 
     def __init__(self, options, vocabulary, console):
         self.vocabulary, self.tokenizer = vocabulary, None
+        self.own = own = options.tokenizer is SOURCE
         if options.tokenizer is not None:
-            own = options.tokenizer is SOURCE
             self.tokenizer = load_tokenizer(options.checkpoint if own else options.tokenizer)
         elif options.prompt is not None or options.text is not None:
             if vocabulary < BYTES:
@@ -138,6 +139,8 @@ class Coding:
 
 def load_tokenizer(folder):
     """transformers' tokenizer of a folder; nothing is downloaded, and no code of the folder run."""
+    # It would warn that PyTorch is not there and that it does not know the model.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         from transformers import AutoTokenizer
     except ModuleNotFoundError:
@@ -148,7 +151,10 @@ def load_tokenizer(folder):
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"transformers finds no tokenizer in {folder}: {error}") from None
+        raise InputError(
+            f"transformers finds no tokenizer in {folder}, and --tokenizer FOLDER takes another's: "
+            f"{error}"
+        ) from None
 
 
 def files_dtype(config):
@@ -279,6 +285,8 @@ def train_and_save(config, model, coding, options, console):
         dtype = files_dtype(config)
         with writing(out):
             jla.hub.save(out, model, params, config, dtype=dtype, source=options.checkpoint)
+            if coding.tokenizer is not None and not coding.own:
+                coding.tokenizer.save_pretrained(out)
     console.print(f"saved in {dtype} under {out}")
     return model, params, stopped
 

@@ -40,9 +40,9 @@ interpreter.mend()
 layouts.hasten()
 # Traces are many small objects that live long, and Python would look through all of them for
 # garbage after every 700 new ones: an eighth of the time of what is only traced. After 50,000 it
-# would still be a fortieth.
+# would still be a fortieth. Not at all through the oldest, which JAX's caches hold.
 gc.freeze()
-gc.set_threshold(1_000_000, 10, 10)
+gc.set_threshold(1_000_000, 10, 1_000_000)
 if triton_interpreter.INTERPRETED:
     triton_interpreter.repair()
     triton_interpreter.hasten()
@@ -150,6 +150,8 @@ def _rank(nodeid, config):
         # Theirs take XLA longest: PaTH's one process for minutes. The fuzzer runs for one.
         long = re.search(r"^(path|log_linear)-\w+-gradients$|test_fuzz", _group(nodeid, config))
         return 0 if long else 1 if re.search("-full|test_as_for", nodeid) else 2
+    if triton_interpreter.INTERPRETED and re.search(r"\[path-|test_steps", nodeid):
+        return -1  # the longest of seven groups that make the whole run
     if "contract/" in nodeid and re.search("-(pallas|triton)", nodeid):
         return 0
     return 1 if "test_pallas" in nodeid or "contract/" in nodeid else 2
@@ -180,6 +182,7 @@ def pytest_runtest_teardown():
     if next(_tests) % 16 == 0 and MAPPINGS.exists():
         if MAPPINGS.read_bytes().count(b"\n") > 30000:
             jax.clear_caches()
+            gc.collect()
 
 
 @pytest.fixture(autouse=True)

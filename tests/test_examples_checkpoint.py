@@ -150,6 +150,9 @@ class Words:
     def decode(self, tokens):
         return " ".join(self.words[token] for token in tokens)
 
+    def save_pretrained(self, folder):
+        (folder / "words.json").write_text("a rose is")
+
 
 def test_text_goes_through_the_tokenizer(folder, capsys, monkeypatch):
     def generate(model, params, tokens, **options):
@@ -165,6 +168,21 @@ def test_text_goes_through_the_tokenizer(folder, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "without --tokenizer the text's bytes are its tokens" in printed
     assert printed.endswith("ab|ab\n")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_is_tuned_has_the_tokenizer(own, folder, tmp_path, monkeypatch):
+    """The folder's own is copied with its checkpoint."""
+    transformers = types.SimpleNamespace(AutoTokenizer=Words)
+    monkeypatch.setitem(sys.modules, "transformers", transformers)
+    monkeypatch.setattr(jla.hub, "load", lambda *arguments, **options: {})
+    monkeypatch.setattr(from_checkpoint, "fine_tune", lambda *arguments: ({}, None))
+    monkeypatch.setattr(jla.hub, "save", lambda out, *arguments, **options: None)
+    text, out = tmp_path / "text.txt", tmp_path / "tuned"
+    text.write_text("a rose is a rose")
+    given = [] if own else [str(tmp_path)]
+    run(folder, "--tokenizer", *given, "--text", str(text), "--out", str(out), "--length", "4")
+    assert [path.name for path in out.glob("*.json")] == ([] if own else ["words.json"])
 
 
 MISTAKES = [

@@ -3,6 +3,7 @@ own there, and touches no other."""
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,6 +134,7 @@ def test_packed_states_are_the_definition(mechanism, implementation, sizes):
     (o, states), gradients = value_and_vjp(
         mechanism, implementation, nan, cotangents, ids, compiled=False
     )
+    chex.assert_trees_all_equal_shapes_and_dtypes(((o, states), gradients), (cotangents, args))
     given = at_absent(ids, args[name], np.nan)
     for ours, theirs in zip(jax.tree.leaves(states), jax.tree.leaves(given), strict=True):
         if is_float(theirs):
@@ -159,18 +161,18 @@ def test_one_segment_is_the_row(mechanism, implementation, sizes):
 
 @pytest.mark.parametrize("mechanism, implementation, sizes", with_states(SMALL))
 def test_packed_states_keep_dtypes_under_x64(mechanism, implementation, sizes):
+    """Results have those of their cotangents, and gradients those of their arguments, as without
+    the flag in `test_packed_states_are_the_definition`."""
     args, cotangents = packed(mechanism, dict(sizes) | dict(T=20), implementation.dtypes[0])
+    run = functools.partial(mechanism.run, implementation=implementation.name)
 
-    def shapes():
+    def both(args, cotangents, ids):
+        return with_gradients(lambda args: run(**args, segment_ids=ids), args, cotangents)
+
+    with jax.enable_x64(True), implementation.context():
         ids = jnp.zeros((sizes["B"], 20), int)
-        run = functools.partial(mechanism.run, implementation=implementation.name)
-        function = lambda a, c, i: with_gradients(lambda a: run(**a, segment_ids=i), a, c)  # noqa: E731
-        with implementation.context():
-            return jax.eval_shape(function, args, cotangents, ids)
-
-    want = shapes()
-    with jax.enable_x64(True):
-        assert shapes() == want
+        got = jax.eval_shape(both, args, cotangents, ids)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, (cotangents, args))
 
 
 @pytest.mark.slow  # half a minute each; a GPU runs them
