@@ -216,17 +216,20 @@ def _gradients_body(refs, *, group, parts):
         return mosaic.where(lax.rem(head, group) == 0, x) if group > 1 else x
 
     def fetch_tokens(number):
-        fetch_each(_tokens(refs, number, (b, rows, head), h, features), refs.tokens_loaded)
+        copies = _tokens(_afresh(tiles), number, (b, rows, head), h, features)
+        fetch_each(copies, refs.tokens_loaded)
 
     def fetch_states(number):
-        fetch_each(_states(refs, number, (b, h, n), features), refs.states_loaded)
+        copies = _states(_afresh(tiles), number, (b, h, n), features)
+        fetch_each(copies, refs.states_loaded)
 
     def put_features(number, i):
         place, rows_too = (b, rows, head, features[i]), refs.dx[number] is not None
-        _put_features(_afresh(tiles), i, rows_too)
-        plgpu.copy_smem_to_gmem(refs.sy[i], refs.dy[number].at[place])
+        now = _afresh(tiles)
+        _put_features(now, i, rows_too)
+        plgpu.copy_smem_to_gmem(now.sy[i], refs.dy[number].at[place])
         if rows_too:
-            plgpu.copy_smem_to_gmem(refs.sx[i], refs.dx[number].at[place])
+            plgpu.copy_smem_to_gmem(now.sx[i], refs.dx[number].at[place])
 
     def put_sums(m, sums):
         place = b, rows, head * parts + part, columns(m)
