@@ -4,6 +4,7 @@ The functions are those of jla.models.generate; all sampled tokens of a call are
 The prompt is read once, as a batch of one; for larger batches its cache is repeated.
 """
 
+import dataclasses
 import functools
 import os
 import statistics
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from benchmarks import side_by_side
 from benchmarks.device_profile import profile
+from jla.linen import PaTHAttention
 from jla.models.generate import READING, decoder, decoder_params, draw, empty_cache, feed
 
 KEYS = ("mixer", "batch")
@@ -31,11 +33,13 @@ def main(argv=None):
         if options.limit is not None and time.monotonic() - start > options.limit:
             print(f"not started, past --limit: {mixer}", flush=True)
             continue
-        prepared = {}
-        row = report.measure(dict(mixer=mixer, batch=0), read(mixer, options, prepared))
+        prepared, name = {}, mixer
+        if options.lazy_keys and mixer in ("path", "hybrid"):
+            name = f"{mixer} lazy {options.lazy_keys}"
+        row = report.measure(dict(mixer=name, batch=0), read(mixer, options, prepared))
         show(row, time.monotonic() - start)
         for batch in options.batches if prepared else ():
-            row = dict(mixer=mixer, batch=batch)
+            row = dict(mixer=name, batch=batch)
             report.measure(row, sample(batch, options, **prepared))
             show(row, time.monotonic() - start)
     return 1 if report.failed else 0
@@ -46,6 +50,11 @@ def parse(argv):
     made.add_argument("--prompt", type=int, default=16384, help="tokens that are read")
     made.add_argument("--tokens", type=int, default=64, help="sampled in one call")
     made.add_argument("--batches", default="1,64", help="of sampling (default: %(default)s)")
+    made.add_argument(
+        "--lazy-keys",
+        choices=("float32", "bfloat16"),
+        help="PaTH's cache is lazy, with keys of this dtype (`PaTHAttention.lazy_keys`)",
+    )
     options = side_by_side.parse(made, argv, more=["hybrid"])
     options.batches = [int(batch) for batch in options.batches.split(",")]
     return options
@@ -58,7 +67,9 @@ def read(mixer, options, prepared):
     which takes as many iterations as its states need).
     """
     capacity = options.prompt + CALLS * options.tokens
-    model = side_by_side.make_model(mixer, options, longest=capacity + 1)
+    model = with_lazy_keys(
+        side_by_side.make_model(mixer, options, longest=capacity + 1), options.lazy_keys
+    )
     params = jax.jit(functools.partial(decoder_params, model))(side_by_side.make_params(model))
     just_the_prompt = jax.eval_shape(lambda: empty_cache(model, 1, options.prompt))
     yield dict(
@@ -90,6 +101,21 @@ def read(mixer, options, prepared):
     speed = 1e3 * options.prompt / prefill_ms
     yield dict(prefill_ms=prefill_ms, prefill_tokens_per_s=speed, first_call_s=first_call_s)
     yield dict(profile=profile(lambda: run(params, prompt)))
+
+
+def with_lazy_keys(model, dtype):
+    """The model with keys of this dtype in PaTH's lazy caches; None leaves it as it is."""
+    if dtype is None:
+        return model
+
+    def lazy(layer):
+        if not isinstance(layer.mixer, PaTHAttention):
+            return layer
+        mixer = layer.mixer.clone(lazy_keys=jnp.dtype(dtype))
+        return dataclasses.replace(layer, mixer=mixer)
+
+    layers = tuple(map(lazy, model.config.layers))
+    return model.clone(config=dataclasses.replace(model.config, layers=layers))
 
 
 def sample(batch, options, model, params, logits, cache):

@@ -32,7 +32,7 @@ _INPUTS = "q k v w beta cache.key cache.value cache.length"
 
 
 def path_step(
-    attend, formula, q, k, v, w, beta, g, cache, *, scale, slots=None, move_on=None
+    attend, formula, q, k, v, w, beta, g, cache, *, scale, slots=None, lazy=None, move_on=None
 ):  # fmt: skip
     """`jla.path_step` with a kernel, from a cache of either kind; of a lazy one there are no pools.
 
@@ -51,10 +51,13 @@ def path_step(
         `slots=` key and value are pools; length and added are the rows'. Of a row without a
         sequence it may return anything.
       formula: the definition's function, for derivatives.
+      lazy: a function that does what `_lazy` does, of at most MOST_QUERIES query heads to a key
+        head; or None.
       move_on: a kernel that does what `moved_on` does, or None.
     """
     if isinstance(cache, LazyPathCache):
-        lazy = functools.partial(_lazy, attend, move_on or moved_on)
+        if lazy is None or q.shape[1] // k.shape[1] > MOST_QUERIES:
+            lazy = functools.partial(_lazy, attend, move_on or moved_on)
         return _lazy_step(lazy, formula, q, k, v, w, beta, g, cache, scale)
     arrays, inputs, outputs = [q, k, v, w, beta, *cache[:2], cache.length], _INPUTS, _OUTPUTS
     axes, options = _AXES, dict(scale=scale)
@@ -122,14 +125,16 @@ def _run_on_pool(attend, q, k, v, w, beta, key, value, length, g, decay, slots, 
 
 def _appended(v, g, value, decay, length, scale):
     """The values and decays after this token, and the latter as the kernels add them to logits."""
-    B, S = value.shape[:2]
-    value = value.at[jnp.arange(B, dtype=jnp.int32), length].set(v, mode="drop")
-    if g is None:
-        return value, None, None
-    before = (jnp.arange(S, dtype=jnp.int32)[None] < length[:, None])[..., None]
+    value = value.at[jnp.arange(value.shape[0], dtype=jnp.int32), length].set(v, mode="drop")
+    return value, *((None, None) if g is None else with_decay(g, decay, length, scale))
+
+
+def with_decay(g, decay, length, scale):
+    """The decays after this token, and as the kernels add them to logits."""
+    before = (jnp.arange(decay.shape[1], dtype=jnp.int32)[None] < length[:, None])[..., None]
     # A barrier, so that the kernel's operand reads the sums and they can be made in place.
     decay = lax.optimization_barrier(jnp.where(before, decay + g[:, None], 0.0))
-    return value, decay, scale * LOG2E * decay
+    return decay, scale * LOG2E * decay
 
 
 def _joined(attend, q, k, w, beta, key, value, length, added, more=None):
@@ -147,11 +152,21 @@ def _joined(attend, q, k, w, beta, key, value, length, added, more=None):
         if more is not None:
             rest = (x[:, :, first : first + MOST_QUERIES] for x in more)
             softmax = [jnp.concatenate(x, axis=3) for x in zip(softmax, rest, strict=True)]
-        o, highest, total = softmax
-        weight = jnp.exp2(highest - jnp.max(highest, axis=-1, keepdims=True))
-        total = jnp.sum(weight * total, axis=-1, keepdims=True)
-        outputs.append(jnp.sum(weight[..., None] * o, axis=-2) / total)
+        outputs.append(_sum_of_pieces(*softmax))
     return jnp.concatenate(outputs, axis=2).reshape(B, HQ, V), key
+
+
+def _sum_of_pieces(o, highest, total):
+    weight = jnp.exp2(highest - jnp.max(highest, axis=-1, keepdims=True))
+    total = jnp.sum(weight * total, axis=-1, keepdims=True)
+    return jnp.sum(weight[..., None] * o, axis=-2) / total
+
+
+def joined(o, highest, total):
+    """The outputs [B, HQ, V] of all pieces, that a kernel returns as [B, H, group, pieces, ...]."""
+    o = _sum_of_pieces(o, highest, total)
+    B, H, group, V = o.shape
+    return o.reshape(B, H * group, V)
 
 
 def _lazy_step(lazy, formula, q, k, v, w, beta, g, cache, scale):

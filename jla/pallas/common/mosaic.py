@@ -145,9 +145,32 @@ def product(*pairs, init=None, meanwhile=None):
     return pl.run_scoped(body, plgpu.ACC(shape, f32))
 
 
-def products(pairs, init):
-    """[init_i + the sum of a @ b over pairs_i], all started together and awaited once."""
+def product_beside(pair, work, init=None):
+    """`product(pair, init=init)` and work(), which is done while the tensor cores work.
+
+    What work() returns, an array in registers, is there before the product is awaited.
+    """
     if interpreting():
+        total = product(pair, init=init)
+        return total, work()
+
+    def body(acc):
+        if init is not None:
+            acc[...] = init
+        plgpu.wgmma(acc, *pair)
+        done = work()
+        # Keeps the compiler from doing the work after the wait.
+        return lax.optimization_barrier((acc[...], done))
+
+    shape = (pair[0].shape[0], pair[1].shape[1])
+    return pl.run_scoped(body, plgpu.ACC(shape, f32))
+
+
+def products(pairs, init=None):
+    """[init_i + the sum of a @ b over pairs_i], all started together and awaited once; without
+    `init` the sums alone."""
+    if interpreting():
+        init = [None] * len(pairs) if init is None else init
         return [product(*x, init=y) for x, y in zip(pairs, init, strict=True)]
 
     def body(accs):
@@ -155,7 +178,65 @@ def products(pairs, init):
             for a, b in operands:
                 plgpu.wgmma(acc, a, b)
 
-    return pl.run_state(body)([plgpu.ACC.init(x) for x in init])
+    if init is not None:
+        return pl.run_state(body)([plgpu.ACC.init(x) for x in init])
+
+    def from_zeros(*accs):
+        body(accs)
+        return [acc[...] for acc in accs]
+
+    shapes = ((x[0][0].shape[0], x[0][1].shape[1]) for x in pairs)
+    return pl.run_scoped(from_zeros, *(plgpu.ACC(shape, f32) for shape in shapes))
+
+
+def product_and(pair, meanwhile):
+    """`a @ b`, and what `meanwhile()` makes while the tensor cores work."""
+    if interpreting():
+        return product(pair), meanwhile()
+    a, b = pair
+
+    def body(acc):
+        plgpu.wgmma(acc, a, b)
+        made = meanwhile()
+        return acc[...], made
+
+    return pl.run_scoped(body, plgpu.ACC((a.shape[0], b.shape[1]), f32))
+
+
+def beside(tiles):
+    """Tiles of 64 columns as one."""
+    return tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=1)
+
+
+def accumulate(count, operands, done, shapes):
+    """The float32 sums of a @ b over `count` steps, one for each pair of a step, in registers.
+
+    Args:
+      operands: operands(n) awaits step n's tiles and returns its pairs of SMEM refs.
+      done: done(n) is called when step n's products have been read; not for the last step.
+      shapes: of the sums.
+    """
+    if interpreting():
+
+        def turn(n, sums):
+            sums = products([[pair] for pair in operands(n)], sums)
+            pl.when(n > 0)(lambda: done(n - 1))
+            return sums
+
+        return lax.fori_loop(0, count, turn, [jnp.zeros(shape, f32) for shape in shapes])
+
+    def body(*accs):
+        def turn(n, _):
+            for acc, pair in zip(accs, operands(n), strict=True):
+                plgpu.wgmma(acc, *pair)
+            plgpu.wgmma_wait(len(accs))  # those of the step before are done
+            pl.when(n > 0)(lambda: done(n - 1))
+
+        lax.fori_loop(0, count, turn, None)
+        plgpu.wgmma_wait(0)
+        return [acc[...] for acc in accs]
+
+    return pl.run_scoped(body, *[plgpu.ACC(shape, f32) for shape in shapes])
 
 
 def release():
@@ -353,6 +434,8 @@ def kernel(
         pl.run_scoped(
             functools.partial(body_32, *refs), *scratch_types, collective_axes=thread_axes
         )
+
+    with_scratch.__name__ = body.__name__
 
     def run(*operands):
         with config._check_vma(False):

@@ -74,7 +74,8 @@ def tile(layout, *place):
 
     def copy(source, target, row):
         at = row, *place
-        mosaic.store(target.at[*at], mosaic.load(source.at[*at], layout, optimized=False))
+        x = mosaic.load(source.at[*at], layout, optimized=False)
+        mosaic.store(target.at[*at], x.astype(target.dtype))
 
     return copy
 

@@ -13,12 +13,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jla._core.axes import PATH, letters
 from jla._core.derivatives import reverse_only
-from jla._core.dyadic import gradient_unit, level_sums, rounded
+from jla._core.dyadic import gradient_unit, level_sums
 from jla._core.path_cache import carried_on
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla.pallas.common.chunks import LOG2E, TILE_WIDTH
 from jla.pallas.common.mosaic import TILE_ROWS
+from jla.pallas.path_attention import leaf
 from jla.pallas.path_attention.dyadic import LEAF
 from jla.pallas.path_attention.forward import forward
 from jla.pallas.path_attention.key_gradients import key_gradients
@@ -105,25 +106,29 @@ def _attention(q, k, v, w, beta, g, scale):
 
 
 def _attention_forward(q, k, v, w, beta, g, scale):
-    w, ratio = rounded(w)
-    if ratio is not None:
-        beta = beta * ratio
     inputs = _given(q, k, v, w, beta, g)
     run = functools.partial(_forward, scale=scale)
-    kept = shardwise(run, _INPUTS[: len(inputs)], tuple(_KEPT.values()))(*inputs)
-    kept = tuple(map(checkpoint_name, kept, _KEPT))
-    return kept[:2], (inputs, ratio, kept)
+    # The kernels round a float32 w; what they have rounded is kept for the backward pass.
+    of_w = dict(path_w=_INPUTS[3], path_w_ratio="B H TP") if w.dtype == f32 else {}
+    names = _KEPT | of_w
+    kept = shardwise(run, _INPUTS[: len(inputs)], tuple(names.values()))(*inputs)
+    kept, ratio = tuple(map(checkpoint_name, kept, names)), None
+    if of_w:
+        *kept, w, ratio = kept
+        ratio = jnp.swapaxes(ratio[:, :, : w.shape[1]], 1, 2)
+        inputs = _given(q, k, v, w, beta * ratio, g)
+    return tuple(kept[:2]), (inputs, ratio, tuple(kept))
 
 
 def _attention_backward(scale, residuals, cotangents):
     inputs, ratio, kept = residuals
     axes = _INPUTS[: len(inputs)]
+    dtype = inputs[3].dtype if ratio is None else f32  # of the w given
     run = functools.partial(_backward, scale=scale)
     out_axes = tuple(_KEPT.values())
     all_axes = *axes, *out_axes, *out_axes[:2]
     gradients = shardwise(run, all_axes, axes)(*inputs, *kept, *cotangents)
     dq, dk, dv, dw, dbeta, *dg = gradients
-    dtype = inputs[3].dtype if ratio is None else f32  # what `rounded` was given
     if ratio is not None:
         dbeta = dbeta * ratio
     return dq, dk, dv, dw.astype(dtype), dbeta, *(dg or [None])
@@ -138,9 +143,13 @@ def _given(*arrays):
 
 def _forward(q, k, v, w, beta, g=None, *, scale):
     scale *= LOG2E
-    inputs = sixteen_bits(q, k, w, beta)
-    queries, keys, own, gates, _, inverse = grown(*inputs, g, scale=scale)
-    return *forward(queries, keys, v, own, gates, scale=scale), inverse
+    q, k, w, beta = sixteen_bits(q, k, w, beta)
+    inverse, w, ratio = leaf.inverses(w, beta)
+    if ratio is not None:
+        beta = beta * ratio
+    queries, keys, own, gates, _ = grown(q, k, w, beta, g, inverse, scale=scale)
+    outputs = *forward(queries, keys, v, own, gates, scale=scale), inverse
+    return outputs if ratio is None else (*outputs, w, ratio)
 
 
 def _backward(q, k, v, w, beta, *rest, scale):
@@ -182,7 +191,7 @@ def _backward_of_rows(q, k, v, w, beta, *rest, scale):
     g, H = g[0] if g else None, k.shape[2]
     in_base_2 = scale * LOG2E
     inputs = sixteen_bits(q, k, w, beta)
-    queries, keys, own, gates, transforms, _ = grown(*inputs, g, inverse, scale=in_base_2)
+    queries, keys, own, gates, transforms = grown(*inputs, g, inverse, scale=in_base_2)
     arguments = queries, keys, v, own, gates, do, lse, delta, unit, transforms
     *dkeys, dv, by_key = key_gradients(*arguments, scale=in_base_2)
     *dqueries, down, largest, by_query = query_gradients(*arguments, dkeys[1], scale=in_base_2)

@@ -45,6 +45,7 @@ from jla.pallas.common.mosaic import (
     per_column,
     per_row,
     product,
+    product_beside,
 )
 from jla.pallas.common.scratch import barrier_for, fetch
 from jla.pallas.path_attention import dyadic, rings
@@ -385,12 +386,15 @@ def tile(leaf, unit, place, i, carry):
         by_query += load(refs.sgates.at[slot], PER_COLUMN)
         by_key = load(refs.key_gates.at[leaf.b, place.head, place.rows], PER_ROW, optimized=False)
         s += per_row(by_key, ROWS)
-    p = jnp.exp2(s + per_column(by_query, ROWS))
-    dp = product((refs.sv.at[leaf.wg], refs.sdo.at[do_slot].T))
     delta = per_column(load(vectors.at[1], PER_COLUMN) * unit, ROWS)
-    dv = product((p.astype(bf16), refs.sdo.at[do_slot]), init=dv)
+    dp, p = product_beside(
+        (refs.sv.at[leaf.wg], refs.sdo.at[do_slot].T),
+        lambda: jnp.exp2(s + per_column(by_query, ROWS)),
+    )
+    dv, ds = product_beside(
+        (p.astype(bf16), refs.sdo.at[do_slot]), lambda: p * (dp * unit - delta), init=dv
+    )
     leaf.gradients.hand_back(do_slot)
-    ds = p * (dp * unit - delta)
     if refs.sgates is not None:
         sums += ds.sum(axis=1)
     dk = product((ds.astype(f16), refs.sq.at[slot]), init=dk)

@@ -30,49 +30,82 @@ SDS = jax.ShapeDtypeStruct
 def inverses(w, beta):
     """(I + strict_lower(diag(beta) W W^T))^-1 of every chunk of 64 tokens.
 
+    A float32 w is rounded to float16; beta |w|^2 stays what it was, so that reflections are ones.
+
     Args:
-      w: [B, T, H, K], 16 bits, K a multiple of 64, T a multiple of 8.
+      w: [B, T, H, K], 16 bits or float32, K a multiple of 64, T a multiple of 8.
       beta: [B, H, TP] float32; TP is T padded with zeros to whole leaves.
 
     Returns:
-      [B, H, TP / 64, 64, 64] float16. With unit rows of w no element is larger than beta.
+      [B, H, TP / 64, 64, 64] float16: with unit rows of w no element is larger than beta. And, if w
+      is float32, its float16 and the factors for beta, [B, H, TP] float32; else w and None.
 
-    One warpgroup a chunk, 32 KB of SMEM. Floor at B=8 T=4096 H=16 K=128: 201 MB, 0.05 ms.
+    One warpgroup a chunk; SMEM 32 KB, 48 KB of a float32 w. Floor at B=8 T=4096 H=16 K=128: 201 MB,
+    0.05 ms; 469 MB, 0.11 ms.
     """
-    (B, _, H, K), N = w.shape, beta.shape[2] // CHUNK
+    (B, _, H, K), N, rounds = w.shape, beta.shape[2] // CHUNK, w.dtype == f32
     k_tiles = K // TILE_WIDTH
-    tiles = range(k_tiles)
-
-    def body(refs):
-        b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
-        rows = pl.ds(n * CHUNK, CHUNK)
-        w = [refs.w_tiles.at[i] for i in tiles]
-        columns = [leaf_phases.columns(i) for i in tiles]
-        fetch(dict(w=[(refs.w.at[b, rows, h, columns[i]], w[i]) for i in tiles]), refs.w_loaded)
-        strength = load(refs.beta.at[b, h, rows], PER_ROW, optimized=False)
-        plgpu.barrier_wait(refs.w_loaded)
-        a = product(*((x, x.T) for x in w))
-        x = _unit_triangular_inverse(a * per_row(strength, CHUNK), refs.two_tiles)
-        staging = refs.two_tiles.at[0]
-        staging[...] = x.astype(f16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staging, refs.inverses.at[b, h, n])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
+    whole = plgpu.SMEM((CHUNK, K), f32, transforms=mosaic.TRANSFORMS_F32)
+    two_tiles = mosaic.tile(CHUNK, CHUNK, 2, dtype=f16)
     out = scratch.kernel(
-        body,
+        _inverse,
         inputs=dict(w=w, beta=beta),
-        outputs=dict(inverses=SDS((B, H, N, CHUNK, CHUNK), f16)),
+        outputs=dict(
+            inverses=SDS((B, H, N, CHUNK, CHUNK), f16),
+            rounded=SDS(w.shape, f16) if rounds else None,
+            ratio=SDS(beta.shape, f32) if rounds else None,
+        ),
         scratch=dict(
-            w_tiles=mosaic.tile(CHUNK, TILE_WIDTH, k_tiles, dtype=w.dtype),
-            two_tiles=mosaic.tile(CHUNK, CHUNK, 2, dtype=f16),
-            w_loaded=barrier_for(dict(w=k_tiles)),
+            w_tiles=mosaic.tile(CHUNK, TILE_WIDTH, k_tiles, dtype=f16 if rounds else w.dtype),
+            region=dict(given=whole, two=two_tiles) if rounds else dict(two=two_tiles),
+            w_loaded=barrier_for(dict(w=1 if rounds else k_tiles)),
         ),
         automatic_barriers=False,
+        reductions_cross_warps=False,
         grid=(B, N, H),
         grid_names=("b", "n", "h"),
     )
-    return out.inverses
+    return (out.inverses, out.rounded, out.ratio) if rounds else (out.inverses, w, None)
+
+
+def _inverse(refs):
+    """A chunk's."""
+    b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
+    rows, tiles = pl.ds(n * CHUNK, CHUNK), range(refs.w_tiles.shape[0])
+    w, columns = [refs.w_tiles.at[i] for i in tiles], [leaf_phases.columns(i) for i in tiles]
+    if refs.rounded is None:
+        fetch(dict(w=[(refs.w.at[b, rows, h, columns[i]], w[i]) for i in tiles]), refs.w_loaded)
+    else:
+        fetch(dict(w=(refs.w.at[b, rows, h], refs.region.given)), refs.w_loaded)
+    strength = load(refs.beta.at[b, h, rows], PER_ROW, optimized=False)
+    plgpu.barrier_wait(refs.w_loaded)
+    if refs.rounded is not None:
+        ratio = _round(refs.region.given, w)
+        refs.ratio.at[b, h, rows][...] = ratio
+        strength *= ratio
+        for tile, at in zip(w, columns, strict=True):
+            plgpu.copy_smem_to_gmem(tile, refs.rounded.at[b, rows, h, at])
+    a = product(*((x, x.T) for x in w))
+    x = _unit_triangular_inverse(a * per_row(strength, CHUNK), refs.region.two)
+    staging = refs.region.two.at[0]
+    staging[...] = x.astype(f16)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staging, refs.inverses.at[b, h, n])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _round(given, tiles):
+    """Stores w as float16; returns what its rows' squares have shrunk by."""
+    before = after = None
+    for i, tile in enumerate(tiles):
+        x = load(given.at[:, leaf_phases.columns(i)])
+        tile[...] = y = x.astype(f16)
+        squares = [(z * z).sum(axis=1) for z in (x, y.astype(f32))]
+        before, after = (
+            z if s is None else s + z for s, z in zip((before, after), squares, strict=True)
+        )
+    plgpu.commit_smem()
+    return before / jnp.where(after == 0.0, 1.0, after)
 
 
 def _unit_triangular_inverse(a, tiles):

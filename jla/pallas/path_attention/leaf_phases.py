@@ -34,6 +34,7 @@ send_second W_0 and W'_0. The queries read all but sinverse and, of chunk 1, sk_
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -108,11 +109,14 @@ class Chunk:
 def body(refs, *, group, scale):
     """All phases, by warpgroup."""
     b, leaf, h, wg = (lax.axis_index(name) for name in ("b", "leaf", "h", "wg"))
-    number = lax.rem(wg, jnp.int32(2))
-    tokens = pl.ds(leaf * LEAF + number * CHUNK, CHUNK)
-    own = Chunk(refs, b, leaf, h, number, tokens, group, scale)
-    pl.when(wg < 2)(lambda: of_keys(own))
-    pl.when(wg >= 2)(lambda: of_queries(own))
+
+    def of_chunk(number, phases):
+        tokens = pl.ds(leaf * LEAF + number * CHUNK, CHUNK)
+        phases(Chunk(refs, b, leaf, h, number, tokens, group, scale))
+
+    pl.when(wg < 2)(lambda: of_chunk(lax.rem(wg, jnp.int32(2)), of_keys))
+    for i in range(2, 4):
+        pl.when(wg == i)(functools.partial(of_chunk, i % 2, of_queries))
 
 
 def of_keys(own):
@@ -245,7 +249,8 @@ def move_between(own):
 def send_second(own):
     """The other 64 rows of H, if there are; of the second chunk."""
     spare = own.of(own.refs.sk_moved)
-    pl.when(len(spare) > 1)(lambda: send_transform(own, spare))
+    if len(spare) > 1:
+        send_transform(own, spare)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
@@ -294,8 +299,10 @@ def of_query_head(own, member):
     qk = _pairs(query if same else rounded, own.of(refs.sk))
     put_logits(own, head, product(*qk, (a, refs.smc.at[own.number])), diagonal=True)
 
-    pl.when(own.number == 0)(lambda: put_queries(own, head, (a, mw)))
-    pl.when(own.number == 1)(lambda: of_second_queries(own, head, rounded, a, is_first))
+    if own.number == 0:
+        put_queries(own, head, (a, mw))
+    else:
+        of_second_queries(own, head, rounded, a, is_first)
 
     @pl.when(member + 1 < own.group)
     def _():

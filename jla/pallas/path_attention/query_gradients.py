@@ -43,6 +43,7 @@ from jla.pallas.common.mosaic import (
     per_column,
     per_row,
     product,
+    product_beside,
 )
 from jla.pallas.common.scratch import barrier_for, fetch
 from jla.pallas.path_attention import dyadic, rings
@@ -310,12 +311,13 @@ def tile(leaf, own, version, level, done, i, carry):
     s = product((refs.sq.at[version, leaf.wg], refs.sk.at[key_slot].T)) * leaf.scale
     if refs.skey_gates is not None:
         s += per_column(load(refs.skey_gates.at[key_slot], PER_COLUMN), ROWS)
-        by_query = load(refs.squery_gates.at[version, leaf.wg], PER_ROW)
-        p = jnp.exp2(s + per_row(by_query - own.lse, LEAF))
+        by_query = load(refs.squery_gates.at[version, leaf.wg], PER_ROW) - own.lse
     else:
-        p = jnp.exp2(s - per_row(own.lse, LEAF))
+        by_query = -own.lse
     leaf.values.wait(slot)
-    dp = product((refs.sdo.at[leaf.wg], refs.sv.at[slot].T))
+    dp, p = product_beside(
+        (refs.sdo.at[leaf.wg], refs.sv.at[slot].T), lambda: jnp.exp2(s + per_row(by_query, LEAF))
+    )
     leaf.values.hand_back(slot)
     ds = p * (dp * own.unit - per_row(own.delta, LEAF))
     if refs.skey_gates is not None:

@@ -18,7 +18,7 @@ there are none:
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,19 @@ def _numbers(full):
     before = jnp.sum(full[None] & (number[None] < number[:, None]), axis=1, dtype=jnp.int32)
     at = full[None] & (before[None] == number[:, None])
     return jnp.sum(jnp.where(at, number[None], 0), axis=1), jnp.sum(full, dtype=jnp.int32)[None]
+
+
+class Refs(NamedTuple):
+    """What a piece's phases read and write."""
+
+    key: Any
+    recent: Any
+    change: Any
+    new_key: Any
+    keys: Any
+    high: Any
+    low: Any
+    loaded: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +178,25 @@ def _move(piece, count):
         of_piece = (functools.partial(f, piece) for f in (tile, load_tile, store_tile))
         step, load_one, store_one = of_piece
         mosaic.walk(step, None, count, load_one, store_one, refs.loaded, SLOTS)
+
+
+def move_one_by_one(piece, count):
+    """As `_move`, with one slot in SMEM; for a CTA that has others beside it."""
+
+    def turn(i, carry):
+        load_tile(piece, i, 0)
+        plgpu.barrier_wait(piece.refs.loaded.at[0])
+        tile(piece, i, 0, None)
+        plgpu.commit_smem()
+        store_tile(piece, i, 0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        return carry
+
+    @pl.when(count > 0)
+    def _():
+        make_parts(piece)
+        lax.fori_loop(0, count, turn, None)
+        plgpu.wait_smem_to_gmem(0)
 
 
 def make_parts(piece):

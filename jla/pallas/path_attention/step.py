@@ -80,7 +80,10 @@ def path_step(q, k, v, w, beta, g, cache, *, scale, slots=None):
 
     Derivatives are those of the reference's formula, in XLA.
     """
-    options = dict(scale=scale, move_on=moved_on)
+    # Here, as it is made of this module's functions.
+    from jla.pallas.path_attention.lazy_step import lazy_step
+
+    options = dict(scale=scale, lazy=lazy_step, move_on=moved_on)
     options |= {} if slots is None else dict(slots=slots)
     return around.path_step(_attend, reference.path_step, q, k, v, w, beta, g, cache, **options)
 
@@ -120,7 +123,7 @@ def _pass(q, k, w, beta, key, value, length, added, slots, *, scale, moved):
     stages = IN_SMEM // rows
     size = min(LONGEST, max(SHORTEST, S * B * H // CTAS // SHORTEST * SHORTEST))
     shape = B, HQ, pl.cdiv(S, size)
-    layouts = Layouts(_rows_by_warp(rows, K), _rows_by_warp(rows, V))
+    layouts = Layouts(rows_by_warp(rows, K), rows_by_warp(rows, V))
     out = scratch.kernel(
         functools.partial(_body, group=group, size=size, scale=scale, layouts=layouts),
         inputs=dict(
@@ -141,8 +144,8 @@ def _pass(q, k, w, beta, key, value, length, added, slots, *, scale, moved):
             new_key=None if moved else SDS(key.shape, f32),
         ),
         scratch=dict(
-            keys=_tiles((stages, rows, K), key.dtype),
-            values=_tiles((stages, rows, V), value.dtype),
+            keys=tiles((stages, rows, K), key.dtype),
+            values=tiles((stages, rows, V), value.dtype),
             sums=None if added is None else plgpu.SMEM((stages, group, rows), f32),
             loaded=barrier_for(dict(key=1, value=1, added=added is not None), stages),
         ),
@@ -153,7 +156,7 @@ def _pass(q, k, w, beta, key, value, length, added, slots, *, scale, moved):
     return out.o, out.top, out.total, key if moved else out.new_key
 
 
-def _tiles(shape, dtype):
+def tiles(shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((1, shape[-1])),))
 
 
@@ -244,7 +247,7 @@ def _advance(piece):
     for i in range(piece.stages):
         pl.when(i < piece.tiles)(functools.partial(load_tile, piece, jnp.int32(i)))
     token = _token(piece)
-    softmax = lax.fori_loop(0, piece.tiles, functools.partial(tile, piece, token), _start(piece))
+    softmax = lax.fori_loop(0, piece.tiles, functools.partial(tile, piece, token), start(piece))
     store_softmax(piece, softmax)
     if refs.new_key is not None:
         clear_rest(piece)
@@ -268,7 +271,7 @@ def _token(piece):
     return Token(beta, w, per_column(_load(refs.k.at[*at], by_column), piece.rows))
 
 
-def _start(piece):
+def start(piece):
     """For each query head the largest logits, sums of exponentials and of values: of no token."""
     rows, V, layouts = piece.rows, piece.refs.values.shape[2], piece.layouts
     nothing = (
@@ -318,6 +321,20 @@ def store_tile(piece, source, i):
 def tile(piece, token, i, softmax):
     """Moves the keys of tile i, stores them, and adds its tokens to each head's softmax."""
     refs, slot = piece.refs, piece.slot(i)
+    softmax = read_tile(piece, token, i, softmax)
+    plgpu.commit_smem()  # and all warps have read the tile
+    if refs.new_key is not None:
+        store_tile(piece, refs.keys.at[slot], i)
+        # The tile before has left SMEM, this one may still be on its way.
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    following = i + (piece.stages - 1)
+    pl.when((i > 0) & (following < piece.tiles))(lambda: load_tile(piece, following))
+    return softmax
+
+
+def read_tile(piece, token, i, softmax):
+    """Moves the keys of tile i, in SMEM, and adds its tokens to each head's softmax."""
+    refs, slot = piece.refs, piece.slot(i)
     first = piece.start + i * piece.rows
     iota = plgpu.broadcasted_iota(jnp.int32, (piece.rows,), 0, layout=piece.layouts.by_row)
     place = first + iota
@@ -329,17 +346,9 @@ def tile(piece, token, i, softmax):
     # Behind the last token may be anything, and 0 times it is not always 0.
     there = per_row(place, refs.values.shape[2]) < piece.end
     values = jnp.where(there, _load(refs.values.at[slot], piece.layouts.values), 0.0)
-    softmax = tuple(
+    return tuple(
         attend(piece, j, of_head, slot, place, keys, values) for j, of_head in enumerate(softmax)
     )
-    plgpu.commit_smem()  # and all warps have read the tile
-    if refs.new_key is not None:
-        store_tile(piece, refs.keys.at[slot], i)
-        # The tile before has left SMEM, this one may still be on its way.
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-    following = i + (piece.stages - 1)
-    pl.when((i > 0) & (following < piece.tiles))(lambda: load_tile(piece, following))
-    return softmax
 
 
 def move(piece, token, place, keys):
@@ -418,7 +427,7 @@ def _same_memory(source, target, layout):
     return same
 
 
-def _rows_by_warp(rows, width):
+def rows_by_warp(rows, width):
     """The layout of a [rows, width] tile over one warpgroup: a quarter of the rows a warp.
 
     A row belongs to eight lanes; so their sums along rows lie alike for all widths.

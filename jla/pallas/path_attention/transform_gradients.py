@@ -126,7 +126,7 @@ class Block:
     level: Any
     n: Any  # the block's number in its level, and its parent's in the one above
     pair: Any
-    is_left: Any  # whether it is a left half, which moves queries
+    is_left: bool  # whether it is a left half, which moves queries
     here: Any  # where the sibling's versions of this level begin, in leaves,
     there: Any  # and its next ones; -1 if there are none
     tiles: Any  # of 64 rows of these, for each head
@@ -146,17 +146,26 @@ class Block:
 def _body(refs, *, leaves, group):
     level, n = refs.level[0], lax.axis_index("n")
     count = dyadic.count(dyadic.block_counts(leaves), level)
-    pl.when(n < count)(lambda: _of_block(_block(refs, level, n, leaves, group), leaves))
+    left = lax.rem(n, jnp.int32(2)) == 0
+
+    # The two kinds of halves have all code apart. Where they met, with sums of different products,
+    # ptxas would make each product wait for the one before.
+    @pl.when((n < count) & left)
+    def _():
+        _of_block(_block(refs, level, n, leaves, group, is_left=True), leaves)
+
+    @pl.when((n < count) & ~left)
+    def _():
+        _of_block(_block(refs, level, n, leaves, group, is_left=False), leaves)
 
 
-def _block(refs, level, n, leaves, group):
+def _block(refs, level, n, leaves, group, *, is_left):
     """The CTA's block."""
     b, h = (lax.axis_index(name) for name in ("b", "h"))
     blocks = dyadic.block_counts(leaves)
     pair, pairs = lax.div(n, jnp.int32(2)), dyadic.count(blocks, level + 1)
     # A left half's gradient depends on its sibling's queries, a right half's on its keys.
-    is_left = lax.rem(n, jnp.int32(2)) == 0
-    sibling = jnp.where(is_left, 2 * pair + 1, 2 * pair)
+    sibling = 2 * pair + int(is_left)
     leaf = lax.shift_left(sibling, level)
     of_queries = _versions(
         dyadic.query_counts(leaves), leaf, level, leaves, lambda m: dyadic.has_query(leaf, m)
@@ -164,13 +173,13 @@ def _block(refs, level, n, leaves, group):
     of_keys = _versions(
         dyadic.key_counts(leaves), leaf, level, leaves, lambda m: dyadic.has_key(leaf, m, leaves)
     )
-    here, there = (jnp.where(is_left, x, y) for x, y in zip(of_queries, of_keys, strict=True))
+    here, there = of_queries if is_left else of_keys
     tiles = jnp.clip(leaves - leaf, 0, lax.shift_left(jnp.int32(1), level)) * (LEAF // CHUNK)
     tiles = jnp.where(there >= 0, tiles, 0)
     first, first_above = (dyadic.offset(blocks, m) for m in (level, level + 1))
     of_sibling, of_parent = first + sibling, first_above + dyadic.beside(pair, pairs)
     base = jnp.where(pair < pairs, refs.left.shape[-1] // CHUNK, 0)
-    total = base + tiles * jnp.where(is_left, group, 1)
+    total = base + tiles * (group if is_left else 1)
     return Block(
         refs, b, h, group, level, n, pair, is_left, here, there, tiles, first, first_above,
         of_sibling, of_parent, base, total,
@@ -192,7 +201,7 @@ def _of_block(block, leaves):
     lax.fori_loop(0, block.parts, lambda t, _: load_above(block, t), None)
     load_next(block, 0, STAGES - 1)
     refs = block.refs
-    unit = jnp.where(block.is_left, refs.q_unit[block.b, block.h], refs.k_unit[block.b, block.h])
+    unit = (refs.q_unit if block.is_left else refs.k_unit)[block.b, block.h]
     nothing = plgpu.layout_cast(jnp.zeros((CHUNK, refs.left.shape[-1]), f32), WGMMA_LAYOUT)
     has_parent = jnp.minimum(block.base, 1)
     sums = (nothing,) * block.parts
@@ -244,14 +253,11 @@ def load_versions(block, t):
         before = pl.ds(block.here * LEAF + i * CHUNK, CHUNK)
         after = pl.ds(block.there * LEAF + i * CHUNK, CHUNK)
 
-        @pl.when(block.is_left)
-        def _():
+        if block.is_left:
             head = block.h * block.group + member
             q, dq = refs.q.at[b, head, before], refs.dq.at[b, head, after]
             _load(block, t, q, dq, refs.dq_factors.at[b, head, after])
-
-        @pl.when(jnp.logical_not(block.is_left))
-        def _():
+        else:
             dk, k = refs.dk.at[b, block.h, after], refs.k.at[b, block.h, before]
             _load(block, t, dk, k, refs.dk_factors.at[b, block.h, after])
 
@@ -284,7 +290,7 @@ def from_above(block, unit):
             for i in parts
         ]
 
-    result = lax.cond(block.is_left, of_left, of_right)
+    result = of_left() if block.is_left else of_right()
     plgpu.commit_smem()  # all warps have read what is overwritten
     load_next(block, STAGES - 1, block.parts)
     return tuple(x * ratio for x in result)
@@ -299,11 +305,9 @@ def add_tile(block, unit, t, sums):
     scaled = load(refs.right.at[slot]) * per_row(factor, refs.right.shape[-1])
     refs.right.at[slot][...] = scaled.astype(f16)
     plgpu.commit_smem()
-    added = []
-    for i in range(block.parts):
-        columns = pl.ds(i * CHUNK, CHUNK)
-        operands = refs.left.at[slot, :, columns].T, refs.right.at[slot]
-        added.append(product(operands, init=sums[i]))
+    columns = [pl.ds(i * CHUNK, CHUNK) for i in range(block.parts)]
+    operands = [[(refs.left.at[slot, :, at].T, refs.right.at[slot])] for at in columns]
+    added = mosaic.products(operands, sums)
     mosaic.release()
     load_versions(block, t + STAGES - 1)
     return tuple(added)

@@ -20,36 +20,37 @@ from jla.pallas.path_attention.dyadic import LEAF
 f16, f32 = jnp.float16, jnp.float32
 
 
-def grown(q, k, w, beta, g, inverse=None, *, scale):
+def grown(q, k, w, beta, g, inverse, *, scale):
     """What a pass over the tree needs.
 
     Args:
       q: [B, T, HQ, K]. k, w: [B, T, H, K]. beta: [B, H, TP] float32. See `sixteen_bits`.
       g: None, or the logits' gates in base 2, [B, T, HQ] float32; -inf at a segment's first token.
-      inverse: None, or as an earlier call returned it.
+      inverse: of the chunks, see `leaf.inverses`.
       scale: of the logits, positive, base 2.
 
     Returns:
       All versions of queries and of keys, the leaves' own logits, the gates from and to the levels'
-      middles (or None), all as `forward` takes them; all blocks' transforms, see `chains.joined`;
-      and the chunks' inverses, see `leaf.inverses`.
+      middles (or None), all as `forward` takes them; and all blocks' transforms, see
+      `chains.joined`.
     """
     P = beta.shape[2] // LEAF
-    if inverse is None:
-        inverse = leaf.inverses(w, beta)
     gates, within = (None, None) if g is None else (level_sums(g, LEAF), leaf_sums(g))
     queries, keys, *own, transforms = leaf.leaves(q, k, w, inverse, beta, within, scale=scale)
     transforms = chains.joined(transforms, P)
     queries = chains.query_chains(queries, transforms, P)
     keys = chains.key_chains(keys, transforms, P)
-    return queries, keys, own, gates, transforms, inverse
+    return queries, keys, own, gates, transforms
 
 
 def sixteen_bits(q, k, w, beta):
-    """q, k and w as `leaf.leaves` takes them, and beta [B, H, TP], zero past the end."""
+    """q, k and w as `leaf.leaves` takes them, and beta [B, H, TP], zero past the end.
+
+    A float32 w stays as it is: `leaf.inverses` rounds it.
+    """
     if k.dtype != q.dtype:
         k = k.astype(f16)
-    if k.dtype != w.dtype:
+    if w.dtype not in (k.dtype, f32):
         w = w.astype(f16)
     beta = jnp.moveaxis(beta, 2, 1)
     return q, k, w, jnp.pad(beta, [(0, 0), (0, 0), (0, -beta.shape[2] % LEAF)])
