@@ -2,7 +2,7 @@
 
 Both passes are of the form that `slots` describes, with x and y = q and k, w = dlogits, and
 x and y = do and v, w = p. `logit_gradients` reads do and v to make dlogits; then the states'
-gradients can go from chunk to chunk; then `chunk_gradients`, once for each pass, makes the rest.
+gradients can go from chunk to chunk; then `chunk_gradients` makes the rest.
 """
 
 import collections
@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla.pallas.common import blocks, chunks, mosaic, scratch
-from jla.pallas.common.chunks import CHUNK, LEVELS, TILE_WIDTH
+from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
 from jla.pallas.common.mosaic import WGMMA_LAYOUT, bf16, f16, f32, load, per_row, product
 from jla.pallas.common.scratch import barrier_for, fetch, fetch_each
 from jla.pallas.common.tiles import columns, over_tiles, row_sum, smem_tiles
@@ -37,8 +37,9 @@ def logit_gradients(v, s, decay_operand, value_states, p, do, *, scale):
     Returns:
       [B, T, HQ, M] bf16.
 
-    SMEM as `outputs`. Floor at B=8 T=4096 HQ=H=16 V=128 M=64: 0.67 GB, 0.16 ms at 4.3 TB/s; 3800
-    instructions a warp and chunk.
+    Floor at B=8 T=4096 HQ=H=16 V=128 M=64: 0.67 GB, 0.16 ms at 4.3 TB/s; 1200
+    instructions a warp and chunk, and 74 KB of SMEM and 161 registers: three CTAs share a
+    multiprocessor.
     """
     B, T, HQ, V = do.shape
     H, M = s.shape[2:]
@@ -151,8 +152,10 @@ def chunk_gradients(passes, s, decay_operand):
       [(dx, or None, and dy) for each pass], [B, T, HQ, D] bf16; ds [B, T, HQ * parts, M] bf16 and
       dg [B, TP, HQ * parts, M] float32, TP whole chunks, of all passes.
 
-    One warpgroup for 128 features of a chunk; 112 KB of SMEM at M=64. Floor at B=8 T=4096 HQ=H=16
-    D=128 M=64, both passes: 2.0 GB, 0.46 ms at 4.3 TB/s.
+    One warpgroup for 128 features of a chunk; 112 KB of SMEM at M=64. Passes that fit together take
+    turns in one CTA, which sums their ds and dg in registers. Floor at B=8 T=4096 HQ=H=16 D=128
+    M=64, both passes: 2.0 GB, 0.47 ms at 4.3 TB/s; 5400 instructions a warp and chunk. Predicted
+    0.80 ms.
     """
     B, T, HQ, D = passes[0].x.shape
     H, M = s.shape[2:]
@@ -197,9 +200,8 @@ def chunk_gradients(passes, s, decay_operand):
     return list(zip(out.dx, out.dy, strict=True)), out.ds, out.dg
 
 
-# Of a slot tile, over the passes so far: dg without what is left to `_finish`, ds of the chunk's own
-# pairs (over exp(-G), where no row is far), and y dX.
-Sums = collections.namedtuple("Sums", "dg ds end")
+# Of a slot tile, over the passes so far.
+Sums = collections.namedtuple("Sums", "dg ds")
 
 
 def _gradients_body(refs, *, group, parts):
@@ -207,38 +209,31 @@ def _gradients_body(refs, *, group, parts):
     rows, h = pl.ds(n * CHUNK, CHUNK), lax.div(head, group)
     d_tiles, m_tiles, passes = len(refs.sx), len(refs.sg), len(refs.x)
     tiles = refs  # before `_afresh`
+    features = [columns(part * d_tiles + i) for i in range(d_tiles)]
 
     def of_first_head(x):
         """What the states give counts for a group's first query head."""
         return mosaic.where(lax.rem(head, group) == 0, x) if group > 1 else x
 
     def fetch_tokens(number):
-        def copies():
-            for i in range(d_tiles):
-                at = columns(part * d_tiles + i)
-                yield refs.x[number].at[b, rows, head, at], refs.sx[i]
-                yield refs.y[number].at[b, rows, h, at], refs.sy[i]
-            for m in range(m_tiles):
-                yield refs.w[number].at[b, rows, head, columns(m)], refs.sw[m]
-
-        fetch_each(copies(), refs.tokens_loaded)
+        copies = _tokens(_afresh(tiles), number, (b, rows, head), h, features)
+        fetch_each(copies, refs.tokens_loaded)
 
     def fetch_states(number):
-        def copies():
-            for i in range(d_tiles):
-                at = columns(part * d_tiles + i)
-                for m in range(m_tiles):
-                    of_tile = b, h, n, at, columns(m)
-                    yield refs.states[number].at[of_tile], refs.sstates[i][m]
-                    yield refs.gradients[number].at[of_tile], refs.sgradients[i][m]
+        copies = _states(_afresh(tiles), number, (b, h, n), features)
+        fetch_each(copies, refs.states_loaded)
 
-        fetch_each(copies(), refs.states_loaded)
+    def put_features(number, i):
+        place, rows_too = (b, rows, head, features[i]), refs.dx[number] is not None
+        now = _afresh(tiles)
+        _put_features(now, i, rows_too)
+        plgpu.copy_smem_to_gmem(now.sy[i], refs.dy[number].at[place])
+        if rows_too:
+            plgpu.copy_smem_to_gmem(now.sx[i], refs.dx[number].at[place])
 
-    def send(number, i):
-        at = b, rows, head, columns(part * d_tiles + i)
-        plgpu.copy_smem_to_gmem(refs.sy[i], refs.dy[number].at[at])
-        if refs.dx[number] is not None:
-            plgpu.copy_smem_to_gmem(refs.sx[i], refs.dx[number].at[at])
+    def put_sums(m, sums):
+        place = b, rows, head * parts + part, columns(m)
+        _put_sums(_afresh(tiles), sums, refs.ds.at[place], refs.dg.at[place])
 
     def step(number, sums):
         plgpu.barrier_wait(refs.tokens_loaded)
@@ -248,29 +243,21 @@ def _gradients_body(refs, *, group, parts):
         for m in range(m_tiles):
             sums[m] = _slot_sums(tiles, m, far, of_first_head, sums[m])
             if passes == 1:
-                _finish(_afresh(tiles), m, sums[m], far, of_first_head, place(m))
+                put_sums(m, sums[m])
         _put_a(_afresh(tiles), far)
         for i in range(d_tiles):
-            _put_features(_afresh(tiles), i)
-            _of_number(number, passes, functools.partial(send, i=i))
+            _of_number(number, passes, functools.partial(put_features, i=i))
+        following = number + 1
+        if passes > 1:
+
+            @pl.when(following < passes)
+            def _():
+                _of_number(following, passes, fetch_states)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.commit_smem()
+                _of_number(following, passes, fetch_tokens)
+
         return tuple(sums)
-
-    def more(number, sums):
-        sums = step(number, sums)
-
-        @pl.when(number + 1 < passes)
-        def _():
-            for following in range(1, passes):
-                pl.when(number + 1 == following)(functools.partial(fetch_states, following))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.commit_smem()
-            for following in range(1, passes):
-                pl.when(number + 1 == following)(functools.partial(fetch_tokens, following))
-
-        return sums
-
-    def place(m):
-        return b, rows, head * parts + part, columns(m)
 
     refs.nothing[0] = 0
     plgpu.commit_smem()
@@ -280,14 +267,32 @@ def _gradients_body(refs, *, group, parts):
     fetch_states(0)
     far = _put_writes(_afresh(tiles), of_first_head)
     zero = mosaic.zeros((CHUNK, TILE_WIDTH), WGMMA_LAYOUT)
-    sums = (Sums(zero, zero, zero),) * m_tiles
+    sums = (Sums(zero, zero),) * m_tiles
     if passes == 1:
         step(0, sums)
     else:
-        (sums,) = lax.fori_loop(0, passes, more, sums)
+        (sums,) = lax.fori_loop(0, passes, step, sums)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        _finish(_afresh(tiles), 0, sums, far, of_first_head, place(0))
+        put_sums(0, sums)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _tokens(refs, number, place, h, features):
+    """The copies of x, y and w of a pass."""
+    b, rows, head = place
+    for i, at in enumerate(features):
+        yield refs.x[number].at[b, rows, head, at], refs.sx[i]
+        yield refs.y[number].at[b, rows, h, at], refs.sy[i]
+    for m, tile in enumerate(refs.sw):
+        yield refs.w[number].at[b, rows, head, columns(m)], tile
+
+
+def _states(refs, number, place, features):
+    """The copies of X and dX of a pass."""
+    for i, at in enumerate(features):
+        for m in range(len(refs.sw)):
+            yield refs.states[number].at[*place, at, columns(m)], refs.sstates[i][m]
+            yield refs.gradients[number].at[*place, at, columns(m)], refs.sgradients[i][m]
 
 
 def _of_number(number, passes, function):
@@ -298,11 +303,15 @@ def _of_number(number, passes, function):
         pl.when(number == i)(functools.partial(function, i))
 
 
-TILES = "sx sy sw ss sg kept sstates sgradients pairs work more".split()
+_TILES = "sx sy sw ss sg kept sstates sgradients pairs work more".split()
 
 
 def _afresh(refs):
-    """The same tiles, whose addresses are computed again from here on, and not kept in registers."""
+    """The same tiles, whose addresses are computed again from here on.
+
+    By an index that the compiler does not know. It would compute each address once for the whole
+    kernel, and spill what it has no registers for.
+    """
     zero = refs.nothing[0]
 
     def at(x):
@@ -310,7 +319,7 @@ def _afresh(refs):
             return type(x)(map(at, x))
         return None if x is None else x.at[zero]
 
-    return refs._replace(**{name: at(getattr(refs, name)) for name in TILES})
+    return refs._replace(**{name: at(getattr(refs, name)) for name in _TILES})
 
 
 def _put_writes(refs, of_first_head):
@@ -332,7 +341,7 @@ def _put_writes(refs, of_first_head):
 
 
 def _put_pairs(refs, far):
-    """The products of tokens: for j <= i x_i . y_j, for j > i zero, or x_j . y_i if rows are far."""
+    """The products of tokens: for j <= i x_i . y_j, for j > i zero; if rows are far x_j . y_i."""
     one = product(*((a, b.T) for a, b in zip(refs.sx, refs.sy, strict=True)))
 
     def mirrored():
@@ -357,37 +366,58 @@ def _slot_sums(refs, m, far, of_first_head, before):
     states = [(x, state[m]) for x, state in zip(refs.sx, refs.sstates, strict=True)]
 
     def by_factors():
-        sw[...] = (load(sw) * blocks.reads(blocks.decays_so_far(sg))).astype(bf16)
+        so_far = blocks.decays_so_far(sg)
+        sw[...] = (load(sw) * blocks.reads(so_far)).astype(bf16)
         plgpu.commit_smem()
         dg = load(sw) * product(*states, (refs.pairs, ss))
         ds = product((refs.pairs.T, sw))
-        return dg - load(ss) * ds, ds
+        return dg - load(ss) * ds, blocks.writes(so_far) * ds
 
     def exactly():
         dw = blocks.reads(blocks.decays_so_far(sg)) * product(*states)
-        dw, ds = _through_levels(sw, ss, sg, refs.pairs, work, dw)
-        own = jnp.where(chunks.diagonal(), load(refs.pairs), 0.0).sum(axis=1)
-        w = load(sw)
-        return w * dw - load(ss) * ds, ds + w * per_row(own, TILE_WIDTH)
+        signed = load(sw) * slots.read_exactly(refs.pairs, dw, ss, sg, work)
+        zero = mosaic.zeros((CHUNK, TILE_WIDTH), WGMMA_LAYOUT)
+        ds = slots.read_exactly(refs.pairs, zero, sw, sg, work, reverse=True)
+        return signed - load(ss) * ds, slots.own_reads(refs.pairs, sw, ds)
 
     signed, ds = lax.cond(far, exactly, by_factors)
-    refs = _afresh(tiled)
-    work, sg = refs.work, refs.sg[m]
-    second = _second(refs)
+    dg = _cumulated(_afresh(tiled), signed, before.dg)
+    return _from_the_end(_afresh(tiled), m, of_first_head, Sums(dg, before.ds + ds))
+
+
+def _cumulated(refs, signed, dg):
+    """3. The reversed cumsum of dG, added to dg. It cancels, and so needs 16 bits."""
+    high, low = refs.work, _second(refs)
     plgpu.commit_smem()
-    work[...], second[...] = mosaic.split(signed)  # the cumsum cancels, and so needs 16 bits
+    high[...], low[...] = mosaic.split(signed)
     plgpu.commit_smem()
     onwards = blocks.from_on(bf16)
-    dg = product((onwards, work), (onwards, second), init=before.dg)
-    carried = _carried(refs.sstates, refs.sgradients, m)
+    return product((onwards, high), (onwards, low), init=dg)
+
+
+def _from_the_end(refs, m, of_first_head, sums):
+    """4. The sums with what the gradient of the state after the chunk gives."""
+    sg, second = refs.sg[m], _second(refs)
+    end = product(*((y, gradient[m]) for y, gradient in zip(refs.sy, refs.sgradients, strict=True)))
+    after = of_first_head(chunks.decays(blocks.from_on(f16, strict=True), sg))
+    ds = lax.optimization_barrier(sums.ds + end * after)
+    plgpu.commit_smem()
+    second[...] = (load(refs.kept[m]) * end).astype(bf16)
+    plgpu.commit_smem()
+    carried = None
+    for states, gradients in zip(refs.sstates, refs.sgradients, strict=True):
+        term = load(states[m]) * load(gradients[m])
+        # In this order, or all that is loaded would be in registers at once.
+        carried = lax.optimization_barrier(term if carried is None else carried + term)
     everywhere = chunks.everywhere()
+    # The product's registers are taken when the loaded ones are free.
+    plgpu.commit_smem()
     carried *= jnp.exp2(product((chunks.mask_operand(everywhere), sg)))
+    refs.work[...] = of_first_head(carried).astype(bf16)
     plgpu.commit_smem()
-    work[...] = of_first_head(carried).astype(bf16)
-    plgpu.commit_smem()
-    dg = product((chunks.mask_operand(everywhere, bf16), work), init=dg)
-    gradients = [(y, gradient[m]) for y, gradient in zip(refs.sy, refs.sgradients, strict=True)]
-    return Sums(dg, before.ds + ds, product(*gradients, init=before.end))
+    earlier = blocks.up_to(bf16, strict=True)
+    border = (earlier, second), (chunks.mask_operand(everywhere, bf16), refs.work)
+    return Sums(product(*border, init=sums.dg), ds)
 
 
 def _second(refs):
@@ -415,9 +445,9 @@ def _put_a(refs, far):
     plgpu.commit_smem()
 
 
-def _put_features(refs, i):
+def _put_features(refs, i, rows_too):
     """2. dx (if wanted) and dy of feature tile i, in the places of x and y."""
-    slot_tiles, rows_too = range(len(refs.sg)), any(x is not None for x in refs.dx)
+    slot_tiles = range(len(refs.sg))
     end = ((refs.kept[m], refs.sgradients[i][m].T) for m in slot_tiles)
     dy = product((refs.pairs.T, refs.sx[i]), *end).astype(bf16)
     if rows_too:
@@ -430,54 +460,10 @@ def _put_features(refs, i):
     plgpu.commit_smem()
 
 
-def _finish(refs, m, sums, far, of_first_head, place):
-    """4. ds and dg of slot tile m."""
-    sg, work, second = refs.sg[m], refs.work, _second(refs)
+def _put_sums(refs, sums, ds, dg):
+    """ds and dg of a slot tile, to memory."""
+    dg[...] = sums.dg
     plgpu.commit_smem()
-    second[...] = (load(refs.kept[m]) * sums.end).astype(bf16)
-    after = of_first_head(chunks.decays(blocks.from_on(f16, strict=True), sg))
-    so_far = mosaic.where(~far, blocks.decays_so_far(sg))
-    ds = sums.ds * blocks.writes(so_far) + sums.end * after
+    refs.work[...] = sums.ds.astype(bf16)
     plgpu.commit_smem()
-    work[...] = ds.astype(bf16)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(work, refs.ds.at[place])
-    refs.dg.at[place][...] = product((blocks.up_to(bf16, strict=True), second), init=sums.dg)
-
-
-def _through_levels(sw, ss, sg, pairs, work, dw):
-    """The terms of dw and ds of one slot tile from the chunk's own pairs j < i, by the tree.
-
-    At a level a token either reads or is read, with the same decay; so one product makes dw where
-    it reads and ds where it is read.
-
-    Args:
-      sw, ss, sg: its w, s and log decays. pairs: the symmetric products. work: overwritten.
-      dw: what is to be added to.
-    """
-
-    def level_step(level, carry):
-        dw, ds = carry
-        decay = blocks.level_decays(level, sg)
-        reads = chunks.level_reads(level, bf16)
-        tokens = plgpu.load(sw, layout=WGMMA_LAYOUT) * per_row(reads, TILE_WIDTH)
-        tokens += plgpu.load(ss, layout=WGMMA_LAYOUT) * per_row(1 - reads, TILE_WIDTH)
-        tokens *= decay.astype(bf16)
-        plgpu.commit_smem()
-        work[...] = tokens
-        plgpu.commit_smem()
-        mine = jnp.where(chunks.level_pairs(level, symmetric=True), load(pairs), 0.0)
-        change = decay * product((mine.astype(bf16), work))
-        reads = per_row(chunks.level_reads(level, f32), TILE_WIDTH)
-        return dw + change * reads, ds + change * (1 - reads)
-
-    return lax.fori_loop(0, LEVELS, level_step, (dw, jnp.zeros_like(dw)))
-
-
-def _carried(states, gradients, m):
-    """X dX of slot tile m, summed over the feature tiles: the sum over its rows remains."""
-    total = None
-    for x, dx in zip(states, gradients, strict=True):
-        term = load(x[m]) * load(dx[m])
-        total = term if total is None else total + term
-    return total
+    plgpu.copy_smem_to_gmem(refs.work, ds)

@@ -116,7 +116,7 @@ def read(scores, reads, decays, refs, work):
     def with_far():
         far = scores * _far_rows(decays)
         tiles = zip(reads, refs.ss, refs.sg, strict=True)
-        return tuple(_read_exactly(far, x, s, g, work) for x, s, g in tiles)
+        return tuple(read_exactly(far, own_reads(far, s, x), s, g, work) for x, s, g in tiles)
 
     return lax.cond(decays.some_far, with_far, lambda: reads)
 
@@ -142,28 +142,41 @@ def _far_rows(decays):
     return per_row(jnp.where(decays.near, 0.0, 1.0).astype(bf16), TILE_WIDTH)
 
 
-def put_level(level, s, g, work):
+def put_level(level, s, g, work, *, reverse=False):
     """Makes a level's tile of one slot tile, from its writes and log decays."""
     decay = blocks.level_decays(level, g).astype(bf16)
     reads = chunks.level_reads(level, bf16)
-    is_read, reads = (per_row(x, TILE_WIDTH) for x in (1 - reads, reads))
+    is_read = 1 - reads
+    if reverse:
+        reads, is_read = is_read, reads
+    is_read, reads = (per_row(x, TILE_WIDTH) for x in (is_read, reads))
     plgpu.commit_smem()  # all warps are done with the level before
     work[...] = decay * (plgpu.load(s, layout=WGMMA_LAYOUT) * is_read + reads)
     plgpu.commit_smem()
 
 
-def _read_exactly(scores, reads, s, g, work):
-    """Adds sum_j scores[i, j] s_j exp(G_i - G_j), j <= i, to `reads`, of one slot tile."""
+def read_exactly(pairs, reads, s, g, work, *, reverse=False):
+    """Adds sum_j pairs[i, j] s_j exp(G_i - G_j), j < i, to `reads`, of one slot tile, by the tree.
+
+    In reverse it is sum_j pairs[i, j] s_j exp(G_j - G_i), j > i.
+
+    Args:
+      pairs: [64, 64] bf16, a value, or an SMEM tile. work: an SMEM tile.
+    """
 
     def level_step(level, reads):
-        put_level(level, s, g, work)
-        pairs = scores * blocks.level_pairs(level, bf16)
-        return reads + load(work) * product((pairs, work))
+        put_level(level, s, g, work, reverse=reverse)
+        mine = _value(pairs) * blocks.level_pairs(level, bf16, reverse=reverse)
+        return reads + load(work) * product((mine, work))
 
-    own = scores * blocks.diagonal(bf16)
-    reads = lax.fori_loop(0, LEVELS, level_step, product((own, s), init=reads))
+    reads = lax.fori_loop(0, LEVELS, level_step, reads)
     plgpu.commit_smem()
     return reads
+
+
+def own_reads(pairs, s, init=None):
+    """pairs[i, i] s_i, of one slot tile."""
+    return product((_value(pairs) * blocks.diagonal(bf16), s), init=init)
 
 
 def scores_exactly(w, writes, log_decays, work):
