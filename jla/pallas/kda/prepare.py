@@ -22,13 +22,16 @@ from jla.pallas.common.mosaic import (
 )
 from jla.pallas.common.scratch import barrier_for, fetch, fetch_each
 from jla.pallas.common.tiles import columns, over_tiles
-from jla.pallas.kda import spans
+from jla.pallas.kda import gate, spans
 
 SDS = jax.ShapeDtypeStruct
 EPSILON = 1e-6  # of `parts.l2norm`
 
 
-def prepare(q, k, v, decay_operand, beta, *, scale, keep, exact=True, normalize=False):
+def prepare(
+    q, k, v, decay_operand, beta, coefficients=None,
+    *, scale, keep, exact=True, normalize=False, bounded=None,
+):  # fmt: skip
     """Chunk-local part of KDA's forward pass.
 
     With G the cumulated log decays of the chunk:
@@ -39,19 +42,29 @@ def prepare(q, k, v, decay_operand, beta, *, scale, keep, exact=True, normalize=
         3.  u  = M^-1 v                            the errors that a zero state would leave
             w  = M^-1 k~                           how the carried state changes them
 
+    The pairs of a block of 16 tokens have decays of two factors (`spans`); those of tokens further
+    apart, and those of rows whose own decays are too strong, go through the tree of references.
+
     Args:
       q, k: [B, T, H, K] bf16, K a multiple of 64, T a multiple of 8. v: [B, T, HV, V] bf16.
-      decay_operand: [B, T, HV, K] float16, as `chunks.decay_operand` makes it.
+      decay_operand: [B, T, HV, K] float16, as `chunks.decay_operand` makes it; with `coefficients`
+        [B, 3, HV, K] the projection in bf16 of which `gate.decays` makes it, T whole chunks.
       beta: [B, HV, TP] float32; TP is T padded with zeros to whole chunks.
-      keep: whether to return M^-1 and A, for the backward pass.
+      keep: whether to return what the backward pass needs.
+      exact: whether there may be rows whose decays are too strong for `spans`.
+      normalize: whether to divide the rows of q and k by their lengths first.
+      bounded: the form of `gate.decays`.
 
     Returns:
       q~, w [B, TP, HV, K], u [B, TP, HV, V], kg [B, TP, HV, K] bf16, decay [B, HV, N, K] float32,
-      Aq and, with `keep`, M^-1 and A [B, HV, N, 64, 64] bf16.
+      Aq, and with `keep` M^-1 and A [B, HV, N, 64, 64] bf16, the number of levels of the tree
+      inside blocks [B, HV, N] int32, and what was made: by what q and k were multiplied
+      [B, HV, 2, TP] float32, and the decay operand.
 
-    One warpgroup a chunk; 72 KB of SMEM at K=V=128, 255 registers, so that two chunks share a
-    multiprocessor. Floor at B=8 T=4096 HV=16 K=V=128: 1.14 GB, 0.27 ms at 4.3 TB/s; 8000
-    instructions a warp and chunk.
+    One warpgroup a chunk; 105 KB of SMEM at K=V=128, so that two chunks share a multiprocessor.
+    Floor at B=8 T=4096 HV=16 K=V=128: 1.14 GB, 0.27 ms at 4.3 TB/s. A warp and chunk take about
+    5900 instructions (8000 with six levels), and 800 to 1300 more for norms and gates; predicted
+    0.53 ms, 0.61 with norms and gates.
     """
     (B, _, H, K), TP = q.shape, beta.shape[2]
     HV, V = v.shape[2:]
@@ -59,8 +72,14 @@ def prepare(q, k, v, decay_operand, beta, *, scale, keep, exact=True, normalize=
     keys, values = SDS((B, TP, HV, K), bf16), SDS((B, TP, HV, V), bf16)
     squares = SDS((B, HV, N, CHUNK, CHUNK), bf16)
     out = scratch.kernel(
-        functools.partial(_body, group=HV // H, scale=scale, exact=exact, normalize=normalize),
-        inputs=dict(q=q, k=k, v=v, decay_operand=decay_operand, beta=beta),
+        functools.partial(
+            _body,
+            **dict(group=HV // H, scale=scale, exact=exact, normalize=normalize, bounded=bounded),
+        ),
+        inputs=dict(
+            **dict(q=q, k=k, v=v, decay_operand=decay_operand, beta=beta),
+            coefficients=coefficients,
+        ),
         outputs=dict(
             **dict(query=keys, w=keys, u=values, kg=keys),
             decay=SDS((B, HV, N, K), f32),
@@ -69,6 +88,7 @@ def prepare(q, k, v, decay_operand, beta, *, scale, keep, exact=True, normalize=
             a=squares if keep else None,
             levels=SDS((B, HV, N), jnp.int32) if keep else None,
             norms=SDS((B, HV, 2, TP), f32) if keep and normalize else None,
+            gates=SDS((B, TP, HV, K), f16) if keep and coefficients is not None else None,
         ),
         scratch=_scratch(K // TILE_WIDTH, V // TILE_WIDTH),
         automatic_barriers=False,
@@ -95,18 +115,20 @@ def _scratch(k_tiles, v_tiles):
 
 # The kernel awaits by hand (`commit_smem` is a barrier of the warpgroup, too) whatever it
 # overwrites in SMEM; Mosaic's own barriers, two for each store, would make it slower.
-def _body(refs, *, group, scale, exact, normalize):
+def _body(refs, *, group, scale, exact, normalize, bounded):
     b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
     rows = pl.ds(n * CHUNK, CHUNK)
     k_tiles, v_tiles, keep = refs.sg.shape[0], refs.sv.shape[0], refs.inverse is not None
     spare = refs.work.at[max(k_tiles, 2)]
+
+    decays = refs.sg if refs.coefficients is None else refs.work  # or what they are made of
 
     def loads():
         for i in range(k_tiles):
             yield from (
                 (refs.q.at[b, rows, h // group, columns(i)], refs.sq.at[i]),
                 (refs.k.at[b, rows, h // group, columns(i)], refs.sk.at[i]),
-                (refs.decay_operand.at[b, rows, h, columns(i)], refs.sg.at[i]),
+                (refs.decay_operand.at[b, rows, h, columns(i)], decays.at[i]),
             )
 
     fetch_each(loads(), refs.loaded)
@@ -119,6 +141,9 @@ def _body(refs, *, group, scale, exact, normalize):
             factor = _normalize(tiles)
             if refs.norms is not None:
                 refs.norms.at[b, h, i, rows][...] = factor
+    if refs.coefficients is not None:
+        _make_gates(refs, (b, n, h, rows), bounded)
+    if normalize or refs.coefficients is not None:
         plgpu.commit_smem()
     # 1. A and Aq.
     a, aq, number = _scores(refs, k_tiles, exact)
@@ -150,6 +175,22 @@ def _body(refs, *, group, scale, exact, normalize):
         u = mosaic.product((inverse, refs.sv.at[i]))
         _put(refs.sk.at[i], u, refs.u.at[b, rows, h, columns(i)])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _make_gates(refs, place, bounded):
+    """The decay operand, of the projection in `work`."""
+    b, _, h, rows = place
+    for i in range(refs.sg.shape[0]):
+        factors = (
+            load(refs.coefficients.at[b, j, h, columns(i)], PER_COLUMN, optimized=False)
+            for j in range(3)
+        )
+        factors = [per_column(x, CHUNK) for x in factors]
+        refs.sg.at[i][...] = gate.decays(load(refs.work.at[i]), factors, bounded=bounded)
+    if refs.gates is not None:
+        plgpu.commit_smem()
+        for i in range(refs.sg.shape[0]):
+            plgpu.copy_smem_to_gmem(refs.sg.at[i], refs.gates.at[b, rows, h, columns(i)])
 
 
 def _normalize(tiles):
