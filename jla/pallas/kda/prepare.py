@@ -164,12 +164,14 @@ def _body(refs, *, group, scale, exact, normalize, bounded):
     plgpu.commit_smem()  # all warps are done with `work`; with `keep`, `_put` would see to it, too
     if keep:
         _put(refs.squares.at[0], inverse, refs.inverse.at[b, h, n])
-    u = [mosaic.product((inverse, tile)).astype(bf16) for tile in _tiles(refs.sv)]
+    u = mosaic.products([[(inverse, tile)] for tile in _tiles(refs.sv)])
     plgpu.commit_smem()  # all warps are done with v
     for tile, x in zip(_tiles(refs.sv), u, strict=True):
-        tile[...] = x
-    for tile, keys in zip(work, _tiles(refs.sk), strict=True):
-        tile[...] = mosaic.product((inverse, keys)).astype(bf16)
+        tile[...] = x.astype(bf16)
+    for i in range(0, len(work), 2):
+        w = mosaic.products([[(inverse, tile)] for tile in _tiles(refs.sk)[i : i + 2]])
+        for tile, x in zip(work[i : i + 2], w, strict=True):
+            tile[...] = x.astype(bf16)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(refs.sv, refs.u.at[b, rows, h])
     plgpu.copy_smem_to_gmem(refs.work, refs.w.at[b, rows, h])
@@ -218,9 +220,9 @@ def _decay(refs, scale, place):
     earlier, later = blocks.up_to(f16), blocks.from_on(f16, strict=True)
     tiles = (_tiles(x) for x in (refs.sq, refs.sk, refs.sg, refs.work))
     for i, (sq, sk, sg, work) in enumerate(zip(*tiles, strict=True)):
-        before = chunks.decays(earlier, sg)
+        sums = mosaic.products([[(earlier, sg)], [(later, sg)]])
+        before, after = (jnp.exp2(x) for x in sums)
         sq[...] = (load(sq) * before * scale).astype(bf16)
-        after = chunks.decays(later, sg)
         key = load(sk)
         sk[...] = (key * before).astype(bf16)
         work[...] = (key * after).astype(bf16)
