@@ -6,7 +6,6 @@ state from chunk to chunk. Backward: `recurrence.backward` carries the state's g
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from jla.pallas.common.padding import missing_features, missing_tokens, pad
 from jla.pallas.common.recurrence import NARROW
 from jla.pallas.kda import gate, spans, step, token, wide
 from jla.pallas.kda.backward import chunk_gradients
+from jla.pallas.kda.form import KEPT, Form
 from jla.pallas.kda.prepare import prepare
 from jla.pallas.kda.step import kda_step
 from jla.pallas.kda.token import kda_token
@@ -34,45 +34,10 @@ __all__ = ["kda", "kda_from_projection", "kda_step", "kda_token", "unsupported"]
 bf16, f32 = jnp.bfloat16, jnp.float32
 
 
-class _Form(NamedTuple):
-    """What is known where kernels are traced.
-
-    Attributes:
-      scale: of the queries.
-      bounded: what the decays are made of: log decays if None, else the arguments of
-        `gate.decay_operand`, and whether they have a bound.
-      exact: whether decays may be too strong for `spans`.
-      normalize: whether the kernels divide q and k by their lengths.
-    """
-
-    scale: float
-    bounded: bool | None = None
-    exact: bool = True
-    normalize: bool = False
-
-    @property
-    def kept(self):
-        """What the forward pass keeps, as `_KEPT`."""
-        return _KEPT | (dict(kda_norms="B HV two TP") if self.normalize else {})
-
-
 _INPUTS = (*letters(KDA, "q k v g"), "B HV T")
 _STATE = KDA["initial_state"]
 _OF_PIECES, _SPANS = "B HV P K V", "B P two"
 _OUTPUTS = (KDA["o"], _STATE)
-# What the forward pass keeps for the backward pass, with the names that checkpoint policies use.
-# TP is T in whole chunks.
-_KEPT = {
-    "kda_query": "B TP HV K",
-    "kda_read": "B TP HV K",
-    "kda_write": "B TP HV K",
-    "kda_decay": "B HV N K",
-    "kda_scores": "B HV N C D",
-    "kda_inverse": "B HV N C D",
-    "kda_key_scores": "B HV N C D",
-    "kda_levels": "B HV N",
-    "kda_states": "B HV N V K",
-}
 
 
 def unsupported(name, q, k, v, *_, slots=None):
@@ -98,9 +63,9 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale, axis_name=None):
         run = functools.partial(kda, scale=scale)
         return _wide_over(run, (q, k, v, g, beta), initial_state, segment_ids, axis_name)
     if packed.count(initial_state) is not None:
-        return _with_segments(q, k, v, g, beta, initial_state, segment_ids, _Form(scale))
+        return _with_segments(q, k, v, g, beta, initial_state, segment_ids, Form(scale))
     over = _over(axis_name, q, segment_ids)
-    return _with_decays(q, k, v, g, beta, initial_state, segment_ids, _Form(scale), over)
+    return _with_decays(q, k, v, g, beta, initial_state, segment_ids, Form(scale), over)
 
 
 def _with_segments(q, k, v, g, beta, states, segment_ids, form):
@@ -158,7 +123,7 @@ def kda_from_projection(
         arrays = q, k, v, f, A_log, dt_bias, beta
         return _wide_over(run, arrays, initial_state, segment_ids, axis_name)
     over = _over(axis_name, q, segment_ids)
-    form = _Form(scale, normalize=normalize)
+    form = Form(scale, normalize=normalize)
     by_segment = packed.count(initial_state) is not None
     if by_segment or real is not None or gate.unsupported(f) is not None:
         g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
@@ -169,6 +134,7 @@ def kda_from_projection(
     source = f, coefficients, gate.borders(segment_ids, *f.shape[:2])
     weak = lower_bound is not None and lower_bound >= spans.WEAKEST and segment_ids is None
     form = form._replace(bounded=lower_bound is not None, exact=not weak)
+    form = form._replace(gates=_gates_in_prepare(form, source, v, over))
     return _on_tiles(q, k, v, source, beta, _start(initial_state), form, over)
 
 
@@ -176,6 +142,11 @@ def _normalizes(q, v):
     """Whether the kernels can divide q and k by their lengths: each warpgroup has one tile."""
     K, V = (x.shape[-1] + missing_features(x.shape[-1]) for x in (q, v))
     return q.dtype == bf16 and (K == 64 or (K == 128 and V % 128 == 0))
+
+
+def _gates_in_prepare(form, source, v, over):
+    """Whether `prepare` makes the decays: it knows no borders, and no parts of value heads."""
+    return form.normalize and source[2] is None and over is None and v.shape[3] <= NARROW
 
 
 def _on_tiles(q, k, v, source, beta, start, form, over):
@@ -242,12 +213,22 @@ def _kda(q, k, v, source, beta, start, form):
     like it.
 
     `source` holds the arrays from which the decays are computed, without padding and with the
-    caller's heads; see `_Form`.
+    caller's heads; see `Form`.
     """
-    made = _fit(_decay_operand(source, form.bounded), q, v)
-    axes = (*_INPUTS, *_axes_of(start))
+    made, more = _gates(source, form)
+    axes = (*_INPUTS, *_axes_of(start), *more)
     run = functools.partial(_forward, form=form, keep=False)
-    return shardwise(run, axes, (KDA["o"], _axes_of_state(start)))(q, k, v, made, beta, *start)
+    inputs = q, k, v, _fit(made, q, v), beta, *start, *more.values()
+    return shardwise(run, axes, (KDA["o"], _axes_of_state(start)))(*inputs)
+
+
+def _gates(source, form):
+    """The decay operand, or the projection of which `prepare` makes it, and then, by their axes,
+    what else it needs."""
+    if form.gates:
+        f, coefficients, _ = source
+        return f, {"B three HV K": coefficients}
+    return _decay_operand(source, form.bounded), {}
 
 
 def _axes_of_state(start):
@@ -260,13 +241,18 @@ def _axes_of(start):
 
 
 def _kda_forward(q, k, v, source, beta, start, form):
-    made = _decay_operand(source, form.bounded)
-    inputs = (q, k, v, _fit(made, q, v), beta)
+    made, more = _gates(source, form)
+    axes = (*_INPUTS, *_axes_of(start), *more)
     run = functools.partial(_forward, form=form, keep=True)
-    results = KDA["o"], _axes_of_state(start), *form.kept.values()
-    o, state, *kept = shardwise(run, (*_INPUTS, *_axes_of(start)), results)(*inputs, *start)
-    kept = tuple(map(checkpoint_name, kept, form.kept))
-    return (o, state), (q, k, v, _source(source, made, form), beta, kept, len(start), start[1:])
+    names = form.kept | (dict(kda_gates="B TP HV K") if form.gates else {})
+    inputs = q, k, v, _fit(made, q, v), beta, *start, *more.values()
+    results = KDA["o"], _axes_of_state(start), *names.values()
+    o, state, *kept = shardwise(run, axes, results)(*inputs)
+    kept = list(map(checkpoint_name, kept, names))
+    if form.gates:
+        made = kept.pop()
+    source = _source(source, made, form)
+    return (o, state), (q, k, v, source, beta, tuple(kept), len(start), start[1:])
 
 
 def _source(source, made, form):
@@ -332,8 +318,8 @@ defvjp(_kda, _kda_forward, _kda_backward)
 
 _SUMMARY = ("B HV K J", _STATE, "B HV P K J", "B HV P K V")
 _FACTORS = _SUMMARY[2]  # of the device's own pieces, for the backward pass
-# What `recurrence` takes: u, and the first five of `_KEPT`.
-_PREPARED = ("B TP HV V", *list(_KEPT.values())[:5])
+# What `recurrence` takes: u, and the first five of `KEPT`.
+_PREPARED = ("B TP HV V", *list(KEPT.values())[:5])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
@@ -363,7 +349,7 @@ def _run_over(q, k, v, g, beta, state, links, form, axis, *, keep):
     (*before, factors), prepared, solver = made[:3], made[3:9], made[9:]
     run = functools.partial(_forward_from, length=q.shape[1], keep=keep)
     axes = _heads_alone(*_PREPARED, "B HV T", _STATE, *_SUMMARY[2:])
-    results = _heads_alone(*_OUTPUTS, *((_KEPT["kda_states"],) if keep else ()))
+    results = _heads_alone(*_OUTPUTS, *((KEPT["kda_states"],) if keep else ()))
     o, end, *states = shardwise(run, axes, results)(*prepared, beta, start, *before)
     return (o, end), (*prepared[1:], *solver[:3], *states, *solver[3:]), factors
 
@@ -397,9 +383,9 @@ def _prepare_and_summarise(q, k, v, g, beta, *, form, keep):
     return *summary, u, query, w, kg, decay, scores, *solver
 
 
-def _prepare(q, k, v, g, beta, form, keep):
-    options = dict(exact=form.exact, normalize=form.normalize)
-    return prepare(q, k, v, g, beta, scale=form.scale, keep=keep, **options)
+def _prepare(q, k, v, g, beta, form, keep, *coefficients):
+    options = dict(exact=form.exact, normalize=form.normalize, bounded=form.bounded)
+    return prepare(q, k, v, g, beta, *coefficients, scale=form.scale, keep=keep, **options)
 
 
 def _forward_from(u, query, w, kg, decay, scores, beta, start, *made, length, keep):
@@ -430,11 +416,15 @@ def _fit(made, q, v):
     return repeated(made, v.shape[2] // made.shape[2], axis=2)
 
 
-def _forward(q, k, v, g, beta, *start, form, keep):
-    """Both forward kernels, g from `_decay_operand`: o and the last state, with `keep` also what
-    `_KEPT` lists."""
+def _forward(q, k, v, g, beta, *more, form, keep):
+    """Both forward kernels: o and the last state, with `keep` also what `Form.kept` lists.
+
+    `more` is the start, as `_kda` has it, and what `_gates` says.
+    """
     beta = _whole_chunks(beta)
-    query, w, u, kg, decay, scores, *solver = _prepare(q, k, v, g, beta, form, keep)
+    start, coefficients = (more[:-1], more[-1:]) if form.gates else (more, ())
+    prepared = _prepare(q, k, v, g, beta, form, keep, *coefficients)
+    query, w, u, kg, decay, scores, *solver = prepared
     initial_state, spans = (*start, None, None)[:2]
     o, state, *states = pieces.forward(
         query, w, u, kg, decay, scores, beta, initial_state,
@@ -447,7 +437,7 @@ def _forward(q, k, v, g, beta, *start, form, keep):
 def _backward(q, k, v, g, beta, *arrays, form):
     """Both backward kernels: the gradients of q, k (per value head), v, g, beta and the start.
 
-    `arrays` are those of `_Form.kept`, the gradients of o and of the last state, and two
+    `arrays` are those of `Form.kept`, the gradients of o and of the last state, and two
     transitions of all pieces, or spans, or nothing.
     """
     number = len(form.kept)

@@ -113,14 +113,22 @@ def _with_borders(arrays, axes, borders):
     return (arrays, axes) if borders is None else ((*arrays, borders), (*axes, _BORDERS))
 
 
+def decays(f, coefficients, *border, bounded):
+    """Elements of the decay operand; of f and the coefficients float32, or vectors to go with it.
+
+    border: a number to be added to the log decay, or none.
+    """
+    a, b, factor = coefficients
+    z = a * f + b
+    value = factor * (_sigmoid(z) if bounded else _softplus(z)[0])
+    for x in border:
+        value = value + x
+    return jnp.maximum(value.astype(f16), STRONGEST)
+
+
 def _decay_operand(f, coefficients, *borders, bounded):
     def gate(coefficients, f, *border, sums):
-        a, b, factor = coefficients
-        z = a * f + b
-        value = factor * (_sigmoid(z) if bounded else _softplus(z)[0])
-        for x in border:
-            value = value + x
-        return jnp.maximum(value.astype(f16), STRONGEST), sums
+        return decays(f, coefficients, *border, bounded=bounded), sums
 
     return _elementwise(gate, (f, *borders), coefficients, f16)
 

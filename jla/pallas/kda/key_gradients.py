@@ -48,22 +48,25 @@ def gradients_of_keys(
     _score_gradients(refs, wg, scale, warpgroups)
     meet()
     for s, tile in tiles:
-        # 7. What the chunk carries out, and 4., through the states: what the border needs first.
+        # 7. What the border needs of 4. first, for registers.
         border = _carried(refs, s, decay_ref)
         after = chunks.decays(blocks.from_on(f16, strict=True), tile)
         dk_write = mosaic.product((refs.written, refs.sds.at[:, s])) * after
         before_each = blocks.up_to(bf16, strict=True)
         border += _row_sums(refs, before_each, load(refs.sk.at[:, s]) * dk_write, s)
         dg_ref.at[:, s][...] = border
-        before = chunks.decays(blocks.up_to(f16), tile)
-        dq = mosaic.product((refs.sdo, refs.ss.at[:, s])) * before * scale
-        less = mosaic.product((refs.sdv, refs.ss.at[:, s])) * before  # -dk_read
         # 5. Through the scores.
-        cumulated = load(refs.sq.at[:, s]) * dq - load(refs.sk.at[:, s]) * less
-        gradients = dq, dk_write - less, cumulated
-        dq, dk, cumulated = _through_scores(refs, s, tile, number, gradients)
-        # 6. The reversed cumsum of dG.
+        dq, dk, cumulated = _through_scores(refs, s, tile, number, dk_write)
+        # 4. Through the state.
         queries, keys = load(refs.sq.at[:, s]), load(refs.sk.at[:, s])
+        before = chunks.decays(blocks.up_to(f16), tile)
+        read = mosaic.product((refs.sdo, refs.ss.at[:, s])) * before * scale
+        dq += read
+        cumulated += queries * read
+        read = mosaic.product((refs.sdv, refs.ss.at[:, s])) * before  # of -dv
+        dk -= read
+        cumulated -= keys * read
+        # 6. The reversed cumsum of dG.
         onwards = blocks.from_on(bf16)
         dg = _row_sums(refs, onwards, cumulated, s)
         dg_ref.at[:, s][...] = dg + load(dg_ref.at[:, s], optimized=False)
@@ -154,23 +157,23 @@ def _row_sums(refs, mask, x, s):
     return mosaic.product((mask, high), (mask, low))
 
 
-def _through_scores(refs, s, log_decays, number, gradients):
-    """5. Adds what reaches one tile of dq and dk through the scores.
+def _through_scores(refs, s, log_decays, number, dk):
+    """5. One tile of dq, dk and dG, as far as they come through the scores; dk is added to.
 
-    Pairs of one block by `spans`, unless `number` says that decays are too strong;
-    those further apart, or then all, level by level. The products that make a gradient of q or k
-    also make its share of dG, with the very operands that stand for q and k in the others: what two
-    tokens of a pair give to the decays before both then cancels to the last digit.
+    Pairs of one block by `spans`, unless `number` says that decays are too strong; those further
+    apart, or then all, level by level. The products that make a gradient of q or k also make its
+    share of dG, with the very operands that stand for q and k in the others: what two tokens of a
+    pair give to the decays before both then cancels to the last digit.
 
     Args:
       refs: saq and sa hold Dq and D, each with its transpose. s: the tile's columns.
       log_decays: its tile of `decay_operand`.
       number: how many levels there are inside blocks.
-      gradients: dq, dk and dG, to be added to.
     """
+    zeros = mosaic.zeros((CHUNK, TILE_WIDTH), WGMMA_LAYOUT)
     block = functools.partial(_through_block, refs, s, log_decays)
+    gradients = lax.cond(number == 0, block, lambda dk: (zeros, dk, zeros), dk)
     level = functools.partial(_through_level, refs, s, log_decays)
-    gradients = lax.fori_loop(0, 1 - jnp.minimum(number, 1), block, gradients)
     return lax.fori_loop(spans.LEVELS - number, LEVELS, level, gradients)
 
 
@@ -178,12 +181,11 @@ def _masked(ref, mask):
     return plgpu.load(ref, layout=WGMMA_LAYOUT) * mask
 
 
-def _through_block(refs, s, log_decays, _, gradients):
+def _through_block(refs, s, log_decays, dk):
     """With X and Y the decayed readers and W the decayed keys that are read, D and Dq the score
     gradients of the block's pairs: Dq W is the gradient of X, D W of Y, D^T Y + Dq^T X of W."""
-    dq, dk, cumulated = gradients
     sx, sy = refs.read_keys.at[:, s], refs.write_keys.at[:, s]
-    sw = refs.ss.at[pl.ds(0, CHUNK), s]  # the state has been used
+    sw = refs.sds.at[pl.ds(0, CHUNK), s]  # the state's gradient has been used
     so_far = mosaic.product((spans.so_far(), log_decays))
     reading, written = spans.reads(so_far), spans.writes(so_far)
     keys = load(refs.sk.at[:, s])
@@ -191,15 +193,14 @@ def _through_block(refs, s, log_decays, _, gradients):
     sy[...] = (keys * reading).astype(bf16)
     sw[...] = (keys * written).astype(bf16)
     plgpu.commit_smem()
+    change = mosaic.product((refs.a_block.T, sy), (refs.aq_block.T, sx))
+    dk += written * change
+    cumulated = -(load(sw) * change)
     change = mosaic.product((refs.aq_block, sw))
-    dq += reading * change
+    dq = reading * change
     cumulated += load(sx) * change
     change = mosaic.product((refs.a_block, sw))
-    dk += reading * change
-    cumulated += load(sy) * change
-    change = mosaic.product((refs.a_block.T, sy), (refs.aq_block.T, sx))
-    root = lax.rsqrt(reading)  # of `written`, which would take registers through all products
-    return dq, dk + root * root * change, cumulated - load(sw) * change
+    return dq, dk + reading * change, cumulated + load(sy) * change
 
 
 def _through_level(refs, s, log_decays, level, gradients):
