@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from comparing import normal, relative_error
 
@@ -92,3 +93,28 @@ def test_derivatives_and_vmap_are_the_formula():
     want = both(reference.products_of_few)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert relative_error(a.astype(f32), b.astype(f32)) < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("B", [1, 8, 64])
+def test_full_size(B):
+    """Of a model of width 1024: twice the same bits, each nearer to float32 than a rounding."""
+    widths = (-1024, -1024, -1024, 128, 128, 8)
+    arrays = jax.tree.map(jnp.asarray, given(B, 1024, widths))
+    (x, *_), (down,), *_ = jax.tree.map(jnp.asarray, given(B, 2720, (1024,)))
+    (y, *_), (gate, up), *_ = jax.tree.map(jnp.asarray, given(B, 1024, (2720, 2720)))
+
+    def run():
+        of_tokens = products.products_of_few(*arrays, silu_twice=False)
+        return of_tokens, products.product_of_few(x, down), products.swiglu_of_few(y, gate, up)
+
+    got, again = run(), run()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with jax.default_matmul_precision("highest"):
+        exact = jax.tree.map(lambda a: a.astype(f32), (arrays, x, down, y, gate, up))
+        arrays, x, down, y, gate, up = exact
+        want = reference.products_of_few(*arrays, silu_twice=False)
+        want = want, reference.product_of_few(x, down), reference.swiglu_of_few(y, gate, up)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(a.astype(f32), b) < 4e-3

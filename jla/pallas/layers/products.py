@@ -278,7 +278,7 @@ def _body(refs, *, groups, W, silu_twice, parts):
     plgpu.commit_smem()
     for group, out in zip(groups, refs.y, strict=True):
         group.on(block, functools.partial(_store, refs, group, out, part, parts, W))
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # they are written before the grid ends
 
 
 def _rows(block, x):
