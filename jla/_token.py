@@ -75,7 +75,7 @@ def products_of_few(
     Returns:
       The products, [B, N] in x's dtype, and the new pasts.
     """
-    arrays = xs, kernels, taps, pasts
+    arrays = tuple(xs), tuple(kernels), tuple(taps), tuple(pasts)
     run = choose("products_of_few", implementation, *arrays)
     return run(*arrays, silu_twice=silu_twice)
 
