@@ -28,8 +28,9 @@ class OneToken(NamedTuple):
     convolutions: Mapping[str, nn.Module]
 
     def project(self, *, silu_twice: bool = False) -> dict[str, jax.Array]:
-        """All projections, convolved, [B, ...]; the convolutions' caches advance."""
-        names = list(self.first)
+        """All projections, convolved, [B, ...]; the convolutions' caches advance. In float32, but
+        for what other projections are made of."""
+        names, sources = list(self.first), {source for source, _ in self.second.values()}
         taps = {name: self.params[c.name]["kernel"] for name, c in self.convolutions.items()}
         pasts = {n: c.get_variable("cache", "inputs") for n, c in self.convolutions.items()}
         y, new = _token.products_of_few(
@@ -37,6 +38,7 @@ class OneToken(NamedTuple):
             [_matrix(self.params[name]["kernel"]) for name in names],
             [_flat(taps.get(name)) for name in names],
             [_flat(pasts.get(name), 2) for name in names],
+            rounded=[name in sources for name in names],
             silu_twice=silu_twice,
         )
         for name, past in zip(names, new, strict=True):
@@ -48,7 +50,7 @@ class OneToken(NamedTuple):
             kernels = [_matrix(self.params[name]["kernel"]) for name in self.second]
             none = [None] * len(kernels)
             xs = [results[source] for source, _ in self.second.values()]
-            y, _ = _token.products_of_few(xs, kernels, none, none)
+            y, _ = _token.products_of_few(xs, kernels, none, none, rounded=[False] * len(xs))
             results |= dict(zip(self.second, y, strict=True))
         features = {**self.first, **{name: x for name, (_, x) in self.second.items()}}
         return {name: y.reshape(-1, *features[name]) for name, y in results.items()}
@@ -96,7 +98,7 @@ def of(layer, tokens, operation, given, first, second=None, float32=()):
         return None
     kernels = [_matrix(params[name]["kernel"]) for name in first]
     flat = [_flat(taps.get(name)) for name in first], [_flat(pasts.get(name), 2) for name in first]
-    shapes = [jax.ShapeDtypeStruct((B, *first[name]), dtype) for name in given]
+    shapes = [jax.ShapeDtypeStruct((B, *first[name]), jnp.float32) for name in given]
     own = layer.own_choice()
     if not _token.serves("products_of_few", own, [x] * len(kernels), kernels, *flat):
         return None
