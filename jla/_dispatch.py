@@ -24,26 +24,36 @@ _MODULES = {
     "kda": "kda",
     "kda_from_projection": "kda",
     "kda_step": "kda",
+    "kda_token": "kda",
     "gated_norm": "layers",
     "gsa": "gsa",
     "gsa_step": "gsa",
+    "gsa_token": "gsa",
     "log_linear_attention": "log_linear",
     "log_linear_mamba2": "log_linear",
     "log_linear_step": "log_linear",
+    "log_linear_token": "log_linear",
     "mesa_net": "mesa_net",
     "mesa_step": "mesa_net",
+    "mesa_token": "mesa_net",
     "path_attention": "path_attention",
     "path_step": "path_attention",
+    "product_of_few": "layers",
+    "products_of_few": "layers",
     "rms_norm": "layers",
     "rms_norm_branch": "layers",
     "short_convolution": "layers",
+    "swiglu_of_few": "layers",
 }
 # Kernels of the layers have a file each.
 _KERNELS = {
     "gated_norm": "layers.gated_norm",
+    "product_of_few": "layers.products",
+    "products_of_few": "layers.products",
     "rms_norm": "layers.rms_norm",
     "rms_norm_branch": "layers.rms_norm",
     "short_convolution": "layers.short_convolution",
+    "swiglu_of_few": "layers.products",
 }
 
 
@@ -83,6 +93,17 @@ def choose(
     if implementation is None:
         return getattr(_module("xla", name), name)
     raise NotImplementedError(_refusal(implementation, reasons))
+
+
+def serves(
+    name: str, implementation: Implementation | None, *arrays: Array | State | None, **options: Any
+) -> bool:
+    """Whether `choose` would return kernels for these arguments, of which shapes and dtypes do."""
+    return implementation in (None, *BACKENDS) and any(
+        _why_not(backend, name, arrays, options, asked_for=backend == implementation) is None
+        for backend in BACKENDS
+        if implementation in (None, backend)
+    )
 
 
 def _refusal(implementation: str, reasons: Mapping[str, str | None]) -> str:

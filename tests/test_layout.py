@@ -25,13 +25,14 @@ MAY_IMPORT = {
     "triton.kernels": (),
     # Of `_core` the checks and the types, and where segments start: attention is a layer like those
     # of `linen`, whose padding, caches and projections it shares.
-    "models": ("_core", "linen", *sorted(MECHANISMS)),
+    "models": ("_core", "linen", "_token", *sorted(MECHANISMS)),
     "hub": ("_core", "linen", "models"),
     # The implementations are imported by name, when they are first asked for.
     "_dispatch": ("_core", "pallas", "triton"),
     **{name: ("_core", "_dispatch") for name in MECHANISMS},
     "_fused": ("_core", "_dispatch", *MECHANISMS),
-    "linen": ("_core", "_fused", *MECHANISMS),
+    "_token": ("_core", "_dispatch"),
+    "linen": ("_core", "_fused", "_token", *MECHANISMS),
     "sharded": ("_core", *MECHANISMS),
     "": ("_core", "hub", "linen", "models", "pallas", "sharded", *MECHANISMS),
 }

@@ -52,6 +52,12 @@ def kda_operands(f, A_log, dt_bias, beta, lower_bound=None, real=None):
     return jnp.where(real[..., None, None], g, 0.0), jnp.where(real[..., None], beta, 0)
 
 
+def mamba2_gates(d, A_log, dt_bias):
+    """Mamba-2's step sizes and log decays of its projection d [..., H], float32."""
+    dt = jax.nn.softplus(d.astype(f32) + with_rank(dt_bias, d.ndim))
+    return dt, -with_rank(jnp.exp(A_log), d.ndim) * dt
+
+
 def mamba2_operands(u, logits, dt, skip):
     """What Mamba-2 gives log-linear attention, and what passes it by.
 

@@ -9,21 +9,30 @@ from flax import linen as nn
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jla import _token
 from jla._core import whole
 from jla._core.states import with_rank
 
 ROWS = 16  # the fewest of a product that a GPU's tensor cores do
 
 
-def product(x, kernel, dimensions, **options):
+def product(x, kernel, dimensions, *, implementation="xla", **options):
     """`lax.dot_general` of x and a kernel, as flax's dense layers ask for it (`dot_general`).
 
     A single token gets rows of zeros beside it on a GPU. Of a vector and a matrix of less than ten
     million elements XLA makes a sum of products, which it may write to memory as a matrix. What has
     rows stays a product, and products of the same x become one where their kernels are small.
+
+    Few rows are a kernel's, where one serves and `implementation`, that of a layer's norms, lets
+    it.
     """
     (axes, _), (batch, _) = dimensions
     rows = [i for i in range(x.ndim) if i not in axes]
+    if not batch and all(option is None for option in options.values()):
+        flat = _as_matrices(x, kernel, axes, dimensions[0][1])
+        if flat and _token.serves("product_of_few", implementation, *flat):
+            y = _token.product_of_few(*flat, implementation=implementation)
+            return y.reshape(*(x.shape[i] for i in rows), *kernel.shape[len(axes) :])
     few = rows and not batch and math.prod(x.shape[i] for i in rows) == 1
     if not few or x.dtype.itemsize != 2 or jax.default_backend() != "gpu":
         return dot(x, kernel, dimensions, **options)
@@ -31,6 +40,17 @@ def product(x, kernel, dimensions, **options):
     row = lax.broadcasted_iota(jnp.int32, (ROWS, *x.shape[1:]), rows[0])
     x = jnp.where(row == 0, jnp.broadcast_to(x, row.shape), 0)
     return lax.dot_general(x, kernel, dimensions, **options)[:1]
+
+
+def _as_matrices(x, kernel, axes, kernel_axes):
+    """x as rows and the kernel as a matrix, if the last axes of the one meet the first of the
+    other; else None."""
+    n = len(axes)
+    last, first = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
+    if tuple(axes) != last or tuple(kernel_axes) != first or n == x.ndim:
+        return None
+    D = math.prod(kernel.shape[:n])
+    return x.reshape(-1, D), kernel.reshape(D, -1)
 
 
 def dot(x, kernel, dimensions, **options):
@@ -80,11 +100,21 @@ def _dot_backward(dimensions, options, arrays, dy):
 _dot_of_wide.defvjp(_dot_forward, _dot_backward)
 
 
-def dense(split, features, *, kind: type[nn.Module] = nn.DenseGeneral, use_bias=False, **options):
-    """The module of a projection. With a `split` devices sum its parameters' gradients in the
-    parameters' dtype; flax casts them first, and so 16 bits would be summed."""
+def dense(
+    split,
+    features,
+    *,
+    kind: type[nn.Module] = nn.DenseGeneral,
+    use_bias=False,
+    implementation="xla",
+    **options,
+):
+    """The module of a projection, `implementation` as `product` has it. With a `split` devices sum
+    its parameters' gradients in their dtype; flax casts them first, and so 16 bits would be summed.
+    """
     if split is None:
-        return kind(features, use_bias=use_bias, dot_general=product, **options)
+        by = functools.partial(product, implementation=implementation)
+        return kind(features, use_bias=use_bias, dot_general=by, **options)
     kind = _WithBias if use_bias else kind
     return kind(features, use_bias=False, dot_general=product, promote_dtype=only_inputs, **options)
 
@@ -111,9 +141,9 @@ def plus(y, bias):
     return (y.astype(bias.dtype) + with_rank(bias, y.ndim)).astype(y.dtype)
 
 
-def sum_over_heads():
+def sum_over_heads(implementation="xla"):
     """`dot_general_cls` of the output projection, a DenseGeneral over heads and features."""
-    return _product
+    return functools.partial(_product, implementation=implementation)
 
 
 def _product(o, kernel, dimensions, **options):

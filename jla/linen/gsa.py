@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jla import _token
 from jla._core import axes, checks
 from jla.gsa import HEAD_DIMS, GSAState, gsa, gsa_step
+from jla.linen import _one_token
 from jla.linen.mixer import Mixer
 
 f32 = jnp.float32
@@ -92,6 +94,9 @@ class GatedSlotAttention(Mixer):
         tokens, (H, HK, K, V, M) = self.begin(inputs, mask, segment_ids, slots)
         B = tokens.x.shape[0]
         cache = self.cached(GSAState, tokens, hk=((B, HK, K, M), f32), hv=((B, HK, M, V), f32))
+        over_heads = dict(axes=2, input_activation=nn.silu, use_scale=self.norm_scale)
+        if (o := self._of_one(tokens, (H, HK, K, V, M), cache)) is not None:
+            return self.finish(self.norm("g_norm", **over_heads)(o), tokens)
         convolve = functools.partial(self.convolve, tokens=tokens, otherwise=lambda x: x)
         # SiLU behind the convolution's own is the convolution's, too.
         swish, feature_map = self.feature_map == "swish", FEATURE_MAPS[self.feature_map]
@@ -115,8 +120,27 @@ class GatedSlotAttention(Mixer):
 
         step = functools.partial(gsa_step, **options)
         o = self.mix(run, step, (q, k, v, s, g), cache)
-        over_heads = dict(axes=2, input_activation=nn.silu, use_scale=self.norm_scale)
         return self.finish(self.norm("g_norm", **over_heads)(o), tokens)
+
+    def _of_one(self, tokens, sizes, cache):
+        """The outputs of one token, if kernels serve all before the norm; else None."""
+        H, HK, K, V, M = sizes
+        first = dict(q_proj=(H, K), k_proj=(HK, K), v_proj=(HK, V), f_proj=(HK, M))
+        if self.feature_map != "swish":
+            return None
+        one = _one_token.of(self, tokens, "gsa_token", tuple(first), first)
+        if one is None:
+            return None
+        y = one.project(silu_twice=True)
+        o, state = _token.gsa_token(
+            *y.values(),
+            cache.whole,
+            normalizer=float(self.gate_logit_normalizer),
+            scale=self.scale,
+            implementation=self.implementation,
+        )
+        cache.replace(state)
+        return o[:, None]
 
     def sizes(self, T, D):
         if self.feature_map not in FEATURE_MAPS:

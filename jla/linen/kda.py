@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jla import _fused
+from jla import _fused, _token
 from jla._core import axes, checks
-from jla.linen import _arguments
+from jla.linen import _arguments, _one_token
 from jla.linen.mixer import Mixer
 
 f32 = jnp.float32
@@ -115,6 +115,8 @@ class KimiDeltaAttention(Mixer):
         x = tokens.x
         entry = (x.shape[0], H, K, V), f32
         cache = self.cached(lambda recurrent_state: recurrent_state, tokens, recurrent_state=entry)
+        if (o := self._of_one(tokens, (H, HK, K, V, rank), cache)) is not None:
+            return self.finish(o, tokens)
         q, k = (
             self.convolve(
                 self.project(tokens, (HK, K), f"{letter}_proj"),
@@ -158,6 +160,39 @@ class KimiDeltaAttention(Mixer):
         bias = dict(kind=_DenseAndBias, has_bias=self.output_gate_bias)
         gate, gate_bias = self.low_rank(tokens, (H, V), "g_proj", gate_rank, **bias)
         return self.finish(self.norm("o_norm")(o, gate, gate_bias), tokens)
+
+    def _of_one(self, tokens, sizes, cache):
+        """The outputs of one token, normalised and gated, if kernels serve all of it; else None."""
+        H, HK, K, V, rank = sizes
+        first = dict(q_proj=(HK, K), k_proj=(HK, K), v_proj=(H, V), b_proj=(H,))
+        second = {}
+        for name, features, is_full in (
+            ("f_proj", (H, K), self.full_rank_decay),
+            ("g_proj", (H, V), self.full_rank_gate),
+        ):
+            if is_full:
+                first[name] = features
+            else:
+                first[f"{name}_down"] = (rank,)
+                second[f"{name}_up"] = f"{name}_down", features
+        given = ("q_proj", "k_proj", "v_proj")
+        float32 = ("A_log", "dt_bias")
+        one = _one_token.of(self, tokens, "kda_token", given, first, second, float32)
+        if one is None:
+            return None
+        y, params = one.project(), one.params
+        f, gate = (y[name] if name in y else y[f"{name}_up"] for name in ("f_proj", "g_proj"))
+        of_gate = params["g_proj" if self.full_rank_gate else "g_proj_up"]
+        o, state = _token.kda_token(
+            *(y[name] for name in given), f, params["A_log"], params["dt_bias"], y["b_proj"],
+            gate, of_gate.get("bias"), params["o_norm"]["scale"], cache.whole,
+            lower_bound=self.gate_lower_bound,
+            strength=2.0 if self.allow_negative_eigenvalues else 1.0,
+            epsilon=self.norm_epsilon,
+            implementation=self.implementation,
+        )  # fmt: skip
+        cache.replace(state)
+        return o[:, None]
 
     def sizes(self, T, D):
         if self.gate_lower_bound is not None:

@@ -9,12 +9,12 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from jla import _fused
+from jla import _fused, _token
 from jla._core import alignment, axes, checks
 from jla._core.lengths import is_symbolic_dim
-from jla._core.parts import mamba2_operands
+from jla._core.parts import mamba2_gates, mamba2_operands
 from jla._core.states import with_rank
-from jla.linen import _arguments
+from jla.linen import _arguments, _one_token
 from jla.linen._normalize import GatedRMSNorm
 from jla.linen._projections import dot, only_inputs, plus, product_by_heads
 from jla.linen.mixer import Mixer
@@ -141,6 +141,8 @@ class LogLinearMamba2(Mixer):
         B = tokens.x.shape[0]
         entries = dict(levels=((B, H, L, K, V), f32), position=((B,), jnp.int32))
         cache = self.cached(LazyLogLinearState, tokens, **entries, log_decays=((B, H, L), f32))
+        if (made := self._of_one(tokens, (H, HK, K, V, L), cache)) is not None:
+            return self._normed(*made, tokens)
         level_weight = _arguments.float32_parameter(self, "L", nn.initializers.ones, (H, L))
         z, u, q, k, d, logits = self._projections(tokens, (H, HK, K, V, L), level_weight)
         q, k, u = (
@@ -152,12 +154,8 @@ class LogLinearMamba2(Mixer):
         skip_shape = (H, V) if self.skip_per_feature else (H,)
         skip = _arguments.float32_parameter(self, "D", nn.initializers.ones, skip_shape)
 
-        def gates(d):
-            dt = nn.softplus(d.astype(f32) + with_rank(dt_bias, d.ndim))
-            return -with_rank(jnp.exp(A_log), d.ndim) * dt, dt
-
         def run(q, k, u, d, logits, before=None):
-            g, dt = gates(d)
+            dt, g = mamba2_gates(d, A_log, dt_bias)
             o, state = self.on_mesh(
                 _fused.log_linear_mamba2,
                 axes.LOG_LINEAR_MAMBA2 | {"skip": "H" if skip.ndim == 1 else "H V"},
@@ -175,7 +173,7 @@ class LogLinearMamba2(Mixer):
             return o, state.lazy()
 
         def step(q, k, u, d, logits, before, slots=None):
-            g, dt = gates(d)
+            dt, g = mamba2_gates(d, A_log, dt_bias)
             options = dict(slots=slots, implementation=self.implementation)
             o, state = _fused.log_linear_mamba2_step(
                 q, k, u, g, logits, dt, skip, before, **options
@@ -189,7 +187,10 @@ class LogLinearMamba2(Mixer):
                 )
             return o, state
 
-        o = self.mix(run, step, (q, k, u, d, logits), cache)
+        return self._normed(self.mix(run, step, (q, k, u, d, logits), cache), z, tokens)
+
+    def _normed(self, o, z, tokens):
+        """The output projection of the norm of o behind or before its gate z."""
         # At a padded token o may be NaN, beyond the last level.
         if self.use_norm:
             options = dict(groups=self.norm_groups, norm_before_gate=self.norm_before_gate)
@@ -197,6 +198,27 @@ class LogLinearMamba2(Mixer):
         else:
             o = tokens.zero_padding(o).astype(f32) * nn.silu(z.astype(f32))
         return self.finish(o.astype(z.dtype), tokens, use_bias=self.use_bias)
+
+    def _of_one(self, tokens, sizes, cache):
+        """o and z of one token, if kernels serve all before the norm; else None."""
+        H, HK, K, V, L = sizes
+        if self.use_bias or self.skip_per_feature:
+            return None
+        given = ("q_proj", "k_proj", "v_proj")
+        first = dict(q_proj=(HK, K), k_proj=(HK, K), v_proj=(H, V), z_proj=(H, V))
+        first |= dict(dt_proj=(H,), level_proj=(H, L))
+        float32 = ("A_log", "dt_bias", "L", "D")
+        one = _one_token.of(self, tokens, "log_linear_token", given, first, float32=float32)
+        if one is None:
+            return None
+        y, params = one.project(), one.params
+        arrays = (y[name] for name in (*given, "dt_proj", "level_proj"))
+        more = (params[name] for name in ("A_log", "dt_bias", "L", "D"))
+        o, state = _token.log_linear_token(
+            *arrays, *more, cache.whole, implementation=self.implementation
+        )
+        cache.replace(state)
+        return o[:, None], y["z_proj"][:, None]
 
     def _projections(self, tokens, sizes, level_weight):
         """z, u, q, k, d and the levels' logits, times the levels' weights.

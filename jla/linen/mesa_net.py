@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jla import _token
 from jla._core import axes, checks
-from jla.linen import _arguments
+from jla.linen import _arguments, _one_token
 from jla.linen.mixer import Mixer
 from jla.mesa_net import MesaState, mesa_net, mesa_step
 
@@ -83,6 +84,8 @@ class MesaNet(Mixer):
         tokens, (H, K, V) = self.begin(inputs, mask, segment_ids, slots)
         B = tokens.x.shape[0]
         cache = self.cached(MesaState, tokens, kk=((B, H, K, K), f32), kv=((B, H, K, V), f32))
+        if (o := self._of_one(tokens, (H, K, V), cache)) is not None:
+            return self.finish(o, tokens)
         q, k = (
             self.convolve(
                 self.project(tokens, (H, K), f"{letter}_proj"),
@@ -109,13 +112,42 @@ class MesaNet(Mixer):
             return self.on_mesh(mesa_net, axes.MESA_NET, **arrays, **options)
 
         def step(q, k, v, g, beta, state, slots=None):
-            steps = self.cg_steps if self.cg_steps_decode is None else self.cg_steps_decode
-            options = dict(cg_steps=steps, slots=slots, implementation=self.implementation)
+            options = dict(
+                cg_steps=self._steps_decode(), slots=slots, implementation=self.implementation
+            )
             return mesa_step(q, k, v, g, beta, lamb, state, **options)
 
         o = self.mix(run, step, (q, k, v, g, beta), cache)
         gate = self.project(tokens, (H, V), "g_proj") if self.use_output_gate else None
         return self.finish(self.norm("o_norm", activation=nn.silu)(o, gate), tokens)
+
+    def _steps_decode(self):
+        return self.cg_steps if self.cg_steps_decode is None else self.cg_steps_decode
+
+    def _of_one(self, tokens, sizes, cache):
+        """The outputs of one token, normalised and gated, if kernels serve all of it; else None."""
+        H, K, V = sizes
+        given = ("q_proj", "k_proj", "v_proj")
+        first = dict(q_proj=(H, K), k_proj=(H, K), v_proj=(H, V))
+        first |= dict(a_proj=(H,), b_proj=(H,))
+        if self.use_output_gate:
+            first["g_proj"] = (H, V)
+        options = dict(float32=("lambda_params",))
+        one = _one_token.of(self, tokens, "mesa_token", given, first, **options)
+        if one is None:
+            return None
+        y, params = one.project(), one.params
+        o, state = _token.mesa_token(
+            *(y[name] for name in given),
+            y["a_proj"], params["a_proj"]["bias"], y["b_proj"], params["b_proj"]["bias"],
+            params["lambda_params"], y.get("g_proj"), params["o_norm"]["scale"], cache.whole,
+            lower_bound=float(self.lambda_lower_bound),
+            cg_steps=self._steps_decode(),
+            epsilon=self.norm_epsilon,
+            implementation=self.implementation,
+        )  # fmt: skip
+        cache.replace(state)
+        return o[:, None]
 
     def sizes(self, T, D):
         checks.check_count("cg_steps", self.cg_steps)

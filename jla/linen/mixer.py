@@ -1,5 +1,6 @@
 """What the layers share: attributes, projections, convolutions, masks, segments and the cache."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -164,9 +165,9 @@ class Mixer(nn.Module):
       kernel_init: initializer of the projections' kernels.
       precision: of the projections' matrix products, see `jax.lax.Precision`.
       implementation: of the mechanism: "reference", "xla", "pallas", "triton", or None for the
-        fastest that supports the arguments. The layer's norms and convolutions follow it where it
-        is "reference" or "xla". Elsewhere they choose for themselves, because their kernels may not
-        support what the mechanism's support.
+        fastest that supports the arguments. The layer's norms, convolutions and projections follow
+        it where it is "reference" or "xla". Elsewhere they choose for themselves, because their
+        kernels may not support what the mechanism's support.
       decode: whether to keep and use a cache.
       axis_name: inside `jax.shard_map`, the manual axis of the mesh that T is split over, see
         docs/scale.md: the inputs are one device's tokens. There is then no mask and no cache.
@@ -264,9 +265,9 @@ class Mixer(nn.Module):
 
     def finish(self, o, tokens, **options):
         """The output projection of o [B, T, H, V], at the tokens' own places."""
-        dense = self.dense(
-            tokens.x.shape[-1], "o_proj", axis=(-2, -1), dot_general_cls=sum_over_heads, **options
-        )
+        by = functools.partial(sum_over_heads, self.own_choice())
+        options |= dict(axis=(-2, -1), dot_general_cls=by)
+        dense = self.dense(tokens.x.shape[-1], "o_proj", **options)
         return tokens.restore(dense(o))
 
     def dense(self, features, name, *, kind=nn.DenseGeneral, use_bias=False, **options):
@@ -281,6 +282,7 @@ class Mixer(nn.Module):
             kernel_init=self.kernel_init,
             precision=self.precision,
             name=name,
+            implementation=self.own_choice(),
             **options,
         )
 
@@ -310,19 +312,22 @@ class Mixer(nn.Module):
             y = otherwise(x)
             y = nn.silu(y) if silu_twice else y
             return l2norm(y) if normalize else y
-        convolution = ShortConvolution(
+        convolution = self.convolution(name, normalize=normalize, silu_twice=silu_twice)
+        return convolution(x, tokens.segments, tokens.lengths, tokens.slots)
+
+    def convolution(self, name, **options):
+        """The module of a short convolution."""
+        return ShortConvolution(
             self.conv_size,
             use_bias=self.conv_bias,
             param_dtype=self.param_dtype,
-            normalize=normalize,
-            silu_twice=silu_twice,
             implementation=self.own_choice(),
             decode=self.decode,
             axis_name=self.split_over,
             mesh_axes=self.mesh_axes,
             name=name,
+            **options,
         )
-        return convolution(x, tokens.segments, tokens.lengths, tokens.slots)
 
     def norm(self, name, kind=RMSNorm, **options):
         """One of the layer's norms."""

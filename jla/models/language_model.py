@@ -281,7 +281,7 @@ class LanguageModel(nn.Module):
 
     def _embedded(self, table, tokens):
         dtype = jnp.dtype(self.dtype)
-        if self.config.vocabulary > SMALL_VOCABULARY:
+        if self.config.vocabulary > SMALL_VOCABULARY or self.decode:
             return jnp.take(table, tokens, axis=0).astype(dtype)
         # As a product, for its gradient: adding up rows by few indices is slow on a GPU.
         one_hot = jax.nn.one_hot(tokens, self.config.vocabulary, dtype=dtype)

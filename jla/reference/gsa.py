@@ -30,6 +30,12 @@ def gsa_step(q, k, v, s, g, state, *, scale):
     return o.astype(dtype), GSAState(hk, hv)
 
 
+def gsa_token(q, k, v, f, state, *, normalizer, scale):
+    """See `jla._token.gsa_token`."""
+    g = jax.nn.log_sigmoid(f.astype(f32)) / normalizer
+    return gsa_step(q, k, v, -jnp.expm1(g), g, state, scale=scale)
+
+
 @functools.partial(jax.jit, static_argnames="scale")
 def gsa(q, k, v, s, g, initial_state, segment_ids, *, scale):
     """`lax.scan` over the tokens. See `jla.gsa`."""

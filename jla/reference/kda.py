@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._core import packed, pools
-from jla._core.parts import kda_operands
+from jla._core.parts import kda_operands, l2norm
 from jla._core.states import repeated, zero_state
+from jla.reference import layers
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -46,3 +47,15 @@ def kda_from_projection(
     """`kda` with the decays of its formula. See `jla._fused.kda_from_projection`."""
     g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
     return kda(q, k, v, g, beta, initial_state, segment_ids, scale=scale)
+
+
+def kda_token(
+    q, k, v, f, A_log, dt_bias, b, gate, gate_bias, norm_scale, state,
+    *, lower_bound, strength, epsilon,
+):  # fmt: skip
+    """See `jla._token.kda_token`."""
+    q, k = l2norm(q), l2norm(k)
+    beta = strength * jax.nn.sigmoid(b.astype(f32))
+    g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound)
+    o, state = kda_step(q, k, v, g, beta, state, scale=q.shape[-1] ** -0.5)
+    return layers.rms_norm(o, norm_scale, gate, gate_bias, epsilon=epsilon), state

@@ -94,5 +94,30 @@ def short_convolution(x, taps, bias=None, past=None, segments=None, *, normalize
     return l2norm(y) if normalize else y
 
 
+def product_of_few(x, kernel):
+    """See `jla._token.product_of_few`."""
+    return lax.dot_general(x, kernel, (((1,), (0,)), ((), ())))
+
+
+def swiglu_of_few(x, gate, up):
+    """See `jla._token.swiglu_of_few`."""
+    return jax.nn.silu(product_of_few(x, gate)) * product_of_few(x, up)
+
+
+def products_of_few(xs, kernels, taps, pasts, *, silu_twice):
+    """See `jla._token.products_of_few`."""
+    out, new = [], []
+    for x, kernel, weights, past in zip(xs, kernels, taps, pasts, strict=True):
+        y = product_of_few(x, kernel)
+        if weights is not None:
+            window = y[:, None, None], weights[:, None], None, past[:, :, None]
+            convolved = short_convolution(*window, normalize=False, silu_twice=silu_twice)
+            past = jnp.concatenate([past[:, 1:], y[:, None]], axis=1)
+            y = convolved[:, 0, 0]
+        out.append(y)
+        new.append(past)
+    return out, new
+
+
 def _function(activation):
     return ACTIVATIONS.get(activation, activation)

@@ -9,7 +9,7 @@ from jax import lax
 from jla._core import packed, pools, steps
 from jla._core.axes import LOG_LINEAR, of_step, with_value_heads
 from jla._core.lengths import is_symbolic_dim
-from jla._core.parts import mamba2_operands
+from jla._core.parts import mamba2_gates, mamba2_operands
 from jla._core.states import (
     LazyLogLinearState,
     lazy_decays,
@@ -18,6 +18,7 @@ from jla._core.states import (
     moved_on,
     outgrown,
     repeated,
+    with_rank,
     zero_log_linear_state,
 )
 
@@ -128,6 +129,15 @@ def token(q, k, v, decays, level_scales, levels, position, *, lazy):
         lost = (beyond | (moved_on(position, 1) < 0))[:, None, None, None, None]
         levels = jnp.where(lost, jnp.nan, levels)
     return o.astype(dtype), levels
+
+
+def log_linear_token(q, k, u, d, logits, A_log, dt_bias, level_weight, skip, state):
+    """See `jla._token.log_linear_token`."""
+    dt, g = mamba2_gates(d, A_log, dt_bias)
+    logits = logits.astype(f32) * with_rank(level_weight, 3)
+    v, level_scales, skipped = mamba2_operands(u, logits, dt, skip)
+    o, state = log_linear_step(q, k, v, g, level_scales, state)
+    return (o.astype(f32) + skipped).astype(u.dtype), state
 
 
 @jax.jit

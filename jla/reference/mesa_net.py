@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jla._core import packed, pools
-from jla._core.states import MesaState, zero_mesa_state
+from jla._core.parts import l2norm
+from jla._core.states import MesaState, with_rank, zero_mesa_state
+from jla.reference import layers
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -38,6 +40,19 @@ def mesa_step_by_row(q, k, v, g, beta, lamb, state, *, cg_steps):
     rows = [x[:, None] for x in (q, k, v, g, beta)]
     o, state = one(*rows, lamb, MesaState(*(x[:, None] for x in state)))
     return o[:, 0], MesaState(*(x[:, 0] for x in state))
+
+
+def mesa_token(
+    q, k, v, a, a_bias, b, b_bias, lambda_params, gate, norm_scale, state,
+    *, lower_bound, cg_steps, epsilon, step=mesa_step,
+):  # fmt: skip
+    """See `jla._token.mesa_token`; `step` is the implementation's."""
+    q, k = l2norm(q), l2norm(k)
+    a, b = (x.astype(f32) + with_rank(y.astype(f32), 2) for x, y in ((a, a_bias), (b, b_bias)))
+    g, beta = jax.nn.log_sigmoid(a), jax.nn.sigmoid(b)
+    lamb = jax.nn.softplus(lambda_params) + lower_bound
+    o, state = step(q, k, v, g, beta, lamb, state, cg_steps=cg_steps)
+    return layers.rms_norm(o, norm_scale, gate, epsilon=epsilon, activation="silu"), state
 
 
 @functools.partial(jax.jit, static_argnames="cg_steps")

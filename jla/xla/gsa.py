@@ -10,10 +10,11 @@ from jla._core import blockwise, packed
 from jla._core.parts import abc_gates
 from jla._core.segments import segment_starts
 from jla._core.states import GSAState, hidden, repeated, zero_gsa_state
-from jla.reference.gsa import gsa_step
+from jla.reference.gsa import gsa_step, gsa_token
 from jla.xla import chunks
 
-__all__ = ["abc_gates", "gsa", "gsa_step"]  # one token has no chunks: its step is the definition's
+# One token has no chunks: its step is the definition's.
+__all__ = ["abc_gates", "gsa", "gsa_step", "gsa_token"]
 
 f32 = jnp.float32
 

@@ -11,11 +11,11 @@ from jla._core import blockwise, packed
 from jla._core.parts import kda_operands
 from jla._core.segments import segment_starts
 from jla._core.states import hidden, repeated, zero_state
-from jla.reference.kda import kda_step
+from jla.reference.kda import kda_step, kda_token
 from jla.xla import chunks
 
 # One token has no chunks: its step is the definition's.
-__all__ = ["kda", "kda_from_projection", "kda_step"]
+__all__ = ["kda", "kda_from_projection", "kda_step", "kda_token"]
 
 f32 = jnp.float32
 

@@ -11,10 +11,10 @@ from jla._core import blockwise, packed_levels
 from jla._core.lengths import chunk_size, is_symbolic_dim
 from jla._core.parts import mamba2_operands
 from jla._core.states import repeated
-from jla.reference.log_linear import log_linear_step
+from jla.reference.log_linear import log_linear_step, log_linear_token
 
 # The step is the definition's.
-__all__ = ["log_linear_attention", "log_linear_mamba2", "log_linear_step"]
+__all__ = ["log_linear_attention", "log_linear_mamba2", "log_linear_step", "log_linear_token"]
 
 f32 = jnp.float32
 

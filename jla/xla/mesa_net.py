@@ -10,9 +10,10 @@ from jla._core import blockwise, packed, pools
 from jla._core.lengths import chunk_size
 from jla._core.segments import segment_starts
 from jla._core.states import MesaState, hidden, zero_mesa_state
+from jla.reference import mesa_net as reference
 from jla.xla.conjugate_gradients import SOLUTION, solve
 
-__all__ = ["mesa_net", "mesa_step"]
+__all__ = ["mesa_net", "mesa_step", "mesa_token"]
 
 f32 = jnp.float32
 # All products: what one rounds, the next iterations of conjugate gradients cannot repair.
@@ -50,6 +51,11 @@ def _times_state(matrix, x):
     """(Hkk + Diag(lamb)) x for x [B, H, K]."""
     kk, lamb = matrix
     return _einsum("bhkl,bhl->bhk", kk, x) + lamb[None] * x
+
+
+def mesa_token(*arrays, **options):
+    """See `jla._token.mesa_token`."""
+    return reference.mesa_token(*arrays, **options, step=mesa_step)
 
 
 @functools.partial(jax.jit, static_argnames="cg_steps")

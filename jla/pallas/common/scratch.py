@@ -37,7 +37,8 @@ def kernel(body, *, inputs, outputs, scratch, in_place=None, **options):
         of them, and `refs` then has one of refs; or None: it is left out, and None in `refs`.
       scratch: {name: type}, likewise, and allocated in this order. A dict {name: type, ...} as a
         type is one piece of SMEM that holds one of them at a time; `refs` has a named tuple of all.
-      in_place: {input: output}, by name, of those that may lie in the same memory.
+      in_place: {input: output}, by name, of those that may lie in the same memory; of lists, the
+        arrays of the one and of the other, in order.
       options: as `mosaic.kernel` takes them: grid, threads, automatic_barriers, ...
 
     Returns:
@@ -60,7 +61,11 @@ def kernel(body, *, inputs, outputs, scratch, in_place=None, **options):
 
     named.__name__ = getattr(body, "__name__", "body")  # the kernel's name in a profile
     if in_place is not None:
-        in_place = {_number(inputs, x): _number(outputs, y) for x, y in in_place.items()}
+        in_place = {
+            _number(inputs, x) + i: _number(outputs, y) + i
+            for x, y in in_place.items()
+            for i in range(len(jax.tree.leaves(inputs[x])))
+        }
     results = mosaic.kernel(
         named,
         out_type=out_types,

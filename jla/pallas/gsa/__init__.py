@@ -21,13 +21,14 @@ from jla._core.shardwise import defvjp, shardwise
 from jla._core.states import GSAState
 from jla.pallas.common.chunks import CHUNK, TILE_WIDTH, decay_operand
 from jla.pallas.common.padding import missing_features, missing_tokens, pad
+from jla.pallas.common.token import unsupported_here
 from jla.pallas.gsa import step
 from jla.pallas.gsa.gradients import chunk_gradients, logit_gradients
 from jla.pallas.gsa.outputs import outputs
 from jla.pallas.gsa.states import summary, through_chunks
-from jla.pallas.gsa.step import gsa_step
+from jla.pallas.gsa.step import gsa_step, gsa_token
 
-__all__ = ["gsa", "gsa_step", "unsupported"]
+__all__ = ["gsa", "gsa_step", "gsa_token", "unsupported"]
 
 bf16, f32 = jnp.bfloat16, jnp.float32
 
@@ -46,11 +47,13 @@ _KEPT = {
 }
 
 
-def unsupported(name, q, k, v, s, g, *, slots=None):
+def unsupported(name, q, k, v, s, *_, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     K, V, M = (x.shape[-1] for x in (q, v, s))
     if max(K, V, M) > WIDEST:
         return f"K={K}, V={V} and M={M}, and the kernels take at most {WIDEST}"
+    if name == "gsa_token":
+        return unsupported_here() or step.unsupported(q, k, v, s)
     if name == "gsa_step":
         return step.unsupported(q, k, v, s)
     if q.dtype == f32:

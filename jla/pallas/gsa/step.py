@@ -12,7 +12,7 @@ from jla._core.axes import GSA, letters, of_step
 from jla._core.pools import of_pool
 from jla._core.shardwise import shardwise
 from jla._core.states import GSAState
-from jla.pallas.common import mosaic, pools, scratch
+from jla.pallas.common import mosaic, pools, scratch, token
 from jla.pallas.common.mosaic import f32, per_column, per_row
 from jla.pallas.common.tiles import step_width
 from jla.reference import gsa as reference
@@ -65,6 +65,23 @@ def gsa_step(q, k, v, s, g, state, *, scale, slots=None):
     return o, GSAState(hk, hv)
 
 
+@functools.partial(jax.jit, static_argnames=("normalizer", "scale"))
+def gsa_token(q, k, v, f, state, *, normalizer, scale):
+    """`gsa_step` of a layer's gates. See `jla._token.gsa_token`."""
+    run = functools.partial(_step, g=None, scale=scale, normalizer=normalizer)
+
+    def kernel(q, k, v, f, hk, hv):
+        return run(q, k, v, f, hk=hk, hv=hv)
+
+    def formula(q, k, v, f, hk, hv):
+        options = dict(normalizer=normalizer, scale=scale)
+        o, state = reference.gsa_token(q, k, v, f, GSAState(hk, hv), **options)
+        return o, *state
+
+    o, hk, hv = token.by_formula(kernel, formula, q, k, v, f, *state)
+    return o, GSAState(hk, hv)
+
+
 @functools.cache
 def _differentiable(scale, inputs, outputs):
     run = functools.partial(_step, scale=scale)
@@ -82,14 +99,23 @@ def _differentiable(scale, inputs, outputs):
     return step
 
 
-def _step(q, k, v, s, g, hk, hv, slots=None, *, scale):
-    """The kernel call."""
+def _step(q, k, v, s, g, hk, hv, slots=None, *, scale, normalizer=None):
+    """The kernel call; with a normalizer, s is the projection that the gates are made of, and g is
+    None."""
     R, H, K, M = hk.shape
     (B, HQ, _), V = q.shape, v.shape[-1]
     group = HQ // H
     load = functools.partial(mosaic.load, optimized=False)
     key_width, value_width = step_width(K, M), step_width(M, V)
     of_keys, of_values = (mosaic.columns_by_warp(x) for x in (key_width, value_width))
+
+    def gates(refs, place, layout):
+        """A token's decays and what it writes."""
+        writes = load(refs.s.at[place], layout)
+        if normalizer is None:
+            return jnp.exp(load(refs.g.at[place], layout)), writes
+        decay = jnp.exp(token.softplus(0.0 - writes) * (-1.0 / normalizer))
+        return decay, 1.0 - decay
 
     def body(refs):
         b, h = lax.axis_index("b"), lax.axis_index("h")
@@ -102,8 +128,7 @@ def _step(q, k, v, s, g, hk, hv, slots=None, *, scale):
             key = per_row(load(refs.k.at[b, h], of_keys.reduce(1)), key_width)
             for i in range(M // key_width):
                 columns = pl.ds(i * key_width, key_width)
-                decay = jnp.exp(load(refs.g.at[b, h, columns], of_keys.reduce(0)))
-                writes = load(refs.s.at[b, h, columns], of_keys.reduce(0))
+                decay, writes = gates(refs, (b, h, columns), of_keys.reduce(0))
                 state = load(refs.hk.at[row, h, :, columns], of_keys) * per_column(decay, K)
                 state = state + key * per_column(writes, K)
                 mosaic.store(refs.new_hk.at[row, h, :, columns], state)
@@ -112,8 +137,8 @@ def _step(q, k, v, s, g, hk, hv, slots=None, *, scale):
                     refs.logits[j].at[columns][...] = scale * jnp.sum(state * query, axis=0)
             plgpu.commit_smem()
 
-            decay = per_row(jnp.exp(load(refs.g.at[b, h], of_values.reduce(1))), value_width)
-            writes = per_row(load(refs.s.at[b, h], of_values.reduce(1)), value_width)
+            of_slots = gates(refs, (b, h), of_values.reduce(1))
+            decay, writes = (per_row(x, value_width) for x in of_slots)
             for i in range(V // value_width):
                 columns = pl.ds(i * value_width, value_width)
                 if i:

@@ -22,12 +22,13 @@ from jla.pallas.common import pieces
 from jla.pallas.common.chunks import CHUNK, decay_operand
 from jla.pallas.common.padding import missing_features, missing_tokens, pad
 from jla.pallas.common.recurrence import NARROW
-from jla.pallas.kda import gate, step, wide
+from jla.pallas.kda import gate, step, token, wide
 from jla.pallas.kda.backward import chunk_gradients
 from jla.pallas.kda.prepare import prepare
 from jla.pallas.kda.step import kda_step
+from jla.pallas.kda.token import kda_token
 
-__all__ = ["kda", "kda_from_projection", "kda_step", "unsupported"]
+__all__ = ["kda", "kda_from_projection", "kda_step", "kda_token", "unsupported"]
 
 bf16, f32 = jnp.bfloat16, jnp.float32
 
@@ -53,6 +54,8 @@ def unsupported(name, q, k, v, *_, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     if name == "kda_step":
         return step.unsupported(q, k, v)
+    if name == "kda_token":
+        return token.unsupported(q, k, v)
     if q.dtype == f32:
         return "q, k and v are float32, and the kernels take bfloat16 and float16"
     return None

@@ -94,23 +94,20 @@ def _step(q, k, v, g, beta, state, slots=None, *, scale, width=None):
         b, h, block = (lax.axis_index(name) for name in ("b", "h", "block"))
         columns = pl.ds(block * width, width)
 
-        def advance(row):
+        def step(row):
             state = load(refs.state.at[row, h, :, columns], layout)
             decay = per_row(jnp.exp(load(refs.g.at[b, h], by_row)), width)
             key = per_row(load(refs.k.at[b, h // group], by_row), width)
             query = per_row(load(refs.q.at[b, h // group], by_row), width)
-            state = state * decay
-            error = load(refs.v.at[b, h, columns], by_column) - jnp.sum(state * key, axis=0)
-            write = refs.beta[b, h].astype(f32) * error
-            state = state + key * per_column(write, K)
+            value, beta = load(refs.v.at[b, h, columns], by_column), refs.beta[b, h].astype(f32)
+            state, o = advance(state, decay, query, key, value, beta)
             mosaic.store(refs.new_state.at[row, h, :, columns], state)
-            o = scale * jnp.sum(state * query, axis=0)
-            mosaic.store(refs.o.at[b, h, columns], o.astype(v.dtype))
+            mosaic.store(refs.o.at[b, h, columns], (scale * o).astype(v.dtype))
 
         def idle():
             mosaic.store(refs.o.at[b, h, columns], mosaic.zeros((width,), by_column, v.dtype))
 
-        pools.on_row(refs.slots, b, R, advance, idle)
+        pools.on_row(refs.slots, b, R, step, idle)
         part = pools.tile(layout, h, slice(None), columns)
         pools.keep_rest(refs.slots, b, refs.state, refs.new_state, part)
 
@@ -124,6 +121,14 @@ def _step(q, k, v, g, beta, state, slots=None, *, scale, width=None):
         grid_names=("b", "h", "block"),
     )
     return out.o, out.new_state
+
+
+def advance(state, decay, query, key, value, beta):
+    """The state [K, columns] after a token, and S^T q; all but value and beta are as the state."""
+    state = state * decay
+    error = value - jnp.sum(state * key, axis=0)
+    state = state + key * per_column(beta * error, state.shape[0])
+    return state, jnp.sum(state * query, axis=0)
 
 
 def _width(K, V):

@@ -19,14 +19,21 @@ from jla._core.derivatives import reverse_only
 from jla._core.shardwise import defvjp, for_each_row, shardwise
 from jla.pallas.common.chunks import TILE_WIDTH
 from jla.pallas.common.padding import missing_tokens, pad
-from jla.pallas.log_linear import step, tree
+from jla.pallas.log_linear import step, token, tree
 from jla.pallas.log_linear.gradients import reader_gradients, writer_gradients
 from jla.pallas.log_linear.outputs import outputs
 from jla.pallas.log_linear.step import log_linear_step
 from jla.pallas.log_linear.sums import weighted_sums
+from jla.pallas.log_linear.token import log_linear_token
 from jla.pallas.log_linear.tree_kernels import tree_gradients, tree_states
 
-__all__ = ["log_linear_attention", "log_linear_mamba2", "log_linear_step", "unsupported"]
+__all__ = [
+    "log_linear_attention",
+    "log_linear_mamba2",
+    "log_linear_step",
+    "log_linear_token",
+    "unsupported",
+]
 
 bf16, f32 = jnp.bfloat16, jnp.float32
 
@@ -45,6 +52,8 @@ def unsupported(name, q, k, v, *_, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     if name == "log_linear_step":
         return step.unsupported(q, v)
+    if name == "log_linear_token":
+        return token.unsupported(q, k, v)
     if q.dtype == f32:
         return "q, k and v are float32, and the kernels take bfloat16 and float16"
     K, V = q.shape[-1], v.shape[-1]

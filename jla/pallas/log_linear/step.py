@@ -12,6 +12,7 @@ from jla.pallas.common import mosaic, pools, scratch
 from jla.pallas.common.mosaic import f32, per_column, per_row
 from jla.pallas.common.scratch import barrier_for, fetch
 from jla.pallas.common.tiles import step_width
+from jla.pallas.common.token import load
 from jla.pallas.log_linear.stream import lowest_bit, without_lowest_bit
 from jla.reference import log_linear as reference
 
@@ -93,6 +94,26 @@ def _run(q, k, v, decays, level_scales, levels, position, slots=None, *, lazy):
     return out.o, out.new_levels
 
 
+class Given:
+    """What the step takes of one token's head, as it is given."""
+
+    def __init__(self, refs, b, h):
+        self.refs, self.place = refs, (b, h)
+
+    def log_decay(self, level):
+        return self.refs.decays[*self.place, level]
+
+    def scale(self, level):
+        return self.refs.scales[*self.place, level].astype(f32)
+
+    def value(self, columns, layout):
+        return load(self.refs.v.at[*self.place, columns], layout)
+
+    def output(self, o, columns, layout):
+        """What becomes of the head's output."""
+        return o
+
+
 def _body(refs, *, lazy):
     b, h, part = (lax.axis_index(name) for name in ("b", "h", "part"))
     (R, _, L, _, _), width = refs.levels.shape, refs.ring.shape[2]
@@ -110,18 +131,17 @@ def _body(refs, *, lazy):
 
         lax.fori_loop(0, L, one, None)
 
-    advance = functools.partial(_advance, refs, b, h, part, lazy=lazy)
-    pools.on_row(refs.slots, b, R, advance, idle)
+    on_row = functools.partial(advance, refs, b, h, part, Given(refs, b, h), lazy=lazy)
+    pools.on_row(refs.slots, b, R, on_row, idle)
     pools.keep_rest(refs.slots, b, refs.levels, refs.new_levels, copy)
 
 
-def _advance(refs, b, h, part, row, *, lazy):
+def advance(refs, b, h, part, given, row, *, lazy):
     """A part of one head of one batch row, whose levels are in this row of the levels."""
     _, H, L, K, _ = refs.levels.shape
     group, width, top = H // refs.q.shape[1], refs.ring.shape[2], L - 1
     layout = mosaic.columns_by_warp(width)
     by_row, by_column = layout.reduce(1), layout.reduce(0)
-    load = functools.partial(mosaic.load, optimized=False)
     key_head, mine = lax.div(h, group), pl.ds(part * width, width)
     position = refs.position[b]
     bits = lax.bitwise_and(position, (1 << top) - 1)
@@ -142,14 +162,14 @@ def _advance(refs, b, h, part, row, *, lazy):
 
     query = per_row(load(refs.q.at[b, key_head], by_row), width)
     key = per_row(load(refs.k.at[b, key_head], by_row), width)
-    own = key * per_column(load(refs.v.at[b, h, mine], by_column), K)
+    own = key * per_column(given.value(mine, by_column), K)
 
     def take(step, level, ahead, o):
         """A level, its decay, and what the token reads of it."""
         slot = lax.rem(step, STAGES)
         # Before the wait: they come from L2.
-        decay = jnp.exp(refs.decays[b, h, level])
-        weight = decay * refs.scales[b, h, level].astype(f32)
+        decay = jnp.exp(given.log_decay(level))
+        weight = decay * given.scale(level)
         plgpu.barrier_wait(refs.loaded.at[slot])
         x = load(refs.ring.at[slot], layout)
         plgpu.commit_smem()  # all warps have read this slot
@@ -174,11 +194,12 @@ def _advance(refs, b, h, part, row, *, lazy):
             put(level, decay * x)
         return o, ahead, step + 1, without_lowest_bit(rest)
 
-    o = refs.scales[b, h, 0].astype(f32) * jnp.sum(query * own, axis=0)
+    o = given.scale(0) * jnp.sum(query * own, axis=0)
     o, ahead, merged = lax.fori_loop(0, ones, merge, (o, ahead, own))
     pl.when(ones < top)(lambda: put(ones + 1, merged))
     o, *_ = lax.while_loop(lambda carry: carry[3] > 0, keep, (o, ahead, ones, rest))
 
+    o = given.output(o, mine, by_column)
     # As the definition: what L levels do not serve is no number.
     beyond = lax.shift_right_logical(position, top) != 0
     o = jnp.where(jnp.broadcast_to(beyond, o.shape), jnp.nan, o)

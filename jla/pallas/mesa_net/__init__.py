@@ -20,11 +20,12 @@ from jla._core.states import MesaState, zero_mesa_state
 from jla._core.varying import varying_as
 from jla.pallas.common.chunks import CHUNK, LOG2E, TILE_WIDTH
 from jla.pallas.common.padding import missing_tokens, pad
-from jla.pallas.mesa_net import log_decays, solve, states, step
+from jla.pallas.mesa_net import log_decays, solve, states, step, token
 from jla.pallas.mesa_net.gradients import chunk_gradients
 from jla.pallas.mesa_net.step import mesa_step
+from jla.pallas.mesa_net.token import mesa_token
 
-__all__ = ["mesa_net", "mesa_step", "unsupported"]
+__all__ = ["mesa_net", "mesa_step", "mesa_token", "unsupported"]
 
 bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
 
@@ -56,6 +57,8 @@ def unsupported(name, q, k, v, *_, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     if name == "mesa_step":
         return step.unsupported(q, k, v)
+    if name == "mesa_token":
+        return token.unsupported(q, k, v)
     if q.dtype == f32:
         return "q, k and v are float32, and the kernels take bfloat16 and float16"
     K, V = q.shape[-1], v.shape[-1]

@@ -14,6 +14,7 @@ from jla._core.states import MesaState
 from jla.pallas.common import mosaic, pools, scratch
 from jla.pallas.common.mosaic import f32, per_column, per_row
 from jla.pallas.common.tiles import SMALLEST
+from jla.pallas.common.token import load
 from jla.reference import mesa_net as reference
 
 HEAD_DIMENSIONS = (16, 32, 64, 128)
@@ -58,8 +59,7 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps, slots=None):
     Derivatives are those of the reference's formula, in XLA.
     """
     lamb = jnp.broadcast_to(lamb, q.shape)
-    # A row stops when its residual is this much smaller than its query.
-    tolerance = 1e-6 if q.dtype == f32 else 1e-4
+    tolerance = tolerance_of(q)
     if slots is None:
         step = _differentiable(cg_steps, tolerance, _INPUTS, _OUTPUTS)
         o, kk, kv = step(q, k, v, g, beta, lamb, *state)
@@ -67,6 +67,11 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps, slots=None):
         step = _differentiable(cg_steps, tolerance, _POOL_INPUTS, _POOL_OUTPUTS)
         o, kk, kv = step(q, k, v, g, beta, lamb, *state, slots)
     return o, MesaState(kk, kv)
+
+
+def tolerance_of(q):
+    """A row stops when its residual is this much smaller than its query."""
+    return 1e-6 if q.dtype == f32 else 1e-4
 
 
 @functools.cache
@@ -113,24 +118,51 @@ def _body(refs, *, steps, tolerance):
     def idle():
         mosaic.store(refs.o.at[b, h], mosaic.zeros((V,), oblong.reduce(0), refs.o.dtype))
 
-    advance = functools.partial(_advance, refs, b, h, steps=steps, tolerance=tolerance)
-    pools.on_row(refs.slots, b, R, advance, idle)
+    options = dict(steps=steps, tolerance=tolerance)
+    on_row = functools.partial(advance, refs, b, h, Given(refs, b, h), **options)
+    pools.on_row(refs.slots, b, R, on_row, idle)
     pools.keep_rest(refs.slots, b, refs.kk, refs.new_kk, pools.tile(square, h))
     pools.keep_rest(refs.slots, b, refs.kv, refs.new_kv, pools.tile(oblong, h))
 
 
-def _advance(refs, b, h, row, *, steps, tolerance):
+class Given:
+    """What the step takes of one token's head, as it is given.
+
+    Attributes: decay, strength: numbers.
+    """
+
+    def __init__(self, refs, b, h):
+        self.refs, self.place = refs, (b, h)
+        self.decay, self.strength = jnp.exp(refs.g[b, h]), refs.beta[b, h].astype(f32)
+
+    def query(self, layout):
+        """q, in the layout of a vector; so are the others."""
+        return load(self.refs.q.at[self.place], layout)
+
+    def key_by_row(self, layout):
+        return load(self.refs.k.at[self.place], layout)
+
+    def key_by_column(self, layout):
+        return load(self.refs.k_by_column.at[self.place], layout)
+
+    def ridge(self, layout):
+        return load(self.refs.lamb.at[self.place], layout)
+
+    def output(self, o, layout):
+        """What becomes of the head's output."""
+        return o
+
+
+def advance(refs, b, h, given, row, *, steps, tolerance):
     """One head of one row, whose state is in this row of the states."""
     K, V = refs.kv.shape[2:]
-    load = functools.partial(mosaic.load, optimized=False)
     square, oblong = mosaic.columns_by_warp(K), mosaic.columns_by_warp(V)
     by_column = square.reduce(0)
-    decay = jnp.exp(refs.g[b, h])
-    strength = refs.beta[b, h].astype(f32)
 
     def written(ref, out, layout, value):
-        write = per_row(load(refs.k.at[b, h], layout.reduce(1)), value.shape[0]) * strength
-        new = decay * load(ref.at[row, h], layout) + write * per_column(value, K)
+        old = load(ref.at[row, h], layout)
+        write = per_row(given.key_by_row(layout.reduce(1)), old.shape[1]) * given.strength
+        new = given.decay * old + write * per_column(value(), K)
         mosaic.store(out.at[row, h], new)
         return new
 
@@ -140,10 +172,10 @@ def _advance(refs, b, h, row, *, steps, tolerance):
         plgpu.commit_smem()
         return plgpu.load(refs.vector, layout=layout.reduce(1), optimized=False)
 
-    state = written(refs.kk, refs.new_kk, square, load(refs.k_by_column.at[b, h], by_column))
+    state = written(refs.kk, refs.new_kk, square, functools.partial(given.key_by_column, by_column))
     # With lamb = 1 for what is scaled so, as in `solve`.
-    scale = lax.rsqrt(load(refs.lamb.at[b, h], by_column))
-    query = load(refs.q.at[b, h], by_column) * scale
+    scale = lax.rsqrt(given.ridge(by_column))
+    query = given.query(by_column) * scale
     largest = jnp.maximum(jnp.max(jnp.abs(query)), SMALLEST)
     query = query * (1.0 / largest)
 
@@ -153,8 +185,9 @@ def _advance(refs, b, h, row, *, steps, tolerance):
 
     x = _solve(times, query, steps, tolerance)
     x = along_rows(x * scale * largest, oblong)
-    state = written(refs.kv, refs.new_kv, oblong, load(refs.v.at[b, h], oblong.reduce(0)))
-    o = jnp.sum(state * per_row(x, V), axis=0)
+    value = functools.partial(load, refs.v.at[b, h], oblong.reduce(0))
+    state = written(refs.kv, refs.new_kv, oblong, value)
+    o = given.output(jnp.sum(state * per_row(x, V), axis=0), oblong.reduce(0))
     mosaic.store(refs.o.at[b, h], o.astype(refs.o.dtype))
 
 
