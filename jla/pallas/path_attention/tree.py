@@ -20,7 +20,7 @@ from jla.pallas.path_attention.dyadic import LEAF
 f16, f32 = jnp.float16, jnp.float32
 
 
-def grown(q, k, w, beta, g, inverse, *, scale, all_queries=True):
+def grown(q, k, w, beta, g, inverse, *, scale):
     """What a pass over the tree needs.
 
     Args:
@@ -28,7 +28,6 @@ def grown(q, k, w, beta, g, inverse, *, scale, all_queries=True):
       g: None, or the logits' gates in base 2, [B, T, HQ] float32; -inf at a segment's first token.
       inverse: of the chunks, see `leaf.inverses`.
       scale: of the logits, positive, base 2.
-      all_queries: whether to make the versions of queries behind each leaf's first.
 
     Returns:
       All versions of queries and of keys, the leaves' own logits, the gates from and to the levels'
@@ -39,8 +38,7 @@ def grown(q, k, w, beta, g, inverse, *, scale, all_queries=True):
     gates, within = (None, None) if g is None else (level_sums(g, LEAF), leaf_sums(g))
     queries, keys, *own, transforms = leaf.leaves(q, k, w, inverse, beta, within, scale=scale)
     transforms = chains.joined(transforms, P)
-    if all_queries:
-        queries = chains.query_chains(queries, transforms, P)
+    queries = chains.query_chains(queries, transforms, P)
     keys = chains.key_chains(keys, transforms, P)
     return queries, keys, own, gates, transforms
 
