@@ -31,6 +31,7 @@ def product(x, kernel, dimensions, *, implementation="xla", **options):
     if not batch and all(option is None for option in options.values()):
         flat = _as_matrices(x, kernel, axes, dimensions[0][1])
         if flat and _token.serves("product_of_few", implementation, *flat):
+            flat = (a.reshape(shape.shape) for a, shape in zip((x, kernel), flat, strict=True))
             y = _token.product_of_few(*flat, implementation=implementation)
             return y.reshape(*(x.shape[i] for i in rows), *kernel.shape[len(axes) :])
     few = rows and not batch and math.prod(x.shape[i] for i in rows) == 1
@@ -43,14 +44,15 @@ def product(x, kernel, dimensions, *, implementation="xla", **options):
 
 
 def _as_matrices(x, kernel, axes, kernel_axes):
-    """x as rows and the kernel as a matrix, if the last axes of the one meet the first of the
-    other; else None."""
+    """The shapes of x as rows and of the kernel as a matrix, if the last axes of the one meet the
+    first of the other; else None."""
     n = len(axes)
     last, first = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
     if tuple(axes) != last or tuple(kernel_axes) != first or n == x.ndim:
         return None
     D = math.prod(kernel.shape[:n])
-    return x.reshape(-1, D), kernel.reshape(D, -1)
+    shape = jax.ShapeDtypeStruct
+    return shape((x.size // D, D), x.dtype), shape((D, kernel.size // D), kernel.dtype)
 
 
 def dot(x, kernel, dimensions, **options):

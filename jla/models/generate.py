@@ -176,7 +176,8 @@ def draw(
     eos: Sequence[int] = (),
     top_k: int | jax.Array | None = None,
     top_p: float | jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, Tree]:
+    keep_logits: bool = True,
+) -> tuple[jax.Array, jax.Array | None, Tree]:
     """Draws `length` tokens, one after the other, in one scan.
 
     Args:
@@ -187,14 +188,17 @@ def draw(
       length: how many.
       eos: after one of these tokens its row has only that one.
       top_k, top_p: as in `restrict`, of the logits divided by the temperature; None keeps all.
+      keep_logits: whether to return them.
 
     Returns:
       The new tokens, int32 [B, length], the logits they were drawn from, [B, length, vocabulary],
-      and the cache behind them.
+      or None, and the cache behind them.
     """
 
-    def token(carry, key):
-        logits, cache, ended = carry
+    def token(carry, key_and_place):
+        kept, cache, ended, tokens = carry
+        key, place = key_and_place
+        logits = lax.dynamic_index_in_dim(kept, place if keep_logits else 0, keepdims=False)
         chosen = jnp.argmax(logits, axis=-1)
         if key is not None:
             divided = logits / jnp.maximum(temperature, 1e-6)
@@ -208,12 +212,24 @@ def draw(
             is_eos = jnp.any(chosen[:, None] == jnp.asarray(eos, jnp.int32)[None], axis=1)
             ended = jnp.where(is_eos, chosen, -1)
         new_logits, cache = feed(decoder, params, chosen[:, None], cache)
-        return (new_logits, cache, ended), (chosen, logits)
+        here = (jnp.arange(length, dtype=jnp.int32) == place)[:, None]
+        tokens = jnp.where(here, chosen[None], tokens)
+        row = place + 1 if keep_logits else 0
+        kept = lax.dynamic_update_index_in_dim(kept, new_logits, row, 0)
+        return (kept, cache, ended, tokens), None
 
     ended = jnp.full(logits.shape[0], -1, jnp.int32) if eos else None
     keys = None if key is None else jax.random.split(key, length)
-    (_, cache, _), (tokens, logits) = lax.scan(token, (logits, cache, ended), keys, length=length)
-    return tokens.T, jnp.moveaxis(logits, 0, 1), cache
+    # All is in the carry: a scan's outputs that are also its carry, XLA copies outside of the CUDA
+    # graph, for which the GPU waits.
+    B, V = logits.shape
+    kept = logits[None]
+    if keep_logits:
+        kept = jnp.concatenate([kept, jnp.zeros((length, B, V), logits.dtype)])
+    start = kept, cache, ended, jnp.zeros((length, B), jnp.int32)
+    places = jnp.arange(length, dtype=jnp.int32)
+    (kept, cache, _, tokens), _ = lax.scan(token, start, (keys, places))
+    return tokens.T, jnp.moveaxis(kept[:-1], 0, 1) if keep_logits else None, cache
 
 
 @checks.named
@@ -312,5 +328,5 @@ def _generate(
     B, T = tokens.shape
     cache = empty_cache(decoding, B, T + length)
     logits, cache = feed(decoding, params, tokens, cache, mask)
-    options: dict[str, Any] = dict(eos=eos, top_k=top_k, top_p=top_p)
+    options: dict[str, Any] = dict(eos=eos, top_k=top_k, top_p=top_p, keep_logits=False)
     return draw(decoding, params, logits, cache, key, temperature, length, **options)[0]

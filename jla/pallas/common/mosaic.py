@@ -152,6 +152,37 @@ def products(pairs, init):
     return pl.run_state(body)([plgpu.ACC.init(x) for x in init])
 
 
+def accumulate(count, operands, done, shapes):
+    """The float32 sums of a @ b over `count` steps, one for each pair of a step, in registers.
+
+    Args:
+      operands: operands(n) awaits step n's tiles and returns its pairs of SMEM refs.
+      done: done(n) is called when step n's products have been read; not for the last step.
+      shapes: of the sums.
+    """
+    if interpreting():
+
+        def turn(n, sums):
+            sums = products([[pair] for pair in operands(n)], sums)
+            pl.when(n > 0)(lambda: done(n - 1))
+            return sums
+
+        return lax.fori_loop(0, count, turn, [jnp.zeros(shape, f32) for shape in shapes])
+
+    def body(*accs):
+        def turn(n, _):
+            for acc, pair in zip(accs, operands(n), strict=True):
+                plgpu.wgmma(acc, *pair)
+            plgpu.wgmma_wait(len(accs))  # those of the step before are done
+            pl.when(n > 0)(lambda: done(n - 1))
+
+        lax.fori_loop(0, count, turn, None)
+        plgpu.wgmma_wait(0)
+        return [acc[...] for acc in accs]
+
+    return pl.run_scoped(body, *[plgpu.ACC(shape, f32) for shape in shapes])
+
+
 def release():
     """Ends a pipeline's step whose last reads are a product's.
 
@@ -347,6 +378,8 @@ def kernel(
         pl.run_scoped(
             functools.partial(body_32, *refs), *scratch_types, collective_axes=thread_axes
         )
+
+    with_scratch.__name__ = body.__name__
 
     def run(*operands):
         with config._check_vma(False):

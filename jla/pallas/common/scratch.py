@@ -59,7 +59,8 @@ def kernel(body, *, inputs, outputs, scratch, in_place=None, **options):
             )
         )
 
-    named.__name__ = getattr(body, "__name__", "body")  # the kernel's name in a profile
+    # The kernel's name in a profile: "kda_step" and so on.
+    named.__name__ = "_".join(functools.partial(body).func.__module__.split(".")[-2:])
     if in_place is not None:
         in_place = {
             _number(inputs, x) + i: _number(outputs, y) + i

@@ -158,11 +158,9 @@ def _whole(array):
         return None
     N = array.shape[-1]
     multiple = 8 if N < COLUMNS else COLUMNS
-    return (
-        array
-        if N % multiple == 0
-        else jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, -N % multiple)])
-    )
+    if N % multiple == 0:
+        return array
+    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, -N % multiple)])
 
 
 def _product(x, kernel):
@@ -246,7 +244,8 @@ def _body(refs, *, groups, W, silu_twice, parts):
         depth = pl.ds((first + n) * DEPTH, DEPTH)
 
         def load(group, kernels, columns):
-            loads = dict(x=(refs.x[group.x].at[_rows(block), depth], refs.rows.at[slot]))
+            x = refs.x[group.x]
+            loads = dict(x=(x.at[_rows(block, x), depth], refs.rows.at[slot, _rows(0, x)]))
             pairs = zip(kernels, refs.tiles, strict=True)
             loads["kernels"] = [(w.at[depth, columns], tile.at[slot]) for w, tile in pairs]
             fetch(loads, refs.loaded.at[slot])
@@ -257,17 +256,17 @@ def _body(refs, *, groups, W, silu_twice, parts):
     lax.fori_loop(0, jnp.minimum(stages, count), lambda n, _: start(n), None)
     has_window = _load_windows(refs, groups, block, W)
 
-    def turn(n, sums):
+    def operands(n):
         slot = lax.rem(n, stages)
         plgpu.barrier_wait(refs.loaded.at[slot])
-        pairs = [[(refs.rows.at[slot], tile.at[slot])] for tile in refs.tiles]
-        sums = mosaic.products(pairs, sums)
+        return [(refs.rows.at[slot], tile.at[slot]) for tile in refs.tiles]
+
+    def done(n):
         mosaic.release()
         pl.when(n + stages < count)(lambda: start(n + stages))
-        return sums
 
-    zeros = [mosaic.zeros((ROWS, COLUMNS), mosaic.WGMMA_LAYOUT) for _ in refs.tiles]
-    y, *more = lax.fori_loop(0, count, turn, zeros)
+    shapes = [(ROWS, COLUMNS)] * len(refs.tiles)
+    y, *more = mosaic.accumulate(count, operands, done, shapes)
     dtype = refs.result.dtype
     if more:
         y = y * mosaic.sigmoid(y) * more[0]
@@ -282,9 +281,10 @@ def _body(refs, *, groups, W, silu_twice, parts):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _rows(traced):
-    """All batch rows, of which there may be less: JAX refuses to pass an array's end knowingly."""
-    return pl.ds(traced * 0, ROWS)
+def _rows(block, x):
+    """The batch rows of x in whole tiles. The other rows of a CTA's tiles are nothing, and of no
+    effect; JAX refuses to pass an array's end knowingly, so the block's number is in it."""
+    return pl.ds(block * 0, -(-x.shape[0] // mosaic.TILE_ROWS) * mosaic.TILE_ROWS)
 
 
 def _put(ref, value):
@@ -301,7 +301,10 @@ def _load_windows(refs, groups, block, W):
         taps, past = refs.taps[conv], refs.past[conv]
         N = taps.shape[1]
         inputs = [
-            (past.at[_rows(block), pl.ds(i * N + columns.start, COLUMNS)], refs.window.at[i])
+            (
+                past.at[_rows(block, past), pl.ds(i * N + columns.start, COLUMNS)],
+                refs.window.at[i, _rows(0, past)],
+            )
             for i in range(W - 1)
         ]
         loads = dict(taps=(taps.at[:, columns], refs.tap_tile), past=inputs)
@@ -333,13 +336,12 @@ def _convolve(refs, y, W, silu_twice):
 
 
 def _store(refs, group, out, part, parts, W, columns):
-    rows = _rows(columns.start)
-    place = (rows, columns)
-    target = out.at[place] if parts is None else out.at[part, *place]
-    plgpu.copy_smem_to_gmem(refs.result, target)
+    y = out if parts is None else out.at[part]
+    source, target = (_rows(start, refs.x[0]) for start in (0, columns.start))
+    plgpu.copy_smem_to_gmem(refs.result.at[source], y.at[target, columns])
     if group.conv is None:
         return
     new, N = refs.new_past[group.conv], out.shape[1]
     for i in range(W - 1):
-        columns_of = pl.ds(i * N + columns.start, COLUMNS)
-        plgpu.copy_smem_to_gmem(refs.window.at[i + 1], new.at[rows, columns_of])
+        place = target, pl.ds(i * N + columns.start, COLUMNS)
+        plgpu.copy_smem_to_gmem(refs.window.at[i + 1, source], new.at[place])
