@@ -11,8 +11,9 @@ Tokens are bytes with --vocabulary 256. A larger vocabulary is that of a byte-le
 encoder, fitted to the first of the training files (`tokenizers` is needed for it).
 
 Writes under --out: train.npy and held_out.npy (the tokens), bytes.npy (each token's bytes),
-paths.txt (the files of both parts) and corpus.json (sizes, checksums, packages). The same packages
-give the same text, whose SHA-256 is there.
+encoder.json (the encoder, which --encoder takes instead of fitting one), paths.txt (the files of
+both parts) and, last, corpus.json (sizes, checksums, packages). The same packages give the same
+text, whose SHA-256 is there.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import pathlib
 import sys
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -34,6 +36,8 @@ BYTES = 256  # the vocabulary whose tokens are bytes
 END = "\0"  # behind each file
 FITTED_TO = 32e6  # bytes of training text that an encoder is fitted to
 AT_ONCE = 512  # files that are encoded in one call
+PACKAGES = {"site-packages", "dist-packages"}  # inside of a folder they are read on their own
+READERS = 32  # threads, as a disk that was not read before answers late
 
 
 def main(argv=None):
@@ -49,11 +53,13 @@ def main(argv=None):
     say(f"{size_of(train):,} bytes of {len(train):,} files to train on")
     say(f"{size_of(held_out):,} bytes of {len(held_out):,} files held out")
     encode, lengths, name = bytes_encoder()
-    if options.vocabulary > BYTES:
-        encode, lengths, name = fitted_encoder(train, options.vocabulary)
-        say(f"{name} of {len(lengths):,} tokens")
     folder = pathlib.Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
+    if options.vocabulary > BYTES:
+        encoder = fitted(train, options.vocabulary, options.encoder)
+        encoder.save(str(folder / "encoder.json"))
+        encode, lengths, name = pairs_encoder(encoder)
+        say(f"{name} of {len(lengths):,} tokens")
     facts = dict(
         python=sys.version.split()[0],
         found=dict(files=len(files), bytes=sum(map(size, files))),
@@ -81,6 +87,7 @@ def parse(argv):
     add("--bytes", type=float, default=150e6, help="to train on (default: %(default)g)")
     add("--held-out", type=float, default=4.5e6, help="bytes held out (default: %(default)g)")
     add("--vocabulary", type=int, default=8192, help="256 is bytes (default: %(default)s)")
+    add("--encoder", metavar="FILE", help="an encoder.json of before; default: fit one")
     options = made.parse_args(argv)
     if not BYTES <= options.vocabulary <= 2**16:
         made.error(f"--vocabulary {options.vocabulary} must be {BYTES} to {2**16}")
@@ -109,24 +116,35 @@ def collect(folders):
     """The files of these folders, by digest; paths are relative to a folder, so that they do not
     depend on where Python is installed. A folder inside another is read on its own."""
     found = {}
-    for folder in folders:
-        inside = [other for other in folders if other != folder and other.is_relative_to(folder)]
-        for path in sorted(folder.rglob("*")):
-            if path.suffix not in SUFFIXES or any(path.is_relative_to(x) for x in inside):
-                continue
-            if not {"site-packages", "dist-packages"}.isdisjoint(path.relative_to(folder).parts):
-                continue
-            if not path.is_file() or not 0 < path.stat().st_size <= LARGEST:
-                continue
-            try:
-                text = path.read_bytes().decode()
-            except UnicodeDecodeError:  # no text, or in an older encoding
-                continue
-            if END not in text:
-                digest = hashlib.sha256(text.encode()).hexdigest()
-                # Of copies the first path counts: folders and paths are in a fixed order.
-                found.setdefault(digest, File(path.relative_to(folder).as_posix(), digest, text))
+    with ThreadPoolExecutor(READERS) as pool:
+        for folder in folders:
+            inside = [x for x in folders if x != folder and x.is_relative_to(folder)]
+            paths = [
+                path
+                for path in sorted(folder.rglob("*"))
+                if path.suffix in SUFFIXES
+                and not any(path.is_relative_to(x) for x in inside)
+                and PACKAGES.isdisjoint(path.relative_to(folder).parts)
+            ]
+            for path, read in zip(paths, pool.map(text_and_digest, paths), strict=True):
+                if read is not None:
+                    text, digest = read
+                    # Of copies the first path counts: folders and paths are in a fixed order.
+                    name = path.relative_to(folder).as_posix()
+                    found.setdefault(digest, File(name, digest, text))
     return sorted(found.values(), key=lambda file: file.digest)
+
+
+def text_and_digest(path):
+    """A file's text and its SHA-256; None if it is not to be kept."""
+    if not path.is_file() or not 0 < path.stat().st_size <= LARGEST:
+        return None
+    read = path.read_bytes()
+    try:
+        text = read.decode()
+    except UnicodeDecodeError:  # no text, or in an older encoding
+        return None
+    return None if END in text else (text, hashlib.sha256(read).hexdigest())
 
 
 def choose(files, held_out, train):
@@ -162,8 +180,12 @@ def bytes_encoder():
     return encode, np.ones(BYTES, np.int32), "bytes"
 
 
-def fitted_encoder(files, vocabulary):
-    """As `bytes_encoder`: a byte-level byte-pair encoder, fitted to the first of these files."""
+def fitted(files, vocabulary, saved):
+    """A byte-level byte-pair encoder, from the file `saved` or fitted to the first of these files.
+
+    Raises:
+      SystemExit: tokenizers is not installed, or the saved one has another vocabulary.
+    """
     try:
         import tokenizers
     except ModuleNotFoundError:
@@ -171,6 +193,14 @@ def fitted_encoder(files, vocabulary):
             f"benchmarks.corpus: --vocabulary {vocabulary} needs the package tokenizers, which is "
             f"not installed; install it, or use --vocabulary {BYTES}"
         ) from None
+    if saved:
+        encoder = tokenizers.Tokenizer.from_file(saved)
+        if encoder.get_vocab_size() != vocabulary:
+            raise SystemExit(
+                f"benchmarks.corpus: --encoder {saved} has {encoder.get_vocab_size()} tokens, "
+                f"--vocabulary is {vocabulary}"
+            )
+        return encoder
     sample, count = [], 0
     while count < FITTED_TO and len(sample) < len(files):
         count += size(files[len(sample)])
@@ -184,6 +214,11 @@ def fitted_encoder(files, vocabulary):
             vocab_size=vocabulary, initial_alphabet=sorted(alphabet), show_progress=False
         ),
     )
+    return encoder
+
+
+def pairs_encoder(encoder):
+    """As `bytes_encoder`, of byte pairs."""
     names = sorted(encoder.get_vocab().items(), key=lambda item: item[1])
     # In a name each byte is one character, NUL is this one.
     lengths = np.array([len(name) for name, _ in names], np.int32)

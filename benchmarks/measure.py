@@ -35,9 +35,12 @@ def measure(name, shape, measure, implementation, seconds):
     function = mechanism.forced if measure.startswith("forced_") else mechanism.function
 
     def forward(arguments, segments):
+        options = segments | dict(implementation=implementation)
         if not measure.startswith("bare_"):
+            if mechanism.whole is not None:
+                return mechanism.whole(arguments, **options)[0]
             arguments = mechanism.prepare(arguments)
-        return function(**arguments, **segments, implementation=implementation)[0]
+        return function(**arguments, **options)[0]
 
     return timed(forward, sets, measure.endswith("backward"), seconds)
 

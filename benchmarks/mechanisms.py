@@ -15,6 +15,7 @@ import cases.mesa
 import cases.path
 import jla
 from benchmarks import fla
+from jla import _fused  # not public: what the layers of jla call
 
 f32, bf16 = jnp.float32, jnp.bfloat16
 CG_STEPS = 30  # of MesaNet
@@ -67,6 +68,8 @@ class Mechanism:
       fla, fla_step: make fla's `(forward, inputs)` for a shape; None if it has no such function.
       unbatched: the arguments of the public function that have no batch axis.
       quadratic: whether the work of a sequence grows with the square of its tokens.
+      whole: what a layer calls instead, with what `raw` makes, where kernels do a part of what
+        `prepare` does: `whole(raw, segment_ids=..., implementation=...)`; None if there is no such.
       forced: the function with nothing stopping early, for the measures whose names start with it;
         None if nothing does.
     """
@@ -83,6 +86,7 @@ class Mechanism:
     unbatched: tuple = ()
     quadratic: bool = False
     forced: Callable | None = None
+    whole: Callable | None = None
 
 
 def segment_borders(key, B, T, documents=8):
@@ -119,6 +123,13 @@ def _kda_prepare(raw):
         g=jla.kda_gate(raw["g"], raw["A_log"], raw["dt_bias"]),
         beta=jax.nn.sigmoid(raw["beta"].astype(f32)),
     )
+
+
+def _kda_whole(raw, **options):
+    """The function with its l2 norms and gates, as kernels of layers take them."""
+    beta = jax.nn.sigmoid(raw["beta"].astype(f32))
+    arguments = {("f" if name == "g" else name): x for name, x in raw.items()} | dict(beta=beta)
+    return _fused.kda_from_projection(**arguments, normalize=True, **options)
 
 
 def _kda_step(arguments, state, implementation, **slots):
@@ -352,6 +363,7 @@ MECHANISMS = {
         function=jla.kda,
         raw=_kda_raw,
         prepare=_kda_prepare,
+        whole=_kda_whole,
         shapes=dict(full=(*_FULL, _MILLION), small=(*_SMALL, replace(_MILLION, T=256, H=2, D=16))),
         targets={
             ("main", "forward", "ms"): 0.9,

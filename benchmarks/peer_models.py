@@ -8,21 +8,26 @@ losses; the optimizer is PyTorch's fused AdamW, after clipping. Parameters and m
 which takes less time and memory than the float32 that jla's models have; `--precision autocast`
 keeps them float32. Tokens are random: speed does not depend on them (but for MesaNet's solver).
 
-The first call tunes Triton's kernels for minutes. Processes with FLA_CACHE_RESULTS=0, several at a
-time, compile all of them and do not keep what was fastest; then a process tunes alone.
+The first call tunes Triton's kernels for minutes, and keeps what was fastest on the disk; several
+threads compile what is to be timed. With --tune-only processes, one for each model, do that at
+once, and those with the same --share time one after another on each GPU. Then one measures alone.
 """
 
 import argparse
+import contextlib
+import fcntl
 import gc
 import os
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks import side_by_side
 
-KEYS = ("mixer", "precision", "length", "batch")
+KEYS = ("mixer", "precision", "length", "batch", "gpus")
 GROUP = 5  # steps enqueued together and awaited once
+COMPILERS = 12  # threads
 
 
 def main(argv=None):
@@ -31,6 +36,7 @@ def main(argv=None):
     options = parse(argv)
     start = time.monotonic()
     report = side_by_side.Report(options.out, KEYS, "peer_models", argv, options.add)
+    shares = side_by_side.Shares(options.share)
     for precision in options.precision:
         for mixer in options.mixers:
             if options.limit is not None and time.monotonic() - start > options.limit:
@@ -38,6 +44,8 @@ def main(argv=None):
                 continue
             row = dict(mixer=mixer, precision=precision)
             row |= dict(length=options.length, batch=options.batch)
+            if report.find(row) is not None or not shares.take(mixer, precision):
+                continue
             show(report.measure(row, train(mixer, precision, options)), time.monotonic() - start)
     return 1 if report.failed else 0
 
@@ -56,8 +64,8 @@ def parse(argv):
     add("--batch", type=int, default=16, help="windows in a step")
     add("--steps", type=int, default=40)
     add("--limit", type=float, help="start no case after so many seconds")
-    help = "results to copy into --out first, as those of language_model in the same run"
-    add("--add", nargs="*", default=(), metavar="FILE", help=help)
+    add("--tune-only", action="store_true", help="end each case with its first step")
+    side_by_side.add_pieces(add)
     add("--out", help="write JSON to this file, after every case; its other rows stay")
     options = made.parse_args(argv)
     options.mixers, options.precision = options.mixers.split(","), options.precision.split(",")
@@ -132,6 +140,7 @@ def train(mixer, precision, options):
     import fla
     import torch
 
+    tune_side_by_side(options.share)
     gc.collect()  # of the model before
     torch.cuda.empty_cache()
     torch.manual_seed(0)
@@ -170,6 +179,9 @@ def train(mixer, precision, options):
 
     first, _ = group(1)
     yield dict(first_call_s=first / 1e3)
+    if options.tune_only:
+        yield dict(unfinished="only tuned")
+        return
     torch.cuda.reset_peak_memory_stats()
     groups = [group(GROUP) for _ in range(options.steps // GROUP)]
     step_ms = statistics.median(ms for ms, _ in groups[1:] or groups)
@@ -182,8 +194,47 @@ def train(mixer, precision, options):
     )
 
 
+def tune_side_by_side(folder):
+    """Has Triton compile all configurations of a kernel by several threads before it times them,
+    and time them while no other process of this folder does so on the same GPU."""
+    from triton import AsyncCompileMode
+    from triton.runtime.autotuner import Autotuner
+
+    if getattr(Autotuner, "compiles_side_by_side", False):
+        return
+    Autotuner.compiles_side_by_side = True
+    prune, bench = Autotuner.prune_configs, Autotuner._bench
+
+    def prune_configs(self, kwargs):
+        configs = prune(self, kwargs)
+        with ThreadPoolExecutor(COMPILERS) as pool, AsyncCompileMode(pool, ignore_errors=True):
+            for config in configs:
+                self.fn.run(**{**self.nargs, **kwargs, **config.all_kwargs(), "warmup": True})
+        return configs
+
+    def timed(self, *args, **kwargs):
+        with turn(folder):
+            return bench(self, *args, **kwargs)
+
+    Autotuner.prune_configs, Autotuner._bench = prune_configs, timed
+
+
+@contextlib.contextmanager
+def turn(folder):
+    """Waits until no other process of this folder has its turn on the same GPU."""
+    if folder is None:
+        yield
+        return
+    name = f"gpu_{os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
+    with open(os.path.join(folder, name), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing the file ends it
+
+
 def show(row, seconds):
     print(f"[{seconds:6.1f} s] {row['mixer']}, {row['precision']}", end="")
+    if "first_call_s" in row and "step_ms" not in row:
+        print(f", first call {row['first_call_s']:.1f} s", end="")
     if "step_ms" in row:
         print(f", {row['parameters'] / 1e6:.1f} M parameters", end="")
         print(f", first call {row['first_call_s']:.1f} s", end="")

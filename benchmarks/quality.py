@@ -9,8 +9,10 @@ Held-out text is read in windows of once, twice and four times that length: the 
 and each window begins with an empty context.
 
 Losses are in bits for each byte of text. A run that --out, or a file after --add, has already is
-not repeated; --limit ends no run, but starts none that would end later. To use several GPUs, start
-a process with CUDA_VISIBLE_DEVICES and its own --out for each; the next call's --add collects them.
+not repeated. To use several GPUs, start a process with CUDA_VISIBLE_DEVICES and its own --out for
+each, and one --share for all: a process takes the models that no other has begun, then what is left
+of the others'. With --vocabulary the first programs are compiled while benchmarks.corpus still
+writes the text. --limit starts no run that would end later, and gives up one that turns out to.
 """
 
 import argparse
@@ -30,11 +32,13 @@ import numpy as np
 import optax
 
 from benchmarks import quality_models, side_by_side
+from benchmarks.quality_training import Batches, Training, cut
 
 # Of the examples, whose folder side_by_side has added to the path.
-from train_lm import cross_entropy, make_optimizer, train_step  # isort: skip
+from train_lm import cross_entropy, make_optimizer, train_step, with_rate  # isort: skip
 
-KEYS = ("model", "lr", "seed", "steps", "length", "batch", "parameters_wanted", "train_sha256")
+RUN = ("model", "lr", "seed")
+KEYS = (*RUN, "steps", "length", "batch", "parameters_wanted", "train_sha256")
 BINS = 16  # of positions in the longest windows
 GROUP = 10  # steps enqueued together and awaited once
 
@@ -42,35 +46,87 @@ GROUP = 10  # steps enqueued together and awaited once
 def main(argv=None):
     options = parse(argv)
     start = time.monotonic()
+    options.ends = math.inf if options.limit is None else start + options.limit
     report = side_by_side.Report(options.out, KEYS, "quality", argv, options.add)
     if options.corpus is None:
         return 0
-    corpus = load(options)
-    cases = [
-        (model, dict(seed=seed, lr=lr))
-        for model in options.models
-        for seed in options.seeds
-        for lr in options.lr
-    ]
-    common = dict(steps=options.steps, length=options.length, batch=options.batch)
-    common |= dict(
-        parameters_wanted=options.parameters, train_sha256=corpus.facts["train"]["sha256"]
-    )
-    cases = [(model, dict(model=model) | case | common) for model, case in cases]
-    cases = [(model, case) for model, case in cases if report.find(case) is None]
-    print(f"{len(cases)} runs of {options.steps} steps", flush=True)
-    with Programs(list(dict.fromkeys(model for model, _ in cases)), corpus, options) as programs:
-        for model, row in cases:
-            left = math.inf if options.limit is None else start + options.limit - time.monotonic()
-            if left < 1.2 * programs.expected_s:
-                print(f"not started, past --limit: {model}, lr {row['lr']:g}", flush=True)
-                continue
-            report.measure(row, train(row, programs, corpus, options))
-            # Without the compiler, which later runs do not wait for.
-            took = row.get("train_s", 0.0) + row.get("evaluation_s", 0.0)
-            programs.expected_s = max(programs.expected_s, took)
-            show(row, time.monotonic() - start)
+    shares, first = side_by_side.Shares(options.share), None
+    with Programs(options) as programs:
+        if options.vocabulary:
+            first = next(in_turn(missing(report, options), shares), None)
+            programs.begin(first)
+        corpus = load(options)
+        programs.knows(corpus)
+        cases = missing(report, options, corpus)
+        print(f"{sum(map(len, cases.values()))} runs of {options.steps} steps", flush=True)
+        for model, following in pairs(in_turn(cases, shares, first)):
+            programs.begin(model)
+            programs.begin(following)
+            for row in cases[model]:
+                run = [row[key] for key in RUN]
+                if shares.taken(run):
+                    continue
+                if late(row, report, options):
+                    print("not started, past --limit:", *run, flush=True)
+                elif shares.take(*run):
+                    report.measure(row, train(row, programs, corpus, options))
+                    show(row, time.monotonic() - start)
     return 1 if report.failed else 0
+
+
+def missing(report, options, corpus=None):
+    """The rows of the runs that the report does not have, by model. Without the corpus, its text
+    and the number of steps are taken to be those of the report."""
+    keys, known = RUN, {}
+    if corpus is not None:
+        keys = KEYS
+        known = dict(steps=options.steps, train_sha256=corpus.facts["train"]["sha256"])
+    known |= dict(length=options.length, batch=options.batch, parameters_wanted=options.parameters)
+    there = [row for row in report.rows if side_by_side.is_whole(row)]
+    there = {tuple(row[key] for key in keys) for row in there}
+    cases = {}
+    for model in options.models:
+        runs = [(model, lr, seed) for seed in options.seeds for lr in options.lr]
+        rows = [dict(zip(RUN, run, strict=True)) | known for run in runs]
+        rows = [row for row in rows if tuple(row[key] for key in keys) not in there]
+        if rows:
+            cases[model] = rows
+    return cases
+
+
+def in_turn(cases, shares, begun=None):
+    """Yields the models of which a run may be left: those that no other process has begun, `begun`
+    first, then the others, the last to be begun first. They are taken when they are asked for."""
+    others = []
+    for model in sorted(cases, key=lambda model: model != begun):
+        if model == begun or shares.take("model", model):
+            yield model
+        else:
+            others.append(model)
+    for model in others[::-1]:
+        if not all(map(shares.taken, ([row[key] for key in RUN] for row in cases[model]))):
+            yield model
+
+
+def pairs(models):
+    """Each model and the one after it, or None."""
+    model = next(models, None)
+    while model is not None:
+        following = next(models, None)
+        yield model, following
+        model = following
+
+
+def late(row, report, options):
+    """Whether a run would end after --limit: it takes as long as one of its model, or as the
+    longest that is known."""
+    took = {}
+    for other in report.rows:
+        if "evaluation_s" in other and other["steps"] == row["steps"]:
+            seconds = other["train_s"] + other["evaluation_s"]
+            took[other["model"]] = max(seconds, took.get(other["model"], 0.0))
+    expected = took.get(row["model"], max(took.values(), default=0.0))
+    return time.monotonic() + expected > options.ends
 
 
 def parse(argv):
@@ -96,8 +152,10 @@ def parse(argv):
     add("--parameters", type=float, default=113e6, help="of each model (default: %(default)g)")
     add("--evaluations", type=int, default=10, help="in a run (default: %(default)s)")
     add("--scan", action="store_true", help="blocks in a scan: compiled once, a little slower")
+    help = "of the text, if its programs may be compiled before it is there; default: ask the text"
+    add("--vocabulary", type=int, help=help)
     side_by_side.add_run(add, "start no run that would end later", "run")
-    add("--add", nargs="*", default=(), metavar="FILE", help="results to copy into --out first")
+    side_by_side.add_pieces(add)
     options = made.parse_args(argv)
     options.models = options.models.split(",")
     options.lr = [float(lr) for lr in options.lr.split(",")]
@@ -127,12 +185,22 @@ class Corpus:
 
 
 def load(options):
-    """The corpus; sets --steps if it was not given.
+    """The corpus; waits for it with --vocabulary; sets --steps if it was not given.
 
     Raises:
-      SystemExit: the text is too short.
+      SystemExit: the text is too short, has another vocabulary, or is not there.
     """
+    done = pathlib.Path(options.corpus) / "corpus.json"  # written last
+    while options.vocabulary and not done.exists() and time.monotonic() < options.ends:
+        time.sleep(0.1)
+    if not done.exists():
+        raise SystemExit(f"benchmarks.quality: there is no {done}; benchmarks.corpus writes it")
     corpus = Corpus(options.corpus)
+    if options.vocabulary not in (None, len(corpus.lengths)):
+        raise SystemExit(
+            f"benchmarks.quality: --vocabulary {options.vocabulary} is not that of "
+            f"{options.corpus}, which has {len(corpus.lengths)} tokens"
+        )
     most = (len(corpus.train) - 1) // options.length // options.batch
     if options.steps is None:
         options.steps = most
@@ -149,7 +217,7 @@ def load(options):
 
 def adjustable(optimizer):
     """An optimizer made for a learning rate of 1, with the rate as its state's last entry: one
-    compiled step serves all rates."""
+    compiled step serves all rates, and any number of steps."""
     scale = optax.GradientTransformation(
         lambda params: jnp.ones(()),
         lambda updates, rate, params=None: (jax.tree.map(lambda x: rate * x, updates), rate),
@@ -157,21 +225,22 @@ def adjustable(optimizer):
     return optax.chain(optimizer, scale)
 
 
+def rates(lr, steps):
+    """The learning rates of all steps, float32 [steps]."""
+    _, rate = make_optimizer(steps, 1.0, weight_decay=0.1)
+    return lr * np.asarray(rate(np.arange(steps)), np.float32)
+
+
 class Programs:
     """The compiled programs of each model: the training step, and `scores` by the windows' length.
+    Those of the next model are compiled while one trains."""
 
-    Those of the next model are compiled while one trains. `expected_s` is what the longest run took
-    without compiling.
-    """
-
-    def __init__(self, models, corpus, options):
-        self.names, self.corpus, self.options = models, corpus, options
+    def __init__(self, options):
+        self.options, self.vocabulary = options, options.vocabulary
         self.pool, self.asked = ThreadPoolExecutor(3), {}
         # Mosaic keeps in a global which threads run what it lowers: two at a time would be wrong.
         self.lowering = threading.Lock()
-        self.expected_s = 0.0
-        optimizer, _ = make_optimizer(options.steps, 1.0, weight_decay=0.1)
-        self.optimizer = adjustable(optimizer)
+        self.optimizer = adjustable(with_rate(1.0, weight_decay=0.1))
 
     def __enter__(self):
         return self
@@ -179,12 +248,17 @@ class Programs:
     def __exit__(self, *error):
         self.pool.shutdown(cancel_futures=True)
 
+    def knows(self, corpus):
+        """Says what the text is; before, its vocabulary must have been given."""
+        self.vocabulary = len(corpus.lengths)
+
+    def begin(self, name):
+        """Has a model and its programs made, if there is one."""
+        if name is not None and name not in self.asked:
+            self.asked[name] = self._ask(name)
+
     def get(self, name):
-        """The model and its programs, as futures; asks for the next model's too."""
-        place = self.names.index(name)
-        for one in self.names[place : place + 2]:
-            if one not in self.asked:
-                self.asked[one] = self._ask(one)
+        """The model and its programs, as futures."""
         return self.asked[name]
 
     def _ask(self, name):
@@ -194,14 +268,12 @@ class Programs:
             implementation = "pallas" if jax.default_backend() == "gpu" else "xla"
         sizes = {x: getattr(options, x) for x in ("width", "depth", "heads", "parameters", "dtype")}
         longest = options.length * options.longer[-1]
-        vocabulary = len(self.corpus.lengths)
-
         # In a thread of its own that others wait for: making a model traces it, too.
         model = self.pool.submit(
             quality_models.make_model,
             name,
             **sizes,
-            vocabulary=vocabulary,
+            vocabulary=self.vocabulary,
             longest=longest,
             implementation=implementation,
         )
@@ -271,33 +343,33 @@ def train(row, programs, corpus, options):
     parameters = side_by_side.size(state["params"])
     yield dict(parameters=parameters, compile_s=compile_s, memory_gib=memory_gib)
     batches = Batches(corpus.train, row["seed"], options.batch, options.length)
+    training = Training(run, state, rates(row["lr"], options.steps))
     bytes_each = corpus.facts["train"]["bytes"] / corpus.facts["train"]["tokens"]
     to_bits = 1 / (math.log(2) * bytes_each)
-    losses, ms, curve, train_s = [], [], [], 0.0
+    curve = []
     at = {options.steps * (i + 1) // options.evaluations for i in range(options.evaluations)}
+    at.add(options.steps)
     for first in range(0, options.steps, GROUP):
         last = min(first + GROUP, options.steps)
-        tokens = [batches[step] for step in range(first, last)]
-        began, group = time.perf_counter(), []
-        for x in tokens:
-            state, loss, _ = run(state, x)
-            group.append(loss)
-        group = [float(loss) for loss in group]
-        train_s += time.perf_counter() - began
-        ms.append(1e3 * (time.perf_counter() - began) / (last - first))
-        losses.append(to_bits * statistics.mean(group))
-        if not math.isfinite(losses[-1]):
-            yield dict(diverged_after=first, losses=losses[:-1])
+        training.enqueue([batches[step] for step in range(first, last)])
+        evaluating = any(first < step <= last for step in at)
+        if evaluating:
+            training.finish()
+        losses = [to_bits * loss for loss in training.losses]
+        if losses and not math.isfinite(losses[-1]):
+            yield dict(diverged_after=GROUP * (len(losses) - 1), losses=losses[:-1])
             return
-        if any(first < step <= last for step in at):
-            nats = score(state["params"], found, programs, corpus, options.length, CURVE_SHARE)
+        if time.monotonic() + training.left() > options.ends:
+            yield dict(unfinished="past --limit")
+            return
+        if evaluating:
+            nats = score(training.params, found, programs, corpus, options.length, CURVE_SHARE)
             curve.append(dict(step=last, held_out_bits_per_byte=bits(*nats)))
-    del tokens
-    step_ms = statistics.median(ms)
+    step_ms = statistics.median(training.ms)
     yield dict(
-        train_s=train_s,
+        train_s=training.seconds,
         step_ms=step_ms,
-        step_ms_slowest=max(ms[1:] or ms),
+        step_ms_slowest=max(training.ms[1:] or training.ms),
         tokens_per_s=1e3 * options.batch * options.length / step_ms,
         tokens=options.steps * options.batch * options.length,
         losses_every=GROUP,
@@ -305,26 +377,8 @@ def train(row, programs, corpus, options):
         curve=curve,
     )
     began = time.perf_counter()
-    held_out = evaluate(state["params"], found, programs, corpus, options)
+    held_out = evaluate(training.params, found, programs, corpus, options)
     yield held_out | dict(evaluation_s=time.perf_counter() - began)
-
-
-class Batches:
-    """The batches of one reading, int32 [batch, length + 1]: windows of a text in random order."""
-
-    def __init__(self, text, seed, batch, length):
-        self.text, self.batch, self.length = text, batch, length
-        self.order = np.random.default_rng(seed).permutation((len(text) - 1) // length)
-
-    def __getitem__(self, step):
-        chosen = self.order[step * self.batch : (step + 1) * self.batch]
-        return cut(self.text, chosen, self.length)
-
-
-def cut(text, windows, length):
-    """The windows of these numbers, int32 [N, length + 1]; each one's last token is the next's
-    first."""
-    return text[windows[:, None] * length + np.arange(length + 1)].astype(np.int32)
 
 
 CURVE_SHARE = 4  # a curve's points are of a part of the held-out text, one window of so many
@@ -370,6 +424,8 @@ def show(row, seconds):
         print(f", compiled in {row['compile_s']:.1f} s, {row['memory_gib']:.1f} GiB", end="")
     if "diverged_after" in row:
         print(f", diverged after {row['diverged_after']} steps", end="")
+    if "unfinished" in row:
+        print(f", unfinished: {row['unfinished']}", end="")
     if "step_ms" in row:
         print(f"\n  step {row['step_ms']:.1f} ms (slowest {row['step_ms_slowest']:.1f})", end="")
         print(f", {row['tokens_per_s']:,.0f} tokens/s; bits/byte in training, by steps:", end="")

@@ -93,7 +93,7 @@ def reach(folder):
 def peer_models(folder):
     """Training beside fla's models; empty without the file of both in this folder."""
     rows = [row for row in read(folder, "peer_models.json") if "tokens_per_s" in row]
-    ours = {row["mixer"]: row for row in rows if "package" not in row}
+    ours = {x["mixer"]: x for x in rows if "package" not in x and x.get("gpus", 1) == 1}
     fla = {row["mixer"]: row for row in rows if row.get("precision") == "bfloat16"}
     both = [mixer for mixer in NAMES if mixer in ours and mixer in fla]
     if not both:

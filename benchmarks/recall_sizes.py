@@ -8,8 +8,11 @@ little else changes. The first of --seeds is trained with all of --lr, the other
 was the best for it. A row is one training; `accuracy` is that of the last twentieth of the steps,
 in the order of `pairs`. `state_bytes` is what decoding keeps of a sequence of --length tokens.
 
-What --out, or a file after --add, has already is not repeated. Models are small: several processes,
-each with its own --out, use a GPU better than one.
+The trainings of a model and a size run side by side in one program, first those of all rates, then
+those of all other seeds: the models are small, and alone would leave most of a GPU idle.
+
+What --out, or a file after --add, has already is not repeated. Several processes, each with its own
+--out and one --share for all, take one model and size after another. After --limit none is begun.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks import quality_models, side_by_side
 from jla.models import Config, LanguageModel, Layer, SwiGLU, empty_cache, kept
@@ -42,32 +46,35 @@ def main(argv=None):
 def run(options, argv):
     start = time.monotonic()
     report = side_by_side.Report(options.out, KEYS, "recall_sizes", argv, options.add)
+    shares = side_by_side.Shares(options.share)
     for model in options.models:
         for key_dim in options.key_dims:
             program = functools.cache(functools.partial(Program, model, key_dim, options))
-            accuracies = {}
-            for row in trainings(model, key_dim, options, accuracies):
-                found = report.find(row)
-                if found is None:
-                    if options.limit is not None and time.monotonic() - start > options.limit:
-                        print(f"past --limit: {model}, heads of {key_dim}", flush=True)
-                        return 1 if report.failed else 0
-                    found = report.measure(row, train(row, program, options))
-                    show(found, time.monotonic() - start)
-                accuracies[row["seed"], row["lr"]] = sum(found.get("accuracy", [0.0]))
+            for rows in trainings(model, key_dim, options, report):
+                rows = [row for row in rows if report.find(row) is None]
+                if not rows:
+                    continue
+                if options.limit is not None and time.monotonic() - start > options.limit:
+                    print(f"past --limit: {model}, heads of {key_dim}", flush=True)
+                    return 1 if report.failed else 0
+                if shares.has_or_takes(model, key_dim):
+                    report.measure_all(rows, train(rows, program, options))
+                    for row in rows:
+                        show(row, time.monotonic() - start)
     return 1 if report.failed else 0
 
 
-def trainings(model, key_dim, options, accuracies):
-    """Yields the rows of one model: the first seed with all rates, the others with the rate that
-    has the first's highest of `accuracies`, by seed and rate, which it reads after the first."""
-    same = {name: getattr(options, name) for name in KEYS[4:]}
+def trainings(model, key_dim, options, report):
+    """Yields rows that are trained side by side: of the first seed all rates, then of the others
+    the rate that was the best for the first; none of these if one of the first is not there."""
+    same = dict(model=model, key_dim=key_dim) | {name: getattr(options, name) for name in KEYS[4:]}
     first, *others = options.seeds
-    for lr in options.lr:
-        yield dict(model=model, key_dim=key_dim, lr=lr, seed=first) | same
-    best = max(options.lr, key=lambda lr: accuracies[first, lr])
-    for seed in others:
-        yield dict(model=model, key_dim=key_dim, lr=best, seed=seed) | same
+    rows = [same | dict(lr=lr, seed=first) for lr in options.lr]
+    yield rows
+    found = [report.find(row) for row in rows]
+    if others and None not in found:
+        best = max(found, key=lambda row: sum(row["accuracy"]))["lr"]
+        yield [same | dict(lr=best, seed=seed) for seed in others]
 
 
 def parse(argv):
@@ -89,7 +96,7 @@ def parse(argv):
     add("--batch", type=int, default=24, help="sequences in a step (default: %(default)s)")
     add("--steps", type=int, default=3000, help="(default: %(default)s)")
     side_by_side.add_run(add, "start no training after so many seconds", "training")
-    add("--add", nargs="*", default=(), metavar="FILE", help="results to copy into --out first")
+    side_by_side.add_pieces(add)
     options = made.parse_args(argv)
     options.models = options.models.split(",")
     for name, kind in dict(key_dims=int, lr=float, seeds=int, pairs=int).items():
@@ -119,7 +126,8 @@ def parse(argv):
 
 
 class Program:
-    """A model, its optimizer, and the training of `steps` steps as a function."""
+    """A model, its optimizer, and the training of `steps` steps as a function: of several models at
+    once, whose parameters, keys and learning rates have an axis of models in front."""
 
     def __init__(self, name, key_dim, options):
         mixers, settings = quality_models.parsed(name)
@@ -136,45 +144,69 @@ class Program:
         self.optimizer, _ = make_optimizer(options.steps, 1.0, weight_decay=0.1)
         task = recall.Task(tuple(options.pairs), options.length, options.vocabulary)
         static = dict(model=self.model, optimizer=self.optimizer, task=task, batch=options.batch)
-        self.run = functools.partial(recall.train_steps, **static)
+        steps = jax.vmap(
+            functools.partial(recall.train_steps, **static), in_axes=(0, 0, 0, None, None)
+        )
+        self.run = jax.jit(steps, donate_argnums=0)
 
-    def state(self, seed):
-        params, moments = recall.initialise(self.name, self.model, self.optimizer, seed)
-        return quality_models.filled(self.name, params), moments
+    def state(self, seeds):
+        """The states before the first step, and what each draws its sequences with."""
+        states = []
+        for seed in seeds:
+            params, moments = recall.initialise(self.name, self.model, self.optimizer, seed)
+            states.append((quality_models.filled(self.name, params), moments))
+        keys = [
+            jax.random.fold_in(jax.random.key(seed), 1) for seed in seeds
+        ]  # not the parameters'
+        return jax.tree.map(lambda *x: jnp.stack(x), *states), jnp.stack(keys)
 
 
-def train(row, program, options):
-    """Yields the row's numbers: of the model, of compiling, of its training."""
+def train(rows, program, options):
+    """Yields the numbers of all rows: of the model, of compiling, of their training."""
     program = program()
-    state = program.state(row["seed"])
+    state, keys = program.state([row["seed"] for row in rows])
+    lr = jnp.array([row["lr"] for row in rows], jnp.float32)
     cache = jax.eval_shape(lambda: empty_cache(program.model, 1, options.length))
-    yield dict(
+    known = dict(
         implementation=program.model.implementation,
-        parameters=side_by_side.size(state[0]),
+        parameters=side_by_side.size(state[0]) // len(rows),
         state_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)),
         **dict(vocabulary=options.vocabulary, batch=options.batch, dtype=options.dtype),
+        side_by_side=len(rows),
     )
-    key = jax.random.fold_in(jax.random.key(row["seed"]), 1)  # not the one of the parameters
-    run = functools.partial(program.run, key=key, lr=row["lr"])
+    yield [known] * len(rows)
     began = time.perf_counter()
-    state, *_ = jax.block_until_ready(run(state, first=0, last=0))
+    state, *_ = jax.block_until_ready(program.run(state, keys, lr, 0, 0))
     ready = time.perf_counter()
     stops = [options.steps * i // PARTS for i in range(PARTS + 1)]
-    curve = []
+    losses, accuracies = [], []
     for first, last in itertools.pairwise(stops):
-        state, loss, accuracy = run(state, first=first, last=last)
-        loss, accuracy = float(loss), accuracy.tolist()
-        if not math.isfinite(loss):
-            yield dict(diverged_after=first, accuracy=[0.0] * len(row["pairs"]))
-            return
-        curve.append([last, loss, sum(accuracy) / len(accuracy)])
+        state, loss, accuracy = program.run(state, keys, lr, first, last)
+        losses.append(loss.tolist())
+        accuracies.append(accuracy.tolist())
+        if not any(map(math.isfinite, losses[-1])):
+            break
     seconds = time.perf_counter() - ready
-    yield dict(
-        accuracy=accuracy,
-        curve=curve,
-        compile_s=ready - began,
-        tokens_per_s=options.steps * options.batch * options.length / seconds,
-    )
+    speed = stops[len(losses)] * options.batch * options.length / seconds
+    known = dict(compile_s=ready - began, tokens_per_s=len(rows) * speed)
+    yield [
+        known | outcome(*of, stops)
+        for of in zip(*map(transposed, (losses, accuracies)), strict=True)
+    ]
+
+
+def transposed(x):
+    return list(map(list, zip(*x, strict=True)))
+
+
+def outcome(losses, accuracies, stops):
+    """What one model learned: its losses and accuracies by the parts that end at `stops`."""
+    for first, loss, accuracy in zip(stops, losses, accuracies, strict=False):
+        if not math.isfinite(loss):
+            return dict(diverged_after=first, accuracy=[0.0] * len(accuracy))
+    means = [sum(accuracy) / len(accuracy) for accuracy in accuracies]
+    curve = list(map(list, zip(stops[1:], losses, means, strict=True)))
+    return dict(accuracy=accuracies[-1], curve=curve)
 
 
 def show(row, seconds):

@@ -42,6 +42,46 @@ def add_run(add, limit, case):
     add("--out", help=f"write JSON to this file, after every {case}; its other rows stay")
 
 
+def add_pieces(add):
+    """Adds the options of programs whose work is done in pieces."""
+    add("--add", nargs="*", default=(), metavar="FILE", help="results to copy into --out first")
+    help = "processes with the same folder, empty at first, do no work twice"
+    add("--share", metavar="DIR", help=help)
+
+
+class Shares:
+    """What processes have taken of their common work: files in the folder of --share. Without one
+    all is this process's."""
+
+    def __init__(self, folder):
+        self.folder, self.mine = folder and pathlib.Path(folder), set()
+        if folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def take(self, *work):
+        """Whether it was free; then it is this process's. `work` names it."""
+        if self.taken(work):
+            return False
+        try:
+            if self.folder:
+                (self.folder / self._name(work)).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        self.mine.add(self._name(work))
+        return True
+
+    def has_or_takes(self, *work):
+        """Whether it is this process's, now at the latest."""
+        return self._name(work) in self.mine or self.take(*work)
+
+    def taken(self, work):
+        name = self._name(work)
+        return name in self.mine or bool(self.folder and (self.folder / name).exists())
+
+    def _name(self, work):
+        return "_".join(map(str, work)).replace("/", "_")
+
+
 def parse(made, argv, more=()):
     """The options; `more` are other names that --mixers may have, as "hybrid"."""
     options = made.parse_args(argv)
@@ -80,6 +120,13 @@ def size(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+INTERRUPTED = "interrupted"
+
+
+def is_whole(row):
+    return row.keys().isdisjoint(("error", "unfinished"))
+
+
 class Report:
     """The rows of a JSON file. A new row replaces the one with the same `keys`, if there is one.
 
@@ -103,31 +150,47 @@ class Report:
 
     def measure(self, row, parts):
         """Adds dicts that the generator `parts` yields, or the error it raises, to the row; keeps
-        it after each."""
+        it after each. Until the end it is `unfinished`, and stays so if a part says why."""
+        self.measure_all([row], ([part] for part in parts))
+        return row
+
+    def measure_all(self, rows, parts):
+        """As `measure`, of several rows at once; `parts` yields a dict for each."""
+        for row in rows:
+            row["unfinished"] = INTERRUPTED
         try:
             for part in parts:
-                row |= part
-                self.keep(row)
+                for row, found in zip(rows, part, strict=True):
+                    row |= found
+                    self.keep(row)
+            for row in rows:
+                if row["unfinished"] == INTERRUPTED:
+                    del row["unfinished"]
+                    self.keep(row)
         except Exception as error:  # reported, and the exit code is 1
             message = f"{type(error).__name__}: {error}"
-            row |= dict(error=message, traceback=traceback.format_exc())
-            print(*(row.get(key, "") for key in self.keys), "FAILED", message[:2000], flush=True)
             self.failed = True
-            self.keep(row)
-        return row
+            for row in rows:
+                del row["unfinished"]
+                row |= dict(error=message, traceback=traceback.format_exc())
+                words = [row.get(key, "") for key in self.keys]
+                print(*words, "FAILED", message[:2000], flush=True)
+                self.keep(row)
 
     def keep(self, row):
         self._put(row | dict(meta=self.meta))
         self._write()
 
     def find(self, row):
-        """The row with the same keys, unless it has an error; None without one."""
-        return next((x for x in self.rows if self._same(x, row) and "error" not in x), None)
+        """The row with the same keys, unless it has an error or is unfinished; None without one."""
+        return next((x for x in self.rows if self._same(x, row) and is_whole(x)), None)
 
     def _same(self, one, other):
         return all(one.get(key) == other.get(key) for key in self.keys)
 
     def _put(self, row):
+        if "unfinished" in row and self.find(row):
+            return
         self.rows = [old for old in self.rows if not self._same(old, row)] + [row]
 
     def _write(self):

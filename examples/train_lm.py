@@ -58,16 +58,21 @@ DECODE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 @functools.cache  # jit tells functions by identity: equal settings share one compiled step
 def make_optimizer(steps, peak_rate, weight_decay):
-    """AdamW with warm-up (a tenth of the steps, at most 1000), cosine decay and clipping to 1."""
+    """`with_rate` and the learning rate of each step: warm-up (a tenth of the steps, at most 1000),
+    then cosine decay."""
     warmup = min(1000, max(1, steps // 10))
     rate = optax.warmup_cosine_decay_schedule(
         0.0, peak_rate, warmup, max(steps, warmup + 1), end_value=0.05 * peak_rate
     )
-    optimizer = optax.chain(
+    return with_rate(rate, weight_decay), rate
+
+
+def with_rate(rate, weight_decay):
+    """AdamW with clipping to 1."""
+    return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=weight_decay, mask=decays),
     )
-    return optimizer, rate
 
 
 def decays(params):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jla._core import checking, movement, packed, sequence
-from jla._core.parts import kda_operands, mamba2_operands
+from jla._core.parts import kda_operands, l2norm, mamba2_operands
 from jla._core.segments import segment_index
 from jla._core.states import LazyLogLinearState, LogLinearState, with_rank
 from jla._core.types import (
@@ -57,6 +57,7 @@ def kda_from_projection(
     beta: Strengths,
     *,
     lower_bound: float | None = None,
+    normalize: bool = False,
     initial_state: KDAState | None = None,
     segment_ids: SegmentIds | None = None,
     real: Array | None = None,
@@ -74,6 +75,8 @@ def kda_from_projection(
     Args:
       f: [B, T, HV, K]. A_log: [HV], float32. dt_bias: [HV, K], float32.
       lower_bound: None, or a negative number, see `jla.kda_gate`.
+      normalize: whether q and k are divided by their lengths first, see `parts.l2norm`. The kernels
+        do it where K is 64, or 128 and V a multiple of it.
       real: bool [B, T] or None: other tokens neither decay nor write.
       q, k, v, beta, initial_state, segment_ids, axis_name, implementation: see `jla.kda`.
 
@@ -82,6 +85,7 @@ def kda_from_projection(
     """
     if checking.on():
         g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
+        q, k = (l2norm(x) if normalize else x for x in (q, k))
         return kda(
             q, k, v, g, beta,
             initial_state=initial_state, segment_ids=segment_ids, axis_name=axis_name,
@@ -89,7 +93,7 @@ def kda_from_projection(
         )  # fmt: skip
     arrays = q, k, v, f, A_log, dt_bias, beta
     chosen = choose("kda_from_projection", implementation, *arrays)
-    options = dict(scale=q.shape[3] ** -0.5, lower_bound=lower_bound)
+    options = dict(scale=q.shape[3] ** -0.5, lower_bound=lower_bound, normalize=normalize)
     run = functools.partial(chosen, real=real, **options)
     if axis_name is None:
         return run(*arrays, initial_state, segment_ids)

@@ -1,8 +1,10 @@
 """Settings of the whole suite; they must be made before JAX starts a backend."""
 
+import atexit
 import functools
 import gc
 import importlib.util
+import itertools
 import os
 import pathlib
 import re
@@ -29,7 +31,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 # No frames of Python in the programs: a seventh of the time that lowering takes.
 jax.config.update("jax_traceback_in_locations_limit", 0)
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+# XLA's CPU compiler would cut a program into parts, for threads that wait for each other here.
+FLAGS = "--xla_gpu_autotune_level=0 --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 # Kernels that only the interpreter runs right are wrong.
 hardware.check_more()
 interpreter.mend()
@@ -155,15 +159,27 @@ def _has_gpu():
     return any(device.platform == "gpu" for device in jax.devices())
 
 
+def pytest_sessionfinish():
+    """pytest now looks for garbage ten times over, each time through all that is there. After it
+    what was frozen must be free to go, or Triton's bindings say that it leaks."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)
+
+
 # Each compiled program keeps dozens of memory mappings; Linux allows a process 65530, and then
 # XLA's compiler crashes.
 MAPPINGS = pathlib.Path("/proc/self/maps")
 
 
+_tests = itertools.count()
+
+
 def pytest_runtest_teardown():
-    """Drops all compiled programs before they are too many."""
-    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > 30000:
-        jax.clear_caches()
+    """Drops all compiled programs before they are too many. A test adds hundreds of mappings at
+    most, and counting tens of thousands takes hundredths of a second: not after each."""
+    if next(_tests) % 16 == 0 and MAPPINGS.exists():
+        if MAPPINGS.read_bytes().count(b"\n") > 30000:
+            jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -13,16 +13,19 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import context, layer_kernels, measure, mechanisms, meshes, tables
+from benchmarks import context, layer_kernels, measure, mechanisms, meshes, run, tables
 from jla.pallas.mesa_net import solve
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+SMALL = ["--shapes", "small", "--seconds", "0.002"]
+
+
 def run_harness(tmp_path, *options):
     """Runs it with the small shapes; returns the process and what it wrote."""
     out = tmp_path / "results.json"
-    command = [sys.executable, "-m", "benchmarks.run", "--shapes", "small", "--seconds", "0.002"]
+    command = [sys.executable, "-m", "benchmarks.run", *SMALL]
     process = subprocess.run(
         [*command, "--out", out, *options], cwd=ROOT, capture_output=True, text=True
     )
@@ -38,14 +41,14 @@ def run_harness(tmp_path, *options):
         for name in ("log_linear", "gsa", "mesa", "path_fox")
     ],
 )
-def test_a_run_measures_and_reports(tmp_path, mechanism):
+def test_a_run_measures_and_reports(tmp_path, mechanism, capsys):
     # The reference compiles in a moment; the kernels refuse a CPU, and that is a failed case.
-    process, report = run_harness(
-        tmp_path,
-        *("--mechanism", mechanism, "--implementations", "pallas,reference"),
-        *("--what", "forward,backward,main,step"),
-    )
-    assert process.returncode == 1, process.stderr
+    out = tmp_path / "results.json"
+    options = ["--mechanism", mechanism, "--implementations", "pallas,reference"]
+    options += ["--what", "forward,backward,main,step", "--out", str(out)]
+    with jax.numpy_rank_promotion("allow"):  # as in the benchmark's own process
+        assert run.main([*SMALL, *options]) == 1
+    report = json.loads(out.read_text())
     rows = {(row["implementation"], row["measure"]): row for row in report["results"]}
     for what in ("forward", "backward", "step", "step16", "step16_bare"):
         refused, row = rows.pop(("pallas", what)), rows.pop(("reference", what))
@@ -53,7 +56,7 @@ def test_a_run_measures_and_reports(tmp_path, mechanism):
         assert "error" not in row
         assert row["ms"] > 0 and row["first_call_s"] > 0 and row["memory_gib"] > 0
     assert not rows
-    assert "FAILED" in process.stdout
+    assert "FAILED" in capsys.readouterr().out
     assert {"card", "compute_capability", "driver", "jax", "date", "command"} <= set(report["meta"])
 
 
@@ -101,13 +104,13 @@ def test_a_run_over_devices_measures_and_reports(tmp_path, monkeypatch):
 def test_collectives_in_loops_count_for_each_turn():
     mesh = jax.make_mesh((2,), ("seq",), (AxisType.Auto,), devices=jax.devices()[:2])
 
-    def run(x):
+    def total(x):
         def turn(x, _):
             return x + jax.lax.psum(x, "seq"), None
 
         return jax.lax.all_gather(jax.lax.scan(turn, x, length=3)[0], "seq")
 
-    over = jax.shard_map(run, mesh=mesh, in_specs=P("seq"), out_specs=P("seq"))
+    over = jax.shard_map(total, mesh=mesh, in_specs=P("seq"), out_specs=P("seq"))
     found = meshes.exchanged(jax.jit(over).lower(jnp.ones(10)).compile().as_text())
     assert found == {"all-reduce": [3, 3 * 5 * 4], "all-gather": [1, 2 * 5 * 4]}
 
@@ -149,7 +152,7 @@ def test_inputs_fit_the_functions(name):
     def made(group):
         return entry.prepare(entry.raw(jax.random.key(0), shapes[group]))
 
-    def run():
+    def forward():
         return entry.function(**made("main"), implementation="reference")[0]
 
     def step():
@@ -157,7 +160,7 @@ def test_inputs_fit_the_functions(name):
         return state, entry.step(made("step"), state, "reference")[1]
 
     with jax.numpy_rank_promotion("allow"):  # as in the benchmark's own process
-        assert jax.eval_shape(run).shape == (2, 64, 2, 16)
+        assert jax.eval_shape(forward).shape == (2, 64, 2, 16)
         before, after = jax.eval_shape(step)
     assert before == after
 
@@ -169,8 +172,8 @@ def trace_forced(implementation):
     arguments = jax.eval_shape(lambda: entry.prepare(entry.raw(jax.random.key(0), sizes)))
 
     def gradients(arguments):
-        run = functools.partial(entry.forced, implementation=implementation)
-        o, pull = jax.vjp(lambda x: run(**x)[0], arguments)
+        forced = functools.partial(entry.forced, implementation=implementation)
+        o, pull = jax.vjp(lambda x: forced(**x)[0], arguments)
         return pull(o)[0]
 
     assert jax.eval_shape(gradients, arguments) == arguments
@@ -213,8 +216,8 @@ def test_forced_makes_all_iterations_in_triton(monkeypatch):
 @pytest.mark.parametrize("case", layer_kernels.CASES)
 def test_layers_operations_take_their_arrays(case):
     operation, arrays, settings = layer_kernels.CASES[case]
-    run = functools.partial(operation, **settings, implementation="xla")
-    made = jax.tree.leaves(jax.eval_shape(run, *arrays))
+    call = functools.partial(operation, **settings, implementation="xla")
+    made = jax.tree.leaves(jax.eval_shape(call, *arrays))
     assert {x.shape for x in made} == {arrays[0].shape}
 
 

@@ -44,7 +44,7 @@ PUBLIC = {*ROOMS, *(f"jla.{name}" for name in MECHANISMS)}
 EXCEPTIONS = {
     "benchmarks/checkpoints.py": {"jla.hub._configs", "jla.hub.mapping"},
     "benchmarks/layer_kernels.py": {"jla._fused"},
-    "benchmarks/mechanisms.py": {"jla.pallas.mesa_net", "jla.triton.mesa_net"},
+    "benchmarks/mechanisms.py": {"jla._fused", "jla.pallas.mesa_net", "jla.triton.mesa_net"},
     "benchmarks/run.py": {"jla.triton.launch"},
 }
 

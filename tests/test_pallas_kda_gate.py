@@ -288,7 +288,10 @@ def test_the_layer_uses_it(monkeypatch, options, arrays):
     """With its arguments; the values that `_fused` promises for them are tested there."""
     made = []
 
-    def stand_in(q, k, v, f, A_log, dt_bias, beta, state, ids, real, *, scale, lower_bound):
+    def stand_in(
+        q, k, v, f, A_log, dt_bias, beta, state, ids, real, *, scale, lower_bound, normalize
+    ):  # fmt: skip
+        assert not normalize  # the convolution has done it
         present = [x is not None for x in (state, ids, real)]
         made.append((scale, lower_bound, *present))
         return v, jnp.zeros((2, 2, 64, 64))

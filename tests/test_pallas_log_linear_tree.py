@@ -34,17 +34,22 @@ def definition_of_states(leaves, decays):
 
 
 def check_states(context, sizes, n):
-    args = leaves_and_decays(*sizes, n)
-    states = run_in(context, jax.jit(tree_states), *args)
+    args, root = leaves_and_decays(*sizes, n), n & (n - 1) == 0
+    run = jax.jit(functools.partial(tree_states, root=root))
+    states, of_all = run_in(context, run, *args)
     # As below: no sum is rounded to bf16 on the way.
     assert states.dtype == bf16
-    close(states, jnp.asarray(definition_of_states(*args), f32).astype(bf16), 2e-4)
+    want = jnp.asarray(definition_of_states(*args), f32)
+    close(states, want.astype(bf16), 2e-4)
+    if root:
+        close(of_all, want[:, :, -1], 2e-6)
 
 
 @pytest.mark.parametrize(
     "n",
     [
         1,  # one leaf block before the last
+        4,  # the last node is the root
         14,  # the last nodes of heights 1 and 2 have no sibling
         pytest.param(15, marks=pytest.mark.slow),
         pytest.param(38, marks=pytest.mark.slow),
@@ -62,7 +67,7 @@ def test_wide_states_up(V, K):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "sizes, n", [((16, 8, 128, 128), 15), ((1, 3, 128, 64), 511), ((2, 3, 64, 64), 390)]
+    "sizes, n", [((16, 8, 128, 128), 15), ((1, 3, 128, 64), 512), ((2, 3, 64, 64), 390)]
 )
 def test_states_on_a_gpu(sizes, n):
     check_states(contextlib.nullcontext, sizes, n)
@@ -76,12 +81,16 @@ def arguments(B, H, V, K, blocks, per):
     return sums, states, uniform((blocks, 2), B, H, n)
 
 
-def definition(sums, states, decays, per):
+def definition(sums, states, decays, per, root=None):
     """Node by node, in float64."""
     sums, states, decays = (np.asarray(x, np.float64) for x in (sums, states, decays))
     n = states.shape[2]
     job, place, totals, of_decays = sums.shape[2], n, {}, np.zeros(decays.shape)
-    for height, (nodes, parts) in reversed(list(enumerate(tree.heights(per, n + 1)))):
+    heights = list(enumerate(tree.heights(per, n + 1)))
+    if root is not None:
+        totals[heights.pop()[0], 0] = np.asarray(root, np.float64)
+        place -= 1
+    for height, (nodes, parts) in reversed(heights):
         job, place = job - nodes * parts, place - nodes
         for i in range(n >> height):
             parent, left = totals.get((height + 1, i // 2)), i // 2
@@ -96,11 +105,21 @@ def definition(sums, states, decays, per):
     return np.stack([totals[0, i] for i in range(n)], axis=2), of_decays
 
 
-def check(context, sizes, blocks, per):
+def check(context, sizes, blocks, per, is_whole=False):
+    """`is_whole`: all but the last block are a tree whose root has readers elsewhere."""
     args = arguments(*sizes, blocks, per)
-    run = jax.jit(functools.partial(tree_gradients, per=per))
-    leaves, of_decays = run_in(context, run, *args)
-    want, want_of_decays = definition(*args, per)
+
+    @jax.jit
+    def run(sums, states, decays, root):
+        return tree_gradients(sums, states, decays, per, root)
+
+    root = None
+    if is_whole:
+        sums, *rest = args
+        parts = tree.heights(per, blocks)[-1][1]
+        args, root = (sums[:, :, :-parts], *rest), normal((blocks, 3), *sums[:, :, 0].shape)
+    leaves, of_decays = run_in(context, run, *args, root)
+    want, want_of_decays = definition(*args, per, root)
     # Nearly all are the float64 values rounded once.
     assert leaves.dtype == bf16
     close(leaves, jnp.asarray(want, f32).astype(bf16), 2e-4)
@@ -121,6 +140,12 @@ def test_is_the_definition(monkeypatch, blocks, per, span):
     check(jla.pallas.interpret, (1, 2, 64, 64), blocks, per)
 
 
+@pytest.mark.parametrize("blocks", [3, pytest.param(9, marks=pytest.mark.slow)])
+def test_the_root_has_readers_elsewhere(monkeypatch, blocks):
+    monkeypatch.setattr(tree, "SPAN", 4)
+    check(jla.pallas.interpret, (1, 2, 64, 64), blocks, 4, is_whole=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("V, K", [(64, 128), (128, 128)])
 def test_wide_states(V, K):
@@ -133,6 +158,7 @@ def test_wide_states(V, K):
 )
 def test_on_a_gpu(sizes, blocks):
     check(contextlib.nullcontext, sizes, blocks, 4)
+    check(contextlib.nullcontext, sizes, 513, 4, is_whole=True)
 
 
 @pytest.mark.parametrize("sizes, blocks", [((16, 8, 128, 128), 16), ((1, 16, 128, 128), 512)])

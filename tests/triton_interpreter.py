@@ -6,6 +6,7 @@ There the tests of implementation="triton" run on the CPU, and no others; see te
 
 import contextlib
 import dataclasses
+import math
 import os
 
 import ml_dtypes
@@ -116,6 +117,56 @@ def hasten():
         return run(self, *args, **constants)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, run_grid
+    _remember_types()
+
+
+def _remember_types():
+    """Types and shapes are made once: every operation would make its result's anew, with a name
+    that nothing reads, which takes longer than the operation on a small array."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    make_type, of_numpy = core.block_type.__init__, interpreter._get_np_dtype
+    compare = core.tuple.__eq__
+    # By numbers: a block's shape and size, then a tensor's. `sizes` of `shape` has a block's shape.
+    shapes, known = {}, {}
+
+    def init_block(self, element_ty, shape):
+        found = known.get(id(shape))
+        if found is None:
+            numbers = (*core._unwrap_shape(shape),)
+            found = shapes.get(numbers)
+            if found is None:
+                make_type(self, element_ty, shape)  # which looks whether there can be one
+                constants = core.tuple([core.constexpr(n) for n in numbers])
+                found = self.shape, self.numel, constants, core.constexpr(math.prod(numbers))
+                shapes[numbers] = known[id(self.shape)] = found
+        self.element_ty, (self.shape, self.numel, *_) = element_ty, found
+
+    def init_tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        if type.is_block():
+            *_, self.shape, self.numel = known[id(type.shape)]
+        else:
+            self.shape, self.numel = core.tuple([]), core.constexpr(1)
+
+    def equal(self, other):
+        return core.constexpr(True) if other is self else compare(self, other)
+
+    def ignored(self, name):
+        """It is made where it is read."""
+
+    def numpy_dtype(x):
+        try:
+            return x.of_numpy
+        except AttributeError:
+            x.of_numpy = of_numpy(x)
+            return x.of_numpy
+
+    core.block_type.__init__, core.tensor.__init__ = init_block, init_tensor
+    core.tuple.__eq__ = equal
+    core.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>", ignored)
+    interpreter._get_np_dtype = numpy_dtype
 
 
 def _two_bfloat16(x):

@@ -19,6 +19,7 @@ LOG2E = 1.4426950408889634
 
 # exp2 of it is zero in float32, so it is as good as any stronger decay, and no sum is infinite.
 STRONGEST = -200.0
+VANISHED = -150.0  # of numbers up to it, in base 2, exp2 is zero in float32
 
 
 def division(tokens, leaf):
@@ -28,18 +29,16 @@ def division(tokens, leaf):
     return chunks, per, -(-chunks // per)
 
 
-def planes(per, blocks):
-    """The levels inside a leaf block, those above, and the number of planes of the weights.
-
-    Plane 0 is lambda of level 0, plane l the weights of level l, and the last one the decay of a
-    token's writes to the end of its leaf block.
-    """
-    inside, above = LEVELS + (per - 1).bit_length(), (blocks - 1).bit_length()
-    return inside, above, inside + above + 2
+def levels_of(per, blocks):
+    """The levels inside a leaf block, and those above."""
+    return LEVELS + (per - 1).bit_length(), (blocks - 1).bit_length()
 
 
-def weights(g, level_scales, leaf, value_scales=None, activation=None):
+def weights(g, level_scales, leaf, value_scales=None, activation=None, others=None):
     """All weights of a core's tokens, and the decays between leaf blocks; differentiable.
+
+    Plane 0 is lambda of level 0, plane l the weights of level l. The last one is the decay of a
+    token's writes to the end of its leaf block.
 
     Args:
       g: [B, T, H] float32 log decays; -inf starts a segment.
@@ -48,14 +47,19 @@ def weights(g, level_scales, leaf, value_scales=None, activation=None):
         with which it is read; None: ones.
       activation: what is still to be done to the level scales, of [B, H, N, L, 64] float32: it is
         made where they are used, and the transposition before has the fewer bytes; None: nothing.
+      others: (level, count): that many more planes, before the last, are of states from before the
+        first token, which are read at the levels from that on; all chunks are then whole leaf
+        blocks. None: there are none.
 
     Returns:
       [B, H, N, P, 64] float32, by chunks and planes; [B, H, blocks - 1] float32, as Mosaic's
-      `tree_states` takes it, or None if there is one block.
+      `tree_states` takes it, or None if there is one block. With others [B, H, blocks], for a tree
+      of all blocks, and a third: the sums of log decays, in base 2, of all tokens before a chunk
+      and of all tokens, [B, H, N + 1].
     """
     B, T, H = g.shape
     N, per, blocks = division(T, leaf)
-    inside, above, _ = planes(per, blocks)
+    inside, above = levels_of(per, blocks)
     levels = inside + above
 
     def by_chunk(x):
@@ -71,15 +75,18 @@ def weights(g, level_scales, leaf, value_scales=None, activation=None):
     scales = by_chunk(level_scales).astype(f32)
     if activation is not None:
         scales = activation(scales)
-    missing = max(0, levels + 1 - scales.shape[-2])
-    scales = jnp.pad(scales, [(0, 0)] * 3 + [(0, missing), (0, 0)])[..., : levels + 1, :]
+    level, count = (levels + 1, 0) if others is None else others
+    scales = _of_levels(scales, levels, level, count)
     writes = 1.0 if value_scales is None else by_chunk(value_scales[..., None])
 
     # What the levels inside of a chunk have in common with the others is the form alone: apart,
     # each of them is one pass over what it needs.
     near = reading(N, levels)[:, :LEVELS]
-    far = reading(N, levels)[:, LEVELS:]
-    exponents = jnp.where(far, up_to + before_chunk[..., :-1, :], after + after_chunk[..., :-1, :])
+    far = reading(N, levels + count)[:, LEVELS:]
+    if count:
+        far |= lax.broadcasted_iota(jnp.int32, far.shape, 1) >= levels - LEVELS
+    around = (_far(x, count) for x in (before_chunk, after_chunk))
+    exponents = jnp.where(far, *map(jnp.add, (up_to, after), around))
     to_end = after + after_chunk[..., inside - LEVELS, None, :]
     planes_of_weights = [
         scales[..., :1, :] * writes,
@@ -87,8 +94,46 @@ def weights(g, level_scales, leaf, value_scales=None, activation=None):
         jnp.where(far, scales[..., LEVELS + 1 :, :], writes) * jnp.exp2(exponents),
         writes * jnp.exp2(to_end),
     ]
+    # XLA has a fast kernel for this with up to four parts.
     w = jnp.concatenate(planes_of_weights, axis=-2)
-    return w, _between_blocks(log_decays.reshape(B, H, -1), per * CHUNK, blocks)
+    log_decays = log_decays.reshape(B, H, -1)
+    if others is None:
+        return w, _between_blocks(log_decays, per * CHUNK, blocks)
+    before = before_chunk[..., -1, 0]
+    total = before[..., -1:] + log_decays[..., -CHUNK:].sum(-1, keepdims=True)
+    before = jnp.concatenate([before, total], axis=-1)
+    return w, _between_blocks(log_decays, per * CHUNK, blocks + 1), before
+
+
+def others_read(before, others):
+    """Which of other devices' states each chunk reads, [B, H, N] int32.
+
+    Args:
+      before: the sums of log decays before each chunk, in base 2, from `weights`. others: which
+        there are, int32: bit m stands for the m-th.
+
+    Where all has decayed to exactly 0, nothing is read. It says so of the gates before the chunk.
+    """
+    return jnp.where(before > VANISHED, others, 0)
+
+
+def _of_levels(scales, levels, level, count):
+    """The planes 0 to `levels` of scales [..., L, 64], zeros where there is none, and the `count`
+    planes from `level` on."""
+    if level == levels + 1:
+        levels, count = levels + count, 0
+    missing = max(0, levels + 1 - scales.shape[-2])
+    first = jnp.pad(scales, [(0, 0)] * 3 + [(0, missing), (0, 0)])[..., : levels + 1, :]
+    if not count:
+        return first
+    return jnp.concatenate([first, scales[..., level : level + count, :]], axis=-2)
+
+
+def _far(sums, count):
+    """Of `_around`'s sums, all blocks' but the whole sequence's, and that so many times."""
+    if count == 0:
+        return sums[..., :-1, :]
+    return jnp.concatenate([sums] + [sums[..., -1:, :]] * (count - 1), axis=-2)
 
 
 def reading(chunks, levels):
@@ -115,17 +160,22 @@ def live(occupied, per):
     return jnp.where(any_token, last, 0).reshape(B, -1)[:, :chunks]
 
 
-def gradient_of_weights(by_reads, by_read, live, inside, above):
+def gradient_of_weights(by_reads, by_read, live, inside, above, others=None):
     """The weights' gradient from that of the tokens that read and that of those that are read.
 
-    What a kernel left unwritten is selected away.
+    What a kernel left unwritten is selected away. `others`: from `others_read`, or None.
     """
-    N = by_reads.shape[2]
-    reads = reading(N, inside + above)
+    N, levels = by_reads.shape[2], by_reads.shape[3] - 2
+    reads = reading(N, levels)
     zeros = jnp.zeros((), f32)
     own = slice(1, inside + 1)
     inner = jnp.where(reads[:, :inside], by_reads[..., own, :], by_read[..., own, :])
-    outer = jnp.where(reads[:, inside:], by_reads[..., inside + 1 : -1, :], zeros)
+    reads = reads[:, inside:]
+    if others is not None:
+        bit = lax.broadcasted_iota(jnp.int32, reads.shape, 1) - above
+        bits = jnp.where(bit >= 0, 1 << jnp.maximum(bit, 0), 0)[None, None]
+        reads = reads[None, None] | (others[..., None, None] & bits != 0)
+    outer = jnp.where(reads, by_reads[..., inside + 1 : -1, :], zeros)
     parts = [by_reads[..., :1, :], inner, outer, by_read[..., -1:, :]]
     gradient = jnp.concatenate(parts, axis=-2)
     if live is None:

@@ -5,6 +5,7 @@ in float32. With packed segments the tokens of a piece's last segment are all th
 """
 
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -195,33 +196,80 @@ def aligned_log_linear(
 
     A piece is run from position 0. Its tokens read the other pieces through the levels above, of
     the tree over the devices: there a device is what a token is below, with the state of all its
-    tokens.
+    tokens. A run that takes a `node_axis` does so by itself, and returns the levels of the tree
+    over devices after the last one, as `device_levels` does.
     """
     arrays = sequence.varying(arrays, axis)
+    (B, T), L = arrays[0].shape[:2], arrays[4].shape[-1]
+    if lax.axis_size(axis) == 1:
+        o, state = run(*arrays, None, None)
+        return o, sequence.from_last(state, axis)
+    if "node_axis" in inspect.signature(run).parameters:
+        o, end = run(*arrays, None, None, node_axis=axis)
+    else:
+        o, end = _with_other_devices(run, arrays, axis)
+    end = jnp.pad(end, [(0, 0), (0, 0), (level_of_devices(T), L), (0, 0), (0, 0)])[:, :, :L]
+    position = sequence.varying(jnp.full(B, lax.axis_size(axis) * T, i32), axis)
+    return o, sequence.from_last(LogLinearState(end, position), axis)
+
+
+def level_of_devices(T: int) -> int:
+    """The level of a device of T tokens, a node of the tree; those above are its parents'."""
+    return (T - 1).bit_length() + 1
+
+
+def number_of_levels(size: int) -> int:
+    """Of so many devices: the levels of others that any of them reads."""
+    return (size - 1).bit_length()
+
+
+def _with_other_devices(run, arrays, axis):
+    """The outputs, and the levels of the tree over devices after the last one."""
     q, k, v, g, level_scales = arrays
     (B, T, H, V), HK, K = v.shape, k.shape[2], k.shape[3]
-    size, level = lax.axis_size(axis), (T - 1).bit_length() + 1  # level: of a whole device
     o, _ = run(*arrays, None, None)
 
     # The heads of one key head lie side by side, as if they were one.
     values = (_decays_to_end(g)[0][..., None] * v.astype(f32)).reshape(B, T, HK, -1)
     tokens = _written(k, values, k.dtype).reshape(B, HK, K, H // HK, V)
-    piece = jnp.sum(g, axis=1), jnp.moveaxis(tokens, 3, 2).reshape(B, H, K, V)
-    # One level for each bit of the number of devices, and level 0, which holds nothing.
-    levels = size.bit_length() + 1
-    zeros = zero_log_linear_state(k[:, 0], v[:, 0], levels)
-    pieces = sequence.links(None, B, T, axis)
-    start = sequence.entering(_device_step, piece, zeros, pieces, axis)
+    tokens = jnp.moveaxis(tokens, 3, 2).reshape(B, H, K, V)
+    levels, end = device_levels(jnp.sum(g, axis=1), tokens, axis)
 
-    above = range((size - 1).bit_length())  # the levels of other devices that have readers
-    scales = level_scales[..., level : level + len(above)].astype(f32)
+    level = level_of_devices(T)
+    scales = level_scales[..., level : level + levels.shape[2]].astype(f32)
     weights = jnp.exp(running_sum(g))[..., None] * scales
-    read = _read_devices(q, weights, start.levels[:, :, 1 : len(above) + 1])
-    end = _device_step(start, piece, pieces).levels[:, :, 1:]
-    L = level_scales.shape[-1]
-    end = jnp.pad(end, [(0, 0), (0, 0), (level, L), (0, 0), (0, 0)])[:, :, :L]
-    state = LogLinearState(end, jnp.full_like(start.position, size * T))
-    return (o.astype(f32) + read).astype(o.dtype), sequence.from_last(state, axis)
+    return (o.astype(f32) + _read_devices(q, weights, levels)).astype(o.dtype), end
+
+
+def device_levels(log_decay: jax.Array, state: jax.Array, axis: str) -> tuple[jax.Array, jax.Array]:
+    """The levels of the tree over devices that this device reads, and those after the last device.
+
+    Args:
+      log_decay: over this device's tokens, [B, H]. state: of them alone, [B, H, ...].
+
+    Returns:
+      [B, H, n, ...] each; level m stands for bit m of a device's number.
+    """
+    # The state first: where its gradient, a part of what is exchanged, begins, a kernel may read.
+    states, log_decays = sequence.gathered((state, log_decay), axis)
+    size = lax.axis_size(axis)
+    here = _levels_at(lax.axis_index(axis), number_of_levels(size), log_decays, states)
+    return here, _levels_at(jnp.asarray(size, i32), size.bit_length(), log_decays, states)
+
+
+def _levels_at(device, number, log_decays, states):
+    """The levels, so many of them, before a device; of all devices' [P, B, H] and [P, B, H, ...].
+
+    What later devices have is not selected: it may be NaN.
+    """
+    one, other = (lax.broadcasted_iota(i32, (states.shape[0],) * 2, i) for i in range(2))
+    between = (other > one) & (other < device)
+    decays = jnp.where(between[..., None, None], log_decays[None], 0.0).sum(1)
+    decays = jnp.exp(decays).reshape(*decays.shape, *[1] * (states.ndim - 2))
+    devices, levels = (lax.broadcasted_iota(i32, (len(states), number), i) for i in range(2))
+    mine = (devices < device) & (bit_length(devices ^ device) == levels + 1)
+    mine = mine.reshape(len(states), 1, 1, number, *[1] * (states.ndim - 3))
+    return jnp.where(mine, decays * states[:, :, :, None], 0.0).sum(0)
 
 
 @jax.checkpoint
@@ -241,17 +289,6 @@ def _read_devices(q, weights, levels):
         values = values.reshape(B, T, HK, H // HK, V).reshape(B, T, H, V)
         read = read + weights[..., i, None] * values.astype(f32)
     return read
-
-
-def _device_step(state, piece, _):
-    """A whole device's tokens as one token of the tree over devices."""
-    total, tokens = piece
-    position = state.position + 1
-    highest = bit_length(state.position ^ position)
-    level = jnp.arange(state.levels.shape[2], dtype=i32)[None]
-    here = (level == highest[:, None])[:, None, :, None, None]
-    levels = alignment.merged_levels(state, total, position)
-    return LogLinearState(levels + jnp.where(here, tokens[:, :, None], 0.0), position)
 
 
 # ABC's running normaliser, a state of its own.

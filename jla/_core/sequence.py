@@ -104,7 +104,7 @@ def entering(
       initial: the state before the first piece, a tree of arrays [B, ...].
       reverse: whether the states move from right to left; `initial` then enters the last piece.
     """
-    pieces, state = _gathered(piece, axis), varying(initial, axis)
+    pieces, state = gathered(piece, axis), varying(initial, axis)
     size, index = lax.axis_size(axis), lax.axis_index(axis)
     mine = state
     # No loop of JAX's: it would want one type of state before and after a step, and its turns cost
@@ -146,7 +146,7 @@ def select_rows[Tree](rows: jax.Array, tree: Tree) -> Tree:
     return jax.tree.map(select, tree)
 
 
-def _gathered(tree: Any, axis: str) -> Any:
+def gathered(tree: Any, axis: str) -> Any:
     """`lax.all_gather` of arrays [B, ...] to [P, B, ...], with one collective for each dtype."""
     leaves, structure = jax.tree.flatten(tree)
     gathered: list[Any] = [None] * len(leaves)

@@ -42,9 +42,11 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale):
 
 
 def kda_from_projection(
-    q, k, v, f, A_log, dt_bias, beta, initial_state, segment_ids, real, *, scale, lower_bound
+    q, k, v, f, A_log, dt_bias, beta, initial_state, segment_ids, real,
+    *, scale, lower_bound, normalize=False,
 ):  # fmt: skip
     """`kda` with the decays of its formula. See `jla._fused.kda_from_projection`."""
+    q, k = (l2norm(x) if normalize else x for x in (q, k))
     g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
     return kda(q, k, v, g, beta, initial_state, segment_ids, scale=scale)
 

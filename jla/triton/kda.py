@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jla._core import movement, packed, sequence, steps
 from jla._core.axes import KDA, letters, of_step
 from jla._core.derivatives import reverse_only
-from jla._core.parts import kda_operands
+from jla._core.parts import kda_operands, l2norm
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla.reference import kda as reference
@@ -105,9 +105,10 @@ def _on_powers(q, k, v, g, beta, start, scale, over=None):
 
 def kda_from_projection(
     q, k, v, f, A_log, dt_bias, beta, initial_state, segment_ids, real=None,
-    *, scale, lower_bound, axis_name=None,
+    *, scale, lower_bound, normalize=False, axis_name=None,
 ):  # fmt: skip
     """`kda` with the decays of its formula. See `jla._fused.kda_from_projection`."""
+    q, k = (l2norm(x) if normalize else x for x in (q, k))
     g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
     options = dict(scale=scale, axis_name=axis_name)
     return kda(q, k, v, g, beta, initial_state, segment_ids, **options)

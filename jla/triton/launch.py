@@ -17,6 +17,7 @@ import warnings
 import jax
 import numpy as np
 import triton
+from jax import lax
 from jax._src.interpreters import partial_eval
 
 from jla.triton import disk
@@ -174,7 +175,13 @@ def _launch(kernel, inputs, grid, outputs, config, constants, in_place, capabili
     with warnings.catch_warnings():
         # 0.4 would rather have references; 0.3 has none.
         warnings.filterwarnings("ignore", "input_output_aliases", DeprecationWarning)
-        return list(module.triton_call(*inputs, **arguments))
+        if not in_place:
+            return list(module.triton_call(*inputs, **arguments))
+        # Without barriers XLA makes one operation of a kernel and of slices of stacked layers, which
+        # has no aliases: the kernel would write to the old layers and nothing to the new ones.
+        states = {i: lax.optimization_barrier(inputs[i]) for i in in_place}
+        inputs = [states.get(i, x) for i, x in enumerate(inputs)]
+        return list(lax.optimization_barrier(module.triton_call(*inputs, **arguments)))
 
 
 def _is_array(x):

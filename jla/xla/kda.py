@@ -8,7 +8,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jla._core import blockwise, packed
-from jla._core.parts import kda_operands
+from jla._core.parts import kda_operands, l2norm
 from jla._core.segments import segment_starts
 from jla._core.states import hidden, repeated, zero_state
 from jla.reference.kda import kda_step, kda_token
@@ -58,9 +58,11 @@ def _run(size, scale, q, k, v, g, beta, state, owner=None, starts=None):
 
 
 def kda_from_projection(
-    q, k, v, f, A_log, dt_bias, beta, initial_state, segment_ids, real, *, scale, lower_bound
+    q, k, v, f, A_log, dt_bias, beta, initial_state, segment_ids, real,
+    *, scale, lower_bound, normalize=False,
 ):  # fmt: skip
     """`kda` with the decays of its formula. See `jla._fused.kda_from_projection`."""
+    q, k = (l2norm(x) if normalize else x for x in (q, k))
     g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
     return kda(q, k, v, g, beta, initial_state, segment_ids, scale=scale)
 

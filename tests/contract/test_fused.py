@@ -51,7 +51,7 @@ OPERATIONS = {
         dict(q=TOKENS, k=TOKENS, v=TOKENS, f=TOKENS, A_log=(H,), dt_bias=(H, D), beta=BY_HEAD),
         wide=("A_log", "dt_bias", "beta", "initial_state"),
         optional=dict(initial_state=(B, H, D, D)),
-        options=dict(lower_bound=-2.0),
+        options=dict(lower_bound=-2.0, normalize=True),
     ),
     "log_linear_mamba2": Operation(
         _fused.log_linear_mamba2,

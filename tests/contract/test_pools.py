@@ -59,6 +59,11 @@ def same(x, y):
     np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
+def alike_on_a_gpu(implementation):
+    """`same`; but XLA rounds otherwise in each program that it makes of "xla" for a GPU."""
+    return same if implementation.name != "xla" else lambda x, y: assert_close(x, y, 2e-6)
+
+
 @pytest.mark.parametrize("slots, rows", POOLS.values(), ids=POOLS)
 @pytest.mark.parametrize("mechanism, implementation, sizes", [row for row in GRID if not row.marks])
 def test_a_step_on_a_pool_is_the_step_of_its_rows(mechanism, implementation, sizes, slots, rows):
@@ -284,10 +289,11 @@ def test_128_rows_of_a_pool_of_1024(mechanism, implementation, sizes):
     o, new = run(with_nan(token, idle), pool, used)
     assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(new)] == places
     live = np.flatnonzero(used >= 0)
-    same(o[live], o_wanted[live])
+    equal = alike_on_a_gpu(implementation)
+    equal(o[live], o_wanted[live])
     assert not np.any(np.asarray(o, np.float32)[idle])
     rows = jax.tree.map(lambda x: x[used[live]], new)
-    assert alike(rows, jax.tree.map(lambda x: x[live], state_wanted), np.arange(len(live)))
+    jax.tree.map(lambda x, y: equal(x, y[live]), rows, state_wanted)
     assert alike(new, before, unused)
 
 
@@ -306,9 +312,10 @@ def test_pools_of_layers_in_a_scan(mechanism, implementation, sizes):
         return jax.lax.scan(lambda _, pool: (None, step(token, pool, slots)), None, pools)[1]
 
     o, new = scan(jax.tree.map(jnp.asarray, two))
+    equal = alike_on_a_gpu(implementation)
     for layer in range(2):
         one = jax.tree.map(lambda x, i=layer: x[i], two)
         wanted = jax.jit(step)(token, one, slots)
-        same(o[layer], wanted[0])
-        jax.tree.map(lambda x, y, i=layer: same(x[i], y), new, wanted[1])
+        equal(o[layer], wanted[0])
+        jax.tree.map(lambda x, y, i=layer: equal(x[i], y), new, wanted[1])
         jax.tree.map(lambda x, y, i=layer: same(x[i][rest], y[rest]), new, one)

@@ -7,6 +7,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from evaluator import evaluated
 from harness import (
     assert_agrees,
     assert_close,
@@ -181,6 +182,11 @@ def test_step_in_a_scan_over_layers(mechanism, implementation, sizes):
         got, of_turned = jax.device_get((scan(stacked), scan(turned)))
     # A layer's step is the same as the first and as the second; and it is the run's first token.
     assert_close(got, jax.tree.map(lambda x: x[::-1], of_turned), 1e-5)
+    # Both could be of a state that nobody wrote to.
+    first = functools.partial(jax.tree.map, lambda x: x[0])
+    alone = evaluated(jax.jit(step))
+    with implementation.context():
+        assert_close(first(got[1]), alone(first(stacked))[1], 1e-5)
     shared = case(mechanism, implementation, sizes)
     want = shared.got[0][0][:, 0]
     assert_close(got[0][0], want, mechanism.tolerances[implementation.dtypes[0]][0])

@@ -59,10 +59,10 @@ def level_decay_mask(level):
     return _interval(start, length)
 
 
-def level_pairs(level, *, reverse=False, symmetric=False):
+def level_pairs(level, *, reverse=False, symmetric=False, rows=None):
     """[i, j]: whether the level serves the pair: i in the right half of j's block, j in the left.
 
-    With `reverse` the transpose, with `symmetric` both.
+    With `reverse` the transpose, with `symmetric` both. With `rows`, a mask, of these i alone.
     """
     i, half, offset, right = _halves(level)
     first, nothing = i - offset, jnp.zeros_like(i)
@@ -70,7 +70,8 @@ def level_pairs(level, *, reverse=False, symmetric=False):
         return _interval(jnp.where(right, first - half, first + half), half)
     if reverse:
         return _interval(first + half, jnp.where(right, nothing, half))
-    return _interval(first - half, jnp.where(right, half, nothing))
+    length = jnp.where(right, half, nothing)
+    return _interval(first - half, length if rows is None else jnp.where(rows, length, nothing))
 
 
 def before_half(level):
@@ -143,8 +144,10 @@ def unit_triangular_inverse(a, scratch):
       scratch: two [64, 64] bf16 SMEM tiles, overwritten.
     """
 
+    rounded = a.astype(bf16)
+
     def level_step(level, x):
-        joined = jnp.where(level_pairs(level), a, 0.0)
+        joined = rounded * _level_pairs(level)
         return x - _rounded_product(x, _rounded_product(joined, x, scratch[0]), scratch[1])
 
     eye = jnp.where(diagonal(), 1.0, 0.0).astype(f32)
@@ -157,8 +160,16 @@ def unit_triangular_inverse(a, scratch):
     return x + _rounded_product(x, residual, scratch[0])
 
 
+def _level_pairs(level):
+    """`level_pairs` as a factor, 1.0 or 0.0 in bf16."""
+    i, half, offset, right = (x.astype(jnp.int32) for x in _halves(level))
+    first = i - offset
+    end = jnp.where(right != 0, first, first - half)
+    return mosaic.interval_operand(first - half, end, CHUNK, bf16)
+
+
 def _rounded_product(a, b, scratch):
-    """a @ b for float32 values in registers, rounded to bf16; `scratch`: a bf16 SMEM tile."""
+    """a @ b for values in registers, rounded to bf16; `scratch`: a bf16 SMEM tile."""
     scratch[...] = b.astype(bf16)
     plgpu.commit_smem()
     return product((a.astype(bf16), scratch))

@@ -85,6 +85,33 @@ def in_interval(start, length, columns):
     return distance < per_row(length, columns)
 
 
+# A 16-bit float whose last place is one, with room for a token's number above and below it.
+_ONES = {f16: 0x6400 + 128, bf16: 0x4300 + 32}
+
+
+def interval_operand(start, end, columns, dtype):
+    """[i, j]: 1.0 where start[i] <= j < end[i], else 0.0, as an operand of `product` or a factor.
+
+    Of int32 vectors of layout PER_ROW, 0 to 64; `start` or `end` may be None for no bound. All of
+    it is arithmetic on pairs of 16-bit floats, two or three instructions for each, where a mask
+    takes five for each element and conversions (`in_interval`).
+    """
+
+    def exact(x):
+        return lax.bitcast_convert_type((x + _ONES[dtype]).astype(jnp.uint16), dtype)
+
+    column = lax.optimization_barrier(
+        exact(plgpu.broadcasted_iota(jnp.int32, (columns,), 0, layout=PER_COLUMN))
+    )
+    bound = start if end is None else end
+    column = per_column(column, bound.shape[0])
+    inside = None if start is None else column - per_row(exact(start - 1), columns)
+    if end is not None:
+        below = per_row(exact(end), columns) - column
+        inside = below if inside is None else jnp.minimum(inside, below)
+    return jnp.minimum(jnp.maximum(inside, jnp.zeros_like(inside)), jnp.ones_like(inside))
+
+
 def product(*pairs, init=None, meanwhile=None):
     """The float32 sum of `a @ b` over the pairs, plus `init`, in registers (layout WGMMA_LAYOUT).
 
@@ -139,9 +166,11 @@ def product_beside(pair, work, init=None):
     return pl.run_scoped(body, plgpu.ACC(shape, f32))
 
 
-def products(pairs, init):
-    """[init_i + the sum of a @ b over pairs_i], all started together and awaited once."""
+def products(pairs, init=None):
+    """[init_i + the sum of a @ b over pairs_i], all started together and awaited once; without
+    `init` the sums alone."""
     if interpreting():
+        init = [None] * len(pairs) if init is None else init
         return [product(*x, init=y) for x, y in zip(pairs, init, strict=True)]
 
     def body(accs):
@@ -149,7 +178,34 @@ def products(pairs, init):
             for a, b in operands:
                 plgpu.wgmma(acc, a, b)
 
-    return pl.run_state(body)([plgpu.ACC.init(x) for x in init])
+    if init is not None:
+        return pl.run_state(body)([plgpu.ACC.init(x) for x in init])
+
+    def from_zeros(*accs):
+        body(accs)
+        return [acc[...] for acc in accs]
+
+    shapes = ((x[0][0].shape[0], x[0][1].shape[1]) for x in pairs)
+    return pl.run_scoped(from_zeros, *(plgpu.ACC(shape, f32) for shape in shapes))
+
+
+def product_and(pair, meanwhile):
+    """`a @ b`, and what `meanwhile()` makes while the tensor cores work."""
+    if interpreting():
+        return product(pair), meanwhile()
+    a, b = pair
+
+    def body(acc):
+        plgpu.wgmma(acc, a, b)
+        made = meanwhile()
+        return acc[...], made
+
+    return pl.run_scoped(body, plgpu.ACC((a.shape[0], b.shape[1]), f32))
+
+
+def beside(tiles):
+    """Tiles of 64 columns as one."""
+    return tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=1)
 
 
 def accumulate(count, operands, done, shapes):

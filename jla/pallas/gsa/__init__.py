@@ -23,7 +23,7 @@ from jla.pallas.common.chunks import CHUNK, TILE_WIDTH, decay_operand
 from jla.pallas.common.padding import missing_features, missing_tokens, pad
 from jla.pallas.common.token import unsupported_here
 from jla.pallas.gsa import step
-from jla.pallas.gsa.gradients import chunk_gradients, logit_gradients
+from jla.pallas.gsa.gradients import Pass, chunk_gradients, fit_together, logit_gradients
 from jla.pallas.gsa.outputs import outputs
 from jla.pallas.gsa.states import summary, through_chunks
 from jla.pallas.gsa.step import gsa_step, gsa_token
@@ -251,12 +251,18 @@ def _backward_from(
     key_gradients, value_gradients, dhk, dhv = through_chunks(
         (q, do), (dlogits, p), log_decays, (dhk, dhv), reverse=True, **_spans_or_made(more)
     )
-    dq, *of_keys = chunk_gradients(
-        q, k, dlogits, s, log_decays, key_states, key_gradients, rows_too=True
-    )
-    of_values = chunk_gradients(
-        do, v, p, s, log_decays, value_states, value_gradients, rows_too=False
-    )
+    passes = [
+        Pass(q, k, dlogits, key_states, key_gradients, rows_too=True),
+        Pass(do, v, p, value_states, value_gradients, rows_too=False),
+    ]
+    if fit_together(passes):
+        ((dq, dk), (_, dv)), *of_slots = chunk_gradients(passes, s, log_decays)
+        of_slots = [of_slots]
+    else:
+        (((dq, dk),), *of_keys), (((_, dv),), *of_values) = (
+            chunk_gradients([x], s, log_decays) for x in passes
+        )
+        of_slots = [of_keys, of_values]
 
     def per_head(x):
         """The sum over a head's queries (and over the parts of its features)."""
@@ -265,10 +271,9 @@ def _backward_from(
             return x
         return x.astype(f32).reshape(B, T, H, -1, x.shape[3]).sum(3)
 
-    (dk, *of_keys), (dv, *of_values) = of_keys, of_values
     ds, dg = (
-        per_head(x).astype(f32) + per_head(y).astype(f32)
-        for x, y in zip(of_keys, of_values, strict=True)
+        functools.reduce(jnp.add, (per_head(x).astype(f32) for x in several))
+        for several in zip(*of_slots, strict=True)
     )
     dk, dv, ds = (x.astype(bf16) for x in (per_head(dk), per_head(dv), ds))
     return dq, dk, dv, ds, dg, dhk, dhv

@@ -5,6 +5,7 @@ x and y = do and v, w = p. `logit_gradients` reads do and v to make dlogits; the
 gradients can go from chunk to chunk; then `chunk_gradients`, once for each pass, makes the rest.
 """
 
+import collections
 import functools
 
 import jax
@@ -13,11 +14,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import chunks, mosaic, scratch
+from jla.pallas.common import blocks, chunks, mosaic, scratch
 from jla.pallas.common.chunks import CHUNK, LEVELS, TILE_WIDTH
 from jla.pallas.common.mosaic import WGMMA_LAYOUT, bf16, f16, f32, load, per_row, product
 from jla.pallas.common.scratch import barrier_for, fetch, fetch_each
-from jla.pallas.common.tiles import columns, row_sum, smem_tiles
+from jla.pallas.common.tiles import columns, over_tiles, row_sum, smem_tiles
 from jla.pallas.gsa import slots
 
 SDS = jax.ShapeDtypeStruct
@@ -57,6 +58,7 @@ def logit_gradients(v, s, decay_operand, value_states, p, do, *, scale):
             p_loaded=barrier_for(dict(p=m_tiles)),
         ),
         automatic_barriers=False,
+        reductions_cross_warps=False,
         grid=(B, -(-T // CHUNK), HQ),
         grid_names=("b", "n", "h"),
     )
@@ -82,8 +84,7 @@ def _logits_body(refs, *, group, scale):
 
     slots.fetch_near(refs, (b, rows, h))
     fetch_values(0)
-    plgpu.barrier_wait(refs.near)
-    slots.put_level_tiles(refs.levels, refs.ss, refs.sg)
+    decays = slots.put_writes(refs)
 
     # 1. dp.
     scores, reads = slots.products(
@@ -92,10 +93,7 @@ def _logits_body(refs, *, group, scale):
     plgpu.commit_smem()
     p = [(refs.p.at[b, rows, head, columns(m)], sdo[m]) for m in range(m_tiles)]
     fetch(dict(p=p), refs.p_loaded)
-    earlier = chunks.mask_operand(chunks.up_to())
-    for m in range(m_tiles):
-        reads[m] *= chunks.decays(earlier, refs.sg[m])
-    dp = slots.read(scores, reads, refs.levels, refs.ss)
+    dp = slots.read(scores, reads, decays, refs, refs.sv[0])
 
     # 2. dlogits.
     plgpu.barrier_wait(refs.p_loaded)
@@ -112,42 +110,55 @@ def _logits_body(refs, *, group, scale):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def chunk_gradients(x, y, w, s, decay_operand, states, gradients, *, rows_too):
-    """The gradients of one pass, of the form sum_ij (x_i . y_j) A[i, j] with A from w and s, given
-    the state X before each chunk and dX, the gradient of the one after it:
+# One of the two passes: x, y, w, the states before each chunk and the gradients of those after it;
+# and whether dx is wanted.
+Pass = collections.namedtuple("Pass", "x y w states gradients rows_too")
 
-    1.  dx = A y + (w exp(G)) X^T;   dy = A^T x + (s exp(G_end - G)) dX^T
-    2.  dw = exp(G) (x X)       + sum_j (x_i . y_j) s_j exp(G_i - G_j)      for dg alone
+
+def fit_together(passes):
+    """Whether one launch of `chunk_gradients` can take all the passes."""
+    widths = {x.y.shape[-1] for x in passes}
+    return passes[0].w.shape[-1] == TILE_WIDTH and len(widths) == 1 and max(widths) <= slots.PART
+
+
+def chunk_gradients(passes, s, decay_operand):
+    """The gradients of passes, each of the form sum_ij (x_i . y_j) A[i, j] with A from w and s,
+    given the state X before each chunk and dX, the gradient of the one after it:
+
+    1.  dw = exp(G) (x X)       + sum_j (x_i . y_j) s_j exp(G_i - G_j)      for dg alone
         ds = exp(G_end - G) (y dX) + sum_i (x_i . y_j) w_i exp(G_i - G_j)
-
-    3.  dG = w dw - s ds, of dw and ds without their terms j = i
+    2.  dx = A y + (w exp(G)) X^T;   dy = A^T x + (s exp(G_end - G)) dX^T
+    3.  dG = w dw - s ds, of dw and ds without what the chunk's end gives
 
     whose reversed cumsum over the chunk, with the border's terms (4.), is dg: for all tokens what
     the chunk carries out, exp(G_end) X dX, and for each what its predecessors write into the state
     after the chunk.
 
+    In a chunk without far rows w exp(G) and s exp(-G) are two tiles, whose products with those of
+    tokens are all of dG: its pairs cancel as they should, because both sides have the same factors,
+    rounded alike. Gradients know later tokens, so that other chunks take the tree for all rows.
+
     All of it is linear in the features, so that each 128 of them are worked on alone; ds and dg are
     sums over their parts, and over the query heads of a group (what dX gives counts for the first).
 
     Args:
-      x: [B, T, HQ, D] bf16. y: [B, T, H, D] bf16. w: [B, T, HQ, M] bf16.
+      passes: `Pass`es; several only if they `fit_together`. x: [B, T, HQ, D] bf16. y: [B, T, H, D]
+        bf16. w: [B, T, HQ, M] bf16. states, gradients: X and dX, [B, H, N, D, M] bf16. D is one
+        number of parts for all.
       s, decay_operand: as `outputs.outputs` takes them.
-      states, gradients: X and dX, [B, H, N, D, M] bf16.
-      rows_too: whether dx is wanted.
 
     Returns:
-      dx (if wanted) and dy [B, T, HQ, D] bf16, ds [B, T, HQ * parts, M] bf16 and dg
-      [B, TP, HQ * parts, M] float32, TP whole chunks.
+      [(dx, or None, and dy) for each pass], [B, T, HQ, D] bf16; ds [B, T, HQ * parts, M] bf16 and
+      dg [B, TP, HQ * parts, M] float32, TP whole chunks, of all passes.
 
     One warpgroup for 128 features of a chunk; 112 KB of SMEM at M=64. Floor at B=8 T=4096 HQ=H=16
-    D=128 M=64: 1.2 GB, 0.28 ms at 4.3 TB/s; 6700 instructions a warp and chunk (6400 without dx).
+    D=128 M=64, both passes: 2.0 GB, 0.46 ms at 4.3 TB/s.
     """
-    B, T, HQ, D = x.shape
+    B, T, HQ, D = passes[0].x.shape
     H, M = s.shape[2:]
     N, m_tiles = -(-T // CHUNK), M // TILE_WIDTH
     parts, d_tiles = slots.parts(D)
-    features = SDS((B, T, HQ, D), bf16)
-    states_tiles = d_tiles * m_tiles
+    x, y, w, states, gradients, rows_too = (list(x) for x in zip(*passes, strict=True))
     out = scratch.kernel(
         functools.partial(_gradients_body, group=HQ // H, parts=parts),
         inputs=dict(
@@ -155,156 +166,287 @@ def chunk_gradients(x, y, w, s, decay_operand, states, gradients, *, rows_too):
             **dict(states=states, gradients=gradients),
         ),
         outputs=dict(
-            dx=features if rows_too else None,
-            dy=features,
+            dx=[SDS(a.shape, bf16) if rows else None for a, rows in zip(x, rows_too, strict=True)],
+            dy=[SDS(a.shape, bf16) for a in x],
             ds=SDS((B, T, HQ * parts, M), bf16),
             dg=SDS((B, N * CHUNK, HQ * parts, M), f32),
         ),
         scratch=dict(
-            sx=smem_tiles(d_tiles),  # x, then dx
-            sy=smem_tiles(d_tiles),  # y, then dy
-            sw=smem_tiles(m_tiles),  # w, then w exp(G)
-            ss=smem_tiles(m_tiles),  # s, then s exp(G_end - G)
-            sg=smem_tiles(m_tiles, dtype=f16),  # of `decay_operand`
-            sstates=[smem_tiles(m_tiles) for _ in range(d_tiles)],
-            sgradients=[smem_tiles(m_tiles) for _ in range(d_tiles)],
-            pairs=mosaic.tile(CHUNK, CHUNK),  # the products of x and y, then A
-            work=smem_tiles(2),
-            loaded=barrier_for(
-                dict(x=d_tiles, y=d_tiles, states=states_tiles, gradients=states_tiles)
-                | dict(w=m_tiles, s=m_tiles, decay_operand=m_tiles)
-            ),
+            sx=smem_tiles(d_tiles, 1),  # x, then dx
+            sy=smem_tiles(d_tiles, 1),  # y, then dy
+            sw=smem_tiles(m_tiles, 1),  # w, then w exp(G)
+            ss=smem_tiles(m_tiles, 1),  # s exp(-G); or s, if the chunk has far rows
+            sg=smem_tiles(m_tiles, 1, dtype=f16),  # of `decay_operand`
+            kept=smem_tiles(m_tiles, 1),  # s exp(G_end - G)
+            sstates=[smem_tiles(m_tiles, 1) for _ in range(d_tiles)],
+            sgradients=[smem_tiles(m_tiles, 1) for _ in range(d_tiles)],
+            pairs=mosaic.tile(CHUNK, CHUNK, 1),  # the products of x and y, then A
+            work=mosaic.tile(CHUNK, TILE_WIDTH, 1),
+            more=mosaic.tile(CHUNK, TILE_WIDTH, 1) if m_tiles > 1 else None,
+            nothing=plgpu.SMEM((1,), jnp.int32),
+            lowest=blocks.lowest_of_blocks(),
+            near=barrier_for(dict(decay_operand=m_tiles, s=m_tiles)),
+            tokens_loaded=barrier_for(dict(x=d_tiles, y=d_tiles, w=m_tiles)),
+            states_loaded=barrier_for(dict(states=d_tiles * m_tiles, gradients=d_tiles * m_tiles)),
         ),
         automatic_barriers=False,
+        reductions_cross_warps=False,
         grid=(B, N, HQ, parts),
         grid_names=("b", "n", "h", "part"),
     )
-    return tuple(x for x in out if x is not None)
+    return list(zip(out.dx, out.dy, strict=True)), out.ds, out.dg
+
+
+# Of a slot tile, over the passes so far: dg without what is left to `_finish`, ds of the chunk's own
+# pairs (over exp(-G), where no row is far), and y dX.
+Sums = collections.namedtuple("Sums", "dg ds end")
 
 
 def _gradients_body(refs, *, group, parts):
     b, n, head, part = (lax.axis_index(name) for name in ("b", "n", "h", "part"))
     rows, h = pl.ds(n * CHUNK, CHUNK), lax.div(head, group)
-    out_head = head * parts + part
-    d_tiles, m_tiles = len(refs.sx), len(refs.sg)
-    rows_too = refs.dx is not None
-
-    def loads():
-        for i in range(d_tiles):
-            at = columns(part * d_tiles + i)
-            yield refs.x.at[b, rows, head, at], refs.sx[i]
-            yield refs.y.at[b, rows, h, at], refs.sy[i]
-            for m in range(m_tiles):
-                yield refs.states.at[b, h, n, at, columns(m)], refs.sstates[i][m]
-                yield refs.gradients.at[b, h, n, at, columns(m)], refs.sgradients[i][m]
-        for m in range(m_tiles):
-            yield refs.w.at[b, rows, head, columns(m)], refs.sw[m]
-            yield refs.s.at[b, rows, h, columns(m)], refs.ss[m]
-            yield refs.decay_operand.at[b, rows, h, columns(m)], refs.sg[m]
-
-    fetch_each(loads(), refs.loaded)
-    plgpu.barrier_wait(refs.loaded)
-    own = _put_pairs(refs)
+    d_tiles, m_tiles, passes = len(refs.sx), len(refs.sg), len(refs.x)
+    tiles = refs  # before `_afresh`
 
     def of_first_head(x):
         """What the states give counts for a group's first query head."""
         return mosaic.where(lax.rem(head, group) == 0, x) if group > 1 else x
 
-    a = None
-    for m in range(m_tiles):
-        # 2. and A, through the chunk's own pairs.
-        before = chunks.decays(chunks.mask_operand(chunks.up_to()), refs.sg[m])
-        states = (x[m] for x in refs.sstates)
-        dw = before * product(*((tile, x) for tile, x in zip(refs.sx, states, strict=True)))
-        a_m, dw, ds = _through_levels(
-            refs.sw[m], refs.ss[m], refs.sg[m], refs.pairs, refs.work[0], dw
-        )
-        a = a_m if a is None else a + a_m
-        if m + 1 == m_tiles:
-            refs.pairs[...] = a.astype(bf16)
-        # In this order few tiles live at a time.
-        dg = _cumulated(refs, m, dw, ds)
-        ds, dg = _from_the_end(refs, m, own, ds, dg, of_first_head)
-        refs.dg.at[b, rows, out_head, columns(m)][...] = dg
-        if rows_too:
-            before = chunks.decays(chunks.mask_operand(chunks.up_to()), refs.sg[m])
-            refs.sw[m][...] = (load(refs.sw[m]) * before).astype(bf16)  # for dx
-        plgpu.commit_smem()
-        refs.work[0][...] = ds
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(refs.work[0], refs.ds.at[b, rows, out_head, columns(m)])
-        if m + 1 < m_tiles:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    def fetch_tokens(number):
+        def copies():
+            for i in range(d_tiles):
+                at = columns(part * d_tiles + i)
+                yield refs.x[number].at[b, rows, head, at], refs.sx[i]
+                yield refs.y[number].at[b, rows, h, at], refs.sy[i]
+            for m in range(m_tiles):
+                yield refs.w[number].at[b, rows, head, columns(m)], refs.sw[m]
 
-    dx, dy = _of_features(refs, rows_too)
+        fetch_each(copies(), refs.tokens_loaded)
+
+    def fetch_states(number):
+        def copies():
+            for i in range(d_tiles):
+                at = columns(part * d_tiles + i)
+                for m in range(m_tiles):
+                    of_tile = b, h, n, at, columns(m)
+                    yield refs.states[number].at[of_tile], refs.sstates[i][m]
+                    yield refs.gradients[number].at[of_tile], refs.sgradients[i][m]
+
+        fetch_each(copies(), refs.states_loaded)
+
+    def send(number, i):
+        at = b, rows, head, columns(part * d_tiles + i)
+        plgpu.copy_smem_to_gmem(refs.sy[i], refs.dy[number].at[at])
+        if refs.dx[number] is not None:
+            plgpu.copy_smem_to_gmem(refs.sx[i], refs.dx[number].at[at])
+
+    def step(number, sums):
+        plgpu.barrier_wait(refs.tokens_loaded)
+        _put_pairs(_afresh(tiles), far)
+        plgpu.barrier_wait(refs.states_loaded)
+        sums = list(sums)
+        for m in range(m_tiles):
+            sums[m] = _slot_sums(tiles, m, far, of_first_head, sums[m])
+            if passes == 1:
+                _finish(_afresh(tiles), m, sums[m], far, of_first_head, place(m))
+        _put_a(_afresh(tiles), far)
+        for i in range(d_tiles):
+            _put_features(_afresh(tiles), i)
+            _of_number(number, passes, functools.partial(send, i=i))
+        return tuple(sums)
+
+    def more(number, sums):
+        sums = step(number, sums)
+
+        @pl.when(number + 1 < passes)
+        def _():
+            for following in range(1, passes):
+                pl.when(number + 1 == following)(functools.partial(fetch_states, following))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.commit_smem()
+            for following in range(1, passes):
+                pl.when(number + 1 == following)(functools.partial(fetch_tokens, following))
+
+        return sums
+
+    def place(m):
+        return b, rows, head * parts + part, columns(m)
+
+    refs.nothing[0] = 0
     plgpu.commit_smem()
-    for tiles, results, out in ((refs.sx, dx, refs.dx), (refs.sy, dy, refs.dy)):
-        for i, result in enumerate(results):
-            tiles[i][...] = result
-        plgpu.commit_smem()
-        for i in range(len(results)):
-            at = columns(part * d_tiles + i)
-            plgpu.copy_smem_to_gmem(tiles[i], out.at[b, rows, head, at])
+    refs = _afresh(tiles)
+    slots.fetch_near(refs, (b, rows, h))
+    fetch_tokens(0)
+    fetch_states(0)
+    far = _put_writes(_afresh(tiles), of_first_head)
+    zero = mosaic.zeros((CHUNK, TILE_WIDTH), WGMMA_LAYOUT)
+    sums = (Sums(zero, zero, zero),) * m_tiles
+    if passes == 1:
+        step(0, sums)
+    else:
+        (sums,) = lax.fori_loop(0, passes, more, sums)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        _finish(_afresh(tiles), 0, sums, far, of_first_head, place(0))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _put_pairs(refs):
-    """The products of tokens: for j < i x_i . y_j, for j > i x_j . y_i. Returns those for j = i."""
-    both = product(*((a, b.T) for a, b in zip(refs.sy, refs.sx, strict=True)))
+def _of_number(number, passes, function):
+    """function(number), for a number that may be traced."""
+    if passes == 1:
+        return function(number)
+    for i in range(passes):
+        pl.when(number == i)(functools.partial(function, i))
+
+
+TILES = "sx sy sw ss sg kept sstates sgradients pairs work more".split()
+
+
+def _afresh(refs):
+    """The same tiles, whose addresses are computed again from here on, and not kept in registers."""
+    zero = refs.nothing[0]
+
+    def at(x):
+        if isinstance(x, list | tuple):
+            return type(x)(map(at, x))
+        return None if x is None else x.at[zero]
+
+    return refs._replace(**{name: at(getattr(refs, name)) for name in TILES})
+
+
+def _put_writes(refs, of_first_head):
+    """Puts both tiles of decayed writes; whether the chunk has far rows."""
+    plgpu.barrier_wait(refs.near)
+    lowest = []
+    for s, g, kept in zip(refs.ss, refs.sg, refs.kept, strict=True):
+        after = chunks.decays(blocks.from_on(f16, strict=True), g)
+        kept[...] = (load(s) * of_first_head(after)).astype(bf16)
+        lowest.append(blocks.lowest([blocks.decays_so_far(g)]))
+    far = blocks.some_far(over_tiles(jnp.minimum, lowest), refs.lowest)
+
+    @pl.when(~far)
+    def _():
+        for s, g in zip(refs.ss, refs.sg, strict=True):
+            s[...] = (load(s) * blocks.writes(blocks.decays_so_far(g))).astype(bf16)
+
+    return far
+
+
+def _put_pairs(refs, far):
+    """The products of tokens: for j <= i x_i . y_j, for j > i zero, or x_j . y_i if rows are far."""
     one = product(*((a, b.T) for a, b in zip(refs.sx, refs.sy, strict=True)))
-    own = jnp.where(chunks.diagonal(), one, 0.0).sum(axis=1)
-    refs.pairs[...] = jnp.where(chunks.up_to(strict=True), one, both).astype(bf16)
-    return own
 
+    def mirrored():
+        both = product(*((a, b.T) for a, b in zip(refs.sy, refs.sx, strict=True)))
+        refs.pairs[...] = jnp.where(chunks.up_to(), one, both).astype(bf16)
 
-def _cumulated(refs, m, dw, ds):
-    """3. The reversed cumsum of dG, of slot tile m. It cancels, and so needs 16 bits."""
-    work = refs.work
-    signed = load(refs.sw[m]) * dw - load(refs.ss[m]) * ds
+    def lower():
+        refs.pairs[...] = one.astype(bf16) * blocks.up_to(bf16)
+
+    lax.cond(far, mirrored, lower)
     plgpu.commit_smem()
-    work[0][...], work[1][...] = mosaic.split(signed)
-    plgpu.commit_smem()
-    onwards = chunks.mask_operand(chunks.from_on(), bf16)
-    return product((onwards, work[0]), (onwards, work[1]))
 
 
-def _from_the_end(refs, m, own, ds, dg, of_first_head):
-    """4. ds and dg of slot tile m with what the state's gradient adds; s exp(G_end - G) for dy."""
-    work, ss, sg = refs.work, refs.ss[m], refs.sg[m]
-    after = chunks.decays(chunks.mask_operand(chunks.from_on(strict=True)), sg)
-    after = of_first_head(after)
-    gradients = (x[m] for x in refs.sgradients)
-    end = after * product(*((tile, x) for tile, x in zip(refs.sy, gradients, strict=True)))
-    ds = (ds + end + load(refs.sw[m]) * per_row(own, TILE_WIDTH)).astype(bf16)
+def _slot_sums(refs, m, far, of_first_head, before):
+    """1. and 3. The sums of slot tile m, added to those of the passes before."""
+    tiled = refs
+    refs = _afresh(tiled)
+    if m:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # ds of the slot tile before
+        plgpu.commit_smem()
+    sw, ss, sg, work = refs.sw[m], refs.ss[m], refs.sg[m], refs.work
+    states = [(x, state[m]) for x, state in zip(refs.sx, refs.sstates, strict=True)]
+
+    def by_factors():
+        sw[...] = (load(sw) * blocks.reads(blocks.decays_so_far(sg))).astype(bf16)
+        plgpu.commit_smem()
+        dg = load(sw) * product(*states, (refs.pairs, ss))
+        ds = product((refs.pairs.T, sw))
+        return dg - load(ss) * ds, ds
+
+    def exactly():
+        dw = blocks.reads(blocks.decays_so_far(sg)) * product(*states)
+        dw, ds = _through_levels(sw, ss, sg, refs.pairs, work, dw)
+        own = jnp.where(chunks.diagonal(), load(refs.pairs), 0.0).sum(axis=1)
+        w = load(sw)
+        return w * dw - load(ss) * ds, ds + w * per_row(own, TILE_WIDTH)
+
+    signed, ds = lax.cond(far, exactly, by_factors)
+    refs = _afresh(tiled)
+    work, sg = refs.work, refs.sg[m]
+    second = _second(refs)
     plgpu.commit_smem()
-    writes = load(ss)
-    work[0][...] = (end * writes).astype(bf16)
-    ss[...] = (writes * after).astype(bf16)
-    everywhere = chunks.everywhere()
+    work[...], second[...] = mosaic.split(signed)  # the cumsum cancels, and so needs 16 bits
+    plgpu.commit_smem()
+    onwards = blocks.from_on(bf16)
+    dg = product((onwards, work), (onwards, second), init=before.dg)
     carried = _carried(refs.sstates, refs.sgradients, m)
+    everywhere = chunks.everywhere()
     carried *= jnp.exp2(product((chunks.mask_operand(everywhere), sg)))
-    work[1][...] = of_first_head(carried).astype(bf16)
     plgpu.commit_smem()
-    earlier = chunks.mask_operand(chunks.up_to(strict=True), bf16)
-    border = (earlier, work[0]), (chunks.mask_operand(everywhere, bf16), work[1])
-    return ds, product(*border, init=dg)
+    work[...] = of_first_head(carried).astype(bf16)
+    plgpu.commit_smem()
+    dg = product((chunks.mask_operand(everywhere, bf16), work), init=dg)
+    gradients = [(y, gradient[m]) for y, gradient in zip(refs.sy, refs.sgradients, strict=True)]
+    return Sums(dg, before.ds + ds, product(*gradients, init=before.end))
 
 
-def _of_features(refs, rows_too):
-    """1. dx (or none) and dy, in bf16 tiles."""
-    dx, dy = [], []
-    slot_tiles = range(len(refs.sg))
-    for i in range(len(refs.sx)):
-        end = ((refs.ss[m], refs.sgradients[i][m].T) for m in slot_tiles)
-        dy.append(product((refs.pairs.T, refs.sx[i]), *end).astype(bf16))
-        if rows_too:
-            start = ((refs.sw[m], refs.sstates[i][m].T) for m in slot_tiles)
-            dx.append(product((refs.pairs, refs.sy[i]), *start).astype(bf16))
-    return dx, dy
+def _second(refs):
+    """A second tile for work: that of the pairs, which the last slot tile needs no more."""
+    return refs.pairs if refs.more is None else refs.more
+
+
+def _put_a(refs, far):
+    """A in the place of the products; and w exp(G) in that of w, where it is not there yet."""
+
+    def by_factors():
+        a = product(*((w, s.T) for w, s in zip(refs.sw, refs.ss, strict=True)))
+        plgpu.commit_smem()
+        refs.pairs[...] = a.astype(bf16) * blocks.up_to(bf16)
+
+    def exactly():
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # ds
+        a = slots.scores_exactly(refs.sw, refs.ss, refs.sg, refs.work)
+        plgpu.commit_smem()
+        refs.pairs[...] = a
+        for w, g in zip(refs.sw, refs.sg, strict=True):
+            w[...] = (load(w) * blocks.reads(blocks.decays_so_far(g))).astype(bf16)
+
+    lax.cond(far, exactly, by_factors)
+    plgpu.commit_smem()
+
+
+def _put_features(refs, i):
+    """2. dx (if wanted) and dy of feature tile i, in the places of x and y."""
+    slot_tiles, rows_too = range(len(refs.sg)), any(x is not None for x in refs.dx)
+    end = ((refs.kept[m], refs.sgradients[i][m].T) for m in slot_tiles)
+    dy = product((refs.pairs.T, refs.sx[i]), *end).astype(bf16)
+    if rows_too:
+        start = ((refs.sw[m], refs.sstates[i][m].T) for m in slot_tiles)
+        dx = product((refs.pairs, refs.sy[i]), *start).astype(bf16)
+    plgpu.commit_smem()  # all warps are done with the tiles
+    refs.sy[i][...] = dy
+    if rows_too:
+        refs.sx[i][...] = dx
+    plgpu.commit_smem()
+
+
+def _finish(refs, m, sums, far, of_first_head, place):
+    """4. ds and dg of slot tile m."""
+    sg, work, second = refs.sg[m], refs.work, _second(refs)
+    plgpu.commit_smem()
+    second[...] = (load(refs.kept[m]) * sums.end).astype(bf16)
+    after = of_first_head(chunks.decays(blocks.from_on(f16, strict=True), sg))
+    so_far = mosaic.where(~far, blocks.decays_so_far(sg))
+    ds = sums.ds * blocks.writes(so_far) + sums.end * after
+    plgpu.commit_smem()
+    work[...] = ds.astype(bf16)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(work, refs.ds.at[place])
+    refs.dg.at[place][...] = product((blocks.up_to(bf16, strict=True), second), init=sums.dg)
 
 
 def _through_levels(sw, ss, sg, pairs, work, dw):
-    """One slot tile's part of A, and the terms of dw and ds from the chunk's own pairs j < i.
+    """The terms of dw and ds of one slot tile from the chunk's own pairs j < i, by the tree.
 
     At a level a token either reads or is read, with the same decay; so one product makes dw where
     it reads and ds where it is read.
@@ -313,11 +455,10 @@ def _through_levels(sw, ss, sg, pairs, work, dw):
       sw, ss, sg: its w, s and log decays. pairs: the symmetric products. work: overwritten.
       dw: what is to be added to.
     """
-    own = jnp.where(chunks.diagonal(), product((sw, ss.T)), 0.0)
 
     def level_step(level, carry):
-        a, dw, ds = carry
-        decay = chunks.decays(chunks.mask_operand(chunks.level_decay_mask(level)), sg)
+        dw, ds = carry
+        decay = blocks.level_decays(level, sg)
         reads = chunks.level_reads(level, bf16)
         tokens = plgpu.load(sw, layout=WGMMA_LAYOUT) * per_row(reads, TILE_WIDTH)
         tokens += plgpu.load(ss, layout=WGMMA_LAYOUT) * per_row(1 - reads, TILE_WIDTH)
@@ -325,14 +466,12 @@ def _through_levels(sw, ss, sg, pairs, work, dw):
         plgpu.commit_smem()
         work[...] = tokens
         plgpu.commit_smem()
-        # Entries too far from the diagonal are overwritten by the later levels.
-        a = jnp.where(chunks.before_half(level), product((tokens, work.T)), a)
         mine = jnp.where(chunks.level_pairs(level, symmetric=True), load(pairs), 0.0)
         change = decay * product((mine.astype(bf16), work))
         reads = per_row(chunks.level_reads(level, f32), TILE_WIDTH)
-        return a, dw + change * reads, ds + change * (1 - reads)
+        return dw + change * reads, ds + change * (1 - reads)
 
-    return lax.fori_loop(0, LEVELS, level_step, (own, dw, jnp.zeros_like(dw)))
+    return lax.fori_loop(0, LEVELS, level_step, (dw, jnp.zeros_like(dw)))
 
 
 def _carried(states, gradients, m):

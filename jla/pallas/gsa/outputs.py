@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import chunks, mosaic, scratch
+from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
 from jla.pallas.common.mosaic import WGMMA_LAYOUT, bf16
 from jla.pallas.common.scratch import barrier_for, fetch_each
@@ -59,7 +59,7 @@ def outputs(q, k, v, s, decay_operand, key_states, value_states, *, scale, used,
             p=SDS((B, T, HQ, M), bf16) if keep else None,
         ),
         scratch=dict(
-            sq=smem_tiles(max(k_tiles, 2 * m_tiles if keep else m_tiles)),  # q, then exp(G) and p
+            sq=smem_tiles(max(k_tiles, 2 * m_tiles)),  # q, then exp(G), and p or a level
             sk=smem_tiles(wide),  # k, then v, then o
             sx=[smem_tiles(m_tiles) for _ in range(wide)],  # Hk, then Hv
             **slots.near_scratch(m_tiles),
@@ -67,6 +67,7 @@ def outputs(q, k, v, s, decay_operand, key_states, value_states, *, scale, used,
             values_loaded=barrier_for(dict(v=v_tiles, states=v_tiles * m_tiles)),
         ),
         automatic_barriers=False,
+        reductions_cross_warps=False,
         grid=(B, -(-T // CHUNK), HQ),
         grid_names=("b", "n", "h"),
     )
@@ -104,8 +105,7 @@ def _body(refs, *, group, scale, used):
 
     slots.fetch_near(refs, (b, rows, h))
     fetch_keys(0)
-    plgpu.barrier_wait(refs.near)
-    slots.put_level_tiles(refs.levels, refs.ss, refs.sg)
+    decays = slots.put_writes(refs)
 
     # 1. The logits.
     scores, reads = slots.products(
@@ -113,21 +113,18 @@ def _body(refs, *, group, scale, used):
     )
     plgpu.commit_smem()
     fetch_each(values(0), refs.values_loaded)
-    earlier = chunks.mask_operand(chunks.up_to())
     for m in range(m_tiles):
-        before = chunks.decays(earlier, refs.sg[m])
-        reads[m] *= before
-        sq[m][...] = before.astype(bf16)
-    logits = slots.read(scores, reads, refs.levels, refs.ss)
+        sq[m][...] = decays.before[m].astype(bf16)
+    logits = slots.read(scores, reads, decays, refs, sq[-1])
 
     # 2. p and A.
-    p = [x.astype(bf16) for x in slots.softmax([x * scale for x in logits], used)]
+    p = [x.astype(bf16) for x in slots.softmax(logits, scale, used)]
     if refs.p is not None:
         _put(sq[m_tiles : 2 * m_tiles], p, refs.p, (b, rows, head), range(m_tiles))
-    a = slots.scores(p, refs.levels, refs.ss).astype(bf16)
+    decayed = [x * plgpu.load(sq[m], layout=WGMMA_LAYOUT) for m, x in enumerate(p)]
+    a = slots.scores(p, decayed, decays, refs, sq[-1])
 
     # 3. o.
-    decayed = [x * plgpu.load(sq[m], layout=WGMMA_LAYOUT) for m, x in enumerate(p)]
     for part in range(v_parts):
         if part:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

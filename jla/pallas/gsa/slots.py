@@ -8,18 +8,22 @@ The slots' side *reads* row i of (x_i . y_j) through s and the decays: the logit
 keys, and the gradient of p, with those of the outputs and values. The tokens' side takes A as
 *scores*: of the outputs, with w = p, and of the queries' gradient, with w that of the logits.
 
-Decays follow the tree of `chunks.level_decay_mask`. At a level a token either reads or is read, so
-one tile a level has all that the level needs: the rows of tokens that read hold their decays, those
-of the others their decayed writes.
+The chunk is one of `blocks`: a near row takes exp(G_i) times the decayed writes s_j exp(-G_j), one
+product for each side. Far rows go level by level through the tree of `chunks.level_decay_mask`. At
+a level a token either reads or is read, so one tile has all that the level needs: the rows of
+tokens that read hold their decays, those of the others their decayed writes.
 
 Tiles are [64, 64]; where a slot axis has more, they come in lists.
 """
 
+import collections
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import chunks, mosaic
+from jla.pallas.common import blocks, chunks, mosaic
 from jla.pallas.common.chunks import LEVELS, TILE_WIDTH
 from jla.pallas.common.mosaic import WGMMA_LAYOUT, bf16, f16, load, per_row, product
 from jla.pallas.common.scratch import barrier_for, fetch_each
@@ -37,9 +41,10 @@ def parts(features):
 def near_scratch(m_tiles):
     """What both kernels that read slots have in SMEM of the chunk's own tokens."""
     return dict(
-        levels=smem_tiles(m_tiles, LEVELS),  # see `put_level_tiles`
         ss=smem_tiles(m_tiles),
         sg=smem_tiles(m_tiles, dtype=f16),  # of `decay_operand`
+        writes=smem_tiles(m_tiles),  # s exp(-G)
+        lowest=blocks.lowest_of_blocks(),
         near=barrier_for(dict(decay_operand=m_tiles, s=m_tiles)),
     )
 
@@ -55,21 +60,19 @@ def fetch_near(refs, place):
     fetch_each(copies(), refs.near)
 
 
-def put_level_tiles(levels, writes, log_decays):
-    """Makes the levels' tiles, [6, 64, 64] of each slot tile, from its writes and log decays."""
+# exp(G) of each slot tile, which rows are near, and whether the others are any.
+Decays = collections.namedtuple("Decays", "before near some_far")
 
-    def level_step(level, carry):
-        mask = chunks.mask_operand(chunks.level_decay_mask(level))
-        reads = chunks.level_reads(level, bf16)
-        is_read = per_row(1 - reads, TILE_WIDTH)
-        reads = per_row(reads, TILE_WIDTH)
-        for tiles, s, g in zip(levels, writes, log_decays, strict=True):
-            decay = chunks.decays(mask, g).astype(bf16)
-            tiles.at[level][...] = decay * (plgpu.load(s, layout=WGMMA_LAYOUT) * is_read + reads)
-        return carry
 
-    lax.fori_loop(0, LEVELS, level_step, None)
-    plgpu.commit_smem()
+def put_writes(refs):
+    """Awaits s and the log decays, puts the decayed writes, and returns the `Decays`."""
+    plgpu.barrier_wait(refs.near)
+    so_far = [blocks.decays_so_far(g) for g in refs.sg]
+    for tile, s, x in zip(refs.writes, refs.ss, so_far, strict=True):
+        tile[...] = (load(s) * blocks.writes(x)).astype(bf16)
+    lowest = blocks.lowest(so_far)
+    far = blocks.some_far(lowest, refs.lowest)  # commits the writes, too
+    return Decays([blocks.reads(x) for x in so_far], blocks.near(lowest), far)
 
 
 def products(fetch, loaded, parts, rows, keys, states):
@@ -94,53 +97,110 @@ def products(fetch, loaded, parts, rows, keys, states):
     return scores, reads
 
 
-def read(scores, reads, levels, writes):
-    """Adds what the chunk's own tokens give: sum_j scores[i, j] s_j exp(G_i - G_j), j <= i.
+def read(scores, reads, decays, refs, work):
+    """What tokens read of the state before the chunk and of the chunk's own tokens:
+
+        exp(G_i) reads_i + sum_j scores[i, j] s_j exp(G_i - G_j),   j <= i
 
     Args:
-      scores: [64, 64] float32. reads: what is to be added to, float32, of each slot tile.
-      levels, writes: as in `put_level_tiles`.
+      scores: [64, 64] float32. reads: float32, of each slot tile.
+      decays: from `put_writes`. work: an SMEM tile that far rows take.
     """
-    own = jnp.where(chunks.diagonal(), scores, 0.0).astype(bf16)
-    reads = tuple(product((own, s), init=x) for x, s in zip(reads, writes, strict=True))
+    scores = scores.astype(bf16)
+    earlier = scores * blocks.up_to(bf16, rows=decays.near)
+    reads = tuple(
+        before * product((earlier, tile), init=x)
+        for before, tile, x in zip(decays.before, refs.writes, reads, strict=True)
+    )
+
+    def with_far():
+        far = scores * _far_rows(decays)
+        tiles = zip(reads, refs.ss, refs.sg, strict=True)
+        return tuple(_read_exactly(far, x, s, g, work) for x, s, g in tiles)
+
+    return lax.cond(decays.some_far, with_far, lambda: reads)
+
+
+def scores(w, decayed, decays, refs, work):
+    """A, [64, 64] bf16, from w and w exp(G), bf16 values of each slot tile.
+
+    decays, work: as `read` takes them.
+    """
+    total = product(*((x, tile.T) for x, tile in zip(decayed, refs.writes, strict=True)))
+    near = total.astype(bf16) * blocks.up_to(bf16, rows=decays.near)
+
+    def with_far():
+        far = _far_rows(decays)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # `work` may be on its way out
+        return near + scores_exactly([x * far for x in w], refs.ss, refs.sg, work)
+
+    return lax.cond(decays.some_far, with_far, lambda: near)
+
+
+def _far_rows(decays):
+    """[i, m]: 1.0 in far rows, 0.0 in near ones."""
+    return per_row(jnp.where(decays.near, 0.0, 1.0).astype(bf16), TILE_WIDTH)
+
+
+def put_level(level, s, g, work):
+    """Makes a level's tile of one slot tile, from its writes and log decays."""
+    decay = blocks.level_decays(level, g).astype(bf16)
+    reads = chunks.level_reads(level, bf16)
+    is_read, reads = (per_row(x, TILE_WIDTH) for x in (1 - reads, reads))
+    plgpu.commit_smem()  # all warps are done with the level before
+    work[...] = decay * (plgpu.load(s, layout=WGMMA_LAYOUT) * is_read + reads)
+    plgpu.commit_smem()
+
+
+def _read_exactly(scores, reads, s, g, work):
+    """Adds sum_j scores[i, j] s_j exp(G_i - G_j), j <= i, to `reads`, of one slot tile."""
 
     def level_step(level, reads):
-        pairs = jnp.where(chunks.level_pairs(level), scores, 0.0).astype(bf16)
-        return tuple(
-            x + load(tiles.at[level]) * product((pairs, tiles.at[level]))
-            for x, tiles in zip(reads, levels, strict=True)
-        )
+        put_level(level, s, g, work)
+        pairs = scores * blocks.level_pairs(level, bf16)
+        return reads + load(work) * product((pairs, work))
 
-    return lax.fori_loop(0, LEVELS, level_step, reads)
+    own = scores * blocks.diagonal(bf16)
+    reads = lax.fori_loop(0, LEVELS, level_step, product((own, s), init=reads))
+    plgpu.commit_smem()
+    return reads
 
 
-def scores(w, levels, writes):
-    """A, [64, 64] float32, from w, bf16 values of each slot tile.
+def scores_exactly(w, writes, log_decays, work):
+    """A, [64, 64] bf16, from w, bf16 values of each slot tile, or SMEM tiles of them.
 
     A level also writes the pairs of tokens that are further apart than its blocks, and what it
     writes there is overwritten by the level that they belong to; what j > i holds is zero.
     """
-    own = product(*((x, s.T) for x, s in zip(w, writes, strict=True)))
-    own = jnp.where(chunks.diagonal(), own, 0.0)
 
-    def level_step(level, scores):
-        pairs = (
-            (x * plgpu.load(tiles.at[level], layout=WGMMA_LAYOUT), tiles.at[level].T)
-            for x, tiles in zip(w, levels, strict=True)
-        )
-        return jnp.where(chunks.before_half(level), product(*pairs), scores)
+    def of_tile(w, s, g):
+        def level_step(level, scores):
+            put_level(level, s, g, work)
+            rows = _value(w) * plgpu.load(work, layout=WGMMA_LAYOUT)
+            earlier = blocks.before_half(level, bf16)
+            return product((rows, work.T)).astype(bf16) * earlier + scores * (1 - earlier)
 
-    return lax.fori_loop(0, LEVELS, level_step, own)
+        own = product((w, s.T)).astype(bf16) * blocks.diagonal(bf16)
+        return lax.fori_loop(0, LEVELS, level_step, own)
+
+    tiles = zip(w, writes, log_decays, strict=True)
+    return over_tiles(jnp.add, [of_tile(*x) for x in tiles])
 
 
-def softmax(logits, slots):
-    """Softmax over the first `slots` columns of the tiles; zero in the others."""
-    if slots < TILE_WIDTH * len(logits):
-        rest = slots - TILE_WIDTH * (len(logits) - 1)  # all padding is in the last tile
+def _value(x):
+    return x if isinstance(x, jax.Array) else plgpu.load(x, layout=WGMMA_LAYOUT)
+
+
+def softmax(x, scale, slots):
+    """Softmax of scale x over the first `slots` columns of the tiles; zero in the others."""
+    worst, extreme = (-jnp.inf, jnp.max) if scale >= 0 else (jnp.inf, jnp.min)
+    if slots < TILE_WIDTH * len(x):
+        rest = slots - TILE_WIDTH * (len(x) - 1)  # all padding is in the last tile
         row = chunks.tokens()
         some = mosaic.in_interval(jnp.zeros_like(row), jnp.full_like(row, rest), TILE_WIDTH)
-        logits = [*logits[:-1], jnp.where(some, logits[-1], -jnp.inf)]
-    largest = over_tiles(jnp.maximum, [jnp.max(x, axis=1) for x in logits])
-    p = [jnp.exp2((x - per_row(largest, TILE_WIDTH)) * chunks.LOG2E) for x in logits]
+        x = [*x[:-1], jnp.where(some, x[-1], worst)]
+    larger = jnp.maximum if scale >= 0 else jnp.minimum
+    largest = per_row(over_tiles(larger, [extreme(tile, axis=1) for tile in x]), TILE_WIDTH)
+    p = [jnp.exp2((tile - largest) * (scale * chunks.LOG2E)) for tile in x]
     total = per_row(1.0 / row_sum(p), TILE_WIDTH)
     return [x * total for x in p]

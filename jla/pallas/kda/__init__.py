@@ -6,6 +6,7 @@ state from chunk to chunk. Backward: `recurrence.backward` carries the state's g
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jla._core import movement, packed, sequence
 from jla._core.axes import KDA, letters
 from jla._core.derivatives import reverse_only
-from jla._core.parts import kda_operands
+from jla._core.parts import kda_operands, l2norm
 from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, for_each_row, shardwise
 from jla._core.states import repeated
@@ -22,7 +23,7 @@ from jla.pallas.common import pieces
 from jla.pallas.common.chunks import CHUNK, decay_operand
 from jla.pallas.common.padding import missing_features, missing_tokens, pad
 from jla.pallas.common.recurrence import NARROW
-from jla.pallas.kda import gate, step, token, wide
+from jla.pallas.kda import gate, spans, step, token, wide
 from jla.pallas.kda.backward import chunk_gradients
 from jla.pallas.kda.prepare import prepare
 from jla.pallas.kda.step import kda_step
@@ -31,6 +32,29 @@ from jla.pallas.kda.token import kda_token
 __all__ = ["kda", "kda_from_projection", "kda_step", "kda_token", "unsupported"]
 
 bf16, f32 = jnp.bfloat16, jnp.float32
+
+
+class _Form(NamedTuple):
+    """What is known where kernels are traced.
+
+    Attributes:
+      scale: of the queries.
+      bounded: what the decays are made of: log decays if None, else the arguments of
+        `gate.decay_operand`, and whether they have a bound.
+      exact: whether decays may be too strong for `spans`.
+      normalize: whether the kernels divide q and k by their lengths.
+    """
+
+    scale: float
+    bounded: bool | None = None
+    exact: bool = True
+    normalize: bool = False
+
+    @property
+    def kept(self):
+        """What the forward pass keeps, as `_KEPT`."""
+        return _KEPT | (dict(kda_norms="B HV two TP") if self.normalize else {})
+
 
 _INPUTS = (*letters(KDA, "q k v g"), "B HV T")
 _STATE = KDA["initial_state"]
@@ -46,6 +70,7 @@ _KEPT = {
     "kda_scores": "B HV N C D",
     "kda_inverse": "B HV N C D",
     "kda_key_scores": "B HV N C D",
+    "kda_levels": "B HV N",
     "kda_states": "B HV N V K",
 }
 
@@ -73,26 +98,26 @@ def kda(q, k, v, g, beta, initial_state, segment_ids, *, scale, axis_name=None):
         run = functools.partial(kda, scale=scale)
         return _wide_over(run, (q, k, v, g, beta), initial_state, segment_ids, axis_name)
     if packed.count(initial_state) is not None:
-        return _with_segments(q, k, v, g, beta, initial_state, segment_ids, scale)
+        return _with_segments(q, k, v, g, beta, initial_state, segment_ids, _Form(scale))
     over = _over(axis_name, q, segment_ids)
-    return _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale, over)
+    return _with_decays(q, k, v, g, beta, initial_state, segment_ids, _Form(scale), over)
 
 
-def _with_segments(q, k, v, g, beta, states, segment_ids, scale):
+def _with_segments(q, k, v, g, beta, states, segment_ids, form):
     """A run from states with an axis of segments, each segment in chunks of its own."""
 
     def run(q, k, v, g, beta, states, spans):
-        return _on_tiles(q, k, v, (g,), beta, (states, spans), scale, None, None)
+        return _on_tiles(q, k, v, (g,), beta, (states, spans), form, None)
 
     return packed.by_pieces(run, (q, k, v, g, beta), states, segment_ids, CHUNK)
 
 
-def _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale, over):
+def _with_decays(q, k, v, g, beta, initial_state, segment_ids, form, over):
     if segment_ids is not None:
         # To start a new segment, set its first token's decay to 0.
         starts = segment_starts(segment_ids)[:, :, None, None]
         g = jnp.where(starts, -jnp.inf, g)
-    return _on_tiles(q, k, v, (g,), beta, _start(initial_state), scale, None, over)
+    return _on_tiles(q, k, v, (g,), beta, _start(initial_state), form, over)
 
 
 def _start(initial_state):
@@ -113,11 +138,11 @@ def _wide_over(run, arrays, initial_state, segment_ids, axis_name):
     return sequence.by_rule(run, movement.KDA, axis_name, arrays, initial_state, segment_ids, links)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "lower_bound", "axis_name"))
+@functools.partial(jax.jit, static_argnames=("scale", "lower_bound", "normalize", "axis_name"))
 @reverse_only("jla.kda")
 def kda_from_projection(
     q, k, v, f, A_log, dt_bias, beta, initial_state, segment_ids, real=None,
-    *, scale, lower_bound, axis_name=None,
+    *, scale, lower_bound, normalize=False, axis_name=None,
 ):  # fmt: skip
     """`kda` with the log decays that `jla.kda_gate` makes of f [B, T, HV, K], A_log and dt_bias.
 
@@ -125,25 +150,35 @@ def kda_from_projection(
     never in memory. What `gate.unsupported` names, and padding, get them by the formula instead.
     See `jla._fused.kda_from_projection`.
     """
+    if normalize and not _normalizes(q, v):
+        q, k, normalize = l2norm(q), l2norm(k), False
     if axis_name is not None and q.shape[-1] > NARROW:
         options = dict(real=real, scale=scale, lower_bound=lower_bound)
         run = functools.partial(kda_from_projection, **options)
         arrays = q, k, v, f, A_log, dt_bias, beta
         return _wide_over(run, arrays, initial_state, segment_ids, axis_name)
     over = _over(axis_name, q, segment_ids)
+    form = _Form(scale, normalize=normalize)
     by_segment = packed.count(initial_state) is not None
     if by_segment or real is not None or gate.unsupported(f) is not None:
         g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound, real)
         if by_segment:  # empty places must not decay, and those of a projection of zeros would
-            return _with_segments(q, k, v, g, beta, initial_state, segment_ids, scale)
-        return _with_decays(q, k, v, g, beta, initial_state, segment_ids, scale, over)
+            return _with_segments(q, k, v, g, beta, initial_state, segment_ids, form)
+        return _with_decays(q, k, v, g, beta, initial_state, segment_ids, form, over)
     coefficients = for_each_row(gate.coefficients(A_log, dt_bias, lower_bound), f)
     source = f, coefficients, gate.borders(segment_ids, *f.shape[:2])
-    bounded = lower_bound is not None
-    return _on_tiles(q, k, v, source, beta, _start(initial_state), scale, bounded, over)
+    weak = lower_bound is not None and lower_bound >= spans.WEAKEST and segment_ids is None
+    form = form._replace(bounded=lower_bound is not None, exact=not weak)
+    return _on_tiles(q, k, v, source, beta, _start(initial_state), form, over)
 
 
-def _on_tiles(q, k, v, source, beta, start, scale, bounded, over):
+def _normalizes(q, v):
+    """Whether the kernels can divide q and k by their lengths: each warpgroup has one tile."""
+    K, V = (x.shape[-1] + missing_features(x.shape[-1]) for x in (q, v))
+    return q.dtype == bf16 and (K == 64 or (K == 128 and V % 128 == 0))
+
+
+def _on_tiles(q, k, v, source, beta, start, form, over):
     """Pads to whole tiles; `start` as `_kda` has it."""
     (T, K), V, dtype = q.shape[1::2], v.shape[-1], v.dtype
     keys, values = missing_features(K), missing_features(V)
@@ -160,24 +195,23 @@ def _on_tiles(q, k, v, source, beta, start, scale, bounded, over):
         source,
         beta,
         (*state, *spans),
-        scale,
-        bounded,
+        form,
         over,
     )
     return o[:, :T, :, :V].astype(dtype), state[..., :K, :V]
 
 
-def _by_narrow_values(q, k, v, source, beta, start, scale, bounded, over):
+def _by_narrow_values(q, k, v, source, beta, start, form, over):
     """`_kda` or `_kda_over`, with each 128 of a wide head's value columns as a value head.
 
     Value columns are independent of one another but for the gradients of q, k, beta and the
     decays, which are sums over them.
     """
     B, T, HV, V = v.shape
-    run = functools.partial(_kda, scale=scale, bounded=bounded)
+    run = functools.partial(_kda, form=form)
     if over is not None:
         axis, links = over
-        options = dict(links=links, scale=scale, bounded=bounded, axis=axis)
+        options = dict(links=links, form=form, axis=axis)
 
         def run(*arrays):
             *arrays, (state,) = arrays
@@ -199,8 +233,8 @@ def _by_narrow_values(q, k, v, source, beta, start, scale, bounded, over):
     return o.reshape(B, T, HV, V), state.reshape(*state.shape[:-2], V)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _kda(q, k, v, source, beta, start, scale, bounded):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _kda(q, k, v, source, beta, start, form):
     """KDA on whole tiles; beta [B, HV, T].
 
     `start` is () for a state of zeros, a tuple of the first state, or one of the state of each
@@ -208,11 +242,11 @@ def _kda(q, k, v, source, beta, start, scale, bounded):
     like it.
 
     `source` holds the arrays from which the decays are computed, without padding and with the
-    caller's heads: log decays if `bounded` is None, else the arguments of `gate.decay_operand`.
+    caller's heads; see `_Form`.
     """
-    made = _fit(_decay_operand(source, bounded), q, v)
+    made = _fit(_decay_operand(source, form.bounded), q, v)
     axes = (*_INPUTS, *_axes_of(start))
-    run = functools.partial(_forward, scale=scale, keep=False)
+    run = functools.partial(_forward, form=form, keep=False)
     return shardwise(run, axes, (KDA["o"], _axes_of_state(start)))(q, k, v, made, beta, *start)
 
 
@@ -225,50 +259,66 @@ def _axes_of(start):
     return (_axes_of_state(start), _SPANS)[: len(start)]
 
 
-def _kda_forward(q, k, v, source, beta, start, scale, bounded):
-    made = _decay_operand(source, bounded)
+def _kda_forward(q, k, v, source, beta, start, form):
+    made = _decay_operand(source, form.bounded)
     inputs = (q, k, v, _fit(made, q, v), beta)
-    run = functools.partial(_forward, scale=scale, keep=True)
-    results = KDA["o"], _axes_of_state(start), *_KEPT.values()
+    run = functools.partial(_forward, form=form, keep=True)
+    results = KDA["o"], _axes_of_state(start), *form.kept.values()
     o, state, *kept = shardwise(run, (*_INPUTS, *_axes_of(start)), results)(*inputs, *start)
-    kept = tuple(map(checkpoint_name, kept, _KEPT))
-    # The operand is smaller than the log decays, and is kept in their place; the projection that
-    # our kernel made it of is as small, and mostly kept anyhow.
-    source = (made,) if bounded is None else source
-    return (o, state), (q, k, v, source, beta, kept, len(start), start[1:])
+    kept = tuple(map(checkpoint_name, kept, form.kept))
+    return (o, state), (q, k, v, _source(source, made, form), beta, kept, len(start), start[1:])
 
 
-def _kda_backward(scale, bounded, residuals, cotangents):
+def _source(source, made, form):
+    """What is kept of the decays: log decays and the projection are there to be differentiated.
+
+    The operand is smaller than the log decays, and is kept in their place; the projection that
+    our kernel made it of is as small, and mostly kept anyhow. Where q and k are not kept twice, as
+    they are and normalised, there is room for both.
+    """
+    if form.bounded is None:
+        return (made,)
+    return (*source, made) if form.normalize else source
+
+
+def _decay_operand_kept(source, form):
+    """The operand, kept or made again, and the arguments that it was made of, if any."""
+    if form.bounded is None:
+        return *source, ()
+    if form.normalize:
+        return source[-1], source[:-1]
+    return _decay_operand(source, form.bounded), source
+
+
+def _kda_backward(form, residuals, cotangents):
     q, k, v, source, beta, kept, number, spans = residuals
     inputs = q, k, v, source, beta, kept, *cotangents
-    *gradients, start = _kda_gradients(scale, bounded, *inputs, spans=spans)
+    *gradients, start = _kda_gradients(form, *inputs, spans=spans)
     return *gradients, (start, None)[:number]
 
 
-def _kda_gradients(
-    scale, bounded, q, k, v, source, beta, kept, do, dend, *, behind=(), spans=()
-):  # fmt: skip
+def _kda_gradients(form, q, k, v, source, beta, kept, do, dend, *, behind=(), spans=()):
     """The gradients of q, k, v, the source, beta and the state before; `behind` is what the tokens
     behind each piece do to the state's gradient, if it was made before. `spans` as in `_kda`."""
-    made = source[0] if bounded is None else _decay_operand(source, bounded)
-    run = functools.partial(_backward, scale=scale)
+    made, source = _decay_operand_kept(source, form)
+    run = functools.partial(_backward, form=form)
     state = _OF_PIECES if spans else _STATE
-    axes = (*_INPUTS, *_KEPT.values(), KDA["o"], state)
+    axes = (*_INPUTS, *form.kept.values(), KDA["o"], state)
     axes = (*axes, *(_SUMMARY[2:] if behind else ()), *(_SPANS for _ in spans))
     results = ("B T HV K", "B T HV K", KDA["v"], "B TP HV K", "B HV T", state)
     inputs = (q, k, v, _fit(made, q, v), beta, *kept, do, dend, *behind, *spans)
     *gradients, dv, dg, dbeta, start = shardwise(run, axes, results)(*inputs)
     # A key head's gradient is the sum of its value heads'.
-    for i in range(2):
+    for i in range(2 if v.shape[2] > q.shape[2] else 0):
         per_head = gradients[i].reshape(*q.shape[:3], -1, q.shape[3])
         gradients[i] = per_head.astype(f32).sum(3).astype(bf16)
     # And so is that of a log decay, where value heads are parts of one.
     T, heads, features = made.shape[1:]
     dg = dg.reshape(*dg.shape[:2], heads, -1, dg.shape[3]).sum(3)[..., :features]
-    if bounded is None:
+    if form.bounded is None:
         by_source = (dg[:, :T],)
     else:
-        by_source = (*gate.gradients(*source, dg, bounded=bounded), None)
+        by_source = (*gate.gradients(*source, dg, bounded=form.bounded), None)
     return *gradients, dv, by_source, dbeta, start
 
 
@@ -284,30 +334,30 @@ _SUMMARY = ("B HV K J", _STATE, "B HV P K J", "B HV P K V")
 _FACTORS = _SUMMARY[2]  # of the device's own pieces, for the backward pass
 # What `recurrence` takes: u, and the first five of `_KEPT`.
 _PREPARED = ("B TP HV V", *list(_KEPT.values())[:5])
-_SOLVER = tuple(_KEPT.values())[5:7]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
-def _kda_over(q, k, v, source, beta, state, links, scale, bounded, axis):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _kda_over(q, k, v, source, beta, state, links, form, axis):
     """As `_kda`: the outputs of this device's piece, and the state that leaves it; `state` is that
     before the first piece."""
-    made = _fit(_decay_operand(source, bounded), q, v)
-    return _run_over(q, k, v, made, beta, state, links, scale, axis, keep=False)[0]
+    made = _fit(_decay_operand(source, form.bounded), q, v)
+    return _run_over(q, k, v, made, beta, state, links, form, axis, keep=False)[0]
 
 
-def _kda_over_forward(q, k, v, source, beta, state, links, scale, bounded, axis):
-    made = _decay_operand(source, bounded)
+def _kda_over_forward(q, k, v, source, beta, state, links, form, axis):
+    made = _decay_operand(source, form.bounded)
     arrays = q, k, v, _fit(made, q, v), beta, state, links
-    out, kept, factors = _run_over(*arrays, scale, axis, keep=True)
-    kept = tuple(map(checkpoint_name, kept, _KEPT))
+    out, kept, factors = _run_over(*arrays, form, axis, keep=True)
+    kept = tuple(map(checkpoint_name, kept, form.kept))
     factors = checkpoint_name(factors, "kda_factors")
-    source = (made,) if bounded is None else source
-    return out, (q, k, v, source, beta, kept, factors, links)
+    return out, (q, k, v, _source(source, made, form), beta, kept, factors, links)
 
 
-def _run_over(q, k, v, g, beta, state, links, scale, axis, *, keep):
-    run = functools.partial(_prepare_and_summarise, scale=scale, keep=keep)
-    results = (*_SUMMARY, _FACTORS, *_PREPARED, *(_SOLVER if keep else ()))
+def _run_over(q, k, v, g, beta, state, links, form, axis, *, keep):
+    run = functools.partial(_prepare_and_summarise, form=form, keep=keep)
+    solved = list(form.kept.values())
+    solved = (*solved[5:8], *solved[9:]) if keep else ()
+    results = (*_SUMMARY, _FACTORS, *_PREPARED, *solved)
     factor, term, *made = shardwise(run, _INPUTS, results)(q, k, v, g, beta)
     start = sequence.entering(_move, (factor, term), state, links, axis)
     (*before, factors), prepared, solver = made[:3], made[3:9], made[9:]
@@ -315,10 +365,10 @@ def _run_over(q, k, v, g, beta, state, links, scale, axis, *, keep):
     axes = _heads_alone(*_PREPARED, "B HV T", _STATE, *_SUMMARY[2:])
     results = _heads_alone(*_OUTPUTS, *((_KEPT["kda_states"],) if keep else ()))
     o, end, *states = shardwise(run, axes, results)(*prepared, beta, start, *before)
-    return (o, end), (*prepared[1:], *solver, *states), factors
+    return (o, end), (*prepared[1:], *solver[:3], *states, *solver[3:]), factors
 
 
-def _kda_over_backward(scale, bounded, axis, residuals, cotangents):
+def _kda_over_backward(form, axis, residuals, cotangents):
     q, k, v, source, beta, kept, factors, links = residuals
     do, dend = cotangents
     axes = _heads_alone(*_PREPARED[1:], "B HV T", *_OUTPUTS, _FACTORS)
@@ -326,7 +376,7 @@ def _kda_over_backward(scale, bounded, axis, residuals, cotangents):
     factor, said, *behind = summarise(*kept[:5], beta, do, dend, factors)
     after = sequence.entering_gradient(_move, factor, said, links, axis)
     inputs = q, k, v, source, beta, kept, do, after
-    *gradients, start = _kda_gradients(scale, bounded, *inputs, behind=behind)
+    *gradients, start = _kda_gradients(form, *inputs, behind=behind)
     return *gradients, sequence.of_first_device(start, axis), None
 
 
@@ -340,11 +390,16 @@ def _move(state, summary, _):
     return pieces.matmul(factor, state) + term
 
 
-def _prepare_and_summarise(q, k, v, g, beta, *, scale, keep):
+def _prepare_and_summarise(q, k, v, g, beta, *, form, keep):
     beta = _whole_chunks(beta)
-    query, w, u, kg, decay, scores, *solver = prepare(q, k, v, g, beta, scale=scale, keep=keep)
+    query, w, u, kg, decay, scores, *solver = _prepare(q, k, v, g, beta, form, keep)
     summary = pieces.summary(w, u, kg, decay, beta)
     return *summary, u, query, w, kg, decay, scores, *solver
+
+
+def _prepare(q, k, v, g, beta, form, keep):
+    options = dict(exact=form.exact, normalize=form.normalize)
+    return prepare(q, k, v, g, beta, scale=form.scale, keep=keep, **options)
 
 
 def _forward_from(u, query, w, kg, decay, scores, beta, start, *made, length, keep):
@@ -375,26 +430,29 @@ def _fit(made, q, v):
     return repeated(made, v.shape[2] // made.shape[2], axis=2)
 
 
-def _forward(q, k, v, g, beta, *start, scale, keep):
+def _forward(q, k, v, g, beta, *start, form, keep):
     """Both forward kernels, g from `_decay_operand`: o and the last state, with `keep` also what
     `_KEPT` lists."""
     beta = _whole_chunks(beta)
-    query, w, u, kg, decay, scores, *solver = prepare(q, k, v, g, beta, scale=scale, keep=keep)
+    query, w, u, kg, decay, scores, *solver = _prepare(q, k, v, g, beta, form, keep)
     initial_state, spans = (*start, None, None)[:2]
     o, state, *states = pieces.forward(
         query, w, u, kg, decay, scores, beta, initial_state,
         length=q.shape[1], keep_states=keep, spans=spans,
     )  # fmt: skip
-    return (o, state, query, w, kg, decay, scores, *solver, *states) if keep else (o, state)
+    kept = query, w, kg, decay, scores, *solver[:3], *states, *solver[3:]
+    return (o, state, *kept) if keep else (o, state)
 
 
-def _backward(
-    q, k, v, g, beta,
-    query, w, kg, decay, scores, inverse, key_scores, states,
-    do, last_gradient, *more, scale,
-):  # fmt: skip
-    """Both backward kernels: the gradients of q, k (per value head), v, g, beta and the start;
-    `more` are two transitions of all pieces, or spans."""
+def _backward(q, k, v, g, beta, *arrays, form):
+    """Both backward kernels: the gradients of q, k (per value head), v, g, beta and the start.
+
+    `arrays` are those of `_Form.kept`, the gradients of o and of the last state, and two
+    transitions of all pieces, or spans, or nothing.
+    """
+    number = len(form.kept)
+    query, w, kg, decay, scores, inverse, key_scores, levels, states, *norms = arrays[:number]
+    do, last_gradient, *more = arrays[number:]
     T = q.shape[1]
     beta = _whole_chunks(beta)
     options = dict(spans=more[0]) if len(more) == 1 else dict(made=more or None)
@@ -403,14 +461,15 @@ def _backward(
     )
     if q.shape[-1] <= NARROW:
         dq, dk, dv, dg, dbeta = chunk_gradients(
-            q, k, v, g, beta, do, states, gradients, inverse, key_scores, scores, decay,
-            scale=scale,
+            q, k, v, g, beta, do, states, gradients,
+            inverse, key_scores, scores, decay, levels, *norms,
+            scale=form.scale,
         )  # fmt: skip
     else:
         dq, dk, dv, dg, dbeta = wide.chunk_gradients(
             q, k, v, g, beta, do, w, kg, states, gradients,
-            inverse, key_scores, scores, decay,
-            scale=scale,
+            inverse, key_scores, scores, decay, levels,
+            scale=form.scale,
         )  # fmt: skip
     return dq, dk, dv, dg, dbeta.sum(2)[:, :, :T], start
 

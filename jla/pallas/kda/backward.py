@@ -8,10 +8,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import chunks, mosaic, scratch
+from jla.pallas.common import blocks, chunks, mosaic, scratch
 from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
 from jla.pallas.common.mosaic import PER_ROW, bf16, f16, f32, load, per_row
-from jla.pallas.common.scratch import barrier_for, fetch
+from jla.pallas.common.scratch import barrier_for, fetch_each
 from jla.pallas.kda.key_gradients import gradients_of_keys
 
 SDS = jax.ShapeDtypeStruct
@@ -21,7 +21,8 @@ Place = collections.namedtuple("Place", "b n rows h key_head")
 
 
 def chunk_gradients(
-    q, k, v, decay_operand, beta, do, states, gradients, inverse, a, aq, decay, *, scale
+    q, k, v, decay_operand, beta, do, states, gradients, inverse, a, aq, decay, levels,
+    norms=None, *, scale,
 ):  # fmt: skip
     """Gradients of one chunk's inputs, given the state S before it and dS, the gradient after it.
 
@@ -43,7 +44,8 @@ def chunk_gradients(
     Args:
       q, k, v, decay_operand, beta: as in `prepare`, with its T and TP. do: [B, T, HV, V] bf16.
       states, gradients: S and dS transposed, [B, HV, N, V, K] bf16.
-      inverse, a, aq, decay: as `prepare` returned them: M^-1, A, Aq and exp(G_end).
+      inverse, a, aq, decay, levels: as `prepare` returned them: M^-1, A, Aq, exp(G_end) and the
+        number of levels inside blocks.
 
     Returns:
       dq, dk [B, T, HV, K], dv [B, T, HV, V] bf16, dg [B, TP, HV, K] float32 and dbeta
@@ -63,7 +65,7 @@ def chunk_gradients(
         inputs=dict(
             **dict(q=q, k=k, v=v, decay_operand=decay_operand, beta=beta),
             **dict(do=do, states=states, gradients=gradients),
-            **dict(inverse=inverse, a=a, aq=aq, decay=decay),
+            **dict(inverse=inverse, a=a, aq=aq, decay=decay, levels=levels, norms=norms),
         ),
         outputs=dict(
             dq=keys,
@@ -72,7 +74,8 @@ def chunk_gradients(
             dg=SDS((B, TP, HV, K), f32),
             dbeta=SDS((B, HV, warpgroups, TP), f32),
         ),
-        scratch=_scratch(K, V, warpgroups),
+        scratch=_scratch(K, V, warpgroups, norms is not None),
+        reductions_cross_warps=False,
         grid=(B, N, HV),
         grid_names=("b", "n", "h"),
         num_threads=warpgroups,
@@ -81,8 +84,9 @@ def chunk_gradients(
     return tuple(out)
 
 
-def _scratch(K, V, warpgroups):
-    loads = ("q", "k", "v", "do", "states", "gradients", "inverse", "a", "aq")
+def _scratch(K, V, warpgroups, normalize):
+    stages = dict(k=1, decay_operand=K // TILE_WIDTH), ("states", "v", "inverse")
+    stages = *stages, ("gradients", "do", "aq", "a", "q")
     return dict(
         sq=mosaic.tile(CHUNK, K),  # q, then dq
         sk=mosaic.tile(CHUNK, K),  # k, then dk
@@ -90,15 +94,17 @@ def _scratch(K, V, warpgroups):
         sdo=mosaic.tile(CHUNK, V),
         ss=mosaic.tile(V, K),
         sds=mosaic.tile(V, K),
-        sinverse=mosaic.tile(CHUNK, CHUNK),
+        a_block=mosaic.tile(CHUNK, CHUNK),  # M^-1 before
         sa=mosaic.tile(CHUNK, CHUNK),  # A, then dA
         saq=mosaic.tile(CHUNK, CHUNK),  # Aq, then dAq
+        aq_block=mosaic.tile(CHUNK, CHUNK),
         sg=mosaic.tile(CHUNK, TILE_WIDTH, K // TILE_WIDTH, dtype=f16),  # of `decay_operand`
         read_keys=mosaic.tile(CHUNK, K),  # k~, then anything
         write_keys=mosaic.tile(CHUNK, K),  # kg, then anything
         written=mosaic.tile(CHUNK, V),  # beta E
-        loaded=barrier_for(dict.fromkeys(loads, 1) | dict(decay_operand=K // TILE_WIDTH)),
+        loaded=[barrier_for(x) for x in stages],  # see `_loads`
         shared=plgpu.Barrier(num_arrivals=warpgroups),
+        dots=plgpu.SMEM((warpgroups, 2, CHUNK), f32) if normalize else None,
     )
 
 
@@ -107,18 +113,23 @@ def _body(refs, *, group, scale, warpgroups):
     wg = lax.axis_index("wg")
     place = Place(b, n, pl.ds(n * CHUNK, CHUNK), h, h // group)
     meet = functools.partial(meet_at, refs.shared, warpgroups)
-    pl.when(wg == 0)(lambda: _fetch(refs, place))
+    pl.when(wg == 0)(lambda: fetch_each(_loads(refs, place), *refs.loaded))
     key_columns, value_columns = (
         _columns(wg, x.shape[1] // TILE_WIDTH // warpgroups) for x in (refs.sq, refs.sdv)
     )
     k_parts = len(key_columns)
     tiles = [refs.sg.at[wg * k_parts + i] for i in range(k_parts)]
-    plgpu.barrier_wait(refs.loaded)
+    number = refs.levels[b, h, n]
+    plgpu.barrier_wait(refs.loaded[0])
 
+    factors = None
+    if refs.norms is not None:
+        norms = [refs.norms.at[b, h, i, place.rows] for i in range(2)]
+        factors = [load(x, PER_ROW, optimized=False) for x in norms]
+        _normalize(refs.sk, key_columns, factors[1])
     beta = load(refs.beta.at[b, h, place.rows], PER_ROW, optimized=False)
     beta = per_row(beta, TILE_WIDTH)
-    earlier = chunks.mask_operand(chunks.up_to())
-    later = chunks.mask_operand(chunks.from_on(strict=True))
+    earlier, later = blocks.up_to(f16), blocks.from_on(f16, strict=True)
     tiles = list(zip(key_columns, tiles, strict=True))
     _decay_keys(refs, tiles, earlier, later)
     meet()
@@ -131,9 +142,11 @@ def _body(refs, *, group, scale, warpgroups):
         pl.when(wg == 0)(lambda: plgpu.copy_smem_to_gmem(tile, target))
 
     store(refs.sdv, refs.dv.at[b, place.rows, h])
+    if factors is not None:
+        _normalize(refs.sq, key_columns, factors[0])
     gradients_of_keys(
-        refs, tiles, earlier, later, refs.decay.at[b, h, n], refs.dg.at[b, place.rows, h], wg, meet,
-        scale=scale, warpgroups=warpgroups,
+        refs, tiles, refs.decay.at[b, h, n], refs.dg.at[b, place.rows, h], wg, meet, number,
+        factors, scale=scale, warpgroups=warpgroups,
     )  # fmt: skip
     meet()
     store(refs.sq, refs.dq.at[b, place.rows, h])
@@ -146,25 +159,21 @@ def _columns(wg, parts):
     return [pl.ds((wg * parts + i) * TILE_WIDTH, TILE_WIDTH) for i in range(parts)]
 
 
-def _fetch(refs, place):
+def _loads(refs, place):
+    """All that is loaded, in the order of use, with the number of the barrier that awaits it."""
     b, n, rows, h, key_head = place
-    tiles = []
+    yield refs.k.at[b, rows, key_head], refs.sk, 0
     for i in range(refs.sg.shape[0]):
         s = pl.ds(i * TILE_WIDTH, TILE_WIDTH)
-        tiles.append((refs.decay_operand.at[b, rows, h, s], refs.sg.at[i]))
-    loads = dict(
-        q=(refs.q.at[b, rows, key_head], refs.sq),
-        k=(refs.k.at[b, rows, key_head], refs.sk),
-        v=(refs.v.at[b, rows, h], refs.sdv),
-        do=(refs.do.at[b, rows, h], refs.sdo),
-        states=(refs.states.at[b, h, n], refs.ss),
-        gradients=(refs.gradients.at[b, h, n], refs.sds),
-        inverse=(refs.inverse.at[b, h, n], refs.sinverse),
-        a=(refs.a.at[b, h, n], refs.sa),
-        aq=(refs.aq.at[b, h, n], refs.saq),
-        decay_operand=tiles,
-    )
-    fetch(loads, refs.loaded)
+        yield refs.decay_operand.at[b, rows, h, s], refs.sg.at[i], 0
+    yield refs.states.at[b, h, n], refs.ss, 1
+    yield refs.v.at[b, rows, h], refs.sdv, 1
+    yield refs.inverse.at[b, h, n], refs.a_block, 1
+    yield refs.gradients.at[b, h, n], refs.sds, 2
+    yield refs.do.at[b, rows, h], refs.sdo, 2
+    yield refs.aq.at[b, h, n], refs.saq, 2
+    yield refs.a.at[b, h, n], refs.sa, 2
+    yield refs.q.at[b, rows, key_head], refs.sq, 2
 
 
 def meet_at(barrier, warpgroups):
@@ -173,6 +182,13 @@ def meet_at(barrier, warpgroups):
     if warpgroups > 1:
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
+
+
+def _normalize(ref, columns, factor):
+    """Multiplies the rows by what `prepare` multiplied them by."""
+    for s in columns:
+        tile = ref.at[:, s]
+        tile[...] = (load(tile) * per_row(factor, TILE_WIDTH)).astype(bf16)
 
 
 def _decay_keys(refs, tiles, earlier, later):
@@ -188,14 +204,18 @@ def _decay_keys(refs, tiles, earlier, later):
 def _gradients_of_value_columns(refs, value_columns, beta):
     """Equations 1 and 2: dv and beta E of this warpgroup's columns; returns their part of dbeta."""
     dbeta = None
-    for s in value_columns:
+    for i, s in enumerate(value_columns):
+        if not i:
+            plgpu.barrier_wait(refs.loaded[1])
         residual = load(refs.sdv.at[:, s]) - mosaic.product((refs.read_keys, refs.ss.at[s].T))
         refs.sdv.at[:, s][...] = residual.astype(bf16)
         plgpu.commit_smem()
-        error = mosaic.product((refs.sinverse, refs.sdv.at[:, s]))
+        error = mosaic.product((refs.a_block, refs.sdv.at[:, s]))
+        if not i:
+            plgpu.barrier_wait(refs.loaded[2])
         y = mosaic.product((refs.saq.T, refs.sdo.at[:, s]), (refs.write_keys, refs.sds.at[s].T))
         part = gradients_of_values(
-            error, y, beta, refs.sinverse, refs.sa, refs.sdv.at[:, s], refs.written.at[:, s]
+            error, y, beta, refs.a_block, refs.sa, refs.sdv.at[:, s], refs.written.at[:, s]
         )
         dbeta = part if dbeta is None else dbeta + part
     return dbeta

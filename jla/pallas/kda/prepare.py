@@ -8,16 +8,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import chunks, mosaic, scratch
+from jla.pallas.common import blocks, chunks, mosaic, scratch
 from jla.pallas.common.chunks import CHUNK, LEVELS, TILE_WIDTH
-from jla.pallas.common.mosaic import PER_COLUMN, WGMMA_LAYOUT, bf16, f16, f32, load, per_column
+from jla.pallas.common.mosaic import (
+    PER_COLUMN,
+    WGMMA_LAYOUT,
+    bf16,
+    f16,
+    f32,
+    load,
+    per_column,
+    per_row,
+)
 from jla.pallas.common.scratch import barrier_for, fetch, fetch_each
-from jla.pallas.common.tiles import columns
+from jla.pallas.common.tiles import columns, over_tiles
+from jla.pallas.kda import spans
 
 SDS = jax.ShapeDtypeStruct
+EPSILON = 1e-6  # of `parts.l2norm`
 
 
-def prepare(q, k, v, decay_operand, beta, *, scale, keep):
+def prepare(q, k, v, decay_operand, beta, *, scale, keep, exact=True, normalize=False):
     """Chunk-local part of KDA's forward pass.
 
     With G the cumulated log decays of the chunk:
@@ -48,7 +59,7 @@ def prepare(q, k, v, decay_operand, beta, *, scale, keep):
     keys, values = SDS((B, TP, HV, K), bf16), SDS((B, TP, HV, V), bf16)
     squares = SDS((B, HV, N, CHUNK, CHUNK), bf16)
     out = scratch.kernel(
-        functools.partial(_body, group=HV // H, v_tiles=V // TILE_WIDTH, scale=scale),
+        functools.partial(_body, group=HV // H, scale=scale, exact=exact, normalize=normalize),
         inputs=dict(q=q, k=k, v=v, decay_operand=decay_operand, beta=beta),
         outputs=dict(
             **dict(query=keys, w=keys, u=values, kg=keys),
@@ -56,6 +67,8 @@ def prepare(q, k, v, decay_operand, beta, *, scale, keep):
             aq=squares,
             inverse=squares if keep else None,
             a=squares if keep else None,
+            levels=SDS((B, HV, N), jnp.int32) if keep else None,
+            norms=SDS((B, HV, 2, TP), f32) if keep and normalize else None,
         ),
         scratch=_scratch(K // TILE_WIDTH, V // TILE_WIDTH),
         automatic_barriers=False,
@@ -69,20 +82,23 @@ def _scratch(k_tiles, v_tiles):
     wide = max(k_tiles, v_tiles)
     return dict(
         sk=mosaic.tile(CHUNK, TILE_WIDTH, wide),  # k, then k~, then u
-        sq=mosaic.tile(CHUNK, TILE_WIDTH, wide),  # q, then q~, then v
+        sq=mosaic.tile(CHUNK, TILE_WIDTH, k_tiles),  # q, then q~
+        sv=mosaic.tile(CHUNK, TILE_WIDTH, v_tiles),
+        sbeta=plgpu.SMEM((CHUNK,), f32),
         sg=mosaic.tile(CHUNK, TILE_WIDTH, k_tiles, dtype=f16),  # of `decay_operand`
         work=mosaic.tile(CHUNK, TILE_WIDTH, max(k_tiles, 2) + 1),
+        reading=mosaic.tile(CHUNK, TILE_WIDTH, k_tiles),
         loaded=barrier_for(dict(q=k_tiles, k=k_tiles, decay_operand=k_tiles)),
-        v_loaded=barrier_for(dict(v=v_tiles)),
+        v_loaded=barrier_for(dict(v=v_tiles, beta=1)),
     )
 
 
 # The kernel awaits by hand (`commit_smem` is a barrier of the warpgroup, too) whatever it
 # overwrites in SMEM; Mosaic's own barriers, two for each store, would make it slower.
-def _body(refs, *, group, v_tiles, scale):
+def _body(refs, *, group, scale, exact, normalize):
     b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
     rows = pl.ds(n * CHUNK, CHUNK)
-    k_tiles, keep = refs.sg.shape[0], refs.inverse is not None
+    k_tiles, v_tiles, keep = refs.sg.shape[0], refs.sv.shape[0], refs.inverse is not None
     spare = refs.work.at[max(k_tiles, 2)]
 
     def loads():
@@ -94,20 +110,32 @@ def _body(refs, *, group, v_tiles, scale):
             )
 
     fetch_each(loads(), refs.loaded)
+    values = [(refs.v.at[b, rows, h, columns(i)], refs.sv.at[i]) for i in range(v_tiles)]
+    fetch(dict(v=values, beta=(refs.beta.at[b, h, rows], refs.sbeta)), refs.v_loaded)
     plgpu.barrier_wait(refs.loaded)
 
+    if normalize:
+        for i, tiles in enumerate((refs.sq, refs.sk)):
+            factor = _normalize(tiles)
+            if refs.norms is not None:
+                refs.norms.at[b, h, i, rows][...] = factor
+        plgpu.commit_smem()
     # 1. A and Aq.
-    a, aq = _scores(refs.sq, refs.sk, refs.work, refs.sg, k_tiles)
+    a, aq, number = _scores(refs, k_tiles, exact)
+    # The diagonal knows no decay.
+    own = mosaic.product(*((refs.sq.at[i], refs.sk.at[i].T) for i in range(k_tiles)))
+    aq = jnp.where(chunks.diagonal(), own, aq)
+    if keep:
+        refs.levels[b, h, n] = number
     plgpu.commit_smem()
     _put(spare, aq * scale, refs.aq.at[b, h, n])
     if keep:
         _put(refs.work.at[1], a, refs.a.at[b, h, n])
 
     _decay(refs, scale, (b, n, h, rows))
-    beta = per_column(load(refs.beta.at[b, h, rows], PER_COLUMN, optimized=False), CHUNK)
+    plgpu.barrier_wait(refs.v_loaded)
+    beta = per_column(load(refs.sbeta, PER_COLUMN), CHUNK)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    values = [(refs.v.at[b, rows, h, columns(i)], refs.sq.at[i]) for i in range(v_tiles)]
-    fetch(dict(v=values), refs.v_loaded)
 
     # 3. M^-1, w and u.
     inverse = chunks.unit_triangular_inverse(a * beta, (refs.work.at[0], refs.work.at[1]))
@@ -118,11 +146,19 @@ def _body(refs, *, group, v_tiles, scale):
     for i in range(k_tiles):
         w = mosaic.product((inverse, refs.sk.at[i]))
         _put(refs.work.at[i], w, refs.w.at[b, rows, h, columns(i)])
-    plgpu.barrier_wait(refs.v_loaded)
     for i in range(v_tiles):
-        u = mosaic.product((inverse, refs.sq.at[i]))
+        u = mosaic.product((inverse, refs.sv.at[i]))
         _put(refs.sk.at[i], u, refs.u.at[b, rows, h, columns(i)])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _normalize(tiles):
+    """Divides the rows of tiles by their lengths; returns by what they were multiplied."""
+    rows = [load(tiles.at[i]) for i in range(tiles.shape[0])]
+    factor = lax.rsqrt(over_tiles(jnp.add, [(x * x).sum(axis=1) for x in rows]) + EPSILON)
+    for i, x in enumerate(rows):
+        tiles.at[i][...] = (x * per_row(factor, TILE_WIDTH)).astype(bf16)
+    return factor
 
 
 def _put(tile, value, out):
@@ -135,8 +171,7 @@ def _put(tile, value, out):
 def _decay(refs, scale, place):
     """2. q~ and k~ take the places of q and k; q~, kg and the chunk's decay are stored."""
     b, n, h, rows = place
-    earlier, later = chunks.up_to(), chunks.from_on(strict=True)
-    earlier, later = (chunks.mask_operand(x) for x in (earlier, later))
+    earlier, later = blocks.up_to(f16), blocks.from_on(f16, strict=True)
     for i in range(refs.sg.shape[0]):
         sq, sk, sg = refs.sq.at[i], refs.sk.at[i], refs.sg.at[i]
         before = chunks.decays(earlier, sg)
@@ -152,33 +187,77 @@ def _decay(refs, scale, place):
         refs.decay.at[b, h, n, columns(i)][...] = jnp.exp2(load(sg.T).sum(axis=1))
 
 
-def _scores(sq, sk, work, sg, k_tiles):
+def _scores(refs, k_tiles, exact):
     """1. The decayed products of keys with keys (j < i) and of queries with keys (j <= i).
 
-    Level by level of the tree of references (see `chunks.level_decay_mask`), so that no exponent
-    is ever positive. A level also writes the pairs of tokens that are further apart than its
-    blocks; what it writes there is overwritten by the level that they belong to.
+    Pairs of one block by `jla.pallas.kda.spans`, those further apart level by level of the tree of
+    references (see `chunks.level_decay_mask`). A level also writes the pairs of tokens that are
+    further apart than its blocks; what it writes there is overwritten by the level that they
+    belong to. With `exact`, rows whose own decays inside their block are too strong get their pairs
+    by the tree, too, whatever the others do.
+
+    Returns:
+      The two, and how many levels inside blocks there were: all or none.
     """
-    tiles = range(k_tiles)
-    # The diagonal knows no decay.
-    own = mosaic.product(*((sq.at[i], sk.at[i].T) for i in tiles))
-    queries = jnp.where(chunks.diagonal(), own, 0.0)
+    sq, sk, work, sg = refs.sq, refs.sk, refs.work, refs.sg
+    by_key, by_query, span = _block_scores(sq, sk, work, refs.reading, sg, k_tiles, exact)
 
     def level_step(level, scores):
-        by_key, by_query = scores
-        mask = chunks.mask_operand(chunks.level_decay_mask(level))
-        plgpu.commit_smem()  # all warps are done with the products of the level before
-        queries = []
-        for i in tiles:
-            decay = chunks.decays(mask, sg.at[i]).astype(bf16)
-            work.at[i][...] = plgpu.load(sk.at[i], layout=WGMMA_LAYOUT) * decay
-            queries.append(plgpu.load(sq.at[i], layout=WGMMA_LAYOUT) * decay)
-        plgpu.commit_smem()
-        keys = [work.at[i] for i in tiles]
-        earlier = chunks.before_half(level)
-        product = mosaic.product(*((x, x.T) for x in keys))
-        by_key = jnp.where(earlier, product, by_key)
-        product = mosaic.product(*((x, y.T) for x, y in zip(queries, keys, strict=True)))
-        return by_key, jnp.where(earlier, product, by_query)
+        pairs = functools.partial(chunks.before_half, level)
+        return _level_scores(level, sq, sk, work, sg, k_tiles, pairs, scores)
 
-    return lax.fori_loop(0, LEVELS, level_step, (jnp.zeros_like(own), queries))
+    scores = lax.fori_loop(spans.LEVELS, LEVELS, level_step, (by_key, by_query))
+    if not exact:
+        return *scores, jnp.int32(0)
+    strong = span < -spans.LONGEST
+    number = jnp.where(jnp.min(span) < -spans.LONGEST, jnp.int32(spans.LEVELS), jnp.int32(0))
+
+    def strong_step(level, scores):
+        pairs = functools.partial(chunks.level_pairs, level, rows=strong)
+        return _level_scores(level, sq, sk, work, sg, k_tiles, pairs, scores)
+
+    return *lax.fori_loop(0, number, strong_step, scores), number
+
+
+def _block_scores(sq, sk, work, reading, sg, k_tiles, exact):
+    """The scores of pairs in one block of 16, zeros elsewhere; with `exact` the span of each
+    row, else None."""
+    tiles = range(k_tiles)
+    mask = spans.so_far()
+    span, queries = None, []
+    for i in tiles:
+        so_far = mosaic.product((mask, sg.at[i]))
+        if exact:
+            lowest = so_far.min(axis=1)
+            span = lowest if span is None else jnp.minimum(span, lowest)
+        reader, written = spans.reads(so_far), spans.writes(so_far)
+        key = load(sk.at[i])
+        work.at[i][...] = (key * written).astype(bf16)
+        reader = reader.astype(bf16)
+        reading.at[i][...] = plgpu.load(sk.at[i], layout=WGMMA_LAYOUT) * reader
+        queries.append(plgpu.load(sq.at[i], layout=WGMMA_LAYOUT) * reader)
+    plgpu.commit_smem()
+    by_query = mosaic.product(*((x, work.at[i].T) for i, x in enumerate(queries)))
+    pairs = spans.are_pairs()
+    by_key = mosaic.product(*((reading.at[i], work.at[i].T) for i in tiles))
+    by_key = jnp.where(pairs, by_key, 0.0)
+    return by_key, jnp.where(pairs, by_query, 0.0), span
+
+
+def _level_scores(level, sq, sk, work, sg, k_tiles, pairs, scores):
+    """The scores with those of the level's pairs, which the mask `pairs()` names."""
+    tiles = range(k_tiles)
+    mask = spans.level_decays(level)
+    plgpu.commit_smem()  # all warps are done with the products of the level before
+    queries = []
+    for i in tiles:
+        decay = chunks.decays(mask, sg.at[i]).astype(bf16)
+        work.at[i][...] = plgpu.load(sk.at[i], layout=WGMMA_LAYOUT) * decay
+        queries.append(plgpu.load(sq.at[i], layout=WGMMA_LAYOUT) * decay)
+    plgpu.commit_smem()
+    by_key, by_query = scores
+    keys = [work.at[i] for i in tiles]
+    pairs = pairs()
+    by_key = jnp.where(pairs, mosaic.product(*((x, x.T) for x in keys)), by_key)
+    product = mosaic.product(*((x, y.T) for x, y in zip(queries, keys, strict=True)))
+    return by_key, jnp.where(pairs, product, by_query)

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla.pallas.common import chunks, mosaic, scratch
+from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.chunks import CHUNK, TILE_WIDTH
 from jla.pallas.common.mosaic import PER_ROW, bf16, f16, f32, load, per_row
 from jla.pallas.common.scratch import barrier_for, fetch, fetch_each
@@ -25,7 +25,8 @@ WARPGROUPS = 2
 
 
 def chunk_gradients(
-    q, k, v, decay_operand, beta, do, w, kg, states, gradients, inverse, a, aq, decay, *, scale
+    q, k, v, decay_operand, beta, do, w, kg, states, gradients, inverse, a, aq, decay, levels,
+    *, scale,
 ):  # fmt: skip
     """As `backward.chunk_gradients`, for K a multiple of 128; w and kg as `prepare` returned them.
 
@@ -33,7 +34,8 @@ def chunk_gradients(
     at 4.3 TB/s.
     """
     written, dv, dbeta = _errors(v, beta, do, w, kg, states, gradients, inverse, a, aq)
-    dq, dk, dg = _keys(q, k, decay_operand, do, dv, written, states, gradients, decay, scale=scale)
+    inputs = q, k, decay_operand, do, dv, written, states, gradients, decay, levels
+    dq, dk, dg = _keys(*inputs, scale=scale)
     return dq, dk, dv, dg, dbeta
 
 
@@ -101,7 +103,9 @@ def _errors(v, beta, do, w, kg, states, gradients, inverse, a, aq):
     return out.written, out.dv, out.dbeta
 
 
-def _keys(q, k, decay_operand, do, dv, written, states, gradients, decay, *, scale):
+def _keys(
+    q, k, decay_operand, do, dv, written, states, gradients, decay, levels, *, scale
+):  # fmt: skip
     """The gradients of q, k and g, as in `backward.chunk_gradients`."""
     B, T, H, K = q.shape
     HV, V = dv.shape[2:]
@@ -112,14 +116,14 @@ def _keys(q, k, decay_operand, do, dv, written, states, gradients, decay, *, sca
         functools.partial(_keys_body, group=HV // H, scale=scale),
         inputs=dict(
             **dict(q=q, k=k, decay_operand=decay_operand, do=do, dv=dv, given_written=written),
-            **dict(states=states, gradients=gradients, decay=decay),
+            **dict(states=states, gradients=gradients, decay=decay, levels=levels),
         ),
         outputs=dict(dq=keys, dk=keys, dg=SDS((B, N * CHUNK, HV, K), f32)),
         scratch=dict(  # as `key_gradients` names it
             **{name: mosaic.tile(CHUNK, FEATURES) for name in ("sq", "sk")},
             **{name: mosaic.tile(CHUNK, V) for name in ("sdo", "sdv", "written")},
             **{name: mosaic.tile(V, FEATURES) for name in ("ss", "sds")},
-            **{name: mosaic.tile(CHUNK, CHUNK) for name in ("saq", "sa")},
+            **{name: mosaic.tile(CHUNK, CHUNK) for name in ("saq", "sa", "aq_block", "a_block")},
             sg=mosaic.tile(CHUNK, TILE_WIDTH, WARPGROUPS, dtype=f16),
             **{name: mosaic.tile(CHUNK, FEATURES) for name in ("read_keys", "write_keys")},
             loaded=barrier_for(dict.fromkeys(names, 1) | dict(decay_operand=WARPGROUPS)),
@@ -158,8 +162,8 @@ def _keys_body(refs, *, group, scale):
     gradients_of_keys(
         refs,
         [(pl.ds(wg * TILE_WIDTH, TILE_WIDTH), refs.sg.at[wg])],
-        chunks.mask_operand(chunks.up_to()), chunks.mask_operand(chunks.from_on(strict=True)),
         refs.decay.at[b, h, n, features], refs.dg.at[b, rows, h, features], wg, meet,
+        refs.levels[b, h, n],
         scale=scale, warpgroups=WARPGROUPS,
     )  # fmt: skip
     meet()

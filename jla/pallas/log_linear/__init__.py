@@ -14,12 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jla._core import alignment, packed_levels
 from jla._core import level_weights as weights
-from jla._core.axes import LOG_LINEAR, with_value_heads
 from jla._core.derivatives import reverse_only
-from jla._core.shardwise import defvjp, for_each_row, shardwise
-from jla.pallas.common.chunks import TILE_WIDTH
-from jla.pallas.common.padding import missing_tokens, pad
-from jla.pallas.log_linear import step, token, tree
+from jla._core.shardwise import defvjp, for_each_row
+from jla.pallas.log_linear import operands, over_devices, step, token, tree
 from jla.pallas.log_linear.gradients import reader_gradients, writer_gradients
 from jla.pallas.log_linear.outputs import outputs
 from jla.pallas.log_linear.step import log_linear_step
@@ -40,13 +37,6 @@ bf16, f32 = jnp.bfloat16, jnp.float32
 LEAF_BLOCK = 256  # tokens of a leaf block: a power of two, 64 to 2048
 WIDEST = 128  # K or V; the registers of one warpgroup hold no wider row
 
-_GIVEN = with_value_heads(LOG_LINEAR)
-_AXES = dict(
-    **dict(q=_GIVEN["q"], k=_GIVEN["k"], v=_GIVEN["v"], do=_GIVEN["o"], of_head="B T HV K"),
-    **dict(w="B HV N P C", decays="B HV n", skip="B single HV number"),
-    **dict(states="B HV n V K", live="B N"),
-)
-
 
 def unsupported(name, q, k, v, *_, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
@@ -62,10 +52,15 @@ def unsupported(name, q, k, v, *_, slots=None):
     return None
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="node_axis")
 @reverse_only("jla.log_linear_attention")
-def log_linear_attention(q, k, v, g, level_scales, initial_state, segment_ids):
-    """Tokens in aligned slots, and the kernels over them. See `jla.log_linear_attention`."""
+def log_linear_attention(
+    q, k, v, g, level_scales, initial_state, segment_ids, *, node_axis=None
+):  # fmt: skip
+    """Tokens in aligned slots, and the kernels over them. See `jla.log_linear_attention`, and for
+    `node_axis` `jla._core.movement.aligned_log_linear`."""
+    if node_axis is not None:
+        return over_devices.run(q, k, v, g, level_scales, node_axis, LEAF_BLOCK)
     return packed_levels.run_aligned(core, q, k, v, g, level_scales, initial_state, segment_ids)
 
 
@@ -100,10 +95,7 @@ def core(
     """
     T, V, dtype = v.shape[1], v.shape[-1], v.dtype
     w, decays = weights.weights(g, level_scales, LEAF_BLOCK, value_scales, activation)
-    q, k, v = (
-        pad(x.astype(bf16), tokens=missing_tokens(T), features=-x.shape[3] % TILE_WIDTH)
-        for x in (q, k, v)
-    )
+    q, k, v = map(operands.whole_tiles, (q, k, v))
     per = weights.division(T, LEAF_BLOCK)[1]
     live = None if occupied is None or decays is None else weights.live(occupied, per)
     return _core(q, k, v, w, decays, skip, live, per)[:, :T, :, :V].astype(dtype)
@@ -124,7 +116,7 @@ def _core_forward(q, k, v, w, decays, skip, live, per):
 def _run_forward(q, k, v, w, decays, skip, live, per, keep):
     results = ["v", "states"] if keep and decays is not None else ["v"]
     arrays = dict(q=q, k=k, v=v, w=w, decays=decays, skip=skip, live=live)
-    return _shardwise(_forward, results, arrays, per=per, keep=keep)
+    return operands.by_shards(_forward, results, arrays, per=per, keep=keep)
 
 
 def _core_backward(per, residuals, do):
@@ -132,61 +124,44 @@ def _core_backward(per, residuals, do):
     results = ["of_head", "of_head", "v", "w"]
     results += [name for name, x in (("decays", decays), ("skip", skip)) if x is not None]
     arrays = dict(q=q, k=k, v=v, do=do, w=w, decays=decays, skip=skip, states=states, live=live)
-    dq, dk, dv, dw, *others = _shardwise(_backward, results, arrays, per=per)
-
-    def over_group(x):
-        if x.shape == q.shape:
-            return x
-        return x.astype(f32).reshape(*q.shape[:3], -1, q.shape[3]).sum(3).astype(bf16)
-
+    dq, dk, dv, dw, *others = operands.by_shards(_backward, results, arrays, per=per)
+    dq, dk = (operands.over_group(x, q) for x in (dq, dk))
     ddecays, dskip = (others.pop(0) if x is not None else None for x in (decays, skip))
-    return over_group(dq), over_group(dk), dv, dw, ddecays, dskip, None
+    return dq, dk, dv, dw, ddecays, dskip, None
 
 
 defvjp(_core, _core_forward, _core_backward)
 
 
-def _shardwise(function, results, arrays, **options):
-    """Calls the function, shard by shard, with those arrays by their names that are not None."""
-    present = {name: x for name, x in arrays.items() if x is not None}
-    run = functools.partial(_named, function, tuple(present), **options)
-    operands, results = ([_AXES[name] for name in names] for names in (present, results))
-    return shardwise(run, operands, results)(*present.values())
-
-
-def _named(function, names, *arrays, **options):
-    return function(**dict(zip(names, arrays, strict=True)), **options)
-
-
 def _forward(*, q, k, v, w, decays=None, skip=None, live=None, per, keep):
     """o, and with `keep` the states that the backward pass reads (if there are any)."""
-    _, blocks, inside, _, P = _sizes(w, per)
+    blocks, inside, above = _sizes(w, per)
     states = None
     if decays is not None:
-        job = tree.leaf_jobs(per, P - 1)
+        job = tree.leaf_jobs(per, w.shape[3] - 1)
         counts = tree.live_counts(live, blocks - 1, job)
-        states = tree_states(weighted_sums(v, k, w, counts, blocks - 1, job), decays)
-    o = outputs(q, k, v, w, states, skip, live, per=per, inside=inside)
+        states, _ = tree_states(weighted_sums(v, k, w, counts, blocks - 1, job), decays)
+    options = dict(per=per, inside=inside, above=above)
+    o = outputs(q, k, v, w, states, skip, live, None, None, **options)
     return (o, states) if keep and states is not None else (o,)
 
 
 def _backward(*, q, k, v, do, w, decays=None, skip=None, states=None, live=None, per):
     """All backward kernels: dq and dk for each head, dv, and the gradients of w, of the decays and
     of the skip's weight, where there are such."""
-    N, blocks, inside, above, _ = _sizes(w, per)
+    blocks, inside, above = _sizes(w, per)
     of_leaves, others = None, []
     if decays is not None:
         jobs = sum(nodes * parts for nodes, parts in tree.heights(per, blocks))
-        job = tree.reader_jobs(N, per, blocks, inside)
+        job = tree.reader_jobs(w.shape[2], per, blocks, inside)
         read = weighted_sums(do, q, w, tree.live_counts(live, jobs, job), jobs, job)
         of_leaves, of_decays = tree_gradients(read, states, decays, per)
         others.append(of_decays)
+    options = dict(per=per, inside=inside)
     dq, by_reads = reader_gradients(
-        q, k, v, do, w, states, live, per=per, inside=inside, skip=skip is not None
+        q, k, v, do, w, states, live, None, None, above=above, skip=skip is not None, **options
     )
-    dk, dv, by_read = writer_gradients(
-        q, k, v, do, w, of_leaves, skip, live, per=per, inside=inside
-    )
+    dk, dv, by_read = writer_gradients(q, k, v, do, w, of_leaves, skip, live, **options)
     dw = weights.gradient_of_weights(by_reads, by_read, live, inside, above)
     if skip is not None:
         others.append(weights.gradient_of_skip(by_reads, live))
@@ -194,6 +169,6 @@ def _backward(*, q, k, v, do, w, decays=None, skip=None, states=None, live=None,
 
 
 def _sizes(w, per):
-    N = w.shape[2]
-    blocks = -(-N // per)
-    return N, blocks, *weights.planes(per, blocks)
+    """The leaf blocks, and the levels inside of one and above."""
+    blocks = -(-w.shape[2] // per)
+    return blocks, *weights.levels_of(per, blocks)

@@ -29,7 +29,9 @@ from jla.pallas.log_linear import stream
 SDS = jax.ShapeDtypeStruct
 
 
-def reader_gradients(q, k, v, do, weights, states, live, *, per, inside, skip):
+def reader_gradients(
+    q, k, v, do, weights, states, live, others, reads, *, per, inside, above, skip
+):  # fmt: skip
     """With a = q_t . k_s, u = do_t . v_s and the weights as in `outputs.outputs`,
 
     1.  dq_t = sum_s u w_l[t] w_l[s] k_s + sum_m w_l(m)[t] S_m do_t
@@ -39,7 +41,8 @@ def reader_gradients(q, k, v, do, weights, states, live, *, per, inside, skip):
 
     Returns:
       dq for each head, [B, T, H, K] bf16, and [B, H, N, P, 64] float32, of which only the planes of
-      levels at which a token reads are written; with `skip` also the last one: do_t . v_t.
+      levels at which a token reads are written, of other devices' those that `reads` says; with
+      `skip` also the last one: do_t . v_t.
 
     As `outputs`, with do beside q: 104 KB of SMEM at K=V=128, two chunks a multiprocessor. Floor at
     B=8 T=4096 H=16 HK=1 K=V=128, leaf blocks of 256: 0.47 GB, 0.11 ms at 4.3 TB/s.
@@ -48,10 +51,15 @@ def reader_gradients(q, k, v, do, weights, states, live, *, per, inside, skip):
     HK, K = q.shape[2:]
     N, P = weights.shape[2:4]
     k_tiles, v_tiles = K // TILE_WIDTH, V // TILE_WIDTH
-    body = functools.partial(_reader_body, group=H // HK, per=per, inside=inside, skip=skip)
+    body = functools.partial(
+        _reader_body, group=H // HK, per=per, inside=inside, above=above, skip=skip
+    )
     out = scratch.kernel(
         stream.of_live_chunks(body),
-        inputs=dict(live=live, q=q, k=k, v=v, do=do, weights=weights, states=states),
+        inputs=dict(
+            **dict(live=live, q=q, k=k, v=v, do=do, weights=weights, states=states),
+            **dict(others=others, reads=reads),
+        ),
         outputs=dict(dq=SDS((B, T, H, K), bf16), dw=SDS((B, H, N, P, CHUNK), f32)),
         scratch=stream.scratch(dict(sq=k_tiles, sdo=v_tiles), k_tiles, v_tiles, P),
         automatic_barriers=False,
@@ -61,20 +69,19 @@ def reader_gradients(q, k, v, do, weights, states, live, *, per, inside, skip):
     return out.dq, out.dw
 
 
-def _reader_body(_, refs, *, group, per, inside, skip):
+def _reader_body(_, refs, *, group, per, inside, above, skip):
     at = stream.place(group)
     stream.fetch_own(refs, at, (refs.q, refs.sq), (refs.do, refs.sdo))
 
     def fetch_chunk(j, slot):
         stream.fetch_chunk(refs, at, refs.k, refs.v, j, slot)
 
-    def fetch_state(block, slot):
-        place, _ = stream.node(block, refs.states.shape[2])
-        state = refs.states.at[at.b, at.h, place]
-        stream.fetch_state(refs, lambda i, j: state.at[columns(i), columns(j)], slot)
+    def fetch_state(states, slot):
+        stream.fetch_node(refs, at, above, states, slot)
 
     dq, changes = stream.back(
-        at.n, per, fetch_chunk, fetch_state if refs.states is not None else None,
+        at.n, per, stream.read_states(refs, at, per, above),
+        fetch_chunk, fetch_state if refs.states is not None else None,
         functools.partial(_read_own, refs, at, inside, skip),
         functools.partial(_read_chunk, refs, at),
         functools.partial(_read_state, refs, at, inside),
@@ -113,10 +120,10 @@ def _read_chunk(refs, at, j, slot, carry):
     return dq, _added(changes, level, change)
 
 
-def _read_state(refs, at, inside, block, slot, carry):
-    """Those with the state of the node that ends with leaf block `block`."""
+def _read_state(refs, at, inside, states, slot, carry):
+    """Those with the first of the states that are left."""
     dq, changes = carry
-    plane = inside + 1 + stream.lowest_bit(block)
+    plane = inside + 1 + stream.lowest_bit(states)
     row = per_row(load(refs.srow.at[plane], PER_ROW), TILE_WIDTH)
     plgpu.barrier_wait(refs.state_loaded.at[slot])
     through = _through_state(refs, slot, refs.sdo, len(dq))
@@ -132,8 +139,8 @@ def writer_gradients(q, k, v, do, weights, gradients, skip, live, *, per, inside
     2.  dv_s = sum_t a w_l[t] w_l[s] do_t + d[s] k_s dS + D do_s
     3.  dw_l[s] = sum_t a u w_l[t];   dd[s] = k_s dS v_s
 
-    Args: as of `outputs.outputs`; do: [B, T, H, V] bf16; gradients: dS, [B, H, blocks - 1, V, K]
-    bf16, or None.
+    Args: as of `outputs.outputs`; do: [B, T, H, V] bf16; gradients: dS, [B, H, n, V, K]
+    bf16, of the first n leaf blocks, or None.
 
     Returns:
       dk for each head, [B, T, H, K], dv [B, T, H, V] bf16, and [B, H, N, P, 64] float32, of which
@@ -167,7 +174,7 @@ def writer_gradients(q, k, v, do, weights, gradients, skip, live, *, per, inside
 
 def _writer_body(until, refs, *, group, per, inside):
     at = stream.place(group)
-    blocks = -(-refs.weights.shape[2] // per)
+    blocks = 0 if refs.gradients is None else refs.gradients.shape[2]
     stream.fetch_own(refs, at, (refs.k, refs.sk), (refs.v, refs.sv))
 
     def fetch_chunk(i, slot):
@@ -175,7 +182,7 @@ def _writer_body(until, refs, *, group, per, inside):
 
     def fetch_gradient(slot):
         gradient = refs.gradients.at[at.b, at.h, lax.div(at.n, jnp.int32(per))]
-        stream.fetch_state(refs, lambda i, j: gradient.at[columns(i), columns(j)], slot)
+        stream.fetch_state(refs, gradient, slot)
 
     last = refs.dw.shape[3] - 1
     _put(refs, at, last, plgpu.layout_cast(jnp.zeros((CHUNK,), f32), PER_ROW))

@@ -22,7 +22,7 @@ from jla.pallas.log_linear import stream
 SDS = jax.ShapeDtypeStruct
 
 
-def outputs(q, k, v, weights, states, skip, live, *, per, inside):
+def outputs(q, k, v, weights, states, skip, live, others, reads, *, per, inside, above):
     """The outputs of all chunks: with w_l[t] the weights of level l,
 
         o_t = sum_s (q_t . k_s) w_l[t] w_l[s] v_s + sum_m w_l(m)[t] q_t S_m + D v_t
@@ -37,7 +37,10 @@ def outputs(q, k, v, weights, states, skip, live, *, per, inside):
       states: [B, H, n, V, K] bf16, from `tree_states`; None where there is one leaf block.
       skip: D, [B, 1, H, 1] float32; None: 0.
       live: [B, N] int32, from `level_weights.live`: which chunks are worth the work; None: all.
-      per: chunks of a leaf block; inside: its levels.
+      others: states of other devices, [B, H, I, V, K] bf16, which are read as S_m are, with the
+        weights of the planes behind those of the tree; None: there are none.
+      reads: which of them each chunk reads, as bits of a number, [B, H, N] int32.
+      per: chunks of a leaf block; inside: its levels; above: the tree's.
 
     Returns:
       [B, T, H, V] bf16, of live chunks.
@@ -50,9 +53,13 @@ def outputs(q, k, v, weights, states, skip, live, *, per, inside):
     HK, K = q.shape[2:]
     N, P = weights.shape[2:4]
     k_tiles, v_tiles = K // TILE_WIDTH, V // TILE_WIDTH
+    body = functools.partial(_body, group=H // HK, per=per, inside=inside, above=above)
     out = scratch.kernel(
-        stream.of_live_chunks(functools.partial(_body, group=H // HK, per=per, inside=inside)),
-        inputs=dict(live=live, q=q, k=k, v=v, weights=weights, states=states, skip=skip),
+        stream.of_live_chunks(body),
+        inputs=dict(
+            **dict(live=live, q=q, k=k, v=v, weights=weights, states=states, skip=skip),
+            **dict(others=others, reads=reads),
+        ),
         outputs=dict(o=SDS((B, T, H, V), bf16)),
         scratch=stream.scratch(dict(sq=k_tiles), k_tiles, v_tiles, P),
         automatic_barriers=False,
@@ -62,23 +69,19 @@ def outputs(q, k, v, weights, states, skip, live, *, per, inside):
     return out.o
 
 
-def _body(_, refs, *, group, per, inside):
+def _body(_, refs, *, group, per, inside, above):
     at = stream.place(group)
     stream.fetch_own(refs, at, (refs.q, refs.sq), None)
 
     def fetch_chunk(j, slot):
         stream.fetch_chunk(refs, at, refs.k, refs.v, j, slot)
 
-    def fetch_state(block, slot):
-        place, _ = stream.node(block, refs.states.shape[2])
-
-        def tile(i, j):
-            return refs.states.at[at.b, at.h, place, columns(i), columns(j)]
-
-        stream.fetch_state(refs, tile, slot)
+    def fetch_state(states, slot):
+        stream.fetch_node(refs, at, above, states, slot)
 
     o = stream.back(
-        at.n, per, fetch_chunk, fetch_state if refs.states is not None else None,
+        at.n, per, stream.read_states(refs, at, per, above),
+        fetch_chunk, fetch_state if refs.states is not None else None,
         functools.partial(_on_diagonal, refs, at),
         functools.partial(_on_chunk, refs, at),
         functools.partial(_on_state, refs, inside),
@@ -120,9 +123,9 @@ def _on_chunk(refs, at, j, slot, o):
     return tuple(product((p, v), init=x) for v, x in zip(_values(refs, slot), o, strict=True))
 
 
-def _on_state(refs, inside, block, slot, o):
-    """The state of the node that ends with leaf block `block`."""
-    row = load(refs.srow.at[inside + 1 + stream.lowest_bit(block)], PER_ROW)
+def _on_state(refs, inside, states, slot, o):
+    """The first of the states that are left."""
+    row = load(refs.srow.at[inside + 1 + stream.lowest_bit(states)], PER_ROW)
     row = per_row(row, TILE_WIDTH)
     q = [(load(x) * row).astype(bf16) for x in refs.sq]
     plgpu.barrier_wait(refs.state_loaded.at[slot])

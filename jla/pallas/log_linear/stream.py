@@ -43,23 +43,28 @@ def without_lowest_bit(i):
     return lax.bitwise_and(i, i - 1)
 
 
-def node(i, complete):
-    """Where `tree` keeps the state that ends with leaf block i > 0, and its height."""
-    height = lowest_bit(i)
-    return tree.place(complete, i, height), height
+def read_states(refs, at, per, above):
+    """The states that the CTA's chunk reads, as the bits that are set of a number: bit m of its
+    leaf block's number stands for the node of height m, and the bits from `above` on for other
+    devices' levels.
+    """
+    block = lax.div(at.n, jnp.int32(per))
+    if refs.reads is None:
+        return block
+    return block + lax.shift_left(refs.reads[at.b, at.h, at.n], jnp.int32(above))
 
 
-def back(n, per, fetch_chunk, fetch_state, on_diagonal, on_chunk, on_state):
+def back(n, per, states, fetch_chunk, fetch_state, on_diagonal, on_chunk, on_state):
     """Runs through all that chunk n reads: itself, the chunks before it, and states.
 
     Args:
-      n: the chunk. per: chunks of a leaf block.
-      fetch_chunk: (j, slot) to nothing; starts to load chunk j. fetch_state: (block, slot), the
-        state that ends with leaf block `block`; None where there are no states.
+      n: the chunk. per: chunks of a leaf block. states: those that are read, `read_states`.
+      fetch_chunk: (j, slot) to nothing; starts to load chunk j. fetch_state: (states, slot), the
+        first that is left of them; None where there are no states.
       on_diagonal: (slot) to the carry, tuples and arrays.
-      on_chunk: (j, slot, carry) to the carry. on_state: (block, slot, carry) likewise.
+      on_chunk: (j, slot, carry) to the carry. on_state: (states, slot, carry) likewise.
     """
-    place, block = lax.bitwise_and(n, per - 1), lax.div(n, jnp.int32(per))
+    place = lax.bitwise_and(n, per - 1)
 
     def fetch(step, following):
         slot = lax.bitwise_and(step, 1)
@@ -68,13 +73,13 @@ def back(n, per, fetch_chunk, fetch_state, on_diagonal, on_chunk, on_state):
             pl.when((step > place) & (following > 0))(lambda: fetch_state(following, slot))
 
     first = jnp.int32(0)
-    fetch(first, block)
-    fetch(first + 1, block)
+    fetch(first, states)
+    fetch(first + 1, states)
     carry = on_diagonal(0)
     plgpu.commit_smem()
 
     def chunk_step(step, carry):
-        fetch(step + 1, block)
+        fetch(step + 1, states)
         carry = on_chunk(n - step, lax.bitwise_and(step, 1), carry)
         plgpu.commit_smem()
         return carry
@@ -91,12 +96,12 @@ def back(n, per, fetch_chunk, fetch_state, on_diagonal, on_chunk, on_state):
         plgpu.commit_smem()
         return step + 1, following, carry
 
-    return lax.while_loop(lambda state: state[1] > 0, state_step, (place + 1, block, carry))[2]
+    return lax.while_loop(lambda state: state[1] > 0, state_step, (place + 1, states, carry))[2]
 
 
 def forth(n, per, last, blocks, fetch_chunk, fetch_gradient, on_diagonal, on_chunk, on_gradient):
     """Runs through all that reads chunk n: itself, the chunks after it up to chunk `last` of all,
-    and, unless its leaf block is the last of `blocks`, the gradient of the block's state.
+    and, if its leaf block is one of the first `blocks`, the gradient of the block's state.
 
     Args: as of `back`; fetch_gradient: (slot) to nothing; on_gradient: (slot, carry) to the carry.
     """
@@ -107,7 +112,7 @@ def forth(n, per, last, blocks, fetch_chunk, fetch_gradient, on_diagonal, on_chu
         slot = lax.bitwise_and(step, 1)
         pl.when(step <= later)(lambda: fetch_chunk(n + step, slot))
         if fetch_gradient:
-            pl.when((step == later + 1) & (block + 1 < blocks))(lambda: fetch_gradient(slot))
+            pl.when((step == later + 1) & (block < blocks))(lambda: fetch_gradient(slot))
 
     first = jnp.int32(0)
     fetch(first)
@@ -125,7 +130,7 @@ def forth(n, per, last, blocks, fetch_chunk, fetch_gradient, on_diagonal, on_chu
     if not fetch_gradient:
         return carry
     slot = lax.bitwise_and(later + 1, 1)
-    once = (block + 1 < blocks).astype(jnp.int32)  # a loop of one turn or none: it has a carry
+    once = (block < blocks).astype(jnp.int32)  # a loop of one turn or none: it has a carry
     return lax.fori_loop(0, once, lambda _, carry: on_gradient(slot, carry), carry)
 
 
@@ -238,12 +243,29 @@ def fetch_chunk(refs, at, by_key_head, by_head, j, slot):
     fetch_each(copies(), refs.loaded.at[slot])
 
 
-def fetch_state(refs, tile, slot):
-    """Starts to load a state, of which tile(i, j) is the source of 64 by 64 of [V, K], to the ring:
-    to its place i * k_tiles + j."""
+def fetch_node(refs, at, above, states, slot):
+    """Starts to load the first of the states that are left, as `read_states` says them."""
+    complete, height = refs.states.shape[2], lowest_bit(states)
+
+    def node():
+        block = lax.bitwise_and(states, (1 << above) - 1)
+        fetch_state(refs, refs.states.at[at.b, at.h, tree.place(complete, block, height)], slot)
+
+    def other():
+        fetch_state(refs, refs.others.at[at.b, at.h, height - above], slot)
+
+    if refs.others is None:
+        node()
+        return
+    pl.when(height < above)(node)
+    pl.when(height >= above)(other)
+
+
+def fetch_state(refs, state, slot):
+    """Starts to load a state [V, K] to the ring, its tile (i, j) to place i * k_tiles + j."""
     v_tiles, k_tiles = (ref.shape[3] // TILE_WIDTH for ref in (refs.v, refs.k))
     copies = [
-        (tile(i, j), refs.ring[i * k_tiles + j].at[slot])
+        (state.at[columns(i), columns(j)], refs.ring[i * k_tiles + j].at[slot])
         for i in range(v_tiles)
         for j in range(k_tiles)
     ]

@@ -26,7 +26,8 @@ def weighted_sums(x, y, weights, counts, jobs, job):
     Args:
       x: [B, T, H, V] bf16; y: [B, T, HK, K] bf16.
       weights: [B, H, N, P, 64] float32, as `level_weights.weights` makes them.
-      counts: the chunks that are worth a sum, from a job's first on, [B, J] int32; None: all.
+      counts: the chunks that are worth a sum, from a job's first on, [B, J] or [B, H, J] int32;
+        None: all.
       jobs: their number, J. job: of a traced int32, the job's first chunk, its number of chunks
         and the plane of its weights, all int32.
 
@@ -62,7 +63,7 @@ def _body(refs, *, group, jobs, job):
     j = jobs - 1 - j  # the longest are last
     first, count, plane = job(j)
     if refs.counts is not None:
-        count = refs.counts[b, j]
+        count = refs.counts[(b, j) if len(refs.counts.shape) == 2 else (b, h, j)]
 
     def load(step):
         slot, chunk = _modulo(step, STAGES), first + step

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 SPAN = 32  # chunks at most that one job of the states' gradient sums over
+OTHERS_SPAN = 128  # the same for the states of other devices, which all chunks may read
 
 
 def place(n, block, height):
@@ -31,8 +32,30 @@ def heights(per, blocks):
     return [(((n >> m) + 1) >> 1, -(-(per << m) // SPAN)) for m in range(n.bit_length())]
 
 
-def reader_jobs(chunks, per, blocks, inside):
-    """As `leaf_jobs` for the gradients of the states that are read: their readers, in parts."""
+def others_parts(chunks):
+    """The parts in which `reader_jobs` has the readers of another device's state: all chunks."""
+    return -(-chunks // OTHERS_SPAN)
+
+
+def others_counts(reads, others):
+    """The chunks of those jobs that read, [B, H, J] int32, from `level_weights.others_read`.
+
+    The chunks that read another device's state are the first ones.
+    """
+    parts = others_parts(reads.shape[2])
+    reads = jnp.pad(reads, [(0, 0), (0, 0), (0, parts * OTHERS_SPAN - reads.shape[2])])
+    reads = reads.reshape(*reads.shape[:2], 1, parts, OTHERS_SPAN)
+    level = lax.broadcasted_iota(jnp.int32, (1, 1, others, 1, 1), 2)
+    counts = jnp.sum((reads >> level) & 1, axis=4, dtype=jnp.int32)
+    return counts.reshape(*counts.shape[:2], -1)
+
+
+def reader_jobs(chunks, per, blocks, inside, others=0):
+    """As `leaf_jobs` for the gradients of the states that are read: their readers, in parts.
+
+    Behind those of the tree come those of so many states of other devices.
+    """
+    above = (blocks - 1).bit_length()
 
     def job(j):
         at, found = 0, (jnp.int32(0),) * 3
@@ -44,6 +67,12 @@ def reader_jobs(chunks, per, blocks, inside):
             this = first, jnp.maximum(count, 0), jnp.int32(inside + 1 + m)
             found = tuple(jnp.where(j >= at, x, y) for x, y in zip(this, found, strict=True))
             at += nodes * parts
+        if others:
+            parts = jnp.int32(others_parts(chunks))
+            first = lax.rem(j - at, parts) * OTHERS_SPAN
+            plane = inside + 1 + above + lax.div(j - at, parts)
+            this = first, jnp.minimum(chunks - first, OTHERS_SPAN), plane
+            found = tuple(jnp.where(j >= at, x, y) for x, y in zip(this, found, strict=True))
         return found
 
     return job

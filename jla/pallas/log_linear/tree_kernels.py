@@ -24,7 +24,7 @@ ROWS, WIDTH = 4, 256  # how a CTA sees its part of a state: a row a warp
 LAYOUT = mosaic.rows_by_warp()
 
 
-def tree_states(leaves, decays):
+def tree_states(leaves, decays, *, root=False):
     """The states that are read, from those of the leaf blocks.
 
     With p the parent of nodes l and r and D the decay over r, S_p = D S_l + S_r. Left nodes are
@@ -33,9 +33,11 @@ def tree_states(leaves, decays):
     Args:
       leaves: [B, H, n, V, K] float32. decays: over each left node's right sibling, [B, H, n]
         float32, in the order of the results; what has no sibling is not used.
+      root: whether the state of all leaf blocks is wanted; n is then a power of two.
 
     Returns:
-      [B, H, n, V, K] bf16, by height and then from left to right.
+      [B, H, n, V, K] bf16, by height and then from left to right; and the root's as it was summed,
+      [B, H, V, K] float32, or None.
 
     A CTA takes the leaf blocks from left to right, as a binary counter counts: a block's state
     takes up its left sibling's, the sum that of its own left sibling, until it is a left node's
@@ -52,7 +54,10 @@ def tree_states(leaves, decays):
         inputs=dict(
             leaves=leaves.reshape(B * H, n, slices * ROWS, WIDTH), decays=decays.reshape(B * H, n)
         ),
-        outputs=dict(states=SDS((B * H, n, slices * ROWS, WIDTH), bf16)),
+        outputs=dict(
+            states=SDS((B * H, n, slices * ROWS, WIDTH), bf16),
+            root=SDS((B * H, slices * ROWS, WIDTH), f32) if root else None,
+        ),
         scratch=dict(
             totals=plgpu.SMEM((max(1, highest), ROWS, WIDTH), f32),
             ring=plgpu.SMEM((STAGES, ROWS, WIDTH), f32),
@@ -63,7 +68,7 @@ def tree_states(leaves, decays):
         grid=(B, H, slices),
         grid_names=("b", "h", "part"),
     )
-    return out.states.reshape(leaves.shape)
+    return out.states.reshape(leaves.shape), out.root.reshape(B, H, V, K) if root else None
 
 
 def _up(refs, *, H, highest):
@@ -97,6 +102,8 @@ def _up(refs, *, H, highest):
         total, _ = lax.fori_loop(0, height, add_left, (leaf, first))
         state = refs.states.at[head, tree.place(n, i, height), rows]
         mosaic.store(state, total.astype(bf16))
+        if refs.root is not None:
+            pl.when(i == n - 1)(lambda: mosaic.store(refs.root.at[head, rows], total))
 
         @pl.when(height < highest)
         def _():
@@ -108,7 +115,7 @@ def _up(refs, *, H, highest):
     lax.fori_loop(0, n, step, None)
 
 
-def tree_gradients(sums, states, decays, per):
+def tree_gradients(sums, states, decays, per, root=None):
     """The gradients of the leaf blocks' states and of the decays between them.
 
     With G of a node's own readers, which only left nodes have, p the parent of nodes l and r, D the
@@ -119,7 +126,9 @@ def tree_gradients(sums, states, decays, per):
     and a node with no parent has total = G.
 
     Args:
-      sums: the jobs' sums of `tree.reader_jobs`, [B, H, J, V, K] float32: each G in parts.
+      sums: the jobs' sums of `tree.reader_jobs`, [B, H, J, V, K] float32: each G in parts. More
+        behind them are not read. None: there are no such jobs.
+      root: the root's G, [B, H, V, K] float32, where all n leaf blocks have one; None: they do not.
       states: as `tree_states` returned them, [B, H, n, V, K] bf16. decays: [B, H, n], as it took
         them.
       per: chunks of a leaf block.
@@ -140,12 +149,14 @@ def tree_gradients(sums, states, decays, per):
     """
     B, H, n, V, K = states.shape
     heights = tree.heights(per, n + 1)
-    jobs = sum(nodes * parts for nodes, parts in heights)
+    if root is not None:
+        heights[-1] = 1, 1  # the root, and not in parts
     slices = V * K // (ROWS * WIDTH)
     out = scratch.kernel(
         functools.partial(_down, H=H, heights=heights),
         inputs=dict(
-            sums=sums.reshape(B * H, jobs, slices * ROWS, WIDTH),
+            sums=None if sums is None else sums.reshape(B * H, -1, slices * ROWS, WIDTH),
+            root=None if root is None else root.reshape(B * H, slices * ROWS, WIDTH),
             states=states.reshape(B * H, n, slices * ROWS, WIDTH),
             decays=decays.reshape(B * H, n),
         ),
@@ -170,15 +181,26 @@ def tree_gradients(sums, states, decays, per):
 
 def _down(refs, *, H, heights):
     """The body of `tree_gradients`."""
-    jobs, n = refs.sums.shape[1], refs.states.shape[1]
+    jobs, n = sum(nodes * parts for nodes, parts in heights), refs.states.shape[1]
     head, part = lax.axis_index("b") * H + lax.axis_index("h"), lax.axis_index("part")
     rows = pl.ds(part * ROWS, ROWS)
 
     def load(i, job):
         start, height, _ = job
         slot = _slot(i)
-        own = refs.sums.at[head, _place_of_job(heights, job), rows], refs.own.at[slot]
-        fetch(dict(own=own), refs.own_loaded.at[slot])
+
+        def own(source):
+            fetch(dict(own=(source, refs.own.at[slot])), refs.own_loaded.at[slot])
+
+        def own_of_node():
+            own(refs.sums.at[head, _place_of_job(heights, job), rows])
+
+        if refs.root is None:
+            own_of_node()
+        else:
+            pl.when(i == 0)(lambda: own(refs.root.at[head, rows]))
+        if refs.root is not None and refs.sums is not None:
+            pl.when(i > 0)(own_of_node)
 
         @pl.when(_is_last(heights, job) & _has_parent(n, start, height))
         def _():

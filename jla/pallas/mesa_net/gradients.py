@@ -23,7 +23,7 @@ from jla.pallas.common.mosaic import (
 )
 from jla.pallas.common.scratch import barrier_for, fetch
 from jla.pallas.common.tiles import columns, smem_tiles
-from jla.pallas.mesa_net.solve import put, row_sum
+from jla.pallas.mesa_net.solve import put
 
 SDS = jax.ShapeDtypeStruct
 
@@ -185,20 +185,22 @@ def _through_states(refs, place, sdkk, sdkv, beta, dk, dv):
     later = per_row(_vector(refs.later, place), TILE_WIDTH)
     keys, values = ([(load(tile) * later).astype(bf16) for tile in x] for x in (refs.sk, refs.sv))
     plgpu.barrier_wait(refs.gradients_loaded)
-    written, new_dk, new_dv = [], [], []
+    # Added up as they come: registers are short.
+    written = mosaic.zeros((CHUNK, TILE_WIDTH), mosaic.WGMMA_LAYOUT)
+    new_dk, new_dv = [], []
     for i, x in enumerate(dk):
         through_kk = product(
             *((key, sdkk[j, i]) for j, key in enumerate(keys)),
             *((key, sdkk[i, j].T) for j, key in enumerate(keys)),
         )
-        written.append(-0.5 * through_kk * load(refs.sk[i]))
+        written -= 0.5 * through_kk * load(refs.sk[i])
         through_kv = product(*((value, sdkv[i, j].T) for j, value in enumerate(values)))
         new_dk.append((x.astype(f32) + beta * (through_kv - through_kk)).astype(bf16))
     for j, x in enumerate(dv):
         through_kv = product(*((key, sdkv[i, j]) for i, key in enumerate(keys)))
-        written.append(through_kv * load(refs.sv[j]))
+        written += through_kv * load(refs.sv[j])
         new_dv.append((x.astype(f32) + beta * through_kv).astype(bf16))
-    refs.written.at[place.b, place.h, place.rows][...] = row_sum(written)
+    refs.written.at[place.b, place.h, place.rows][...] = jnp.sum(written, axis=1)
     return new_dk, new_dv
 
 

@@ -31,16 +31,13 @@ from jla.pallas.common.mosaic import (
     per_row,
     product,
 )
-from jla.pallas.common.scratch import barrier_for, fetch, fetch_each
-from jla.pallas.common.tiles import SMALLEST, columns, smem_tiles
+from jla.pallas.common.scratch import barrier_for, fetch
+from jla.pallas.common.tiles import SMALLEST, columns
 
 SDS = jax.ShapeDtypeStruct
 # A row stops when its residual is this much smaller than its right-hand side: about what float16
 # operands reach, and a quarter of bfloat16's rounding.
 TOLERANCE = 5e-4
-# S's largest element in its float16 tiles. exp(G_t) times what they were divided by is float16 too:
-# its last digit, 2**-24, is this times less than that of S's elements, and S may be 1e6.
-UNIT = 16.0
 AT_ONCE = 2  # iterations between two looks at whether all rows have stopped
 
 
@@ -65,15 +62,15 @@ def outputs(
     Returns:
       o [B, T, H, V] and, with `keep`, x [B, T, H, K], bf16.
 
-    One warpgroup a chunk; 104 KB of SMEM at K=V=128, so that two chunks share a multiprocessor. An
-    iteration has no barrier: what changes is in registers (x in SMEM, each thread its own
+    One warpgroup a chunk; 91 KB of SMEM at K=V=128, so that two chunks share a multiprocessor. An
+    iteration has no barrier: what changes is in registers (half of x in SMEM, each thread its own
     elements), what wgmma reads from SMEM stays. Floor at B=8 T=4096 H=16 K=128: 4.2 MFLOP an
-    iteration and chunk, with 30 iterations 1.03 TFLOP, 1.3 ms at 780 TFLOP/s.
+    iteration and chunk, with 30 iterations 1.03 TFLOP, 1.3 ms at 780 TFLOP/s. An iteration is 840
+    instructions a warp; predicted: 2.0 ms with 30.
     """
     (B, T, H, K), V, TP = q.shape, v.shape[-1], beta.shape[-1]
-    k_tiles, v_tiles = K // TILE_WIDTH, V // TILE_WIDTH
     out = scratch.kernel(
-        functools.partial(_outputs_body, v_tiles=v_tiles, steps=steps, tolerance=tolerance),
+        functools.partial(_outputs_body, steps=steps, tolerance=tolerance),
         inputs=dict(
             **dict(q=q, k=k, v=v, scale=scale),
             **_of_pairs(cumulated, decays, since, beta),
@@ -84,10 +81,10 @@ def outputs(
             x=SDS((B, T, H, K), bf16) if keep else None,
         ),
         scratch=dict(
-            **_scratch(k_tiles, max(k_tiles, v_tiles)),
-            loaded=barrier_for(dict(q=k_tiles)),
-            keys_loaded=barrier_for(dict(k=k_tiles, kk=k_tiles * k_tiles)),
-            values_loaded=barrier_for(dict(kv=k_tiles * v_tiles, v=v_tiles)),
+            **_scratch(K, V),
+            loaded=barrier_for(["q"]),
+            keys_loaded=barrier_for(["k", "kk"]),
+            values_loaded=barrier_for(["kv", "v"]),
         ),
         automatic_barriers=False,
         grid=(B, TP // CHUNK, H),
@@ -102,66 +99,52 @@ def _of_pairs(cumulated, decays, since, beta):
     return both | dict(decays=decays, since=since, beta=beta)
 
 
-def _outputs_body(refs, *, v_tiles, steps, tolerance):
+def _outputs_body(refs, *, steps, tolerance):
     b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
     rows = pl.ds(n * CHUNK, CHUNK)
-    k_tiles, keep = len(refs.ss), refs.x is not None
+    keep = refs.x is not None
     sk, ss, so = refs.sk, refs.ss, refs.so
+    k_tiles = so.keys.shape[1] // TILE_WIDTH
 
-    def loads():
-        q_loaded, keys_loaded = range(2)
-        for i in range(k_tiles):
-            yield refs.q.at[b, rows, h, columns(i)], so[i], q_loaded
-            yield refs.k.at[b, rows, h, columns(i)], sk[i], keys_loaded
-        for i in range(k_tiles):
-            for j in range(k_tiles):
-                yield refs.kk.at[b, h, n, columns(i), columns(j)], ss[i][j], keys_loaded
-
-    fetch_each(loads(), refs.loaded, refs.keys_loaded)
+    fetch(dict(q=(refs.q.at[b, rows, h], so.keys)), refs.loaded)
+    keys = (refs.k.at[b, rows, h], sk.keys)
+    fetch(dict(k=keys, kk=(refs.kk.at[b, h, n], ss.keys)), refs.keys_loaded)
     decay = mosaic.load(refs.decays.at[b, h, rows], PER_ROW, optimized=False)
     _put_pairs(refs, b, h, rows)
 
     # 1. x, from queries divided by sqrt(lamb).
     plgpu.barrier_wait(refs.loaded)
-    query = []
-    for i in range(k_tiles):
-        scale = mosaic.load(refs.scale.at[b, h, columns(i)], PER_COLUMN, optimized=False)
-        query.append(mosaic.load(so[i]) * per_column(scale, CHUNK))
-    query, size = normalised(query)
+    scale = mosaic.load(refs.scale.at[b, h], PER_COLUMN, optimized=False)
+    query, size = normalised(mosaic.load(so.keys) * per_column(scale, CHUNK))
     plgpu.barrier_wait(refs.keys_loaded)
-    scale = with_one_scale(ss, [refs.kk_scale[b, h, n, i] for i in range(k_tiles)])
-    solve(query, refs, decay, scale, steps=steps, tolerance=tolerance)
-    x, x_size = normalised([load_own(tile) for tile in refs.sx[:k_tiles]])
+    scale = with_one_scale(ss.keys, [refs.kk_scale[b, h, n, i] for i in range(k_tiles)])
+    x = solve(query, refs, decay * scale, steps=steps, tolerance=tolerance)
+    x, x_size = all_normalised(x)
     plgpu.commit_smem()  # all warps are done with Hkk and q
 
     # 2. o.
-    kv = [
-        (refs.kv.at[b, h, n, columns(i), columns(j)], ss[i][j])
-        for i in range(k_tiles)
-        for j in range(v_tiles)
-    ]
-    fetch(dict(kv=kv), refs.values_loaded, partial=True)
+    fetch(dict(kv=(refs.kv.at[b, h, n], ss.values)), refs.values_loaded, partial=True)
     size = size * x_size
     if keep:
-        put(so, [y * per_row(size, TILE_WIDTH) for y in x], refs.x.at[b, rows, h])
+        for i, y in enumerate(x):
+            so.keys.at[:, columns(i)][...] = (y * per_row(size, TILE_WIDTH)).astype(bf16)
+        send(so.keys, refs.x.at[b, rows, h])
     x = [y.astype(f16) for y in x]
-    scores = product(*((y, z.T) for y, z in zip(x, sk[:k_tiles], strict=True)))
+    scores = product(*((y, sk.keys.at[:, columns(i)].T) for i, y in enumerate(x)))
     scores = (scores * mosaic.load(refs.sm)).astype(f16)
     plgpu.commit_smem()  # and with the keys
-    v = [(refs.v.at[b, rows, h, columns(j)], sk[j]) for j in range(v_tiles)]
-    fetch(dict(v=v), refs.values_loaded, partial=True)
+    fetch(dict(v=(refs.v.at[b, rows, h], sk.values)), refs.values_loaded, partial=True)
     if keep:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     plgpu.barrier_wait(refs.values_loaded)
-    o = []
-    for j in range(v_tiles):
-        total = None
-        for i in range(k_tiles):
-            part = product((x[i], ss[i][j]))
-            part *= per_row(decay * refs.kv_scale[b, h, n, i], TILE_WIDTH)
-            total = part if total is None else total + part
-        o.append(product((scores, sk[j]), init=total) * per_row(size, TILE_WIDTH))
-    put(so, o, refs.o.at[b, rows, h])
+    total, V = None, sk.values.shape[1]
+    for i, y in enumerate(x):
+        part = product((y, ss.values.at[columns(i)]))
+        part *= per_row(decay * refs.kv_scale[b, h, n, i], V)
+        total = part if total is None else total + part
+    o = product((scores, sk.values), init=total) * per_row(size, V)
+    so.values[...] = o.astype(bf16)
+    send(so.values, refs.o.at[b, rows, h])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
@@ -186,9 +169,8 @@ def output_gradients(
     As `outputs`, with 2 KB of SMEM more for sums over rows.
     """
     (B, T, H, K), V, TP = k.shape, v.shape[-1], beta.shape[-1]
-    k_tiles, v_tiles = K // TILE_WIDTH, V // TILE_WIDTH
     out = scratch.kernel(
-        functools.partial(_gradients_body, v_tiles=v_tiles, steps=steps, tolerance=tolerance),
+        functools.partial(_gradients_body, steps=steps, tolerance=tolerance),
         inputs=dict(
             **dict(k=k, v=v, do=do, x=x),
             **_of_pairs(cumulated, decays, since, beta),
@@ -200,9 +182,9 @@ def output_gradients(
             products=SDS((B, H, TP // CHUNK, K), f32),
         ),
         scratch=dict(
-            **_scratch(k_tiles, max(k_tiles, v_tiles)),
-            values_loaded=barrier_for(dict(do=v_tiles, v=v_tiles, kv=k_tiles * v_tiles)),
-            keys_loaded=barrier_for(dict(k=k_tiles, x=k_tiles, kk=k_tiles * k_tiles)),
+            **_scratch(K, V),
+            values_loaded=barrier_for(["do", "v", "kv"]),
+            keys_loaded=barrier_for(["k", "x", "kk"]),
         ),
         automatic_barriers=False,
         grid=(B, TP // CHUNK, H),
@@ -211,78 +193,74 @@ def output_gradients(
     return tuple(out)
 
 
-def _gradients_body(refs, *, v_tiles, steps, tolerance):
+def _gradients_body(refs, *, steps, tolerance):
     b, n, h = (lax.axis_index(name) for name in ("b", "n", "h"))
     rows = pl.ds(n * CHUNK, CHUNK)
-    k_tiles = len(refs.ss)
     sk, ss, so = refs.sk, refs.ss, refs.so
+    K = so.keys.shape[1]
+    k_tiles = K // TILE_WIDTH
 
-    def values():
-        for j in range(v_tiles):
-            yield refs.do.at[b, rows, h, columns(j)], so[j]
-            yield refs.v.at[b, rows, h, columns(j)], sk[j]
-            for i in range(k_tiles):
-                yield refs.kv.at[b, h, n, columns(i), columns(j)], ss[i][j]
-
-    def keys():
-        for i in range(k_tiles):
-            yield refs.k.at[b, rows, h, columns(i)], sk[i]
-            yield refs.x.at[b, rows, h, columns(i)], so[i]
-            for j in range(k_tiles):
-                yield refs.kk.at[b, h, n, columns(i), columns(j)], ss[i][j]
-
-    fetch_each(values(), refs.values_loaded)
+    values = dict(do=(refs.do.at[b, rows, h], so.values), v=(refs.v.at[b, rows, h], sk.values))
+    fetch(values | dict(kv=(refs.kv.at[b, h, n], ss.values)), refs.values_loaded)
     decay = mosaic.load(refs.decays.at[b, h, rows], PER_ROW, optimized=False)
     _put_pairs(refs, b, h, rows)
 
     # 1. dx, in two parts: what comes through the state, and through the chunk's own pairs.
     plgpu.barrier_wait(refs.values_loaded)
-    do, do_size = normalised([mosaic.load(tile) for tile in so[:v_tiles]])
-    do = [z.astype(f16) for z in do]
-    scores = product(*((z, v.T) for z, v in zip(do, sk, strict=False)))
-    (scores,), scores_size = normalised([scores * mosaic.load(refs.sm)])
+    do, do_size = normalised(mosaic.load(so.values))
+    do = do.astype(f16)
+    scores, scores_size = normalised(product((do, sk.values.T)) * mosaic.load(refs.sm))
     scores = scores.astype(f16)
     carried = []
     for i in range(k_tiles):
-        part = product(*((z, kv.T) for z, kv in zip(do, ss[i], strict=False)))
+        part = product((do, ss.values.at[columns(i)].T))
         carried.append(part * per_row(decay * refs.kv_scale[b, h, n, i], TILE_WIDTH))
     plgpu.commit_smem()  # all warps are done with do, v and Hkv
-    fetch_each(keys(), refs.keys_loaded)
+    keys = dict(k=(refs.k.at[b, rows, h], sk.keys), x=(refs.x.at[b, rows, h], so.keys))
+    fetch(keys | dict(kk=(refs.kk.at[b, h, n], ss.keys)), refs.keys_loaded)
     plgpu.barrier_wait(refs.keys_loaded)
-    through_kv = row_sum([x * mosaic.load(so[i]) for i, x in enumerate(carried)]) * do_size
-    own = per_row(scores_size, TILE_WIDTH)
-    dx = [x + own * product((scores, sk[i])) for i, x in enumerate(carried)]
+    solution = [so.keys.at[:, columns(i)] for i in range(k_tiles)]
+    through_kv = row_sum([x * mosaic.load(y) for x, y in zip(carried, solution, strict=True)])
+    through_kv *= do_size
+    own = product((scores, sk.keys)) * per_row(scores_size, K)
 
     # 2. y.
-    dx, size = normalised(dx)
-    scale = with_one_scale(ss, [refs.kk_scale[b, h, n, i] for i in range(k_tiles)])
-    solve(dx, refs, decay, scale, steps=steps, tolerance=tolerance)
-    y, y_size = normalised([load_own(tile) for tile in refs.sx])
+    dx, size = normalised(mosaic.beside(carried) + own)
+    scale = with_one_scale(ss.keys, [refs.kk_scale[b, h, n, i] for i in range(k_tiles)])
+    y = solve(dx, refs, decay * scale, steps=steps, tolerance=tolerance)
+    y, y_size = all_normalised(y)
     size = size * y_size * do_size
 
     # 3. dG, and the sums of y x.
     rounded = [z.astype(f16) for z in y]
     through_kk = []
-    for i in range(k_tiles):
-        part = product(*((z, kk.T) for z, kk in zip(rounded, ss[i], strict=False)))
-        through_kk.append(part * per_row(decay * scale, TILE_WIDTH) * mosaic.load(so[i]))
+    for i, x in enumerate(solution):
+        part = product(*((z, ss.keys.at[columns(i), columns(j)].T) for j, z in enumerate(rounded)))
+        through_kk.append(part * per_row(decay * scale, TILE_WIDTH) * mosaic.load(x))
     refs.through_decays.at[b, h, rows][...] = through_kv - row_sum(through_kk) * size
     y = [z * per_row(size, TILE_WIDTH) for z in y]
-    for i, z in enumerate(y):
-        products = jnp.sum(z * mosaic.load(so[i]), axis=0)
+    for i, (z, x) in enumerate(zip(y, solution, strict=True)):
+        products = jnp.sum(z * mosaic.load(x), axis=0)
         refs.products.at[b, h, n, columns(i)][...] = products
     plgpu.commit_smem()  # all warps have read x
-    put(so, y, refs.y.at[b, rows, h])
+    for z, tile in zip(y, solution, strict=True):
+        tile[...] = z.astype(bf16)
+    send(so.keys, refs.y.at[b, rows, h])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _scratch(k_tiles, wide):
+def _scratch(K, V):
+    def either(rows, dtype):
+        return dict(
+            keys=mosaic.tile(rows, K, dtype=dtype), values=mosaic.tile(rows, V, dtype=dtype)
+        )
+
     return dict(
-        sk=smem_tiles(wide, dtype=f16),  # the keys, or the values
-        ss=[smem_tiles(wide, dtype=f16) for _ in range(k_tiles)],  # a state
-        sx=[float_tile() for _ in range(k_tiles)],  # the solution in float32
+        sk=either(CHUNK, f16),
+        ss=dict(keys=mosaic.tile(K, K, dtype=f16), values=mosaic.tile(K, V, dtype=f16)),
+        sx=[float_tile()] if K > TILE_WIDTH else [],  # the second half of the solution
         sm=mosaic.tile(CHUNK, CHUNK, dtype=f16),  # M
-        so=smem_tiles(wide),  # other operands, and results
+        so=either(CHUNK, bf16),  # other operands, and results
     )
 
 
@@ -302,6 +280,12 @@ def own_elements(tile):
 
 def load_own(tile):
     return mosaic.load(own_elements(tile), optimized=False)
+
+
+def send(tile, out):
+    """Sends what was stored in a tile to memory."""
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(tile, out)
 
 
 def put(buffers, values, out):
@@ -341,81 +325,93 @@ def row_sum(tiles):
 
 def normalised(rows):
     """The rows divided by their largest magnitudes, and those."""
-    largest = jnp.abs(rows[0])
-    for x in rows[1:]:
+    (rows,), largest = all_normalised([rows])
+    return rows, largest
+
+
+def all_normalised(tiles):
+    """The same, of tiles side by side."""
+    largest = jnp.abs(tiles[0])
+    for x in tiles[1:]:
         largest = jnp.maximum(largest, jnp.abs(x))
     largest = jnp.maximum(jnp.max(largest, axis=1), SMALLEST)
-    inverse = per_row(1.0 / largest, TILE_WIDTH)
-    return [x * inverse for x in rows], largest
+    inverse = per_row(1.0 / largest, tiles[0].shape[1])
+    return [x * inverse for x in tiles], largest
 
 
-def times(p, p32, refs, factor):
-    """A_t p_t for all rows t, from p in float16 and in float32."""
-    sk, ss, sm = refs.sk, refs.ss, refs.sm
-    scores = product(*((x, y.T) for x, y in zip(p, sk, strict=False)))
-    scores = scores.astype(f16) * plgpu.load(sm, layout=WGMMA_LAYOUT)
-    scaled = [x * per_row(factor, TILE_WIDTH) for x in p]
-    pairs = [
-        [(scores, keys), *((x, y.T) for x, y in zip(scaled, row, strict=False))]
-        for keys, row in zip(sk, ss[: len(p)], strict=False)
-    ]
-    return mosaic.products(pairs, p32)
+def with_one_scale(state, scales):
+    """Gives all of S one scale, such that its largest element is 1; returns that scale."""
+    if len(scales) > 1:
+        largest = functools.reduce(jnp.maximum, scales)
+        for i, scale in enumerate(scales):
+            tile = state.at[columns(i)]
+            tile[...] = (mosaic.load(tile) * (scale / largest)).astype(f16)
+        plgpu.commit_smem()
+        return largest
+    return scales[0]
 
 
-def with_one_scale(ss, scales):
-    """Gives all of S one scale, such that its largest element is UNIT; returns that scale."""
-    largest = functools.reduce(jnp.maximum, scales)
-    for row, scale in zip(ss, scales, strict=False):
-        factor = UNIT * (scale / largest)
-        for tile in row[: len(scales)]:
-            tile[...] = (mosaic.load(tile) * factor).astype(f16)
-    plgpu.commit_smem()
-    return largest / UNIT
+def solve(b, refs, factor, *, steps, tolerance):
+    """Conjugate gradients: x with A_t x_t = b_t, from zero, as tiles of [64, 64].
 
+    A direction p is rounded to float16 with its row scaled to norm one or a little more, and the
+    rounded one *is* the direction: its product is exact but for the rounding of S and of the
+    scores, which therefore is what bounds the residual.
 
-def solve(b, refs, decay, scale, *, steps, tolerance):
-    """Conjugate gradients: x with A_t x_t = b_t, from zero, left in `refs.sx`.
-
-    A direction is rounded to float16 with its row scaled to norm one or a little more (less where
-    S is large, lest exp(G_t) p leave float16), and the rounded one *is* the direction: its product
-    is exact but for the rounding of exp(G_t) p, of S and of the scores, which therefore is what
-    bounds the residual.
+    In registers are r (64 a thread), A p (64), p (32, as float32 64 where nothing else is large)
+    and half of x (32). The other half of x is in SMEM: with all of it there, SMEM would have as
+    much to do for x as for the products.
 
     Args:
-      b: the right-hand side, float32 tiles of [64, 64] that together are [64, K].
-      refs: sk, ss: tiles of the keys and of S, by rows and columns; S is symmetric. sm: M. sx:
-        float32 tiles.
-      decay, scale: exp(G_t), a vector along rows; what S's tiles have been divided by.
+      b: the right-hand side, float32, [64, K].
+      refs: sk.keys, ss.keys: the keys and S, which is symmetric. sm: M. sx: a `float_tile`, or none
+        where K is 64.
+      factor: exp(G_t) times what S has been divided by, a vector along rows.
     """
-    sx = refs.sx
-    for tile, x in zip(sx, b, strict=True):
-        own_elements(tile)[...] = x - x  # zeros; NaN where x is, whose row stops at once
-    size = row_sum([x * x for x in b])
+    sk, ss, sm, K = refs.sk.keys, refs.ss.keys, refs.sm, b.shape[1]
+    second = [own_elements(tile) for tile in refs.sx]
+
+    def tile(x, i):
+        return lax.slice(x, (0, i * TILE_WIDTH), (CHUNK, (i + 1) * TILE_WIDTH))
+
+    zeros = b - b  # NaN where b is, whose row stops at once
+    for half in second:
+        half[...] = tile(zeros, 1)
+    size = jnp.sum(b * b, axis=1)
     stop = tolerance * tolerance * size
-    norm = jnp.sqrt(size)
-    unit = jnp.minimum(1.0, 1.0 / scale)
-    factor = jnp.minimum(decay * scale, float(jnp.finfo(f16).max)).astype(f16)
-    first = per_row(unit / jnp.maximum(norm, SMALLEST), TILE_WIDTH)
-    p = tuple((x * first).astype(f16) for x in b)
+    inverse = lax.rsqrt(jnp.maximum(size, SMALLEST))
     live = jnp.where(size > stop, 1.0, 0.0)
 
+    def times(p):
+        """A_t p_t - p_t for all rows t."""
+        # Zeros that differ from those of S p below: with the same, ptxas writes all of both.
+        zeros = plgpu.layout_cast(jnp.full((CHUNK, CHUNK), -0.0, f32), WGMMA_LAYOUT)
+        s = product((p, sk.T), init=zeros)
+
+        def masked():
+            return s.astype(f16) * plgpu.load(sm, layout=WGMMA_LAYOUT)
+
+        y, scores = mosaic.product_and((p, ss), masked)
+        return product((scores, sk), init=y * per_row(factor, K))
+
     def iterate(_, carry):
-        r, p, norm, live = carry
-        p32 = [x.astype(f32) for x in p]
-        y = times(p, p32, refs, factor)
-        curvature = row_sum([a * c for a, c in zip(p32, y, strict=True)])
-        alpha = jnp.where(curvature > 0.0, live * unit * norm / curvature, 0.0)
-        alpha = per_row(alpha, TILE_WIDTH)
-        for tile, x in zip(sx, p32, strict=True):
-            own_elements(tile)[...] = load_own(tile) + alpha * x
-        r = tuple(a - alpha * c for a, c in zip(r, y, strict=True))
-        size = row_sum([x * x for x in r])
-        new = jnp.sqrt(size)
+        r, p, x, size, inverse, live = carry
+        y = times(p)
+        p = p.astype(f32)
+        y = y + p
+        curvature = jnp.sum(p * y, axis=1)
+        root = lax.rsqrt(jnp.maximum(curvature, SMALLEST))  # its square is cheaper than a quotient
+        alpha = jnp.where(curvature > SMALLEST, live * size * inverse * root * root, 0.0)
+        wide = per_row(alpha, TILE_WIDTH)
+        for half in second:
+            half[...] = mosaic.load(half, optimized=False) + wide * tile(p, 1)
+        x = x + wide * tile(p, 0)
+        r = r - per_row(alpha, K) * y
+        size = jnp.sum(r * r, axis=1)
         live = jnp.where(size > stop, live, 0.0)
-        old = per_row(new / jnp.maximum(norm, SMALLEST), TILE_WIDTH)
-        inverse = per_row(unit / jnp.maximum(new, SMALLEST), TILE_WIDTH)
-        p = tuple((a * inverse + c * old).astype(f16) for a, c in zip(r, p32, strict=True))
-        return r, p, new, live
+        new = lax.rsqrt(jnp.maximum(size, SMALLEST))
+        p = r * per_row(new, K) + p * per_row(size * new * inverse, K)
+        return r, p.astype(f16), x, size, new, live
 
     def going(carry):
         step, anyone = carry[:2]
@@ -427,5 +423,7 @@ def solve(b, refs, decay, scale, *, steps, tolerance):
         rest = lax.fori_loop(0, count, iterate, tuple(rest))
         return step + count, jnp.max(rest[-1]), *rest
 
-    start = (jnp.int32(0), jnp.max(live), tuple(b), p, norm, live)
-    lax.while_loop(going, iterations, start)
+    p = (b * per_row(inverse, K)).astype(f16)
+    start = (jnp.int32(0), jnp.max(live), b, p, tile(zeros, 0), size, inverse, live)
+    x = lax.while_loop(going, iterations, start)[4]
+    return [x, *(mosaic.load(half, optimized=False) for half in second)]
