@@ -20,8 +20,8 @@ first, so that what runs at one time shares its keys in L2.
                 | sk: k, skey_gates: load_keys; sv: v: load_values |
     send        |                                                  | slot 0 of sv: o; lse
 
-sk and sv are rings, see `rings`: a tile is overwritten when it has been read. sq has the queries and
-beside them H, by which they become those of the next level.
+sk and sv are rings, see `rings`: a tile is overwritten when it has been read. sq has the queries
+and beside them H, by which they become those of the next level.
 """
 
 import functools
