@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jla._core.cache import LazyPathCache
 from jla._core.states import GSAState, LazyLogLinearState, MesaState
@@ -61,6 +62,7 @@ def products_of_few(
     taps: Sequence[Array | None],
     pasts: Sequence[Array | None],
     *,
+    rounded: Sequence[bool],
     silu_twice: bool = False,
     implementation: Implementation | None = None,
 ) -> tuple[list[jax.Array], list[jax.Array | None]]:
@@ -72,14 +74,16 @@ def products_of_few(
       xs: for each matrix its rows [B, D]. kernels: [D, N].
       taps: [W, N], or None for no convolution. pasts: the products of the last W - 1 tokens, [B,
         W - 1, N]; or None.
+      rounded: for each matrix whether its result has x's dtype; or float32, with nothing rounded on
+        the way, as XLA would have it where it fuses.
       silu_twice: as in `short_convolution`.
 
     Returns:
-      The products, [B, N] in x's dtype, and the new pasts.
+      The results, [B, N], and the new pasts.
     """
-    arrays = xs, kernels, taps, pasts
+    arrays = tuple(xs), tuple(kernels), tuple(taps), tuple(pasts)
     run = choose("products_of_few", implementation, *arrays)
-    return run(*arrays, silu_twice=silu_twice)
+    return run(*arrays, rounded=tuple(rounded), silu_twice=silu_twice)
 
 
 def kda_token(
@@ -98,6 +102,7 @@ def kda_token(
     lower_bound: float | None,
     strength: float,
     epsilon: float,
+    dtype: jax.typing.DTypeLike,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, KDAState]:
     """One token of a layer of KDA, from the results of its convolutions to its norm's:
@@ -108,10 +113,12 @@ def kda_token(
 
     Args:
       b: [B, HV]. gate: [B, HV, V]. gate_bias: [HV, V] or None. norm_scale: [V].
+      dtype: of y.
       others: as of `kda_step_from_projection`.
     """
     arrays = q, k, v, f, A_log, dt_bias, b, gate, gate_bias, norm_scale, state
     options: dict[str, Any] = dict(lower_bound=lower_bound, strength=strength, epsilon=epsilon)
+    options["dtype"] = jnp.dtype(dtype)
     return choose("kda_token", implementation, *arrays)(*arrays, **options)
 
 
@@ -152,6 +159,7 @@ def mesa_token(
     lower_bound: float,
     cg_steps: int,
     epsilon: float,
+    dtype: jax.typing.DTypeLike,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, MesaState]:
     """One token of a layer of MesaNet, from the results of its convolutions to its norm's:
@@ -164,10 +172,12 @@ def mesa_token(
     Args:
       a, b: [B, H]. a_bias, b_bias: [H]. lambda_params: [H, K]. gate: [B, H, V] or None.
       norm_scale: [V].
+      dtype: of y; the solution is as exact as that of `mesa_step` in it.
     """
     arrays = q, k, v, a, a_bias, b, b_bias, lambda_params, gate, norm_scale, state
     run = choose("mesa_token", implementation, *arrays)
-    return run(*arrays, lower_bound=lower_bound, cg_steps=cg_steps, epsilon=epsilon)
+    options: dict[str, Any] = dict(lower_bound=lower_bound, cg_steps=cg_steps, epsilon=epsilon)
+    return run(*arrays, **options, dtype=jnp.dtype(dtype))
 
 
 def log_linear_token(

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from comparing import normal, relative_error
 
@@ -13,6 +14,9 @@ from jla.pallas.layers import products
 from jla.reference import layers as reference
 
 f32, bf16, f16 = jnp.float32, jnp.bfloat16, jnp.float16
+
+
+ROUNDED = [True, False, True, False, False, True]
 
 
 def given(B, D, widths, dtype=bf16, W=4, xs=1):
@@ -47,15 +51,22 @@ def assert_alike(got, want):
 def test_is_the_formula(B, D, widths, dtype, xs, silu_twice):
     arrays = given(B, D, widths, dtype, xs=xs)
     with jla.pallas.interpret():
-        got = products.products_of_few(*arrays, silu_twice=silu_twice)
-    assert_alike(got, reference.products_of_few(*arrays, silu_twice=silu_twice))
+        got = products.products_of_few(
+            *arrays, silu_twice=silu_twice, rounded=ROUNDED[: len(widths)]
+        )
+    assert_alike(
+        got,
+        reference.products_of_few(*arrays, silu_twice=silu_twice, rounded=ROUNDED[: len(widths)]),
+    )
 
 
 def test_a_ring_that_is_used_again():
     arrays = given(2, 128 * 18, (32,))
     with jla.pallas.interpret():
-        got = products.products_of_few(*arrays, silu_twice=False)
-    assert_alike(got, reference.products_of_few(*arrays, silu_twice=False))
+        got = products.products_of_few(*arrays, silu_twice=False, rounded=ROUNDED[: len(arrays[0])])
+    assert_alike(
+        got, reference.products_of_few(*arrays, silu_twice=False, rounded=ROUNDED[: len(arrays[0])])
+    )
 
 
 def test_swiglu():
@@ -78,8 +89,8 @@ def test_derivatives_and_vmap_are_the_formula():
     arrays = jax.tree.map(jnp.asarray, (x, kernel, taps, past))
 
     def loss(run, x, kernel, taps, past):
-        (y,), (new,) = run([x], [kernel], [taps], [past], silu_twice=False)
-        y = run([y], [kernel[:32]], [None], [None], silu_twice=False)[0][0]
+        (y,), (new,) = run([x], [kernel], [taps], [past], silu_twice=False, rounded=[True])
+        y = run([y], [kernel[:32]], [None], [None], silu_twice=False, rounded=[False])[0][0]
         return jnp.sum(jnp.sin(y.astype(f32))) + jnp.sum(jnp.cos(new.astype(f32)))
 
     def both(run):
@@ -92,3 +103,32 @@ def test_derivatives_and_vmap_are_the_formula():
     want = both(reference.products_of_few)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert relative_error(a.astype(f32), b.astype(f32)) < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("B", [1, 8, 64])
+def test_full_size(B):
+    """Of a model of width 1024: twice the same bits, each nearer to float32 than a rounding."""
+    widths = (-1024, -1024, -1024, 128, 128, 8)
+    arrays = jax.tree.map(jnp.asarray, given(B, 1024, widths))
+    (x, *_), (down,), *_ = jax.tree.map(jnp.asarray, given(B, 2720, (1024,)))
+    (y, *_), (gate, up), *_ = jax.tree.map(jnp.asarray, given(B, 1024, (2720, 2720)))
+
+    def run():
+        of_tokens = products.products_of_few(
+            *arrays, silu_twice=False, rounded=ROUNDED[: len(arrays[0])]
+        )
+        return of_tokens, products.product_of_few(x, down), products.swiglu_of_few(y, gate, up)
+
+    got, again = run(), run()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with jax.default_matmul_precision("highest"):
+        exact = jax.tree.map(lambda a: a.astype(f32), (arrays, x, down, y, gate, up))
+        arrays, x, down, y, gate, up = exact
+        want = reference.products_of_few(
+            *arrays, silu_twice=False, rounded=ROUNDED[: len(arrays[0])]
+        )
+        want = want, reference.product_of_few(x, down), reference.swiglu_of_few(y, gate, up)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(a.astype(f32), b) < 4e-3

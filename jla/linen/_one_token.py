@@ -27,16 +27,18 @@ class OneToken(NamedTuple):
     second: Mapping[str, tuple[str, tuple[int, ...]]]
     convolutions: Mapping[str, nn.Module]
 
-    def project(self, *, silu_twice: bool = False) -> dict[str, jax.Array]:
-        """All projections, convolved, [B, ...]; the convolutions' caches advance."""
-        results = self._multiplied(dict.fromkeys(self.first, self.x), silu_twice)
+    def project(self, *, rounded=(), silu_twice: bool = False) -> dict[str, jax.Array]:
+        """All projections, convolved, [B, ...]; the convolutions' caches advance. In float32, but
+        for those that are to be `rounded`, by name, and what others are made of."""
+        rounded = {*rounded, *(source for source, _ in self.second.values())}
+        results = self._multiplied(dict.fromkeys(self.first, self.x), rounded, silu_twice)
         if self.second:
             xs = {name: results[source] for name, (source, _) in self.second.items()}
-            results |= self._multiplied(xs, silu_twice)
+            results |= self._multiplied(xs, rounded, silu_twice)
         features = {**self.first, **{name: x for name, (_, x) in self.second.items()}}
         return {name: y.reshape(-1, *features[name]) for name, y in results.items()}
 
-    def _multiplied(self, xs, silu_twice):
+    def _multiplied(self, xs, rounded, silu_twice):
         """The projections {name: rows}, convolved, [B, N]."""
         convolutions = [self.convolutions.get(name) for name in xs]
         taps = [None if c is None else self.params[c.name]["kernel"] for c in convolutions]
@@ -46,6 +48,7 @@ class OneToken(NamedTuple):
             [_matrix(self.params[name]["kernel"]) for name in xs],
             [_flat(x) for x in taps],
             [_flat(x, 2) for x in pasts],
+            rounded=[name in rounded for name in xs],
             silu_twice=silu_twice,
         )
         for convolution, past, last in zip(convolutions, new, pasts, strict=True):
@@ -100,7 +103,7 @@ def of(layer, tokens, operation, given, first, second=None, float32=(), convolve
         return None
     kernels = [_matrix(params[name]["kernel"]) for name in first]
     flat = [_flat(taps.get(name)) for name in first], [_flat(pasts.get(name), 2) for name in first]
-    shapes = [jax.ShapeDtypeStruct((B, *shapes_of[name]), dtype) for name in given]
+    shapes = [jax.ShapeDtypeStruct((B, *shapes_of[name]), jnp.float32) for name in given]
     own = layer.own_choice()
     if not _token.serves("products_of_few", own, [x] * len(kernels), kernels, *flat):
         return None

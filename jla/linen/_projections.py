@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jla import _token
 from jla._core import whole
 from jla._core.states import with_rank
+from jla._core.types import Implementation
 
 ROWS = 16  # the fewest of a product that a GPU's tensor cores do
 
@@ -108,7 +109,7 @@ def dense(
     *,
     kind: type[nn.Module] = nn.DenseGeneral,
     use_bias=False,
-    implementation="xla",
+    implementation: Implementation | None = "xla",
     **options,
 ):
     """The module of a projection, `implementation` as `product` has it. With a `split` devices sum

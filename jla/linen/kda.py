@@ -189,6 +189,7 @@ class KimiDeltaAttention(Mixer):
             lower_bound=self.gate_lower_bound,
             strength=2.0 if self.allow_negative_eigenvalues else 1.0,
             epsilon=self.norm_epsilon,
+            dtype=tokens.x.dtype,
             implementation=self.implementation,
         )  # fmt: skip
         cache.replace(state)

@@ -144,6 +144,7 @@ class MesaNet(Mixer):
             lower_bound=float(self.lambda_lower_bound),
             cg_steps=self._steps_decode(),
             epsilon=self.norm_epsilon,
+            dtype=tokens.x.dtype,
             implementation=self.implementation,
         )  # fmt: skip
         cache.replace(state)

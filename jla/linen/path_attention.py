@@ -164,7 +164,7 @@ class PaTHAttention(Mixer):
         if one is None:
             return None
         check_room(state, 1, set_by=_SET_BY)
-        y, bias = one.project(), one.params["b_proj"]["bias"].astype(f32)
+        y, bias = one.project(rounded=given), one.params["b_proj"]["bias"].astype(f32)
         arrays = *(y[name] for name in given), y[of_w], y["b_proj"], bias, state
         o, state = _token.path_token(*arrays, scale=K**-0.5, implementation=self.implementation)
         cache.replace(state)

@@ -53,11 +53,12 @@ def kda_from_projection(
 
 def kda_token(
     q, k, v, f, A_log, dt_bias, b, gate, gate_bias, norm_scale, state,
-    *, lower_bound, strength, epsilon,
+    *, lower_bound, strength, epsilon, dtype,
 ):  # fmt: skip
     """See `jla._token.kda_token`."""
     q, k = l2norm(q), l2norm(k)
     beta = strength * jax.nn.sigmoid(b.astype(f32))
     g, beta = kda_operands(f, A_log, dt_bias, beta, lower_bound)
     o, state = kda_step(q, k, v, g, beta, state, scale=q.shape[-1] ** -0.5)
-    return layers.rms_norm(o, norm_scale, gate, gate_bias, epsilon=epsilon), state
+    y = layers.rms_norm(o, norm_scale, gate, gate_bias, epsilon=epsilon)
+    return y.astype(dtype), state

@@ -104,17 +104,17 @@ def swiglu_of_few(x, gate, up):
     return jax.nn.silu(product_of_few(x, gate)) * product_of_few(x, up)
 
 
-def products_of_few(xs, kernels, taps, pasts, *, silu_twice):
+def products_of_few(xs, kernels, taps, pasts, *, rounded, silu_twice):
     """See `jla._token.products_of_few`."""
     out, new = [], []
-    for x, kernel, weights, past in zip(xs, kernels, taps, pasts, strict=True):
-        y = product_of_few(x, kernel)
+    for x, kernel, weights, past, is_rounded in zip(xs, kernels, taps, pasts, rounded, strict=True):
+        y = lax.dot_general(x, kernel, (((1,), (0,)), ((), ())), preferred_element_type=f32)
         if weights is not None:
-            window = y[:, None, None], weights[:, None], None, past[:, :, None]
+            window = y[:, None, None], weights[:, None], None, past[:, :, None].astype(f32)
             convolved = short_convolution(*window, normalize=False, silu_twice=silu_twice)
-            past = jnp.concatenate([past[:, 1:], y[:, None]], axis=1)
+            past = jnp.concatenate([past[:, 1:], y.astype(past.dtype)[:, None]], axis=1)
             y = convolved[:, 0, 0]
-        out.append(y)
+        out.append(y.astype(x.dtype) if is_rounded else y)
         new.append(past)
     return out, new
 

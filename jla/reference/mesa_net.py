@@ -44,7 +44,7 @@ def mesa_step_by_row(q, k, v, g, beta, lamb, state, *, cg_steps):
 
 def mesa_token(
     q, k, v, a, a_bias, b, b_bias, lambda_params, gate, norm_scale, state,
-    *, lower_bound, cg_steps, epsilon, step=mesa_step,
+    *, lower_bound, cg_steps, epsilon, dtype, step=mesa_step,
 ):  # fmt: skip
     """See `jla._token.mesa_token`; `step` is the implementation's."""
     q, k = l2norm(q), l2norm(k)
@@ -52,7 +52,8 @@ def mesa_token(
     g, beta = jax.nn.log_sigmoid(a), jax.nn.sigmoid(b)
     lamb = jax.nn.softplus(lambda_params) + lower_bound
     o, state = step(q, k, v, g, beta, lamb, state, cg_steps=cg_steps)
-    return layers.rms_norm(o, norm_scale, gate, epsilon=epsilon, activation="silu"), state
+    y = layers.rms_norm(o, norm_scale, gate, epsilon=epsilon, activation="silu")
+    return y.astype(dtype), state
 
 
 @functools.partial(jax.jit, static_argnames="cg_steps")

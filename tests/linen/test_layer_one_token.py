@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from comparing import normal, random_parameters, relative_error
 
@@ -64,6 +65,48 @@ def test_is_the_layers_own_way(name, monkeypatch):
         y = dict(jax.tree_util.tree_leaves_with_path(_settled(after["cache"])))[path]
         assert x.dtype == y.dtype
         assert relative_error(x.astype(f32), y.astype(f32)) < 1e-2, path
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("B", [1, 64])
+@pytest.mark.parametrize("name", LAYERS)
+def test_full_size(name, B):
+    """As near to float32 as XLA's form in 16 bits, and twice the same bits."""
+    width = dict(num_heads=8, key_dim=128)
+    of_keys = (
+        {} if getattr(LAYERS[name], "num_key_heads", None) in (None, 1) else dict(num_key_heads=8)
+    )
+    layer = LAYERS[name].clone(decode=True, **width, **of_keys)
+    x = normal(0, B, 33, 1024)
+    variables = random_parameters(layer, x[:, :1])
+    params = jax.tree.map(lambda p: p * 0.1 if p.ndim > 1 else p, variables["params"])
+    params = cast_matrices(dict(layer=params), bf16)["layer"]
+
+    def run(implementation, dtype, cache, tokens):
+        one = layer.clone(implementation=implementation, dtype=dtype)
+        made = jax.tree.map(lambda p: p if dtype == bf16 else p.astype(f32), params)
+        apply = jax.jit(lambda p, c, x: one.apply({"params": p, "cache": c}, x, mutable=["cache"]))
+        return apply(made, cache, tokens.astype(dtype))
+
+    def empty(dtype):
+        one = layer.clone(dtype=dtype)
+        shapes = jax.eval_shape(one.init, jax.random.key(0), x[:, :1].astype(dtype))["cache"]
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    with jax.default_matmul_precision("highest"):
+        _, started = run("xla", f32, empty(f32), x[:, :32])
+        exact, _ = run("xla", f32, started["cache"], x[:, 32:])
+    cache = jax.tree.map(lambda a, b: a.astype(b.dtype), started["cache"], empty(bf16))
+    plain, _ = run("xla", bf16, cache, x[:, 32:])
+    got, moved = run(None, bf16, cache, x[:, 32:])
+    again = run(None, bf16, cache, x[:, 32:])
+    for a, b in zip(
+        jax.tree.leaves((got, _settled(moved["cache"]))),
+        jax.tree.leaves((again[0], _settled(again[1]["cache"]))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert relative_error(got.astype(f32), exact) < 1.1 * relative_error(plain.astype(f32), exact)
 
 
 def _settled(cache):

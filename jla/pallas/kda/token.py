@@ -20,10 +20,10 @@ def unsupported(q, k, v, *_):
     return token.unsupported_here() or token.unsupported_heads(K=q.shape[-1], V=v.shape[-1])
 
 
-@functools.partial(jax.jit, static_argnames=("lower_bound", "strength", "epsilon"))
+@functools.partial(jax.jit, static_argnames=("lower_bound", "strength", "epsilon", "dtype"))
 def kda_token(
     q, k, v, f, A_log, dt_bias, b, gate, gate_bias, norm_scale, state,
-    *, lower_bound, strength, epsilon,
+    *, lower_bound, strength, epsilon, dtype,
 ):  # fmt: skip
     """See `jla._token.kda_token`.
 
@@ -37,7 +37,7 @@ def kda_token(
 
     Derivatives, and vmap, are those of the reference's formula, in XLA.
     """
-    options = dict(lower_bound=lower_bound, strength=strength, epsilon=epsilon)
+    options = dict(lower_bound=lower_bound, strength=strength, epsilon=epsilon, dtype=dtype)
     if gate_bias is None:
         gate_bias = jnp.zeros(gate.shape[1:], f32)
     arrays = q, k, v, f, A_log, dt_bias, b, gate, gate_bias, norm_scale, state
@@ -47,7 +47,7 @@ def kda_token(
 
 def _run(
     q, k, v, f, A_log, dt_bias, b, gate, gate_bias, norm_scale, state,
-    *, lower_bound, strength, epsilon,
+    *, lower_bound, strength, epsilon, dtype,
 ):  # fmt: skip
     """The kernel call."""
     (B, HV, V), K = v.shape, q.shape[-1]
@@ -74,7 +74,7 @@ def _run(
         mosaic.store(refs.new_state.at[b, h], state)
         o = token.normed(o * K**-0.5, load(refs.norm_scale, by_column), epsilon)
         shifted = load(refs.gate.at[b, h], by_column) + load(refs.gate_bias.at[h], by_column)
-        mosaic.store(refs.o.at[b, h], (o * mosaic.sigmoid(shifted)).astype(v.dtype))
+        mosaic.store(refs.o.at[b, h], (o * mosaic.sigmoid(shifted)).astype(dtype))
 
     out = scratch.kernel(
         body,
@@ -82,7 +82,7 @@ def _run(
             q=q, k=k, v=v, f=f, A_log=A_log, dt_bias=dt_bias, b=b, gate=gate, gate_bias=gate_bias,
             norm_scale=norm_scale, state=state,
         ),
-        outputs=dict(o=SDS(v.shape, v.dtype), new_state=SDS(state.shape, state.dtype)),
+        outputs=dict(o=SDS(v.shape, dtype), new_state=SDS(state.shape, state.dtype)),
         scratch={},
         in_place=dict(state="new_state"),
         grid=(B, HV),

@@ -80,7 +80,8 @@ def product_of_few(x, kernel):
     parts = max(1, min(PROCESSORS // blocks, steps))
 
     def kernel_call(x, kernel):
-        (y,), _ = _run([(x, (_whole(kernel),), None, None)], parts=None if parts == 1 else parts)
+        matrix = x, (_whole(kernel),), None, None
+        (y,), _ = _run([matrix], [parts == 1], parts=None if parts == 1 else parts)
         return (y[..., : kernel.shape[1]],)
 
     def formula(x, kernel):
@@ -98,7 +99,7 @@ def swiglu_of_few(x, gate, up):
     """silu(x W_gate) * (x W_up), [B, N] in x's dtype. See `jla._token.swiglu_of_few`."""
 
     def kernel(x, gate, up):
-        (y,), _ = _run([(x, (_whole(gate), _whole(up)), None, None)])
+        (y,), _ = _run([(x, (_whole(gate), _whole(up)), None, None)], [True])
         return (y[:, : gate.shape[1]],)
 
     def formula(x, gate, up):
@@ -108,15 +109,16 @@ def swiglu_of_few(x, gate, up):
     return token.by_formula(kernel, formula, x, gate, up)[0]
 
 
-def products_of_few(xs, kernels, taps, pasts, *, silu_twice):
+def products_of_few(xs, kernels, taps, pasts, *, rounded, silu_twice):
     """See `jla._token.products_of_few`. What is one array among the xs is read as one."""
     different = [x for i, x in enumerate(xs) if all(x is not y for y in xs[:i])]
     of = tuple(next(i for i, y in enumerate(different) if y is x) for x in xs)
-    return _products(different, kernels, taps, pasts, of=of, silu_twice=silu_twice)
+    options = dict(of=of, rounded=tuple(rounded), silu_twice=silu_twice)
+    return _products(different, kernels, taps, pasts, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("of", "silu_twice"))
-def _products(xs, kernels, taps, pasts, *, of, silu_twice):
+@functools.partial(jax.jit, static_argnames=("of", "rounded", "silu_twice"))
+def _products(xs, kernels, taps, pasts, *, of, rounded, silu_twice):
     """`products_of_few`, `of` which of the xs each matrix is."""
     arrays, tree = jax.tree.flatten((xs, kernels, taps, pasts))
 
@@ -128,22 +130,22 @@ def _products(xs, kernels, taps, pasts, *, of, silu_twice):
 
     def kernel(*arrays):
         padded = [(x, (_whole(w),), _whole(t), _whole(p)) for x, w, t, p in matrices(arrays)]
-        y, new = _run(padded, silu_twice=silu_twice)
+        y, new = _run(padded, rounded, silu_twice=silu_twice)
         convolved = [N for N, w in zip(widths, taps, strict=True) if w is not None]
         results = zip((*y, *new), (*widths, *convolved), strict=True)
         return tuple(x[..., :N] for x, N in results)
 
     def formula(*arrays):
         out, new = [], []
-        for x, w, taps, past in matrices(arrays):
+        for (x, w, taps, past), is_rounded in zip(matrices(arrays), rounded, strict=True):
             y = _product(x, w)
             if taps is not None:
-                window = jnp.concatenate([past, y.astype(past.dtype)[:, None]], axis=1)
-                new.append(window[:, 1:])
-                y = jnp.sum(taps[None] * window.astype(f32), axis=1)
+                new.append(jnp.concatenate([past[:, 1:], y.astype(past.dtype)[:, None]], axis=1))
+                window = jnp.concatenate([past.astype(f32), y[:, None]], axis=1)
+                y = jnp.sum(taps[None] * window, axis=1)
                 for _ in range(1 + silu_twice):
                     y = jax.nn.silu(y)
-            out.append(y.astype(x.dtype))
+            out.append(y.astype(x.dtype) if is_rounded else y)
         return *out, *new
 
     results = token.by_formula(kernel, formula, *arrays)
@@ -169,12 +171,13 @@ def _product(x, kernel):
 
 class _Group(NamedTuple):
     """The CTAs of a matrix, from `first` on; which x it multiplies, and which convolution it has
-    (or None): places in the lists of refs."""
+    (or None): places in the lists of refs; whether its result is rounded."""
 
     first: int
     blocks: int
     x: int
     conv: int | None
+    rounded: bool
 
     def on(self, block, act):
         """act(columns) if the block is one of these."""
@@ -183,21 +186,24 @@ class _Group(NamedTuple):
         pl.when((own >= 0) & (own < self.blocks))(lambda: act(columns))
 
 
-def _run(matrices, *, silu_twice=False, parts=None):
+def _run(matrices, rounded, *, silu_twice=False, parts=None):
     """The kernel call; `matrices`: (x, kernels, taps, past)."""
     (B, D), dtype = matrices[0][0].shape, matrices[0][0].dtype
     xs, groups, first = [], [], 0
     convolved = [m for m in matrices if m[2] is not None]
     convs = iter(range(len(convolved)))
-    for x, kernels, taps, _ in matrices:
+    for (x, kernels, taps, _), is_rounded in zip(matrices, rounded, strict=True):
         number = next((i for i, y in enumerate(xs) if y is x), len(xs))
         xs += [x] if number == len(xs) else []
         blocks = pl.cdiv(kernels[0].shape[1], COLUMNS)
-        groups.append(_Group(first, blocks, number, None if taps is None else next(convs)))
+        groups.append(
+            _Group(first, blocks, number, None if taps is None else next(convs), is_rounded)
+        )
         first += blocks
     several = len(matrices[0][1])
     W = convolved[0][2].shape[0] if convolved else 2
     tile = functools.partial(plgpu.SMEM, dtype=dtype, transforms=TRANSFORMS)
+    exact = mosaic.TRANSFORMS_F32
     stages = min(STAGES[several], pl.cdiv(pl.cdiv(D, DEPTH), parts or 1))
     flat = [past.reshape(B, -1) for *_, past in convolved]
     outs = [kernels[0].shape[1] for _, kernels, *_ in matrices]
@@ -210,7 +216,10 @@ def _run(matrices, *, silu_twice=False, parts=None):
             past=flat,
         ),
         outputs=dict(
-            y=[SDS((B, N), dtype) if parts is None else SDS((parts, B, N), f32) for N in outs],
+            y=[
+                SDS((*([parts] if parts else []), B, N), dtype if is_rounded else f32)
+                for N, is_rounded in zip(outs, rounded, strict=True)
+            ],
             new_past=[SDS(x.shape, x.dtype) for x in flat],
         ),
         scratch=dict(
@@ -220,9 +229,8 @@ def _run(matrices, *, silu_twice=False, parts=None):
             window=tile((W, ROWS, COLUMNS)) if convolved else None,
             tap_tile=plgpu.SMEM((W, COLUMNS), f32) if convolved else None,
             window_loaded=barrier_for(dict(taps=1, past=W - 1)) if convolved else None,
-            result=tile((ROWS, COLUMNS))
-            if parts is None
-            else plgpu.SMEM((ROWS, COLUMNS), f32, transforms=mosaic.TRANSFORMS_F32),
+            result=tile((ROWS, COLUMNS)) if any(rounded) else None,
+            exact=None if all(rounded) else plgpu.SMEM((ROWS, COLUMNS), f32, transforms=exact),
         ),
         in_place=dict(past="new_past"),
         grid=(first, parts or 1),
@@ -267,18 +275,17 @@ def _body(refs, *, groups, W, silu_twice, parts):
 
     shapes = [(ROWS, COLUMNS)] * len(refs.tiles)
     y, *more = mosaic.accumulate(count, operands, done, shapes)
-    dtype = refs.result.dtype
     if more:
         y = y * mosaic.sigmoid(y) * more[0]
     if has_window is None:
-        refs.result[...] = y.astype(dtype)
+        _put(refs, y)
     else:
-        pl.when(~has_window)(lambda: _put(refs.result, y.astype(dtype)))
+        pl.when(~has_window)(lambda: _put(refs, y))
         pl.when(has_window)(lambda: _convolve(refs, y, W, silu_twice))
     plgpu.commit_smem()
     for group, out in zip(groups, refs.y, strict=True):
         group.on(block, functools.partial(_store, refs, group, out, part, parts, W))
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # they are written before the grid ends
 
 
 def _rows(block, x):
@@ -287,8 +294,11 @@ def _rows(block, x):
     return pl.ds(block * 0, -(-x.shape[0] // mosaic.TILE_ROWS) * mosaic.TILE_ROWS)
 
 
-def _put(ref, value):
-    ref[...] = value
+def _put(refs, y):
+    """The result in SMEM, rounded and as it is, as far as it is wanted."""
+    for ref in (refs.result, refs.exact):
+        if ref is not None:
+            ref[...] = y.astype(ref.dtype)
 
 
 def _load_windows(refs, groups, block, W):
@@ -321,24 +331,24 @@ def _load_windows(refs, groups, block, W):
 def _convolve(refs, y, W, silu_twice):
     """The convolution of the products y; its window then holds these, too."""
     plgpu.barrier_wait(refs.window_loaded)
-    rounded = y.astype(refs.window.dtype)
-    refs.window.at[W - 1][...] = rounded
+    refs.window.at[W - 1][...] = y.astype(refs.window.dtype)
 
     def tap(i):
         return per_column(mosaic.load(refs.tap_tile.at[i], PER_COLUMN), ROWS)
 
-    total = tap(W - 1) * rounded.astype(f32)
+    total = tap(W - 1) * y
     for i in range(W - 1):
         total = total + tap(i) * mosaic.load(refs.window.at[i])
     for _ in range(1 + silu_twice):
         total = total * mosaic.sigmoid(total)
-    refs.result[...] = total.astype(refs.result.dtype)
+    _put(refs, total)
 
 
 def _store(refs, group, out, part, parts, W, columns):
     y = out if parts is None else out.at[part]
     source, target = (_rows(start, refs.x[0]) for start in (0, columns.start))
-    plgpu.copy_smem_to_gmem(refs.result.at[source], y.at[target, columns])
+    result = refs.result if group.rounded else refs.exact
+    plgpu.copy_smem_to_gmem(result.at[source], y.at[target, columns])
     if group.conv is None:
         return
     new, N = refs.new_past[group.conv], out.shape[1]

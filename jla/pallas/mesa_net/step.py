@@ -59,7 +59,7 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps, slots=None):
     Derivatives are those of the reference's formula, in XLA.
     """
     lamb = jnp.broadcast_to(lamb, q.shape)
-    tolerance = tolerance_of(q)
+    tolerance = tolerance_of(q.dtype)
     if slots is None:
         step = _differentiable(cg_steps, tolerance, _INPUTS, _OUTPUTS)
         o, kk, kv = step(q, k, v, g, beta, lamb, *state)
@@ -69,9 +69,9 @@ def mesa_step(q, k, v, g, beta, lamb, state, *, cg_steps, slots=None):
     return o, MesaState(kk, kv)
 
 
-def tolerance_of(q):
+def tolerance_of(dtype):
     """A row stops when its residual is this much smaller than its query."""
-    return 1e-6 if q.dtype == f32 else 1e-4
+    return 1e-6 if dtype == f32 else 1e-4
 
 
 @functools.cache

@@ -21,10 +21,10 @@ def unsupported(q, k, v, *_):
     return token.unsupported_here() or step.unsupported(q, k, v)
 
 
-@functools.partial(jax.jit, static_argnames=("lower_bound", "cg_steps", "epsilon"))
+@functools.partial(jax.jit, static_argnames=("lower_bound", "cg_steps", "epsilon", "dtype"))
 def mesa_token(
     q, k, v, a, a_bias, b, b_bias, lambda_params, gate, norm_scale, state,
-    *, lower_bound, cg_steps, epsilon,
+    *, lower_bound, cg_steps, epsilon, dtype,
 ):  # fmt: skip
     """See `jla._token.mesa_token`, and for the kernel `step.mesa_step`.
 
@@ -33,12 +33,13 @@ def mesa_token(
     Derivatives, and vmap, are those of the reference's formula, in XLA.
     """
     gates = () if gate is None else (gate,)
-    options = dict(steps=cg_steps, tolerance=step.tolerance_of(q))
+    options = dict(steps=cg_steps, tolerance=step.tolerance_of(dtype), dtype=dtype)
     kernel = functools.partial(_run, bound=lower_bound, epsilon=epsilon, **options)
 
     def formula(q, k, v, a, a_bias, b, b_bias, lambda_params, scale, kk, kv, gate=None):
         arrays = q, k, v, a, a_bias, b, b_bias, lambda_params, gate, scale, MesaState(kk, kv)
         options = dict(lower_bound=lower_bound, cg_steps=cg_steps, epsilon=epsilon)
+        options["dtype"] = dtype
         o, state = reference.mesa_token(*arrays, **options)
         return o, *state
 
@@ -47,7 +48,9 @@ def mesa_token(
     return o, MesaState(kk, kv)
 
 
-def _run(q, k, v, a, a_bias, b, b_bias, lambda_params, norm_scale, kk, kv, gate=None, **options):
+def _run(
+    q, k, v, a, a_bias, b, b_bias, lambda_params, norm_scale, kk, kv, gate=None, *, dtype, **options
+):
     """The kernel call."""
     B, H, K = q.shape
     out = scratch.kernel(
@@ -57,7 +60,7 @@ def _run(q, k, v, a, a_bias, b, b_bias, lambda_params, norm_scale, kk, kv, gate=
             lambda_params=lambda_params, gate=gate, norm_scale=norm_scale, kk=kk, kv=kv,
         ),
         outputs=dict(
-            o=SDS(v.shape, v.dtype), new_kk=SDS(kk.shape, f32), new_kv=SDS(kv.shape, f32)
+            o=SDS(v.shape, dtype), new_kk=SDS(kk.shape, f32), new_kv=SDS(kv.shape, f32)
         ),
         scratch=dict(vector=plgpu.SMEM((K,), f32)),
         in_place=dict(kk="new_kk", kv="new_kv"),
