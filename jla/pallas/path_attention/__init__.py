@@ -147,9 +147,8 @@ def _forward(q, k, v, w, beta, g=None, *, scale):
     inverse, w, ratio = leaf.inverses(w, beta)
     if ratio is not None:
         beta = beta * ratio
-    grow = functools.partial(grown, q, k, w, beta, g, inverse, scale=scale)
-    queries, keys, own, gates, transforms = grow(only_first=True)
-    outputs = *forward(queries, keys, v, own, gates, transforms, scale=scale), inverse
+    queries, keys, own, gates, _ = grown(q, k, w, beta, g, inverse, scale=scale)
+    outputs = *forward(queries, keys, v, own, gates, scale=scale), inverse
     return outputs if ratio is None else (*outputs, w, ratio)
 
 

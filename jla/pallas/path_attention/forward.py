@@ -15,13 +15,11 @@ first, so that what runs at one time shares its keys in L2.
     phase       | reads, and who loads it (else it is in GMEM)     | writes
     ------------+--------------------------------------------------+---------------------
     own_softmax | sv: v: load_all; own, tops                       | acc, top, total
-    make_queries| sq: q, load_queries, then its own; H: load_maker | sq: q H
-    tile        | sq; squery_gates: load_queries, load_maker       | acc, top, total
+    tile        | sq: q, squery_gates: load_queries                | acc, top, total
                 | sk: k, skey_gates: load_keys; sv: v: load_values |
     send        |                                                  | slot 0 of sv: o; lse
 
-sk and sv are rings, see `rings`: a tile is overwritten when it has been read. sq has the queries
-and beside them H, by which they become those of the next level.
+sq, sk and sv are rings, see `rings`: a tile is overwritten when it has been read.
 """
 
 import functools
@@ -32,7 +30,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jla._core.interpreter import interpreting
 from jla.pallas.common import mosaic, scratch
 from jla.pallas.common.mosaic import (
     PER_COLUMN,
@@ -46,7 +43,6 @@ from jla.pallas.common.mosaic import (
     per_row,
     product,
 )
-from jla.pallas.common.scratch import fetch
 from jla.pallas.path_attention import dyadic, rings
 from jla.pallas.path_attention.dyadic import LEAF
 from jla.pallas.path_attention.query_leaves import (
@@ -62,28 +58,24 @@ from jla.pallas.path_attention.query_leaves import (
 
 SDS = jax.ShapeDtypeStruct
 STAGES = 2  # tiles of keys and values in SMEM
-MAKER = 1  # the slot of queries that has H
 
 
-def forward(q, k, v, own, gates, transforms, *, scale):
+def forward(q, k, v, own, gates, *, scale):
     """Attention over the tree.
 
     Args:
-      q: [B, HQ, 128 (P - 1), K] float16, the first query version of each leaf but leaf 0, which has
-        none. The others are made here, q <- q H, from level to level.
+      q: [B, HQ, R, K] float16, all levels' query versions; see `levels`.
       k: [B, H, S, K] float16, all levels' key versions.
       v: [B, T, H, V] bf16, T a multiple of 8.
       own: the leaves' own logits in two parts, as `leaf.leaves` returns them.
       gates: None, or the sums of the gates from the level's middle to each query, [B, HQ, R], and
         from each key to the middle, [B, HQ, S], float32, -inf allowed.
-      transforms: all blocks' H, as `chains.joined` returns them.
       scale: positive, base 2.
 
     Returns:
       o [B, T, HQ, V] bf16, and the logits' log-sum-exp in base 2, [B, HQ, 128 P] float32.
 
-    SMEM at K=V=128: queries and what makes them those of the next level, 64 KB; keys and values 128
-    KB.
+    SMEM at K=V=128: queries 64 KB (this level's and the next's), keys and values 128 KB.
     """
     (B, T, H, V), (HQ, P), K = v.shape, own[0].shape[1:3], q.shape[-1]
     query_gates, key_gates = (None, None) if gates is None else gates
@@ -95,14 +87,7 @@ def forward(q, k, v, own, gates, transforms, *, scale):
     out = scratch.kernel(
         functools.partial(_body, group=HQ // H, scale=scale),
         inputs=dict(
-            q=q,
-            k=k,
-            v=v,
-            own=own[0],
-            tops=own[1],
-            query_gates=query_gates,
-            key_gates=key_gates,
-            transforms=transforms,
+            q=q, k=k, v=v, own=own[0], tops=own[1], query_gates=query_gates, key_gates=key_gates
         ),
         outputs=dict(o=SDS((B, T, HQ, V), bf16), lse=SDS((B, HQ, P * LEAF), f32)),
         scratch=dict(
@@ -144,27 +129,22 @@ def load_all(leaf, group):
     h = key_head(leaf, group)
     load_values(leaf, h, leaf.number, jnp.int32(0))
     of_level = functools.partial(load_level, leaf, h)
-    start = jnp.int32(1), jnp.int32(0), jnp.int32(0)
-    n, versions, _ = lax.fori_loop(0, leaf.levels, of_level, start)
+    n, versions = lax.fori_loop(0, leaf.levels, of_level, (jnp.int32(1), jnp.int32(0)))
     leaf.keys.drain(n)
     leaf.values.drain(n)
-    if interpreting():  # see `mosaic.drain`
-        pl.when(versions > 1)(lambda: plgpu.barrier_wait(leaf.refs.q_used.at[MAKER]))
+    leaf.queries.drain(versions)
 
 
 def load_level(leaf, h, m, carry):
-    """The leaf's queries of level m, or what makes them of those before; and the left sibling's
-    keys and values. `before` is the last level at which there were queries."""
-    n, versions, before = carry
+    """The leaf's queries of level m, and the left sibling's keys and values."""
+    n, versions = carry
     right = dyadic.at_bit(leaf.number, m)
-    first = dyadic.place(dyadic.query_counts(leaf.leaves), leaf.number, m) * LEAF
 
-    def rows(half):
-        return pl.ds(first + half * ROWS, ROWS)
-
-    given = right * jnp.where(versions == 0, 1, 0)
-    pl.when(given == 1)(lambda: load_queries(leaf, first_rows(leaf), jnp.int32(0), rows))
-    pl.when(right > given)(lambda: load_maker(leaf, h, before, versions, rows))
+    @pl.when(right == 1)
+    def _():
+        slot = leaf.queries.free(versions)
+        first = dyadic.place(dyadic.query_counts(leaf.leaves), leaf.number, m) * LEAF
+        load_queries(leaf, lambda half: pl.ds(first + half * ROWS, ROWS), slot)
 
     sibling = dyadic.block(leaf.number, m)
     first = dyadic.offset(dyadic.key_counts(leaf.leaves), m) + lax.shift_left(sibling, m)
@@ -174,30 +154,7 @@ def load_level(leaf, h, m, carry):
         load_values(leaf, h, lax.shift_left(sibling, m + 1) + i, n)
         return n + 1
 
-    n = lax.fori_loop(0, lax.shift_left(right, m), load_tile, n)
-    return n, versions + right, jnp.where(right == 1, m, before)
-
-
-def first_rows(leaf):
-    """The rows of the leaf's first version."""
-    return lambda half: pl.ds((leaf.number - 1) * LEAF + half * ROWS, ROWS)
-
-
-def load_maker(leaf, h, before, versions, rows):
-    """H of the left sibling of level `before`, and the gates of the next level's queries."""
-    refs = leaf.refs
-    pl.when(versions > 1)(lambda: plgpu.barrier_wait(refs.q_used.at[MAKER]))
-    sibling = 2 * dyadic.block(leaf.number, before)
-    place = dyadic.offset(dyadic.block_counts(leaf.leaves), before) + sibling
-    part = refs.sq.shape[-1] // 2
-    for half in range(2):
-        at = pl.ds(half * part % ROWS, part)
-        source = refs.transforms.at[leaf.b, h, place, pl.ds(half * part, part)]
-        loads = dict(h=(source, refs.sq.at[MAKER, half * part // ROWS, at]))
-        if refs.query_gates is not None:
-            source = refs.query_gates.at[leaf.b, leaf.head, rows(half)]
-            loads |= dict(gates=(source, refs.squery_gates.at[MAKER, half]))
-        fetch(loads, refs.q_loaded.at[MAKER], partial=True)
+    return lax.fori_loop(0, lax.shift_left(right, m), load_tile, n), versions + right
 
 
 # The warpgroups that compute, each on its 64 queries. They alternate: one multiplies while the
@@ -240,48 +197,27 @@ def own_softmax(leaf):
 def compute_level(leaf, m, carry):
     """The left sibling's keys of level m."""
     *softmax, n, versions = carry
-    refs, right = leaf.refs, dyadic.at_bit(leaf.number, m)
-    loaded = jnp.minimum(versions, MAKER)
-    pl.when(right == 1)(lambda: leaf.queries.wait(loaded))
-    by_query = None
-    if refs.squery_gates is not None:
-        # Before H is handed back, with which they came; at other levels the loader writes there.
-        gates = refs.squery_gates.at[loaded, leaf.wg]
-        by_query = lax.cond(right == 1, lambda: load(gates, PER_ROW), no_gates)
-    pl.when(right * versions > 0)(lambda: make_queries(leaf))
+    right = dyadic.at_bit(leaf.number, m)
+    version = leaf.queries.slot(versions)
+    pl.when(right == 1)(lambda: leaf.queries.wait(version))
     tiles = lax.shift_left(right, m)
-    of_tile = functools.partial(tile, leaf, by_query)
+    of_tile = functools.partial(tile, leaf, version)
     *softmax, n = lax.fori_loop(0, tiles, lambda _, x: of_tile(x), (*softmax, n))
+    pl.when(right == 1)(lambda: leaf.queries.hand_back(version))
     return *softmax, n, versions + right
 
 
-def no_gates():
-    """Zeros in the place of a level's gates."""
-    return plgpu.layout_cast(jnp.zeros((ROWS,), f32), PER_ROW)
-
-
-def make_queries(leaf):
-    """q <- q H, in their place: the queries of the next level."""
-    refs = leaf.refs
-    queries = refs.sq.at[0, leaf.wg]
-    x = plgpu.load(queries, layout=WGMMA_LAYOUT)
-    parts = range(x.shape[1] // ROWS)
-    pairs = [(x[:, i * ROWS : (i + 1) * ROWS], refs.sq.at[MAKER, i]) for i in parts]
-    queries[...] = product(*pairs).astype(f16)
-    plgpu.commit_smem()
-    leaf.queries.hand_back(MAKER)
-
-
-def tile(leaf, by_query, carry):
-    """128 keys, number n in their ring; `by_query` are the queries' gates, or None."""
+def tile(leaf, version, carry):
+    """128 keys, number n in their ring; the level's queries are in slot `version` of theirs."""
     refs = leaf.refs
     acc, top, total, n = carry
     slot, width = leaf.keys.slot(n), refs.sv.shape[-1]
-    queries = refs.sq.at[0, leaf.wg]
+    queries = refs.sq.at[version, leaf.wg]
     turns = functools.partial(take_turns, leaf)
     s = product((queries, refs.sk.at[slot].T), meanwhile=turns)
     if refs.skey_gates is not None:
         by_key = load(refs.skey_gates.at[slot], PER_COLUMN)
+        by_query = load(refs.squery_gates.at[version, leaf.wg], PER_ROW)
         s = s * leaf.scale + per_column(by_key, ROWS)
         highest = jnp.maximum(top, s.max(axis=1) + by_query)
         p = jnp.exp2(s + per_row(by_query - highest, LEAF))

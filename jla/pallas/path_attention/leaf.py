@@ -134,8 +134,8 @@ def _unit_triangular_inverse(a, tiles):
 
 
 # Under jit, so that both passes of a program have one kernel, lowered and compiled once.
-@functools.partial(jax.jit, static_argnames=("scale", "only_first"))
-def leaves(q, k, w, inverse, beta, gates, *, scale, only_first=False):
+@functools.partial(jax.jit, static_argnames="scale")
+def leaves(q, k, w, inverse, beta, gates, *, scale):
     """The leaves' own logits and transforms; queries from the leaf's start, keys from its end.
 
     Of a chunk alone, with A = lower(Q W^T) and C = strict_lower(W K^T):
@@ -152,8 +152,6 @@ def leaves(q, k, w, inverse, beta, gates, *, scale, only_first=False):
       gates: None, or for each query head, [B, HQ, TP], the sum of the leaf's gates up to and with
         each token's, float32, and the place in its leaf of the first token that it sees, uint32.
       scale: of the logits, positive, base 2.
-      only_first: whether queries are returned without places for the other levels' versions: those
-        of leaf 1, 2, ... one behind the other.
 
     Returns:
       [B, HQ, R, K] and [B, H, S, K] float16, all levels' query and key versions, of which each
@@ -171,10 +169,9 @@ def leaves(q, k, w, inverse, beta, gates, *, scale, only_first=False):
     (B, _, HQ, K), (H, N) = q.shape, inverse.shape[1:3]
     P, k_tiles = N // 2, K // TILE_WIDTH
     since, earliest = (None, None) if gates is None else gates
-    leaves_of_queries = P - 1 if only_first else sum(dyadic.query_counts(P))
-    leaves_of_keys = sum(dyadic.key_counts(P))
+    leaves_of_queries, leaves_of_keys = sum(dyadic.query_counts(P)), sum(dyadic.key_counts(P))
     return scratch.kernel(
-        functools.partial(leaf_phases.body, group=HQ // H, scale=scale, only_first=only_first),
+        functools.partial(leaf_phases.body, group=HQ // H, scale=scale),
         inputs=dict(
             q=q,
             k=k,

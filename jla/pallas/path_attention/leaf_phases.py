@@ -80,7 +80,6 @@ class Chunk:
     tokens: Any  # of the row, a slice
     group: int  # query heads of a head of keys
     scale: float
-    only_first: bool  # whether the array of queries holds the leaves' first versions alone
 
     @property
     def leaves(self):
@@ -107,13 +106,13 @@ class Chunk:
             plgpu.copy_smem_to_gmem(tile, target.at[self.b, head, rows, columns(i)])
 
 
-def body(refs, *, group, scale, only_first):
+def body(refs, *, group, scale):
     """All phases, by warpgroup."""
     b, leaf, h, wg = (lax.axis_index(name) for name in ("b", "leaf", "h", "wg"))
 
     def of_chunk(number, phases):
         tokens = pl.ds(leaf * LEAF + number * CHUNK, CHUNK)
-        phases(Chunk(refs, b, leaf, h, number, tokens, group, scale, only_first))
+        phases(Chunk(refs, b, leaf, h, number, tokens, group, scale))
 
     pl.when(wg < 2)(lambda: of_chunk(lax.rem(wg, jnp.int32(2)), of_keys))
     for i in range(2, 4):
@@ -352,8 +351,7 @@ def put_logits(own, head, logits, *, diagonal):
 def put_queries(own, head, *pairs):
     """Sends Q plus the sum of x y, y in tiles of features: the queries at the leaf's start."""
     refs = own.refs
-    # Of the first versions alone leaf 0 has none, and the others one each.
-    version = own.leaf - 1 if own.only_first else dyadic.first_query(own.leaf, own.leaves)
+    version = dyadic.first_query(own.leaf, own.leaves)
     staging = refs.staging.at[own.number]
     for i, query in enumerate(own.of(refs.sq)):
         q = load(query) + product(*((x, y[i]) for x, y in pairs))

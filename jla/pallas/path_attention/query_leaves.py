@@ -67,14 +67,13 @@ def key_head(leaf, group):
     return lax.div(leaf.head, jnp.int32(group))
 
 
-def load_queries(leaf, rows, slot, rows_of_gates=None):
+def load_queries(leaf, rows, slot):
     """The leaf's queries of a level, rows(half), and their gates, to a slot that is free."""
     refs = leaf.refs
     for half in range(2):
         at = leaf.b, leaf.head, rows(half)
         loads = dict(q=(refs.q.at[*at], refs.sq.at[slot, half]))
         if refs.query_gates is not None:
-            at = leaf.b, leaf.head, (rows_of_gates or rows)(half)
             loads |= dict(gates=(refs.query_gates.at[*at], refs.squery_gates.at[slot, half]))
         fetch(loads, refs.q_loaded.at[slot], partial=True)
 

@@ -20,7 +20,7 @@ from jla.pallas.path_attention.dyadic import LEAF
 f16, f32 = jnp.float16, jnp.float32
 
 
-def grown(q, k, w, beta, g, inverse, *, scale, only_first=False):
+def grown(q, k, w, beta, g, inverse, *, scale):
     """What a pass over the tree needs.
 
     Args:
@@ -28,7 +28,6 @@ def grown(q, k, w, beta, g, inverse, *, scale, only_first=False):
       g: None, or the logits' gates in base 2, [B, T, HQ] float32; -inf at a segment's first token.
       inverse: of the chunks, see `leaf.inverses`.
       scale: of the logits, positive, base 2.
-      only_first: whether to make no version of queries but each leaf's first, see `leaf.leaves`.
 
     Returns:
       All versions of queries and of keys, the leaves' own logits, the gates from and to the levels'
@@ -37,11 +36,9 @@ def grown(q, k, w, beta, g, inverse, *, scale, only_first=False):
     """
     P = beta.shape[2] // LEAF
     gates, within = (None, None) if g is None else (level_sums(g, LEAF), leaf_sums(g))
-    options = dict(scale=scale, only_first=only_first)
-    queries, keys, *own, transforms = leaf.leaves(q, k, w, inverse, beta, within, **options)
+    queries, keys, *own, transforms = leaf.leaves(q, k, w, inverse, beta, within, scale=scale)
     transforms = chains.joined(transforms, P)
-    if not only_first:
-        queries = chains.query_chains(queries, transforms, P)
+    queries = chains.query_chains(queries, transforms, P)
     keys = chains.key_chains(keys, transforms, P)
     return queries, keys, own, gates, transforms
 
