@@ -72,8 +72,9 @@ class PaTHAttention(Mixer):
       w_rank: the inner dimension of w's projection; None for a projection of full rank.
       conv_size: taps of w's convolution, at least 2; with None or 0 there is none, nor SiLU.
       lazy_keys: None, or the dtype of the keys of a lazy cache, float32 or that of the computation.
-        Its steps write no key but the last 64 tokens', so those of many long rows take two thirds
-        of the time, with 16-bit keys less than half; those of one row take more operations.
+        Its steps write no key but the last 64 tokens', so those of long rows take two thirds of the
+        time, with 16-bit keys less than half. Without log decays and norms of q and k the kernels
+        of "pallas" serve all of a token up to the output projection.
     """
 
     num_key_heads: int | None = None
