@@ -38,6 +38,7 @@ _MODULES = {
     "mesa_token": "mesa_net",
     "path_attention": "path_attention",
     "path_step": "path_attention",
+    "path_token": "path_attention",
     "product_of_few": "layers",
     "products_of_few": "layers",
     "rms_norm": "layers",

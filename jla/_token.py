@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jla._core.cache import LazyPathCache
 from jla._core.states import GSAState, LazyLogLinearState, MesaState
 from jla._core.types import (
     Array,
@@ -30,6 +31,7 @@ __all__ = [
     "kda_token",
     "log_linear_token",
     "mesa_token",
+    "path_token",
     "product_of_few",
     "products_of_few",
     "serves",
@@ -201,3 +203,26 @@ def log_linear_token(
     """
     arrays = q, k, u, d, logits, A_log, dt_bias, level_weight, skip, state
     return choose("log_linear_token", implementation, *arrays)(*arrays)
+
+
+def path_token(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    w: Array,
+    b: Array,
+    b_bias: Array,
+    cache: LazyPathCache,
+    *,
+    scale: float,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, LazyPathCache]:
+    """One token of a layer of PaTH attention without log decays: `path_step` with
+
+        w = l2norm(w);   beta = 2 sigmoid(b + b_bias)
+
+    Args:
+      w: [B, H, K]. b: [B, H]. b_bias: [H], float32.
+    """
+    arrays = q, k, v, w, b, b_bias, cache
+    return choose("path_token", implementation, *arrays)(*arrays, scale=scale)

@@ -96,6 +96,8 @@ def values_and_gradients(implementation, arrays, cotangent, segment_ids):
         pytest.param(140, 2, 4, marks=pytest.mark.slow),
         # Three leaves, the last of 44 tokens: two levels, a leaf without a version at one of them.
         pytest.param(300, 1, 1, marks=pytest.mark.slow),
+        # Eight: the last has three versions, the others one or two.
+        pytest.param(980, 1, 1, marks=pytest.mark.slow),
     ],
 )
 def test_several_leaves_are_the_reference(T, H, HQ):

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from jla import _token
 from jla._core import axes, checks
 from jla._core.cache import RECENT, LazyPathCache, PathCache, without_rest
 from jla._core.parts import l2norm
-from jla.linen import _arguments
+from jla.linen import _arguments, _one_token
 from jla.linen.mixer import Mixer
 from jla.path_attention import check_room, path_attention, run, step
 
@@ -71,8 +72,9 @@ class PaTHAttention(Mixer):
       w_rank: the inner dimension of w's projection; None for a projection of full rank.
       conv_size: taps of w's convolution, at least 2; with None or 0 there is none, nor SiLU.
       lazy_keys: None, or the dtype of the keys of a lazy cache, float32 or that of the computation.
-        Its steps write no key but the last 64 tokens', so those of many long rows take two thirds
-        of the time, with 16-bit keys less than half; those of one row take more operations.
+        Its steps write no key but the last 64 tokens', so those of long rows take two thirds of the
+        time, with 16-bit keys less than half. Without log decays and norms of q and k the kernels
+        of "pallas" serve all of a token up to the output projection.
     """
 
     num_key_heads: int | None = None
@@ -94,12 +96,19 @@ class PaTHAttention(Mixer):
     ) -> jax.Array:
         """Applies the layer; arguments, result and errors as of all layers, see `Mixer`."""
         tokens, (H, HK, K, V) = self.begin(inputs, mask, segment_ids, slots)
+        cache = None
+        if self._may_be_one(tokens):
+            like_v = jax.ShapeDtypeStruct((*tokens.x.shape[:2], HK, V), tokens.x.dtype)
+            cache = self._cache(like_v, H, K, tokens)
+            if (o := self._of_one(tokens, (H, HK, K, V), cache)) is not None:
+                return self.finish(o, tokens)
         q, k = (
             self.project(tokens, (heads, K), f"{letter}_proj")
             for letter, heads in (("q", H), ("k", HK))
         )
         v = self.project(tokens, (HK, V), "v_proj")
-        cache = self._cache(v, H, K, tokens)
+        if cache is None:
+            cache = self._cache(v, H, K, tokens)
         if self.use_qk_norm:
             q, k = self.norm("q_norm")(q), self.norm("k_norm")(k)
         w = self.low_rank(tokens, (HK, K), "w_proj", self.w_rank)
@@ -128,6 +137,39 @@ class PaTHAttention(Mixer):
         arrays = q, k, v, w, beta, g
         one = None if tokens.slots is None else on_pool
         return self.finish(self.mix(run, one, arrays, cache), tokens)
+
+    def _may_be_one(self, tokens):
+        """Whether this is a call of one token, of those that kernels may serve as a whole."""
+        if self.lazy_keys is None or self.use_forget_gate or self.use_qk_norm or not self.conv_size:
+            return False
+        if self.dtype is None or tokens.x.dtype != jnp.dtype(self.dtype):
+            return False
+        return self.has_variable("cache", "key") and tokens.x.shape[1] == 1
+
+    def _of_one(self, tokens, sizes, cache):
+        """The outputs of one token from a lazy cache, if kernels serve all of it; else None."""
+        H, HK, K, V = sizes
+        first: dict[str, tuple[int, ...]] = dict(q_proj=(H, K), k_proj=(HK, K), v_proj=(HK, V))
+        first |= dict(b_proj=(HK,))
+        second, of_w = {}, "w_proj"
+        if self.w_rank is None:
+            first[of_w] = HK, K
+        else:
+            of_w = "w_proj_up"
+            first["w_proj_down"] = (self.w_rank,)
+            second[of_w] = "w_proj_down", (HK, K)
+        given = "q_proj", "k_proj", "v_proj"
+        state, convolved = cache.whole, {of_w: "w_conv1d"}
+        options = dict(convolved=convolved, more=(state,))
+        one = _one_token.of(self, tokens, "path_token", given, first, second, **options)
+        if one is None:
+            return None
+        check_room(state, 1, set_by=_SET_BY)
+        y, bias = one.project(rounded=given), one.params["b_proj"]["bias"].astype(f32)
+        arrays = *(y[name] for name in given), y[of_w], y["b_proj"], bias, state
+        o, state = _token.path_token(*arrays, scale=K**-0.5, implementation=self.implementation)
+        cache.replace(state)
+        return o[:, None]
 
     packs_states = False
 

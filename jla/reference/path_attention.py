@@ -18,6 +18,7 @@ from jla._core.cache import (
     without_rest,
 )
 from jla._core.lengths import is_symbolic_dim
+from jla._core.parts import l2norm
 from jla._core.path_lazy import after_token, folded
 from jla._core.segments import segment_starts
 from jla._core.states import repeated
@@ -138,3 +139,10 @@ def _empty(k, v, g, starts):
         for x, dtype in ((k, f32), (v, v.dtype), (g, f32))
     )
     return PathCache(key, value, decay, jnp.zeros_like(starts[:, 0], jnp.int32))
+
+
+def path_token(q, k, v, w, b, b_bias, cache, *, scale):
+    """See `jla._token.path_token`."""
+    w = l2norm(w.astype(f32))
+    beta = 2.0 * jax.nn.sigmoid(b.astype(f32) + b_bias)
+    return path_step(q, k, v, w, beta, None, cache, scale=scale)

@@ -22,8 +22,9 @@ from jla._core.parts import (
 )
 from jla._core.segments import segment_starts
 from jla.reference import path_attention as reference
+from jla.reference.path_attention import path_token
 
-__all__ = ["path_attention", "path_step"]
+__all__ = ["path_attention", "path_step", "path_token"]
 
 f32, i32 = jnp.float32, jnp.int32
 

@@ -25,12 +25,15 @@ LAYERS = {
     ),
     "mesa": jla.linen.MesaNet(**HEADS),
     "mesa gated": jla.linen.MesaNet(use_output_gate=True, **HEADS),
+    "path": jla.linen.PaTHAttention(lazy_keys=bf16, **HEADS),
+    "path full": jla.linen.PaTHAttention(lazy_keys=f32, num_key_heads=1, w_rank=None, **HEADS),
     "log_linear": jla.linen.LogLinearMamba2(use_bias=False, num_levels=8, **HEADS),
     "log_linear more heads": jla.linen.LogLinearMamba2(
         use_bias=False, num_levels=8, num_key_heads=2, norm_before_gate=True, **HEADS
     ),
 }  # fmt: skip
 KERNELS = dict(kda="kda_token", gsa="gsa_token", mesa="mesa_token", log_linear="log_linear_token")
+KERNELS |= dict(path="path_token")
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -39,7 +42,7 @@ def test_is_the_layers_own_way(name, monkeypatch):
     x = normal(0, 2, 4, D).astype(bf16)
     variables = random_parameters(layer, x[:, :1])
     params = cast_matrices(dict(layer=variables["params"]), bf16)["layer"]
-    shapes = jax.eval_shape(layer.init, jax.random.key(0), x[:, :1])["cache"]
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["cache"]
     cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     formula = layer.clone(implementation="xla")
     _, started = formula.apply({"params": params} | dict(cache=cache), x[:, :3], mutable=["cache"])
@@ -108,6 +111,11 @@ def test_full_size(name, B):
 
 def _settled(cache):
     """The cache without what means nothing: levels that are not in use."""
+    if "change" in cache:
+        names = "key", "value", "decay", "length", "recent", "change"
+        exact = jla.LazyPathCache(*(cache.get(name) for name in names)).settled()
+        rest = {name: x for name, x in cache.items() if name not in names}
+        return rest | dict(key=exact.key, value=exact.value, length=exact.length)
     if "levels" not in cache:
         return cache
     names = "levels", "position", "log_decays"

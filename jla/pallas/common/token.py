@@ -62,7 +62,12 @@ def load(ref, layout):
 
 def unit(x):
     """A head's vector over its length."""
-    return x * lax.rsqrt(jnp.sum(x * x) + EPSILON)
+    return x * length_inverse(x)
+
+
+def length_inverse(x):
+    """One over the length of a head's vector."""
+    return lax.rsqrt(jnp.sum(x * x) + EPSILON)
 
 
 def normed(x, scale, epsilon):

@@ -19,10 +19,11 @@ from jla._core.segments import segment_starts
 from jla._core.shardwise import defvjp, shardwise
 from jla.pallas.common.chunks import LOG2E, TILE_WIDTH
 from jla.pallas.common.mosaic import TILE_ROWS
-from jla.pallas.path_attention import leaf
+from jla.pallas.path_attention import lazy_step, leaf
 from jla.pallas.path_attention.dyadic import LEAF
 from jla.pallas.path_attention.forward import forward
 from jla.pallas.path_attention.key_gradients import key_gradients
+from jla.pallas.path_attention.lazy_step import path_token
 from jla.pallas.path_attention.leaf_gradients import leaf_gradients
 from jla.pallas.path_attention.query_gradients import query_gradients
 from jla.pallas.path_attention.step import path_step
@@ -30,7 +31,7 @@ from jla.pallas.path_attention.step import unsupported as _unsupported_step
 from jla.pallas.path_attention.transform_gradients import transform_gradients
 from jla.pallas.path_attention.tree import grown, leaf_sums, sixteen_bits
 
-__all__ = ["path_attention", "path_step", "unsupported"]
+__all__ = ["path_attention", "path_step", "path_token", "unsupported"]
 
 bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
 
@@ -43,10 +44,12 @@ _OUTPUT = PATH["o"]
 _KEPT = {"path_output": _OUTPUT, "path_logsumexp": "B HQ TP", "path_inverse": "B H N C D"}
 
 
-def unsupported(name, q, k, v, w, beta, g, cache, *, slots=None):
+def unsupported(name, q, k, v, *rest, slots=None):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
     if name == "path_step":
         return _unsupported_step(q, v)
+    if name == "path_token":
+        return lazy_step.unsupported_token(q, k, v, rest[-1])
     if q.dtype == f32:
         return "q, k and v are float32, and the kernels take bfloat16 and float16"
     K, V = q.shape[-1], v.shape[-1]

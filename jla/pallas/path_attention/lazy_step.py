@@ -25,14 +25,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla._core import path_step as around
-from jla._core.cache import RECENT, counted, first_recent
+from jla._core.cache import RECENT, LazyPathCache, counted, first_recent
 from jla._core.path_lazy import is_full
 from jla.pallas.common import mosaic, pools, scratch
+from jla.pallas.common import token as of_layers
 from jla.pallas.common.mosaic import f16, f32
 from jla.pallas.common.scratch import barrier_for, fetch
 from jla.pallas.path_attention import settle
 from jla.pallas.path_attention import step as steps
 from jla.pallas.path_attention.token import after_token
+from jla.reference import path_attention as reference
 
 SDS = jax.ShapeDtypeStruct
 IN_SMEM = 128  # cached tokens, keys and values, that a CTA has in SMEM
@@ -41,14 +43,51 @@ MOVING = 4  # query heads to a key head at most, for the kernel to move keys: re
 LONGEST = 1024  # cached tokens of a CTA where all CTAs run at one time
 
 
-def lazy_step(q, k, v, w, beta, g, cache, *, scale):
-    """The output and the cache's arrays; of one device, at most eight query heads to a key head."""
+@functools.partial(jax.jit, static_argnames="scale")
+def path_token(q, k, v, w, b, b_bias, cache, *, scale):
+    """See `jla._token.path_token`.
+
+    `token.after_token` also normalises w and makes beta, with the approximate exp2.
+
+    Derivatives, and vmap, are those of the definition's formula, in XLA.
+    """
+    arrays, structure = jax.tree.flatten(cache)
+
+    def run(step, q, k, v, w, b, b_bias, *arrays):
+        cache = jax.tree.unflatten(structure, arrays)
+        o, cache = step(q, k, v, w, b, b_bias, cache, scale=scale)
+        return o, *jax.tree.leaves(cache)
+
+    def kernels(q, k, v, w, b, b_bias, cache, *, scale):
+        o, after = lazy_step(q, k, v, w, b, None, cache, scale=scale, b_bias=b_bias)
+        return o, after._replace(length=counted(cache.length, 1))
+
+    kernel, formula = (functools.partial(run, x) for x in (kernels, reference.path_token))
+    o, *after = of_layers.by_formula(kernel, formula, q, k, v, w, b, b_bias, *arrays)
+    return o, jax.tree.unflatten(structure, after)
+
+
+def unsupported_token(q, k, v, cache):
+    """Why `path_token` cannot serve these arguments, or None."""
+    if not isinstance(cache, LazyPathCache) or cache.decay is not None:
+        return "the token's kernels take a LazyPathCache without decays"
+    if q.shape[1] > around.MOST_QUERIES * k.shape[1]:
+        return f"{q.shape[1]} query heads to {k.shape[1]} key heads are more than eight to one"
+    return of_layers.unsupported_here() or steps.unsupported(q, v)
+
+
+def lazy_step(q, k, v, w, beta, g, cache, *, scale, b_bias=None):
+    """The output and the cache's arrays; of one device, at most eight query heads to a key head.
+
+    With `b_bias` w and beta are as `token.after_token` takes them then.
+    """
     (_, S, _, K), length = cache.key.shape, cache.length
     decay, added = cache.decay, None
     if g is not None:
         decay, added = around.with_decay(g, decay, length, scale)
         added = jnp.pad(jnp.swapaxes(added, 1, 2), ((0, 0), (0, 0), (0, -S % 4)))
-    token = after_token(q, k, v, w, beta, cache.recent, cache.change, cache.value, length)
+    before = cache.recent, cache.change, cache.value, length
+    token = after_token(q, k, v, w, beta, *before, b_bias)
     moves = K % 64 == 0 and S % mosaic.TILE_ROWS == 0 and q.shape[1] <= MOVING * k.shape[1]
     arrays = token.back, q, token.new_recent, cache.key, token.new_value, length, added
     *pieces, key = attend(*arrays, token.all_recent, token.all_change, scale=scale, moves=moves)

@@ -1,5 +1,7 @@
 """What a token does to a lazy cache's recent keys, maps and values, in one small kernel.
 
+    w = l2norm(w);   beta = 2 sigmoid(b + b_bias)        in a layer, whose w and b come as they are
+
     recent <- recent (I - beta w w^T), and the new token's own key
     written = w^T (I + D);   D <- D - beta w written;   back = q^T (I + D) - beta (q . w) written
 
@@ -21,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jla._core.cache import RECENT
-from jla.pallas.common import mosaic, pools, scratch
+from jla.pallas.common import mosaic, pools, scratch, token
 from jla.pallas.common.mosaic import f32, per_column, per_row
 from jla.pallas.common.scratch import barrier_for, fetch
 
@@ -31,11 +33,12 @@ WIDTH = 32  # columns of a CTA
 _load = functools.partial(mosaic.load, optimized=False)
 
 
-def after_token(q, k, v, w, beta, recent, change, value, length):
+def after_token(q, k, v, w, beta, recent, change, value, length, b_bias=None):
     """The cache's arrays after a token, and what reads and moves its settled keys.
 
     Args:
       q: [B, HQ, K]. k, w: [B, H, K]. v: [B, H, V]. beta: [B, H].
+      b_bias: None, or [H], float32: w has any length, then, and beta is b.
       recent, change, value, length: of the cache before the token.
 
     Returns:
@@ -61,6 +64,7 @@ def after_token(q, k, v, w, beta, recent, change, value, length):
             recent=recent,
             change=change,
             value=value,
+            b_bias=b_bias,
         ),
         outputs=dict(
             back=SDS((B, HQ, K), f32),
@@ -97,17 +101,29 @@ class Part:
     parts: int
     length: Any  # tokens before this one
     full: Any  # whether this one is the last before all keys move on
+    beta: Any
+    per_length: Any  # one over the length of w as it was given, or None
 
     @property
     def capacity(self):
         return self.refs.value.shape[1]
+
+    def w(self, layout, at=slice(None)):
+        """w, or its columns `at`."""
+        x = _load(self.refs.w.at[self.b, self.h, at], layout)
+        return x if self.per_length is None else x * self.per_length
 
 
 def _body(refs, *, layouts, parts):
     b, number, h = (lax.axis_index(name) for name in ("b", "part", "h"))
     length, S = refs.length[b], refs.value.shape[1]
     full = (lax.rem(length + 1, jnp.int32(RECENT)) == 0) & (length < S)
-    part = Part(refs, layouts, b, h, number, parts, length, full)
+    beta, per_length = refs.beta[b, h].astype(f32), None
+    if refs.b_bias is not None:
+        beta = 2.0 * mosaic.sigmoid(beta + refs.b_bias[h])
+        given = _load(refs.w.at[b, h], layouts.maps.reduce(1))
+        per_length = token.length_inverse(given)
+    part = Part(refs, layouts, b, h, number, parts, length, full, beta, per_length)
     pl.when(number == 0)(lambda: store_value(part))
     move_recent(part)
     move_maps(part)
@@ -144,10 +160,11 @@ def move_recent(part):
     first = lax.div(jnp.minimum(part.length, part.capacity), jnp.int32(RECENT)) * RECENT
     iota = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=by_row)
     place = per_row(first + part.number * rows + iota, K)
-    w, k = (per_column(_load(x.at[b, h], by_column), rows) for x in (refs.w, refs.k))
+    w = per_column(part.w(by_column), rows)
+    k = per_column(_load(refs.k.at[b, h], by_column), rows)
     # Behind the last token may be anything, and 0 times it is not always 0.
     keys = jnp.where(place < part.length, _load(refs.recent.at[*at], layout), 0.0)
-    overlap = refs.beta[b, h].astype(f32) * jnp.sum(keys * w, axis=1)
+    overlap = part.beta * jnp.sum(keys * w, axis=1)
     keys = jnp.where(place == part.length, k, keys - per_row(overlap, K) * w)
     _put(part, refs.new_recent.at[*at], refs.all_recent.at[*at], keys)
 
@@ -159,22 +176,21 @@ def move_maps(part):
     width, group = K // part.parts, refs.q.shape[1] // refs.k.shape[1]
     by_row, by_column = layout.reduce(1), layout.reduce(0)
     columns = pl.ds(part.number * width, width)
-    beta, w = refs.beta[b, h].astype(f32), _load(refs.w.at[b, h], by_row)
+    beta, w = part.beta, part.w(by_row)
     change = _load(refs.change.at[b, h, :, columns], layout)
 
-    def through(ref, vector, *at):
-        """vector^T (I + D), in the part's columns."""
-        own = _load(ref.at[*at, columns], by_column)
+    def through(vector, own):
+        """vector^T (I + D), in the part's columns; `own` is the vector there."""
         return own + jnp.sum(change * per_row(vector, width), axis=0)
 
-    written = through(refs.w, w, b, h)
+    written = through(w, part.w(by_column, columns))
     for j in range(group):
         head = h * group + j
         query = _load(refs.q.at[b, head], by_row)
         overlap = beta * jnp.sum(query * w)
-        mosaic.store(
-            refs.back.at[b, head, columns], through(refs.q, query, b, head) - overlap * written
-        )
+        own = _load(refs.q.at[b, head, columns], by_column)
+        back = through(query, own) - overlap * written
+        mosaic.store(refs.back.at[b, head, columns], back)
     new = change - per_row(beta * w, width) * per_column(written, K)
     at = b, h, slice(None), columns
     _put(part, refs.new_change.at[*at], refs.all_change.at[*at], new)
