@@ -1,18 +1,14 @@
 """Where a program's kernels read their operands from: on a GPU XLA hands them parts of buffers."""
 
-import math
-import re
-
 from jaxlib.mlir import ir
 
-ALIGNMENT = 256  # bytes, which Mosaic's runtime asks for
 
+def parts_of_arrays(lowered, target="mosaic_gpu"):
+    """The operands of a lowered program's kernels that are parts of other arrays: [(number of the
+    call, number of the operand), ...].
 
-def misaligned(lowered, target="mosaic_gpu"):
-    """The operands of a lowered program's kernels that are parts of other arrays and may not begin
-    where a kernel can read: [(number of the call, number of the operand), ...].
-
-    XLA makes no copy of a slice that is one piece of memory: it gives the kernel its address.
+    XLA makes no copy of a slice that is one piece of memory: it gives the kernel its address, which
+    may be none that it can read, and prepares the launch anew each time.
     """
     calls, called, functions = [], {}, {}
 
@@ -58,21 +54,5 @@ def misaligned(lowered, target="mosaic_gpu"):
         (i, j)
         for i, call in enumerate(calls)
         for j, operand in enumerate(call.operands)
-        if not all(map(_is_aligned, sources(operand)))
+        if any(x.name in ("stablehlo.slice", "stablehlo.dynamic_slice") for x in sources(operand))
     ]
-
-
-def _is_aligned(op):
-    if op.name == "stablehlo.dynamic_slice":
-        return False
-    if op.name != "stablehlo.slice":
-        return True
-    type_ = ir.RankedTensorType(op.operands[0].type)
-    bits, shape, offset = _bits(type_.element_type), list(type_.shape), 0
-    for i, start in enumerate(ir.DenseI64ArrayAttr(op.attributes["start_indices"])):
-        offset += start * math.prod(shape[i + 1 :])
-    return offset * bits % (8 * ALIGNMENT) == 0
-
-
-def _bits(element_type):
-    return int(re.sub("[^0-9]", "", str(element_type)))

@@ -250,8 +250,8 @@ def device_levels(log_decay: jax.Array, state: jax.Array, axis: str) -> tuple[ja
     Returns:
       [B, H, n, ...] each; level m stands for bit m of a device's number.
     """
-    # The state first: where its gradient, a part of what is exchanged, begins, a kernel may read.
-    states, log_decays = sequence.gathered((state, log_decay), axis)
+    # Not together: a kernel that reads the state's gradient would get a part of what is exchanged.
+    (states,), (log_decays,) = (sequence.gathered((x,), axis) for x in (state, log_decay))
     size = lax.axis_size(axis)
     here = _levels_at(lax.axis_index(axis), number_of_levels(size), log_decays, states)
     return here, _levels_at(jnp.asarray(size, i32), size.bit_length(), log_decays, states)
