@@ -177,7 +177,7 @@ def _launch(kernel, inputs, grid, outputs, config, constants, in_place, capabili
         warnings.filterwarnings("ignore", "input_output_aliases", DeprecationWarning)
         if not in_place:
             return list(module.triton_call(*inputs, **arguments))
-        # Without barriers XLA makes one operation of a kernel and slices of stacked layers, which has
+        # Without barriers XLA makes one operation of a kernel and slices of stacked layers. It has
         # no aliases: the kernel would write to the old layers, and nothing to the new ones.
         states = {i: lax.optimization_barrier(inputs[i]) for i in in_place}
         inputs = [states.get(i, x) for i, x in enumerate(inputs)]
