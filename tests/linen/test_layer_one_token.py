@@ -67,6 +67,33 @@ def test_is_the_layers_own_way(name, monkeypatch):
         assert relative_error(x.astype(f32), y.astype(f32)) < 1e-2, path
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_derivatives_and_vmap_are_the_formula(name, monkeypatch):
+    layer = LAYERS[name].clone(decode=True)
+    x = normal(0, 2, 1, D).astype(bf16)
+    variables = random_parameters(layer, x)
+    params = cast_matrices(dict(layer=variables["params"]), bf16)["layer"]
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["cache"]
+    cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def run(implementation):
+        one = layer.clone(implementation=implementation)
+
+        def token(x):
+            return one.apply({"params": params, "cache": cache}, x, mutable=["cache"])[0]
+
+        gradient = jax.grad(lambda x: jnp.sum(jnp.sin(token(x).astype(f32))))(jnp.asarray(x))
+        return gradient, jax.vmap(token)(jnp.stack([x, 2 * x]))
+
+    want = run("xla")
+    monkeypatch.setattr(_dispatch, "has_gpu", lambda: True)
+    with jla.pallas.interpret():
+        got = run(None)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert relative_error(a.astype(f32), b.astype(f32)) < 6e-2  # of roundings to 16 bits
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("B", [1, 64])
 @pytest.mark.parametrize("name", LAYERS)

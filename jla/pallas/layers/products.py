@@ -86,7 +86,9 @@ def product_of_few(x, kernel):
 
     def formula(x, kernel):
         y = _product(x, kernel)
-        return (y if parts == 1 else jnp.broadcast_to(y[None] / parts, (parts, *y.shape)),)
+        if parts == 1:
+            return (y.astype(x.dtype),)
+        return (jnp.broadcast_to(y[None] / parts, (parts, *y.shape)),)
 
     (y,) = token.by_formula(kernel_call, formula, x, kernel)
     if parts > 1:  # one by one, so that XLA adds them where it reads them
