@@ -120,46 +120,43 @@ def _step(q, k, v, s, g, hk, hv, slots=None, *, scale, normalizer=None):
     def body(refs):
         b, h = lax.axis_index("b"), lax.axis_index("h")
 
-        def advance(row):
-            def value_tile(ref, i):
-                return ref.at[row, h, :, pl.ds(i * value_width, value_width)]
+        row, live = pools.row_of(refs.slots, b, R)
 
-            values = load(value_tile(refs.hv, 0), of_values)
-            key = per_row(load(refs.k.at[b, h], of_keys.reduce(1)), key_width)
-            for i in range(M // key_width):
-                columns = pl.ds(i * key_width, key_width)
-                decay, writes = gates(refs, (b, h, columns), of_keys.reduce(0))
-                state = load(refs.hk.at[row, h, :, columns], of_keys) * per_column(decay, K)
-                state = state + key * per_column(writes, K)
-                mosaic.store(refs.new_hk.at[row, h, :, columns], state)
-                for j in range(group):
-                    query = per_row(load(refs.q.at[b, h * group + j], of_keys.reduce(1)), key_width)
-                    refs.logits[j].at[columns][...] = scale * jnp.sum(state * query, axis=0)
-            plgpu.commit_smem()
+        def value_tile(ref, i):
+            return ref.at[row, h, :, pl.ds(i * value_width, value_width)]
 
-            of_slots = gates(refs, (b, h), of_values.reduce(1))
-            decay, writes = (per_row(x, value_width) for x in of_slots)
-            for i in range(V // value_width):
-                columns = pl.ds(i * value_width, value_width)
-                if i:
-                    values = load(value_tile(refs.hv, i), of_values)
-                value = per_column(load(refs.v.at[b, h, columns], of_values.reduce(0)), M)
-                state = values * decay + writes * value
-                mosaic.store(value_tile(refs.new_hv, i), state)
-                for j in range(group):
-                    logit = per_row(load(refs.logits[j], of_values.reduce(1)), value_width)
-                    p = jnp.exp(logit - per_column(jnp.max(logit, axis=0), M))
-                    o = jnp.sum(p * state, axis=0) / jnp.sum(p, axis=0)
-                    mosaic.store(refs.o.at[b, h * group + j, columns], o.astype(v.dtype))
+        def put(target, state):
+            pools.if_live(live, lambda: mosaic.store(target, state))
 
-        def idle():
-            for i in range(V // value_width):
-                columns = pl.ds(i * value_width, value_width)
-                zeros = mosaic.zeros((value_width,), of_values.reduce(0), v.dtype)
-                for j in range(group):
-                    mosaic.store(refs.o.at[b, h * group + j, columns], zeros)
+        values = load(value_tile(refs.hv, 0), of_values)
+        key = per_row(load(refs.k.at[b, h], of_keys.reduce(1)), key_width)
+        for i in range(M // key_width):
+            columns = pl.ds(i * key_width, key_width)
+            decay, writes = gates(refs, (b, h, columns), of_keys.reduce(0))
+            state = load(refs.hk.at[row, h, :, columns], of_keys) * per_column(decay, K)
+            state = state + key * per_column(writes, K)
+            put(refs.new_hk.at[row, h, :, columns], state)
+            for j in range(group):
+                query = per_row(load(refs.q.at[b, h * group + j], of_keys.reduce(1)), key_width)
+                refs.logits[j].at[columns][...] = scale * jnp.sum(state * query, axis=0)
+        plgpu.commit_smem()
 
-        pools.on_row(refs.slots, b, R, advance, idle)
+        of_slots = gates(refs, (b, h), of_values.reduce(1))
+        decay, writes = (per_row(x, value_width) for x in of_slots)
+        for i in range(V // value_width):
+            columns = pl.ds(i * value_width, value_width)
+            if i:
+                values = load(value_tile(refs.hv, i), of_values)
+            value = per_column(load(refs.v.at[b, h, columns], of_values.reduce(0)), M)
+            state = values * decay + writes * value
+            put(value_tile(refs.new_hv, i), state)
+            for j in range(group):
+                logit = per_row(load(refs.logits[j], of_values.reduce(1)), value_width)
+                p = jnp.exp(logit - per_column(jnp.max(logit, axis=0), M))
+                o = jnp.sum(p * state, axis=0) / jnp.sum(p, axis=0)
+                o = pools.or_zero(live, o.astype(v.dtype))
+                mosaic.store(refs.o.at[b, h * group + j, columns], o)
+
         parts = pools.columns(of_keys, key_width, M, h)
         pools.keep_rest(refs.slots, b, refs.hk, refs.new_hk, *parts)
         parts = pools.columns(of_values, value_width, V, h)
