@@ -32,6 +32,34 @@ def on_row(slots, b, size, step, idle):
     pl.when(~live)(idle)
 
 
+def row_of(slots, b, size):
+    """The row of the state that batch row b starts from, and whether it has one: a scalar, or None
+    where all have (without slots). Of those that have none it is a row that may be read.
+
+    For kernels that wait for little else: there is no branch between the slot's load and those of
+    the row, so that the rest of a token is loaded while the slot is on its way. `on_row` reads
+    nothing for a row that has none.
+    """
+    if slots is None:
+        return b, None
+    row = slots[b]
+    live = (row >= 0) & (row < size)
+    return jnp.where(live, row, 0), live
+
+
+def if_live(live, work):
+    """Does the work of `row_of`'s rows that there are."""
+    if live is None:
+        work()
+    else:
+        pl.when(live)(work)
+
+
+def or_zero(live, x):
+    """x, or zeros of a batch row that has no row of the pool."""
+    return x if live is None else mosaic.where(live, x)
+
+
 def keep_rest(slots, b, source, target, *copies):
     """Copies the rows of a pool that no slot names, unless the new pool is in the same memory: then
     they are there already.

@@ -127,27 +127,19 @@ def _step(q, k, v, s, g, hk, hv, slots=None, *, scale, normalizer=None):
 
 def _body(refs, *, scale, normalizer, widths):
     b, h = lax.axis_index("b"), lax.axis_index("h")
-    (R, *_, M), V, group = refs.hk.shape, refs.v.shape[2], len(refs.logits)
+    (R, *_, M), V = refs.hk.shape, refs.v.shape[2]
     key_width, value_width = widths
     of_keys, of_values = (mosaic.columns_by_warp(width) for width in widths)
-    options = dict(scale=scale, normalizer=normalizer, widths=widths)
-
-    def idle():
-        for i in range(V // value_width):
-            columns = pl.ds(i * value_width, value_width)
-            zeros = mosaic.zeros((value_width,), of_values.reduce(0), refs.o.dtype)
-            for j in range(group):
-                mosaic.store(refs.o.at[b, h * group + j, columns], zeros)
-
-    pools.on_row(refs.slots, b, R, functools.partial(_advance, refs, b, h, **options), idle)
+    row, live = pools.row_of(refs.slots, b, R)
+    _advance(refs, b, h, row, live, scale=scale, normalizer=normalizer, widths=widths)
     parts = pools.columns(of_keys, key_width, M, h)
     pools.keep_rest(refs.slots, b, refs.hk, refs.new_hk, *parts)
     parts = pools.columns(of_values, value_width, V, h)
     pools.keep_rest(refs.slots, b, refs.hv, refs.new_hv, *parts)
 
 
-def _advance(refs, b, h, row, *, scale, normalizer, widths):
-    """One head of one batch row, whose states are in this row of the states."""
+def _advance(refs, b, h, row, live, *, scale, normalizer, widths):
+    """One head of one batch row, whose states are in this row of the states if it is `live`."""
     (_, _, K, M), V, group = refs.hk.shape, refs.v.shape[2], len(refs.logits)
     key_width, value_width = widths
     of_keys, of_values = (mosaic.columns_by_warp(width) for width in widths)
@@ -165,13 +157,16 @@ def _advance(refs, b, h, row, *, scale, normalizer, widths):
             ahead.append(load(ref.at[row, h, :, columns], layout))
             mosaic.pin()
 
+    def put(target, state):
+        pools.if_live(live, lambda: mosaic.store(target, state))
+
     begin()
     key = per_row(load(refs.k.at[b, h], of_keys.reduce(1)), key_width)
     begin()
     for columns in key_tiles:
         decay, writes = _gates(refs, (b, h, columns), of_keys.reduce(0), normalizer)
         state = ahead.pop(0) * per_column(decay, K) + key * per_column(writes, K)
-        mosaic.store(refs.new_hk.at[row, h, :, columns], state)
+        put(refs.new_hk.at[row, h, :, columns], state)
         begin()
         for j in range(group):
             query = per_row(load(refs.q.at[b, h * group + j], of_keys.reduce(1)), key_width)
@@ -183,13 +178,14 @@ def _advance(refs, b, h, row, *, scale, normalizer, widths):
     for columns in value_tiles:
         value = per_column(load(refs.v.at[b, h, columns], of_values.reduce(0)), M)
         state = ahead.pop(0) * decay + writes * value
-        mosaic.store(refs.new_hv.at[row, h, :, columns], state)
+        put(refs.new_hv.at[row, h, :, columns], state)
         begin()
         for j in range(group):
             logit = per_row(load(refs.logits[j], of_values.reduce(1)), value_width)
             p = jnp.exp(logit - per_column(jnp.max(logit, axis=0), M))
             o = jnp.sum(p * state, axis=0) / jnp.sum(p, axis=0)
-            mosaic.store(refs.o.at[b, h * group + j, columns], o.astype(refs.o.dtype))
+            o = pools.or_zero(live, o.astype(refs.o.dtype))
+            mosaic.store(refs.o.at[b, h * group + j, columns], o)
 
 
 def _gates(refs, place, layout, normalizer):

@@ -94,20 +94,17 @@ def _step(q, k, v, g, beta, state, slots=None, *, scale, width=None):
         b, h, block = (lax.axis_index(name) for name in ("b", "h", "block"))
         columns = pl.ds(block * width, width)
 
-        def step(row):
-            state = load(refs.state.at[row, h, :, columns], layout)
-            decay = per_row(jnp.exp(load(refs.g.at[b, h], by_row)), width)
-            key = per_row(load(refs.k.at[b, h // group], by_row), width)
-            query = per_row(load(refs.q.at[b, h // group], by_row), width)
-            value, beta = load(refs.v.at[b, h, columns], by_column), refs.beta[b, h].astype(f32)
-            state, o = advance(state, decay, query, key, value, beta)
-            mosaic.store(refs.new_state.at[row, h, :, columns], state)
-            mosaic.store(refs.o.at[b, h, columns], (scale * o).astype(v.dtype))
-
-        def idle():
-            mosaic.store(refs.o.at[b, h, columns], mosaic.zeros((width,), by_column, v.dtype))
-
-        pools.on_row(refs.slots, b, R, step, idle)
+        row, live = pools.row_of(refs.slots, b, R)
+        state = load(refs.state.at[row, h, :, columns], layout)
+        decay = per_row(jnp.exp(load(refs.g.at[b, h], by_row)), width)
+        key = per_row(load(refs.k.at[b, h // group], by_row), width)
+        query = per_row(load(refs.q.at[b, h // group], by_row), width)
+        value, beta = load(refs.v.at[b, h, columns], by_column), refs.beta[b, h].astype(f32)
+        state, o = advance(state, decay, query, key, value, beta)
+        o = pools.or_zero(live, (scale * o).astype(v.dtype))
+        mosaic.store(refs.o.at[b, h, columns], o)
+        new_state = refs.new_state.at[row, h, :, columns]
+        pools.if_live(live, lambda: mosaic.store(new_state, state))
         part = pools.tile(layout, h, slice(None), columns)
         pools.keep_rest(refs.slots, b, refs.state, refs.new_state, part)
 
