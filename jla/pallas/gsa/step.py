@@ -1,7 +1,6 @@
 """One token of Gated Slot Attention as a Pallas kernel: one pass over both states, in place."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,6 @@ from jla._core.states import GSAState
 from jla.pallas.common import mosaic, pools, scratch, token
 from jla.pallas.common.mosaic import f32, per_column, per_row
 from jla.pallas.common.tiles import step_width
-from jla.pallas.common.token import load
 from jla.reference import gsa as reference
 
 MULTIPLE = 16  # of K, V and M
@@ -48,8 +46,8 @@ def gsa_step(q, k, v, s, g, state, *, scale, slots=None):
 
     One CTA of a warpgroup has a head's states, in tiles of up to 8192 elements that stay in
     registers from the load to the store: a warp holds all rows of a quarter of the columns, so that
-    sums over rows are shuffles inside the warp. Only the logits cross warps, by way of SMEM. While
-    a tile is worked on the next one is on its way. All arithmetic is float32.
+    sums over rows are shuffles inside the warp. Only the logits cross warps, by way of SMEM. The
+    first tile of Hv is on its way while Hk is worked on. All arithmetic is float32.
 
     The states are aliased to the new ones. They are overwritten where their buffers are donated or
     are temporaries of the caller's program, and copied before the kernel otherwise. Of a pool each
@@ -104,13 +102,71 @@ def _differentiable(scale, inputs, outputs):
 def _step(q, k, v, s, g, hk, hv, slots=None, *, scale, normalizer=None):
     """The kernel call; with a normalizer, s is the projection that the gates are made of, and g is
     None."""
-    _, H, K, M = hk.shape
+    R, H, K, M = hk.shape
     (B, HQ, _), V = q.shape, v.shape[-1]
     group = HQ // H
-    key_width, value_width = step_width(K, M), step_width(max(K, M), V)
-    options = dict(scale=scale, normalizer=normalizer, widths=(key_width, value_width))
+    load = functools.partial(mosaic.load, optimized=False)
+    key_width, value_width = step_width(K, M), step_width(M, V)
+    of_keys, of_values = (mosaic.columns_by_warp(x) for x in (key_width, value_width))
+
+    def gates(refs, place, layout):
+        """A token's decays and what it writes."""
+        writes = load(refs.s.at[place], layout)
+        if normalizer is None:
+            return jnp.exp(load(refs.g.at[place], layout)), writes
+        decay = jnp.exp(token.softplus(0.0 - writes) * (-1.0 / normalizer))
+        return decay, 1.0 - decay
+
+    def body(refs):
+        b, h = lax.axis_index("b"), lax.axis_index("h")
+
+        def advance(row):
+            def value_tile(ref, i):
+                return ref.at[row, h, :, pl.ds(i * value_width, value_width)]
+
+            values = load(value_tile(refs.hv, 0), of_values)
+            key = per_row(load(refs.k.at[b, h], of_keys.reduce(1)), key_width)
+            for i in range(M // key_width):
+                columns = pl.ds(i * key_width, key_width)
+                decay, writes = gates(refs, (b, h, columns), of_keys.reduce(0))
+                state = load(refs.hk.at[row, h, :, columns], of_keys) * per_column(decay, K)
+                state = state + key * per_column(writes, K)
+                mosaic.store(refs.new_hk.at[row, h, :, columns], state)
+                for j in range(group):
+                    query = per_row(load(refs.q.at[b, h * group + j], of_keys.reduce(1)), key_width)
+                    refs.logits[j].at[columns][...] = scale * jnp.sum(state * query, axis=0)
+            plgpu.commit_smem()
+
+            of_slots = gates(refs, (b, h), of_values.reduce(1))
+            decay, writes = (per_row(x, value_width) for x in of_slots)
+            for i in range(V // value_width):
+                columns = pl.ds(i * value_width, value_width)
+                if i:
+                    values = load(value_tile(refs.hv, i), of_values)
+                value = per_column(load(refs.v.at[b, h, columns], of_values.reduce(0)), M)
+                state = values * decay + writes * value
+                mosaic.store(value_tile(refs.new_hv, i), state)
+                for j in range(group):
+                    logit = per_row(load(refs.logits[j], of_values.reduce(1)), value_width)
+                    p = jnp.exp(logit - per_column(jnp.max(logit, axis=0), M))
+                    o = jnp.sum(p * state, axis=0) / jnp.sum(p, axis=0)
+                    mosaic.store(refs.o.at[b, h * group + j, columns], o.astype(v.dtype))
+
+        def idle():
+            for i in range(V // value_width):
+                columns = pl.ds(i * value_width, value_width)
+                zeros = mosaic.zeros((value_width,), of_values.reduce(0), v.dtype)
+                for j in range(group):
+                    mosaic.store(refs.o.at[b, h * group + j, columns], zeros)
+
+        pools.on_row(refs.slots, b, R, advance, idle)
+        parts = pools.columns(of_keys, key_width, M, h)
+        pools.keep_rest(refs.slots, b, refs.hk, refs.new_hk, *parts)
+        parts = pools.columns(of_values, value_width, V, h)
+        pools.keep_rest(refs.slots, b, refs.hv, refs.new_hv, *parts)
+
     out = scratch.kernel(
-        functools.partial(_body, **options),
+        body,
         inputs=dict(q=q, k=k, v=v, s=s, g=g, hk=hk, hv=hv, slots=slots),
         outputs=dict(
             o=jax.ShapeDtypeStruct((B, HQ, V), v.dtype),
@@ -123,75 +179,3 @@ def _step(q, k, v, s, g, hk, hv, slots=None, *, scale, normalizer=None):
         grid_names=("b", "h"),
     )
     return tuple(out)
-
-
-def _body(refs, *, scale, normalizer, widths):
-    b, h = lax.axis_index("b"), lax.axis_index("h")
-    (R, *_, M), V = refs.hk.shape, refs.v.shape[2]
-    key_width, value_width = widths
-    of_keys, of_values = (mosaic.columns_by_warp(width) for width in widths)
-    row, live = pools.row_of(refs.slots, b, R)
-    _advance(refs, b, h, row, live, scale=scale, normalizer=normalizer, widths=widths)
-    parts = pools.columns(of_keys, key_width, M, h)
-    pools.keep_rest(refs.slots, b, refs.hk, refs.new_hk, *parts)
-    parts = pools.columns(of_values, value_width, V, h)
-    pools.keep_rest(refs.slots, b, refs.hv, refs.new_hv, *parts)
-
-
-def _advance(refs, b, h, row, live, *, scale, normalizer, widths):
-    """One head of one batch row, whose states are in this row of the states if it is `live`."""
-    (_, _, K, M), V, group = refs.hk.shape, refs.v.shape[2], len(refs.logits)
-    key_width, value_width = widths
-    of_keys, of_values = (mosaic.columns_by_warp(width) for width in widths)
-    key_tiles = [pl.ds(i, key_width) for i in range(0, M, key_width)]
-    value_tiles = [pl.ds(i, value_width) for i in range(0, V, value_width)]
-    # Two tiles of the states are on their way at once, the second behind the one that is worked on.
-    to_load = iter(
-        [(refs.hk, columns, of_keys) for columns in key_tiles]
-        + [(refs.hv, columns, of_values) for columns in value_tiles]
-    )
-    ahead = []
-
-    def begin():
-        for ref, columns, layout in itertools.islice(to_load, 1):
-            ahead.append(load(ref.at[row, h, :, columns], layout))
-            mosaic.pin()
-
-    def put(target, state):
-        pools.if_live(live, lambda: mosaic.store(target, state))
-
-    begin()
-    key = per_row(load(refs.k.at[b, h], of_keys.reduce(1)), key_width)
-    begin()
-    for columns in key_tiles:
-        decay, writes = _gates(refs, (b, h, columns), of_keys.reduce(0), normalizer)
-        state = ahead.pop(0) * per_column(decay, K) + key * per_column(writes, K)
-        put(refs.new_hk.at[row, h, :, columns], state)
-        begin()
-        for j in range(group):
-            query = per_row(load(refs.q.at[b, h * group + j], of_keys.reduce(1)), key_width)
-            refs.logits[j].at[columns][...] = scale * jnp.sum(state * query, axis=0)
-    plgpu.commit_smem()
-
-    of_slots = _gates(refs, (b, h), of_values.reduce(1), normalizer)
-    decay, writes = (per_row(x, value_width) for x in of_slots)
-    for columns in value_tiles:
-        value = per_column(load(refs.v.at[b, h, columns], of_values.reduce(0)), M)
-        state = ahead.pop(0) * decay + writes * value
-        put(refs.new_hv.at[row, h, :, columns], state)
-        begin()
-        for j in range(group):
-            logit = per_row(load(refs.logits[j], of_values.reduce(1)), value_width)
-            p = jnp.exp(logit - per_column(jnp.max(logit, axis=0), M))
-            o = jnp.sum(p * state, axis=0) / jnp.sum(p, axis=0)
-            o = pools.or_zero(live, o.astype(refs.o.dtype))
-            mosaic.store(refs.o.at[b, h * group + j, columns], o)
-
-
-def _gates(refs, place, layout, normalizer):
-    """A token's decays and what it writes."""
-    writes = load(refs.s.at[place], layout)
-    if normalizer is None:
-        return jnp.exp(load(refs.g.at[place], layout)), writes
-    decay = jnp.exp(token.softplus(0.0 - writes) * (-1.0 / normalizer))
-    return decay, 1.0 - decay
