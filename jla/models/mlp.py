@@ -4,7 +4,6 @@ import functools
 from collections.abc import Mapping
 
 import jax
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
