@@ -96,10 +96,9 @@ def choose(
     raise NotImplementedError(_refusal(implementation, reasons))
 
 
-def serves(
-    name: str, implementation: Implementation | None, *arrays: Array | State | None, **options: Any
-) -> bool:
-    """Whether `choose` would return kernels for these arguments, of which shapes and dtypes do."""
+def serves(name: str, implementation: Implementation | None, *arrays: Any, **options: Any) -> bool:
+    """Whether `choose` would return kernels for these arguments, or for arrays of their shapes and
+    dtypes (`jax.ShapeDtypeStruct`)."""
     return implementation in (None, *BACKENDS) and any(
         _why_not(backend, name, arrays, options, asked_for=backend == implementation) is None
         for backend in BACKENDS

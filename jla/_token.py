@@ -81,7 +81,7 @@ def products_of_few(
     Returns:
       The results, [B, N], and the new pasts.
     """
-    arrays = tuple(xs), tuple(kernels), tuple(taps), tuple(pasts)
+    arrays: Any = tuple(xs), tuple(kernels), tuple(taps), tuple(pasts)
     run = choose("products_of_few", implementation, *arrays)
     return run(*arrays, rounded=tuple(rounded), silu_twice=silu_twice)
 

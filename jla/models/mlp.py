@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType
 
 from jla import _token
 from jla._core import checks
@@ -88,8 +89,11 @@ class SwiGLU(nn.Module):
             x is None or x.shape != (inputs.shape[-1], self.hidden) for x in kernels
         ):
             return None
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        if not _token.serves("swiglu_of_few", implementation, rows, *kernels):
+        D = inputs.shape[-1]
+        rows = jax.ShapeDtypeStruct((inputs.size // D, D), inputs.dtype)
+        typed = AxisType.Explicit in jax.typeof(inputs).sharding.mesh.axis_types
+        if typed or not _token.serves("swiglu_of_few", implementation, rows, *kernels):
             return None
+        rows = inputs.reshape(rows.shape)
         y = _token.swiglu_of_few(rows, *kernels, implementation=implementation)
         return y.reshape(*inputs.shape[:-1], self.hidden)

@@ -103,7 +103,8 @@ def test_traces_where_types_carry_shardings(
 
     def recorded(*arguments, **options):
         reason = why_not(*arguments, **options)
-        served.append(reason is None)
+        if "few" not in arguments[1]:  # products of few rows, which are not split over devices
+            served.append(reason is None)
         return reason
 
     monkeypatch.setattr(_dispatch, "_why_not", recorded)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.sharding import AxisType
 
 from jla._core.interpreter import interpreting
 from jla.pallas.common import mosaic
@@ -17,8 +18,10 @@ EPSILON = 1e-6  # of the l2 norm, as `jla._core.parts` has it
 LARGEST = 128  # features of a head
 
 
-def unsupported_here():
+def unsupported_here(*arrays):
     """Why there are no such kernels where they would run, or None: nothing splits them yet."""
+    if any(AxisType.Explicit in _axis_types(x) for x in arrays):
+        return "types carry shardings, and the kernels of one token are not split over devices"
     if interpreting():
         return None
     if (devices := jax.device_count()) != 1:
@@ -26,6 +29,11 @@ def unsupported_here():
     if not jax.sharding.get_abstract_mesh().empty:
         return "there is a mesh, and the kernels of one token are not split over one"
     return None
+
+
+def _axis_types(x):
+    """Of the axes of the mesh that an array's type has; a mere shape has none."""
+    return jax.typeof(x).sharding.mesh.axis_types if isinstance(x, jax.Array) else ()
 
 
 def unsupported_heads(**sizes):

@@ -39,7 +39,7 @@ TRANSFORMS = (plgpu.TilingTransform((mosaic.TILE_ROWS, COLUMNS)), plgpu.SwizzleT
 
 def unsupported(name, x, *arrays):
     """Why the kernels of the function `name` cannot serve these arguments, or None."""
-    if reason := token.unsupported_here():
+    if reason := token.unsupported_here(*jax.tree.leaves((x, arrays))):
         return reason
     if name != "products_of_few":
         return _unsupported(x, *arrays)
