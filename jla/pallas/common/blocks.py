@@ -8,8 +8,8 @@ most LARGEST: then so are those of all j <= i. The other rows take the tree of d
 
 Which way a row goes thus depends on no later token, and a row's value is the same to the bit
 whatever the rest of its chunk does. A chunk without far rows skips the tree: a branch for each
-chunk (`some_far`). In a chunk that has some, both ways are added, each with the other's rows (`near`)
-zero in its operand.
+chunk (`some_far`). In a chunk that has some, both ways are added, each with the other's rows
+(`near`) zero in its operand.
 
 A block is 16, 32 or 64 tokens. Spans are in base 2, as `chunks.decay_operand` makes them.
 """
@@ -62,11 +62,14 @@ def level_decays(level, log_decays):
     return chunks.decays(mosaic.interval_operand(start, end, CHUNK, f16), log_decays)
 
 
-def level_pairs(level, dtype):
+def level_pairs(level, dtype, *, reverse=False):
     """[i, j]: 1.0 if `chunks.level_pairs` is true, else 0.0."""
     _, half, first, right = _halves(level)
-    end = jnp.where(right, first, first - half)
-    return mosaic.interval_operand(first - half, end, CHUNK, dtype)
+    if reverse:
+        start = first + half
+        return mosaic.interval_operand(start, jnp.where(right, start, start + half), CHUNK, dtype)
+    start = first - half
+    return mosaic.interval_operand(start, jnp.where(right, first, start), CHUNK, dtype)
 
 
 def before_half(level, dtype):
