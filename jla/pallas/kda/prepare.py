@@ -63,8 +63,8 @@ def prepare(
 
     One warpgroup a chunk; 97 KB of SMEM at K=V=128, so that two chunks share a multiprocessor.
     Floor at B=8 T=4096 HV=16 K=V=128: 1.14 GB, 0.27 ms at 4.3 TB/s. A warp and chunk take about
-    5900 instructions (8000 with six levels), and 800 to 1300 more for norms and gates; predicted
-    0.53 ms, 0.61 with norms and gates.
+    5300 instructions (8000 with six levels), and 800 to 1200 more for norms and gates; predicted
+    0.50 ms, 0.59 with norms and gates.
     """
     (B, _, H, K), TP = q.shape, beta.shape[2]
     HV, V = v.shape[2:]
