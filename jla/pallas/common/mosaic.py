@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import TiledLayout
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -285,21 +284,6 @@ def split(x):
 def load(ref, layout=WGMMA_LAYOUT, *, optimized=True):
     """Loads a ref as float32 in the given layout."""
     return plgpu.load(ref, layout=layout, optimized=optimized).astype(f32)
-
-
-def pin():
-    """A barrier of the warpgroup: loads to registers that stand before it are started before it.
-
-    The compiler moves a load to where its value is used, behind all that it was to overlap with.
-    """
-    if interpreting():
-        return
-
-    @plgpu.inline_mgpu()
-    def barrier(_):
-        mgpu.utils.warpgroup_barrier()
-
-    barrier()
 
 
 def load_transposed(ref):
