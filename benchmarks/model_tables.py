@@ -209,9 +209,11 @@ def table(rows, columns):
 
 def label(row):
     names = {name: f"`{of}`" for name, of in NAMES.items()}
-    name = (names | {"attention": "softmax attention", "hybrid": HYBRID})[row["mixer"]]
+    mixer, _, lazy = row["mixer"].partition(" lazy ")  # PaTH's keys in decoding, see generation.py
+    name = (names | {"attention": "softmax attention", "hybrid": HYBRID})[mixer]
+    keys = f", lazy keys in {lazy}" if lazy else ""
     several = f", {row['gpus']} GPUs" if row.get("gpus", 1) > 1 else ""
-    return name + several
+    return name + keys + several
 
 
 def paragraph(text, width=118):
