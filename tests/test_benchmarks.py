@@ -13,7 +13,16 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import context, layer_kernels, measure, mechanisms, meshes, run, tables
+from benchmarks import (
+    context,
+    instructions,
+    layer_kernels,
+    measure,
+    mechanisms,
+    meshes,
+    run,
+    tables,
+)
 from jla.pallas.mesa_net import solve
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -113,6 +122,24 @@ def test_collectives_in_loops_count_for_each_turn():
     over = jax.shard_map(total, mesh=mesh, in_specs=P("seq"), out_specs=P("seq"))
     found = meshes.exchanged(jax.jit(over).lower(jnp.ones(10)).compile().as_text())
     assert found == {"all-reduce": [3, 3 * 5 * 4], "all-gather": [1, 2 * 5 * 4]}
+
+
+def test_a_kernels_line_counts_what_the_assembler_made():
+    sass = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], RZ ;
+.L_x_1:
+        /*0020*/               @P1 BRA `(.L_x_1) ;
+    """
+    said = """info    : (C7514) Potential Performance Loss
+info    : Compiling entry function 'prepare_mosaic_gpu_kernel' for 'sm_90a'
+    24 bytes stack frame, 28 bytes spill stores, 32 bytes spill loads
+info    : Used 255 registers, used 16 barriers"""
+    words = instructions.line(sass, said).split()
+    assert words[0] == "prepare"
+    assert " ".join(words[1:]) == (
+        "3 instructions 1 products 255 registers 28 + 32 bytes spilled (C7514)"
+    )
 
 
 def test_no_case_starts_past_the_limit(tmp_path):

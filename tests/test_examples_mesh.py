@@ -155,20 +155,24 @@ def test_bad_options_are_named(arguments, words, capsys):
     assert_fails(capsys, 2, words, train_lm.main, *arguments.split())
 
 
-def start(out, *more, process, port):
-    """One of two processes with two devices each."""
+ON_CPU = dict(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="2")
+
+
+def start(out, *more, process, port, settings):
+    """One of two processes."""
     command = [sys.executable, str(ROOT / "examples" / "train_lm.py"), *TINY, "--out", str(out)]
     command += ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", str(process)]
-    settings = dict(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="2", PYTHONPATH=str(ROOT))
+    environment = os.environ | settings | dict(PYTHONPATH=str(ROOT))
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([*command, *more], env=os.environ | settings, cwd=ROOT, **pipes)
+    return subprocess.Popen([*command, *more], env=environment, cwd=ROOT, **pipes)
 
 
-def two_processes(out, *more, during=None):
+def two_processes(out, *more, during=None, settings=(ON_CPU, ON_CPU)):
+    """Runs two processes, which have two devices each unless their environments say otherwise."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    run = [start(out, *more, process=i, port=port) for i in range(2)]
+    run = [start(out, *more, process=i, port=port, settings=x) for i, x in enumerate(settings)]
     try:
         if during is not None:
             during(run)
@@ -193,6 +197,22 @@ def test_two_processes_are_one(tmp_path, four):
     shutil.rmtree(out / "checkpoints" / "4")
     train_lm.main([*TINY, "--out", str(out), "--resume"])
     assert_equal_numbers(out, alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mesh", ["data=2", "seq=2"])
+def test_two_processes_of_one_gpu_each_are_one(mesh, tmp_path):
+    """NCCL between processes, around the kernels."""
+    if jax.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    sizes = "--implementation pallas --dtype bfloat16 --width 128 --length 128 --mesh".split()
+    own = [
+        dict(CUDA_VISIBLE_DEVICES=str(i), XLA_PYTHON_CLIENT_MEM_FRACTION="0.2") for i in range(2)
+    ]
+    codes, texts = two_processes(tmp_path / "two", *sizes, mesh, settings=own)
+    assert codes == [0, 0], texts
+    train_lm.main([*TINY, *sizes, mesh, "--out", str(tmp_path / "one")])
+    assert_equal_numbers(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow  # as above
