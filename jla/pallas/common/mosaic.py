@@ -189,20 +189,6 @@ def products(pairs, init=None):
     return pl.run_scoped(from_zeros, *(plgpu.ACC(shape, f32) for shape in shapes))
 
 
-def product_and(pair, meanwhile):
-    """`a @ b`, and what `meanwhile()` makes while the tensor cores work."""
-    if interpreting():
-        return product(pair), meanwhile()
-    a, b = pair
-
-    def body(acc):
-        plgpu.wgmma(acc, a, b)
-        made = meanwhile()
-        return acc[...], made
-
-    return pl.run_scoped(body, plgpu.ACC((a.shape[0], b.shape[1]), f32))
-
-
 def beside(tiles):
     """Tiles of 64 columns as one."""
     return tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=1)

@@ -391,7 +391,7 @@ def solve(b, refs, factor, *, steps, tolerance):
         def masked():
             return s.astype(f16) * plgpu.load(sm, layout=WGMMA_LAYOUT)
 
-        y, scores = mosaic.product_and((p, ss), masked)
+        y, scores = mosaic.product_beside((p, ss), masked)
         return product((scores, sk), init=y * per_row(factor, K))
 
     def iterate(_, carry):
