@@ -153,9 +153,9 @@ def speeds(found):
     about = f"""
         Milliseconds of forward / forward + backward on an {meta["card"]}; {row["dtype"]},
         B={row["B"]} T={row["T"]} H={row["H"]} K=V={row["D"]}; GSA with {slots} slots, log-linear
-        with one key head. The fastest are bold. Empty: not measured. KDA's are of its layer's call:
-        kernels make norms and gates, as the peers' do. MesaNet's solver stops early where it has converged; fla's makes all {CG_STEPS} iterations. The
-        peers' times, but cuDNN's, are from notes."""
+        with one key head; KDA with norms and gates, in the kernels. The fastest are bold. Empty: not
+        measured. MesaNet's solver stops early where it has converged; fla's makes all {CG_STEPS}
+        iterations. The peers' times, but cuDNN's, are from notes."""
     return "\n".join([*lines, "", paragraph(about)])
 
 
