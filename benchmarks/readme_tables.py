@@ -153,9 +153,9 @@ def speeds(found):
     about = f"""
         Milliseconds of forward / forward + backward on an {meta["card"]}; {row["dtype"]},
         B={row["B"]} T={row["T"]} H={row["H"]} K=V={row["D"]}; GSA with {slots} slots, log-linear
-        with one key head; KDA with norms and gates, in the kernels. The fastest are bold. Empty: not
-        measured. MesaNet's solver stops early where it has converged; fla's makes all {CG_STEPS}
-        iterations. The peers' times, but cuDNN's, are from notes."""
+        with one key head, KDA with norms and gates in its kernels. Bold: the fastest. Empty: not
+        measured. MesaNet's solver stops where it has converged; fla's makes {CG_STEPS} iterations.
+        Peers' times, but cuDNN's, are from notes."""
     return "\n".join([*lines, "", paragraph(about)])
 
 
