@@ -21,7 +21,7 @@ from jla._core.lengths import is_symbolic_dim
 from jla._core.parts import l2norm
 from jla._core.path_lazy import after_token, folded
 from jla._core.segments import segment_starts
-from jla._core.states import repeated
+from jla._core.states import repeated, with_rank
 
 f32 = jnp.float32
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -144,5 +144,5 @@ def _empty(k, v, g, starts):
 def path_token(q, k, v, w, b, b_bias, cache, *, scale):
     """See `jla._token.path_token`."""
     w = l2norm(w.astype(f32))
-    beta = 2.0 * jax.nn.sigmoid(b.astype(f32) + b_bias)
+    beta = 2.0 * jax.nn.sigmoid(b.astype(f32) + with_rank(b_bias, b.ndim))
     return path_step(q, k, v, w, beta, None, cache, scale=scale)
