@@ -26,6 +26,7 @@ from table import put
 from test_transforms import specs
 
 import jla
+from jla._dispatch import BACKENDS
 
 P = PartitionSpec
 BY_NAME = {m.name: m for m in MECHANISMS}
@@ -50,6 +51,12 @@ KERNELS = [
     for label, m in LABELS
     for i in m.implementations
     if i.interpreted
+]
+ON_GPUS = [
+    pytest.param(m, i.compiled(), id=f"{label}-{i.name}", marks=pytest.mark.gpu)
+    for label, m in LABELS
+    for i in m.implementations
+    if i.name in BACKENDS
 ]
 CUT = [x for x in KERNELS if x.id in ("gsa-triton", "mesa-triton")]
 # What one of these functions shows, all do; but each has places where it could go wrong alone.
@@ -141,6 +148,22 @@ def test_packed_is_the_unsharded(mechanism, implementation):
     size, *case = packed_case(mechanism, implementation)
     got = over_time(mechanism, implementation, size, *case)
     assert_is_unsharded(mechanism, "float32", got, *case)
+
+
+@pytest.mark.parametrize("mechanism, implementation", ON_GPUS)
+def test_two_gpus_are_the_unsharded(mechanism, implementation):
+    """Values and gradients at full size, with segments over the edge and a state, and the same bits
+    twice."""
+    if jax.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    sizes, dtype = dict(implementation.full), implementation.dtypes[0]
+    if mechanism is RING:
+        sizes |= dict(H=1)
+    args, cotangents = given(mechanism, sizes, dtype)
+    case = args, cotangents, borders(sizes["B"], sizes["T"], 2)
+    got, again = (over_time(mechanism, implementation, 2, *case) for _ in range(2))
+    assert_same_bits(got, again)
+    assert_is_unsharded(mechanism, dtype, got, *case)
 
 
 @pytest.mark.parametrize("mechanism, implementation", ROWS)
