@@ -120,3 +120,8 @@ def call(
     out_specs = jax.tree.map(lambda x: spec(x, place), results)
     program = mapped(lambda arrays: run(**arrays), mesh, (in_specs,), out_specs)
     return program(dict(arrays))
+
+
+def carries_shardings(x: jax.Array) -> bool:
+    """Whether an array's type says where it lies: some axis of its mesh is explicit."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types

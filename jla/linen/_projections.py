@@ -31,7 +31,7 @@ def product(x, kernel, dimensions, *, implementation="xla", **options):
     rows = [i for i in range(x.ndim) if i not in axes]
     if not batch and all(option is None for option in options.values()):
         flat = _as_matrices(x, kernel, axes, dimensions[0][1])
-        typed = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+        typed = whole.carries_shardings(x)
         if flat and not typed and _token.serves("product_of_few", implementation, *flat):
             flat = (a.reshape(shape.shape) for a, shape in zip((x, kernel), flat, strict=True))
             y = _token.product_of_few(*flat, implementation=implementation)

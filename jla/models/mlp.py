@@ -8,12 +8,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType
 
 from jla import _token
 from jla._core import checks
 from jla._core.types import Implementation
-from jla._core.whole import Names
+from jla._core.whole import Names, carries_shardings
 from jla.linen import _arguments
 from jla.linen._projections import by_heads, copies, dense
 
@@ -91,8 +90,9 @@ class SwiGLU(nn.Module):
             return None
         D = inputs.shape[-1]
         rows = jax.ShapeDtypeStruct((inputs.size // D, D), inputs.dtype)
-        typed = AxisType.Explicit in jax.typeof(inputs).sharding.mesh.axis_types
-        if typed or not _token.serves("swiglu_of_few", implementation, rows, *kernels):
+        if carries_shardings(inputs) or not _token.serves(
+            "swiglu_of_few", implementation, rows, *kernels
+        ):
             return None
         rows = inputs.reshape(rows.shape)
         y = _token.swiglu_of_few(rows, *kernels, implementation=implementation)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
-from jax.sharding import AxisType
 
 from jla._core.interpreter import interpreting
+from jla._core.whole import carries_shardings
 from jla.pallas.common import mosaic
 from jla.pallas.common.mosaic import f32
 
@@ -20,7 +20,7 @@ LARGEST = 128  # features of a head
 
 def unsupported_here(*arrays):
     """Why there are no such kernels where they would run, or None: nothing splits them yet."""
-    if any(AxisType.Explicit in _axis_types(x) for x in arrays):
+    if any(isinstance(x, jax.Array) and carries_shardings(x) for x in arrays):
         return "types carry shardings, and the kernels of one token are not split over devices"
     if interpreting():
         return None
@@ -29,11 +29,6 @@ def unsupported_here(*arrays):
     if not jax.sharding.get_abstract_mesh().empty:
         return "there is a mesh, and the kernels of one token are not split over one"
     return None
-
-
-def _axis_types(x):
-    """Of the axes of the mesh that an array's type has; a mere shape has none."""
-    return jax.typeof(x).sharding.mesh.axis_types if isinstance(x, jax.Array) else ()
 
 
 def unsupported_heads(**sizes):
